@@ -1,0 +1,409 @@
+"""Captioned shapes: an endless data set that is drawn, not stored.
+
+A scene is one or two coloured, patterned shapes on a plain background. It is
+a pure function of (seed, split, index), can be drawn at any resolution, and
+its caption says what to look for, so that generated pictures can be marked.
+Lengths and positions are fractions of the image's side, y pointing down.
+"""
+
+import dataclasses
+
+import numpy as np
+
+COLORS = {
+    'red': (225, 30, 35),
+    'orange': (250, 135, 15),
+    'yellow': (250, 225, 40),
+    'green': (40, 170, 50),
+    'cyan': (60, 210, 255),
+    'blue': (45, 100, 255),
+    'purple': (150, 50, 215),
+    'pink': (255, 120, 190),
+}
+# Neither 0 nor 255, so that the grain can go both ways.
+BACKGROUNDS = {
+    'white': (246, 246, 246),
+    'grey': (128, 128, 128),
+    'black': (10, 10, 10),
+    'beige': (232, 216, 182),
+    'navy': (10, 12, 54),
+    'teal': (10, 135, 105),
+}
+SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
+PATTERNS = ('solid', 'striped', 'dotted', 'checked')
+SIZES = {'small': (0.13, 0.16), 'large': (0.22, 0.25)}
+PLACES = (
+    'top left', 'top', 'top right',
+    'left', 'centre', 'right',
+    'bottom left', 'bottom', 'bottom right',
+)  # fmt: skip
+INVERSE = {
+    'left of': 'right of',
+    'right of': 'left of',
+    'above': 'below',
+    'below': 'above',
+}
+_TEMPLATES = (
+    '{subject}, on {ground}',
+    '{subject} on a {ground} background',
+    '{subject}, {ground} background',
+    '{subject} against a {ground} background',
+    'on a {ground} background, {subject}',
+    'on {ground}, {subject}',
+    'a picture of {subject}, on {ground}',
+    'a drawing of {subject} on a {ground} background',
+)
+SPLITS = ('train', 'validation', 'held_out')
+
+PAIRS = tuple((shape, color) for shape in SHAPES for color in COLORS)
+# Each shape misses one colour, no colour is missed twice.
+HELD_OUT = tuple(
+    (shape, tuple(COLORS)[(3 * i + 1) % len(COLORS)])
+    for i, shape in enumerate(SHAPES)
+)
+SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+PERIOD = 0.1  # of the patterns
+DARK = 0.42  # the second colour's brightness, relative to the first
+_OUTLINE = 0.01
+_DOT_RADIUS = 0.3 * PERIOD
+_HATCH_PERIOD = 1 / 96
+_HATCH = 0.14  # relative to the object's brightness
+_GRAIN_PERIOD = 1 / 80
+_GRAIN = 8.0  # of 255
+_MARGIN = 0.02
+_GAP = 0.06
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+  """One shape, inside the square `x ± radius`, `y ± radius`."""
+
+  shape: str
+  color: str
+  pattern: str
+  size: str
+  x: float
+  y: float
+  radius: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """`layout`: one object's place, or what the first is to the second."""
+
+  objects: tuple[Object, ...]
+  background: str
+  layout: str
+
+
+def _wave(t):
+  """Signed distance to the dark half of every period, bright around 0."""
+  t = t / PERIOD
+  return (np.abs(t - np.floor(t) - 0.5) - 0.25) * PERIOD
+
+
+def pattern_distance(pattern: str, x, y):
+  """Signed distance to a pattern's dark part, and the part's share of all.
+
+  Args:
+    pattern: 'striped', 'dotted' or 'checked'.
+    x: columns' offsets from the object's centre `[1, W]`.
+    y: rows' offsets `[H, 1]`.
+  """
+  if pattern == 'striped':
+    return _wave(y), 0.5
+  if pattern == 'dotted':
+    x = x - PERIOD * np.round(x / PERIOD)
+    y = y - PERIOD * np.round(y / PERIOD)
+    share = np.pi * (_DOT_RADIUS / PERIOD) ** 2
+    return np.sqrt(x * x + y * y) - _DOT_RADIUS, share
+  x, y = _wave(x), _wave(y)
+  nearer = np.minimum(np.abs(x), np.abs(y))
+  return np.where((x < 0) == (y < 0), nearer, -nearer), 0.5
+
+
+def shape_distance(shape: str, x, y, radius: float):
+  """Signed distance to a shape's edge `[H, W]`, negative inside.
+
+  Args:
+    shape: one of SHAPES.
+    x: columns' offsets from the shape's centre `[1, W]`.
+    y: rows' offsets `[H, 1]`.
+    radius: half the side of the square that the shape fills.
+  """
+  if shape == 'circle':
+    return np.sqrt(x * x + y * y) - radius
+  if shape == 'ring':
+    rho = np.sqrt(x * x + y * y)
+    return np.abs(rho - 0.76 * radius) - 0.24 * radius
+  if shape == 'square':
+    return np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
+  if shape == 'cross':
+    x, y = np.abs(x), np.abs(y)
+    long, short = np.maximum(x, y), np.minimum(x, y)
+    return np.maximum(long - 0.97 * radius, short - 0.33 * radius)
+  if shape == 'triangle':
+    half_height = 0.75**0.5 * radius
+    slope = 0.75**0.5 * np.abs(x) - 0.5 * (y + half_height)
+    return np.maximum(slope, y - half_height)
+  # A star is ten times the same edge, from an outer to an inner corner.
+  y = y - 0.1 * radius
+  rho, angle = np.sqrt(x * x + y * y), np.arctan2(x, -y)
+  fifth = np.float32(2 * np.pi / 5)
+  angle = np.abs(angle - fifth * np.round(angle / fifth))
+  outer, inner = 1.05 * radius, 0.5 * radius
+  edge_x = inner * np.cos(np.pi / 5) - outer
+  edge_y = inner * np.sin(np.pi / 5)
+  norm = np.hypot(edge_x, edge_y)
+  along, across = rho * np.cos(angle) - outer, rho * np.sin(angle)
+  return along * (edge_y / norm) - across * (edge_x / norm)
+
+
+def _coverage(distance, resolution: int):
+  """The share of each pixel that lies inside an edge."""
+  return np.minimum(np.maximum(0.5 - resolution * distance, 0), 1)
+
+
+def silhouettes(side: int = 64) -> dict[str, np.ndarray]:
+  """Every shape as bool `[side, side]`, over its square `± radius`."""
+  t = (np.arange(side, dtype=np.float32) + 0.5) * (2 / side) - 1
+  x, y = t[None], t[:, None]
+  return {name: shape_distance(name, x, y, 1.0) < 0 for name in SHAPES}
+
+
+def pattern_tiles(side: int = 32) -> dict[str, np.ndarray]:
+  """Every pattern's darkness, 0 or 1, over one period `[side, side]`."""
+  t = (np.arange(side, dtype=np.float32) + 0.5) * (PERIOD / side)
+  tiles = {'solid': np.zeros((side, side), np.float32)}
+  for name in PATTERNS[1:]:
+    distance, _ = pattern_distance(name, t[None], t[:, None])
+    dark = (distance < 0).astype(np.float32)
+    tiles[name] = np.broadcast_to(dark, (side, side))
+  return tiles
+
+
+def _visibility(period: float, resolution: int) -> float:
+  """1 for a period of 3 pixels or more, 0 for 2, where it would alias."""
+  return min(max(period * resolution - 2, 0), 1)
+
+
+def _paint(canvas, item: Object) -> None:
+  """Draws one object over `canvas`, uint8 `[R, R, 3]`, in place."""
+  resolution = canvas.shape[0]
+  reach = item.radius + 1 / resolution
+  columns, rows = (
+      slice(
+          max(int((center - reach) * resolution), 0),
+          min(int((center + reach) * resolution) + 1, resolution),
+      )
+      for center in (item.x, item.y)
+  )
+  scale = np.float32(1 / resolution)
+  x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * scale
+  y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) * scale
+  x, y = (x - np.float32(item.x))[None], (y - np.float32(item.y))[:, None]
+
+  distance = shape_distance(item.shape, x, y, item.radius)
+  inside = _coverage(distance, resolution)
+  dark = inside - _coverage(distance + _OUTLINE, resolution)
+  if item.pattern != 'solid':
+    distance, share = pattern_distance(item.pattern, x, y)
+    visible = _visibility(PERIOD, resolution)
+    pattern = _coverage(distance, resolution)
+    dark = np.maximum(dark, share + visible * (pattern - share))
+  shade = 1 - (1 - DARK) * dark
+  visible = _visibility(_HATCH_PERIOD, resolution)
+  if visible:
+    hatch = np.sin((2 * np.pi / _HATCH_PERIOD * 0.5**0.5) * (x + y))
+    shade *= 1 + _HATCH * visible * (hatch - 1)
+  # Channels first: NumPy is slow where the last axis has three elements.
+  color = np.array(COLORS[item.color], np.float32)[:, None, None]
+  behind = canvas[rows, columns].transpose(2, 0, 1)
+  patch = (1 - inside) * behind + (inside * shade) * color + 0.5
+  canvas[rows, columns] = patch.transpose(1, 2, 0)
+
+
+def draw(scene: Scene, resolution: int) -> np.ndarray:
+  """Draws a scene, anti-aliased: close to area averages of a finer drawing.
+
+  Returns:
+    uint8 `[resolution, resolution, 3]`.
+
+  Raises:
+    ValueError: if the resolution is not in 8..1024.
+  """
+  if not 8 <= resolution <= 1024:
+    raise ValueError(f'resolution {resolution}: shapes are drawn at 8..1024')
+  rows = np.array(BACKGROUNDS[scene.background] * resolution, np.float32)
+  visible = _visibility(_GRAIN_PERIOD, resolution)
+  if visible:
+    t = np.arange(resolution, dtype=np.float32) + 0.5
+    wave = np.sin((2 * np.pi / _GRAIN_PERIOD / resolution) * t)
+    across = np.repeat(_GRAIN * visible * wave, 3)
+    rows = rows + 0.5 + wave[:, None] * across
+  canvas = np.empty((resolution, 3 * resolution), np.uint8)
+  canvas[:] = rows
+  canvas = canvas.reshape(resolution, resolution, 3)
+  for item in scene.objects:
+    _paint(canvas, item)
+  return canvas
+
+
+def _pick(rng: np.random.Generator, options):
+  return options[int(rng.integers(len(options)))]
+
+
+def _between(rng: np.random.Generator, low: float, high: float) -> float:
+  return low + (high - low) * float(rng.random())
+
+
+def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
+  """Draws a random scene: one object (60%), or two that are clear of another.
+
+  Args:
+    rng: the source of randomness.
+    held_out: one object has a HELD_OUT pair of shape and colour, else none.
+  """
+  pairs = [_pick(rng, HELD_OUT if held_out else SEEN)]
+  if rng.random() < 0.4:
+    others = tuple(pair for pair in SEEN if pair != pairs[0])
+    pairs.insert(int(rng.integers(2)), _pick(rng, others))
+  looks = []
+  for pair in pairs:
+    pattern, size = _pick(rng, PATTERNS), _pick(rng, tuple(SIZES))
+    low, high = SIZES[size]
+    # Two large objects of the largest radius would not fit side by side.
+    high = min(high, 0.225) if len(pairs) == 2 else high
+    looks.append((*pair, pattern, size, _between(rng, low, high)))
+  background = _pick(rng, tuple(BACKGROUNDS))
+
+  if len(pairs) == 1:
+    *look, radius = looks[0]
+    place = int(rng.integers(len(PLACES)))
+    reach = 0.5 - radius - 2 * _MARGIN
+    row, column = place // 3 - 1, place % 3 - 1
+    x = 0.5 + reach * column + _between(rng, -_MARGIN, _MARGIN)
+    y = 0.5 + reach * row + _between(rng, -_MARGIN, _MARGIN)
+    item = Object(*look, x, y, radius)
+    return Scene((item,), background, PLACES[place])
+
+  # From the left (or the top): margin, first, gap, second, margin.
+  radii = [look[-1] for look in looks]
+  slack = 1 - 2 * sum(radii) - 2 * _MARGIN - _GAP
+  before, between = sorted((slack * rng.random(), slack * rng.random()))
+  first = _MARGIN + before + radii[0]
+  second = _MARGIN + between + _GAP + 2 * radii[0] + radii[1]
+  across = [_between(rng, -0.06, 0.06) + 0.5 for _ in radii]
+  along = [float(first), float(second)]
+  sideways = bool(rng.integers(2))
+  xs, ys = (along, across) if sideways else (across, along)
+  objects = tuple(
+      Object(*look[:-1], x, y, look[-1])
+      for look, x, y in zip(looks, xs, ys)
+  )
+  return Scene(objects, background, 'left of' if sideways else 'above')
+
+
+def _noun_phrase(rng: np.random.Generator, item: Object) -> tuple[str, dict]:
+  stated = {'shape': item.shape, 'color': item.color}
+  if item.pattern != 'solid' or rng.random() < 0.3:
+    stated['pattern'] = item.pattern
+  if rng.random() < 0.7:
+    stated['size'] = item.size
+  words = [
+      stated[key]
+      for key in ('size', 'pattern', 'color', 'shape')
+      if key in stated
+  ]
+  article = 'an' if words[0][0] in 'aeiou' else 'a'
+  return ' '.join([article, *words]), stated
+
+
+def _place_phrase(rng: np.random.Generator, place: str) -> str:
+  if place == 'centre':
+    return _pick(rng, ('in the centre', 'in the middle'))
+  if place in ('left', 'right'):
+    return _pick(rng, (f'on the {place}', f'at the {place}'))
+  if place in ('top', 'bottom'):
+    return f'at the {place}'
+  return _pick(rng, (f'at the {place}', f'in the {place} corner'))
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
+  """Writes a caption.
+
+  Returns:
+    The caption, and what it states, in plain types: `background`; `objects`,
+    a list in the order of mention with `shape`, `color` and, where they are
+    said, `pattern` and `size`; `position` (of PLACES, one object, if said);
+    `relation` (what the first mentioned object is to the second, if two).
+  """
+  phrases, objects = zip(*(_noun_phrase(rng, item) for item in scene.objects))
+  stated = {'background': scene.background, 'objects': list(objects)}
+  template = _pick(rng, _TEMPLATES)
+  if len(objects) == 2:
+    first, second, relation = *phrases, scene.layout
+    if rng.random() < 0.5:
+      first, second, relation = second, first, INVERSE[relation]
+      stated['objects'].reverse()
+    stated['relation'] = relation
+    if relation.endswith(' of') and rng.random() < 0.3:
+      relation = f'to the {relation}'
+    if not template.startswith('a ') and rng.random() < 0.3:
+      relation = f'is {relation}'
+    subject = f'{first} {relation} {second}'
+  else:
+    subject = phrases[0]
+    if rng.random() < 0.7:
+      stated['position'] = scene.layout
+      subject = f'{subject} {_place_phrase(rng, scene.layout)}'
+  return template.format(subject=subject, ground=scene.background), stated
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesSource:
+  """A random-access source of captioned shapes.
+
+  `train` and `validation` share no stream and never show a HELD_OUT pair;
+  every scene of `held_out` does. The resolution does not change the scenes.
+  """
+
+  seed: int
+  split: str
+  size: int
+  resolution: int
+
+  def __post_init__(self):
+    """Checks the split's name."""
+    if self.split not in SPLITS:
+      raise ValueError(f'split {self.split!r}: choose one of {SPLITS}')
+
+  def __len__(self) -> int:
+    """The number of records."""
+    return self.size
+
+  def scene(self, index: int) -> tuple[Scene, str, dict]:
+    """The scene, its caption, and what that states (see `describe`).
+
+    Raises:
+      IndexError: if the index is not in 0..size - 1.
+    """
+    if not 0 <= index < self.size:
+      raise IndexError(f'index {index}: {self!r} has {self.size} records')
+    # One key a split, 2^64 draws an index: the streams never overlap.
+    key = np.array([self.seed, SPLITS.index(self.split)], np.uint64)
+    counter = np.array([0, index, 0, 0], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    scene = sample_scene(rng, held_out=self.split == 'held_out')
+    return scene, *describe(scene, rng)
+
+  def __getitem__(self, index: int) -> dict:
+    """One record: image uint8 `[R, R, 3]`, caption, key, size (pixels)."""
+    scene, caption, _ = self.scene(index)
+    return {
+        'image': draw(scene, self.resolution),
+        'caption': caption,
+        'key': f'{self.split}/{index}',
+        'size': self.resolution,
+    }

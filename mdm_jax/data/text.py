@@ -1,0 +1,69 @@
+"""From a caption to the tokens that a text encoder reads."""
+
+import os
+
+import numpy as np
+import sentencepiece
+
+CAPTIONS_MODEL = os.path.join(os.path.dirname(__file__), 'captions.model')
+
+_PAD, _EOS = 0, 1
+
+
+class Tokenizer:
+  """A SentencePiece model with T5's conventions: pad 0, `</s>` 1.
+
+  It pickles as its arguments, so that every worker process loads the file.
+  """
+
+  def __init__(self, path: str, max_length: int):
+    """Loads a model.
+
+    Args:
+      path: a SentencePiece file; CAPTIONS_MODEL is the one shipped.
+      max_length: tokens of every encoded caption, `</s>` and padding included.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if max_length leaves no room, or pad and `</s>` are not 0, 1.
+    """
+    if not os.path.isfile(path):
+      raise FileNotFoundError(
+          f'no tokenizer at {path!r}: give the path of a spiece.model (of'
+          ' google/flan-t5-xl, say), or train one with'
+          ' python -m mdm_jax.tools.train_tokenizer --output=FILE'
+      )
+    if max_length < 2:
+      raise ValueError(f'max_length {max_length}: must be 2 or more')
+    self.path, self.max_length = path, max_length
+    self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    found = self._processor.pad_id(), self._processor.eos_id()
+    if found != (_PAD, _EOS):
+      raise ValueError(
+          f'{path!r} has pad and </s> ids {found}: use a model trained with'
+          f' pad_id={_PAD}, eos_id={_EOS}'
+      )
+
+  def __reduce__(self):
+    """Reloads rather than copies."""
+    return type(self), (self.path, self.max_length)
+
+  def __repr__(self) -> str:
+    """Complete, for fingerprints."""
+    return f'Tokenizer({self.path!r}, max_length={self.max_length})'
+
+  @property
+  def vocab_size(self) -> int:
+    """Pieces in the model, special ones and bytes included."""
+    return self._processor.vocab_size()
+
+  def encode(self, caption: str) -> np.ndarray:
+    """Encodes ' ' + caption + `</s>`, as `ml-mdm` does.
+
+    Returns:
+      int32 `[max_length]`: cut before `</s>` if too long, padded with 0.
+    """
+    pieces = self._processor.encode(' ' + caption)[: self.max_length - 1]
+    tokens = np.full(self.max_length, _PAD, np.int32)
+    tokens[: len(pieces) + 1] = [*pieces, _EOS]
+    return tokens

@@ -1,0 +1,200 @@
+"""From a source's record to the arrays that the network trains on."""
+
+import dataclasses
+import io
+import struct
+from typing import Any, Protocol
+import zlib
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+# A 0.4 MB PNG can hold an image that takes gigabytes to decode.
+MAX_PIXELS = 128_000_000
+# Pillow checks this when it reads a header. It only warns up to twice this
+# value, so load_image checks the size once more.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+# EXIF orientations that exchange width and height.
+_SIDEWAYS = (5, 6, 7, 8)
+# What Pillow's decoders raise for damaged files.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+# The warning counts when a program has turned warnings into errors.
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# The JPEG decoder may shrink an image by 2, 4 or 8 while this many times the
+# pixels that are needed remain, so that the antialiased resize, and not the
+# decoder's box filter, decides the sharpness.
+_REDUCING_GAP = 2.0
+
+
+class BadRecord(ValueError):
+  """A record that cannot be used.
+
+  Attributes:
+    key: which record.
+    reason: why, in the same few words for all records of its kind.
+    detail: what is particular to this record.
+  """
+
+  def __init__(self, key: str, reason: str, detail: str = ''):
+    """See the attributes."""
+    # All arguments in args, or it could not be pickled out of a worker.
+    super().__init__(key, reason, detail)
+    self.key = key
+    self.reason = reason
+    self.detail = detail
+
+  def __str__(self) -> str:
+    """All of it, in one line."""
+    detail = f' ({self.detail})' if self.detail else ''
+    return f'{self.key}: {self.reason}{detail}'
+
+
+class Tokenizer(Protocol):
+  """What `Transform` needs of a tokenizer."""
+
+  def encode(self, caption: str) -> np.ndarray:
+    """Returns int32 tokens [L]."""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith('I'):
+    # 16-bit grey levels, which Pillow would clip at 255.
+    levels = np.asarray(image).astype(np.int32) >> 8
+    image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image)
+  return image.convert('RGB')
+
+
+def load_image(
+    data: bytes, shorter_side: int, key: str = 'image'
+) -> tuple[Image.Image, tuple[int, int]]:
+  """Decodes an image file: upright, in RGB, and maybe already reduced.
+
+  Transparency is composited on white; colour profiles are ignored.
+
+  Args:
+    data: a JPEG, PNG, WebP, GIF (its first frame) or BMP file.
+    shorter_side: pixels that are needed; a much larger JPEG is decoded at a
+      half, a quarter or an eighth of its size, to no less than twice this.
+    key: names the image in errors.
+
+  Returns:
+    The image, and the (width, height) that it has upright at full size.
+
+  Raises:
+    BadRecord: not an image, over `MAX_PIXELS`, truncated or damaged.
+  """
+  try:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+      width, height = image.size
+      if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError(
+            f'{width} x {height}, the limit is {MAX_PIXELS}'
+        )
+      reduction = min(width, height) / (_REDUCING_GAP * shorter_side)
+      if reduction > 1:
+        image.draft('RGB', (int(width / reduction), int(height / reduction)))
+      orientation = image.getexif().get(ExifTags.Base.Orientation)
+      if orientation in _SIDEWAYS:
+        width, height = height, width
+      return _to_rgb(ImageOps.exif_transpose(image)), (width, height)
+  except Image.UnidentifiedImageError as error:
+    raise BadRecord(key, 'not an image', f'{len(data)} bytes') from error
+  except _BOMB as error:
+    raise BadRecord(key, 'too many pixels', str(error)) from error
+  except _DAMAGED as error:
+    raise BadRecord(
+        key, 'damaged image', f'{type(error).__name__}: {error}'
+    ) from error
+
+
+def decode_image(
+    data: bytes, resolution: int, key: str = 'image'
+) -> tuple[np.ndarray, int]:
+  """Decodes an image file to a centred square.
+
+  Args:
+    data: an image file, see `load_image`.
+    resolution: R, of the result; smaller images are enlarged.
+    key: names the image in errors.
+
+  Returns:
+    uint8 [R, R, 3], and the shorter side of the full image in pixels.
+
+  Raises:
+    BadRecord: as `load_image`.
+  """
+  image, size = load_image(data, resolution, key)
+  side = min(image.size)
+  left, top = (image.width - side) / 2, (image.height - side) / 2
+  image = image.resize(
+      (resolution, resolution),
+      Image.Resampling.LANCZOS,
+      box=(left, top, left + side, top + side),
+      reducing_gap=_REDUCING_GAP,
+  )
+  return np.array(image), min(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """Maps a record to an example; picklable, for worker processes.
+
+  Attributes:
+    tokenizer: encodes captions.
+    resolution: R, of the images.
+    flip: mirrors half of the images. Off by default, because captions speak
+      of left and right.
+  """
+
+  tokenizer: Tokenizer
+  resolution: int
+  flip: bool = False
+
+  def __call__(
+      self, record: dict[str, Any], rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """Returns `image` uint8 [R, R, 3], `tokens` int32 [L], `scale` float32 [].
+
+    Args:
+      record: `image` (an image file's bytes, or uint8 [R, R, 3]), `caption`,
+        `key`, and for an array optionally `size`. `scale` is the shorter side
+        of the original image in pixels: of the file, or else `size`.
+      rng: decides on the flip.
+
+    Raises:
+      BadRecord: for a file that cannot be decoded.
+      ValueError: for an array that is not [R, R, 3].
+    """
+    image = record['image']
+    if isinstance(image, bytes):
+      image, scale = decode_image(image, self.resolution, record['key'])
+    else:
+      scale = record.get('size', self.resolution)
+    if image.shape != (self.resolution, self.resolution, 3):
+      raise ValueError(
+          f'{record["key"]}: the image has shape {image.shape} but the '
+          f'resolution is {self.resolution}; make the source with it.'
+      )
+    if self.flip and rng.random() < 0.5:
+      image = image[:, ::-1]
+    return {
+        'image': image,
+        'tokens': self.tokenizer.encode(record['caption']),
+        'scale': np.float32(scale),
+    }

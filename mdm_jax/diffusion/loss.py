@@ -1,0 +1,120 @@
+"""The multi-resolution training loss (MDM, arXiv 2310.15111, section 3)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.diffusion import process
+from mdm_jax.diffusion.process import DenoiseFn
+from mdm_jax.diffusion.pyramid import Pyramid
+from mdm_jax.diffusion.schedule import Schedule
+
+
+def draw_time(rng: jax.Array, batch: int, num_steps: int) -> jax.Array:
+  """Uniform noising steps in 0..num_steps - 1, int32 [batch]."""
+  return jax.random.randint(rng, (batch,), 0, num_steps)
+
+
+def training_gammas(
+  schedule: Schedule, pyramid: Pyramid, t: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Each level's gammas for the draw `t`, coarse to fine, [B_r, 1, 1, 1].
+
+  The draw 0 is the first noisy step, so the tables are read at t + 1.
+  """
+  return tuple(
+    schedule.gamma(level, t[: len(images)] + 1)
+    for level, images in enumerate(pyramid)
+  )
+
+
+def level_loss(
+  prediction: jax.Array,
+  x_t: jax.Array,
+  x0: jax.Array,
+  eps: jax.Array,
+  gamma: jax.Array,
+  *,
+  parameterization: str,
+  loss_space: str,
+) -> jax.Array:
+  """Mean squared error over pixels and channels, float32 [B].
+
+  Args:
+    prediction: the network's output, [B, H, W, C].
+    x_t: the noisy images that it was given.
+    x0: the images.
+    eps: their noise.
+    gamma: [B, 1, 1, 1].
+    parameterization: what the network predicts, 'v', 'eps' or 'x0'.
+    loss_space: where the error is measured. Against 'x0', the same error
+      weighs SNR times as much in 'eps' and SNR + 1 times as much in 'v'.
+
+  Raises:
+    ValueError: if either space is unknown.
+  """
+  target = process.target(x0, eps, gamma, loss_space)
+  convert = {
+    'v': process.predict_v,
+    'eps': process.predict_eps,
+    'x0': process.predict_x0,
+  }[loss_space]
+  prediction = prediction.astype(jnp.float32)
+  error = convert(prediction, x_t, gamma, parameterization) - target
+  return jnp.mean(error**2, axis=(1, 2, 3))
+
+
+def multi_resolution_loss(
+  denoise_fn: DenoiseFn,
+  schedule: Schedule,
+  pyramid: Pyramid,
+  t: jax.Array,
+  eps: Pyramid,
+  *,
+  parameterization: str = 'v',
+  loss_space: str = 'eps',
+  weights: Sequence[float],
+  time_weights: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The weighted sum of the levels' losses, for each example.
+
+  In a mixed batch a level sees only the first B_r of the B examples. Its loss
+  is multiplied by B / B_r, so that the mean over the batch is the mean over
+  the examples that it does see.
+
+  Args:
+    denoise_fn: maps (x_t pyramid, t [B]) to the predictions, a pyramid of the
+      same shapes. Conditioning is closed over.
+    schedule: one row of gammas for each level.
+    pyramid: float32 images, coarse to fine.
+    t: int [B], the draw in 0..T-1. One draw serves all levels.
+    eps: standard normal noise, shaped like `pyramid`.
+    parameterization: see `level_loss`.
+    loss_space: see `level_loss`.
+    weights: one for each level, coarse to fine; not normalised.
+    time_weights: float32 [T + 1], indexed like the gammas, such as
+      `vdm_weights`; None weighs all noising steps alike.
+
+  Returns:
+    The loss per example, float32 [B], and {'level_losses': [levels]}, each
+    level's unweighted mean over the examples that it sees.
+  """
+  gammas = training_gammas(schedule, pyramid, t)
+  x_t = tuple(map(process.add_noise, pyramid, eps, gammas))
+  predictions = denoise_fn(x_t, t)
+  total = jnp.zeros(len(t), jnp.float32)
+  level_losses = []
+  for weight, *level in zip(
+    weights, predictions, x_t, pyramid, eps, gammas, strict=True
+  ):
+    losses = level_loss(
+      *level, parameterization=parameterization, loss_space=loss_space
+    )
+    level_losses.append(losses.mean())
+    unseen = len(t) - len(losses)
+    scale = weight * len(t) / len(losses)
+    total += scale * jnp.pad(losses, (0, unseen))
+  if time_weights is not None:
+    total *= jnp.asarray(time_weights)[t + 1]
+  return total, {'level_losses': jnp.stack(level_losses)}

@@ -1,0 +1,310 @@
+"""What a run tells its reader: metrics, progress lines and tables.
+
+`clu.metric_writers` imports TensorFlow, so TensorBoard events are written with
+tensorboardX.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import logging as python_logging
+import math
+import pathlib
+import time
+from typing import Any
+
+from absl import logging
+from etils import epy
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+with epy.lazy_imports():  # 0.3 s and 0.4 s, which no --help should pay.
+  from clu import parameter_overview
+  import tensorboardX
+
+# Peak bfloat16 FLOP/s of one chip without sparsity, by how `device_kind`
+# begins; the first match counts. https://cloud.google.com/tpu/docs/v4 (v5e,
+# v5p, v6e) and the data sheets of NVIDIA, whose figures with sparsity are
+# twice these.
+_PEAK_FLOPS = (
+    ('TPU v4', 275e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5e', 197e12),
+    ('TPU v5', 459e12),
+    ('TPU v6', 918e12),
+    ('NVIDIA A100', 312e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H100', 989e12),
+    ('NVIDIA H200', 989e12),
+    ('NVIDIA L40S', 362e12),
+    ('NVIDIA L4', 121e12),
+)
+
+
+class MetricWriter:
+  """Writes metrics to `metrics.jsonl` and to TensorBoard events.
+
+  Every line of `metrics.jsonl` is an object with 'time' (seconds since 1970),
+  'stage', 'step' and the values; it is with the operating system when
+  `scalars` returns, so that killing the process loses none. Nothing is ever
+  removed: a run that resumes from step s writes the lines after s again, with a
+  later 'time'. Of two lines of the same stage and step the last one counts.
+
+  Only process 0 writes; on the others every method does nothing.
+  """
+
+  def __init__(self, workdir: str | pathlib.Path):
+    """Appends to `metrics.jsonl` and `tensorboard/` in a local directory."""
+    self._file = self._events = None
+    if jax.process_index() == 0:
+      workdir = pathlib.Path(workdir)
+      workdir.mkdir(parents=True, exist_ok=True)
+      self._file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
+      self._events = tensorboardX.SummaryWriter(
+          str(workdir / 'tensorboard'), flush_secs=20
+      )
+
+  def scalars(
+      self, step: int, values: Mapping[str, float], *, stage: str
+  ) -> None:
+    """Writes numbers; in TensorBoard they are named `<stage>/<name>`.
+
+    Args:
+      step: of the stage.
+      values: anything `float` takes; an array on a device is waited for. What
+        is not finite becomes a string, 'nan' or 'inf', as JSON has no word
+        for it.
+      stage: name of the stage.
+    """
+    if not self._file:
+      return
+    now = time.time()
+    values = {name: float(value) for name, value in values.items()}
+    line = {'time': round(now, 3), 'stage': stage, 'step': int(step)} | {
+        name: value if math.isfinite(value) else str(value)
+        for name, value in values.items()
+    }
+    self._file.write(json.dumps(line) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(f'{stage}/{name}', value, step, walltime=now)
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Writes a picture to TensorBoard: uint8 `[H, W, 3]`."""
+    if self._events:
+      self._events.add_image(name, image, step, dataformats='HWC')
+
+  def text(self, step: int, name: str, markdown: str) -> None:
+    """Writes Markdown to TensorBoard."""
+    if self._events:
+      self._events.add_text(name, markdown, step)
+
+  def close(self) -> None:
+    """Writes out the events and closes the files."""
+    if self._file:
+      self._file.close()
+      self._events.close()
+
+
+class Progress:
+  """One line of progress a report, and the rates it shows.
+
+  Make one when the step is compiled: time counts from then on.
+  """
+
+  def __init__(
+      self, stage: str, *, first_step: int, last_step: int, batch_size: int
+  ):
+    """Starts the clock.
+
+    Args:
+      stage: how a line begins, such as "stage 1/2 '32'".
+      first_step: steps taken already.
+      last_step: steps at the end of the stage.
+      batch_size: images a step over all devices.
+    """
+    self._stage = stage
+    self._last_step = last_step
+    self._batch_size = batch_size
+    self._start_step = self._step = first_step
+    self._start_time = self._time = time.monotonic()
+    self._paused = 0.0
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Keeps what happens inside (saving, sampling) out of the rates."""
+    begin = time.monotonic()
+    try:
+      yield
+    finally:
+      self._paused += time.monotonic() - begin
+
+  def report(
+      self, step: int, *, loss: float, levels: Mapping[str, float],
+      grad_norm: float, learning_rate: float,
+  ) -> dict[str, float]:
+    """Logs a line about the steps since the last report.
+
+    Args:
+      step: steps taken so far, at least one more than at the last report.
+      loss: the weighted sum.
+      levels: each level's loss by the level's name, coarse to fine.
+      grad_norm: before clipping.
+      learning_rate: of the last step.
+
+    Returns:
+      'images_per_second' and 'seconds_per_step' without what was paused, and
+      'eta_seconds' until the end of the stage, at the pace so far with pauses.
+    """
+    now = time.monotonic()
+    seconds = (now - self._time - self._paused) / (step - self._step)
+    pace = (now - self._start_time) / (step - self._start_step)
+    self._step, self._time, self._paused = step, now, 0.0
+    rates = {
+        'images_per_second': self._batch_size / seconds,
+        'seconds_per_step': seconds,
+        'eta_seconds': pace * (self._last_step - step),
+    }
+    each = ', '.join(f'{name}: {value:.4f}' for name, value in levels.items())
+    logging.info(
+        '%s  step %d/%d (%d %%)  %.1f images/s  eta %s  loss %.4f%s  grad %.2f'
+        '  lr %.1e',
+        self._stage, step, self._last_step, 100 * step // self._last_step,
+        rates['images_per_second'], duration(rates['eta_seconds']),
+        loss, f' ({each})' if len(levels) > 1 else '', grad_norm, learning_rate,
+    )
+    return rates
+
+
+def duration(seconds: float) -> str:
+  """Seconds in two units at most: 9s, 4m12s, 1h05m, 2d03h."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days}d{hours:02}h'
+  if hours:
+    return f'{hours}h{minutes:02}m'
+  return f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'
+
+
+def setup_logging() -> None:
+  """Logs this package's progress, and of its libraries only the warnings.
+
+  Orbax alone logs some forty lines a save.
+  """
+  package = str(pathlib.Path(__file__).parent)
+
+  def is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
+    return (
+        record.levelno >= python_logging.WARNING
+        or record.pathname.startswith(package)
+    )
+
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_logger().addFilter(is_ours_or_a_warning)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """The FLOP/s that model FLOPs utilisation (MFU) is a fraction of.
+
+  Returns:
+    For a TPU or GPU the vendor's bfloat16 peak of one chip, None if it is not
+    in the table. For a CPU, whose vendor states none, what
+    `measure_matmul_flops` reaches (0.3 s): MFU is then a fraction of the best
+    matrix product, and with simulated devices all of them share it.
+  """
+  if device.platform == 'cpu':
+    return measure_matmul_flops(device)
+  for kind, flops in _PEAK_FLOPS:
+    if device.device_kind.startswith(kind):
+      return flops
+  return None
+
+
+def measure_matmul_flops(
+    device: jax.Device, size: int = 1024, seconds: float = 0.2
+) -> float:
+  """Best FLOP/s of a float32 matrix product of `[size, size]` in some seconds.
+  """
+  x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+  matmul = jax.jit(jnp.matmul)
+  matmul(x, x).block_until_ready()
+  best, end = math.inf, time.monotonic() + seconds
+  while time.monotonic() < end:
+    begin = time.monotonic()
+    matmul(x, x).block_until_ready()
+    best = min(best, time.monotonic() - begin)
+  return 2 * size**3 / best
+
+
+def flops_per_step(compiled: jax.stages.Compiled) -> float | None:
+  """XLA's count of one call's FLOPs on one device, None if it has none.
+
+  A program partitioned over n devices does n times as many.
+  """
+  cost = compiled.cost_analysis()
+  if isinstance(cost, list):  # One a program before JAX 0.5.
+    cost = cost[0] if cost else None
+  flops = (cost or {}).get('flops', 0.0)
+  return flops if flops > 0 else None
+
+
+def log_parameter_overview(params: Mapping[str, Any]) -> None:
+  """Logs the number of parameters of each block.
+
+  Args:
+    params: nested dicts of arrays or `jax.ShapeDtypeStruct`; what lies deeper
+      than two levels is summed up.
+  """
+
+  @dataclasses.dataclass
+  class Row:
+    name: str
+    parameters: int
+
+  rows = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path[:2], simple=True, separator='/')
+    row = rows.setdefault(name, Row(name, 0))
+    row.parameters += math.prod(leaf.shape)
+  total = sum(row.parameters for row in rows.values())
+  logging.info(
+      '%s parameters\n%s',
+      f'{total:,}', parameter_overview.make_table(list(rows.values())),
+  )
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+  """An aligned plain-text table.
+
+  Args:
+    rows: cells; None shows as '-', a float in four significant digits.
+    headers: one a column. A column of numbers is aligned to the right.
+
+  Returns:
+    Lines without a trailing newline.
+  """
+
+  def cell(value: Any) -> str:
+    if value is None:
+      return '-'
+    if isinstance(value, float):
+      return f'{value:.4g}'
+    return f'{value:,}' if isinstance(value, int) else str(value)
+
+  lines = [list(headers), *([cell(value) for value in row] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  lines.insert(1, ['-' * width for width in widths])
+  is_text = [
+      any(isinstance(value, str) for value in column) for column in zip(*rows)
+  ] or [True] * len(widths)
+  return '\n'.join(
+      '  '.join(
+          text.ljust(width) if left else text.rjust(width)
+          for text, width, left in zip(line, widths, is_text)
+      ).rstrip()
+      for line in lines
+  )

@@ -1,0 +1,80 @@
+"""NestedUNet (MDM, arXiv 2310.15111, section 3.2), of any depth."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.models.conditioning import Cond, TextConditioning, TextSpec
+from mdm_jax.models.unet import LevelSpec, UNet
+
+
+class NestedUNet(nn.Module):
+  """Denoises every level of a pyramid at once.
+
+  Parameters are `text`, which the levels share, and `level_0` (the coarsest,
+  a complete UNet), `level_1`, ... A network of more levels holds one of fewer
+  under the same names; that is how a stage grows out of the last one.
+
+  Attributes:
+    levels: coarse to fine.
+    text_spec: how text features enter.
+    dtype: of activations and matrix products; parameters are float32.
+  """
+  levels: tuple[LevelSpec, ...]
+  text_spec: TextSpec
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    dims = {spec.temporal_dim for spec in self.levels}
+    if len(dims) > 1:
+      raise ValueError(
+          f'All levels share one temporal_dim; got {sorted(dims)}.')
+    self.text = TextConditioning(self.text_spec, dims.pop(), self.dtype)
+    self.level = [
+        UNet(spec, self.levels[r - 1].channels[0] if r else None, self.dtype)
+        for r, spec in enumerate(self.levels)]
+
+  def __call__(self, x_t: tuple[jax.Array, ...], t: jax.Array,
+               cond: Cond) -> tuple[jax.Array, ...]:
+    """Predicts for every level.
+
+    Args:
+      x_t: noisy pyramid, coarse to fine, `x_t[r]` [B_r, H_r, W_r, 3]. In a
+        mixed batch B_r < B_0 and level r sees the first B_r examples.
+      t: [B_0] diffusion time.
+      cond: the conditioning of all B_0 examples.
+
+    Returns:
+      A pyramid of predictions of the shapes of `x_t`, float32.
+    """
+    text, mask, pooled = self.text(cond)
+    # Down, fine to coarse. `outer` is what a finer level hands inwards.
+    outer, states = 0, []
+    for level, x in zip(reversed(self.level), reversed(x_t)):
+      batch = len(x)
+      temb = level.embed(
+          t[:batch], None if cond.scale is None else cond.scale[:batch],
+          pooled[:batch])
+      context = (temb, text[:batch], None if mask is None else mask[:batch])
+      h, skips = level.descend(x, *context, _pad_batch(outer, batch))
+      states.append((h, skips, context))
+      if level.inner_channels is not None:
+        outer = level.in_adapter(h)
+    # Up, coarse to fine.
+    out = []
+    for level in self.level:
+      bottom, skips, context = states.pop()
+      if level.inner_channels is None:
+        h = level.middle(bottom, *context)
+      else:
+        h = bottom + level.out_adapter(h[:len(bottom)])
+      h = level.ascend(h, skips, *context)
+      out.append(level.out(h))
+    return tuple(out)
+
+
+def _pad_batch(x: jax.Array | int, batch: int) -> jax.Array | int:
+  """Appends zeros for the examples that the finer level did not see."""
+  if isinstance(x, int) or len(x) == batch:
+    return x
+  return jnp.pad(x, ((0, batch - len(x)), (0, 0), (0, 0), (0, 0)))

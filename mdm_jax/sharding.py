@@ -1,0 +1,103 @@
+"""Meshes, and which axis of which array lies along which axis of them."""
+
+from collections.abc import Mapping, Sequence
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+AXES = ('data', 'fsdp', 'spatial')
+# Examples are spread over every device that holds no part of the same image.
+BATCH_AXES = ('data', 'fsdp')
+
+# First match wins. A rule's axes stand for the parameter's last dimensions.
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(axes: Mapping[str, int],
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Arranges devices in a mesh.
+
+  Args:
+    axes: size of each of `AXES`; one may be -1, for what is left.
+    devices: all of them, if None.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  count = len(devices or jax.devices())
+  sizes = [axes[name] for name in AXES]
+  if sizes.count(-1) == 1:
+    known = -math.prod(sizes)
+    sizes[sizes.index(-1)] = count // known if known > 0 else 0
+  if min(sizes) < 1 or math.prod(sizes) != count:
+    raise ValueError(
+        f'mesh {dict(axes)} does not arrange {count} devices: sizes must '
+        f'multiply to {count} (one may be -1).')
+  return jax.make_mesh(
+      sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts a batch is divided."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+  """Examples over `BATCH_AXES`; an image's height over `spatial`."""
+  height = ('spatial',) if ndim == 4 else ()
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *height))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray],
+                mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's slices of a global batch -> global arrays on the mesh."""
+  return {
+      name: jax.make_array_from_process_local_data(
+          batch_sharding(mesh, value.ndim), value)
+      for name, value in batch.items()}
+
+
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+  """The sharding of every leaf, by the first rule that matches its path.
+
+  A path is the leaf's keys joined by '/'. The moments of an optimizer and the
+  average of the parameters end in the parameter's own path, so one rule
+  places all of them.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`s.
+    mesh: the mesh.
+    rules: pairs of a regular expression, searched for in the path, and mesh
+      axes for the last dimensions. Without a match, or if the leaf has fewer
+      dimensions than the rule, it is replicated.
+
+  Raises:
+    ValueError: if an axis does not divide the dimension it is to shard.
+  """
+  def sharding(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for pattern, axes in rules:
+      if re.search(pattern, name):
+        break
+    else:
+      return replicated(mesh)
+    if len(axes) > len(leaf.shape):
+      return replicated(mesh)
+    spec = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
+    for size, axis in zip(leaf.shape, spec):
+      if axis is not None and size % mesh.shape[axis]:
+        raise ValueError(
+            f'{name} {leaf.shape}: the {mesh.shape[axis]} devices of mesh '
+            f'axis {axis!r} do not divide {size}; exempt it by an earlier '
+            'rule in sharding_rules.')
+    return NamedSharding(mesh, PartitionSpec(*spec))
+  return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -1,0 +1,80 @@
+"""Trains a small SentencePiece tokenizer, with T5's special tokens.
+
+  python -m mdm_jax.tools.train_tokenizer --output=captions.model
+
+The model in `mdm_jax/data/captions.model` was made by this command; with
+`--captions=FILE` (a caption a line) it learns other words. Any text can be
+encoded: what is not in the vocabulary is spelt in bytes.
+"""
+
+from collections.abc import Iterable
+import io
+import os
+
+from absl import app, flags, logging
+import sentencepiece
+
+from mdm_jax.data import shapes
+
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Where to write the model.', required=True
+)
+_CAPTIONS = flags.DEFINE_string(
+    'captions', None, 'A text file, one caption a line; without it, shapes.'
+)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    'vocab_size', 450, 'Pieces, of which 256 are bytes and 3 are special.'
+)
+_NUM_CAPTIONS = 20_000
+
+
+def shapes_captions(count: int = _NUM_CAPTIONS) -> Iterable[str]:
+  """Captions of the first training scenes of the embedded data set."""
+  source = shapes.ShapesSource(0, 'train', count, resolution=64)
+  return (source.scene(index)[1] for index in range(count))
+
+
+def train(captions: Iterable[str], vocab_size: int) -> bytes:
+  """Returns a serialized BPE model (pad 0, `</s>` 1, unknown 2).
+
+  Raises:
+    RuntimeError: from SentencePiece, if there are no captions.
+  """
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(captions),
+      model_writer=model,
+      # The unigram trainer never tries a word that is seen in one form only.
+      model_type='bpe',
+      normalization_rule_name='identity',
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      byte_fallback=True,
+      character_coverage=1.0,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      num_threads=1,
+      minloglevel=2,
+  )
+  return model.getvalue()
+
+
+def main(argv: list[str]) -> None:
+  """Trains and writes one model."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  if _CAPTIONS.value is None:
+    model = train(shapes_captions(), _VOCAB_SIZE.value)
+  else:
+    with open(_CAPTIONS.value, encoding='utf-8') as lines:
+      model = train((line.strip() for line in lines), _VOCAB_SIZE.value)
+  os.makedirs(os.path.dirname(os.path.abspath(_OUTPUT.value)), exist_ok=True)
+  with open(_OUTPUT.value, 'wb') as file:
+    file.write(model)
+  logging.info('wrote %s (%d bytes)', _OUTPUT.value, len(model))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,104 @@
+"""Shared by all tests: 8 simulated devices, and the release's small models."""
+
+import os
+
+# Before JAX is first imported.
+os.environ['XLA_FLAGS'] = ' '.join([
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8'])
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import functools
+import json
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax.models.conditioning import Cond, TextSpec
+from mdm_jax.models.nested_unet import NestedUNet
+from mdm_jax.models.release import from_release
+from mdm_jax.models.unet import LevelSpec
+
+GOLDEN = pathlib.Path(__file__).parent / 'data' / 'golden'
+
+
+def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:
+  """The release's configuration -> levels, coarse to fine, and the text's."""
+  levels, outer = [], config
+  while True:
+    layers = [n if i in outer['attention_levels'] else 0
+              for i, n in enumerate(outer['num_attention_layers'])]
+    channels = outer['resolution_channels']
+    levels.append(LevelSpec(
+        channels=tuple(channels),
+        num_blocks=tuple(outer['num_resnets_per_resolution']),
+        attention_layers=tuple(layers),
+        temporal_dim=outer.get('temporal_dim') or 4 * channels[0],
+        scale_condition=int(outer['micro_conditioning'].split(':')[1]),
+        # Only an outer level may divide its input.
+        normalize_input=not outer.get('skip_normalization', True),
+        attention_ffn=outer['resnet_config']['use_attention_ffn']))
+    if 'inner_config' not in outer:
+      break
+    outer = outer['inner_config']
+  text = TextSpec(
+      width=outer['conditioning_feature_proj_dim'],
+      num_layers=outer['num_lm_head_layers'],
+      masked_attention=bool(outer['masked_cross_attention']))
+  return tuple(reversed(levels)), text
+
+
+def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+  rng = np.random.default_rng(zlib.crc32(name.encode()))
+  x = rng.standard_normal(shape).astype(np.float32)
+  if len(shape) > 1:
+    return x / np.float32(np.sqrt(np.prod(shape[1:])))
+  return 1 + 0.1 * x if name.endswith('weight') else 0.1 * x
+
+
+@pytest.fixture(scope='session')
+def golden_model():
+  """name -> jitted denoise_fn(x_t, t, text, text_mask, scale=None)."""
+  models = json.loads((GOLDEN / 'small_models.json').read_text())
+
+  @functools.cache
+  def build(name: str):
+    model = models[name]
+    levels, text_spec = _specs(model['config'])
+    network = NestedUNet(levels, text_spec)
+    size, x_t = 8, []
+    for spec in levels:
+      x_t.append(np.zeros((1, size, size, 3), np.float32))
+      size *= 2
+    for r in range(1, len(levels)):
+      size = x_t[r - 1].shape[1] * levels[r].downsampling
+      x_t[r] = np.zeros((1, size, size, 3), np.float32)
+    cond = Cond(np.zeros((1, 3, model['lm_dim']), np.float32),
+                np.ones((1, 3), bool))
+    shapes = jax.eval_shape(
+        network.init, jax.random.key(0), x_t, np.zeros(1), cond)['params']
+    state = model['state_dict']
+    params = from_release(
+        shapes, levels,
+        {k: _golden_weight(k, tuple(s)) for k, s in state.items()})
+
+    @jax.jit
+    def denoise_fn(x_t, t, text, text_mask, scale=None):
+      return network.apply(
+          {'params': params}, x_t, t, Cond(text, text_mask, scale))
+    return denoise_fn
+
+  return build
+
+
+@pytest.fixture(scope='session')
+def golden():
+  """name -> the golden file's arrays, images NHWC as in this project."""
+  def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f'{name}.npz') as file:
+      return {key: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
+              for key, value in file.items()}
+  return load

@@ -1,0 +1,211 @@
+"""The order of examples: seed alone decides, whoever computes it."""
+
+import logging as python_logging
+
+from absl import flags
+import numpy as np
+import pytest
+
+from mdm_jax.data import pipeline
+from mdm_jax.data.shapes import ShapesSource
+from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.data.transforms import BadRecord, Transform
+
+
+class Numbers:
+  """Records that say which they are, and remember what was read."""
+
+  def __init__(self, size):
+    self.size = size
+    self.read = []
+
+  def __len__(self):
+    return self.size
+
+  def __getitem__(self, index):
+    self.read.append(index)
+    return {'key': f'n{index}', 'number': index}
+
+
+def to_example(record, rng):
+  return {
+      'number': np.int32(record['number']),
+      'random': np.float32(rng.random()),
+  }
+
+
+def fail_on(*bad):
+  def transform(record, rng):
+    if record['number'] in bad:
+      raise BadRecord(record['key'], 'damaged image')
+    return to_example(record, rng)
+
+  return transform
+
+
+def batches(source, *, transform=to_example, **options):
+  defaults = {'batch_size': 8, 'seed': 3, 'shuffle': True, 'num_batches': 6}
+  return list(
+      pipeline.make_dataset(
+          source, transform=transform, **(defaults | options)
+      )
+  )
+
+
+def column(found, name='number'):
+  return np.concatenate([batch[name] for batch in found])
+
+
+def test_the_order_of_a_seed_never_changes():
+  # A run that is resumed by a later version must go on in the same order.
+  small = column(batches(Numbers(6), batch_size=6, num_batches=2))
+  np.testing.assert_array_equal(small, [3, 5, 2, 4, 1, 0, 3, 4, 5, 2, 1, 0])
+  large = [pipeline.record_index(p, 10**6, 3, True) for p in (0, 1, 10**6)]
+  assert large == [249410, 720013, 557549]
+
+
+@pytest.mark.parametrize('process_count', [2, 4])
+def test_processes_share_the_same_global_batches(process_count):
+  expected = batches(Numbers(21))
+  parts = [
+      batches(Numbers(21), process_index=i, process_count=process_count)
+      for i in range(process_count)
+  ]
+  for k, whole in enumerate(expected):
+    for name in ('number', 'random', 'bad'):
+      found = np.concatenate([part[k][name] for part in parts])
+      np.testing.assert_array_equal(found, whole[name])
+
+
+@pytest.mark.parametrize('options', [{'num_threads': 2}, {'prefetch': 5}])
+def test_threads_and_prefetch_change_nothing(options):
+  expected = batches(Numbers(21))
+  found = batches(Numbers(21), **options)
+  for name in ('number', 'random'):
+    np.testing.assert_array_equal(column(found, name), column(expected, name))
+
+
+@pytest.mark.parametrize('size', [1, 5, 2**16, 2**16 + 1])
+def test_each_record_once_an_epoch_in_a_new_order(size):
+  epochs = [
+      [pipeline.record_index(e * size + i, size, 7, True) for i in range(size)]
+      for e in range(2)
+  ]
+  for order in epochs:
+    assert sorted(order) == list(range(size))
+  if size > 1:
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != list(range(size))
+
+
+def test_seeds_differ():
+  assert column(batches(Numbers(40))).tolist() != (
+      column(batches(Numbers(40), seed=4)).tolist()
+  )
+
+
+def test_resuming_reads_nothing_before_and_goes_on_exactly():
+  expected = batches(Numbers(21), num_batches=7)
+  source = Numbers(21)
+  found = batches(source, start_batch=4, num_batches=3)
+  for name in ('number', 'random'):
+    np.testing.assert_array_equal(
+        column(found, name), column(expected[4:], name)
+    )
+  assert sorted(source.read) == sorted(column(expected[4:]).tolist())
+
+
+def test_a_data_set_smaller_than_a_batch():
+  found = batches(Numbers(3), batch_size=8, num_batches=3)
+  assert [len(batch['number']) for batch in found] == [8, 8, 8]
+  np.testing.assert_array_equal(np.bincount(column(found)), [8, 8, 8])
+
+
+def test_without_shuffling_the_order_is_the_sources():
+  found = batches(Numbers(5), batch_size=2, shuffle=False, num_batches=3)
+  assert column(found).tolist() == [0, 1, 2, 3, 4, 0]
+
+
+def test_without_num_batches_there_is_no_end():
+  dataset = pipeline.make_dataset(
+      Numbers(2), transform=to_example, batch_size=2, seed=0, shuffle=True
+  )
+  iterator = iter(dataset)
+  for _ in range(20):
+    assert sorted(next(iterator)['number'].tolist()) == [0, 1]
+
+
+def test_randomness_belongs_to_the_position():
+  found = column(batches(Numbers(2), num_batches=4), 'random')
+  assert len(set(found.tolist())) == len(found)
+  assert 0.3 < found.mean() < 0.7
+
+
+def test_bad_records_are_replaced_flagged_and_logged_once(caplog):
+  options = {'batch_size': 2, 'shuffle': False, 'num_batches': 5}
+  with caplog.at_level(python_logging.WARNING):
+    found = batches(Numbers(5), transform=fail_on(1, 2), **options)
+  assert column(found).tolist() == [0, 3, 3, 3, 4, 0, 3, 3, 3, 4]
+  assert column(found, 'bad').astype(int).tolist() == [
+      0, 1, 1, 0, 0, 0, 1, 1, 0, 0,
+  ]  # fmt: skip
+  messages = [r.getMessage() for r in caplog.records]
+  assert sum('n1: damaged image' in m for m in messages) == 1
+  assert sum('n2: damaged image' in m for m in messages) == 1
+
+
+def test_replacements_are_the_same_for_any_process_count():
+  transform = fail_on(0, 3, 4, 11)
+  expected = batches(Numbers(13), transform=transform)
+  assert column(expected, 'bad').sum() > 0
+  second = batches(
+      Numbers(13), transform=transform, process_index=1, process_count=2
+  )
+  for whole, half in zip(expected, second):
+    for name in ('number', 'random', 'bad'):
+      np.testing.assert_array_equal(half[name], whole[name][4:])
+
+
+def test_a_data_set_of_bad_records_is_an_error():
+  with pytest.raises(ValueError, match='100 records in a row.*damaged image'):
+    batches(Numbers(3), transform=fail_on(0, 1, 2))
+
+
+def test_other_errors_of_a_transform_are_not_hidden():
+  def transform(record, rng):
+    raise ValueError('a defect of the program')
+
+  with pytest.raises(ValueError, match='a defect of the program'):
+    batches(Numbers(3), transform=transform)
+
+
+@pytest.mark.parametrize(
+    'size, options, message',
+    [
+        (0, {}, 'empty'),
+        (5, {'batch_size': 0}, 'batch_size=0'),
+        (5, {'batch_size': 6, 'process_count': 4}, 'batch_size=6.*4 processes'),
+    ],
+)
+def test_errors_name_what_is_wrong(size, options, message):
+  with pytest.raises(ValueError, match=message):
+    batches(Numbers(size), **options)
+
+
+def test_worker_processes_give_the_same_batches():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  options = {
+      'transform': Transform(Tokenizer(CAPTIONS_MODEL, 16), 16),
+      'batch_size': 4,
+      'num_batches': 3,
+      'start_batch': 2,
+  }
+  source = ShapesSource(seed=0, split='train', size=10, resolution=16)
+  expected = batches(source, **options)
+  found = batches(source, num_workers=2, **options)
+  assert len(found) == len(expected) == 3
+  for one, other in zip(expected, found):
+    assert sorted(one) == ['bad', 'image', 'scale', 'tokens']
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])

@@ -1,0 +1,108 @@
+"""Prepared data sets as random access records."""
+
+import io
+import pickle
+import tarfile
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from mdm_jax.data import pipeline, sources
+from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.tools import prepare_data
+
+
+class Lengths:
+  """A tokenizer: the length of the caption."""
+
+  def encode(self, caption):
+    return np.array([len(caption)], np.int32)
+
+
+def image_file(level):
+  buffer = io.BytesIO()
+  Image.new('RGB', (24 + level, 20), (level, 0, 0)).save(buffer, 'PNG')
+  return buffer.getvalue()
+
+
+@pytest.fixture
+def data_set(tmp_path):
+  """Ten records, one of them for validation."""
+  with tarfile.open(tmp_path / 'some.tar', 'w') as tar:
+    for i in range(10):
+      for name, data in (
+          (f'{i}.png', image_file(i)),
+          (f'{i}.txt', f'caption ü {i}'.encode()),
+      ):
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+  path = str(tmp_path / 'prepared')
+  prepare_data.prepare(f'{tmp_path}/*.tar', path, validation_fraction=0.2)
+  return path
+
+
+def test_records_come_back_as_they_were_written(data_set):
+  assert set(sources.available_splits(data_set)) == {'train', 'validation'}
+  train = sources.open_source(data_set, 'train')
+  validation = sources.open_source(data_set, 'validation')
+  records = [s[i] for s in (train, validation) for i in range(len(s))]
+  assert len(validation) > 0
+  assert sorted(r['key'] for r in records) == [f'some/{i}' for i in range(10)]
+  for record in records:
+    i = int(record['key'].removeprefix('some/'))
+    assert record['image'] == image_file(i)
+    assert record['caption'] == f'caption ü {i}'
+
+
+def test_a_source_goes_to_workers_by_its_path(data_set):
+  source = sources.open_source(data_set, 'train')
+  first = source[0]
+  data = pickle.dumps(source)
+  assert len(data) < 1000
+  assert pickle.loads(data)[0] == first
+
+
+def test_batches_of_a_prepared_data_set(data_set):
+  source = sources.open_source(data_set, 'train')
+  dataset = pipeline.make_dataset(
+      source,
+      transform=Transform(Lengths(), 16),
+      batch_size=len(source),
+      seed=0,
+      shuffle=True,
+      num_batches=1,
+  )
+  (batch,) = dataset
+  levels = sorted(batch['image'][:, 8, 8, 0].tolist())
+  keys = [source[i]['key'] for i in range(len(source))]
+  assert levels == sorted(int(k.removeprefix('some/')) for k in keys)
+  assert batch['tokens'].tolist() == [[11]] * len(source)
+  assert batch['scale'].tolist() == [20.0] * len(source)
+
+
+def test_a_damaged_record_is_bad_and_the_others_are_not(data_set, tmp_path):
+  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000')
+  data = bytearray(path.read_bytes())
+  wanted = sources.open_source(data_set, 'train')[2]
+  data[data.index(wanted['image']) + 30] ^= 1
+  path.write_bytes(data)
+  source = sources.open_source(data_set, 'train')
+  for i in range(len(source)):
+    if i == 2:
+      with pytest.raises(BadRecord, match=r'\[2\]: damaged record'):
+        source[i]
+    else:
+      assert source[i]['caption'].startswith('caption')
+
+
+def test_what_is_missing_is_named(data_set, tmp_path):
+  with pytest.raises(FileNotFoundError, match='nowhere.*prepare_data.*--out'):
+    sources.open_source(f'{tmp_path}/nowhere', 'train')
+  with pytest.raises(ValueError, match="'test', only: train, validation"):
+    sources.open_source(data_set, 'test')
+  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000')
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match='train.array_record-00000'):
+    sources.open_source(data_set, 'train')

@@ -1,0 +1,69 @@
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax.diffusion import guidance
+
+
+def _network(calls):
+  def denoise(x_t, t, cond):
+    calls.append(len(t))
+    offset = cond['text'][:, None, None, None] + t[:, None, None, None]
+    return tuple(x * (level + 1) + offset for level, x in enumerate(x_t))
+  return denoise
+
+
+def _inputs():
+  rng = np.random.default_rng(5)
+  x_t = tuple(
+    rng.normal(size=(2, side, side, 3)).astype(np.float32)
+    for side in (2, 4)
+  )
+  t = np.array([3, 7])
+  cond = {'text': np.array([1.0, 2], np.float32), 'scale': None}
+  uncond = {'text': np.array([-1.0, 5], np.float32), 'scale': None}
+  return x_t, t, cond, uncond
+
+
+@pytest.mark.parametrize('w', [7.5, 0.0, np.float32(1.0)])
+def test_one_forward_gives_both_halves(w):
+  x_t, t, cond, uncond = _inputs()
+  calls = []
+  got = guidance.guided_denoise_fn(_network(calls), cond, uncond, w)(x_t, t)
+  assert calls == [4]
+  denoise = _network([])
+  for level, (with_text, without) in enumerate(
+    zip(denoise(x_t, t, cond), denoise(x_t, t, uncond), strict=True)
+  ):
+    expected = without + w * (with_text - without)
+    np.testing.assert_allclose(got[level], expected, rtol=1e-6, atol=1e-5)
+
+
+def test_a_weight_of_one_is_one_plain_forward():
+  x_t, t, cond, _ = _inputs()
+  calls = []
+  got = guidance.guided_denoise_fn(_network(calls), cond, None, 1.0)(x_t, t)
+  assert calls == [2]
+  expected = _network([])(x_t, t, cond)
+  for level, plain in zip(got, expected, strict=True):
+    np.testing.assert_array_equal(level, plain)
+
+
+def test_a_traced_weight_is_compiled_once():
+  x_t, t, cond, uncond = _inputs()
+  calls = []
+
+  @jax.jit
+  def guided(w):
+    return guidance.guided_denoise_fn(
+      _network(calls), cond, uncond, w
+    )(x_t, t)
+
+  plain = guided(1.0)
+  strong = guided(3.0)
+  assert calls == [4]
+  np.testing.assert_allclose(
+    strong[0] - plain[0],
+    np.broadcast_to([[[[4.0]]], [[[-6.0]]]], plain[0].shape),
+    atol=1e-5,
+  )

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from mdm_jax.diffusion import pyramid as pyramids
+
+
+def _pool(images, factor):
+  batch, height, width, channels = images.shape
+  pooled = np.zeros((batch, height // factor, width // factor, channels))
+  for y in range(height // factor):
+    for x in range(width // factor):
+      block = images[
+        :, y * factor : (y + 1) * factor, x * factor : (x + 1) * factor
+      ]
+      pooled[:, y, x] = block.mean((1, 2))
+  return pooled
+
+
+def test_every_pixel_survives_the_round_trip():
+  pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+  floats = pyramids.to_float(pixels)
+  assert floats.min() == -127 / 128 and floats.max() == 1
+  np.testing.assert_array_equal(pyramids.to_uint8(floats), pixels)
+
+
+def test_pixels_are_rounded_and_clipped():
+  values = np.array([-2.0, -1, (9.4 - 127) / 128, (9.6 - 127) / 128, 1, 1.1])
+  np.testing.assert_array_equal(
+    pyramids.to_uint8(values), [0, 0, 9, 10, 255, 255]
+  )
+
+
+def test_levels_are_block_means_of_the_first_examples():
+  images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
+  images = images.astype(np.float32)
+  levels = pyramids.make_pyramid(images, (4, 16, 32), (1, 0.75, 0.5))
+  np.testing.assert_array_equal(levels[2], images[:2])
+  np.testing.assert_allclose(levels[1], _pool(images, 2)[:3], atol=1e-6)
+  np.testing.assert_allclose(levels[0], _pool(images, 8), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'ratio, fractions',
+  [
+    ((1,), (1,)),
+    ((1, 2), (1, 2 / 3)),
+    ((1, 1, 2), (1, 3 / 4, 1 / 2)),
+    ((0, 0, 1), (1, 1, 1)),
+  ],
+)
+def test_shares_accumulate_towards_the_coarse_levels(ratio, fractions):
+  assert pyramids.batch_fractions(ratio) == pytest.approx(fractions)
+
+
+@pytest.mark.parametrize('ratio', [(1, 0), (-1, 2)])
+def test_shares_that_leave_a_level_empty_are_refused(ratio):
+  with pytest.raises(ValueError, match='mixed_ratio'):
+    pyramids.batch_fractions(ratio)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+  fractions = pyramids.batch_fractions((1, 2))
+  assert pyramids.level_batch_sizes(3 * 2**20, fractions) == (
+    3 * 2**20, 2**21
+  )
+  with pytest.raises(ValueError, match='4 examples'):
+    pyramids.level_batch_sizes(4, fractions)
+
+
+def test_wrong_resolutions_are_refused():
+  images = np.zeros((1, 24, 24, 3), np.float32)
+  with pytest.raises(ValueError, match='24x24'):
+    pyramids.make_pyramid(images, (8, 16), (1, 1))
+  with pytest.raises(ValueError, match='divide'):
+    pyramids.make_pyramid(images, (16, 24), (1, 1))

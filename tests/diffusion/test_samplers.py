@@ -1,0 +1,222 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax.diffusion import process, samplers
+from mdm_jax.diffusion.schedule import make_schedule
+
+RESOLUTIONS = (4, 8)
+SCHEDULE = make_schedule('deepfloyd', RESOLUTIONS, 1.0)
+
+
+def _images(seed=6):
+  rng = np.random.default_rng(seed)
+  return tuple(
+    rng.uniform(-0.9, 0.9, (2, side, side, 3)).astype(np.float32)
+    for side in RESOLUTIONS
+  )
+
+
+def _knows(images, parameterization):
+  """A network that knows the images, and so reads the noise off x_t."""
+  def denoise(x_t, t):
+    predictions = []
+    for level, (x, x0) in enumerate(zip(x_t, images, strict=True)):
+      gamma = SCHEDULE.gamma(level, t + 1)
+      eps = process.predict_eps(x0, x, gamma, 'x0')
+      predictions.append(process.target(x0, eps, gamma, parameterization))
+    return tuple(predictions)
+  return denoise
+
+
+def _constant(value):
+  return lambda x_t, t: tuple(jnp.full_like(x, value) for x in x_t)
+
+
+@pytest.mark.parametrize('num_steps', (10, 50, 250))
+def test_steps_equal_the_released(golden, num_steps):
+  steps = samplers.time_steps(num_steps, 1000)
+  np.testing.assert_array_equal(
+    steps, golden('schedules')[f'timesteps_{num_steps}']
+  )
+
+
+@pytest.mark.parametrize('num_steps', (1, 7, 1000))
+def test_steps_fall_to_zero(num_steps):
+  steps = samplers.time_steps(num_steps, 1000)
+  assert len(steps) == num_steps + 1
+  assert np.all(np.diff(steps) < 0)
+  assert steps[-1] == 0 and steps[0] <= 1000
+
+
+@pytest.mark.parametrize('num_steps', (0, 1001))
+def test_steps_beyond_the_schedule_are_refused(num_steps):
+  with pytest.raises(ValueError, match=str(num_steps)):
+    samplers.time_steps(num_steps, 1000)
+
+
+@pytest.mark.parametrize(
+  'method, quantile, largest',
+  [('dynamic', 0.995, 100), ('dynamic_if', 0.95, 1.5)],
+)
+def test_dynamic_thresholding_is_per_example(method, quantile, largest):
+  rng = np.random.default_rng(7)
+  spread = np.array([0.1, 0.8, 500])[:, None, None, None]
+  x0 = (spread * rng.normal(size=(3, 6, 6, 3))).astype(np.float32)
+  got = samplers.threshold_x0(x0, method)
+  for image, result in zip(x0, got, strict=True):
+    scale = np.clip(np.quantile(np.abs(image), quantile), 1, largest)
+    expected = np.clip(image, -scale, scale) / scale
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_thresholds():
+  x0 = np.array([-3, -1, 0.5, 2], np.float32).reshape(1, 2, 2, 1)
+  np.testing.assert_array_equal(samplers.threshold_x0(x0, 'none'), x0)
+  np.testing.assert_array_equal(
+    samplers.threshold_x0(x0, 'clip').ravel(), [-1, -1, 0.5, 1]
+  )
+  with pytest.raises(ValueError, match="'hard'"):
+    samplers.threshold_x0(x0, 'hard')
+
+
+@pytest.mark.parametrize('parameterization', ['v', 'eps', 'x0'])
+def test_ddim_recovers_the_images_that_a_network_knows(parameterization):
+  images = _images()
+  got = samplers.sample(
+    _knows(images, parameterization),
+    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    SCHEDULE, jax.random.key(1), num_steps=10, threshold='none',
+    parameterization=parameterization,
+  )
+  for level, image in zip(got, images, strict=True):
+    np.testing.assert_allclose(level, image, atol=2e-4)
+
+
+def test_ddim_keeps_the_noise_and_moves_along_the_forward_process():
+  rng = np.random.default_rng(8)
+  x0, eps = rng.normal(size=(2, 1, 4, 4, 3)).astype(np.float32)
+  x_t = process.add_noise(x0, eps, 0.3)
+  np.testing.assert_allclose(
+    samplers.ddim_step(x0, x_t, 0.3, 0.8),
+    process.add_noise(x0, eps, 0.8),
+    atol=1e-5,
+  )
+
+
+def test_ddim_with_full_eta_is_ddpm():
+  rng = np.random.default_rng(9)
+  x0, x_t, noise = rng.normal(size=(3, 1, 4, 4, 3)).astype(np.float32)
+  for gamma, gamma_s in ((0.01, 0.2), (0.5, 0.9), (0.9, 1.0)):
+    gammas = jnp.float32(gamma), jnp.float32(gamma_s)
+    np.testing.assert_allclose(
+      samplers.ddim_step(x0, x_t, *gammas, noise, eta=1.0),
+      samplers.ddpm_step(x0, x_t, *gammas, noise),
+      atol=2e-6,
+    )
+
+
+def test_eta_scales_the_standard_deviation_of_fresh_noise():
+  x0, x_t = _images()[0], _images(13)[0]
+  gammas = jnp.float32(0.2), jnp.float32(0.7)
+  with_noise, without = (
+    samplers.ddim_step(x0, x_t, *gammas, jnp.float32(noise), eta=0.5)
+    for noise in (1, 0)
+  )
+  # (1 - alpha)(1 - gamma_s)/(1 - gamma) = 5/7 * 0.3 / 0.8
+  expected = 0.5 * np.sqrt(5 / 7 * 0.3 / 0.8)
+  np.testing.assert_allclose(with_noise - without, expected, rtol=1e-5)
+
+
+def test_ddpm_steps_from_the_forward_process_stay_on_it():
+  """From x_t of a known x0, x_s has the forward process's mean and spread."""
+  keys = jax.random.split(jax.random.key(2))
+  shape = (1, 200, 200, 3)
+  eps, noise = (jax.random.normal(key, shape) for key in keys)
+  x_t = process.add_noise(0.7, eps, 0.3)
+  x_s = np.array(samplers.ddpm_step(0.7, x_t, 0.3, 0.6, noise), float)
+  assert x_s.mean() == pytest.approx(0.7 * np.sqrt(0.6), abs=0.01)
+  assert x_s.var() == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_last_step_lands_on_x0_without_noise():
+  x0 = _images()[0]
+  noise = np.full_like(x0, 1e6)
+  gamma = jnp.float32(SCHEDULE.gammas[0, 1])
+  for step in (
+    samplers.ddpm_step(x0, 3 * x0, gamma, jnp.float32(1), noise),
+    samplers.ddim_step(x0, 3 * x0, gamma, jnp.float32(1), noise, eta=1.0),
+    samplers.ddim_step(x0, 3 * x0, gamma, jnp.float32(1)),
+  ):
+    np.testing.assert_allclose(step, x0, atol=1e-6)
+
+
+def test_the_whole_schedule_stays_finite_from_almost_no_signal():
+  schedule = make_schedule('deepfloyd', (4, 64), 2.0)
+  x_t = tuple(x * 3 for x in _images())
+  for sampler, eta in (('ddim', 1.0), ('ddpm', 0.0)):
+    got = samplers.sample(
+      _constant(0.3), x_t, schedule, jax.random.key(3), num_steps=1000,
+      sampler=sampler, eta=eta, threshold='clip',
+    )
+    for level in got:
+      assert np.all(np.abs(level) <= 1)
+
+
+@pytest.mark.parametrize('sampler, eta', [('ddpm', 0.0), ('ddim', 0.5)])
+def test_the_compiled_loop_equals_single_steps(sampler, eta):
+  x = _images(10)
+  rng = np.random.default_rng(11)
+  noise = tuple(
+    rng.normal(size=(5, *level.shape)).astype(np.float32) for level in x
+  )
+  options = {
+    'sampler': sampler, 'eta': eta, 'parameterization': 'v',
+    'threshold': 'none',
+  }
+  got = jax.jit(lambda x: samplers.sample(
+    _constant(0.2), x, SCHEDULE, jax.random.key(4), num_steps=5,
+    noise_fn=lambda index: tuple(jnp.asarray(n)[index] for n in noise),
+    **options,
+  ))(x)
+  times = samplers.time_steps(5, 1000)
+  for index in range(5):
+    x, _ = samplers.sample_step(
+      _constant(0.2), x, SCHEDULE, times[index], times[index + 1],
+      tuple(n[index] for n in noise), **options,
+    )
+  for level, expected in zip(got, x, strict=True):
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(level, np.clip(expected, -1, 1), atol=1e-5)
+
+
+def test_noise_comes_from_the_key_only_where_it_is_drawn():
+  def sampler(**options):
+    def run(seed):
+      return samplers.sample(
+        _constant(0.2), _images(12), SCHEDULE, jax.random.key(seed),
+        num_steps=4, threshold='clip', **options,
+      )[0]
+    return jax.jit(run)
+
+  def refuse(index):
+    raise AssertionError('noise drawn')
+
+  sampler(noise_fn=refuse)(0)
+  noisy = sampler(eta=0.5)
+  np.testing.assert_array_equal(noisy(0), noisy(0))
+  assert np.abs(noisy(0) - noisy(1)).max() > 0.1
+
+
+def test_wrong_settings_are_named():
+  x_t = _images()
+  for options, word in (
+    ({'sampler': 'euler'}, "'euler'"),
+    ({'eta': 1.5}, '1.5'),
+    ({'threshold': 'hard'}, "'hard'"),
+  ):
+    with pytest.raises(ValueError, match=word):
+      samplers.sample(
+        _constant(0), x_t, SCHEDULE, jax.random.key(0), num_steps=2, **options
+      )

@@ -1,0 +1,27 @@
+"""The network against the release's outputs, parameter by parameter."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
+FORWARD = sorted(path.stem for path in GOLDEN.glob('forward_*.npz'))
+
+
+@pytest.mark.parametrize('name', FORWARD)
+def test_forward_equals_release(name, golden, golden_model):
+  data = golden(name)
+  levels = sum(key.startswith('x_t_') for key in data)
+  x_t = tuple(data[f'x_t_{i}'] for i in reversed(range(levels)))
+  model = golden_model(str(data['model']))
+  out = model(x_t, data['t'], data['cond'], data['mask'] > 0,
+              data.get('scale'))
+  for i in range(levels):
+    expected = data[f'out_{i}']
+    actual = np.asarray(out[levels - 1 - i])
+    assert actual.shape == expected.shape
+    print(name, i, np.abs(actual - expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)

@@ -1,0 +1,262 @@
+"""Checkpoints restore what was saved, or say which leaf they cannot."""
+
+import json
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+from mdm_jax import checkpoint
+
+
+@flax.struct.dataclass
+class State:
+  step: Any
+  params: Any
+  ema: Any
+  opt_state: Any
+
+
+def make_mesh(num_devices):
+  return jax.make_mesh(
+      (num_devices,), ('fsdp',), axis_types=(AxisType.Auto,),
+      devices=jax.devices()[:num_devices],
+  )
+
+
+def shardings_of(state, num_devices):
+  mesh = make_mesh(num_devices)
+  return jax.tree.map(
+      lambda leaf: NamedSharding(
+          mesh,
+          PartitionSpec('fsdp') if leaf.ndim == 2 else PartitionSpec(),
+      ),
+      state,
+  )
+
+
+def make_state(num_devices=8, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 2)
+  params = {
+      'down_0': {'kernel': jax.random.normal(keys[0], (16, 4))},
+      'out': {'bias': jnp.ones(4, jnp.bfloat16)},
+  }
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  state = State(
+      step=jnp.int32(seed),
+      params=params,
+      ema=jax.tree.map(lambda leaf: leaf * 2, params),
+      opt_state=optimizer.init(params),
+  )
+  return jax.device_put(state, shardings_of(state, num_devices))
+
+
+def abstract(state, num_devices=8):
+  return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      state, shardings_of(state, num_devices),
+  )
+
+
+def assert_same_bytes(tree, expected):
+  assert jax.tree.structure(tree) == jax.tree.structure(expected)
+  for leaf, other in zip(jax.tree.leaves(tree), jax.tree.leaves(expected)):
+    assert leaf.dtype == other.dtype
+    assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.fixture
+def opened(tmp_path):
+  checkpoints = checkpoint.Checkpoints(
+      tmp_path / '0_32', save_interval=5, max_to_keep=2
+  )
+  yield checkpoints
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('num_devices', [8, 2, 1])
+def test_restores_the_same_bytes_on_any_device_count(opened, num_devices):
+  state = make_state(8)
+  extra = {'data': {'next_index': 7}, 'name': None}
+  assert opened.save(5, state, extra)
+  opened.wait()
+  opened.check_for_errors()
+  wanted = abstract(state, num_devices)
+  restored, restored_extra = opened.restore(wanted)
+  assert_same_bytes(restored, state)
+  assert restored_extra == extra
+  for leaf, other in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted)):
+    assert leaf.sharding == other.sharding
+  kernel = restored.params['down_0']['kernel']
+  assert len(kernel.addressable_shards) == num_devices
+
+
+def test_saves_when_due_and_keeps_the_newest(tmp_path, opened):
+  state = make_state()
+  saved = [
+      step for step in range(1, 17) if opened.save(step, state, {'at': step})
+  ]
+  assert saved == [5, 10, 15]
+  assert opened.save(16, state, {'at': 16}, force=True)
+  assert not opened.save(16, state, {'at': 16}, force=True)
+  opened.wait()
+  assert opened.latest_step() == 16
+  assert sorted(p.name for p in (tmp_path / '0_32').iterdir()) == ['15', '16']
+  assert opened.restore(abstract(state), step=15)[1] == {'at': 15}
+  assert opened.restore(abstract(state))[1] == {'at': 16}
+  assert not opened.reached_preemption(17)
+
+
+def test_a_saved_state_may_be_donated(opened):
+  """Steps that donate the state at once do not change what is saved."""
+  sharding = NamedSharding(make_mesh(8), PartitionSpec('fsdp'))
+  values = np.arange(2**20, dtype=np.float32)
+  step = jax.jit(lambda state: {'w': state['w'] + 1}, donate_argnums=0)
+  state = {'w': jax.device_put(values, sharding)}
+  state = step({'w': state['w'] - 1})
+  opened.save(5, state, {})
+  donated = step(state)
+  state = step(donated)
+  assert donated['w'].is_deleted()
+  np.testing.assert_array_equal(np.asarray(state['w']), values + 2)
+  opened.wait()
+  restored, _ = opened.restore(
+      {'w': jax.ShapeDtypeStruct((2**20,), np.float32, sharding=sharding)}
+  )
+  np.testing.assert_array_equal(np.asarray(restored['w']), values)
+
+
+def test_mismatches_are_named(opened):
+  state = make_state()
+  opened.save(5, state, {})
+  opened.wait()
+
+  def message(params):
+    with pytest.raises(ValueError) as error:
+      opened.restore(abstract(state.replace(params=params)))
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+  kernel, bias = state.params['down_0'], state.params['out']
+  text = message({'down_0': kernel, 'out': {'bias': jnp.ones(4)}})
+  assert 'params/out/bias is bfloat16[4], not float32[4]' in text
+  assert 'kernel' not in text
+  text = message({'down_0': {'kernel': jnp.ones((16, 8))}, 'out': bias})
+  assert 'params/down_0/kernel is float32[16, 4], not float32[16, 8]' in text
+  text = message({'down_0': kernel, 'up_0': {'bias': jnp.ones(4)}})
+  assert 'params/up_0/bias is absent, not float32[4]' in text
+  assert 'params/out/bias is bfloat16[4], not absent' in text
+
+
+def test_restores_only_a_part(tmp_path, opened):
+  state = make_state()
+  opened.save(5, state, {})
+  opened.wait()
+  directory = tmp_path / '0_32'
+
+  item = checkpoint.abstract_item(directory, 5, 'ema')
+  assert item['down_0']['kernel'].shape == (16, 4)
+  assert item['out']['bias'].dtype == jnp.bfloat16
+
+  on_host = checkpoint.restore_item(directory, None, 'ema')
+  assert_same_bytes(on_host, state.ema)
+  assert isinstance(on_host['down_0']['kernel'], np.ndarray)
+
+  wanted = shardings_of(item, 2)
+  sharded = checkpoint.restore_item(directory, 5, 'ema', wanted)
+  assert_same_bytes(sharded, state.ema)
+  assert jax.tree.map(lambda leaf: leaf.sharding, sharded) == wanted
+
+  replicated = NamedSharding(make_mesh(4), PartitionSpec())
+  everywhere = checkpoint.restore_item(directory, 5, 'params', replicated)
+  assert_same_bytes(everywhere, state.params)
+  assert everywhere['out']['bias'].sharding == replicated
+
+  with pytest.raises(ValueError, match="no 'weights', only ema, opt_state"):
+    checkpoint.restore_item(directory, 5, 'weights')
+  with pytest.raises(FileNotFoundError, match=r'checkpoint 6.* are \[5\]'):
+    checkpoint.restore_item(directory, 6, 'ema')
+
+
+def test_an_uncommitted_step_never_counts(tmp_path):
+  directory = tmp_path / '0_32'
+  arguments = dict(save_interval=1, max_to_keep=2)
+  state = make_state()
+  checkpoints = checkpoint.Checkpoints(directory, **arguments)
+  assert checkpoints.latest_step() is None
+  assert checkpoint.latest_step(directory) is None
+  with pytest.raises(FileNotFoundError, match='has no checkpoint'):
+    checkpoints.restore(abstract(state))
+  checkpoints.save(3, state, {})
+  checkpoints.close()
+
+  (directory / '7').mkdir()
+  (directory / '8' / 'state').mkdir(parents=True)
+  (directory / '9.orbax-checkpoint-tmp').mkdir()
+  assert checkpoint.latest_step(directory) == 3
+
+  checkpoints = checkpoint.Checkpoints(directory, **arguments)
+  assert checkpoints.latest_step() == 3
+  assert_same_bytes(checkpoints.restore(abstract(state))[0], state)
+  assert checkpoints.save(7, state, {})
+  checkpoints.close()
+  assert checkpoint.latest_step(directory) == 7
+  assert (directory / '8.uncommitted' / 'state').is_dir()
+
+
+def test_a_stage_is_finished_only_at_a_committed_step(tmp_path, opened):
+  directory = tmp_path / '0_32'
+  assert checkpoint.finished_step(directory) is None
+  with pytest.raises(FileNotFoundError):
+    checkpoint.mark_finished(directory, 5)
+  state = make_state()
+  opened.save(5, state, {})
+  opened.wait()
+  checkpoint.mark_finished(directory, 5)
+  assert checkpoint.finished_step(directory) == 5
+  # The marker does not disturb whoever opens the directory next.
+  again = checkpoint.Checkpoints(directory, save_interval=5, max_to_keep=2)
+  assert again.latest_step() == 5
+  again.close()
+
+
+def test_config_round_trip(tmp_path):
+  workdir = tmp_path / 'runs' / 'a'
+  with pytest.raises(FileNotFoundError, match='config.json'):
+    checkpoint.read_config(workdir)
+  config = {'name': 'a', 'sizes': (64, 256), 'rate': 1e-4, 'none': None}
+  checkpoint.write_config(workdir, {})
+  checkpoint.write_config(workdir, config)
+  read = checkpoint.read_config(workdir)
+  assert read == config | {'sizes': [64, 256]}
+  assert checkpoint.differences(read, config) == []
+  assert [p.name for p in workdir.iterdir()] == ['config.json']
+  assert json.loads((workdir / 'config.json').read_text()) == read
+
+
+def test_differences_name_every_change():
+  old = {
+      'seed': 0, 'data': {'name': 'shapes', 'flip': True},
+      'stages': [{'steps': 100, 'sizes': [64]}, {'steps': 100}],
+      'rules': [], 'old': {'a': 1},
+  }
+  new = {
+      'seed': 0, 'data': {'name': 'cc12m', 'flip': 1},
+      'stages': [{'steps': 100, 'sizes': (64, 256)}, {'steps': 200}],
+      'rules': [], 'new': None,
+  }
+  assert checkpoint.differences(old, new) == [
+      "data.name: 'shapes' -> 'cc12m'",
+      'data.flip: True -> 1',
+      'stages[1].steps: 100 -> 200',
+      'old.a: 1 -> absent',
+      'stages[0].sizes[1]: absent -> 256',
+      'new: absent -> None',
+  ]
