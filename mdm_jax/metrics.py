@@ -204,7 +204,7 @@ def setup_logging() -> None:
     )
 
   logging.set_verbosity(logging.INFO)
-  logging.get_absl_logger().addFilter(is_ours_or_a_warning)
+  logging.get_absl_handler().addFilter(is_ours_or_a_warning)
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -85,13 +85,10 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   """
   def sharding(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    for pattern, axes in rules:
-      if re.search(pattern, name):
-        break
-    else:
-      return replicated(mesh)
+    axes = next(
+        (axes for pattern, axes in rules if re.search(pattern, name)), ())
     if len(axes) > len(leaf.shape):
-      return replicated(mesh)
+      axes = ()
     spec = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
     for size, axis in zip(leaf.shape, spec):
       if axis is not None and size % mesh.shape[axis]:
@@ -101,3 +98,10 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
             'rule in sharding_rules.')
     return NamedSharding(mesh, PartitionSpec(*spec))
   return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Arrays that every process has whole -> global arrays in their shards."""
+  return jax.tree.map(
+      lambda x, sharding: jax.make_array_from_callback(
+          x.shape, sharding, lambda index: x[index]), tree, shardings)

@@ -70,12 +70,9 @@ def golden_model():
     levels, text_spec = _specs(model['config'])
     network = NestedUNet(levels, text_spec)
     size, x_t = 8, []
-    for spec in levels:
+    for r, spec in enumerate(levels):
+      size *= spec.downsampling if r else 1
       x_t.append(np.zeros((1, size, size, 3), np.float32))
-      size *= 2
-    for r in range(1, len(levels)):
-      size = x_t[r - 1].shape[1] * levels[r].downsampling
-      x_t[r] = np.zeros((1, size, size, 3), np.float32)
     cond = Cond(np.zeros((1, 3, model['lm_dim']), np.float32),
                 np.ones((1, 3), bool))
     shapes = jax.eval_shape(

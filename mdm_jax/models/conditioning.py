@@ -7,7 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.layers import TransformerLayer, dense_layer
+from mdm_jax.models.layers import EPSILON, TransformerLayer, dense_layer
 
 
 class Cond(NamedTuple):
@@ -82,11 +82,16 @@ class LearnedTextEncoder(nn.Module):
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """tokens [B, L] int32, 0 is padding -> text [B, L, width], mask [B, L]."""
     mask = tokens != 0
-    x = nn.Embed(self.vocab_size, self.width, name='embedding')(tokens)
+    x = nn.Embed(
+        self.vocab_size, self.width, name='embedding',
+        embedding_init=nn.initializers.normal(1.0))(tokens)
     x += self.param('position', nn.initializers.normal(0.02),
                     (tokens.shape[1], self.width))
     x = x.astype(self.dtype)
     for i in range(self.num_layers):
       x = TransformerLayer(
           self.num_heads, self.dtype, name=f'layer_{i}')(x, mask)
+    # A mean over small features would hardly be seen beside the time
+    # embedding that it is added to.
+    x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name='norm_out')(x)
     return x * mask[..., None], mask

@@ -1,9 +1,7 @@
 """The network against the release's outputs, parameter by parameter."""
 
-import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 

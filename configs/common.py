@@ -1,0 +1,155 @@
+"""Every configuration key, its default and its unit.
+
+A recipe starts from `get_config()`, adds levels and stages, and changes what
+it must. Configs are locked: a key that is not here is an error.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """All keys but `model.levels` and `stages`, which each recipe sets."""
+  return ConfigDict({
+      'seed': 0,
+      'dtype': 'float32',  # of activations; 'bfloat16' on TPU and GPU
+      # Devices along each axis; one may be -1, for all that are left.
+      'mesh': {'data': -1, 'fsdp': 1, 'spatial': 1},
+      # First match wins: (regular expression on a parameter's path, mesh axes
+      # of its last dimensions). What matches none is replicated.
+      'sharding_rules': (
+          (r'level_\d+/conv_(in|out)/', ()),
+          (r'/kernel$', ('fsdp',)),
+      ),
+      'data': {
+          'name': 'shapes',   # or 'captioned_images', made by prepare_data
+          'path': '',         # of the prepared data set
+          'size': 1_000_000,  # records of the drawn data set
+          'flip': False,      # mirror half of the images
+          'num_workers': 0,   # processes that decode; 0: a thread of this one
+          'num_threads': 1,   # of each worker
+          'prefetch': 4,      # batches
+      },
+      'text': {
+          'encoder': 'learned',    # a transformer trained with the network
+          'tokenizer': '',         # spiece.model; '': the one shipped
+          'max_length': 32,        # tokens, </s> included
+          'width': 64,
+          'num_layers': 1,
+          'num_heads': 4,
+          'caption_dropout': 0.1,  # share trained on the empty caption
+      },
+      'model': {
+          # How the text enters the network: models.conditioning.TextSpec.
+          'text': {
+              'width': 64,
+              'num_layers': 0,
+              'num_heads': 8,
+              'masked_attention': True,
+          },
+          'levels': [],  # coarse to fine, each a level()
+      },
+      'diffusion': {
+          'schedule': 'deepfloyd',   # or 'ddpm', 'cosine'
+          'num_steps': 1000,         # T
+          'parameterization': 'v',   # what the network predicts: v, eps, x0
+          'loss_space': 'eps',       # where the error is measured: v, eps, x0
+      },
+      'stages': [],  # in order, each a stage()
+      'optimizer': {
+          'b1': 0.9,
+          'b2': 0.999,
+          'epsilon': 1e-8,
+          'weight_decay': 0.0,
+          'clip_norm': 2.0,
+          'decay': 'constant',  # after the warm-up; or 'cosine' to 0
+          'ema_decay': 0.9999,
+      },
+      'sampler': {
+          'name': 'ddim',             # or 'ddpm'
+          'num_steps': 50,
+          'eta': 0.0,                 # DDIM's share of fresh noise
+          'guidance': 7.5,            # 1 is none
+          'threshold': 'dynamic_if',  # of x0: none, clip, dynamic
+      },
+      'log_every': 50,           # steps between two progress lines
+      'sample_every': 1000,      # steps between two sample grids
+      'checkpoint_every': 1000,  # steps
+      'checkpoints_to_keep': 2,  # of each stage
+      'eval': {
+          'num_prompts': 256,   # whose pictures are marked
+          'loss_batches': 8,    # held-out batches
+          'batch_size': 16,     # prompts drawn at once; also those of a grid
+      },
+  })
+
+
+def level(resolution: int, **changes) -> ConfigDict:
+  """One level of the pyramid: models.unet.LevelSpec, and its resolution.
+
+  The defaults are those of an outer level of the released models; `channels`,
+  `num_blocks` and `attention_layers` run from fine to coarse.
+  """
+  config = ConfigDict({
+      'resolution': resolution,  # pixels a side
+      'channels': (64, 128, 256),
+      'num_blocks': (2, 2, 1),
+      'attention_layers': (0, 0, 0),
+      'attention_ffn': True,
+      'temporal_dim': 1024,
+      'scale_condition': resolution,  # pixels
+      'normalize_input': False,
+      'num_heads': 8,
+      'num_groups': 32,
+  })
+  config.update(changes)
+  return config
+
+
+def stage(name: str, num_levels: int, **changes) -> ConfigDict:
+  """One stage of training: the first `num_levels` levels, for `steps`."""
+  config = ConfigDict({
+      'name': name,
+      'num_levels': num_levels,
+      'steps': 100_000,
+      'batch_size': 64,              # over all devices
+      'learning_rate': 5e-5,
+      'warmup_steps': 10_000,
+      'shift_power': 1.0,            # SNR / (resolution ratio) ** power
+      'loss_weights': (1.0,) * num_levels,  # coarse to fine
+      # Shares of the batch whose finest level is each, coarse to fine.
+      'mixed_ratio': (0.0,) * (num_levels - 1) + (1.0,),
+  })
+  config.update(changes)
+  return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+  """The same run, stage by stage, at toy size on the drawn data set."""
+  config.data.name = 'shapes'
+  config.data.path = ''
+  config.data.num_workers = 0
+  config.dtype = 'float32'
+  config.text.update(
+      tokenizer='', max_length=32, width=16, num_layers=1, num_heads=2)
+  config.model.text.update(width=16, num_heads=2)
+  resolution = 8
+  for i, level in enumerate(config.model.levels):
+    # The innermost halves once; the others as often as they must to meet it.
+    halvings = 1
+    if i:
+      halvings = len(level.channels) - 1
+      resolution *= 2 ** halvings
+    level.update(
+        resolution=resolution, scale_condition=resolution, temporal_dim=32,
+        channels=(8,) * (halvings + 1), num_blocks=(1,) + (0,) * halvings,
+        attention_layers=(0,) * halvings + (0 if i else 1,),
+        num_heads=2, num_groups=4)
+  for stage in config.stages:
+    # Small multiples of any mixed ratio, and of 8 devices.
+    stage.update(steps=6, batch_size=24, warmup_steps=2, learning_rate=1e-3)
+  config.sampler.num_steps = 4
+  config.log_every = 2
+  config.sample_every = 3
+  config.checkpoint_every = 3
+  config.eval.update(num_prompts=16, loss_batches=1, batch_size=8)
+  return config

@@ -1,0 +1,284 @@
+"""From a configuration to what it describes: the only factory."""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from mdm_jax import optim, sharding
+from mdm_jax.data import pipeline, shapes, sources
+from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.data.transforms import Transform
+from mdm_jax.diffusion import samplers
+from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
+from mdm_jax.diffusion.schedule import Schedule, make_schedule
+from mdm_jax.draw import SamplerSpec
+from mdm_jax.eval.prompt_accuracy import Vocabulary
+from mdm_jax.models.conditioning import LearnedTextEncoder, TextSpec
+from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.models.nested_unet import NestedUNet
+from mdm_jax.models.unet import LevelSpec
+from mdm_jax.step import Objective
+
+DATA_SETS = ('shapes', 'captioned_images')
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises whatever is wrong with a configuration, before anything compiles.
+
+  Raises:
+    ValueError, FileNotFoundError: one line that names the key and the remedy.
+  """
+  if not config.stages or not config.model.levels:
+    raise ValueError('The config needs at least one stage and one level.')
+  _check_resolutions(config)
+  make_tokenizer(config)
+  samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), config.sampler.threshold)
+  samplers.time_steps(config.sampler.num_steps, config.diffusion.num_steps)
+  for key in ('log_every', 'sample_every', 'checkpoint_every'):
+    if config[key] < 1:
+      raise ValueError(f'{key}={config[key]}: give a number of steps.')
+  names = [stage.name for stage in config.stages]
+  if len(set(names)) < len(names):
+    raise ValueError(f'stages have names {names}: they must differ.')
+  shards = sharding.batch_shards(mesh)
+  for key, size in [
+      ('eval.batch_size', config.eval.batch_size),
+      *((f'stages[{i}].batch_size', stage.batch_size)
+        for i, stage in enumerate(config.stages))]:
+    if size < 1 or size % shards:
+      raise ValueError(
+          f'{key}={size} is not divided by the {shards} devices that the mesh '
+          f'spreads a batch over: use a multiple of {shards}.')
+  for i, stage in enumerate(config.stages):
+    _check_stage(config, i, stage)
+    make_model(config, stage)
+    make_objective(config, stage)
+    make_optimizer(config, stage)
+  make_source(config, 'train', config.model.levels[-1].resolution)
+
+
+def load_config(values: Mapping[str, Any]) -> ConfigDict:
+  """The configuration that was written as JSON, where tuples are lists."""
+  def restore(value):
+    if isinstance(value, Mapping):
+      return ConfigDict({key: restore(child) for key, child in value.items()})
+    if isinstance(value, list):
+      children = [restore(child) for child in value]
+      is_sections = any(isinstance(child, ConfigDict) for child in children)
+      return children if is_sections else tuple(children)
+    return value
+  return restore(values).lock()
+
+
+def _check_resolutions(config: ConfigDict) -> None:
+  levels = config.model.levels
+  for i, level in enumerate(levels):
+    spec = _level_spec(level)
+    if level.resolution % spec.downsampling:
+      raise ValueError(
+          f'model.levels[{i}].resolution={level.resolution} cannot be halved '
+          f'{len(spec.channels) - 1} times: use a multiple of '
+          f'{spec.downsampling}, or fewer channels.')
+    if i and level.resolution != (
+        levels[i - 1].resolution * spec.downsampling):
+      raise ValueError(
+          f'model.levels[{i}].resolution={level.resolution} over '
+          f'{len(spec.channels)} channels meets '
+          f'{level.resolution // spec.downsampling} px, but level {i - 1} is '
+          f'{levels[i - 1].resolution} px: change either.')
+
+
+def _check_stage(config: ConfigDict, i: int, stage: ConfigDict) -> None:
+  if not 1 <= stage.num_levels <= len(config.model.levels):
+    raise ValueError(
+        f'stages[{i}].num_levels={stage.num_levels}: model.levels has '
+        f'{len(config.model.levels)}.')
+  if i and stage.num_levels < config.stages[i - 1].num_levels:
+    raise ValueError(
+        f'stages[{i}].num_levels={stage.num_levels} is fewer than the stage '
+        'before has: stages only grow.')
+  for key in ('loss_weights', 'mixed_ratio'):
+    if len(stage[key]) != stage.num_levels:
+      raise ValueError(
+          f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
+          f'of its {stage.num_levels} levels, coarse to fine.')
+  if stage.steps < 1:
+    raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
+  level_batch_sizes(stage.batch_size, batch_fractions(stage.mixed_ratio))
+
+
+def _level_spec(level: ConfigDict) -> LevelSpec:
+  fields = dict(level)
+  fields.pop('resolution')
+  return LevelSpec(**fields)
+
+
+def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
+  """The stage's resolutions in pixels, coarse to fine."""
+  levels = config.model.levels[:stage.num_levels]
+  return tuple(level.resolution for level in levels)
+
+
+def make_tokenizer(config: ConfigDict) -> Tokenizer:
+  """The captions' tokenizer."""
+  return Tokenizer(
+      config.text.tokenizer or CAPTIONS_MODEL, config.text.max_length)
+
+
+def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
+  """The stage's network and text encoder.
+
+  Raises:
+    ValueError: an unknown encoder or dtype, or widths that heads do not
+      divide.
+  """
+  text = config.text
+  if text.encoder != 'learned':
+    raise ValueError(f"text.encoder={text.encoder!r}: only 'learned' exists.")
+  for name, width, heads in (
+      ('text', text.width, text.num_heads),
+      ('model.text', config.model.text.width, config.model.text.num_heads)):
+    if width % heads:
+      raise ValueError(
+          f'{name}.num_heads={heads} does not divide {name}.width={width}.')
+  if config.dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f'dtype={config.dtype!r}: use float32 or bfloat16.')
+  dtype = jnp.dtype(config.dtype)
+  levels = config.model.levels[:stage.num_levels]
+  return Matryoshka(
+      unet=NestedUNet(
+          tuple(_level_spec(level) for level in levels),
+          TextSpec(**config.model.text), dtype),
+      text_encoder=LearnedTextEncoder(
+          make_tokenizer(config).vocab_size, text.width, text.num_layers,
+          text.num_heads, dtype),
+      resolutions=resolutions(config, stage))
+
+
+def make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
+  """The stage's noise schedule, a row for each level."""
+  return make_schedule(
+      config.diffusion.schedule, resolutions(config, stage),
+      stage.shift_power, config.diffusion.num_steps)
+
+
+def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
+  """What the stage minimises.
+
+  Raises:
+    ValueError: an unknown schedule, parameterization or loss space.
+  """
+  for key in ('parameterization', 'loss_space'):
+    if config.diffusion[key] not in ('v', 'eps', 'x0'):
+      raise ValueError(
+          f'diffusion.{key}={config.diffusion[key]!r}: use v, eps or x0.')
+  return Objective(
+      schedule=make_noise_schedule(config, stage),
+      parameterization=config.diffusion.parameterization,
+      loss_space=config.diffusion.loss_space,
+      weights=tuple(stage.loss_weights),
+      fractions=batch_fractions(stage.mixed_ratio))
+
+
+def make_optimizer(
+    config: ConfigDict, stage: ConfigDict,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The stage's optimizer and its learning rate at each step."""
+  options = dict(config.optimizer)
+  options.pop('ema_decay')
+  learning_rate = optim.learning_rate_schedule(
+      stage.learning_rate, warmup_steps=stage.warmup_steps,
+      decay=options.pop('decay'), num_steps=stage.steps)
+  return optim.make_optimizer(learning_rate, **options), learning_rate
+
+
+def make_sampler(config: ConfigDict) -> SamplerSpec:
+  """How pictures are drawn."""
+  return SamplerSpec(**config.sampler)
+
+
+def make_source(config: ConfigDict, split: str,
+                resolution: int) -> pipeline.Source:
+  """A split of the data set.
+
+  Args:
+    config: of the run.
+    split: 'train' or 'validation'; shapes also have 'held_out'.
+    resolution: drawn images have it; files keep their own.
+
+  Raises:
+    ValueError, FileNotFoundError: no such data set or split.
+  """
+  data = config.data
+  if data.name == 'shapes':
+    return shapes.ShapesSource(config.seed, split, data.size, resolution)
+  if data.name not in DATA_SETS:
+    raise ValueError(f'data.name={data.name!r}: use one of {DATA_SETS}.')
+  if not data.path:
+    raise ValueError(
+        'data.path is empty: name the directory that prepare_data wrote, '
+        '--config.data.path=DIR.')
+  return sources.open_source(data.path, split)
+
+
+def held_out_split(config: ConfigDict) -> str:
+  """The split to validate on; 'train' where a data set has no other."""
+  if config.data.name == 'shapes':
+    return 'held_out'
+  splits = sources.available_splits(config.data.path)
+  return 'validation' if 'validation' in splits else 'train'
+
+
+def make_dataset(config: ConfigDict, split: str, resolution: int,
+                 batch_size: int, *, process_index: int, process_count: int,
+                 start_batch: int = 0, num_batches: int | None = None):
+  """This process's part of a split's batches; see `pipeline.make_dataset`."""
+  data, training = config.data, split == 'train' and num_batches is None
+  return pipeline.make_dataset(
+      make_source(config, split, resolution),
+      transform=Transform(make_tokenizer(config), resolution,
+                          flip=data.flip and training),
+      batch_size=batch_size, seed=config.seed, shuffle=training,
+      start_batch=start_batch, num_batches=num_batches,
+      process_index=process_index, process_count=process_count,
+      num_workers=data.num_workers if training else 0,
+      num_threads=data.num_threads, prefetch=data.prefetch)
+
+
+def make_prompts(config: ConfigDict,
+                 count: int) -> tuple[list[str], list[dict] | None]:
+  """Captions to draw, and what each of them states if pictures can be marked.
+
+  Shapes' come from the held-out split, as many as asked for; of captioned
+  images the held-out split's first captions, each once.
+  """
+  split = held_out_split(config)
+  if config.data.name == 'shapes':
+    source = make_source(config, split, config.model.levels[-1].resolution)
+    scenes = [source.scene(i) for i in range(count)]
+    return [scene[1] for scene in scenes], [scene[2] for scene in scenes]
+  source = make_source(config, split, 0)
+  return [source[i]['caption'] for i in range(min(count, len(source)))], None
+
+
+def make_vocabulary() -> Vocabulary:
+  """What the words of shapes' captions look like."""
+  return Vocabulary(
+      colors=shapes.COLORS, backgrounds=shapes.BACKGROUNDS,
+      silhouettes=shapes.silhouettes(), patterns=shapes.pattern_tiles(),
+      period=shapes.PERIOD,
+      sizes={name: float(np.mean(radii))
+             for name, radii in shapes.SIZES.items()})
+
+
+def stage_directory(workdir: str | pathlib.Path, config: ConfigDict,
+                    index: int) -> pathlib.Path:
+  """Where a stage's checkpoints are."""
+  name = f'{index}_{config.stages[index].name}'
+  return pathlib.Path(workdir) / 'checkpoints' / name

@@ -1,0 +1,42 @@
+"""Trains a Matryoshka diffusion model, stage by stage.
+
+  python -m mdm_jax.main --config=configs/shapes_64.py
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'A recipe, such as configs/shapes_64.py; ":smoke" appended '
+    'to it makes a toy-sized run. --config.KEY=VALUE changes one key.',
+    lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Receives checkpoints, samples and metrics; the same one '
+    'continues a run. Default: runs/<name of the config>.')
+
+
+def main(argv: list[str]) -> None:
+  """Flags to one call."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  # Slow to import, and not needed for --help.
+  from mdm_jax import metrics, train
+
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, mode = name.partition(':')
+  workdir = _WORKDIR.value or 'runs/' + '_'.join(
+      filter(None, [pathlib.Path(path).stem, mode]))
+  metrics.setup_logging()
+  try:
+    mesh = train.setup(_CONFIG.value, workdir)
+  except (ValueError, FileNotFoundError) as error:
+    sys.exit(f'error: {error}')
+  train.train(_CONFIG.value, workdir, mesh)
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  app.run(main)

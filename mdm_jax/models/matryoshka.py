@@ -1,0 +1,59 @@
+"""Text encoder and NestedUNet together: from tokens to predictions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mdm_jax.models.conditioning import Cond, LearnedTextEncoder
+from mdm_jax.models.initialize import initial_params
+from mdm_jax.models.nested_unet import NestedUNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Matryoshka:
+  """The whole model; its parameters lie under the fields' names.
+
+  Attributes:
+    unet: the network.
+    text_encoder: trained with it.
+    resolutions: of the pyramid in pixels, coarse to fine.
+  """
+  unet: NestedUNet
+  text_encoder: LearnedTextEncoder
+  resolutions: tuple[int, ...]
+
+  def shapes(self, num_tokens: int) -> dict:
+    """The parameters' `jax.ShapeDtypeStruct`s, for captions of `num_tokens`.
+    """
+    def init(rng):
+      (text, mask), text_variables = self.text_encoder.init_with_output(
+          rng, jnp.ones((1, num_tokens), jnp.int32))
+      x_t = tuple(jnp.zeros((1, r, r, 3)) for r in self.resolutions)
+      unet_variables = self.unet.init(
+          rng, x_t, jnp.zeros(1), Cond(text, mask))
+      return {'text_encoder': text_variables['params'],
+              'unet': unet_variables['params']}
+    return jax.eval_shape(init, jax.random.key(0))
+
+  def init(self, seed: int, num_tokens: int) -> dict:
+    """Fresh float32 parameters on the host."""
+    return initial_params(self.shapes(num_tokens), seed)
+
+  def encode(self, params: dict, tokens: jax.Array,
+             scale: jax.Array | None = None) -> Cond:
+    """What the network is conditioned on.
+
+    Args:
+      params: shaped as `shapes` says.
+      tokens: [B, L] int32, 0 is padding.
+      scale: [B] original shorter sides in pixels, or None.
+    """
+    text, mask = self.text_encoder.apply(
+        {'params': params['text_encoder']}, tokens)
+    return Cond(text, mask, scale)
+
+  def denoise(self, params: dict, x_t: tuple[jax.Array, ...], t: jax.Array,
+              cond: Cond) -> tuple[jax.Array, ...]:
+    """The network's prediction at every level, see `NestedUNet`."""
+    return self.unet.apply({'params': params['unet']}, x_t, t, cond)

@@ -1,0 +1,58 @@
+"""Which stage is next, and growing its network out of the last one's."""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+
+from mdm_jax import checkpoint
+
+
+def next_stage(directories: Sequence[pathlib.Path]) -> int:
+  """The index of the first stage that is not finished; their number if all."""
+  for index, directory in enumerate(directories):
+    if checkpoint.finished_step(directory) is None:
+      return index
+  return len(directories)
+
+
+def grow(fresh: Any, trained: Any) -> Any:
+  """A larger network that starts as the smaller, trained one inside it.
+
+  What the new level adds to the coarser ones goes through zero-initialised
+  adapters, so that at first their output is the trained network's, bit for
+  bit (MDM, arXiv 2310.15111, section 3.3).
+
+  Args:
+    fresh: initialised parameters of the larger network.
+    trained: parameters of the smaller one.
+
+  Returns:
+    `trained` where it has a parameter, else `fresh`.
+
+  Raises:
+    ValueError: a trained parameter has no place or another shape, or a
+      parameter outside the new levels is missing. The message names them.
+  """
+  fresh = traverse_util.flatten_dict(fresh, sep='/')
+  trained = traverse_util.flatten_dict(trained, sep='/')
+  problems = [f'{name} has no place' for name in trained.keys() - fresh.keys()]
+  problems += [
+      f'{name} is {trained[name].shape}, not {fresh[name].shape}'
+      for name in trained.keys() & fresh.keys()
+      if trained[name].shape != fresh[name].shape]
+  blocks = {_block(name) for name in trained}
+  problems += [
+      f'{name} is missing' for name in fresh.keys() - trained.keys()
+      if _block(name) in blocks]
+  if problems:
+    raise ValueError(
+        'The last stage does not fit into this one: '
+        + '; '.join(sorted(problems)))
+  return traverse_util.unflatten_dict({**fresh, **trained}, sep='/')
+
+
+def _block(name: str) -> str:
+  """'unet/level_1/conv_in/kernel' -> 'unet/level_1'."""
+  return '/'.join(name.split('/')[:2])

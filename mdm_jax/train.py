@@ -1,0 +1,345 @@
+"""Trains every stage in order, resumes by itself, shows what was learned."""
+
+import json
+import pathlib
+import signal
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mdm_jax import build, checkpoint, draw, metrics, sharding, stages
+from mdm_jax import step as steps
+from mdm_jax.eval import grid, prompt_accuracy
+from mdm_jax.state import Params, TrainState
+
+GRID_PROMPTS = 16
+_EVAL_SEED = 1
+
+
+def setup(config: ConfigDict, workdir: str) -> Mesh:
+  """Everything that can be wrong and known before anything is compiled.
+
+  Returns:
+    The mesh to train on.
+
+  Raises:
+    ValueError, FileNotFoundError: one line that names the thing and the
+      remedy.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  build.check(config, mesh)
+  new = json.loads(config.to_json())
+  if (pathlib.Path(workdir) / 'config.json').exists():
+    changed = checkpoint.differences(checkpoint.read_config(workdir), new)
+    if changed:
+      raise ValueError(
+          f'{workdir} was trained with another config ('
+          + '; '.join(changed[:5]) + (' …' if len(changed) > 5 else '')
+          + '): give another --workdir, or the same config.')
+  elif jax.process_index() == 0:
+    checkpoint.write_config(workdir, new)
+  return mesh
+
+
+def train(config: ConfigDict, workdir: str, mesh: Mesh) -> None:
+  """Trains the stages that are not finished, then evaluates the last.
+
+  Args:
+    config: as `setup` has checked it.
+    workdir: receives checkpoints, samples, metrics and the evaluation.
+    mesh: as `setup` returned it.
+  """
+  start = time.monotonic()
+  directories = [build.stage_directory(workdir, config, index)
+                 for index in range(len(config.stages))]
+  first = stages.next_stage(directories)
+  writer = metrics.MetricWriter(workdir)
+  stop = _StopSignal()
+  for index in range(first, len(config.stages)):
+    last = checkpoint.restore_item(directories[index - 1], None, 'ema') if (
+        index) else None
+    if not train_stage(config, index, workdir, mesh, writer, last, stop):
+      logging.info('Stopped. The same command continues from here.')
+      return
+  stop.release()
+  if first == len(config.stages):
+    logging.info('All stages are finished already.')
+  values = evaluate(config, workdir, mesh)
+  writer.scalars(config.stages[-1].steps, values,
+                 stage=config.stages[-1].name)
+  writer.close()
+  logging.info('Finished in %s.', metrics.duration(time.monotonic() - start))
+  prompt = build.make_prompts(config, 1)[0][0]
+  logging.info(
+      'Next:\n  python -m mdm_jax.sample --workdir=%s --prompt="%s"\n'
+      '  tensorboard --logdir=%s', workdir, prompt, workdir)
+
+
+def train_stage(
+    config: ConfigDict, index: int, workdir: str, mesh: Mesh,
+    writer: metrics.MetricWriter, last: Params | None, stop: '_StopSignal',
+) -> bool:
+  """Trains one stage to its end.
+
+  Args:
+    config: of the run.
+    index: of the stage.
+    workdir: of the run.
+    mesh: the devices.
+    writer: receives the metrics.
+    last: the averaged parameters of the stage before, None for the first.
+    stop: asks for an early end.
+
+  Returns:
+    False if it was stopped early, with everything saved.
+  """
+  ##### What is trained, on what.
+  stage = config.stages[index]
+  title = f"stage {index + 1}/{len(config.stages)} '{stage.name}'"
+  model = build.make_model(config, stage)
+  tokenizer = build.make_tokenizer(config)
+  empty_tokens = tokenizer.encode('').tolist()
+  optimizer, learning_rate = build.make_optimizer(config, stage)
+  resolution = model.resolutions[-1]
+  seed = config.seed * len(config.stages) + index
+
+  ##### The state, straight into its shards: restored, grown or fresh.
+  def make_state(params):
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params),
+                      optimizer.init(params))
+  abstract = jax.eval_shape(make_state, model.shapes(config.text.max_length))
+  shardings = sharding.tree_shardings(abstract, mesh, config.sharding_rules)
+  directory = build.stage_directory(workdir, config, index)
+  checkpoints = checkpoint.Checkpoints(
+      directory, save_interval=config.checkpoint_every,
+      max_to_keep=config.checkpoints_to_keep)
+  if checkpoints.latest_step() is not None:
+    state, _ = checkpoints.restore(jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract, shardings))
+    logging.info('%s: continuing from step %d.', title, int(state.step))
+  else:
+    params = model.init(seed, config.text.max_length)
+    if last is not None:
+      params = stages.grow(params, last)
+    state = jax.jit(make_state, out_shardings=shardings)(
+        sharding.place(params, shardings.params))
+    logging.info('%s: %s px, %d steps of %d images.', title,
+                 '+'.join(map(str, model.resolutions)), stage.steps,
+                 stage.batch_size)
+    metrics.log_parameter_overview(abstract.params)
+
+  ##### The step, compiled once.
+  train_step = steps.make_train_step(
+      model, build.make_objective(config, stage), optimizer,
+      ema_decay=config.optimizer.ema_decay,
+      caption_dropout=config.text.caption_dropout,
+      empty_tokens=empty_tokens, seed=seed)
+  first_step = int(state.step)
+  batches = iter(build.make_dataset(
+      config, 'train', resolution, stage.batch_size,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      start_batch=first_step))
+  batch, _ = _next_batch(batches, mesh)
+  begin = time.monotonic()
+  replicated = sharding.replicated(mesh)
+  compiled = jax.jit(
+      train_step, donate_argnums=0,
+      in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
+      out_shardings=(shardings, replicated)).lower(state, batch).compile()
+  logging.info('%s: compiled the step in %s.', title,
+               metrics.duration(time.monotonic() - begin))
+  flops = metrics.flops_per_step(compiled)
+  peak = metrics.peak_flops(mesh.devices.flat[0])
+  draw_fn = make_draw(config, index, mesh, shardings.ema)
+  prompts, _ = build.make_prompts(config, GRID_PROMPTS)
+
+  ##### Train.
+  progress = metrics.Progress(
+      title, first_step=first_step, last_step=stage.steps,
+      batch_size=stage.batch_size)
+  bad, stopped = 0, False
+  for step in range(first_step + 1, stage.steps + 1):
+    if step > first_step + 1:
+      batch, batch_bad = _next_batch(batches, mesh)
+      bad += batch_bad
+    state, values = compiled(state, batch)
+
+    if step % config.log_every == 0 or step == stage.steps:
+      levels = {
+          str(name): float(value) for name, value in zip(
+              model.resolutions, jax.device_get(values['level_losses']))}
+      rate = float(learning_rate(step - 1))
+      rates = progress.report(
+          step, loss=float(values['loss']), levels=levels,
+          grad_norm=float(values['grad_norm']), learning_rate=rate)
+      numbers = {
+          'loss': values['loss'], 'grad_norm': values['grad_norm'],
+          'learning_rate': rate, 'bad_records': bad,
+          'images_per_second': rates['images_per_second'],
+          **{f'loss_{name}': value for name, value in levels.items()}}
+      if flops:
+        per_second = flops / rates['seconds_per_step']
+        numbers['flops_per_second'] = per_second * mesh.size
+        if peak:
+          numbers['mfu'] = per_second / peak
+      writer.scalars(step, numbers, stage=stage.name)
+
+    with progress.pause():
+      stopped = stop.requested or checkpoints.reached_preemption(step)
+      checkpoints.save(step, state, {'stage': stage.name},
+                       force=stopped or step == stage.steps)
+      if stopped:
+        break
+      if step % config.sample_every == 0 or step == stage.steps:
+        pictures = grid.grid(
+            draw_fn(state.ema, prompts, range(len(prompts))), prompts)
+        if jax.process_index() == 0:
+          path = (pathlib.Path(workdir) / 'samples'
+                  / f'{stage.name}_{step}.png')
+          grid.save_png(path, pictures)
+          logging.info('%s: drew %s', title, path)
+        writer.image(step, f'{stage.name}/samples', pictures)
+
+  checkpoints.wait()
+  if not stopped:
+    checkpoint.mark_finished(directory, stage.steps)
+  checkpoints.close()
+  return not stopped
+
+
+def evaluate(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, float]:
+  """Held-out loss of each level and prompt accuracy of the last stage.
+
+  Prints a table and writes `eval/<step>.json`, which is read back if it is
+  there already.
+
+  Returns:
+    'held_out_loss_<resolution>' of each level; for shapes also
+    'accuracy_<attribute>', from 0 to 1, see `prompt_accuracy`.
+  """
+  stage = config.stages[-1]
+  path = pathlib.Path(workdir) / 'eval' / f'{stage.steps}.json'
+  if path.exists():
+    values = json.loads(path.read_text())
+  else:
+    values = _evaluate(config, workdir, mesh)
+    if jax.process_index() == 0:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps(values, indent=2) + '\n')
+  logging.info('Held out:\n%s', metrics.table(
+      [[name.replace('_', ' '), value] for name, value in values.items()],
+      ['metric', 'value']))
+  return values
+
+
+def _evaluate(config: ConfigDict, workdir: str,
+              mesh: Mesh) -> dict[str, float]:
+  index, params, shardings = restore_average(config, workdir, mesh)
+  stage = config.stages[index]
+  model = build.make_model(config, stage)
+
+  split = build.held_out_split(config)
+  if split == 'train':
+    logging.warning('No validation split: evaluating on training images.')
+  batches = build.make_dataset(
+      config, split, model.resolutions[-1], stage.batch_size,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      num_batches=config.eval.loss_batches)
+  eval_step = jax.jit(steps.make_eval_step(
+      model, build.make_objective(config, stage), _EVAL_SEED))
+  losses = [
+      np.asarray(eval_step(params, _put(batch, mesh), i))
+      for i, batch in enumerate(batches)]
+  values = {
+      f'held_out_loss_{resolution}': float(loss)
+      for resolution, loss in zip(model.resolutions, np.mean(losses, 0))}
+
+  prompts, statements = build.make_prompts(config, config.eval.num_prompts)
+  if statements is None:
+    return values
+  logging.info('Drawing %d held-out prompts.', len(prompts))
+  draw_fn = make_draw(config, index, mesh, shardings)
+  # Other noise than that of the grids.
+  seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts))
+  pictures = draw_fn(params, prompts, seeds)
+  accuracy = prompt_accuracy.accuracy(
+      pictures[-1], statements, build.make_vocabulary())
+  return values | {
+      f'accuracy_{name}': value for name, value in accuracy.items()}
+
+
+def restore_average(
+    config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[int, Params, Any]:
+  """The averaged parameters of the newest stage that has any, sharded.
+
+  Returns:
+    The stage's index, the parameters and their shardings.
+
+  Raises:
+    FileNotFoundError: nothing has been saved yet.
+  """
+  for index in reversed(range(len(config.stages))):
+    directory = build.stage_directory(workdir, config, index)
+    if checkpoint.latest_step(directory) is not None:
+      break
+  else:
+    raise FileNotFoundError(
+        f'{workdir} has no checkpoint yet: train longer first.')
+  shardings = sharding.tree_shardings(
+      checkpoint.abstract_item(directory, None, 'ema'), mesh,
+      config.sharding_rules)
+  params = checkpoint.restore_item(directory, None, 'ema', shardings)
+  return index, params, shardings
+
+
+def make_draw(config: ConfigDict, index: int, mesh: Mesh,
+              param_shardings: Any) -> draw.DrawFn:
+  """The function that draws prompts with a stage's network."""
+  stage = config.stages[index]
+  tokenizer = build.make_tokenizer(config)
+  sample_step = draw.make_sample_step(
+      build.make_model(config, stage),
+      build.make_noise_schedule(config, stage), build.make_sampler(config),
+      parameterization=config.diffusion.parameterization,
+      empty_tokens=tokenizer.encode('').tolist())
+  return draw.make_draw(sample_step, tokenizer.encode,
+                        config.eval.batch_size, mesh, param_shardings)
+
+
+def _next_batch(batches, mesh: Mesh):
+  batch = next(batches)
+  return _put(batch, mesh), int(batch['bad'].sum())
+
+
+def _put(batch, mesh: Mesh):
+  return sharding.shard_batch(
+      {name: batch[name] for name in ('image', 'tokens', 'scale')}, mesh)
+
+
+class _StopSignal:
+  """Turns the first Ctrl-C or SIGTERM into a request to save and stop."""
+
+  def __init__(self):
+    self.requested = False
+    self._previous = {}
+    # With several processes all must stop at one step: the checkpoint manager
+    # agrees on it.
+    if jax.process_count() == 1:
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._previous[number] = signal.signal(number, self._request)
+
+  def _request(self, number, frame):
+    self.requested = True
+    logging.info('Saving and stopping after this step.')
+    self.release()  # A second signal ends the process at once.
+
+  def release(self) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
