@@ -4,6 +4,8 @@ A recipe starts from `get_config()`, adds levels and stages, and changes what
 it must. Configs are locked: a key that is not here is an error.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 
@@ -53,14 +55,17 @@ def get_config() -> ConfigDict:
           'num_steps': 1000,         # T
           'parameterization': 'v',   # what the network predicts: v, eps, x0
           'loss_space': 'eps',       # where the error is measured: v, eps, x0
+          'time_weights': 'none',    # or 'vdm', the variational bound's
       },
       'stages': [],  # in order, each a stage()
       'optimizer': {
+          'name': 'adamw',  # or 'muon'
           'b1': 0.9,
           'b2': 0.999,
           'epsilon': 1e-8,
           'weight_decay': 0.0,
           'clip_norm': 2.0,
+          'adam_scale': 0.15,   # with muon, AdamW's learning rate over it
           'decay': 'constant',  # after the warm-up; or 'cosine' to 0
           'ema_decay': 0.9999,
       },
@@ -78,7 +83,7 @@ def get_config() -> ConfigDict:
       'eval': {
           'num_prompts': 256,   # whose pictures are marked
           'loss_batches': 8,    # held-out batches
-          'batch_size': 16,     # prompts drawn at once; also those of a grid
+          'batch_size': 16,     # prompts drawn at once
       },
   })
 
@@ -101,7 +106,7 @@ def level(resolution: int, **changes) -> ConfigDict:
       'num_heads': 8,
       'num_groups': 32,
   })
-  config.update(changes)
+  config.lock().update(changes)
   return config
 
 
@@ -119,8 +124,22 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
       # Shares of the batch whose finest level is each, coarse to fine.
       'mixed_ratio': (0.0,) * (num_levels - 1) + (1.0,),
   })
-  config.update(changes)
+  config.lock().update(changes)
   return config
+
+
+def in_mode(config: ConfigDict, mode: str,
+            **modes: Callable[[ConfigDict], ConfigDict]) -> ConfigDict:
+  """The recipe itself, or what a mode makes of it; every recipe has 'smoke'.
+
+  Raises:
+    ValueError: an unknown mode.
+  """
+  modes = {'': lambda config: config, 'smoke': smoke, **modes}
+  if mode not in modes:
+    raise ValueError(f'Unknown mode {mode!r} after the config: use one of '
+                     f'{sorted(modes)}.')
+  return modes[mode](config)
 
 
 def smoke(config: ConfigDict) -> ConfigDict:

@@ -24,4 +24,4 @@ def get_config(mode: str = ''):
   config.optimizer.update(b2=0.99, clip_norm=1.0, decay='cosine',
                           ema_decay=0.998)
   config.sampler.update(num_steps=25, guidance=3.0, threshold='clip')
-  return common.smoke(config) if mode == 'smoke' else config
+  return common.in_mode(config, mode)

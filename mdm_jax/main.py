@@ -5,6 +5,7 @@
 
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -37,6 +38,23 @@ def main(argv: list[str]) -> None:
   train.train(_CONFIG.value, workdir, mesh)
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Absl's parser, with one line where it has a traceback for the user."""
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    _CONFIG.value.lock()  # Raises what kept the file from being read.
+    return rest
+  except OSError as error:
+    sys.exit(f'error: {str(error).splitlines()[-1].strip()}')
+  except (AttributeError, LookupError) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.name == 'get_config' for frame in frames):
+      raise  # A mistake in the recipe: the traceback says where.
+    changes = [word for word in argv if word.startswith('--config.')]
+    sys.exit(f'error: {" ".join(changes)}: no such key ({error.args[0]}); '
+             'configs/common.py has all keys.')
+
+
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

@@ -7,12 +7,15 @@ os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''),
     '--xla_force_host_platform_device_count=8'])
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Compiling is what the tests spend their time on.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 
 import functools
 import json
 import pathlib
 import zlib
 
+from configs import common
 import jax
 import numpy as np
 import pytest
@@ -99,3 +102,37 @@ def golden():
       return {key: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
               for key, value in file.items()}
   return load
+
+
+@pytest.fixture(scope='session')
+def make_config():
+  """() -> a fresh, unlocked config: 8 px, then 8+16 px, as small as can be."""
+  def make():
+    config = common.get_config()
+    config.text.update(max_length=8, width=16, num_layers=0, num_heads=2)
+    config.model.text.update(width=16, num_heads=2)
+    shared = {'temporal_dim': 16, 'num_heads': 2, 'num_groups': 4}
+    config.model.levels = [
+        common.level(8, channels=(8,), num_blocks=(0,),
+                     attention_layers=(0,), **shared),
+        common.level(16, channels=(8, 8), num_blocks=(0, 0),
+                     attention_layers=(0, 0), **shared)]
+    training = {'steps': 20, 'batch_size': 16, 'learning_rate': 1e-3,
+                'warmup_steps': 0}
+    config.stages = [common.stage('8', 1, **training),
+                     common.stage('16', 2, **training)]
+    config.sampler.num_steps = 3
+    config.eval.batch_size = 8
+    return config
+  return make
+
+
+@pytest.fixture(scope='session')
+def random_params():
+  """(model, number of tokens) -> parameters of which none is zero."""
+  def draw(model, num_tokens: int):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+        model.init(0, num_tokens))
+  return draw

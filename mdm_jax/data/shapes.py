@@ -31,7 +31,7 @@ BACKGROUNDS = {
 }
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 PATTERNS = ('solid', 'striped', 'dotted', 'checked')
-SIZES = {'small': (0.13, 0.16), 'large': (0.22, 0.25)}
+SIZES = {'small': (0.13, 0.16), 'large': (0.22, 0.30)}
 PLACES = (
     'top left', 'top', 'top right',
     'left', 'centre', 'right',
@@ -259,19 +259,21 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-  """Draws a random scene: one object (60%), or two that are clear of another.
+  """Draws a random scene: one object (75%), or two that are clear of another.
 
   Args:
     rng: the source of randomness.
     held_out: one object has a HELD_OUT pair of shape and colour, else none.
   """
   pairs = [_pick(rng, HELD_OUT if held_out else SEEN)]
-  if rng.random() < 0.4:
+  if rng.random() < 0.25:
     others = tuple(pair for pair in SEEN if pair != pairs[0])
     pairs.insert(int(rng.integers(2)), _pick(rng, others))
   looks = []
   for pair in pairs:
-    pattern, size = _pick(rng, PATTERNS), _pick(rng, tuple(SIZES))
+    solid = rng.random() < 0.4
+    pattern = 'solid' if solid else _pick(rng, PATTERNS[1:])
+    size = _pick(rng, tuple(SIZES))
     low, high = SIZES[size]
     # Two large objects of the largest radius would not fit side by side.
     high = min(high, 0.225) if len(pairs) == 2 else high
@@ -288,10 +290,12 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     item = Object(*look, x, y, radius)
     return Scene((item,), background, PLACES[place])
 
-  # From the left (or the top): margin, first, gap, second, margin.
+  # From the left (or the top): margin, first, gap, second, margin, with what
+  # is left over in about equal parts before, between and behind.
   radii = [look[-1] for look in looks]
   slack = 1 - 2 * sum(radii) - 2 * _MARGIN - _GAP
-  before, between = sorted((slack * rng.random(), slack * rng.random()))
+  before, between = (
+      slack * (third + _between(rng, -0.1, 0.1)) for third in (1 / 3, 2 / 3))
   first = _MARGIN + before + radii[0]
   second = _MARGIN + between + _GAP + 2 * radii[0] + radii[1]
   across = [_between(rng, -0.06, 0.06) + 0.5 for _ in radii]
@@ -309,7 +313,7 @@ def _noun_phrase(rng: np.random.Generator, item: Object) -> tuple[str, dict]:
   stated = {'shape': item.shape, 'color': item.color}
   if item.pattern != 'solid' or rng.random() < 0.3:
     stated['pattern'] = item.pattern
-  if rng.random() < 0.7:
+  if rng.random() < 0.85:
     stated['size'] = item.size
   words = [
       stated[key]
@@ -355,7 +359,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
     subject = f'{first} {relation} {second}'
   else:
     subject = phrases[0]
-    if rng.random() < 0.7:
+    if rng.random() < 0.85:
       stated['position'] = scene.layout
       subject = f'{subject} {_place_phrase(rng, scene.layout)}'
   return template.format(subject=subject, ground=scene.background), stated

@@ -91,7 +91,8 @@ class LearnedTextEncoder(nn.Module):
     for i in range(self.num_layers):
       x = TransformerLayer(
           self.num_heads, self.dtype, name=f'layer_{i}')(x, mask)
-    # A mean over small features would hardly be seen beside the time
-    # embedding that it is added to.
+    # The factor makes the mean over a caption's dozen of words, to which each
+    # adds little, as large as the time embedding that it is added to.
     x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name='norm_out')(x)
+    x *= 4.0
     return x * mask[..., None], mask

@@ -1,0 +1,27 @@
+"""CC12M at 64 px: the architecture and schedule of the released model.
+
+    python -m mdm_jax.main --config=configs/cc12m_64.py \
+        --config.data.path=DIR
+
+DIR is what `tools.prepare_data` made of CC12M's tars. 461 M parameters in the
+network; the released model was trained on a frozen Flan-T5-XL, here a
+transformer of the same width is trained with the network.
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ''):
+  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  config = common.get_config()
+  config.dtype = 'bfloat16'
+  config.data.update(name='captioned_images', num_workers=8)
+  config.text.update(max_length=128, width=2048, num_layers=4, num_heads=16)
+  config.model.text.update(width=2048, masked_attention=False)
+  config.model.levels = [common.level(
+      64, channels=(256, 512, 768), num_blocks=(2, 2, 2),
+      attention_layers=(0, 1, 5))]
+  config.stages = [common.stage('64', 1, steps=1_000_000, batch_size=1024)]
+  config.log_every = 100
+  config.sample_every = config.checkpoint_every = 5000
+  return common.in_mode(config, mode)

@@ -1,0 +1,21 @@
+"""Captioned shapes in three stages: 16 px, 16+64 px and 16+64+256 px.
+
+    python -m mdm_jax.main --config=configs/shapes_256.py
+
+The first two stages are `shapes_64`; the third adds the outlines, hatching
+and grain that only 256 px show. For a GPU or a TPU.
+"""
+
+from configs import common, shapes_64
+
+
+def get_config(mode: str = ''):
+  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  config = shapes_64.get_config()
+  config.model.levels.append(common.level(
+      256, channels=(16, 16, 32), num_blocks=(0, 1, 1), temporal_dim=128,
+      num_groups=8))
+  config.stages.append(common.stage(
+      '256', 3, steps=20_000, batch_size=32, learning_rate=5e-4,
+      warmup_steps=200, mixed_ratio=(0.0, 1.0, 1.0)))
+  return common.in_mode(config, mode)

@@ -1,0 +1,184 @@
+"""The training step: the same on any mesh, traced once, and it learns."""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdm_jax import build, sharding
+from mdm_jax import step as steps
+from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.state import TrainState
+
+BATCH = 16
+CAPTIONS = ('a red ring', 'a small blue star', 'two green circles', 'a cross')
+MESHES = {'one': (1, 1), 'data': (8, 1), 'fsdp': (8, 8)}
+
+
+class Training(NamedTuple):
+  """A step on a mesh, jitted as the training loop does it."""
+  model: Matryoshka
+  new_state: Callable  # parameters -> a state in its shards
+  run: Callable        # (state, batch, caption dropout); donates the state
+  traces: list         # one entry for each time that the step was traced
+  shardings: TrainState
+
+
+@pytest.fixture(scope='module')
+def training(make_config):
+  """Name of a mesh -> Training, on a mixed batch: level 1 sees its half."""
+  @functools.cache
+  def make(mesh_name):
+    config = make_config()
+    stage = config.stages[1]
+    stage.mixed_ratio = (1.0, 1.0)
+    stage.learning_rate = 1e-2
+    devices, fsdp = MESHES[mesh_name]
+    mesh = sharding.make_mesh(
+        {'data': -1, 'fsdp': fsdp, 'spatial': 1},
+        devices=jax.devices()[:devices])
+    model = build.make_model(config, stage)
+    objective = build.make_objective(config, stage)
+    optimizer, _ = build.make_optimizer(config, stage)
+    empty_tokens = build.make_tokenizer(config).encode('').tolist()
+    traces = []
+
+    # An argument here, so that one compilation serves every dropout.
+    def train_step(state, batch, caption_dropout):
+      traces.append(None)
+      return steps.make_train_step(
+          model, objective, optimizer, ema_decay=0.99,
+          caption_dropout=caption_dropout, empty_tokens=empty_tokens,
+          seed=3)(state, batch)
+
+    def make_state(params):
+      return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params),
+                        optimizer.init(params))
+    shardings = sharding.tree_shardings(
+        jax.eval_shape(make_state, model.shapes(config.text.max_length)),
+        mesh, config.sharding_rules)
+    init = jax.jit(make_state, out_shardings=shardings)
+    replicated = sharding.replicated(mesh)
+    jitted = jax.jit(
+        train_step, donate_argnums=0,
+        in_shardings=(shardings, {
+            name: sharding.batch_sharding(mesh, ndim) for name, ndim in
+            (('image', 4), ('tokens', 2), ('scale', 1))}, replicated),
+        out_shardings=(shardings, replicated))
+    return Training(
+        model,
+        lambda params: init(sharding.place(params, shardings.params)),
+        lambda state, batch, dropout=0.5: jitted(
+            state, sharding.shard_batch(batch, mesh), dropout),
+        traces, shardings)
+  return make
+
+
+@pytest.fixture(scope='module')
+def batch(make_config):
+  """Plain images of random colours, and captions."""
+  rng = np.random.default_rng(0)
+  colors = rng.integers(0, 256, (BATCH, 1, 1, 3), np.uint8)
+  encode = build.make_tokenizer(make_config()).encode
+  return {
+      'image': np.broadcast_to(colors, (BATCH, 16, 16, 3)).copy(),
+      'tokens': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
+      'scale': np.linspace(6, 20, BATCH, dtype=np.float32)}
+
+
+@pytest.fixture(scope='module')
+def losses(training, batch, random_params):
+  """Five steps -> [5, 1 + levels]: the loss and its part at each level."""
+  @functools.cache
+  def run(mesh_name):
+    made = training(mesh_name)
+    state, values = made.new_state(random_params(made.model, 8)), []
+    for _ in range(5):
+      state, metrics = made.run(state, batch)
+      values.append([metrics['loss'], *metrics['level_losses']])
+    return np.array(values)
+  return run
+
+
+@pytest.mark.parametrize('mesh_name', ['data', 'fsdp'])
+def test_eight_devices_equal_one(losses, mesh_name):
+  expected = losses('one')
+  assert np.ptp(expected[:, 0]) > 1e-2
+  np.testing.assert_allclose(losses(mesh_name), expected, rtol=1e-5)
+
+
+def test_fsdp_divides_the_state(training):
+  shardings = training('fsdp').shardings
+  params, ema, opt_state = (
+      sum('fsdp' in leaf.spec for leaf in jax.tree.leaves(tree))
+      for tree in (shardings.params, shardings.ema, shardings.opt_state))
+  assert params > 20
+  assert (ema, opt_state) == (params, 2 * params)
+
+
+def test_loss_is_the_sum_over_levels(losses):
+  values = losses('one')
+  np.testing.assert_allclose(values[:, 0], values[:, 1:].sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('mesh_name', MESHES)
+def test_traced_once(training, losses, mesh_name):
+  losses(mesh_name)
+  assert len(training(mesh_name).traces) == 1
+
+
+def test_state_is_donated(training, batch):
+  made = training('one')
+  state = made.new_state(made.model.init(0, 8))
+  after, _ = made.run(state, batch)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  assert int(after.step) == 1
+
+
+def test_learns(training, batch):
+  made = training('one')
+  state = made.new_state(made.model.init(0, 8))
+  state, before = made.run(state, batch)
+  for _ in range(20):
+    state, _ = made.run(state, batch)
+  # Times and noise of the first step again.
+  _, after = made.run(state._replace(step=jnp.int32(0)), batch)
+  print(before, after)
+  assert after['loss'] < 0.7 * before['loss']
+
+
+def test_dropped_captions_are_the_empty_caption(
+    training, batch, random_params, make_config):
+  made = training('one')
+  empty = build.make_tokenizer(make_config()).encode('')
+  empty_batch = batch | {
+      'tokens': np.broadcast_to(empty, batch['tokens'].shape)}
+
+  def loss(batch, dropout):
+    state = made.new_state(random_params(made.model, 8))
+    return float(made.run(state, batch, dropout)[1]['loss'])
+
+  dropped, kept = loss(batch, 1.0), loss(batch, 0.0)
+  assert dropped == loss(empty_batch, 0.0)
+  assert abs(dropped - kept) > 1e-4
+  assert loss(batch, 0.5) not in (dropped, kept)
+
+
+def test_mixed_batch(training, batch, random_params):
+  """Level 1 does not see the second half of the images, level 0 does."""
+  made = training('one')
+
+  def level_losses(batch):
+    state = made.new_state(random_params(made.model, 8))
+    return made.run(state, batch)[1]['level_losses']
+
+  expected = level_losses(batch)
+  image = batch['image'].copy()
+  image[BATCH // 2:] = 255 - image[BATCH // 2:]
+  changed = level_losses(batch | {'image': image})
+  assert changed[1] == expected[1]
+  assert abs(changed[0] - expected[0]) > 1e-3

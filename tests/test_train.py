@@ -1,0 +1,132 @@
+"""A whole run on a toy config: what it writes, and that it resumes exactly."""
+
+import hashlib
+import json
+import pathlib
+
+from absl import flags
+from absl.testing import flagsaver
+from configs import common
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from mdm_jax import build, checkpoint, sample, train
+
+
+def toy_config():
+  """Two stages of a few steps on one device."""
+  config = common.get_config()
+  config.model.levels = [common.level(8), common.level(16)]
+  config.model.levels[1].channels = (8, 8)
+  config.stages = [common.stage('8', 1), common.stage('16', 2)]
+  config = common.smoke(config)
+  for stage in config.stages:
+    stage.batch_size = 8
+  config.checkpoint_every = 2
+  config.checkpoints_to_keep = 3
+  return config.lock()
+
+
+def digest(workdir: pathlib.Path, config, index: int) -> str:
+  """SHA-256 over all that a stage's last checkpoint holds."""
+  directory = build.stage_directory(workdir, config, index)
+  sha = hashlib.sha256()
+  for key in ('step', 'params', 'ema', 'opt_state'):
+    item = checkpoint.restore_item(directory, None, key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+      sha.update(jax.tree_util.keystr(path).encode())
+      sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The working directory of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('run')
+  config = toy_config()
+  train.train(config, workdir, train.setup(config, workdir))
+  return workdir
+
+
+def test_writes_what_it_promises(finished):
+  for name in ('8_3', '8_6', '16_3', '16_6'):
+    with Image.open(finished / 'samples' / f'{name}.png') as image:
+      assert min(image.size) > 100
+  lines = [json.loads(line)
+           for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+  losses = [line for line in lines if 'loss_16' in line]
+  assert [line['step'] for line in losses] == [2, 4, 6]
+  assert losses[0]['loss'] == pytest.approx(
+      losses[0]['loss_8'] + losses[0]['loss_16'], rel=1e-5)
+  for key in ('grad_norm', 'learning_rate', 'images_per_second',
+              'flops_per_second', 'mfu'):
+    assert losses[0][key] > 0
+  assert list((finished / 'tensorboard').glob('events*'))
+  values = json.loads((finished / 'eval' / '6.json').read_text())
+  assert 0 < values['held_out_loss_16'] < 2
+  assert 0 <= values['accuracy_background'] <= 1
+
+
+def test_finished_run_trains_no_more(finished):
+  config = toy_config()
+  before = digest(finished, config, 1)
+  train.train(config, finished, train.setup(config, finished))
+  assert digest(finished, config, 1) == before
+
+
+@pytest.mark.parametrize('stage, step', [(0, 3), (1, 4)])
+def test_resumed_equals_uninterrupted(
+    finished, tmp_path, monkeypatch, stage, step):
+  config = toy_config()
+  mesh = train.setup(config, tmp_path)
+  name = config.stages[stage].name
+  save = checkpoint.Checkpoints.save
+
+  def interrupt(self, at, state, extra, force=False):
+    if at == step and extra['stage'] == name:
+      raise KeyboardInterrupt
+    return save(self, at, state, extra, force)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, 'save', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(config, tmp_path, mesh)
+  train.train(config, tmp_path, mesh)
+  for index in range(2):
+    assert digest(tmp_path, config, index) == digest(finished, config, index)
+
+
+def test_another_config_is_refused(finished):
+  config = toy_config().unlock()
+  config.stages[1].steps = 7
+  with pytest.raises(ValueError, match=r'stages\[1\].steps: 6 -> 7'):
+    train.setup(config, finished)
+
+
+def test_sample_command(finished, tmp_path):
+  flags.FLAGS.mark_as_parsed()
+  prompts = ['a red ring, on grey', 'a small blue star, on white']
+  with flagsaver.flagsaver(
+      workdir=str(finished), prompt=prompts, num_samples=2, steps=2,
+      output=str(tmp_path), seed=5):
+    sample.main(['sample'])
+  lines = [json.loads(line)
+           for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+  assert [line['prompt'] for line in lines] == [
+      prompts[0], prompts[0], prompts[1], prompts[1]]
+  assert [line['seed'] for line in lines] == [5, 6, 5, 6]
+  assert lines[0]['num_steps'] == 2
+  for line in lines:
+    for resolution, name in line['files'].items():
+      with Image.open(tmp_path / name) as image:
+        assert image.size == (int(resolution),) * 2
+  assert (tmp_path / 'grid.png').exists()
+
+
+def test_sample_without_a_run_names_the_directory(tmp_path):
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(workdir=str(tmp_path / 'none'), prompt=['x']):
+    with pytest.raises(SystemExit, match='none/config.json does not exist'):
+      sample.main(['sample'])
