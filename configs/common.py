@@ -105,6 +105,7 @@ def level(resolution: int, **changes) -> ConfigDict:
       'normalize_input': False,
       'num_heads': 8,
       'num_groups': 32,
+      'position_waves': 0,
   })
   config.lock().update(changes)
   return config

@@ -1,6 +1,9 @@
-"""The default: captioned shapes, drawn on the fly, 16 px and then 64 px.
+"""The default: captioned shapes, drawn on the fly, 8 px and then 8+64 px.
 
     python -m mdm_jax.main --config=configs/shapes_64.py
+
+Made for two cores of a laptop: the small pictures, which are cheap, teach
+what the words mean; the large ones then need few steps.
 """
 
 from configs import common
@@ -9,19 +12,27 @@ from configs import common
 def get_config(mode: str = ''):
   """The recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = common.get_config()
-  shared = {'temporal_dim': 128, 'num_heads': 4, 'num_groups': 8}
+  shared = {'temporal_dim': 128, 'num_heads': 4, 'num_groups': 8,
+            'position_waves': 2}
   config.model.levels = [
-      common.level(16, channels=(64, 128), num_blocks=(1, 1),
-                   attention_layers=(0, 1), **shared),
-      common.level(64, channels=(16, 16, 32), num_blocks=(0, 1, 1),
-                   attention_layers=(0, 0, 0), **shared),
+      common.level(8, channels=(48,), num_blocks=(1,), attention_layers=(1,),
+                   **shared),
+      common.level(64, channels=(8, 16, 24, 48), num_blocks=(0, 1, 1, 1),
+                   attention_layers=(0, 0, 0, 0), **shared),
   ]
-  training = {'batch_size': 32, 'learning_rate': 1e-3, 'warmup_steps': 100}
   config.stages = [
-      common.stage('16', 1, steps=3000, **training),
-      common.stage('64', 2, steps=1500, **training),
+      common.stage('8', 1, steps=800, batch_size=64, learning_rate=0.02,
+                   warmup_steps=50),
+      common.stage('64', 2, steps=400, batch_size=32, learning_rate=0.01,
+                   warmup_steps=20),
   ]
-  config.optimizer.update(b2=0.99, clip_norm=1.0, decay='cosine',
-                          ema_decay=0.998)
+  config.text.max_length = 24
+  config.diffusion.loss_space = 'v'
+  config.optimizer.update(
+      name='muon', b2=0.99, weight_decay=0.01, clip_norm=1.0, decay='cosine',
+      ema_decay=0.995)
   config.sampler.update(num_steps=25, guidance=3.0, threshold='clip')
+  config.log_every = 20
+  config.sample_every = 200
+  config.checkpoint_every = 200
   return common.in_mode(config, mode)

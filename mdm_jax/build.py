@@ -1,6 +1,7 @@
 """From a configuration to what it describes: the only factory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import pathlib
 from typing import Any
 
@@ -16,7 +17,7 @@ from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
 from mdm_jax.diffusion import samplers
 from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
-from mdm_jax.diffusion.schedule import Schedule, make_schedule
+from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
 from mdm_jax.draw import SamplerSpec
 from mdm_jax.eval.prompt_accuracy import Vocabulary
 from mdm_jax.models.conditioning import LearnedTextEncoder, TextSpec
@@ -38,11 +39,14 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     raise ValueError('The config needs at least one stage and one level.')
   _check_resolutions(config)
   make_tokenizer(config)
-  samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), config.sampler.threshold)
-  samplers.time_steps(config.sampler.num_steps, config.diffusion.num_steps)
+  _check_sampler(config)
   for key in ('log_every', 'sample_every', 'checkpoint_every'):
     if config[key] < 1:
       raise ValueError(f'{key}={config[key]}: give a number of steps.')
+  if not 0 <= config.text.caption_dropout <= 1:
+    raise ValueError(
+        f'text.caption_dropout={config.text.caption_dropout}: give a share, '
+        '0 to 1.')
   names = [stage.name for stage in config.stages]
   if len(set(names)) < len(names):
     raise ValueError(f'stages have names {names}: they must differ.')
@@ -60,26 +64,54 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     make_model(config, stage)
     make_objective(config, stage)
     make_optimizer(config, stage)
-  make_source(config, 'train', config.model.levels[-1].resolution)
+
+
+def _check_sampler(config: ConfigDict) -> None:
+  sampler = config.sampler
+  samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), sampler.threshold)
+  samplers.time_steps(sampler.num_steps, config.diffusion.num_steps)
+  if sampler.name not in ('ddim', 'ddpm'):
+    raise ValueError(f'sampler.name={sampler.name!r}: use ddim or ddpm.')
+  if not 0 <= sampler.eta <= 1:
+    raise ValueError(f'sampler.eta={sampler.eta}: must be in 0..1.')
 
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:
   """The configuration that was written as JSON, where tuples are lists."""
   def restore(value):
     if isinstance(value, Mapping):
-      return ConfigDict({key: restore(child) for key, child in value.items()})
+      return ConfigDict({
+          key: restore(child) for key, child in value.items()}).lock()
     if isinstance(value, list):
       children = [restore(child) for child in value]
       is_sections = any(isinstance(child, ConfigDict) for child in children)
       return children if is_sections else tuple(children)
     return value
-  return restore(values).lock()
+  return restore(values)
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+  """Puts the key that an error is about before its message."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{key}: {error}') from error
 
 
 def _check_resolutions(config: ConfigDict) -> None:
   levels = config.model.levels
   for i, level in enumerate(levels):
-    spec = _level_spec(level)
+    with _naming(f'model.levels[{i}]'):
+      spec = _level_spec(level)
+    if not i and spec.channels[-1] % spec.num_heads:
+      raise ValueError(
+          f'model.levels[0].num_heads={spec.num_heads} does not divide the '
+          f'{spec.channels[-1]} channels of its middle.')
+    if level.temporal_dim != levels[0].temporal_dim:
+      raise ValueError(
+          f'model.levels[{i}].temporal_dim={level.temporal_dim}: it must be '
+          f'that of level 0, {levels[0].temporal_dim}.')
     if level.resolution % spec.downsampling:
       raise ValueError(
           f'model.levels[{i}].resolution={level.resolution} cannot be halved '
@@ -110,7 +142,8 @@ def _check_stage(config: ConfigDict, i: int, stage: ConfigDict) -> None:
           f'of its {stage.num_levels} levels, coarse to fine.')
   if stage.steps < 1:
     raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
-  level_batch_sizes(stage.batch_size, batch_fractions(stage.mixed_ratio))
+  with _naming(f'stages[{i}].mixed_ratio'):
+    level_batch_sizes(stage.batch_size, batch_fractions(stage.mixed_ratio))
 
 
 def _level_spec(level: ConfigDict) -> LevelSpec:
@@ -178,12 +211,19 @@ def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
     if config.diffusion[key] not in ('v', 'eps', 'x0'):
       raise ValueError(
           f'diffusion.{key}={config.diffusion[key]!r}: use v, eps or x0.')
+  if config.diffusion.time_weights not in ('none', 'vdm'):
+    raise ValueError(
+        f'diffusion.time_weights={config.diffusion.time_weights!r}: use none '
+        'or vdm.')
+  schedule = make_noise_schedule(config, stage)
+  weighted = config.diffusion.time_weights == 'vdm'
   return Objective(
-      schedule=make_noise_schedule(config, stage),
+      schedule=schedule,
       parameterization=config.diffusion.parameterization,
       loss_space=config.diffusion.loss_space,
       weights=tuple(stage.loss_weights),
-      fractions=batch_fractions(stage.mixed_ratio))
+      fractions=batch_fractions(stage.mixed_ratio),
+      time_weights=vdm_weights(schedule.gammas[0]) if weighted else None)
 
 
 def make_optimizer(

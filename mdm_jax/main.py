@@ -50,8 +50,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     frames = traceback.extract_tb(error.__traceback__)
     if any(frame.name == 'get_config' for frame in frames):
       raise  # A mistake in the recipe: the traceback says where.
+    # Config dictionaries wrap the name in quotes, twice.
+    reason = str(error).strip('"\'')
     changes = [word for word in argv if word.startswith('--config.')]
-    sys.exit(f'error: {" ".join(changes)}: no such key ({error.args[0]}); '
+    sys.exit(f'error: {" ".join(changes)}: no such key ({reason}); '
              'configs/common.py has all keys.')
 
 

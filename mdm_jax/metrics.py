@@ -96,11 +96,6 @@ class MetricWriter:
     if self._events:
       self._events.add_image(name, image, step, dataformats='HWC')
 
-  def text(self, step: int, name: str, markdown: str) -> None:
-    """Writes Markdown to TensorBoard."""
-    if self._events:
-      self._events.add_text(name, markdown, step)
-
   def close(self) -> None:
     """Writes out the events and closes the files."""
     if self._file:

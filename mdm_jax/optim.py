@@ -57,7 +57,8 @@ def make_optimizer(learning_rate: optax.Schedule, *, name: str, b1: float,
                            weight_decay=weight_decay)
     case 'muon':
       update = optax.contrib.muon(
-          learning_rate, weight_decay=weight_decay, adam_b1=b1, adam_b2=b2,
+          learning_rate, weight_decay=weight_decay, eps=epsilon,
+          adam_b1=b1, adam_b2=b2,
           adam_weight_decay=weight_decay,
           adam_learning_rate=lambda step: adam_scale * learning_rate(step),
           muon_weight_dimension_numbers=_hidden_kernels)

@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
         {name: value for name, value in changes.items() if value is not None})
     prompts = [prompt for prompt in _PROMPTS.value
                for _ in range(_NUM_SAMPLES.value)]
+    # Whatever it was trained on, here there may be other devices.
+    config.mesh.update(data=-1, fsdp=1, spatial=1)
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.batch_shards(mesh)
     config.eval.batch_size = min(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mdm_jax import optim
@@ -26,6 +27,7 @@ class Objective:
   loss_space: str
   weights: tuple[float, ...]    # of the levels, coarse to fine
   fractions: tuple[float, ...]  # of the batch that each level sees
+  time_weights: np.ndarray | None = None  # [T + 1], of the noising steps
 
 
 def _losses(model: Matryoshka, objective: Objective, params: Params,
@@ -43,7 +45,8 @@ def _losses(model: Matryoshka, objective: Objective, params: Params,
       lambda x_t, t: model.denoise(params, x_t, t, cond),
       objective.schedule, images, t, eps,
       parameterization=objective.parameterization,
-      loss_space=objective.loss_space, weights=objective.weights)
+      loss_space=objective.loss_space, weights=objective.weights,
+      time_weights=objective.time_weights)
   return per_example, aux['level_losses']
 
 

@@ -20,6 +20,11 @@ from mdm_jax.state import Params, TrainState
 
 GRID_PROMPTS = 16
 _EVAL_SEED = 1
+# Keys that may differ when a run is continued: none changes what is learned.
+_MAY_CHANGE = (
+    'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
+    'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
+    'sampler.', 'eval.')
 
 
 def setup(config: ConfigDict, workdir: str) -> Mesh:
@@ -34,15 +39,19 @@ def setup(config: ConfigDict, workdir: str) -> Mesh:
   """
   mesh = sharding.make_mesh(config.mesh)
   build.check(config, mesh)
+  build.make_source(config, 'train', config.model.levels[-1].resolution)
   new = json.loads(config.to_json())
   if (pathlib.Path(workdir) / 'config.json').exists():
-    changed = checkpoint.differences(checkpoint.read_config(workdir), new)
+    changed = [
+        line for line in checkpoint.differences(
+            checkpoint.read_config(workdir), new)
+        if not line.startswith(_MAY_CHANGE)]
     if changed:
       raise ValueError(
           f'{workdir} was trained with another config ('
           + '; '.join(changed[:5]) + (' …' if len(changed) > 5 else '')
           + '): give another --workdir, or the same config.')
-  elif jax.process_index() == 0:
+  if jax.process_index() == 0:
     checkpoint.write_config(workdir, new)
   return mesh
 
@@ -172,6 +181,7 @@ def train_stage(
     state, values = compiled(state, batch)
 
     if step % config.log_every == 0 or step == stage.steps:
+      checkpoints.check_for_errors()
       levels = {
           str(name): float(value) for name, value in zip(
               model.resolutions, jax.device_get(values['level_losses']))}

@@ -15,11 +15,11 @@ import json
 import pathlib
 import zlib
 
-from configs import common
 import jax
 import numpy as np
 import pytest
 
+from configs import common
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.release import from_release

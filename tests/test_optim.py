@@ -1,5 +1,6 @@
 """The optimizer against arithmetic in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,3 +78,39 @@ def test_clip_and_adamw(size):
             / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8))
     expected = -0.01 * (step + 1) * (adam + 0.1 * flat(params))
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_muon():
+  rng = np.random.default_rng(0)
+  shapes = {'conv_in': {'kernel': (3, 3, 3, 8)},
+            'norm_out': {'scale': (8,)},
+            'down_0': {'block_0': {'conv_in': {'kernel': (3, 3, 2, 8),
+                                               'bias': (8,)}}}}
+  grads = {'unet': {'level_0': jax.tree.map(
+      lambda shape: jnp.float32(rng.standard_normal(shape)), shapes,
+      is_leaf=lambda x: isinstance(x, tuple))}}
+  optimizer = optim.make_optimizer(
+      lambda step: 0.02, **{**ADAMW, 'name': 'muon', 'weight_decay': 0.0})
+  params = jax.tree.map(jnp.zeros_like, grads)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  level = updates['unet']['level_0']
+  block = level['down_0']['block_0']['conv_in']
+  # Hidden kernels: every direction of the gradient about as far.
+  singular = np.linalg.svd(block['kernel'].reshape(18, 8), compute_uv=False)
+  assert singular.shape == (8,)
+  assert 0.02 * 0.6 < singular.min() < singular.max() < 0.02 * 1.3
+  # The rest: Adam's first step, the gradient's sign, at a rate of its own.
+  # Optax gives it Nesterov's momentum, as Muon has: mean gradients of both
+  # this step and the next.
+  rate = 0.02 * 0.15 * (0.9 * 0.1 / (1 - 0.9 ** 2) + 1)
+  for path in (('conv_in', 'kernel'), ('norm_out', 'scale'),
+               ('down_0', 'block_0', 'conv_in', 'bias')):
+    update, gradient = level, grads['unet']['level_0']
+    for key in path:
+      update, gradient = update[key], gradient[key]
+    np.testing.assert_allclose(update, -rate * np.sign(gradient), rtol=1e-3)
+
+
+def test_unknown_optimizer():
+  with pytest.raises(ValueError, match="optimizer 'sgd': use adamw or muon"):
+    optim.make_optimizer(lambda step: 0.1, **{**ADAMW, 'name': 'sgd'})

@@ -6,12 +6,12 @@ import pathlib
 
 from absl import flags
 from absl.testing import flagsaver
-from configs import common
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
+from configs import common
 from mdm_jax import build, checkpoint, sample, train
 
 

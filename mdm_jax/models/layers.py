@@ -41,6 +41,19 @@ def sinusoidal_embedding(value: jax.Array, dim: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def position_features(shape: tuple[int, int], waves: int) -> jax.Array:
+  """Where each pixel is, as sines and cosines: [H, W, 4 * waves].
+
+  Wave k = 0, 1, ... has (k + 1) / 2 periods across the image.
+  """
+  rows, columns = (
+      jnp.pi * (jnp.arange(size) + 0.5) / size for size in shape)
+  grid = jnp.stack(jnp.meshgrid(rows, columns, indexing='ij'), axis=-1)
+  angles = grid[..., None] * jnp.arange(1, waves + 1)
+  angles = angles.reshape(*shape, -1)
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class ResidualBlock(nn.Module):
   """GN, SiLU, conv; scale and shift by the time embedding; GN, SiLU, conv."""
   features: int

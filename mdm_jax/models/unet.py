@@ -24,6 +24,9 @@ class LevelSpec:
   attention_ffn: bool = True        # feed-forward block after attention
   num_heads: int = 8
   num_groups: int = 32              # of the group norms
+  # Waves across the image that tell a pixel where it is, added to `conv_in`;
+  # 0 as in the release, which has to learn that from the padding.
+  position_waves: int = 0
 
   def __post_init__(self):
     lengths = {
@@ -133,6 +136,8 @@ class UNet(nn.Module):
     self.time_in, self.time_out = dense(), dense()
     self.scale_in, self.scale_out = dense(), dense(zero=True)
     self.conv_in = layers.conv3x3(spec.channels[0], dtype)
+    if spec.position_waves:
+      self.position = layers.dense_layer(spec.channels[0], dtype=dtype)
     indices = range(len(spec.channels))
     self.down = [DownBlocks(spec, i, dtype) for i in indices]
     self.up = [UpBlocks(spec, i, dtype) for i in indices]
@@ -179,6 +184,9 @@ class UNet(nn.Module):
     if self.spec.normalize_input:
       x = x / x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
     h = self.conv_in(x) + outer
+    if self.spec.position_waves:
+      h += self.position(
+          layers.position_features(x.shape[1:3], self.spec.position_waves))
     skips = [h]
     for blocks in self.down:
       h, left = blocks(h, temb, text, mask)

@@ -1,0 +1,157 @@
+"""Bad configurations are told apart before anything is compiled."""
+
+import importlib
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+import pytest
+
+from configs import common
+from mdm_jax import build, sharding
+
+RECIPES = sorted(
+    path.stem for path in
+    (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
+    if path.stem not in ('__init__', 'common'))
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
+
+
+def changed(config: ConfigDict, changes: dict) -> ConfigDict:
+  """Sets {'stages[1].steps': 0}, as --config.stages[1].steps=0 does."""
+  for path, value in changes.items():
+    *sections, key = path.replace('[', '.').replace(']', '').split('.')
+    section = config
+    for name in sections:
+      section = section[int(name)] if name.isdigit() else section[name]
+    section[key] = value
+  return config.lock()
+
+
+def test_tiny_config_is_good(make_config, mesh):
+  build.check(make_config().lock(), mesh)
+
+
+BAD = [
+    ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
+    ({'stages[0].batch_size': 12},
+     r'stages\[0\].batch_size=12 is not divided by the 8 devices'),
+    ({'stages[1].batch_size': 0}, r'stages\[1\].batch_size=0'),
+    ({'eval.batch_size': 4}, 'eval.batch_size=4 is not divided by the 8'),
+    ({'model.levels[0].resolution': 7, 'model.levels[0].channels': (8, 8),
+      'model.levels[0].num_blocks': (1, 1),
+      'model.levels[0].attention_layers': (0, 0)},
+     r'model.levels\[0\].resolution=7 cannot be halved 1 times'),
+    ({'model.levels[1].resolution': 32},
+     r'model.levels\[1\].resolution=32 .* meets 16 px, but level 0 is 8 px'),
+    ({'model.levels[1].channels': (8, 8, 8)},
+     r'model.levels\[1\].*channels, num_blocks and attention_layers must'),
+    ({'model.levels[0].num_groups': 3},
+     r'model.levels\[0\].*num_groups=3 does not divide the 8 channels'),
+    ({'model.levels[0].num_heads': 3, 'model.levels[0].attention_layers': (1,)},
+     r'model.levels\[0\].*num_heads=3 does not divide the 8 channels'),
+    # The middle of the innermost level has attention at any rate.
+    ({'model.levels[0].num_heads': 3},
+     r'model.levels\[0\].*num_heads=3 does not divide the 8 channels'),
+    ({'model.levels[1].temporal_dim': 32}, 'temporal_dim'),
+    ({'model.levels': []}, 'at least one stage and one level'),
+    ({'text.num_heads': 3}, 'text.num_heads=3 does not divide text.width=16'),
+    ({'model.text.num_heads': 3, 'model.text.num_layers': 1},
+     'model.text.num_heads=3 does not divide model.text.width=16'),
+    ({'text.encoder': 't5'}, "text.encoder='t5'"),
+    ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
+    ({'text.max_length': 1}, 'max_length 1'),
+    ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
+    ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
+    ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
+    ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
+    ({'sampler.name': 'euler'}, "sampler.name='euler'"),
+    ({'sampler.threshold': 'hard'}, "threshold 'hard': use none"),
+    ({'sampler.num_steps': 1001}, 'num_steps is 1001'),
+    ({'sampler.eta': 2.0}, 'eta.*2.0'),
+    ({'optimizer.decay': 'linear'}, "decay 'linear': use constant or cosine"),
+    ({'optimizer.name': 'sgd'}, "optimizer 'sgd': use adamw"),
+    ({'stages': []}, 'at least one stage and one level'),
+    ({'stages[1].name': '8'}, r"stages have names \['8', '8'\]"),
+    ({'stages[1].steps': 0}, r'stages\[1\].steps=0'),
+    ({'stages[1].num_levels': 3}, r'stages\[1\].num_levels=3: model.levels'),
+    ({'stages[0].num_levels': 2, 'stages[1].num_levels': 1,
+      'stages[0].loss_weights': (1.0, 1.0),
+      'stages[0].mixed_ratio': (0.0, 1.0)},
+     r'stages\[1\].num_levels=1 is fewer'),
+    ({'stages[1].loss_weights': (1.0,)},
+     r'stages\[1\].loss_weights=\(1.0,\): give one number for each of its 2'),
+    ({'stages[1].mixed_ratio': (1.0, 1.0, 1.0)},
+     r'stages\[1\].mixed_ratio=\(1.0, 1.0, 1.0\): give one number'),
+    ({'stages[1].mixed_ratio': (1.0, 2.0)}, r'stages\[1\].*16 examples do not'),
+    ({'stages[1].mixed_ratio': (1.0, 0.0)}, r'stages\[1\].*mixed_ratio'),
+    ({'log_every': 0}, 'log_every=0'),
+    ({'sample_every': 0}, 'sample_every=0'),
+    ({'checkpoint_every': -1}, 'checkpoint_every=-1'),
+]
+
+
+@pytest.mark.parametrize(
+    'changes, message', BAD, ids=[','.join(changes) for changes, _ in BAD])
+def test_bad_config_is_named(make_config, mesh, changes, message):
+  config = changed(make_config(), changes)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    build.check(config, mesh)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'data.name': 'captioned_images'}, 'data.path is empty'),
+    ({'data.name': 'captioned_images', 'data.path': 'no/such'}, 'no/such'),
+    ({'data.name': 'cc12m'}, "data.name='cc12m': use one of"),
+])
+def test_bad_data_is_named(make_config, changes, message):
+  config = changed(make_config(), changes)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    build.make_source(config, 'train', 16)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('path', [
+    'nonsense', 'data.nonsense', 'stages[0].nonsense',
+    'model.levels[1].nonsense'])
+def test_locked_config_rejects_unknown_keys(make_config, path):
+  with pytest.raises(KeyError, match='nonsense'):
+    changed(make_config().lock(), {path: 1})
+
+
+def recipe(name: str, mode: str) -> ConfigDict:
+  return importlib.import_module(f'configs.{name}').get_config(mode).lock()
+
+
+def keys(section: ConfigDict) -> dict:
+  return {key: keys(value) if isinstance(value, ConfigDict) else None
+          for key, value in section.items()}
+
+
+@pytest.mark.parametrize('mode', ['', 'smoke'])
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe(name, mode, mesh):
+  config = recipe(name, mode)
+  if config.data.name == 'captioned_images' and not config.data.path:
+    config.data.name = 'shapes'
+  build.check(config, mesh)
+  # What a recipe sets is what common.py documents, and all of it.
+  assert keys(config) == keys(common.get_config())
+  for level in config.model.levels:
+    assert keys(level) == keys(common.level(8))
+  for stage in config.stages:
+    assert keys(stage) == keys(common.stage('8', 1))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_config_survives_json(name):
+  config = recipe(name, '')
+  again = build.load_config(json.loads(config.to_json()))
+  assert again == config
+  assert again.is_locked
+  assert again.to_json() == config.to_json()

@@ -1,0 +1,62 @@
+"""Drawing: an image depends on its prompt and its seed, not on its batch."""
+
+import numpy as np
+import pytest
+
+from mdm_jax import build, draw, sharding
+
+PROMPTS = ['a red ring', 'a small blue star', 'two green circles', 'a cross',
+           'a yellow square', 'a large pink triangle', '', 'a black dot',
+           'a cyan ring', 'a purple star above a white cross']
+
+
+@pytest.fixture(scope='module')
+def draw_fn(make_config, random_params):
+  """(prompts, seeds) -> images of an untrained network, 8 at once."""
+  config = make_config()
+  config.sampler.update(name='ddpm', guidance=3.0, threshold='clip')
+  stage = config.stages[1]
+  mesh = sharding.make_mesh(config.mesh)
+  model = build.make_model(config, stage)
+  tokenizer = build.make_tokenizer(config)
+  sample_step = draw.make_sample_step(
+      model, build.make_noise_schedule(config, stage),
+      build.make_sampler(config),
+      parameterization=config.diffusion.parameterization,
+      empty_tokens=tokenizer.encode('').tolist())
+  params = random_params(model, config.text.max_length)
+  shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
+  made = draw.make_draw(sample_step, tokenizer.encode, 8, mesh, shardings)
+  params = sharding.place(params, shardings)
+  return lambda prompts, seeds: made(params, prompts, seeds)
+
+
+@pytest.fixture(scope='module')
+def drawn(draw_fn):
+  """Ten prompts, so that the second batch is filled up."""
+  return draw_fn(PROMPTS, range(10))
+
+
+def test_shapes(drawn):
+  assert [level.shape for level in drawn] == [
+      (10, 8, 8, 3), (10, 16, 16, 3)]
+  assert all(level.dtype == np.uint8 for level in drawn)
+  # Neither flat nor all clipped.
+  assert all(20 < level.std() < 120 for level in drawn)
+
+
+@pytest.mark.parametrize(
+    'picked', [[9], [3, 9, 0], [5] * 8, [*range(9, -1, -1)]])
+def test_independent_of_the_batch(draw_fn, drawn, picked):
+  again = draw_fn([PROMPTS[i] for i in picked], picked)
+  for level, expected in zip(again, drawn, strict=True):
+    np.testing.assert_array_equal(level, expected[picked])
+
+
+def test_prompt_and_seed_matter(draw_fn, drawn):
+  other_seed = draw_fn(PROMPTS[:1], [1])
+  other_prompt = draw_fn(PROMPTS[1:2], [0])
+  for level, seed, prompt in zip(drawn, other_seed, other_prompt):
+    expected = level[0].astype(int)
+    assert np.abs(seed[0] - expected).mean() > 10
+    assert np.abs(prompt[0] - expected).mean() > 0.1
