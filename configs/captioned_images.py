@@ -45,10 +45,10 @@ def _memorize(config):
       common.level(64, channels=(16, 32, 32), num_blocks=(1, 1, 1),
                    temporal_dim=128, num_groups=8),
   ]
-  training = {'batch_size': 8, 'learning_rate': 2e-3, 'warmup_steps': 50}
-  config.stages = [common.stage('16', 1, steps=1000, **training),
-                   common.stage('64', 2, steps=1000, **training)]
-  config.optimizer.update(decay='cosine', ema_decay=0.99)
+  training = {'batch_size': 8, 'learning_rate': 0.02, 'warmup_steps': 20}
+  config.stages = [common.stage('16', 1, steps=500, **training),
+                   common.stage('64', 2, steps=700, **training)]
+  config.optimizer.update(name='muon', decay='cosine', ema_decay=0.99)
   config.diffusion.loss_space = 'v'
   config.sampler.update(num_steps=25, guidance=1.0, threshold='clip')
   config.eval.update(loss_batches=2, batch_size=8)

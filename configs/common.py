@@ -152,18 +152,12 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.text.update(
       tokenizer='', max_length=32, width=16, num_layers=1, num_heads=2)
   config.model.text.update(width=16, num_heads=2)
-  resolution = 8
   for i, level in enumerate(config.model.levels):
-    # The innermost halves once; the others as often as they must to meet it.
-    halvings = 1
-    if i:
-      halvings = len(level.channels) - 1
-      resolution *= 2 ** halvings
+    resolution = 8 * 2 ** i
     level.update(
         resolution=resolution, scale_condition=resolution, temporal_dim=32,
-        channels=(8,) * (halvings + 1), num_blocks=(1,) + (0,) * halvings,
-        attention_layers=(0,) * halvings + (0 if i else 1,),
-        num_heads=2, num_groups=4)
+        channels=(8, 8), num_blocks=(1, 0), num_heads=2, num_groups=4,
+        attention_layers=(0, 0 if i else 1))
   for stage in config.stages:
     # Small multiples of any mixed ratio, and of 8 devices.
     stage.update(steps=6, batch_size=24, warmup_steps=2, learning_rate=1e-3)
