@@ -24,18 +24,21 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import metrics, train
+  from mdm_jax import metrics, sharding, train
 
+  config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, mode = name.partition(':')
   workdir = _WORKDIR.value or 'runs/' + '_'.join(
       filter(None, [pathlib.Path(path).stem, mode]))
   metrics.setup_logging()
+  sharding.use_cpu_cores([
+      config.eval.batch_size, *(stage.batch_size for stage in config.stages)])
   try:
-    mesh = train.setup(_CONFIG.value, workdir)
+    mesh = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  train.train(_CONFIG.value, workdir, mesh)
+  train.train(config, workdir, mesh)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -208,11 +208,11 @@ def peak_flops(device: jax.Device) -> float | None:
   Returns:
     For a TPU or GPU the vendor's bfloat16 peak of one chip, None if it is not
     in the table. For a CPU, whose vendor states none, what
-    `measure_matmul_flops` reaches (0.3 s): MFU is then a fraction of the best
-    matrix product, and with simulated devices all of them share it.
+    `measure_matmul_flops` reaches (0.3 s), shared by the CPU's devices: MFU is
+    then a fraction of the best matrix product.
   """
   if device.platform == 'cpu':
-    return measure_matmul_flops(device)
+    return measure_matmul_flops(device) / jax.local_device_count()
   for kind, flops in _PEAK_FLOPS:
     if device.device_kind.startswith(kind):
       return flops

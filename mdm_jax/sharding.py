@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import math
+import os
 import re
 from typing import Any
 
@@ -15,6 +16,21 @@ BATCH_AXES = ('data', 'fsdp')
 
 # First match wins. A rule's axes stand for the parameter's last dimensions.
 Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def use_cpu_cores(batch_sizes: Sequence[int]) -> None:
+  """Makes JAX see a CPU's cores as devices, as many as divide every batch.
+
+  A small network has few operations that are worth spreading over cores, but
+  the examples of a batch always are. Call it before JAX is used; it changes
+  nothing for accelerators, or where XLA_FLAGS sets the number.
+  """
+  if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
+    return
+  count = os.cpu_count() or 1
+  while any(size % count for size in batch_sizes):
+    count -= 1
+  jax.config.update('jax_num_cpu_devices', count)
 
 
 def make_mesh(axes: Mapping[str, int],
