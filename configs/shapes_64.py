@@ -21,9 +21,9 @@ def get_config(mode: str = ''):
                    attention_layers=(0, 0, 0, 0), **shared),
   ]
   config.stages = [
-      common.stage('8', 1, steps=800, batch_size=64, learning_rate=0.02,
+      common.stage('8', 1, steps=550, batch_size=64, learning_rate=0.02,
                    warmup_steps=50),
-      common.stage('64', 2, steps=400, batch_size=32, learning_rate=0.01,
+      common.stage('64', 2, steps=600, batch_size=24, learning_rate=0.02,
                    warmup_steps=20),
   ]
   config.text.max_length = 24
@@ -33,6 +33,7 @@ def get_config(mode: str = ''):
       ema_decay=0.995)
   config.sampler.update(num_steps=25, guidance=3.0, threshold='clip')
   config.log_every = 20
-  config.sample_every = 200
-  config.checkpoint_every = 200
+  config.sample_every = 300
+  config.checkpoint_every = 100
+  config.eval.update(loss_batches=4, batch_size=32)
   return common.in_mode(config, mode)
