@@ -47,6 +47,11 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     raise ValueError(
         f'text.caption_dropout={config.text.caption_dropout}: give a share, '
         '0 to 1.')
+  least = max(config.eval.num_prompts, config.eval.batch_size)
+  if config.data.name == 'shapes' and config.data.size < least:
+    raise ValueError(
+        f'data.size={config.data.size}: the evaluation draws {least} of them; '
+        'use more, or lower eval.num_prompts.')
   names = [stage.name for stage in config.stages]
   if len(set(names)) < len(names):
     raise ValueError(f'stages have names {names}: they must differ.')

@@ -40,7 +40,7 @@ def make_optimizer(learning_rate: optax.Schedule, *, name: str, b1: float,
     learning_rate: at each step.
     name: 'adamw' (Loshchilov & Hutter, 2019), or 'muon' (Jordan et al.,
       2024), which orthogonalises the updates of the hidden layers' kernels
-      and leaves the rest to AdamW. Muon learns several times as much from a
+      and leaves the rest to AdamW, both with Nesterov momentum. Muon learns several times as much from a
       step, at rates around 0.02, and costs matrix products that only a small
       network notices.
     b1, b2, epsilon: AdamW's.

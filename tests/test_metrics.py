@@ -176,11 +176,13 @@ def test_parameter_overview_sums_up_blocks(monkeypatch):
 
 
 def test_only_our_lines_and_warnings_are_logged(monkeypatch):
+  handler = logging.get_absl_handler()
+  monkeypatch.setattr(handler, 'filters', [])
   logger = logging.get_absl_logger()
-  monkeypatch.setattr(logger, 'filters', [])
+  monkeypatch.setattr(logger, 'handlers', [handler])
   verbosity = logging.get_verbosity()
   seen = []
-  monkeypatch.setattr(logger, 'callHandlers', lambda r: seen.append(r.msg))
+  monkeypatch.setattr(handler, 'emit', lambda record: seen.append(record.msg))
   metrics.setup_logging()
   logging.info('of a library')
   logging.warning('its warning')
