@@ -182,7 +182,8 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   monkeypatch.setattr(logger, 'handlers', [handler])
   verbosity = logging.get_verbosity()
   seen = []
-  monkeypatch.setattr(handler, 'emit', lambda record: seen.append(record.msg))
+  monkeypatch.setattr(handler.python_handler, 'emit',
+                      lambda record: seen.append(record.msg))
   metrics.setup_logging()
   logging.info('of a library')
   logging.warning('its warning')
