@@ -27,7 +27,8 @@ def get_config(mode: str = ''):
                    warmup_steps=20),
   ]
   config.text.max_length = 24
-  config.diffusion.loss_space = 'v'
+  # Flat pictures come out flat if they, and not their noise, are predicted.
+  config.diffusion.update(parameterization='x0', loss_space='x0')
   config.optimizer.update(
       name='muon', b2=0.99, weight_decay=0.01, clip_norm=1.0, decay='cosine',
       ema_decay=0.995)
