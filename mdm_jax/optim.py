@@ -40,9 +40,9 @@ def make_optimizer(learning_rate: optax.Schedule, *, name: str, b1: float,
     learning_rate: at each step.
     name: 'adamw' (Loshchilov & Hutter, 2019), or 'muon' (Jordan et al.,
       2024), which orthogonalises the updates of the hidden layers' kernels
-      and leaves the rest to AdamW, both with Nesterov momentum. Muon learns several times as much from a
-      step, at rates around 0.02, and costs matrix products that only a small
-      network notices.
+      and leaves the rest to AdamW, both with Nesterov momentum. Muon is for
+      small networks and short runs: it wants rates around 0.02, and adds
+      matrix products to every step.
     b1, b2, epsilon: AdamW's.
     weight_decay: decoupled, times the learning rate.
     clip_norm: of all gradients together.

@@ -3,16 +3,16 @@
 import hashlib
 import json
 import pathlib
+import subprocess
+import sys
 
-from absl import flags
-from absl.testing import flagsaver
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, sample, train
+from mdm_jax import build, checkpoint, train
 
 
 def toy_config():
@@ -105,13 +105,20 @@ def test_another_config_is_refused(finished):
     train.setup(config, finished)
 
 
+def run_sample(**options):
+  """Runs the command in a process of its own: commands share flags' names."""
+  flags = [f'--{name}={value}' for name, values in options.items()
+           for value in (values if isinstance(values, list) else [values])]
+  return subprocess.run(
+      [sys.executable, '-m', 'mdm_jax.sample', *flags], capture_output=True,
+      text=True)
+
+
 def test_sample_command(finished, tmp_path):
-  flags.FLAGS.mark_as_parsed()
   prompts = ['a red ring, on grey', 'a small blue star, on white']
-  with flagsaver.flagsaver(
-      workdir=str(finished), prompt=prompts, num_samples=2, steps=2,
-      output=str(tmp_path), seed=5):
-    sample.main(['sample'])
+  result = run_sample(workdir=finished, prompt=prompts, num_samples=2,
+                      steps=2, output=tmp_path, seed=5)
+  assert result.returncode == 0, result.stderr
   lines = [json.loads(line)
            for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
   assert [line['prompt'] for line in lines] == [
@@ -126,7 +133,7 @@ def test_sample_command(finished, tmp_path):
 
 
 def test_sample_without_a_run_names_the_directory(tmp_path):
-  flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(workdir=str(tmp_path / 'none'), prompt=['x']):
-    with pytest.raises(SystemExit, match='none/config.json does not exist'):
-      sample.main(['sample'])
+  result = run_sample(workdir=tmp_path / 'none', prompt='x')
+  assert result.returncode == 1
+  assert 'none/config.json does not exist' in result.stderr
+  assert 'Traceback' not in result.stderr
