@@ -27,14 +27,13 @@ def get_config(mode: str = ''):
                    warmup_steps=20),
   ]
   config.text.max_length = 24
-  # Flat pictures come out flat if they, and not their noise, are predicted.
-  config.diffusion.update(parameterization='x0', loss_space='x0')
+  config.diffusion.loss_space = 'v'
   config.optimizer.update(
       name='muon', b2=0.99, weight_decay=0.01, clip_norm=1.0, decay='cosine',
       ema_decay=0.995)
-  config.sampler.update(num_steps=16, guidance=3.0, threshold='clip')
+  config.sampler.update(num_steps=25, guidance=3.0, threshold='clip')
   config.log_every = 20
-  config.sample_every = 600
+  config.sample_every = 300
   config.checkpoint_every = 100
   config.eval.update(loss_batches=4, batch_size=32)
   return common.in_mode(config, mode)
