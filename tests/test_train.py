@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, train
+from mdm_jax import build, checkpoint, sharding, train
 
 
 def toy_config():
@@ -27,6 +27,13 @@ def toy_config():
   config.checkpoint_every = 2
   config.checkpoints_to_keep = 3
   return config.lock()
+
+
+def run(config, workdir):
+  """What the command does, on one device: a mesh is tested elsewhere."""
+  train.setup(config, workdir)
+  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+  train.train(config, workdir, mesh)
 
 
 def digest(workdir: pathlib.Path, config, index: int) -> str:
@@ -45,8 +52,7 @@ def digest(workdir: pathlib.Path, config, index: int) -> str:
 def finished(tmp_path_factory):
   """The working directory of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp('run')
-  config = toy_config()
-  train.train(config, workdir, train.setup(config, workdir))
+  run(toy_config(), workdir)
   return workdir
 
 
@@ -72,7 +78,7 @@ def test_writes_what_it_promises(finished):
 def test_finished_run_trains_no_more(finished):
   config = toy_config()
   before = digest(finished, config, 1)
-  train.train(config, finished, train.setup(config, finished))
+  run(config, finished)
   assert digest(finished, config, 1) == before
 
 
@@ -80,20 +86,22 @@ def test_finished_run_trains_no_more(finished):
 def test_resumed_equals_uninterrupted(
     finished, tmp_path, monkeypatch, stage, step):
   config = toy_config()
-  mesh = train.setup(config, tmp_path)
   name = config.stages[stage].name
   save = checkpoint.Checkpoints.save
 
   def interrupt(self, at, state, extra, force=False):
     if at == step and extra['stage'] == name:
+      # What a dead process could not do, and this one must: a save in flight
+      # would end while the next run has the directory open.
+      self.close()
       raise KeyboardInterrupt
     return save(self, at, state, extra, force)
 
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.Checkpoints, 'save', interrupt)
     with pytest.raises(KeyboardInterrupt):
-      train.train(config, tmp_path, mesh)
-  train.train(config, tmp_path, mesh)
+      run(config, tmp_path)
+  run(config, tmp_path)
   for index in range(2):
     assert digest(tmp_path, config, index) == digest(finished, config, index)
 
