@@ -4,7 +4,7 @@
     python -m mdm_jax.main --config=configs/captioned_images.py \
         --config.data.path=data/mine
 
-A few thousand images and one GPU are a sensible start. `:memorize` learns a
+Sized for a GPU; not yet trained at full size. `:memorize` learns a
 handful of images by heart on a laptop; it shows that a data set is read as
 it should be.
 """
