@@ -106,6 +106,7 @@ def level(resolution: int, **changes) -> ConfigDict:
       'num_heads': 8,
       'num_groups': 32,
       'position_waves': 0,
+      'patch_size': 1,
   })
   config.lock().update(changes)
   return config
@@ -157,7 +158,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     level.update(
         resolution=resolution, scale_condition=resolution, temporal_dim=32,
         channels=(8, 8), num_blocks=(1, 0), num_heads=2, num_groups=4,
-        attention_layers=(0, 0 if i else 1))
+        attention_layers=(0, 0 if i else 1), patch_size=1)
   for stage in config.stages:
     # Small multiples of any mixed ratio, and of 8 devices.
     stage.update(steps=6, batch_size=24, warmup_steps=2, learning_rate=1e-3)

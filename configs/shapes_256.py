@@ -1,4 +1,4 @@
-"""Captioned shapes in three stages: 8 px, 8+64 px and 8+64+256 px.
+"""Captioned shapes in three stages: 16, 16+64 and 16+64+256 px.
 
     python -m mdm_jax.main --config=configs/shapes_256.py
 
@@ -13,9 +13,10 @@ def get_config(mode: str = ''):
   """The recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = shapes_64.get_config()
   config.model.levels.append(common.level(
-      256, channels=(16, 16, 32), num_blocks=(0, 1, 1), temporal_dim=128,
-      num_groups=8))
+      256, channels=(32, 48, 64), num_blocks=(0, 1, 1), temporal_dim=128,
+      num_groups=8, patch_size=4))
   config.stages.append(common.stage(
       '256', 3, steps=20_000, batch_size=32, learning_rate=0.01,
-      warmup_steps=200, mixed_ratio=(0.0, 1.0, 1.0)))
+      warmup_steps=200, shift_power=2.0,
+      mixed_ratio=(0.0, 1.0, 1.0)))
   return common.in_mode(config, mode)

@@ -117,18 +117,20 @@ def _check_resolutions(config: ConfigDict) -> None:
       raise ValueError(
           f'model.levels[{i}].temporal_dim={level.temporal_dim}: it must be '
           f'that of level 0, {levels[0].temporal_dim}.')
-    if level.resolution % spec.downsampling:
+    bottom, odd = divmod(level.resolution, spec.downsampling)
+    if odd:
       raise ValueError(
           f'model.levels[{i}].resolution={level.resolution} cannot be halved '
-          f'{len(spec.channels) - 1} times: use a multiple of '
-          f'{spec.downsampling}, or fewer channels.')
-    if i and level.resolution != (
-        levels[i - 1].resolution * spec.downsampling):
-      raise ValueError(
-          f'model.levels[{i}].resolution={level.resolution} over '
-          f'{len(spec.channels)} channels meets '
-          f'{level.resolution // spec.downsampling} px, but level {i - 1} is '
-          f'{levels[i - 1].resolution} px: change either.')
+          f'{len(spec.channels) - 1} times over patches of {spec.patch_size} '
+          f'px: use a multiple of {spec.downsampling}, or fewer channels.')
+    if i:
+      inner = levels[i - 1].resolution // levels[i - 1].patch_size
+      if bottom != inner:
+        raise ValueError(
+            f'model.levels[{i}].resolution={level.resolution} over '
+            f'{len(spec.channels)} channels and patches of {spec.patch_size} '
+            f'px meets {bottom} px, but level {i - 1} has {inner}: change '
+            'either.')
 
 
 def _check_stage(config: ConfigDict, i: int, stage: ConfigDict) -> None:

@@ -36,6 +36,13 @@ def test_tiny_config_is_good(make_config, mesh):
   build.check(make_config().lock(), mesh)
 
 
+def test_patches_meet(make_config, mesh):
+  config = make_config()
+  for level in config.model.levels:
+    level.patch_size = 2
+  build.check(config.lock(), mesh)
+
+
 BAD = [
     ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
     ({'stages[0].batch_size': 12},
@@ -47,7 +54,12 @@ BAD = [
       'model.levels[0].attention_layers': (0, 0)},
      r'model.levels\[0\].resolution=7 cannot be halved 1 times'),
     ({'model.levels[1].resolution': 32},
-     r'model.levels\[1\].resolution=32 .* meets 16 px, but level 0 is 8 px'),
+     r'model.levels\[1\].resolution=32 .* meets 16 px, but level 0 has 8'),
+    ({'model.levels[0].patch_size': 0}, r'levels\[0\].*patch_size=0'),
+    ({'model.levels[0].patch_size': 3},
+     r'resolution=8 cannot be halved 0 times over patches of 3 px'),
+    ({'model.levels[0].patch_size': 2},
+     r'levels\[1\].* meets 8 px, but level 0 has 4'),
     ({'model.levels[1].channels': (8, 8, 8)},
      r'model.levels\[1\].*channels, num_blocks and attention_layers must'),
     ({'model.levels[0].num_groups': 3},

@@ -31,7 +31,7 @@ BACKGROUNDS = {
 }
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 PATTERNS = ('solid', 'striped', 'dotted', 'checked')
-SIZES = {'small': (0.13, 0.16), 'large': (0.22, 0.30)}
+SIZES = {'small': (0.16, 0.18), 'large': (0.25, 0.30)}
 PLACES = (
     'top left', 'top', 'top right',
     'left', 'centre', 'right',
@@ -275,8 +275,11 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     pattern = 'solid' if solid else _pick(rng, PATTERNS[1:])
     size = _pick(rng, tuple(SIZES))
     low, high = SIZES[size]
-    # Two large objects of the largest radius would not fit side by side.
-    high = min(high, 0.225) if len(pairs) == 2 else high
+    if len(pairs) == 2:
+      # Side by side there is room for one large object, and not the largest.
+      if any('large' in look for look in looks):
+        size, (low, high) = 'small', SIZES['small']
+      high = min(high, 0.26)
     looks.append((*pair, pattern, size, _between(rng, low, high)))
   background = _pick(rng, tuple(BACKGROUNDS))
 

@@ -54,6 +54,22 @@ def position_features(shape: tuple[int, int], waves: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def fold(x: jax.Array, patch: int) -> jax.Array:
+  """Patches into channels: [B, H, W, C] -> [B, H/p, W/p, p * p * C]."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(
+      batch, height // patch, patch, width // patch, patch, channels)
+  return x.swapaxes(2, 3).reshape(
+      batch, height // patch, width // patch, patch * patch * channels)
+
+
+def unfold(x: jax.Array, patch: int) -> jax.Array:
+  """Undoes `fold`: [B, h, w, p * p * C] -> [B, h * p, w * p, C]."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height, width, patch, patch, -1)
+  return x.swapaxes(2, 3).reshape(batch, height * patch, width * patch, -1)
+
+
 class ResidualBlock(nn.Module):
   """GN, SiLU, conv; scale and shift by the time embedding; GN, SiLU, conv."""
   features: int

@@ -27,8 +27,15 @@ class LevelSpec:
   # Waves across the image that tell a pixel where it is, added to `conv_in`;
   # 0 as in the release, which has to learn that from the padding.
   position_waves: int = 0
+  # Pixels a side that are folded into channels before `conv_in` and unfolded
+  # after `conv_out`; 1 as in the release. It makes a level cheap, but narrow
+  # channels then cannot carry the noise through: predict x0.
+  patch_size: int = 1
 
   def __post_init__(self):
+    if self.patch_size < 1:
+      raise ValueError(
+          f'patch_size={self.patch_size}: give a number of pixels, 1 for none.')
     lengths = {
         len(self.channels), len(self.num_blocks), len(self.attention_layers)}
     if len(lengths) != 1:
@@ -47,8 +54,8 @@ class LevelSpec:
 
   @property
   def downsampling(self) -> int:
-    """Ratio of the level's finest to its coarsest resolution."""
-    return 2 ** (len(self.channels) - 1)
+    """Ratio of the level's resolution to that of its coarsest features."""
+    return self.patch_size * 2 ** (len(self.channels) - 1)
 
 
 class _Blocks(nn.Module):
@@ -148,7 +155,8 @@ class UNet(nn.Module):
       self.out_adapter = layers.conv3x3(spec.channels[-1], dtype, zero=True)
     self.norm_out = nn.GroupNorm(
         spec.num_groups, epsilon=layers.EPSILON, dtype=dtype)
-    self.conv_out = layers.conv3x3(3, dtype, zero=True)
+    self.conv_out = layers.conv3x3(
+        3 * spec.patch_size ** 2, dtype, zero=True)
 
   def embed(self, t: jax.Array, scale: jax.Array | None,
             pooled_text: jax.Array) -> jax.Array:
@@ -183,10 +191,10 @@ class UNet(nn.Module):
     """
     if self.spec.normalize_input:
       x = x / x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
-    h = self.conv_in(x) + outer
+    h = self.conv_in(layers.fold(x, self.spec.patch_size)) + outer
     if self.spec.position_waves:
       h += self.position(
-          layers.position_features(x.shape[1:3], self.spec.position_waves))
+          layers.position_features(h.shape[1:3], self.spec.position_waves))
     skips = [h]
     for blocks in self.down:
       h, left = blocks(h, temb, text, mask)
@@ -200,5 +208,6 @@ class UNet(nn.Module):
     return h
 
   def out(self, h: jax.Array) -> jax.Array:
-    """Last features [B, H, W, C] -> prediction [B, H, W, 3] in float32."""
-    return self.conv_out(nn.silu(self.norm_out(h))).astype(jnp.float32)
+    """Last features [B, h, w, C] -> prediction [B, H, W, 3] in float32."""
+    h = self.conv_out(nn.silu(self.norm_out(h))).astype(jnp.float32)
+    return layers.unfold(h, self.spec.patch_size)

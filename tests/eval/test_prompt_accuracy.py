@@ -81,13 +81,13 @@ def test_other_prompts_are_wrong():
 
 
 def test_every_attribute_can_be_wrong_alone():
-  right = shapes.Object('ring', 'red', 'solid', 'small', 0.2, 0.2, 0.145)
+  right = shapes.Object('ring', 'red', 'solid', 'small', 0.28, 0.28, 0.17)
   scene = shapes.Scene((right,), 'grey', 'top left')
   changes = {
       'shape': {'shape': 'circle'},
       'color': {'color': 'orange'},
       'pattern': {'pattern': 'dotted'},
-      'size': {'size': 'large', 'radius': 0.235},
+      'size': {'size': 'large', 'radius': 0.27},
       'position': {'x': 0.5},
   }
   for attribute, change in changes.items():
@@ -103,8 +103,8 @@ def test_every_attribute_can_be_wrong_alone():
 
 @pytest.fixture
 def pair():
-  left = shapes.Object('star', 'green', 'striped', 'large', 0.28, 0.5, 0.22)
-  right = shapes.Object('cross', 'pink', 'checked', 'small', 0.8, 0.5, 0.14)
+  left = shapes.Object('star', 'green', 'striped', 'large', 0.28, 0.5, 0.255)
+  right = shapes.Object('cross', 'pink', 'checked', 'small', 0.8, 0.5, 0.17)
   return shapes.Scene((left, right), 'beige', 'left of')
 
 

@@ -16,6 +16,15 @@ def test_position_features_are_waves_over_rows_and_columns():
   assert len(np.unique(features.reshape(32, -1).round(4), axis=0)) == 32
 
 
+def test_fold_puts_each_patch_into_one_place():
+  x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+  folded = np.asarray(layers.fold(x, 2))
+  assert folded.shape == (2, 2, 3, 12)
+  np.testing.assert_array_equal(
+      folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+  np.testing.assert_array_equal(layers.unfold(folded, 2), x)
+
+
 def test_attention_equals_numpy():
   rng = np.random.default_rng(0)
   q, k, v = rng.standard_normal((3, 2, 5, 8), np.float32)
