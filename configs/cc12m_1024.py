@@ -1,7 +1,7 @@
 """CC12M in three stages, 64, 64+256 and 64+256+1024 px: the whole paper.
 
     python -m mdm_jax.main --config=configs/cc12m_1024.py \
-        --config.data.path=DIR
+        --config.data.path=DIR --config.text.path=T5
 """
 
 from configs import cc12m_256, common

@@ -1,7 +1,7 @@
 """CC12M at 64 px and then 64+256 px, as the released 256 model is built.
 
     python -m mdm_jax.main --config=configs/cc12m_256.py \
-        --config.data.path=DIR
+        --config.data.path=DIR --config.text.path=T5
 """
 
 from configs import cc12m_64, common

@@ -1,11 +1,11 @@
 """CC12M at 64 px: the architecture and schedule of the released model.
 
     python -m mdm_jax.main --config=configs/cc12m_64.py \
-        --config.data.path=DIR
+        --config.data.path=DIR --config.text.path=T5
 
-DIR is what `tools.prepare_data` made of CC12M's tars. 461 M parameters in the
-network; the released model was trained on a frozen Flan-T5-XL, here a
-transformer of the same width is trained with the network.
+DIR is what `tools.prepare_data` made of CC12M's tars, T5 a directory with the
+files of google/flan-t5-xl, whose encoder stays frozen. 461 M parameters in the
+network.
 """
 
 from configs import common
@@ -16,7 +16,7 @@ def get_config(mode: str = ''):
   config = common.get_config()
   config.dtype = 'bfloat16'
   config.data.update(name='captioned_images', num_workers=8)
-  config.text.update(max_length=128, width=2048, num_layers=4, num_heads=16)
+  config.text.update(encoder='t5', max_length=128)
   config.model.text.update(width=2048, masked_attention=False)
   config.model.levels = [common.level(
       64, channels=(256, 512, 768), num_blocks=(2, 2, 2),

@@ -32,8 +32,9 @@ def get_config() -> ConfigDict:
           'prefetch': 4,      # batches
       },
       'text': {
-          'encoder': 'learned',    # a transformer trained with the network
-          'tokenizer': '',         # spiece.model; '': the one shipped
+          'encoder': 'learned',    # trained with the network; or 't5', frozen
+          'path': '',              # T5's directory, as Hugging Face's
+          'tokenizer': '',         # spiece.model; '': the encoder's own
           'max_length': 32,        # tokens, </s> included
           'width': 64,
           'num_layers': 1,
@@ -151,7 +152,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.data.num_workers = 0
   config.dtype = 'float32'
   config.text.update(
-      tokenizer='', max_length=32, width=16, num_layers=1, num_heads=2)
+      encoder='learned', tokenizer='', max_length=32, width=16, num_layers=1,
+      num_heads=2)
   config.model.text.update(width=16, num_heads=2)
   for i, level in enumerate(config.model.levels):
     resolution = 8 * 2 ** i

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import os
 import pathlib
 from typing import Any
 
+from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from mdm_jax import optim, sharding
+from mdm_jax import hugging_face, optim, sharding
 from mdm_jax.data import pipeline, shapes, sources
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
@@ -23,10 +26,12 @@ from mdm_jax.eval.prompt_accuracy import Vocabulary
 from mdm_jax.models.conditioning import LearnedTextEncoder, TextSpec
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
+from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.models.unet import LevelSpec
 from mdm_jax.step import Objective
 
 DATA_SETS = ('shapes', 'captioned_images')
+TEXT_ENCODERS = ('learned', 't5')
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
@@ -38,6 +43,13 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   if not config.stages or not config.model.levels:
     raise ValueError('The config needs at least one stage and one level.')
   _check_resolutions(config)
+  if config.text.encoder not in TEXT_ENCODERS:
+    raise ValueError(
+        f'text.encoder={config.text.encoder!r}: use one of {TEXT_ENCODERS}.')
+  if config.text.encoder == 't5' and not config.text.path:
+    raise ValueError(
+        'text.path is empty: name the directory of a T5 encoder, downloaded '
+        'from google/flan-t5-xl for example, --config.text.path=DIR.')
   make_tokenizer(config)
   _check_sampler(config)
   for key in ('log_every', 'sample_every', 'checkpoint_every'):
@@ -166,27 +178,20 @@ def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
 
 
 def make_tokenizer(config: ConfigDict) -> Tokenizer:
-  """The captions' tokenizer."""
-  return Tokenizer(
-      config.text.tokenizer or CAPTIONS_MODEL, config.text.max_length)
+  """The captions' tokenizer: T5's own, where T5 is the encoder."""
+  own = CAPTIONS_MODEL if config.text.encoder == 'learned' else os.path.join(
+      config.text.path, 'spiece.model')
+  return Tokenizer(config.text.tokenizer or own, config.text.max_length)
 
 
 def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
   """The stage's network and text encoder.
 
   Raises:
-    ValueError: an unknown encoder or dtype, or widths that heads do not
-      divide.
+    ValueError, FileNotFoundError: an unknown dtype, or what
+      `make_text_encoder` raises.
   """
-  text = config.text
-  if text.encoder != 'learned':
-    raise ValueError(f"text.encoder={text.encoder!r}: only 'learned' exists.")
-  for name, width, heads in (
-      ('text', text.width, text.num_heads),
-      ('model.text', config.model.text.width, config.model.text.num_heads)):
-    if width % heads:
-      raise ValueError(
-          f'{name}.num_heads={heads} does not divide {name}.width={width}.')
+  _check_heads('model.text', config.model.text)
   if config.dtype not in ('float32', 'bfloat16'):
     raise ValueError(f'dtype={config.dtype!r}: use float32 or bfloat16.')
   dtype = jnp.dtype(config.dtype)
@@ -195,10 +200,65 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
       unet=NestedUNet(
           tuple(_level_spec(level) for level in levels),
           TextSpec(**config.model.text), dtype),
-      text_encoder=LearnedTextEncoder(
-          make_tokenizer(config).vocab_size, text.width, text.num_layers,
-          text.num_heads, dtype),
-      resolutions=resolutions(config, stage))
+      text_encoder=make_text_encoder(config),
+      resolutions=resolutions(config, stage),
+      frozen_text=config.text.encoder != 'learned')
+
+
+def make_text_encoder(config: ConfigDict) -> nn.Module:
+  """From tokens to text features.
+
+  Raises:
+    ValueError, FileNotFoundError: no T5 in `text.path`, or one that the
+      tokenizer is not for; widths that heads do not divide.
+  """
+  text, dtype = config.text, jnp.dtype(config.dtype)
+  num_pieces = make_tokenizer(config).vocab_size
+  if text.encoder == 'learned':
+    _check_heads('text', text)
+    return LearnedTextEncoder(
+        num_pieces, text.width, text.num_layers, text.num_heads, dtype)
+  with _naming(f'text.path={text.path!r}'):
+    spec = T5Spec.from_hugging_face(hugging_face.read_config(text.path))
+    if num_pieces > spec.vocab_size:
+      raise ValueError(
+          f'the tokenizer has {num_pieces} pieces, this encoder knows '
+          f'{spec.vocab_size}: leave text.tokenizer empty for its own.')
+  return T5Encoder(spec, dtype)
+
+
+def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
+  """Parameters that the model needs and training does not change.
+
+  Returns:
+    The T5 encoder's in `config.dtype`, sharded by the rules; {} if the text
+    encoder is trained along.
+
+  Raises:
+    ValueError, FileNotFoundError: weights are missing, damaged or of another
+      model.
+  """
+  if config.text.encoder == 'learned':
+    return {}
+  shapes = jax.eval_shape(
+      make_text_encoder(config).init, jax.random.key(0),
+      jnp.ones((1, config.text.max_length), jnp.int32))['params']
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
+  shardings = sharding.tree_shardings(
+      {'text_encoder': shapes}, mesh, config.sharding_rules)
+  with _naming(f'text.path={config.text.path!r}'):
+    params = hugging_face.load(
+        hugging_face.open_tensors(config.text.path), shapes,
+        shardings['text_encoder'], hugging_face_name)
+  return {'text_encoder': params}
+
+
+def _check_heads(name: str, section: ConfigDict) -> None:
+  if section.width % section.num_heads:
+    raise ValueError(
+        f'{name}.num_heads={section.num_heads} does not divide '
+        f'{name}.width={section.width}.')
 
 
 def make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:

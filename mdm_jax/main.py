@@ -35,10 +35,10 @@ def main(argv: list[str]) -> None:
   sharding.use_cpu_cores([
       config.eval.batch_size, *(stage.batch_size for stage in config.stages)])
   try:
-    mesh = train.setup(config, workdir)
+    mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  train.train(config, workdir, mesh)
+  train.train(config, workdir, mesh, frozen)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

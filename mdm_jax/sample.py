@@ -52,11 +52,11 @@ def main(argv: list[str]) -> None:
     config.eval.batch_size = min(
         config.eval.batch_size, -(-len(prompts) // shards) * shards)
     build.check(config, mesh)
-    index, params, shardings = train.restore_average(
-        config, _WORKDIR.value, mesh)
+    index, params = train.restore_average(config, _WORKDIR.value, mesh)
+    params |= build.load_frozen(config, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  draw = train.make_draw(config, index, mesh, shardings)
+  draw = train.make_draw(config, index, mesh, params)
   begin = time.monotonic()
   seeds = [_SEED.value + i for i in range(_NUM_SAMPLES.value)
            ] * len(_PROMPTS.value)

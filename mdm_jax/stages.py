@@ -10,11 +10,17 @@ from mdm_jax import checkpoint
 
 
 def next_stage(directories: Sequence[pathlib.Path]) -> int:
-  """The index of the first stage that is not finished; their number if all."""
-  for index, directory in enumerate(directories):
-    if checkpoint.finished_step(directory) is None:
+  """The index of the stage to train now; their number if all are finished.
+
+  Stages before one that has a checkpoint count as finished: weights may have
+  been imported into a later stage.
+  """
+  for index in reversed(range(len(directories))):
+    if checkpoint.finished_step(directories[index]) is not None:
+      return index + 1
+    if checkpoint.latest_step(directories[index]) is not None:
       return index
-  return len(directories)
+  return 0
 
 
 def grow(fresh: Any, trained: Any) -> Any:

@@ -54,7 +54,8 @@ def make_train_step(
     model: Matryoshka, objective: Objective,
     optimizer: optax.GradientTransformation, *, ema_decay: float,
     caption_dropout: float, empty_tokens: Sequence[int], seed: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Batch, Params],
+              tuple[TrainState, dict[str, jax.Array]]]:
   """The training step, pure and not yet jitted.
 
   Args:
@@ -67,10 +68,11 @@ def make_train_step(
     seed: of times, noise and dropout, together with the step number.
 
   Returns:
-    (state, batch) -> (state, metrics): `loss`, `level_losses` [levels] and
-    `grad_norm` before clipping.
+    (state, batch, frozen) -> (state, metrics): `loss`, `level_losses`
+    [levels] and `grad_norm` before clipping. `frozen` holds the parameters
+    that the model needs beside the state's, {} if none.
   """
-  def train_step(state, batch):
+  def train_step(state, batch, frozen):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_rng, dropout_rng = jax.random.split(rng)
     dropped = jax.random.bernoulli(
@@ -80,7 +82,7 @@ def make_train_step(
 
     def mean_loss(params):
       per_example, levels = _losses(
-          model, objective, params, batch, loss_rng)
+          model, objective, params | frozen, batch, loss_rng)
       return per_example.mean(), levels
 
     (total, levels), grads = jax.value_and_grad(

@@ -4,7 +4,6 @@ import json
 import pathlib
 import signal
 import time
-from typing import Any
 
 from absl import logging
 import jax
@@ -27,11 +26,11 @@ _MAY_CHANGE = (
     'sampler.', 'eval.')
 
 
-def setup(config: ConfigDict, workdir: str) -> Mesh:
+def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   """Everything that can be wrong and known before anything is compiled.
 
   Returns:
-    The mesh to train on.
+    The mesh to train on, and the parameters that training leaves alone.
 
   Raises:
     ValueError, FileNotFoundError: one line that names the thing and the
@@ -51,18 +50,21 @@ def setup(config: ConfigDict, workdir: str) -> Mesh:
           f'{workdir} was trained with another config ('
           + '; '.join(changed[:5]) + (' …' if len(changed) > 5 else '')
           + '): give another --workdir, or the same config.')
+  frozen = build.load_frozen(config, mesh)
   if jax.process_index() == 0:
     checkpoint.write_config(workdir, new)
-  return mesh
+  return mesh, frozen
 
 
-def train(config: ConfigDict, workdir: str, mesh: Mesh) -> None:
+def train(config: ConfigDict, workdir: str, mesh: Mesh,
+          frozen: Params) -> None:
   """Trains the stages that are not finished, then evaluates the last.
 
   Args:
     config: as `setup` has checked it.
     workdir: receives checkpoints, samples, metrics and the evaluation.
     mesh: as `setup` returned it.
+    frozen: likewise.
   """
   start = time.monotonic()
   directories = [build.stage_directory(workdir, config, index)
@@ -71,15 +73,17 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh) -> None:
   writer = metrics.MetricWriter(workdir)
   stop = _StopSignal()
   for index in range(first, len(config.stages)):
-    last = checkpoint.restore_item(directories[index - 1], None, 'ema') if (
-        index) else None
-    if not train_stage(config, index, workdir, mesh, writer, last, stop):
+    last = None
+    if index and checkpoint.latest_step(directories[index]) is None:
+      last = checkpoint.restore_item(directories[index - 1], None, 'ema')
+    if not train_stage(
+        config, index, workdir, mesh, frozen, writer, last, stop):
       logging.info('Stopped. The same command continues from here.')
       return
   stop.release()
   if first == len(config.stages):
     logging.info('All stages are finished already.')
-  values = evaluate(config, workdir, mesh)
+  values = evaluate(config, workdir, mesh, frozen)
   writer.scalars(config.stages[-1].steps, values,
                  stage=config.stages[-1].name)
   writer.close()
@@ -91,7 +95,7 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh) -> None:
 
 
 def train_stage(
-    config: ConfigDict, index: int, workdir: str, mesh: Mesh,
+    config: ConfigDict, index: int, workdir: str, mesh: Mesh, frozen: Params,
     writer: metrics.MetricWriter, last: Params | None, stop: '_StopSignal',
 ) -> bool:
   """Trains one stage to its end.
@@ -101,8 +105,10 @@ def train_stage(
     index: of the stage.
     workdir: of the run.
     mesh: the devices.
+    frozen: parameters that the model needs beside the trained ones.
     writer: receives the metrics.
-    last: the averaged parameters of the stage before, None for the first.
+    last: the averaged parameters of the stage before; None if there are none,
+      or this stage has a checkpoint.
     stop: asks for an early end.
 
   Returns:
@@ -128,7 +134,9 @@ def train_stage(
   checkpoints = checkpoint.Checkpoints(
       directory, save_interval=config.checkpoint_every,
       max_to_keep=config.checkpoints_to_keep)
-  if checkpoints.latest_step() is not None:
+  if checkpoints.latest_step() == 0:  # Imported: the parameters alone.
+    last = checkpoint.restore_item(directory, 0, 'ema')
+  if checkpoints.latest_step():
     state, _ = checkpoints.restore(jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract, shardings))
@@ -160,13 +168,15 @@ def train_stage(
   replicated = sharding.replicated(mesh)
   compiled = jax.jit(
       train_step, donate_argnums=0,
-      in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
-      out_shardings=(shardings, replicated)).lower(state, batch).compile()
+      in_shardings=(shardings, *jax.tree.map(
+          lambda x: x.sharding, (batch, frozen))),
+      out_shardings=(shardings, replicated)
+  ).lower(state, batch, frozen).compile()
   logging.info('%s: compiled the step in %s.', title,
                metrics.duration(time.monotonic() - begin))
   flops = metrics.flops_per_step(compiled)
   peak = metrics.peak_flops(mesh.devices.flat[0])
-  draw_fn = make_draw(config, index, mesh, shardings.ema)
+  draw_fn = make_draw(config, index, mesh, state.ema | frozen)
   prompts, _ = build.make_prompts(config, GRID_PROMPTS)
 
   ##### Train.
@@ -178,7 +188,7 @@ def train_stage(
     if step > first_step + 1:
       batch, batch_bad = _next_batch(batches, mesh)
       bad += batch_bad
-    state, values = compiled(state, batch)
+    state, values = compiled(state, batch, frozen)
 
     if step % config.log_every == 0 or step == stage.steps:
       checkpoints.check_for_errors()
@@ -209,7 +219,7 @@ def train_stage(
         break
       if step % config.sample_every == 0 or step == stage.steps:
         pictures = grid.grid(
-            draw_fn(state.ema, prompts, range(len(prompts))), prompts)
+            draw_fn(state.ema | frozen, prompts, range(len(prompts))), prompts)
         if jax.process_index() == 0:
           path = (pathlib.Path(workdir) / 'samples'
                   / f'{stage.name}_{step}.png')
@@ -224,7 +234,8 @@ def train_stage(
   return not stopped
 
 
-def evaluate(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, float]:
+def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
+             frozen: Params) -> dict[str, float]:
   """Held-out loss of each level and prompt accuracy of the last stage.
 
   Prints a table and writes `eval/<step>.json`, which is read back if it is
@@ -239,7 +250,7 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, float]:
   if path.exists():
     values = json.loads(path.read_text())
   else:
-    values = _evaluate(config, workdir, mesh)
+    values = _evaluate(config, workdir, mesh, frozen)
     if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(json.dumps(values, indent=2) + '\n')
@@ -249,9 +260,10 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, float]:
   return values
 
 
-def _evaluate(config: ConfigDict, workdir: str,
-              mesh: Mesh) -> dict[str, float]:
-  index, params, shardings = restore_average(config, workdir, mesh)
+def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
+              frozen: Params) -> dict[str, float]:
+  index, params = restore_average(config, workdir, mesh)
+  params |= frozen
   stage = config.stages[index]
   model = build.make_model(config, stage)
 
@@ -275,7 +287,7 @@ def _evaluate(config: ConfigDict, workdir: str,
   if statements is None:
     return values
   logging.info('Drawing %d held-out prompts.', len(prompts))
-  draw_fn = make_draw(config, index, mesh, shardings)
+  draw_fn = make_draw(config, index, mesh, params)
   # Other noise than that of the grids.
   seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts))
   pictures = draw_fn(params, prompts, seeds)
@@ -286,11 +298,11 @@ def _evaluate(config: ConfigDict, workdir: str,
 
 
 def restore_average(
-    config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[int, Params, Any]:
+    config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[int, Params]:
   """The averaged parameters of the newest stage that has any, sharded.
 
   Returns:
-    The stage's index, the parameters and their shardings.
+    The stage's index, and the parameters.
 
   Raises:
     FileNotFoundError: nothing has been saved yet.
@@ -306,12 +318,19 @@ def restore_average(
       checkpoint.abstract_item(directory, None, 'ema'), mesh,
       config.sharding_rules)
   params = checkpoint.restore_item(directory, None, 'ema', shardings)
-  return index, params, shardings
+  return index, params
 
 
 def make_draw(config: ConfigDict, index: int, mesh: Mesh,
-              param_shardings: Any) -> draw.DrawFn:
-  """The function that draws prompts with a stage's network."""
+              params: Params) -> draw.DrawFn:
+  """The function that draws prompts with a stage's network.
+
+  Args:
+    config: of the run.
+    index: of the stage.
+    mesh: the devices.
+    params: what it will be called with, or parameters of the same shardings.
+  """
   stage = config.stages[index]
   tokenizer = build.make_tokenizer(config)
   sample_step = draw.make_sample_step(
@@ -320,7 +339,8 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh,
       parameterization=config.diffusion.parameterization,
       empty_tokens=tokenizer.encode('').tolist())
   return draw.make_draw(sample_step, tokenizer.encode,
-                        config.eval.batch_size, mesh, param_shardings)
+                        config.eval.batch_size, mesh,
+                        jax.tree.map(lambda x: x.sharding, params))
 
 
 def _next_batch(batches, mesh: Mesh):

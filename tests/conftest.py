@@ -13,13 +13,20 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 import functools
 import json
 import pathlib
+import shutil
+import types
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import common
+from mdm_jax import hugging_face
+from mdm_jax.data.text import CAPTIONS_MODEL
+from mdm_jax.models import t5
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.release import from_release
@@ -136,3 +143,36 @@ def random_params():
         lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
         model.init(0, num_tokens))
   return draw
+
+
+@pytest.fixture(scope='session')
+def t5_directory(tmp_path_factory):
+  """A small T5 as Hugging Face lays it out, and what PyTorch's encodes.
+
+  Attributes: `path`, `config`, `spec`, `params`, the jitted
+  `encode(tokens) -> (text, mask)`, `tokens` int32 [3, 200] and `text`
+  [number of tokens that are no padding, 32].
+  """
+  data = pathlib.Path(__file__).parent / 'data' / 't5'
+  description = json.loads((data / 'encoder.json').read_text())
+  path = tmp_path_factory.mktemp('t5')
+  (path / 'config.json').write_text(json.dumps(description['config']))
+  safetensors.numpy.save_file(
+      {name: _golden_weight(name, tuple(shape))
+       for name, shape in description['shapes'].items()},
+      path / 'model.safetensors')
+  shutil.copy(CAPTIONS_MODEL, path / 'spiece.model')
+  spec = t5.T5Spec.from_hugging_face(description['config'])
+  encoder = t5.T5Encoder(spec, jnp.float32)
+  shapes = jax.eval_shape(
+      encoder.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))['params']
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = hugging_face.load(
+      hugging_face.open_tensors(path), shapes,
+      jax.tree.map(lambda _: here, shapes), t5.hugging_face_name)
+  golden = np.load(data / 'encoder.npz')
+  return types.SimpleNamespace(
+      path=path, config=description['config'], spec=spec, params=params,
+      encode=jax.jit(
+          lambda tokens: encoder.apply({'params': params}, tokens)),
+      tokens=golden['tokens'].astype(np.int32), text=golden['text'])

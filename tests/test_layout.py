@@ -11,7 +11,8 @@ ROWS = (
     {'train'},
     {'build', 'stages'},
     {'step', 'draw'},
-    {'sharding', 'state', 'optim', 'checkpoint', 'metrics'},
+    {'sharding', 'state', 'optim', 'checkpoint', 'metrics',
+     'hugging_face', 'torch_files'},
     {'diffusion', 'models', 'data', 'eval'},
     {'__init__'},
 )

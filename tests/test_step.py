@@ -53,7 +53,7 @@ def training(make_config):
       return steps.make_train_step(
           model, objective, optimizer, ema_decay=0.99,
           caption_dropout=caption_dropout, empty_tokens=empty_tokens,
-          seed=3)(state, batch)
+          seed=3)(state, batch, {})
 
     def make_state(params):
       return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params),

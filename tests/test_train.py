@@ -33,7 +33,7 @@ def run(config, workdir):
   """What the command does, on one device: a mesh is tested elsewhere."""
   train.setup(config, workdir)
   mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-  train.train(config, workdir, mesh)
+  train.train(config, workdir, mesh, build.load_frozen(config, mesh))
 
 
 def digest(workdir: pathlib.Path, config, index: int) -> str:
@@ -145,3 +145,20 @@ def test_sample_without_a_run_names_the_directory(tmp_path):
   assert result.returncode == 1
   assert 'none/config.json does not exist' in result.stderr
   assert 'Traceback' not in result.stderr
+
+
+def test_frozen_t5_is_in_no_checkpoint(t5_directory, tmp_path):
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = common.smoke(config)
+  config.text.update(encoder='t5', path=str(t5_directory.path))
+  config.stages[0].update(steps=2, batch_size=8)
+  config.eval.update(num_prompts=2, batch_size=2)
+  run(config.lock(), tmp_path)
+  directory = build.stage_directory(tmp_path, config, 0)
+  for key in ('params', 'ema'):
+    assert set(checkpoint.abstract_item(directory, None, key)) == {'unet'}
+  assert (tmp_path / 'samples' / '8_2.png').exists()
+  values = json.loads((tmp_path / 'eval' / '2.json').read_text())
+  assert np.isfinite(values['held_out_loss_8'])

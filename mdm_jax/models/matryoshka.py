@@ -2,10 +2,11 @@
 
 import dataclasses
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.conditioning import Cond, LearnedTextEncoder
+from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.initialize import initial_params
 from mdm_jax.models.nested_unet import NestedUNet
 
@@ -16,15 +17,21 @@ class Matryoshka:
 
   Attributes:
     unet: the network.
-    text_encoder: trained with it.
+    text_encoder: tokens [B, L] -> text [B, L, D], mask [B, L].
     resolutions: of the pyramid in pixels, coarse to fine.
+    frozen_text: the text encoder is not trained. Its parameters are then no
+      part of `shapes` and `init`; whoever applies the model adds them.
   """
   unet: NestedUNet
-  text_encoder: LearnedTextEncoder
+  text_encoder: nn.Module
   resolutions: tuple[int, ...]
+  frozen_text: bool = False
 
   def shapes(self, num_tokens: int) -> dict:
-    """The parameters' `jax.ShapeDtypeStruct`s, for captions of `num_tokens`.
+    """The trained parameters' `jax.ShapeDtypeStruct`s.
+
+    Args:
+      num_tokens: of the captions.
     """
     def init(rng):
       (text, mask), text_variables = self.text_encoder.init_with_output(
@@ -32,8 +39,10 @@ class Matryoshka:
       x_t = tuple(jnp.zeros((1, r, r, 3)) for r in self.resolutions)
       unet_variables = self.unet.init(
           rng, x_t, jnp.zeros(1), Cond(text, mask))
-      return {'text_encoder': text_variables['params'],
-              'unet': unet_variables['params']}
+      params = {'unet': unet_variables['params']}
+      if not self.frozen_text:
+        params['text_encoder'] = text_variables['params']
+      return params
     return jax.eval_shape(init, jax.random.key(0))
 
   def init(self, seed: int, num_tokens: int) -> dict:
@@ -45,7 +54,7 @@ class Matryoshka:
     """What the network is conditioned on.
 
     Args:
-      params: shaped as `shapes` says.
+      params: the text encoder's and maybe more.
       tokens: [B, L] int32, 0 is padding.
       scale: [B] original shorter sides in pixels, or None.
     """

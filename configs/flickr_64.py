@@ -1,0 +1,15 @@
+"""Apple's released 64 px model, trained on Flickr images with captions.
+
+    python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model_64x64.pth \
+        --config=configs/flickr_64.py --config.text.path=T5 --workdir=DIR
+    python -m mdm_jax.sample --workdir=DIR --prompt="a cat in the snow"
+
+T5 is a directory with the files of google/flan-t5-xl.
+"""
+
+from configs import cc12m_64
+
+
+def get_config(mode: str = ''):
+  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  return cc12m_64.get_config(mode)

@@ -1,0 +1,187 @@
+"""PyTorch's checkpoint files, read without PyTorch and without running them.
+
+A `.pth` file is a zip of one pickle and the raw bytes of each tensor. Pickles
+can name any function to be called; here every name but those that a tensor is
+made of stands for a placeholder that does nothing.
+"""
+
+import io
+import math
+import os
+import pickle
+from typing import NamedTuple
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+_MAX_PICKLE = 64 * 2**20  # bytes; those of released models have 0.1 MB
+_DTYPES = {
+    'DoubleStorage': np.float64, 'FloatStorage': np.float32,
+    'HalfStorage': np.float16, 'BFloat16Storage': ml_dtypes.bfloat16,
+    'LongStorage': np.int64, 'IntStorage': np.int32,
+    'ShortStorage': np.int16, 'CharStorage': np.int8,
+    'ByteStorage': np.uint8, 'BoolStorage': np.bool_}
+
+
+class _Storage(NamedTuple):
+  """Bytes of the zip that tensors look into."""
+  key: str
+  dtype: np.dtype
+  size: int  # elements
+
+
+class _Tensor(NamedTuple):
+  """A view of a storage; lengths and strides in elements."""
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+class _Inert:
+  """Stands for whatever a file names; swallows all that is done to it."""
+
+  def __new__(cls, *args, **kwargs):
+    return object.__new__(cls)
+
+  def __init__(self, *args, **kwargs):
+    pass
+
+  def __call__(self, *args, **kwargs):
+    return _Inert()
+
+  def __setstate__(self, state):
+    pass
+
+  def __setitem__(self, key, value):
+    pass
+
+  def append(self, item):
+    pass
+
+  def extend(self, items):
+    pass
+
+
+class _Dict(dict):
+  """An OrderedDict without its attributes."""
+
+  def __setstate__(self, state):
+    pass
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *unused) -> _Tensor:
+  return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor, *unused) -> _Tensor:
+  return tensor
+
+
+_KNOWN = {
+    ('collections', 'OrderedDict'): _Dict,
+    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+    ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
+    **{('torch', name): np.dtype(dtype) for name, dtype in _DTYPES.items()}}
+
+
+# The one in Python: C's sizes its memo by a number that the file gives.
+class _Unpickler(pickle._Unpickler):
+
+  def find_class(self, module, name):
+    return _KNOWN.get((module, name), _Inert)
+
+  def persistent_load(self, pid):
+    kind, dtype, key, _, size = pid
+    if kind != 'storage' or not isinstance(dtype, np.dtype):
+      raise pickle.UnpicklingError(f'unknown storage {pid[:2]}')
+    return _Storage(str(key), dtype, int(size))
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """The tensors of a checkpoint, or of its entry 'state_dict'.
+
+  Args:
+    path: of a file that `torch.save` wrote (PyTorch 1.6 or newer).
+
+  Returns:
+    Read-only arrays by name.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is damaged, no checkpoint, or not what it claims to be.
+      Nothing that it holds has been run.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return _read(archive, os.path.getsize(path))
+  except FileNotFoundError:
+    raise FileNotFoundError(
+        f'{path} does not exist: give a .pth file.') from None
+  # A hostile pickle can raise nearly anything.
+  except Exception as error:
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    raise ValueError(
+        f'{path} is no usable PyTorch checkpoint ({reason}): download it '
+        'again, or save it with torch.save.') from error
+
+
+def _read(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndarray]:
+  ##### Nothing in it may be larger than the file.
+  members = {}
+  for info in archive.infolist():
+    if info.compress_type != zipfile.ZIP_STORED:
+      raise ValueError(f'{info.filename} is compressed')
+    members[info.filename] = info
+  if sum(info.file_size for info in members.values()) > file_size:
+    raise ValueError('its members are larger than the file')
+  pickles = [name for name in members if name.endswith('/data.pkl')]
+  if len(pickles) != 1:
+    raise ValueError('it holds no data.pkl')
+  root = pickles[0].removesuffix('data.pkl')
+  if members[pickles[0]].file_size > _MAX_PICKLE:
+    raise ValueError(f'its pickle is larger than {_MAX_PICKLE} bytes')
+  if f'{root}byteorder' in members and (
+      archive.read(f'{root}byteorder') != b'little'):
+    raise ValueError('it was written on a big-endian machine')
+
+  ##### What the pickle says.
+  loaded = _Unpickler(
+      io.BytesIO(archive.read(pickles[0])), encoding='utf-8').load()
+  if isinstance(loaded, dict) and 'state_dict' in loaded:
+    loaded = loaded['state_dict']
+  if not isinstance(loaded, dict) or not loaded:
+    raise ValueError('it holds no state dict')
+
+  ##### The tensors.
+  storages, tensors = {}, {}
+  for name, tensor in loaded.items():
+    if not isinstance(tensor, _Tensor):
+      raise ValueError(f'{name} is no tensor')
+    _check(name, tensor)
+    storage = tensor.storage
+    if storage not in storages:
+      data = archive.read(f'{root}data/{storage.key}')  # Checks its sum.
+      if len(data) != storage.size * storage.dtype.itemsize:
+        raise ValueError(f'{name} has {len(data)} bytes')
+      storages[storage] = np.frombuffer(data, storage.dtype)
+    tensors[str(name)] = np.lib.stride_tricks.as_strided(
+        storages[storage][tensor.offset:], tensor.shape,
+        [stride * storage.dtype.itemsize for stride in tensor.strides],
+        writeable=False)
+  return tensors
+
+
+def _check(name: str, tensor: _Tensor) -> None:
+  """Raises ValueError if a view leaves its storage or repeats its elements."""
+  storage, offset, shape, strides = tensor
+  numbers = (offset, *shape, *strides)
+  if not isinstance(storage, _Storage) or len(shape) != len(strides) or any(
+      not isinstance(number, int) or number < 0 for number in numbers):
+    raise ValueError(f'{name} is malformed')
+  count = math.prod(shape)
+  last = offset + sum(
+      (size - 1) * stride for size, stride in zip(shape, strides))
+  if count and (count > storage.size or last >= storage.size):
+    raise ValueError(f'{name} reaches beyond its {storage.size} numbers')

@@ -1,0 +1,176 @@
+"""Reading PyTorch's files without it: honest, damaged and hostile ones."""
+
+import argparse
+import copy
+import io
+import os
+import pickle
+import types
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mdm_jax import torch_files
+
+
+class Named:
+  """Pickles as a call of a name, which need not exist here."""
+
+  def __init__(self, module, name, *args):
+    self.module, self.name, self.args = module, name, args
+
+
+class _Pickler(pickle._Pickler):
+  """Writes what `torch.save` does."""
+
+  def persistent_id(self, obj):
+    return ('storage', *obj) if isinstance(obj, Storage) else None
+
+  def save(self, obj, save_persistent_id=True):
+    if isinstance(obj, Named):
+      self.write(b'c' + f'{obj.module}\n{obj.name}\n'.encode())
+      if obj.args != (None,):
+        super().save(obj.args)
+        self.write(pickle.REDUCE)
+      return
+    super().save(obj, save_persistent_id)
+
+
+class Storage(tuple):
+  """(type, key, 'cpu', number of elements)."""
+
+
+def tensor(key, size, *, offset=0, shape=None, strides=(1,), kind='Float'):
+  shape = (size,) if shape is None else shape
+  storage = Storage((Named('torch', f'{kind}Storage', None), key, 'cpu', size))
+  return Named('torch._utils', '_rebuild_tensor_v2', storage, offset, shape,
+               strides, False, Named('collections', 'OrderedDict'))
+
+
+def write(path, obj, data, *, compression=zipfile.ZIP_STORED):
+  buffer = io.BytesIO()
+  _Pickler(buffer, 2).dump(obj)
+  with zipfile.ZipFile(path, 'w', compression) as archive:
+    archive.writestr('model/data.pkl', buffer.getvalue())
+    for key, value in data.items():
+      archive.writestr(f'model/data/{key}', value)
+  return path
+
+
+VALUES = np.arange(12, dtype=np.float32)
+
+
+def good(path):
+  return write(
+      path, {'state_dict': {
+          'a': tensor('0', 12, shape=(3, 4), strides=(4, 1)),
+          'a.T': tensor('0', 12, shape=(4, 3), strides=(1, 4)),
+          'tail': tensor('0', 12, offset=10, shape=(2,)),
+          'number': tensor('1', 1, shape=(), strides=(), kind='Long'),
+          'half': tensor('2', 4, kind='BFloat16')}},
+      {'0': VALUES.tobytes(), '1': np.int64(7).tobytes(),
+       '2': np.arange(4).astype(ml_dtypes.bfloat16).tobytes()})
+
+
+def test_reads_tensors(tmp_path):
+  read = torch_files.read_state_dict(good(tmp_path / 'a.pth'))
+  assert list(read) == ['a', 'a.T', 'tail', 'number', 'half']
+  np.testing.assert_array_equal(read['a'], VALUES.reshape(3, 4))
+  np.testing.assert_array_equal(read['a.T'], VALUES.reshape(3, 4).T)
+  np.testing.assert_array_equal(read['tail'], [10, 11])
+  assert read['number'] == 7 and read['number'].dtype == np.int64
+  assert read['half'].dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(read['half'], np.arange(4))
+  assert not read['a'].flags.writeable
+
+
+def test_other_objects_are_inert(tmp_path):
+  marker = tmp_path / 'executed'
+  hostile = [
+      Named('os', 'system', f'touch {marker}'),
+      Named('builtins', 'eval', f'open({str(marker)!r}, "w")'),
+      Named('builtins', 'getattr', Named('os', 'path', None), 'join'),
+      argparse.Namespace(lr=1e-4, nested=argparse.Namespace(x=[1, 2])),
+      types.SimpleNamespace(y=1)]
+  path = write(
+      tmp_path / 'a.pth',
+      {'args': hostile, 'state_dict': {'a': tensor('0', 12)}},
+      {'0': VALUES.tobytes()})
+  read = torch_files.read_state_dict(path)
+  np.testing.assert_array_equal(read['a'], VALUES)
+  assert not marker.exists()
+
+
+@pytest.mark.parametrize('bad, message', [
+    (tensor('0', 12, strides=(2,)), 'a reaches beyond its 12 numbers'),
+    (tensor('0', 12, offset=1), 'a reaches beyond'),
+    (tensor('0', 12, shape=(10**9,), strides=(0,)), 'a reaches beyond'),
+    (tensor('0', 12, offset=11, shape=(2,), strides=(-1,)), 'a is malformed'),
+    (tensor('0', 12, shape=(3, 4)), 'a is malformed'),
+    (tensor('0', 12, shape=('x',)), 'a is malformed'),
+    (tensor('0', 10**12), 'a has 48 bytes'),
+    (tensor('9', 12), 'data/9'),
+    (tensor('0', 12, kind='Complex'), 'unknown storage'),
+    (Named('os', 'system', 'true'), 'a is no tensor'),
+    (1, 'a is no tensor'),
+])
+def test_lies_are_named(tmp_path, bad, message):
+  path = write(tmp_path / 'a.pth', {'a': bad}, {'0': VALUES.tobytes()})
+  with pytest.raises(ValueError, match='a.pth is no usable .*' + message):
+    torch_files.read_state_dict(path)
+
+
+@pytest.mark.parametrize('keep', [0, 10, 0.5, 0.99])
+def test_half_a_file_is_named(tmp_path, keep):
+  path = good(tmp_path / 'a.pth')
+  content = path.read_bytes()
+  path.write_bytes(content[:int(
+      keep * len(content)) if keep < 1 else keep])
+  with pytest.raises(ValueError, match='a.pth is no usable PyTorch checkp'):
+    torch_files.read_state_dict(path)
+
+
+def test_changed_bytes_are_found(tmp_path):
+  path = good(tmp_path / 'a.pth')
+  content = bytearray(path.read_bytes())
+  content[content.index(VALUES.tobytes()) + 5] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match='Bad CRC-32'):
+    torch_files.read_state_dict(path)
+
+
+def test_bombs_are_refused(tmp_path):
+  path = write(tmp_path / 'a.pth', {'a': tensor('0', 10**7)},
+               {'0': bytes(4 * 10**7)}, compression=zipfile.ZIP_DEFLATED)
+  assert os.path.getsize(path) < 10**5
+  with pytest.raises(ValueError, match='is compressed'):
+    torch_files.read_state_dict(path)
+  # Many names for the same bytes.
+  path = write(tmp_path / 'b.pth', {'a': tensor('0', 10**5)},
+               {'0': bytes(4 * 10**5)})
+  with zipfile.ZipFile(path, 'a') as archive:
+    one = archive.getinfo('model/data/0')
+    for key in range(1000):
+      archive.filelist.append(copy.copy(one))
+      archive.filelist[-1].filename = f'model/data/{key + 3}'
+    archive._didModify = True
+  with pytest.raises(ValueError, match='larger than the file'):
+    torch_files.read_state_dict(path)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'\x80\x02K\x01.', b'\x80\x02]', b'\x80\x02\x8a\xffx', b'garbage',
+    b'\x80\x04\x96' + (2**50).to_bytes(8, 'little') + b'x'])
+def test_bad_pickles_are_named(tmp_path, content):
+  path = tmp_path / 'a.pth'
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('model/data.pkl', content)
+  with pytest.raises(ValueError, match='a.pth is no usable'):
+    torch_files.read_state_dict(path)
+
+
+def test_missing_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='a.pth does not exist: give'):
+    torch_files.read_state_dict(tmp_path / 'a.pth')
