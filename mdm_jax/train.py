@@ -183,12 +183,15 @@ def train_stage(
   progress = metrics.Progress(
       title, first_step=first_step, last_step=stage.steps,
       batch_size=stage.batch_size)
-  bad, stopped = 0, False
+  bad, stopped, values = 0, False, {}
   for step in range(first_step + 1, stage.steps + 1):
     if step > first_step + 1:
       batch, batch_bad = _next_batch(batches, mesh)
       bad += batch_bad
-    state, values = compiled(state, batch, frozen)
+    last_values, (state, values) = values, compiled(state, batch, frozen)
+    # One step ahead keeps the devices busy. XLA's collectives between a CPU's
+    # cores have deadlocked with 32 steps in flight.
+    jax.block_until_ready(last_values)
 
     if step % config.log_every == 0 or step == stage.steps:
       checkpoints.check_for_errors()

@@ -70,7 +70,7 @@ def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.fixture(scope='session')
-def golden_model():
+def golden_model(golden_state_dict):
   """name -> jitted denoise_fn(x_t, t, text, text_mask, scale=None)."""
   models = json.loads((GOLDEN / 'small_models.json').read_text())
 
@@ -87,10 +87,7 @@ def golden_model():
                 np.ones((1, 3), bool))
     shapes = jax.eval_shape(
         network.init, jax.random.key(0), x_t, np.zeros(1), cond)['params']
-    state = model['state_dict']
-    params = from_release(
-        shapes, levels,
-        {k: _golden_weight(k, tuple(s)) for k, s in state.items()})
+    params = from_release(shapes, levels, golden_state_dict(name))
 
     @jax.jit
     def denoise_fn(x_t, t, text, text_mask, scale=None):
@@ -99,6 +96,15 @@ def golden_model():
     return denoise_fn
 
   return build
+
+
+@pytest.fixture(scope='session')
+def golden_state_dict():
+  """name -> a small model's weights under the release's names."""
+  models = json.loads((GOLDEN / 'small_models.json').read_text())
+  return lambda name: {
+      key: _golden_weight(key, tuple(shape))
+      for key, shape in models[name]['state_dict'].items()}
 
 
 @pytest.fixture(scope='session')
@@ -151,7 +157,7 @@ def t5_directory(tmp_path_factory):
 
   Attributes: `path`, `config`, `spec`, `params`, the jitted
   `encode(tokens) -> (text, mask)`, `tokens` int32 [3, 200] and `text`
-  [number of tokens that are no padding, 32].
+  [number of tokens that are no padding, 40].
   """
   data = pathlib.Path(__file__).parent / 'data' / 't5'
   description = json.loads((data / 'encoder.json').read_text())

@@ -2,9 +2,7 @@
 
 import argparse
 import copy
-import io
 import os
-import pickle
 import types
 import zipfile
 
@@ -13,51 +11,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import torch_files
-
-
-class Named:
-  """Pickles as a call of a name, which need not exist here."""
-
-  def __init__(self, module, name, *args):
-    self.module, self.name, self.args = module, name, args
-
-
-class _Pickler(pickle._Pickler):
-  """Writes what `torch.save` does."""
-
-  def persistent_id(self, obj):
-    return ('storage', *obj) if isinstance(obj, Storage) else None
-
-  def save(self, obj, save_persistent_id=True):
-    if isinstance(obj, Named):
-      self.write(b'c' + f'{obj.module}\n{obj.name}\n'.encode())
-      if obj.args != (None,):
-        super().save(obj.args)
-        self.write(pickle.REDUCE)
-      return
-    super().save(obj, save_persistent_id)
-
-
-class Storage(tuple):
-  """(type, key, 'cpu', number of elements)."""
-
-
-def tensor(key, size, *, offset=0, shape=None, strides=(1,), kind='Float'):
-  shape = (size,) if shape is None else shape
-  storage = Storage((Named('torch', f'{kind}Storage', None), key, 'cpu', size))
-  return Named('torch._utils', '_rebuild_tensor_v2', storage, offset, shape,
-               strides, False, Named('collections', 'OrderedDict'))
-
-
-def write(path, obj, data, *, compression=zipfile.ZIP_STORED):
-  buffer = io.BytesIO()
-  _Pickler(buffer, 2).dump(obj)
-  with zipfile.ZipFile(path, 'w', compression) as archive:
-    archive.writestr('model/data.pkl', buffer.getvalue())
-    for key, value in data.items():
-      archive.writestr(f'model/data/{key}', value)
-  return path
-
+from tests.torch_writer import Named, tensor, write
 
 VALUES = np.arange(12, dtype=np.float32)
 

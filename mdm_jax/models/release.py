@@ -110,3 +110,20 @@ def from_release(params: Mapping, levels: tuple[LevelSpec, ...],
   if problems:
     raise ValueError('The weights do not fit: ' + '; '.join(problems))
   return traverse_util.unflatten_dict(flat)
+
+
+def to_release(params: Mapping,
+               levels: tuple[LevelSpec, ...]) -> dict[str, np.ndarray]:
+  """Our parameters as the release's state dict; undoes `from_release`.
+
+  Args:
+    params: NestedUNet's, in host memory.
+    levels: the network's levels, coarse to fine.
+  """
+  flat, state_dict = traverse_util.flatten_dict(params), {}
+  for path, name, shape in release_names(params, levels):
+    value = np.asarray(flat[path])
+    if value.ndim == 4:
+      value = value.transpose(3, 2, 0, 1)
+    state_dict[name] = (value.T if value.ndim == 2 else value).reshape(shape)
+  return state_dict

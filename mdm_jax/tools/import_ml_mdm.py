@@ -8,6 +8,7 @@ working directory trains on from it, or grows the next stage out of it. Needs
 no PyTorch, and nothing that the file names is run.
 """
 
+import json
 import sys
 
 from absl import app, flags, logging
@@ -68,7 +69,7 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   directory = build.stage_directory(workdir, config, index)
   if directory.exists():
     raise ValueError(f'{directory} exists: give another --workdir.')
-  checkpoint.write_config(workdir, config.to_dict())
+  checkpoint.write_config(workdir, json.loads(config.to_json()))
   checkpoints = checkpoint.Checkpoints(
       directory, save_interval=1, max_to_keep=1)
   checkpoints.save(0, {'ema': params}, {'imported': str(path)}, force=True)

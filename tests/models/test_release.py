@@ -11,7 +11,7 @@ import pytest
 
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
-from mdm_jax.models.release import from_release, release_names
+from mdm_jax.models.release import from_release, release_names, to_release
 from mdm_jax.models.unet import LevelSpec
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
@@ -105,3 +105,11 @@ def test_from_release_names_what_does_not_fit(small):
       'missing lm_proj.bias',
       'conv_in.weight is (8, 3, 1, 1), not (8, 3, 3, 3)',
       'unknown inner_unet.conv_in.bias'}
+
+
+def test_to_release_undoes_it(small):
+  levels, shapes, state_dict = small
+  back = to_release(from_release(shapes, levels, state_dict), levels)
+  assert back.keys() == state_dict.keys()
+  for name, value in state_dict.items():
+    np.testing.assert_array_equal(back[name], np.float32(value))

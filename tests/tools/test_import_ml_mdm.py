@@ -1,0 +1,114 @@
+"""Released weights become a working directory, or are refused by name."""
+
+import argparse
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from mdm_jax import build, checkpoint, sharding, train
+from mdm_jax.models.conditioning import Cond
+from mdm_jax.models.release import to_release
+from mdm_jax.tools.import_ml_mdm import import_checkpoint
+from tests.torch_writer import write_state_dict
+
+
+@pytest.fixture
+def nested2(t5_directory):
+  """The config of the golden model of that name, at 8+16 px."""
+  config = common.get_config()
+  config.text.update(encoder='t5', path=str(t5_directory.path), max_length=8)
+  config.model.text.update(width=48, masked_attention=False)
+  config.model.levels = [
+      common.level(8, channels=(32, 64), num_blocks=(1, 2),
+                   attention_layers=(0, 2), temporal_dim=128,
+                   scale_condition=64),
+      common.level(16, channels=(32, 64), num_blocks=(2, 1),
+                   attention_layers=(0, 0), temporal_dim=128,
+                   attention_ffn=False, scale_condition=256)]
+  config.stages = [common.stage('16', 2)]
+  return config.lock()
+
+
+def test_golden_weights_give_golden_outputs(
+    nested2, golden, golden_state_dict, tmp_path):
+  path = write_state_dict(
+      tmp_path / 'vis.pth', golden_state_dict('nested2'),
+      args=argparse.Namespace(lr=5e-5), batch_num=3)
+  import_checkpoint(path, nested2, tmp_path / 'run')
+  assert json.loads((tmp_path / 'run' / 'config.json').read_text()) == (
+      json.loads(nested2.to_json()))
+  directory = build.stage_directory(tmp_path / 'run', nested2, 0)
+  params = checkpoint.restore_item(directory, 0, 'ema')
+  model = build.make_model(nested2, nested2.stages[0])
+  g = golden('forward_nested2_default')
+  out = jax.jit(model.unet.apply)(
+      {'params': params['unet']}, (g['x_t_1'], g['x_t_0']), g['t'],
+      Cond(g['cond'], g['mask'].astype(bool)))
+  for level, expected in zip(out, (g['out_1'], g['out_0'])):
+    np.testing.assert_allclose(level, expected, rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def toy(make_config, t5_directory):
+  """Two stages, and () -> weights of the stage with `num_levels`."""
+  config = make_config()
+  config.text.update(encoder='t5', path=str(t5_directory.path))
+  config.eval.update(num_prompts=8, loss_batches=1)
+  for stage in config.stages:
+    stage.steps = 1
+  return config.lock()
+
+
+def write_toy(config, path, index, random_params):
+  model = build.make_model(config, config.stages[index])
+  params = random_params(model, config.text.max_length)
+  write_state_dict(path, to_release(params['unet'], model.unet.levels))
+  return params
+
+
+@pytest.mark.parametrize('index', [0, 1], ids=['grow', 'fine-tune'])
+def test_training_goes_on(toy, random_params, tmp_path, index):
+  params = write_toy(toy, tmp_path / 'a.pth', index, random_params)
+  workdir = tmp_path / 'run'
+  import_checkpoint(tmp_path / 'a.pth', toy, workdir)
+  first = build.stage_directory(workdir, toy, 0)
+  assert checkpoint.finished_step(first) == (0 if index == 0 else None)
+  _, frozen = train.setup(toy, workdir)
+  mesh = sharding.make_mesh(toy.mesh, devices=jax.devices()[:8])
+  train.train(toy, workdir, mesh, frozen)
+  last = build.stage_directory(workdir, toy, 1)
+  assert checkpoint.finished_step(last) == 1
+  assert checkpoint.latest_step(first) == (0 if index == 0 else None)
+  # One step at a rate of 1e-3 from what was imported.
+  trained = checkpoint.restore_item(last, 1, 'params')['unet']['level_0']
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3),
+      trained, params['unet']['level_0'])
+
+
+def test_misfits_are_named(toy, random_params, tmp_path):
+  params = write_toy(toy, tmp_path / 'a.pth', 1, random_params)
+  toy.stages[1].num_levels = 1
+  with pytest.raises(ValueError, match=r'a.pth has 2 levels, the stages .*'
+                     r'\[1, 1\]'):
+    import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
+  toy.stages[1].num_levels = 2
+  toy.model.levels[1].channels = (8, 16)
+  with pytest.raises(ValueError, match='The weights do not fit: '):
+    import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
+  toy.text.encoder = 'learned'
+  with pytest.raises(ValueError, match="use 't5'"):
+    import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  assert params
+
+
+def test_a_used_workdir_is_left_alone(toy, random_params, tmp_path):
+  write_toy(toy, tmp_path / 'a.pth', 0, random_params)
+  import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
+  with pytest.raises(ValueError, match='0_8 exists: give another --workdir'):
+    import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
