@@ -195,14 +195,18 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
   if config.dtype not in ('float32', 'bfloat16'):
     raise ValueError(f'dtype={config.dtype!r}: use float32 or bfloat16.')
   dtype = jnp.dtype(config.dtype)
-  levels = config.model.levels[:stage.num_levels]
   return Matryoshka(
       unet=NestedUNet(
-          tuple(_level_spec(level) for level in levels),
-          TextSpec(**config.model.text), dtype),
+          make_levels(config, stage), TextSpec(**config.model.text), dtype),
       text_encoder=make_text_encoder(config),
       resolutions=resolutions(config, stage),
       frozen_text=config.text.encoder != 'learned')
+
+
+def make_levels(config: ConfigDict,
+                stage: ConfigDict) -> tuple[LevelSpec, ...]:
+  """The stage's levels, coarse to fine."""
+  return tuple(map(_level_spec, config.model.levels[:stage.num_levels]))
 
 
 def make_text_encoder(config: ConfigDict) -> nn.Module:

@@ -57,6 +57,16 @@ def open_tensors(directory: str) -> dict[str, Any]:
           for tensor, name in places.items()}
 
 
+def read_file(path: str) -> dict[str, Any]:
+  """Reads all tensors of one file into NumPy arrays.
+
+  Raises:
+    FileNotFoundError, ValueError: it is missing or damaged.
+  """
+  file = _open(pathlib.Path(path))
+  return {name: file.get_tensor(name) for name in file.keys()}
+
+
 def load(
     tensors: Mapping[str, Any], shapes: Any, shardings: Any,
     name_of: Callable[[Sequence[str]], str],

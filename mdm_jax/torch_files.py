@@ -1,10 +1,11 @@
-"""PyTorch's checkpoint files, read without PyTorch and without running them.
+"""PyTorch's checkpoint files, without PyTorch and without running them.
 
 A `.pth` file is a zip of one pickle and the raw bytes of each tensor. Pickles
 can name any function to be called; here every name but those that a tensor is
 made of stands for a placeholder that does nothing.
 """
 
+from collections.abc import Mapping
 import io
 import math
 import os
@@ -84,6 +85,34 @@ _KNOWN = {
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
     **{('torch', name): np.dtype(dtype) for name, dtype in _DTYPES.items()}}
+
+
+class _Named:
+  """Is pickled as the name of a function, or as its call with `args`."""
+
+  def __init__(self, module: str, name: str, args: tuple | None = None):
+    self.module, self.name, self.args = module, name, args
+
+
+class _Pickler(pickle._Pickler):
+  """Writes `_Named` and `_Storage` as `torch.save` does.
+
+  A storage's dtype is its name then.
+  """
+
+  def persistent_id(self, obj):
+    if isinstance(obj, _Storage):
+      return ('storage', _Named('torch', obj.dtype), obj.key, 'cpu', obj.size)
+    return None
+
+  def save(self, obj, save_persistent_id=True):
+    if not isinstance(obj, _Named):
+      super().save(obj, save_persistent_id)
+      return
+    self.write(pickle.GLOBAL + f'{obj.module}\n{obj.name}\n'.encode())
+    if obj.args is not None:
+      super().save(obj.args)
+      self.write(pickle.REDUCE)
 
 
 # The one in Python: C's sizes its memo by a number that the file gives.
@@ -185,3 +214,34 @@ def _check(name: str, tensor: _Tensor) -> None:
       (size - 1) * stride for size, stride in zip(shape, strides))
   if count and (count > storage.size or last >= storage.size):
     raise ValueError(f'{name} reaches beyond its {storage.size} numbers')
+
+
+def write_state_dict(path: str | os.PathLike,
+                     tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes {'state_dict': tensors} as `torch.save` does.
+
+  Args:
+    path: of the file.
+    tensors: float32 arrays.
+  """
+  with zipfile.ZipFile(path, 'w') as archive:
+    views = {}
+    for i, (name, value) in enumerate(tensors.items()):
+      value = np.asarray(value, np.float32, order='C')
+      archive.writestr(f'archive/data/{i}', value.tobytes())
+      strides = tuple(stride // value.itemsize for stride in value.strides)
+      views[name] = _pickled_tensor(
+          _Storage(str(i), 'FloatStorage', value.size), 0, value.shape,
+          strides)
+    pickled = io.BytesIO()
+    _Pickler(pickled, 2).dump({'state_dict': views})
+    archive.writestr('archive/data.pkl', pickled.getvalue())
+    archive.writestr('archive/byteorder', 'little')
+    archive.writestr('archive/version', '3\n')
+
+
+def _pickled_tensor(storage: _Storage, offset: int, shape: tuple[int, ...],
+                    strides: tuple[int, ...]) -> _Named:
+  no_hooks = _Named('collections', 'OrderedDict', ())
+  return _Named('torch._utils', '_rebuild_tensor_v2', (
+      storage, offset, shape, strides, False, no_hooks))

@@ -301,11 +301,13 @@ def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
 
 
 def restore_average(
-    config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[int, Params]:
-  """The averaged parameters of the newest stage that has any, sharded.
+    config: ConfigDict, workdir: str,
+    mesh: Mesh | None = None) -> tuple[int, Params]:
+  """The averaged parameters of the newest stage that has any.
 
   Returns:
-    The stage's index, and the parameters.
+    The stage's index, and the parameters: sharded over the mesh, or in host
+    memory without one.
 
   Raises:
     FileNotFoundError: nothing has been saved yet.
@@ -317,7 +319,7 @@ def restore_average(
   else:
     raise FileNotFoundError(
         f'{workdir} has no checkpoint yet: train longer first.')
-  shardings = sharding.tree_shardings(
+  shardings = mesh and sharding.tree_shardings(
       checkpoint.abstract_item(directory, None, 'ema'), mesh,
       config.sharding_rules)
   params = checkpoint.restore_item(directory, None, 'ema', shardings)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import torch_files
-from tests.torch_writer import Named, tensor, write
+from tests.torch_writer import named, tensor, write
 
 VALUES = np.arange(12, dtype=np.float32)
 
@@ -43,9 +43,9 @@ def test_reads_tensors(tmp_path):
 def test_other_objects_are_inert(tmp_path):
   marker = tmp_path / 'executed'
   hostile = [
-      Named('os', 'system', f'touch {marker}'),
-      Named('builtins', 'eval', f'open({str(marker)!r}, "w")'),
-      Named('builtins', 'getattr', Named('os', 'path', None), 'join'),
+      named('os', 'system', f'touch {marker}'),
+      named('builtins', 'eval', f'open({str(marker)!r}, "w")'),
+      named('builtins', 'getattr', torch_files._Named('os', 'path'), 'join'),
       argparse.Namespace(lr=1e-4, nested=argparse.Namespace(x=[1, 2])),
       types.SimpleNamespace(y=1)]
   path = write(
@@ -67,7 +67,7 @@ def test_other_objects_are_inert(tmp_path):
     (tensor('0', 10**12), 'a has 48 bytes'),
     (tensor('9', 12), 'data/9'),
     (tensor('0', 12, kind='Complex'), 'unknown storage'),
-    (Named('os', 'system', 'true'), 'a is no tensor'),
+    (named('os', 'system', 'true'), 'a is no tensor'),
     (1, 'a is no tensor'),
 ])
 def test_lies_are_named(tmp_path, bad, message):
@@ -128,3 +128,12 @@ def test_bad_pickles_are_named(tmp_path, content):
 def test_missing_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='a.pth does not exist: give'):
     torch_files.read_state_dict(tmp_path / 'a.pth')
+
+
+def test_reads_what_it_writes(tmp_path):
+  tensors = {'a': VALUES.reshape(3, 4).T, 'b': np.float32(3.5).reshape(())}
+  torch_files.write_state_dict(tmp_path / 'a.pth', tensors)
+  read = torch_files.read_state_dict(tmp_path / 'a.pth')
+  assert read.keys() == tensors.keys()
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(read[name], value, strict=True)

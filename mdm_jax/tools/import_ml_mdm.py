@@ -14,13 +14,6 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'One whose levels are those of the file.')
-_CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'The .pth file.', required=True)
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'To be made.', required=True)
-
 
 def main(argv: list[str]) -> None:
   """Flags to one call."""
@@ -30,7 +23,8 @@ def main(argv: list[str]) -> None:
 
   metrics.setup_logging()
   try:
-    import_checkpoint(_CHECKPOINT.value, _CONFIG.value, _WORKDIR.value)
+    values = flags.FLAGS
+    import_checkpoint(values.checkpoint, values.config, values.workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
@@ -45,10 +39,12 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
     ValueError, FileNotFoundError: the file is damaged, its tensors are not
       the config's, or the working directory has checkpoints already.
   """
-  from mdm_jax import build, checkpoint, torch_files
+  from mdm_jax import build, checkpoint, hugging_face, torch_files
   from mdm_jax.models import release
 
-  tensors = torch_files.read_state_dict(path)
+  read = (hugging_face.read_file if str(path).endswith('.safetensors')
+          else torch_files.read_state_dict)
+  tensors = read(path)
   num_levels = 1 + max(name.count('inner_unet.') for name in tensors)
   stages = [index for index, stage in enumerate(config.stages)
             if stage.num_levels == num_levels]
@@ -83,5 +79,12 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
 
 
 if __name__ == '__main__':
+  # Here, so that importing this module leaves other programs' flags alone.
+  config_flags.DEFINE_config_file(
+      'config', None, 'One whose levels are those of the file.')
+  flags.DEFINE_string(
+      'checkpoint', None, 'The .pth file, or a .safetensors with such names.',
+      required=True)
+  flags.DEFINE_string('workdir', None, 'To be made.', required=True)
   flags.mark_flag_as_required('config')
   app.run(main)

@@ -1,6 +1,5 @@
 """Released weights become a working directory, or are refused by name."""
 
-import argparse
 import functools
 import json
 
@@ -9,11 +8,10 @@ import numpy as np
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, sharding, train
+from mdm_jax import build, checkpoint, sharding, torch_files, train
 from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.release import to_release
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
-from tests.torch_writer import write_state_dict
 
 
 @pytest.fixture
@@ -35,9 +33,8 @@ def nested2(t5_directory):
 
 def test_golden_weights_give_golden_outputs(
     nested2, golden, golden_state_dict, tmp_path):
-  path = write_state_dict(
-      tmp_path / 'vis.pth', golden_state_dict('nested2'),
-      args=argparse.Namespace(lr=5e-5), batch_num=3)
+  path = tmp_path / 'vis.pth'
+  torch_files.write_state_dict(path, golden_state_dict('nested2'))
   import_checkpoint(path, nested2, tmp_path / 'run')
   assert json.loads((tmp_path / 'run' / 'config.json').read_text()) == (
       json.loads(nested2.to_json()))
@@ -66,7 +63,8 @@ def toy(make_config, t5_directory):
 def write_toy(config, path, index, random_params):
   model = build.make_model(config, config.stages[index])
   params = random_params(model, config.text.max_length)
-  write_state_dict(path, to_release(params['unet'], model.unet.levels))
+  torch_files.write_state_dict(
+      path, to_release(params['unet'], model.unet.levels))
   return params
 
 
@@ -97,7 +95,7 @@ def test_misfits_are_named(toy, random_params, tmp_path):
                      r'\[1, 1\]'):
     import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
   toy.stages[1].num_levels = 2
-  toy.model.levels[1].channels = (8, 16)
+  toy.model.levels[1].num_blocks = (1, 0)
   with pytest.raises(ValueError, match='The weights do not fit: '):
     import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
   toy.text.encoder = 'learned'
