@@ -7,6 +7,7 @@ Lengths and positions are fractions of the image's side, y pointing down.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -31,7 +32,7 @@ BACKGROUNDS = {
 }
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 PATTERNS = ('solid', 'striped', 'dotted', 'checked')
-SIZES = {'small': (0.16, 0.18), 'large': (0.25, 0.30)}
+SIZES = {'small': (0.17, 0.19), 'large': (0.26, 0.30)}
 PLACES = (
     'top left', 'top', 'top right',
     'left', 'centre', 'right',
@@ -55,13 +56,24 @@ _TEMPLATES = (
 )
 SPLITS = ('train', 'validation', 'held_out')
 
-PAIRS = tuple((shape, color) for shape in SHAPES for color in COLORS)
-# Each shape misses one colour, no colour is missed twice.
-HELD_OUT = tuple(
-    (shape, tuple(COLORS)[(3 * i + 1) % len(COLORS)])
-    for i, shape in enumerate(SHAPES)
-)
-SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+# Shapes and colours that training never shows on a background. Each pair
+# misses one background, so that no colour tells the shape, or of two objects
+# in a caption training would tell which colour is whose.
+HELD_OUT = {
+    background: tuple(
+        (shape, color)
+        for i, shape in enumerate(SHAPES)
+        for j, color in enumerate(COLORS)
+        if (i + j) % len(BACKGROUNDS) == k
+    )
+    for k, background in enumerate(BACKGROUNDS)
+}
+SEEN = {
+    background: tuple(
+        pair for pair in itertools.product(SHAPES, COLORS) if pair not in missed
+    )
+    for background, missed in HELD_OUT.items()
+}
 
 PERIOD = 0.1  # of the patterns
 DARK = 0.42  # the second colour's brightness, relative to the first
@@ -263,11 +275,14 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 
   Args:
     rng: the source of randomness.
-    held_out: one object has a HELD_OUT pair of shape and colour, else none.
+    held_out: one object's shape and colour are HELD_OUT on the background,
+      else none's.
   """
-  pairs = [_pick(rng, HELD_OUT if held_out else SEEN)]
+  background = _pick(rng, tuple(BACKGROUNDS))
+  seen = SEEN[background]
+  pairs = [_pick(rng, HELD_OUT[background] if held_out else seen)]
   if rng.random() < 0.25:
-    others = tuple(pair for pair in SEEN if pair != pairs[0])
+    others = tuple(pair for pair in seen if pair != pairs[0])
     pairs.insert(int(rng.integers(2)), _pick(rng, others))
   looks = []
   for pair in pairs:
@@ -276,12 +291,11 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     size = _pick(rng, tuple(SIZES))
     low, high = SIZES[size]
     if len(pairs) == 2:
-      # Side by side there is room for one large object, and not the largest.
+      # Side by side there is room for one large object; none is the largest.
       if any('large' in look for look in looks):
         size, (low, high) = 'small', SIZES['small']
-      high = min(high, 0.26)
+      high = low + 0.005
     looks.append((*pair, pattern, size, _between(rng, low, high)))
-  background = _pick(rng, tuple(BACKGROUNDS))
 
   if len(pairs) == 1:
     *look, radius = looks[0]
@@ -372,8 +386,9 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
 class ShapesSource:
   """A random-access source of captioned shapes.
 
-  `train` and `validation` share no stream and never show a HELD_OUT pair;
-  every scene of `held_out` does. The resolution does not change the scenes.
+  `train` and `validation` share no stream and never show a HELD_OUT
+  combination; every scene of `held_out` does. The resolution does not change
+  the scenes.
   """
 
   seed: int

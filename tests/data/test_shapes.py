@@ -15,8 +15,13 @@ def _scenes(split, seed=0, count=COUNT):
   return [source.scene(index) for index in range(count)]
 
 
-def _pairs(scene):
-  return {(item.shape, item.color) for item in scene.objects}
+def _combinations(scene):
+  return {(item.shape, item.color, scene.background) for item in scene.objects}
+
+
+def _flat(combinations):
+  return {(*pair, background) for background, pairs in combinations.items()
+          for pair in pairs}
 
 
 def _pooled(image, factor):
@@ -25,29 +30,29 @@ def _pooled(image, factor):
   return blocks.mean((1, 3))
 
 
-def test_each_shape_misses_one_color_and_no_color_is_missed_twice():
-  missed_shapes, missed_colors = zip(*shapes.HELD_OUT)
-  assert sorted(missed_shapes) == sorted(shapes.SHAPES)
-  assert len(set(missed_colors)) == len(shapes.SHAPES)
-  assert len(shapes.SEEN) == 6 * 8 - 6
+def test_each_pair_misses_one_background():
+  held_out, seen = _flat(shapes.HELD_OUT), _flat(shapes.SEEN)
+  pairs = {combination[:2] for combination in held_out}
+  assert len(held_out) == len(pairs) == 6 * 8
+  assert len(seen) == 6 * 8 * 5 and not seen & held_out
 
 
 @pytest.mark.parametrize('split', shapes.SPLITS)
-def test_held_out_pairs_are_only_in_held_out(split):
+def test_held_out_combinations_are_only_in_held_out(split):
   for scene, _, _ in _scenes(split):
-    held_out = _pairs(scene) & set(shapes.HELD_OUT)
+    held_out = _combinations(scene) & _flat(shapes.HELD_OUT)
     assert len(held_out) == (1 if split == 'held_out' else 0)
 
 
 def test_train_shows_everything_else():
-  scenes = [scene for scene, _, _ in _scenes('train', count=1000)]
-  assert set.union(*map(_pairs, scenes)) == set(shapes.SEEN)
+  scenes = [scene for scene, _, _ in _scenes('train', count=2000)]
+  assert set.union(*map(_combinations, scenes)) == _flat(shapes.SEEN)
   assert {scene.background for scene in scenes} == set(shapes.BACKGROUNDS)
   items = [item for scene in scenes for item in scene.objects]
   assert {item.pattern for item in items} == set(shapes.PATTERNS)
   singles = [scene for scene in scenes if len(scene.objects) == 1]
   assert {scene.layout for scene in singles} == set(shapes.PLACES)
-  assert 700 < len(singles) < 800
+  assert 1400 < len(singles) < 1600
 
 
 def test_objects_are_inside_and_clear_of_another():
@@ -90,17 +95,17 @@ def test_streams_are_disjoint():
 
 def test_first_record_is_what_it_always_was():
   scene, caption, stated = shapes.ShapesSource(0, 'train', 1, 64).scene(0)
-  assert scene.layout == 'left of' and scene.background == 'teal'
+  assert scene.layout == 'left of' and scene.background == 'white'
   assert caption == (
-      'a small dotted yellow circle to the right of a striped orange triangle,'
-      ' teal background'
+      'a small dotted orange circle to the right of a dotted pink circle,'
+      ' white background'
   )
   assert stated == {
-      'background': 'teal',
+      'background': 'white',
       'objects': [
-          {'shape': 'circle', 'color': 'yellow', 'pattern': 'dotted',
+          {'shape': 'circle', 'color': 'orange', 'pattern': 'dotted',
            'size': 'small'},
-          {'shape': 'triangle', 'color': 'orange', 'pattern': 'striped'},
+          {'shape': 'circle', 'color': 'pink', 'pattern': 'dotted'},
       ],
       'relation': 'right of',
   }
