@@ -150,8 +150,10 @@ def keys(section: ConfigDict) -> dict:
 
 @pytest.mark.parametrize('mode', ['', 'smoke'])
 @pytest.mark.parametrize('name', RECIPES)
-def test_recipe(name, mode, mesh):
+def test_recipe(name, mode, mesh, t5_directory):
   config = recipe(name, mode)
+  if config.text.encoder == 't5':
+    config.text.path = str(t5_directory.path)
   if config.data.name == 'captioned_images' and not config.data.path:
     config.data.name = 'shapes'
   build.check(config, mesh)

@@ -154,7 +154,7 @@ def test_frozen_t5_is_in_no_checkpoint(t5_directory, tmp_path):
   config = common.smoke(config)
   config.text.update(encoder='t5', path=str(t5_directory.path))
   config.stages[0].update(steps=2, batch_size=8)
-  config.eval.update(num_prompts=2, batch_size=2)
+  config.eval.update(num_prompts=8, batch_size=8)
   run(config.lock(), tmp_path)
   directory = build.stage_directory(tmp_path, config, 0)
   for key in ('params', 'ema'):
