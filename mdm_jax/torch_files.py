@@ -25,6 +25,11 @@ _DTYPES = {
     'ByteStorage': np.uint8, 'BoolStorage': np.bool_}
 
 
+class _Kind(NamedTuple):
+  """Of a storage. Unlike a dtype, it has no state that a file could set."""
+  name: str
+
+
 class _Storage(NamedTuple):
   """Bytes of the zip that tensors look into."""
   key: str
@@ -84,7 +89,7 @@ _KNOWN = {
     ('collections', 'OrderedDict'): _Dict,
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
-    **{('torch', name): np.dtype(dtype) for name, dtype in _DTYPES.items()}}
+    **{('torch', name): _Kind(name) for name in _DTYPES}}
 
 
 class _Named:
@@ -122,10 +127,10 @@ class _Unpickler(pickle._Unpickler):
     return _KNOWN.get((module, name), _Inert)
 
   def persistent_load(self, pid):
-    kind, dtype, key, _, size = pid
-    if kind != 'storage' or not isinstance(dtype, np.dtype):
+    tag, kind, key, _, size = pid
+    if tag != 'storage' or not isinstance(kind, _Kind):
       raise pickle.UnpicklingError(f'unknown storage {pid[:2]}')
-    return _Storage(str(key), dtype, int(size))
+    return _Storage(str(key), np.dtype(_DTYPES[kind.name]), int(size))
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
