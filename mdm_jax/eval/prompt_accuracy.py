@@ -7,6 +7,7 @@ fractions of the image's side, y pointing down.
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import ndimage
 # Finer pictures are averaged down to about this: their texture is no shape.
 _RESOLUTION = 64
 _CONTRAST = 30.0  # of 255: farther from the background is foreground
+_BLURS = (0.0, 0.08, 0.16, 0.24)  # of a silhouette's radius
 _MIN_AREA = 0.008  # of the image: less is a speck
 _MIN_DARKENING = 0.2  # of the brightness: less is no pattern
 _MIN_CORRELATION = 0.57  # with a pattern's tile: less is chance
@@ -34,6 +36,18 @@ class Vocabulary:
   patterns: Mapping[str, np.ndarray]  # darkness [P, P] of a period, or 0
   period: float  # of the patterns
   sizes: Mapping[str, float]  # typical radii
+
+  @functools.cached_property
+  def templates(self) -> list[tuple[str, np.ndarray]]:
+    """Names and silhouettes, sharp and blurred, cropped to `[_GRID, _GRID]`."""
+    templates = []
+    for name, silhouette in self.silhouettes.items():
+      side = silhouette.shape[0]
+      padded = np.pad(silhouette.astype(np.float32), side // 2)
+      for blur in _BLURS:
+        blurred = ndimage.gaussian_filter(padded, blur * side / 2)
+        templates.append((name, _crop(blurred > 0.5)))
+    return templates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +82,10 @@ def _background(image: np.ndarray, vocabulary: Vocabulary):
   return names[winner], np.median(border[nearest == winner], axis=0)
 
 
-def _sharpen(mask: np.ndarray, contrast: np.ndarray) -> np.ndarray:
-  """Cuts soft edges off halfway, or they would fill holes and corners."""
-  sharp = mask & (contrast > 0.5 * np.percentile(contrast[mask], 40))
+def _sharpen(
+    mask: np.ndarray, contrast: np.ndarray, cut: float) -> np.ndarray:
+  """Cuts soft edges off, or they would fill holes and corners."""
+  sharp = mask & (contrast > cut)
   holes, _ = ndimage.label(ndimage.binary_fill_holes(sharp) & ~sharp)
   # Where no background shows through, it is a dark dot and no hole.
   return sharp | ((holes > 0) & ~np.isin(holes, holes[~mask]))
@@ -89,15 +104,25 @@ def _crop(mask: np.ndarray) -> np.ndarray:
   return ndimage.map_coordinates(padded, grid, order=1)
 
 
-def _shape(mask: np.ndarray, vocabulary: Vocabulary) -> str:
-  """The silhouette with the largest intersection over union."""
-  found = _crop(mask)
+def _shape(
+    mask: np.ndarray, contrast: np.ndarray, vocabulary: Vocabulary
+) -> tuple[str, np.ndarray]:
+  """The silhouette with the largest intersection over union, and the mask.
 
-  def overlap(name):
-    template = _crop(vocabulary.silhouettes[name])
-    return np.minimum(found, template).sum() / np.maximum(found, template).sum()
-
-  return max(vocabulary.silhouettes, key=overlap)
+  Soft edges are cut off halfway: between the background and a pattern's dark
+  part, and between it and the bright part, as a blurred object has no dark
+  one. What looks most like any shape decides.
+  """
+  best, best_overlap = None, -1.0
+  for typical in np.percentile(contrast[mask], (40, 90)):
+    sharp = _sharpen(mask, contrast, 0.5 * typical)
+    found = _crop(sharp)
+    for name, template in vocabulary.templates:
+      overlap = (
+          np.minimum(found, template).sum() / np.maximum(found, template).sum())
+      if overlap > best_overlap:
+        best, best_overlap = (name, sharp), overlap
+  return best
 
 
 def _radius(mask: np.ndarray, silhouette: np.ndarray) -> float:
@@ -158,10 +183,9 @@ def _pattern(brightness, weight, rows, columns, vocabulary, resolution) -> str:
   return best or plain
 
 
-def _found(image, mask, vocabulary) -> Found:
+def _found(image, shape, mask, vocabulary) -> Found:
   """Reads one object's attributes; `mask` bool `[R, R]` is its silhouette."""
   resolution = image.shape[0]
-  shape = _shape(mask, vocabulary)
   radius = _radius(mask, vocabulary.silhouettes[shape]) / resolution
   rows, columns = np.nonzero(mask)
   depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
@@ -210,9 +234,11 @@ def analyze(
   objects = []
   areas = np.bincount(labels.flat)[1:]
   for label in np.argsort(-areas) + 1:
-    mask = _sharpen(labels == label, contrast)
+    if areas[label - 1] < _MIN_AREA * side * side:
+      break
+    shape, mask = _shape(labels == label, contrast, vocabulary)
     if np.count_nonzero(mask) >= _MIN_AREA * side * side:
-      objects.append(_found(image, mask, vocabulary))
+      objects.append(_found(image, shape, mask, vocabulary))
   return background, tuple(objects)
 
 

@@ -7,7 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.layers import EPSILON, TransformerLayer, dense_layer
+from mdm_jax.models.layers import (
+    EPSILON, TransformerLayer, dense_layer, sinusoidal_embedding)
 
 
 class Cond(NamedTuple):
@@ -85,6 +86,9 @@ class LearnedTextEncoder(nn.Module):
     x = nn.Embed(
         self.vocab_size, self.width, name='embedding',
         embedding_init=nn.initializers.normal(1.0))(tokens)
+    # The waves let attention find a word's neighbours, whose attributes are
+    # its own, from the first step on; the learned part starts near zero.
+    x += sinusoidal_embedding(jnp.arange(tokens.shape[1]), self.width)
     x += self.param('position', nn.initializers.normal(0.02),
                     (tokens.shape[1], self.width))
     x = x.astype(self.dtype)

@@ -70,6 +70,18 @@ def test_noise_blur_and_specks_do_no_harm():
   assert min(found[name] for name in ATTRIBUTES if name != 'all') >= 0.97
 
 
+def test_blurred_shapes_are_right():
+  """A young network draws soft edges; people see the shape all the same."""
+  images, statements = _examples(200, 64)
+  blurred = [
+      ndimage.gaussian_filter(image.astype(np.float32), (1.5, 1.5, 0))
+      for image in images]
+  found = prompt_accuracy.accuracy(
+      np.clip(blurred, 0, 255).astype(np.uint8), statements, VOCABULARY)
+  for attribute in ('shape', 'color', 'size', 'count', 'background'):
+    assert found[attribute] >= 0.98, found
+
+
 def test_other_prompts_are_wrong():
   images, statements = _examples(100, 64)
   shuffled = statements[1:] + statements[:1]
