@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax.models.layers import (
-    EPSILON, TransformerLayer, dense_layer, sinusoidal_embedding)
+  EPSILON,
+  TransformerLayer,
+  dense_layer,
+  sinusoidal_embedding,
+)
 
 
 class Cond(NamedTuple):
