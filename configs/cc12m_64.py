@@ -16,7 +16,8 @@ def get_config(mode: str = ''):
   config = common.get_config()
   config.dtype = 'bfloat16'
   config.data.update(name='captioned_images', num_workers=8)
-  config.text.update(encoder='t5', max_length=128)
+  config.text.update(
+      encoder='t5', max_length=128, long_captions='leave_out')
   config.model.text.update(width=2048, masked_attention=False)
   config.model.levels = [common.level(
       64, channels=(256, 512, 768), num_blocks=(2, 2, 2),

@@ -32,10 +32,13 @@ def get_config() -> ConfigDict:
           'prefetch': 4,      # batches
       },
       'text': {
-          'encoder': 'learned',    # trained with the network; or 't5', frozen
+          # 'learned', trained with the network; 't5', frozen; 'precomputed',
+          # what precompute_text has stored of it beside the data set.
+          'encoder': 'learned',
           'path': '',              # T5's directory, as Hugging Face's
           'tokenizer': '',         # spiece.model; '': the encoder's own
           'max_length': 32,        # tokens, </s> included
+          'long_captions': 'cut',  # or 'leave_out' of training
           'width': 64,
           'num_layers': 1,
           'num_heads': 4,

@@ -2,36 +2,36 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import os
+import hashlib
 import pathlib
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
-from mdm_jax import hugging_face, optim, sharding
-from mdm_jax.data import pipeline, shapes, sources
-from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
-from mdm_jax.data.transforms import Transform
+from mdm_jax import hugging_face, inputs, optim, sharding
+from mdm_jax.data import precomputed
 from mdm_jax.diffusion import samplers
 from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
 from mdm_jax.draw import SamplerSpec
-from mdm_jax.eval.prompt_accuracy import Vocabulary
-from mdm_jax.models.conditioning import LearnedTextEncoder, TextSpec
+from mdm_jax.models.conditioning import (
+  LearnedTextEncoder,
+  PrecomputedTextEncoder,
+  TextSpec,
+)
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.models.unet import LevelSpec
 from mdm_jax.step import Objective
 
-DATA_SETS = ('shapes', 'captioned_images')
-TEXT_ENCODERS = ('learned', 't5')
+_TEXT_ENCODERS = ('learned', 't5', 'precomputed')
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
@@ -43,22 +43,11 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   if not config.stages or not config.model.levels:
     raise ValueError('The config needs at least one stage and one level.')
   _check_resolutions(config)
-  if config.text.encoder not in TEXT_ENCODERS:
-    raise ValueError(
-        f'text.encoder={config.text.encoder!r}: use one of {TEXT_ENCODERS}.')
-  if config.text.encoder == 't5' and not config.text.path:
-    raise ValueError(
-        'text.path is empty: name the directory of a T5 encoder, downloaded '
-        'from google/flan-t5-xl for example, --config.text.path=DIR.')
-  make_tokenizer(config)
+  _check_text(config)
   _check_sampler(config)
   for key in ('log_every', 'sample_every', 'checkpoint_every'):
     if config[key] < 1:
       raise ValueError(f'{key}={config[key]}: give a number of steps.')
-  if not 0 <= config.text.caption_dropout <= 1:
-    raise ValueError(
-        f'text.caption_dropout={config.text.caption_dropout}: give a share, '
-        '0 to 1.')
   least = max(config.eval.num_prompts, config.eval.batch_size)
   if config.data.name == 'shapes' and config.data.size < least:
     raise ValueError(
@@ -81,6 +70,32 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     make_model(config, stage)
     make_objective(config, stage)
     make_optimizer(config, stage)
+
+
+def _check_text(config: ConfigDict) -> None:
+  text = config.text
+  if text.encoder not in _TEXT_ENCODERS:
+    raise ValueError(
+        f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.')
+  if text.encoder != 'learned' and not text.path:
+    raise ValueError(
+        'text.path is empty: name the directory of a T5 encoder, downloaded '
+        'from google/flan-t5-xl for example, --config.text.path=DIR.')
+  if text.long_captions not in ('cut', 'leave_out'):
+    raise ValueError(
+        f'text.long_captions={text.long_captions!r}: use cut or leave_out.')
+  if not 0 <= text.caption_dropout <= 1:
+    raise ValueError(
+        f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.')
+  inputs.make_tokenizer(config)
+  if text.encoder == 'precomputed':
+    if config.data.name != 'captioned_images':
+      raise ValueError(
+          f"text.encoder='precomputed' with data.name={config.data.name!r}: "
+          'only a prepared data set can have text features beside it.')
+    precomputed.require_same(
+        config.data.path, precomputed.read_info(config.data.path),
+        text_fingerprint(config))
 
 
 def _check_sampler(config: ConfigDict) -> None:
@@ -177,13 +192,6 @@ def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
   return tuple(level.resolution for level in levels)
 
 
-def make_tokenizer(config: ConfigDict) -> Tokenizer:
-  """The captions' tokenizer: T5's own, where T5 is the encoder."""
-  own = CAPTIONS_MODEL if config.text.encoder == 'learned' else os.path.join(
-      config.text.path, 'spiece.model')
-  return Tokenizer(config.text.tokenizer or own, config.text.max_length)
-
-
 def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
   """The stage's network and text encoder.
 
@@ -210,14 +218,14 @@ def make_levels(config: ConfigDict,
 
 
 def make_text_encoder(config: ConfigDict) -> nn.Module:
-  """From tokens to text features.
+  """From tokens, or features computed before, to text features.
 
   Raises:
     ValueError, FileNotFoundError: no T5 in `text.path`, or one that the
       tokenizer is not for; widths that heads do not divide.
   """
   text, dtype = config.text, jnp.dtype(config.dtype)
-  num_pieces = make_tokenizer(config).vocab_size
+  num_pieces = inputs.make_tokenizer(config).vocab_size
   if text.encoder == 'learned':
     _check_heads('text', text)
     return LearnedTextEncoder(
@@ -228,7 +236,40 @@ def make_text_encoder(config: ConfigDict) -> nn.Module:
       raise ValueError(
           f'the tokenizer has {num_pieces} pieces, this encoder knows '
           f'{spec.vocab_size}: leave text.tokenizer empty for its own.')
+  if text.encoder == 'precomputed':
+    return PrecomputedTextEncoder(spec.width, dtype)
   return T5Encoder(spec, dtype)
+
+
+def reading_prompts(config: ConfigDict) -> ConfigDict:
+  """The config with which the same network draws what anybody asks for.
+
+  Features are precomputed for the captions of a data set alone; others need
+  the encoder itself.
+  """
+  config = config.copy_and_resolve_references()
+  if config.text.encoder == 'precomputed':
+    config.text.encoder = 't5'
+  return config
+
+
+def _frozen_shapes(config: ConfigDict) -> dict:
+  return jax.eval_shape(
+      make_text_encoder(reading_prompts(config)).init, jax.random.key(0),
+      jnp.ones((1, config.text.max_length), jnp.int32))['params']
+
+
+def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
+  """What decides on the text features of a caption, by name."""
+  with _naming(f'text.path={config.text.path!r}'):
+    names = map(hugging_face_name,
+                traverse_util.flatten_dict(_frozen_shapes(config)))
+    encoder = hugging_face.fingerprint(
+        hugging_face.open_tensors(config.text.path), names)
+  path = inputs.make_tokenizer(config).path
+  tokenizer = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=8)
+  return {'encoder': encoder, 'tokenizer': tokenizer.hexdigest(),
+          'max_length': config.text.max_length}
 
 
 def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
@@ -236,19 +277,17 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
 
   Returns:
     The T5 encoder's in `config.dtype`, sharded by the rules; {} if the text
-    encoder is trained along.
+    encoder is trained along or has done its work before.
 
   Raises:
     ValueError, FileNotFoundError: weights are missing, damaged or of another
       model.
   """
-  if config.text.encoder == 'learned':
+  if config.text.encoder != 't5':
     return {}
-  shapes = jax.eval_shape(
-      make_text_encoder(config).init, jax.random.key(0),
-      jnp.ones((1, config.text.max_length), jnp.int32))['params']
   shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)),
+      _frozen_shapes(config))
   shardings = sharding.tree_shardings(
       {'text_encoder': shapes}, mesh, config.sharding_rules)
   with _naming(f'text.path={config.text.path!r}'):
@@ -312,80 +351,6 @@ def make_optimizer(
 def make_sampler(config: ConfigDict) -> SamplerSpec:
   """How pictures are drawn."""
   return SamplerSpec(**config.sampler)
-
-
-def make_source(config: ConfigDict, split: str,
-                resolution: int) -> pipeline.Source:
-  """A split of the data set.
-
-  Args:
-    config: of the run.
-    split: 'train' or 'validation'; shapes also have 'held_out'.
-    resolution: drawn images have it; files keep their own.
-
-  Raises:
-    ValueError, FileNotFoundError: no such data set or split.
-  """
-  data = config.data
-  if data.name == 'shapes':
-    return shapes.ShapesSource(config.seed, split, data.size, resolution)
-  if data.name not in DATA_SETS:
-    raise ValueError(f'data.name={data.name!r}: use one of {DATA_SETS}.')
-  if not data.path:
-    raise ValueError(
-        'data.path is empty: name the directory that prepare_data wrote, '
-        '--config.data.path=DIR.')
-  return sources.open_source(data.path, split)
-
-
-def held_out_split(config: ConfigDict) -> str:
-  """The split to validate on; 'train' where a data set has no other."""
-  if config.data.name == 'shapes':
-    return 'held_out'
-  splits = sources.available_splits(config.data.path)
-  return 'validation' if 'validation' in splits else 'train'
-
-
-def make_dataset(config: ConfigDict, split: str, resolution: int,
-                 batch_size: int, *, process_index: int, process_count: int,
-                 start_batch: int = 0, num_batches: int | None = None):
-  """This process's part of a split's batches; see `pipeline.make_dataset`."""
-  data, training = config.data, split == 'train' and num_batches is None
-  return pipeline.make_dataset(
-      make_source(config, split, resolution),
-      transform=Transform(make_tokenizer(config), resolution,
-                          flip=data.flip and training),
-      batch_size=batch_size, seed=config.seed, shuffle=training,
-      start_batch=start_batch, num_batches=num_batches,
-      process_index=process_index, process_count=process_count,
-      num_workers=data.num_workers if training else 0,
-      num_threads=data.num_threads, prefetch=data.prefetch)
-
-
-def make_prompts(config: ConfigDict,
-                 count: int) -> tuple[list[str], list[dict] | None]:
-  """Captions to draw, and what each of them states if pictures can be marked.
-
-  Shapes' come from the held-out split, as many as asked for; of captioned
-  images the held-out split's first captions, each once.
-  """
-  split = held_out_split(config)
-  if config.data.name == 'shapes':
-    source = make_source(config, split, config.model.levels[-1].resolution)
-    scenes = [source.scene(i) for i in range(count)]
-    return [scene[1] for scene in scenes], [scene[2] for scene in scenes]
-  source = make_source(config, split, 0)
-  return [source[i]['caption'] for i in range(min(count, len(source)))], None
-
-
-def make_vocabulary() -> Vocabulary:
-  """What the words of shapes' captions look like."""
-  return Vocabulary(
-      colors=shapes.COLORS, backgrounds=shapes.BACKGROUNDS,
-      silhouettes=shapes.silhouettes(), patterns=shapes.pattern_tiles(),
-      period=shapes.PERIOD,
-      sizes={name: float(np.mean(radii))
-             for name, radii in shapes.SIZES.items()})
 
 
 def stage_directory(workdir: str | pathlib.Path, config: ConfigDict,

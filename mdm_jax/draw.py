@@ -14,8 +14,9 @@ from mdm_jax.diffusion import guidance, pyramid, samplers
 from mdm_jax.diffusion.schedule import Schedule
 from mdm_jax.models.matryoshka import Matryoshka
 
-# (params, prompts, seeds) -> uint8 [N, H_r, H_r, 3], coarse to fine.
-DrawFn = Callable[[Any, Sequence[str], Sequence[int]], tuple[np.ndarray, ...]]
+# (params, text [N, ...], seeds [N]) -> uint8 [N, H_r, H_r, 3], coarse to
+# fine. A text is what the model's text encoder reads.
+DrawFn = Callable[[Any, np.ndarray, Sequence[int]], tuple[np.ndarray, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SamplerSpec:
 
 def make_sample_step(
     model: Matryoshka, schedule: Schedule, spec: SamplerSpec, *,
-    parameterization: str, empty_tokens: Sequence[int],
+    parameterization: str, empty_text: np.ndarray,
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, ...]]:
   """Sampling of one batch, pure and not yet jitted.
 
@@ -39,17 +40,17 @@ def make_sample_step(
     schedule: its noise schedule.
     spec: the sampler.
     parameterization: what the network predicts.
-    empty_tokens: [L] tokens of the empty caption, which guides.
+    empty_text: the empty caption, which guides.
 
   Returns:
-    (params, tokens [B, L], seeds [B]) -> uint8 images, coarse to fine. An
+    (params, text [B, ...], seeds [B]) -> uint8 images, coarse to fine. An
     image's noise depends on its own seed alone, not on its batch.
   """
-  def sample_step(params, tokens, seeds):
-    empty = jnp.broadcast_to(jnp.array(empty_tokens, jnp.int32), tokens.shape)
+  def sample_step(params, text, seeds):
+    empty = jnp.broadcast_to(jnp.asarray(empty_text, text.dtype), text.shape)
     denoise_fn = guidance.guided_denoise_fn(
         lambda x_t, t, cond: model.denoise(params, x_t, t, cond),
-        model.encode(params, tokens), model.encode(params, empty),
+        model.encode(params, text), model.encode(params, empty),
         spec.guidance)
     keys = jax.vmap(jax.random.key)(seeds)
 
@@ -71,36 +72,34 @@ def make_sample_step(
 
 
 def make_draw(
-    sample_step: Callable, encode: Callable[[str], np.ndarray],
-    batch_size: int, mesh: Mesh, param_shardings: Any,
+    sample_step: Callable, batch_size: int, mesh: Mesh, param_shardings: Any,
 ) -> DrawFn:
   """Jits a sample step for batches of one size, spread over the mesh.
 
   Args:
     sample_step: as `make_sample_step` makes it.
-    encode: caption -> int32 [L].
     batch_size: pictures drawn at once; the last batch is filled up.
     mesh: the devices.
     param_shardings: where the parameters lie.
   """
+  # Those of a batch, whatever its rank.
+  batch = sharding.batch_sharding(mesh, 1)
   jitted = jax.jit(
-      sample_step,
-      in_shardings=(param_shardings, *(
-          sharding.batch_sharding(mesh, ndim) for ndim in (2, 1))),
+      sample_step, in_shardings=(param_shardings, batch, batch),
       out_shardings=sharding.replicated(mesh))
 
   local = batch_size // jax.process_count()
 
-  def draw(params, prompts, seeds):
+  def draw(params, text, seeds):
     drawn = []
-    for start in range(0, len(prompts), batch_size):
+    for start in range(0, len(text), batch_size):
       first = start + jax.process_index() * local
-      rows = np.arange(first, first + local) % len(prompts)
+      rows = np.arange(first, first + local) % len(text)
       inputs = sharding.shard_batch({
-          'tokens': np.stack([encode(prompts[i]) for i in rows]),
+          'text': text[rows],
           'seeds': np.asarray(seeds, np.uint32)[rows]}, mesh)
-      images = jitted(params, inputs['tokens'], inputs['seeds'])
-      kept = len(prompts) - start
+      images = jitted(params, inputs['text'], inputs['seeds'])
+      kept = len(text) - start
       drawn.append([np.asarray(level)[:kept] for level in images])
     return tuple(np.concatenate(level) for level in zip(*drawn))
   return draw

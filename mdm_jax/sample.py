@@ -33,12 +33,13 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import build, checkpoint, metrics, sharding, train
+  from mdm_jax import build, checkpoint, inputs, metrics, sharding, train
   from mdm_jax.eval import grid
 
   metrics.setup_logging()
   try:
-    config = build.load_config(checkpoint.read_config(_WORKDIR.value))
+    config = build.reading_prompts(
+        build.load_config(checkpoint.read_config(_WORKDIR.value)))
     changes = {'num_steps': _STEPS.value, 'name': _SAMPLER.value,
                'guidance': _GUIDANCE.value}
     config.sampler.update(
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
   begin = time.monotonic()
   seeds = [_SEED.value + i for i in range(_NUM_SAMPLES.value)
            ] * len(_PROMPTS.value)
-  pictures = draw(params, prompts, seeds)
+  pictures = draw(params, inputs.encode_prompts(config, prompts), seeds)
 
   output = pathlib.Path(
       _OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'drawn')

@@ -1,6 +1,6 @@
 """The pure training and evaluation steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -15,7 +15,8 @@ from mdm_jax.diffusion.schedule import Schedule
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import Params, TrainState
 
-# images uint8 [B, H, H, 3], tokens int32 [B, L], scale float32 [B].
+# image uint8 [B, H, H, 3], text (int32 [B, L], or features [B, L, D] that
+# were computed before), scale float32 [B].
 Batch = dict[str, jax.Array]
 
 
@@ -40,7 +41,7 @@ def _losses(model: Matryoshka, objective: Objective, params: Params,
   t = loss.draw_time(
       time_rng, len(images[0]), objective.schedule.num_steps)
   eps = process.draw_noise(noise_rng, images)
-  cond = model.encode(params, batch['tokens'], batch['scale'])
+  cond = model.encode(params, batch['text'], batch['scale'])
   per_example, aux = loss.multi_resolution_loss(
       lambda x_t, t: model.denoise(params, x_t, t, cond),
       objective.schedule, images, t, eps,
@@ -53,7 +54,7 @@ def _losses(model: Matryoshka, objective: Objective, params: Params,
 def make_train_step(
     model: Matryoshka, objective: Objective,
     optimizer: optax.GradientTransformation, *, ema_decay: float,
-    caption_dropout: float, empty_tokens: Sequence[int], seed: int,
+    caption_dropout: float, empty_text: np.ndarray, seed: int,
 ) -> Callable[[TrainState, Batch, Params],
               tuple[TrainState, dict[str, jax.Array]]]:
   """The training step, pure and not yet jitted.
@@ -64,7 +65,7 @@ def make_train_step(
     optimizer: applied to all parameters.
     ema_decay: of the average, see `optim.update_average`.
     caption_dropout: probability of training on the empty caption.
-    empty_tokens: [L] tokens of the empty caption.
+    empty_text: the empty caption, as one of the batch's 'text'.
     seed: of times, noise and dropout, together with the step number.
 
   Returns:
@@ -76,9 +77,11 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_rng, dropout_rng = jax.random.split(rng)
     dropped = jax.random.bernoulli(
-        dropout_rng, caption_dropout, (len(batch['tokens']), 1))
-    batch = batch | {'tokens': jnp.where(
-        dropped, jnp.array(empty_tokens, jnp.int32), batch['tokens'])}
+        dropout_rng, caption_dropout, (len(batch['text']), 1))
+    text = batch['text']
+    dropped = dropped.reshape(-1, *(1,) * (text.ndim - 1))
+    batch = batch | {'text': jnp.where(
+        dropped, jnp.asarray(empty_text, text.dtype), text)}
 
     def mean_loss(params):
       per_example, levels = _losses(

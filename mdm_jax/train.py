@@ -12,7 +12,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax import build, checkpoint, draw, metrics, sharding, stages
+from mdm_jax import (
+  build,
+  checkpoint,
+  draw,
+  inputs,
+  metrics,
+  sharding,
+  stages,
+)
 from mdm_jax import step as steps
 from mdm_jax.eval import grid, prompt_accuracy
 from mdm_jax.state import Params, TrainState
@@ -38,7 +46,7 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   """
   mesh = sharding.make_mesh(config.mesh)
   build.check(config, mesh)
-  build.make_source(config, 'train', config.model.levels[-1].resolution)
+  inputs.make_source(config, 'train', config.model.levels[-1].resolution)
   new = json.loads(config.to_json())
   if (pathlib.Path(workdir) / 'config.json').exists():
     changed = [
@@ -88,7 +96,7 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh,
                  stage=config.stages[-1].name)
   writer.close()
   logging.info('Finished in %s.', metrics.duration(time.monotonic() - start))
-  prompt = build.make_prompts(config, 1)[0][0]
+  prompt = inputs.make_prompts(config, 1).captions[0]
   logging.info(
       'Next:\n  python -m mdm_jax.sample --workdir=%s --prompt="%s"\n'
       '  tensorboard --logdir=%s', workdir, prompt, workdir)
@@ -118,8 +126,6 @@ def train_stage(
   stage = config.stages[index]
   title = f"stage {index + 1}/{len(config.stages)} '{stage.name}'"
   model = build.make_model(config, stage)
-  tokenizer = build.make_tokenizer(config)
-  empty_tokens = tokenizer.encode('').tolist()
   optimizer, learning_rate = build.make_optimizer(config, stage)
   resolution = model.resolutions[-1]
   seed = config.seed * len(config.stages) + index
@@ -157,9 +163,9 @@ def train_stage(
       model, build.make_objective(config, stage), optimizer,
       ema_decay=config.optimizer.ema_decay,
       caption_dropout=config.text.caption_dropout,
-      empty_tokens=empty_tokens, seed=seed)
+      empty_text=inputs.empty_text(config), seed=seed)
   first_step = int(state.step)
-  batches = iter(build.make_dataset(
+  batches = iter(inputs.make_dataset(
       config, 'train', resolution, stage.batch_size,
       process_index=jax.process_index(), process_count=jax.process_count(),
       start_batch=first_step))
@@ -177,7 +183,7 @@ def train_stage(
   flops = metrics.flops_per_step(compiled)
   peak = metrics.peak_flops(mesh.devices.flat[0])
   draw_fn = make_draw(config, index, mesh, state.ema | frozen)
-  prompts, _ = build.make_prompts(config, GRID_PROMPTS)
+  prompts = inputs.make_prompts(config, GRID_PROMPTS)
 
   ##### Train.
   progress = metrics.Progress(
@@ -222,7 +228,8 @@ def train_stage(
         break
       if step % config.sample_every == 0 or step == stage.steps:
         pictures = grid.grid(
-            draw_fn(state.ema | frozen, prompts, range(len(prompts))), prompts)
+            draw_fn(state.ema | frozen, prompts.text,
+                    range(len(prompts.text))), prompts.captions)
         if jax.process_index() == 0:
           path = (pathlib.Path(workdir) / 'samples'
                   / f'{stage.name}_{step}.png')
@@ -270,10 +277,10 @@ def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
   stage = config.stages[index]
   model = build.make_model(config, stage)
 
-  split = build.held_out_split(config)
+  split = inputs.held_out_split(config)
   if split == 'train':
     logging.warning('No validation split: evaluating on training images.')
-  batches = build.make_dataset(
+  batches = inputs.make_dataset(
       config, split, model.resolutions[-1], stage.batch_size,
       process_index=jax.process_index(), process_count=jax.process_count(),
       num_batches=config.eval.loss_batches)
@@ -286,16 +293,16 @@ def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
       f'held_out_loss_{resolution}': float(loss)
       for resolution, loss in zip(model.resolutions, np.mean(losses, 0))}
 
-  prompts, statements = build.make_prompts(config, config.eval.num_prompts)
-  if statements is None:
+  if config.data.name != 'shapes':
     return values
-  logging.info('Drawing %d held-out prompts.', len(prompts))
+  prompts = inputs.make_prompts(config, config.eval.num_prompts)
+  logging.info('Drawing %d held-out prompts.', len(prompts.captions))
   draw_fn = make_draw(config, index, mesh, params)
   # Other noise than that of the grids.
-  seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts))
-  pictures = draw_fn(params, prompts, seeds)
+  seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts.captions))
+  pictures = draw_fn(params, prompts.text, seeds)
   accuracy = prompt_accuracy.accuracy(
-      pictures[-1], statements, build.make_vocabulary())
+      pictures[-1], prompts.statements, inputs.make_vocabulary())
   return values | {
       f'accuracy_{name}': value for name, value in accuracy.items()}
 
@@ -337,14 +344,12 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh,
     params: what it will be called with, or parameters of the same shardings.
   """
   stage = config.stages[index]
-  tokenizer = build.make_tokenizer(config)
   sample_step = draw.make_sample_step(
       build.make_model(config, stage),
       build.make_noise_schedule(config, stage), build.make_sampler(config),
       parameterization=config.diffusion.parameterization,
-      empty_tokens=tokenizer.encode('').tolist())
-  return draw.make_draw(sample_step, tokenizer.encode,
-                        config.eval.batch_size, mesh,
+      empty_text=inputs.empty_text(config))
+  return draw.make_draw(sample_step, config.eval.batch_size, mesh,
                         jax.tree.map(lambda x: x.sharding, params))
 
 
@@ -355,7 +360,7 @@ def _next_batch(batches, mesh: Mesh):
 
 def _put(batch, mesh: Mesh):
   return sharding.shard_batch(
-      {name: batch[name] for name in ('image', 'tokens', 'scale')}, mesh)
+      {name: batch[name] for name in ('image', 'text', 'scale')}, mesh)
 
 
 class _StopSignal:

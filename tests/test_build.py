@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from configs import common
-from mdm_jax import build, sharding
+from mdm_jax import build, inputs, sharding
 
 RECIPES = sorted(
     path.stem for path in
@@ -127,7 +127,7 @@ def test_bad_config_is_named(make_config, mesh, changes, message):
 def test_bad_data_is_named(make_config, changes, message):
   config = changed(make_config(), changes)
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-    build.make_source(config, 'train', 16)
+    inputs.make_source(config, 'train', 16)
   assert '\n' not in str(error.value)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mdm_jax import build, draw, sharding
+from mdm_jax import build, draw, inputs, sharding
 
 PROMPTS = ['a red ring', 'a small blue star', 'two green circles', 'a cross',
            'a yellow square', 'a large pink triangle', '', 'a black dot',
@@ -18,17 +18,17 @@ def draw_fn(make_config, random_params):
   stage = config.stages[1]
   mesh = sharding.make_mesh(config.mesh)
   model = build.make_model(config, stage)
-  tokenizer = build.make_tokenizer(config)
   sample_step = draw.make_sample_step(
       model, build.make_noise_schedule(config, stage),
       build.make_sampler(config),
       parameterization=config.diffusion.parameterization,
-      empty_tokens=tokenizer.encode('').tolist())
+      empty_text=inputs.empty_text(config))
   params = random_params(model, config.text.max_length)
   shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-  made = draw.make_draw(sample_step, tokenizer.encode, 8, mesh, shardings)
+  made = draw.make_draw(sample_step, 8, mesh, shardings)
   params = sharding.place(params, shardings)
-  return lambda prompts, seeds: made(params, prompts, seeds)
+  return lambda prompts, seeds: made(
+      params, inputs.encode_prompts(config, prompts), seeds)
 
 
 @pytest.fixture(scope='module')

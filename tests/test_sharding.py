@@ -95,12 +95,12 @@ def test_indivisible_parameter_is_named():
 def test_shard_batch():
   batch = {'image': np.arange(8 * 4 * 4 * 3, dtype=np.uint8).reshape(
                8, 4, 4, 3),
-           'tokens': np.arange(16, dtype=np.int32).reshape(8, 2),
+           'text': np.arange(16, dtype=np.int32).reshape(8, 2),
            'scale': np.arange(8, dtype=np.float32)}
   sharded = sharding.shard_batch(batch, mesh_of(2, 2, 2))
   shards = {name: x.sharding.shard_shape(x.shape)
             for name, x in sharded.items()}
-  assert shards == {'image': (2, 2, 4, 3), 'tokens': (2, 2), 'scale': (2,)}
+  assert shards == {'image': (2, 2, 4, 3), 'text': (2, 2), 'scale': (2,)}
   for name, value in batch.items():
     np.testing.assert_array_equal(sharded[name], value)
     assert sharded[name].dtype == value.dtype

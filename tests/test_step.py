@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import build, sharding
+from mdm_jax import build, inputs, sharding
 from mdm_jax import step as steps
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import TrainState
@@ -44,7 +44,6 @@ def training(make_config):
     model = build.make_model(config, stage)
     objective = build.make_objective(config, stage)
     optimizer, _ = build.make_optimizer(config, stage)
-    empty_tokens = build.make_tokenizer(config).encode('').tolist()
     traces = []
 
     # An argument here, so that one compilation serves every dropout.
@@ -52,7 +51,7 @@ def training(make_config):
       traces.append(None)
       return steps.make_train_step(
           model, objective, optimizer, ema_decay=0.99,
-          caption_dropout=caption_dropout, empty_tokens=empty_tokens,
+          caption_dropout=caption_dropout, empty_text=inputs.empty_text(config),
           seed=3)(state, batch, {})
 
     def make_state(params):
@@ -67,7 +66,7 @@ def training(make_config):
         train_step, donate_argnums=0,
         in_shardings=(shardings, {
             name: sharding.batch_sharding(mesh, ndim) for name, ndim in
-            (('image', 4), ('tokens', 2), ('scale', 1))}, replicated),
+            (('image', 4), ('text', 2), ('scale', 1))}, replicated),
         out_shardings=(shardings, replicated))
     return Training(
         model,
@@ -83,10 +82,10 @@ def batch(make_config):
   """Plain images of random colours, and captions."""
   rng = np.random.default_rng(0)
   colors = rng.integers(0, 256, (BATCH, 1, 1, 3), np.uint8)
-  encode = build.make_tokenizer(make_config()).encode
+  encode = inputs.make_tokenizer(make_config()).encode
   return {
       'image': np.broadcast_to(colors, (BATCH, 16, 16, 3)).copy(),
-      'tokens': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
+      'text': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
       'scale': np.linspace(6, 20, BATCH, dtype=np.float32)}
 
 
@@ -154,9 +153,9 @@ def test_learns(training, batch):
 def test_dropped_captions_are_the_empty_caption(
     training, batch, random_params, make_config):
   made = training('one')
-  empty = build.make_tokenizer(make_config()).encode('')
+  empty = inputs.make_tokenizer(make_config()).encode('')
   empty_batch = batch | {
-      'tokens': np.broadcast_to(empty, batch['tokens'].shape)}
+      'text': np.broadcast_to(empty, batch['text'].shape)}
 
   def loss(batch, dropout):
     state = made.new_state(random_params(made.model, 8))

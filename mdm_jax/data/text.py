@@ -63,7 +63,14 @@ class Tokenizer:
     Returns:
       int32 `[max_length]`: cut before `</s>` if too long, padded with 0.
     """
-    pieces = self._processor.encode(' ' + caption)[: self.max_length - 1]
+    pieces = self._pieces(caption)[: self.max_length - 1]
     tokens = np.full(self.max_length, _PAD, np.int32)
     tokens[: len(pieces) + 1] = [*pieces, _EOS]
     return tokens
+
+  def count(self, caption: str) -> int:
+    """The number of tokens that `encode` would need."""
+    return len(self._pieces(caption)) + 1
+
+  def _pieces(self, caption: str) -> list[int]:
+    return self._processor.encode(' ' + caption)

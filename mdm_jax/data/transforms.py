@@ -61,11 +61,22 @@ class BadRecord(ValueError):
     return f'{self.key}: {self.reason}{detail}'
 
 
+def too_long(key: str, num_tokens: int, max_length: int) -> BadRecord:
+  """What a record is whose caption has too many tokens."""
+  return BadRecord(key, 'caption too long',
+                   f'{num_tokens} tokens, the limit is {max_length}')
+
+
 class Tokenizer(Protocol):
   """What `Transform` needs of a tokenizer."""
 
+  max_length: int
+
   def encode(self, caption: str) -> np.ndarray:
-    """Returns int32 tokens [L]."""
+    """Returns int32 tokens [L], cut if there are more."""
+
+  def count(self, caption: str) -> int:
+    """The number of tokens before any cut."""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,27 +171,32 @@ class Transform:
     resolution: R, of the images.
     flip: mirrors half of the images. Off by default, because captions speak
       of left and right.
+    leave_out: a caption that is too long is a bad record, rather than cut.
   """
 
   tokenizer: Tokenizer
   resolution: int
   flip: bool = False
+  leave_out: bool = False
 
   def __call__(
       self, record: dict[str, Any], rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
-    """Returns `image` uint8 [R, R, 3], `tokens` int32 [L], `scale` float32 [].
+    """Returns `image` uint8 [R, R, 3], `text`, and `scale` float32 [].
 
     Args:
       record: `image` (an image file's bytes, or uint8 [R, R, 3]), `caption`,
         `key`, and for an array optionally `size`. `scale` is the shorter side
-        of the original image in pixels: of the file, or else `size`.
+        of the original image in pixels: of the file, or else `size`. `text`
+        is the record's own, if it has one, or else the caption's tokens,
+        int32 [L].
       rng: decides on the flip.
 
     Raises:
-      BadRecord: for a file that cannot be decoded.
+      BadRecord: for a file that cannot be decoded, or by `leave_out`.
       ValueError: for an array that is not [R, R, 3].
     """
+    text = record['text'] if 'text' in record else self._tokens(record)
     image = record['image']
     if isinstance(image, bytes):
       image, scale = decode_image(image, self.resolution, record['key'])
@@ -195,6 +211,14 @@ class Transform:
       image = image[:, ::-1]
     return {
         'image': image,
-        'tokens': self.tokenizer.encode(record['caption']),
+        'text': text,
         'scale': np.float32(scale),
     }
+
+  def _tokens(self, record: dict[str, Any]) -> np.ndarray:
+    caption = record['caption']
+    if self.leave_out:
+      count = self.tokenizer.count(caption)
+      if count > self.tokenizer.max_length:
+        raise too_long(record['key'], count, self.tokenizer.max_length)
+    return self.tokenizer.encode(caption)

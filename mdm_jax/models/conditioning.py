@@ -75,6 +75,16 @@ class TextConditioning(nn.Module):
     return text, attention_mask, pooled
 
 
+class PrecomputedTextEncoder(nn.Module):
+  """Takes in features that an encoder has computed before."""
+  width: int
+  dtype: jnp.dtype
+
+  def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """text [B, L, width], 0 is padding -> text [B, L, width], mask [B, L]."""
+    return text.astype(self.dtype), (text != 0).any(axis=-1)
+
+
 class LearnedTextEncoder(nn.Module):
   """A small transformer over tokens, trained with the network."""
   vocab_size: int

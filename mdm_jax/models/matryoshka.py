@@ -1,4 +1,4 @@
-"""Text encoder and NestedUNet together: from tokens to predictions."""
+"""Text encoder and NestedUNet together: from text to predictions."""
 
 import dataclasses
 
@@ -17,7 +17,8 @@ class Matryoshka:
 
   Attributes:
     unet: the network.
-    text_encoder: tokens [B, L] -> text [B, L, D], mask [B, L].
+    text_encoder: tokens [B, L], or whatever else a batch's 'text' is, ->
+      text [B, L, D], mask [B, L]. Has a `width`, D.
     resolutions: of the pyramid in pixels, coarse to fine.
     frozen_text: the text encoder is not trained. Its parameters are then no
       part of `shapes` and `init`; whoever applies the model adds them.
@@ -34,14 +35,13 @@ class Matryoshka:
       num_tokens: of the captions.
     """
     def init(rng):
-      (text, mask), text_variables = self.text_encoder.init_with_output(
-          rng, jnp.ones((1, num_tokens), jnp.int32))
+      cond = Cond(jnp.zeros((1, num_tokens, self.text_encoder.width)),
+                  jnp.ones((1, num_tokens), bool))
       x_t = tuple(jnp.zeros((1, r, r, 3)) for r in self.resolutions)
-      unet_variables = self.unet.init(
-          rng, x_t, jnp.zeros(1), Cond(text, mask))
-      params = {'unet': unet_variables['params']}
+      params = {'unet': self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']}
       if not self.frozen_text:
-        params['text_encoder'] = text_variables['params']
+        tokens = jnp.ones((1, num_tokens), jnp.int32)
+        params['text_encoder'] = self.text_encoder.init(rng, tokens)['params']
       return params
     return jax.eval_shape(init, jax.random.key(0))
 
@@ -49,17 +49,17 @@ class Matryoshka:
     """Fresh float32 parameters on the host."""
     return initial_params(self.shapes(num_tokens), seed)
 
-  def encode(self, params: dict, tokens: jax.Array,
+  def encode(self, params: dict, text: jax.Array,
              scale: jax.Array | None = None) -> Cond:
     """What the network is conditioned on.
 
     Args:
-      params: the text encoder's and maybe more.
-      tokens: [B, L] int32, 0 is padding.
+      params: the text encoder's, if it has any, and maybe more.
+      text: tokens [B, L] int32, 0 is padding, or what the encoder reads.
       scale: [B] original shorter sides in pixels, or None.
     """
     text, mask = self.text_encoder.apply(
-        {'params': params['text_encoder']}, tokens)
+        {'params': params.get('text_encoder', {})}, text)
     return Cond(text, mask, scale)
 
   def denoise(self, params: dict, x_t: tuple[jax.Array, ...], t: jax.Array,

@@ -83,6 +83,11 @@ class T5Encoder(nn.Module):
   spec: T5Spec
   dtype: jnp.dtype
 
+  @property
+  def width(self) -> int:
+    """Of the features."""
+    return self.spec.width
+
   @nn.compact
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     spec, length = self.spec, tokens.shape[1]

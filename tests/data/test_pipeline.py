@@ -206,6 +206,6 @@ def test_worker_processes_give_the_same_batches():
   found = batches(source, num_workers=2, **options)
   assert len(found) == len(expected) == 3
   for one, other in zip(expected, found):
-    assert sorted(one) == ['bad', 'image', 'scale', 'tokens']
+    assert sorted(one) == ['bad', 'image', 'scale', 'text']
     for name in one:
       np.testing.assert_array_equal(one[name], other[name])

@@ -78,7 +78,7 @@ def test_batches_of_a_prepared_data_set(data_set):
   levels = sorted(batch['image'][:, 8, 8, 0].tolist())
   keys = [source[i]['key'] for i in range(len(source))]
   assert levels == sorted(int(k.removeprefix('some/')) for k in keys)
-  assert batch['tokens'].tolist() == [[11]] * len(source)
+  assert batch['text'].tolist() == [[11]] * len(source)
   assert batch['scale'].tolist() == [20.0] * len(source)
 
 

@@ -200,10 +200,10 @@ def test_transform_of_a_file():
   record = {'image': encode(ramp(40, 30)), 'caption': 'a cat', 'key': 'k'}
   transform = pickle.loads(pickle.dumps(Transform(Lengths(), 8)))
   example = transform(record, np.random.default_rng(0))
-  assert sorted(example) == ['image', 'scale', 'tokens']
+  assert sorted(example) == ['image', 'scale', 'text']
   assert example['image'].shape == (8, 8, 3)
-  assert example['tokens'].tolist() == [5, 5]
-  assert example['tokens'].dtype == np.int32
+  assert example['text'].tolist() == [5, 5]
+  assert example['text'].dtype == np.int32
   assert example['scale'] == 30 and example['scale'].dtype == np.float32
 
 

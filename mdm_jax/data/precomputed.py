@@ -1,0 +1,176 @@
+"""Text features that tools.precompute_text has stored beside the images.
+
+`<data set>/text/` holds `info.json` (what they were made with, how many),
+`empty.npy` (the empty caption's) and ArrayRecord files
+`<split>-<shard>-of-<shards>.array_record`. Record i of a split belongs to
+image i: 8 bytes that tell its caption from others, the caption's number of
+tokens before any cut, and the features [n, width] without padding.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import struct
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mdm_jax.data.transforms import BadRecord, too_long
+
+DTYPES = {'float16': np.dtype(np.float16),
+          'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+_HEADER = struct.Struct('<8sI')
+_COMMAND = 'python -m mdm_jax.tools.precompute_text'
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInfo:
+  """What `info.json` says.
+
+  Attributes:
+    made_with: fingerprint of encoder, tokenizer and token length; features
+      of one are no use to a run with another.
+    dtype: of the stored features, one of `DTYPES`.
+    width: D, of the features.
+    shard_size: captions a file.
+    splits: split -> number of captions.
+  """
+  made_with: Mapping[str, Any]
+  dtype: str
+  width: int
+  shard_size: int
+  splits: Mapping[str, int]
+
+  def files(self, split: str) -> list[str]:
+    """The names of a split's files, in order."""
+    count = -(-self.splits[split] // self.shard_size)
+    return [f'{split}-{i:05d}-of-{count:05d}.array_record'
+            for i in range(count)]
+
+
+def text_directory(data_path: str) -> pathlib.Path:
+  """Where a prepared data set's text features are."""
+  return pathlib.Path(data_path) / 'text'
+
+
+def read_info(data_path: str) -> TextInfo:
+  """Reads `info.json` and checks that every file is there.
+
+  Raises:
+    FileNotFoundError: there are no features, or not all of them.
+  """
+  directory = text_directory(data_path)
+  path = directory / 'info.json'
+  if not path.exists():
+    raise FileNotFoundError(
+        f'There are no text features in {directory}: make them with '
+        f'{_COMMAND}, or read captions with text.encoder=t5.')
+  info = TextInfo(**json.loads(path.read_text()))
+  missing = [name for split in info.splits for name in info.files(split)
+             if not (directory / name).exists()]
+  if missing or not (directory / 'empty.npy').exists():
+    raise FileNotFoundError(
+        f'{directory} lacks {len(missing)} of its files, such as '
+        f'{(missing or ["empty.npy"])[0]}: run {_COMMAND} again, it makes '
+        'what is missing.')
+  return info
+
+
+def require_same(data_path: str, info: TextInfo,
+                 made_with: Mapping[str, Any]) -> None:
+  """Raises ValueError if features were made with something else."""
+  different = [
+      f'{name} {info.made_with.get(name)} instead of {value}'
+      for name, value in made_with.items()
+      if info.made_with.get(name) != value]
+  if different:
+    raise ValueError(
+        f'{text_directory(data_path)} was made with another text encoder: '
+        + ', '.join(different)
+        + f'. Remove it and run {_COMMAND}, or set text.path and '
+        'text.max_length to what it was made with.')
+
+
+def read_empty(data_path: str) -> np.ndarray:
+  """The empty caption's features, float32 [n, D]."""
+  return np.load(text_directory(data_path) / 'empty.npy')
+
+
+def pad(features: np.ndarray, length: int) -> np.ndarray:
+  """[n, D] -> [length, D], with zeros."""
+  return np.pad(features, ((0, length - len(features)), (0, 0)))
+
+
+def pack(caption: str, num_tokens: int, features: np.ndarray) -> bytes:
+  """A record: `features` [n, D] of a caption that had `num_tokens`."""
+  return _HEADER.pack(_digest(caption), num_tokens) + features.tobytes()
+
+
+def _digest(caption: str) -> bytes:
+  return hashlib.blake2b(caption.encode(), digest_size=8).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecomputedText:
+  """A source of images, with the features of their captions as 'text'.
+
+  Attributes:
+    source: of the images.
+    data_path: the data set's directory.
+    split: its split.
+    info: of the features.
+    max_length: L, tokens that 'text' [L, D] is padded to.
+    leave_out: a caption that had more is a bad record, rather than cut.
+  """
+  source: Any
+  data_path: str
+  split: str
+  info: TextInfo
+  max_length: int
+  leave_out: bool
+
+  @functools.cached_property
+  def _features(self):
+    import grain  # Slow to import.
+
+    directory = text_directory(self.data_path)
+    return grain.sources.ArrayRecordDataSource(
+        [str(directory / name) for name in self.info.files(self.split)])
+
+  def __reduce__(self):
+    """Worker processes open the files for themselves."""
+    return type(self), tuple(
+        getattr(self, field.name) for field in dataclasses.fields(self))
+
+  def __len__(self) -> int:
+    """The number of records."""
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """The source's record, and 'text' [max_length, D].
+
+    Raises:
+      BadRecord: either part is damaged, or the caption is too long.
+      ValueError: the features are those of another data set.
+    """
+    record = self.source[index]
+    key = record['key']
+    try:
+      data = self._features[index]
+    except RuntimeError as error:
+      raise BadRecord(key, 'damaged text features', str(error)) from error
+    digest, num_tokens = _HEADER.unpack_from(data)
+    if digest != _digest(record['caption']):
+      raise ValueError(
+          f'{text_directory(self.data_path)} has the features of another '
+          f'caption for {key}: remove it and run {_COMMAND}.')
+    if self.leave_out and num_tokens > self.max_length:
+      raise too_long(key, num_tokens, self.max_length)
+    features = np.frombuffer(
+        data, DTYPES[self.info.dtype], offset=_HEADER.size)
+    features = features.reshape(-1, self.info.width)
+    return record | {'text': pad(features, self.max_length)}

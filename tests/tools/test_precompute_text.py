@@ -1,0 +1,266 @@
+"""Features that are computed once are those of the encoder, or are refused."""
+
+import io
+import json
+import pickle
+import shutil
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import common
+from mdm_jax import build, checkpoint, inputs, sharding, train
+from mdm_jax.data import precomputed
+from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.tools import precompute_text, prepare_data
+from tests.tools.test_prepare_data import write_tar
+
+# 8 to about 50 tokens.
+CAPTIONS = ['a red ring ' * (2 * i % 14) + f'number {i}' for i in range(20)]
+MAX_LENGTH = 40
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """Twenty captioned images, two of them for validation."""
+  path = tmp_path_factory.mktemp('data')
+  files = {}
+  for i, caption in enumerate(CAPTIONS):
+    image = io.BytesIO()
+    Image.new('RGB', (16, 16), (9 * i, 50, 90)).save(image, 'PNG')
+    files[f'{i:02}.png'] = image.getvalue()
+    files[f'{i:02}.txt'] = caption.encode()
+  write_tar(path / 'some.tar', files)
+  prepare_data.prepare(
+      f'{path}/*.tar', str(path / 'set'), validation_fraction=0.2)
+  return path / 'set'
+
+
+def make_config(data, t5):
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = common.smoke(config)
+  config.data.update(name='captioned_images', path=str(data))
+  config.text.update(encoder='t5', path=str(t5), max_length=MAX_LENGTH)
+  config.stages[0].update(steps=2, batch_size=8)
+  config.eval.update(num_prompts=8, batch_size=8)
+  return config.lock()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small_files():
+  """Several files of a split, whose last batch is not full."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(precompute_text, 'SHARD_SIZE', 6)
+    yield
+
+
+@pytest.fixture(scope='module')
+def made(prepared, t5_directory, tmp_path_factory):
+  """The config of a data set that has its features."""
+  data = tmp_path_factory.mktemp('made') / 'set'
+  shutil.copytree(prepared, data)
+  config = make_config(data, t5_directory.path)
+  precompute_text.precompute(config, batch_size=8)
+  config.text.encoder = 'precomputed'
+  return config
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+  """One that a test may spoil."""
+  config = made.copy_and_resolve_references()
+  config.data.path = str(tmp_path / 'set')
+  shutil.copytree(made.data.path, config.data.path)
+  return config
+
+
+def contents(config):
+  directory = precomputed.text_directory(config.data.path)
+  return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def records(config, split='train'):
+  source = pickle.loads(pickle.dumps(inputs.make_source(config, split, 8)))
+  return [source[i] for i in range(len(source))]
+
+
+def mesh_of(config):
+  return sharding.make_mesh(config.mesh)
+
+
+def test_features_are_the_encoders(made, t5_directory):
+  tokenizer = inputs.make_tokenizer(made)
+  build.check(made, mesh_of(made))
+  lengths = set()
+  for split in ('train', 'validation'):
+    for record in records(made, split):
+      tokens = tokenizer.encode(record['caption'])
+      expected, mask = t5_directory.encode(tokens[None])
+      text = record['text'].astype(np.float32)
+      assert text.shape == (MAX_LENGTH, 40)
+      # Half a unit in the last of bfloat16's 8 bits.
+      np.testing.assert_allclose(text, expected[0], rtol=2**-8, atol=1e-5)
+      assert ((text != 0).any(-1) == mask[0]).all()
+      lengths.add(int(mask.sum()))
+  # Of both compiled lengths, and a caption that was cut.
+  assert min(lengths) < 32 and MAX_LENGTH in lengths
+  empty, mask = t5_directory.encode(tokenizer.encode('')[None])
+  np.testing.assert_allclose(
+      inputs.empty_text(made), empty[0], rtol=2**-8, atol=1e-5)
+
+
+def test_only_what_is_missing_is_made(copied):
+  before = contents(copied)
+  directory = precomputed.text_directory(copied.data.path)
+  names = sorted(name for name in before if name.startswith('train'))
+  assert len(names) == 3
+  (directory / names[1]).unlink()
+  # What a killed run leaves.
+  (directory / f'{names[1]}.tmp').write_bytes(b'half of it')
+  times = {path.name: path.stat().st_mtime_ns
+           for path in directory.glob('*.array_record')}
+  with pytest.raises(FileNotFoundError, match=f'lacks 1 of.*{names[1]}.*again'):
+    build.check(copied, mesh_of(copied))
+  precompute_text.precompute(copied, batch_size=8)
+  assert contents(copied) == before
+  assert times.items() <= {
+      path.name: path.stat().st_mtime_ns
+      for path in directory.glob('*.array_record')}.items()
+
+
+def test_machines_share_the_work(made, copied):
+  shutil.rmtree(precomputed.text_directory(copied.data.path))
+  precompute_text.precompute(copied, batch_size=8, part='1/2')
+  assert 'empty.npy' not in contents(copied)
+  precompute_text.precompute(copied, batch_size=8, part='0/2')
+  assert contents(copied) == contents(made)
+
+
+def test_another_batch_size_and_dtype(made, copied):
+  shutil.rmtree(precomputed.text_directory(copied.data.path))
+  precompute_text.precompute(copied, batch_size=16, storage='float16')
+  for one, other in zip(records(made), records(copied), strict=True):
+    assert other['text'].dtype == np.float16
+    np.testing.assert_allclose(
+        other['text'], one['text'].astype(np.float32), rtol=2**-8, atol=1e-5)
+
+
+def test_what_was_made_with_something_else_is_refused(
+    copied, t5_directory, tmp_path):
+  copied.text.max_length = 32
+  with pytest.raises(ValueError, match='max_length 40 instead of 32'):
+    build.check(copied, mesh_of(copied))
+  with pytest.raises(ValueError, match='max_length 40 instead of 32'):
+    precompute_text.precompute(copied, batch_size=8)
+  copied.text.max_length = MAX_LENGTH
+  with pytest.raises(ValueError, match='bfloat16.* asked for.*float16'):
+    precompute_text.precompute(copied, batch_size=8, storage='float16')
+
+  # One number of one weight.
+  other = tmp_path / 't5'
+  shutil.copytree(t5_directory.path, other)
+  weights = other / 'model.safetensors'
+  data = bytearray(weights.read_bytes())
+  start = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:start])
+  offset = header['encoder.final_layer_norm.weight']['data_offsets'][0]
+  data[start + offset] ^= 1
+  weights.write_bytes(data)
+  copied.text.path = str(other)
+  with pytest.raises(ValueError, match='encoder [0-9a-f]+ instead of') as error:
+    build.check(copied, mesh_of(copied))
+  assert 'precompute_text' in str(error.value)
+  assert 'tokenizer' not in str(error.value)
+
+
+def test_features_of_another_data_set_are_refused(copied):
+  directory = precomputed.text_directory(copied.data.path)
+  first, second = sorted(directory.glob('train*'))[:2]
+  shutil.copy(second, first)
+  with pytest.raises(ValueError, match='of another caption for some/'):
+    inputs.make_source(copied, 'train', 8)[0]
+
+
+def test_damaged_features_are_a_bad_record(copied):
+  directory = precomputed.text_directory(copied.data.path)
+  first = sorted(directory.glob('train*'))[0]
+  data = bytearray(first.read_bytes())
+  text = inputs.make_source(copied, 'train', 8)[2]['text']
+  data[data.index(text[:2].tobytes()) + 3] ^= 1
+  first.write_bytes(data)
+  source = inputs.make_source(copied, 'train', 8)
+  source[1]
+  with pytest.raises(BadRecord, match='some/.*: damaged text features'):
+    source[2]
+
+
+def test_long_captions_are_left_out(made):
+  config = made.copy_and_resolve_references()
+  config.text.long_captions = 'leave_out'
+  tokenizer = inputs.make_tokenizer(config)
+  source = inputs.make_source(config, 'train', 8)
+  plain = Transform(tokenizer, 8, leave_out=True)
+  left_out = 0
+  for i, cut in enumerate(records(made)):
+    rng = np.random.default_rng(0)
+    if tokenizer.count(cut['caption']) <= MAX_LENGTH:
+      np.testing.assert_array_equal(source[i]['text'], cut['text'])
+      assert plain(source.source[i], rng)['text'].dtype == np.int32
+      continue
+    left_out += 1
+    with pytest.raises(BadRecord, match=r'caption too long \(\d\d tokens, the'):
+      source[i]
+    with pytest.raises(BadRecord, match=r'caption too long \(\d\d tokens, the'):
+      plain(source.source[i], rng)
+  assert left_out
+
+
+def test_what_cannot_be_precomputed_is_named(made):
+  config = made.copy_and_resolve_references()
+  config.text.encoder = 'learned'
+  with pytest.raises(ValueError, match="'learned' is trained with the network"):
+    precompute_text.precompute(config, batch_size=8)
+  for part in ('2/2', '1', '0/0'):
+    with pytest.raises(ValueError, match=f'part={part}: give k/n'):
+      precompute_text.precompute(made, batch_size=8, part=part)
+  config.text.encoder = 'precomputed'
+  config.data.name = 'shapes'
+  with pytest.raises(ValueError, match="data.name='shapes': only a prepared"):
+    build.check(config, mesh_of(config))
+
+
+def test_features_that_overflow_are_refused(made):
+  tokenizer = inputs.make_tokenizer(made)
+  with pytest.raises(ValueError, match="'a' exceed float16: use --storage=bf"):
+    precompute_text.encode_captions(
+        ['a'], tokenizer,
+        lambda tokens: np.full((*tokens.shape, 4), np.inf, np.float16), 1)
+
+
+def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
+  def run(config, workdir):
+    mesh, frozen = train.setup(config, workdir)
+    train.train(config, workdir, mesh, frozen)
+    return [json.loads(line)['loss'] for line in
+            (workdir / 'metrics.jsonl').read_text().splitlines()
+            if 'loss' in json.loads(line)]
+
+  stored = run(made, tmp_path / 'stored')
+  config = made.copy_and_resolve_references()
+  config.text.encoder = 't5'
+  assert len(stored) == 1
+  np.testing.assert_allclose(stored, run(config, tmp_path / 't5'), rtol=1e-3)
+  assert (tmp_path / 'stored' / 'samples' / '8_2.png').exists()
+
+  # Anything can be drawn with what was trained on them.
+  config = build.reading_prompts(build.load_config(
+      checkpoint.read_config(tmp_path / 'stored')))
+  mesh = mesh_of(config)
+  index, params = train.restore_average(config, tmp_path / 'stored', mesh)
+  params |= build.load_frozen(config, mesh)
+  (pictures,) = train.make_draw(config, index, mesh, params)(
+      params, inputs.encode_prompts(config, ['a blue cross']), [0])
+  assert pictures.shape == (1, 8, 8, 3)
