@@ -69,6 +69,7 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   checkpoints = checkpoint.Checkpoints(
       directory, save_interval=1, max_to_keep=1)
   checkpoints.save(0, {'ema': params}, {'imported': str(path)}, force=True)
+  del tensors, params  # Orbax has copied them, and writes its copies yet.
   checkpoints.close()
   if index < len(config.stages) - 1:
     checkpoint.mark_finished(directory, 0)
