@@ -58,7 +58,7 @@ class PreparedSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns the record's `image` file as bytes, `caption` and `key`.
+    """Returns the record's `image` file, `caption`, `key` and `size`.
 
     Raises:
       BadRecord: if the record's checksum does not match.
@@ -73,6 +73,7 @@ class PreparedSource:
         'image': record['image'],
         'caption': record['caption'].decode(),
         'key': record['key'].decode(),
+        'size': int(min(record['width'], record['height'])),
     }
 
 

@@ -186,10 +186,9 @@ class Transform:
 
     Args:
       record: `image` (an image file's bytes, or uint8 [R, R, 3]), `caption`,
-        `key`, and for an array optionally `size`. `scale` is the shorter side
-        of the original image in pixels: of the file, or else `size`. `text`
-        is the record's own, if it has one, or else the caption's tokens,
-        int32 [L].
+        `key`, and optionally `size`. `scale` is the shorter side of the
+        original image in pixels: `size`, or else the file's. `text` is the
+        record's own, if it has one, or else the caption's tokens, int32 [L].
       rng: decides on the flip.
 
     Raises:
@@ -199,9 +198,9 @@ class Transform:
     text = record['text'] if 'text' in record else self._tokens(record)
     image = record['image']
     if isinstance(image, bytes):
-      image, scale = decode_image(image, self.resolution, record['key'])
+      image, side = decode_image(image, self.resolution, record['key'])
     else:
-      scale = record.get('size', self.resolution)
+      side = self.resolution
     if image.shape != (self.resolution, self.resolution, 3):
       raise ValueError(
           f'{record["key"]}: the image has shape {image.shape} but the '
@@ -212,7 +211,7 @@ class Transform:
     return {
         'image': image,
         'text': text,
-        'scale': np.float32(scale),
+        'scale': np.float32(record.get('size', side)),
     }
 
   def _tokens(self, record: dict[str, Any]) -> np.ndarray:

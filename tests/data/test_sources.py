@@ -39,7 +39,8 @@ def data_set(tmp_path):
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
   path = str(tmp_path / 'prepared')
-  prepare_data.prepare(f'{tmp_path}/*.tar', path, validation_fraction=0.2)
+  prepare_data.prepare(f'{tmp_path}/*.tar', path,
+                       prepare_data.Options(validation_fraction=0.2))
   return path
 
 
@@ -83,7 +84,7 @@ def test_batches_of_a_prepared_data_set(data_set):
 
 
 def test_a_damaged_record_is_bad_and_the_others_are_not(data_set, tmp_path):
-  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000')
+  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000-of-00001')
   data = bytearray(path.read_bytes())
   wanted = sources.open_source(data_set, 'train')[2]
   data[data.index(wanted['image']) + 30] ^= 1
@@ -102,7 +103,7 @@ def test_what_is_missing_is_named(data_set, tmp_path):
     sources.open_source(f'{tmp_path}/nowhere', 'train')
   with pytest.raises(ValueError, match="'test', only: train, validation"):
     sources.open_source(data_set, 'test')
-  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000')
+  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000-of-00001')
   path.unlink()
   with pytest.raises(FileNotFoundError, match='train.array_record-00000'):
     sources.open_source(data_set, 'train')

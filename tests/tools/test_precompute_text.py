@@ -33,7 +33,8 @@ def prepared(tmp_path_factory):
     files[f'{i:02}.txt'] = caption.encode()
   write_tar(path / 'some.tar', files)
   prepare_data.prepare(
-      f'{path}/*.tar', str(path / 'set'), validation_fraction=0.2)
+      f'{path}/*.tar', str(path / 'set'),
+      prepare_data.Options(validation_fraction=0.2))
   return path / 'set'
 
 

@@ -1,5 +1,6 @@
 """Tars of all sorts -> a data set and an account of what was left out."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,9 +14,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mdm_jax.data import sources
+from mdm_jax.data import sources, tars
 from mdm_jax.data.transforms import decode_image
 from mdm_jax.tools import prepare_data
+from mdm_jax.tools.prepare_data import Options
 
 RED = (200, 30, 40)
 
@@ -67,6 +69,11 @@ def read_all(output, split='train'):
   return {record['key']: record for record in records}
 
 
+def read_rejects(output):
+  lines = (output / 'rejects.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
 def sideways():
   tags = Image.Exif()
   tags[0x0112] = 6
@@ -90,10 +97,11 @@ def test_every_usable_kind_is_kept_and_decodes(tmp_path):
     files[f'{name.rpartition(".")[0]}.txt'] = b'  some \n words '
   write_tar(tmp_path / 's.tar', files)
   summary = prepare_data.prepare(
-      str(tmp_path / '*.tar'), str(tmp_path / 'out'), validation_fraction=0
+      str(tmp_path / '*.tar'), str(tmp_path / 'out'),
+      Options(validation_fraction=0),
   )
   assert summary['records'] == {'train': 7}
-  assert summary['rejected'] == {} and summary['rejects'] == []
+  assert summary['rejected'] == {} and read_rejects(tmp_path / 'out') == []
   records = read_all(tmp_path / 'out')
   keys = ['a', 'b', 'c', 'd', 'e', 'f', 'sub.dir/g']
   assert sorted(records) == [f's/{key}' for key in keys]
@@ -149,14 +157,15 @@ def test_every_bad_input_is_counted_and_listed(tmp_path):
   (tmp_path / '4.tar').write_bytes(b'')
   output = tmp_path / 'out'
   summary = prepare_data.prepare(
-      f'{tmp_path}/*.tar', str(output), max_caption_length=20
+      f'{tmp_path}/*.tar', str(output), Options(max_caption_length=20)
   )
   assert summary['tars'] == 4
   assert summary['records'] == {'train': 5}
   assert sorted(read_all(output)) == [
       '1/000', '1/001', '1/fits', '3/000', '3/001',
   ]  # fmt: skip
-  found = {r['key']: r['reason'] for r in summary['rejects']}
+  rejects = read_rejects(output)
+  found = {r['key']: r['reason'] for r in rejects}
   assert found == {
       '1/no_caption': 'image without caption',
       '1/no_image': 'caption without image',
@@ -175,7 +184,7 @@ def test_every_bad_input_is_counted_and_listed(tmp_path):
       f'{tmp_path}/4.tar': 'unreadable tar',
   }
   assert summary['rejected']['unreadable tar'] == 2
-  assert sum(summary['rejected'].values()) == len(summary['rejects'])
+  assert sum(summary['rejected'].values()) == len(rejects) == len(found)
   assert json.loads((output / 'summary.json').read_text()) == summary
 
 
@@ -196,7 +205,8 @@ def test_a_json_caption_and_a_compressed_tar(tmp_path):
 def test_validation_is_chosen_by_the_key_alone(tmp_path):
   write_tar(tmp_path / 's.tar', good_files(200))
   summary = prepare_data.prepare(
-      f'{tmp_path}/s.tar', str(tmp_path / 'out'), validation_fraction=0.25
+      f'{tmp_path}/s.tar', str(tmp_path / 'out'),
+      Options(validation_fraction=0.25),
   )
   train = read_all(tmp_path / 'out')
   validation = read_all(tmp_path / 'out', 'validation')
@@ -206,70 +216,233 @@ def test_validation_is_chosen_by_the_key_alone(tmp_path):
   }  # fmt: skip
   assert 30 < len(validation) < 70
   for key in validation:
-    assert prepare_data.split_of(key, 0.25) == 'validation'
+    assert tars.split_of(key, 0.25) == 'validation'
   keys = [f's/{i}' for i in range(10_000)]
-  count = sum(prepare_data.split_of(k, 0.01) == 'validation' for k in keys)
+  count = sum(tars.split_of(k, 0.01) == 'validation' for k in keys)
   assert 70 < count < 130
-  assert {prepare_data.split_of(k, 0.0) for k in keys} == {'train'}
+  assert {tars.split_of(k, 0.0) for k in keys} == {'train'}
 
 
 def test_train_is_never_empty(tmp_path):
   write_tar(tmp_path / 's.tar', good_files(1))
   prepare_data.prepare(
-      f'{tmp_path}/s.tar', str(tmp_path / 'out'), validation_fraction=0.999
+      f'{tmp_path}/s.tar', str(tmp_path / 'out'),
+      Options(validation_fraction=0.999),
   )
   assert sources.available_splits(str(tmp_path / 'out')) == ('train',)
   assert sorted(read_all(tmp_path / 'out')) == ['s/000']
 
 
-def test_what_is_written_does_not_depend_on_the_chunks(tmp_path, monkeypatch):
-  write_tar(tmp_path / 's.tar', good_files(7))
-  monkeypatch.setattr(prepare_data, '_RECORDS_PER_WRITE', 3)
-  monkeypatch.setattr(prepare_data, '_RECORDS_PER_SHARD', 4)
+def test_small_tars_share_files_and_keep_their_order(tmp_path, monkeypatch):
+  for i, count in enumerate([3, 2, 4, 1]):
+    write_tar(tmp_path / f'{i}.tar', good_files(count))
+  monkeypatch.setattr(prepare_data, '_RECORDS_PER_SHARD', 5)
   prepare_data.prepare(
-      f'{tmp_path}/s.tar', str(tmp_path / 'out'), validation_fraction=0
-  )
-  assert len(list((tmp_path / 'out').glob('*.array_record-*'))) == 2
-  assert list(read_all(tmp_path / 'out')) == [f's/00{i}' for i in range(7)]
+      f'{tmp_path}/?.tar', str(tmp_path / 'out'),
+      Options(validation_fraction=0))
+  assert sorted(p.name for p in (tmp_path / 'out').glob('*record*')) == [
+      f'captioned_images-train.array_record-0000{i}-of-00002' for i in (0, 1)]
+  assert list(read_all(tmp_path / 'out')) == [
+      f'{i}/00{j}' for i, count in enumerate([3, 2, 4, 1])
+      for j in range(count)]
 
 
 def test_errors_leave_nothing_behind(tmp_path):
   (tmp_path / 'bad.tar').write_bytes(b'no tar')
   write_tar(tmp_path / 'good.tar', good_files(1))
   output = tmp_path / 'out'
-  with pytest.raises(prepare_data.PrepareError, match=r'none\*.tar matches no'):
+  with pytest.raises(ValueError, match=r'none\*.tar matches no'):
     prepare_data.prepare(f'{tmp_path}/none*.tar', str(output))
   with pytest.raises(
-      prepare_data.PrepareError, match="no usable record: {'unreadable tar': 1}"
+      ValueError, match="no usable record: {'unreadable tar': 1}"
   ):
     prepare_data.prepare(f'{tmp_path}/bad.tar', str(output))
-  with pytest.raises(prepare_data.PrepareError, match='fraction=1.0'):
-    prepare_data.prepare(f'{tmp_path}/good.tar', str(output), 1.0)
+  with pytest.raises(ValueError, match='fraction=1.0'):
+    prepare_data.prepare(
+        f'{tmp_path}/good.tar', str(output), Options(validation_fraction=1.0))
   assert sorted(os.listdir(tmp_path)) == ['bad.tar', 'good.tar']
   output.mkdir()
   (output / 'precious').write_text('mine')
-  with pytest.raises(prepare_data.PrepareError, match='out exists: remove'):
+  with pytest.raises(ValueError, match='out exists: remove'):
     prepare_data.prepare(f'{tmp_path}/good.tar', str(output))
   assert os.listdir(output) == ['precious']
 
 
-def test_a_killed_run_leaves_no_data_set_and_the_next_succeeds(
-    tmp_path, monkeypatch
-):
-  write_tar(tmp_path / 's.tar', good_files(3))
-  output = tmp_path / 'out'
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+  for i in range(4):
+    write_tar(tmp_path / f'{i}.tar', good_files(20))
+  output, whole = tmp_path / 'out', tmp_path / 'whole'
+  options = Options(validation_fraction=0.3)
+  prepare_data.prepare(f'{tmp_path}/*.tar', str(whole), options)
+  read, read_records = [], tars.read_records
 
-  def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
+  def read_until_the_third(path, rejects):
+    read.append(path)
+    for i, record in enumerate(read_records(path, rejects)):
+      if len(read) == 3 and i == 7:
+        raise KeyboardInterrupt
+      yield record
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepare_data, '_write', interrupt)
+    patch.setattr(prepare_data.tars, 'read_records', read_until_the_third)
     with pytest.raises(KeyboardInterrupt):
-      prepare_data.prepare(f'{tmp_path}/s.tar', str(output))
+      prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
+    assert not output.exists()
+    with pytest.raises(ValueError,
+                       match='begun with other min_side: remove it, or give'):
+      prepare_data.prepare(f'{tmp_path}/*.tar', str(output),
+                           dataclasses.replace(options, min_side=2))
+    # Killed once more, while the parts become the data set.
+    patch.setattr(prepare_data, '_write_file', fail_on('summary.json'))
+    with pytest.raises(KeyboardInterrupt):
+      prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
   assert not output.exists()
-  prepare_data.prepare(f'{tmp_path}/s.tar', str(output))
-  assert len(read_all(output)) == 3
-  assert sorted(os.listdir(tmp_path)) == ['out', 's.tar']
+  prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
+  assert [path[-5:] for path in read] == [
+      '0.tar', '1.tar', '2.tar', '2.tar', '3.tar']
+  assert contents(output) == contents(whole)
+  assert {'out', 'whole'} == {
+      p.name for p in tmp_path.iterdir() if p.is_dir()}
+
+
+def fail_on(name):
+  write = prepare_data._write_file
+
+  def write_file(path, text):
+    if path.name == name:
+      raise KeyboardInterrupt
+    write(path, text)
+  return write_file
+
+
+def contents(output):
+  """Everything, but for the order of a record's fields, which may vary."""
+  files = {p.name: p.read_bytes() for p in output.iterdir()}
+  return [sorted(files), files['rejects.jsonl'], files['summary.json'], *(
+      list(read_all(output, split).items())
+      for split in ('train', 'validation'))]
+
+
+def test_processes_and_machines_make_the_same(tmp_path):
+  for i in range(4):
+    write_tar(tmp_path / f'{i}.tar', good_files(5) | {'x.jpg': b'no image',
+                                                      'x.txt': b'words'})
+  options = Options(validation_fraction=0.3)
+  for name, num_workers, parts in [
+      ('one', 1, ['0/1']), ('two', 2, ['0/1']),
+      ('hosts', 1, ['1/2', '0/2', '0/1'])]:
+    for part in parts:
+      summary = prepare_data.prepare(
+          f'{tmp_path}/*.tar', str(tmp_path / name), options, num_workers,
+          part)
+      assert (summary is None) == (part != '0/1')
+  assert summary['rejected'] == {'not an image': 4}
+  assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
+  assert contents(tmp_path / 'one') == contents(tmp_path / 'hosts')
+  with pytest.raises(ValueError, match='part=2/2: give k/n'):
+    prepare_data.prepare(f'{tmp_path}/*.tar', str(tmp_path / 'x'), part='2/2')
+
+
+def test_filters_are_counted(tmp_path):
+  sizes = {'a': (99, 200), 'b': (100, 200), 'c': (100, 201), 'd': (200, 100)}
+  files = {}
+  for name, size in sizes.items():
+    files[f'{name}.jpg'] = image_file(size=size)
+    files[f'{name}.txt'] = b'words'
+  write_tar(tmp_path / 's.tar', files)
+  summary = prepare_data.prepare(
+      f'{tmp_path}/s.tar', str(tmp_path / 'out'),
+      Options(min_side=100, max_aspect=2.0, validation_fraction=0))
+  assert sorted(read_all(tmp_path / 'out')) == ['s/b', 's/d']
+  assert summary['rejected'] == {
+      'image too small': 1, 'image too elongated': 1}
+
+
+def test_an_image_is_used_once(tmp_path):
+  for i in range(3):
+    files = {}
+    for j in range(4):
+      files[f'{j}.png'] = image_file('PNG', color=(j, i if j < 2 else 0, 0))
+      files[f'{j}.txt'] = f'caption {i} {j}'.encode()
+    write_tar(tmp_path / f'{i}.tar', files)
+  options = Options(validation_fraction=0.3, deduplicate=True)
+  summary = prepare_data.prepare(
+      f'{tmp_path}/*.tar', str(tmp_path / 'out'), options)
+  kept = [*read_all(tmp_path / 'out'),
+          *read_all(tmp_path / 'out', 'validation')]
+  assert len(kept) == len(set(kept)) == 8 == sum(summary['records'].values())
+  images = [record['image'] for split in ('train', 'validation')
+            for record in read_all(tmp_path / 'out', split).values()]
+  assert len(set(images)) == 8
+  assert {f'{i}/{j}' for i in range(3) for j in range(2)} <= set(kept)
+  assert summary['rejected'] == {'image used before': 4}
+
+
+def test_large_images_are_reduced_and_their_size_is_kept(tmp_path):
+  ramp = np.tile(np.linspace(0, 255, 400, dtype=np.uint8), (300, 1))
+  buffer = io.BytesIO()
+  Image.fromarray(ramp).save(buffer, 'JPEG', quality=95)
+  small = image_file(size=(64, 70))
+  write_tar(tmp_path / 's.tar', {
+      'large.jpg': buffer.getvalue(), 'large.txt': b'words',
+      'small.jpg': small, 'small.txt': b'words'})
+  prepare_data.prepare(f'{tmp_path}/s.tar', str(tmp_path / 'out'),
+                       Options(validation_fraction=0, reduce_to=75))
+  records = read_all(tmp_path / 'out')
+  assert records['s/small']['image'] == small
+  large = records['s/large']
+  assert large['size'] == 300
+  with Image.open(io.BytesIO(large['image'])) as image:
+    assert image.size == (100, 75)
+    pixels = np.asarray(image.convert('L')).astype(int)
+  np.testing.assert_allclose(
+      pixels, np.broadcast_to(np.linspace(0, 255, 100), (75, 100)), atol=3)
+
+
+def test_keys_are_unique(tmp_path):
+  (tmp_path / 'a').mkdir()
+  for path in ('s.tar', 'a/s.tar'):
+    write_tar(tmp_path / path, good_files(1))
+  with pytest.raises(ValueError, match='s.tar would give their'):
+    prepare_data.prepare(
+        [f'{tmp_path}/*.tar', f'{tmp_path}/*/*.tar'], str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('size', ['2m', '6m'])
+def test_a_full_disk_keeps_what_is_done(tmp_path, size):
+  """While the parts are written, and while they become the data set."""
+  noise = np.random.default_rng(0).integers(0, 256, (200, 500, 3), np.uint8)
+  buffer = io.BytesIO()
+  Image.fromarray(noise).save(buffer, 'PNG')
+  for i in range(4):
+    files = {}
+    for j in range(3):
+      files |= {f'{j}.png': buffer.getvalue(), f'{j}.txt': b'words'}
+    write_tar(tmp_path / f'{i}.tar', files)
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', disk]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('needs the right to mount a small file system')
+  command = [
+      sys.executable, '-m', 'mdm_jax.tools.prepare_data', '--num_workers=1',
+      f'--input={tmp_path}/*.tar', f'--output={disk}/out']
+  try:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'Finished tars are kept' in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+    assert not (disk / 'out').exists()
+    finished = len(list(disk.glob('out.incomplete/00*.json')))
+    assert finished == {'2m': 1, '6m': 4}[size]
+    subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    read = f'{4 - finished}/{4 - finished}' in done.stderr
+    assert read == (finished < 4)
+    assert len(read_all(disk / 'out')) == 12
+  finally:
+    subprocess.run(['umount', disk], check=True)
 
 
 def test_the_command_says_one_line_and_fails(tmp_path):
