@@ -23,10 +23,15 @@ def get_config() -> ConfigDict:
           (r'/kernel$', ('fsdp',)),
       ),
       'data': {
-          'name': 'shapes',   # or 'captioned_images', made by prepare_data
-          'path': '',         # of the prepared data set
+          # Or 'captioned_images', made by prepare_data, or 'tars', indexed
+          # by index_tars.
+          'name': 'shapes',
+          'path': '',         # of the prepared data set, or of the index
           'size': 1_000_000,  # records of the drawn data set
           'flip': False,      # mirror half of the images
+          'random_crop': False,     # or the square in the centre
+          'max_bad_fraction': 0.01,  # of the records; more end the run
+          'may_change': False,  # the data set, since the last checkpoint
           'num_workers': 0,   # processes that decode; 0: a thread of this one
           'num_threads': 1,   # of each worker
           'prefetch': 4,      # batches

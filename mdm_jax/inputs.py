@@ -1,17 +1,25 @@
 """From a configuration to what a network reads: images, text, prompts."""
 
+import hashlib
 import os
+import pathlib
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax.data import pipeline, precomputed, shapes, sources
+from mdm_jax.data import (
+  pipeline,
+  precomputed,
+  shapes,
+  sources,
+  tar_index,
+)
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
 from mdm_jax.eval.prompt_accuracy import Vocabulary
 
-_DATA_SETS = ('shapes', 'captioned_images')
+_DATA_SETS = ('shapes', 'captioned_images', 'tars')
 
 
 def make_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -48,9 +56,12 @@ def make_source(config: ConfigDict, split: str,
     raise ValueError(f'data.name={data.name!r}: use one of {_DATA_SETS}.')
   if not data.path:
     raise ValueError(
-        'data.path is empty: name the directory that prepare_data wrote, '
-        '--config.data.path=DIR.')
-  source = sources.open_source(data.path, split)
+        'data.path is empty: name the directory that prepare_data or '
+        'index_tars wrote, --config.data.path=DIR.')
+  if data.name == 'tars':
+    source = tar_index.open_source(data.path, split)
+  else:
+    source = sources.open_source(data.path, split)
   if text.encoder != 'precomputed':
     return source
   return precomputed.PrecomputedText(
@@ -66,7 +77,8 @@ def held_out_split(config: ConfigDict) -> str:
   """The split to validate on; 'train' where a data set has no other."""
   if config.data.name == 'shapes':
     return 'held_out'
-  splits = sources.available_splits(config.data.path)
+  available = (tar_index if config.data.name == 'tars' else sources)
+  splits = available.available_splits(config.data.path)
   return 'validation' if 'validation' in splits else 'train'
 
 
@@ -79,12 +91,25 @@ def make_dataset(config: ConfigDict, split: str, resolution: int,
       make_source(config, split, resolution),
       transform=Transform(make_tokenizer(config), resolution,
                           flip=data.flip and training,
+                          random_crop=data.random_crop and training,
                           leave_out=_leave_out(config)),
       batch_size=batch_size, seed=config.seed, shuffle=training,
       start_batch=start_batch, num_batches=num_batches,
       process_index=process_index, process_count=process_count,
       num_workers=data.num_workers if training else 0,
       num_threads=data.num_threads, prefetch=data.prefetch)
+
+
+def data_fingerprint(config: ConfigDict) -> dict[str, str]:
+  """What decides on the order and the pixels, and is not in the config."""
+  path = pathlib.Path(make_tokenizer(config).path)
+  found = {'tokenizer': hashlib.blake2b(
+      path.read_bytes(), digest_size=8).hexdigest(),
+           **pipeline.library_versions()}
+  if config.data.name != 'shapes':
+    source = make_source(config, 'train', 0)
+    found |= {'records': str(len(source)), 'files': source.fingerprint()}
+  return found
 
 
 class Prompts(NamedTuple):

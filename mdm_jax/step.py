@@ -16,7 +16,7 @@ from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import Params, TrainState
 
 # image uint8 [B, H, H, 3], text (int32 [B, L], or features [B, L, D] that
-# were computed before), scale float32 [B].
+# were computed before), scale float32 [B]; to train, bad bool [B].
 Batch = dict[str, jax.Array]
 
 
@@ -70,7 +70,8 @@ def make_train_step(
 
   Returns:
     (state, batch, frozen) -> (state, metrics): `loss`, `level_losses`
-    [levels] and `grad_norm` before clipping. `frozen` holds the parameters
+    [levels], `grad_norm` before clipping, and `bad_records`, the number of
+    replaced ones. `frozen` holds the parameters
     that the model needs beside the state's, {} if none.
   """
   def train_step(state, batch, frozen):
@@ -95,6 +96,7 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     ema = optim.update_average(state.ema, params, state.step, ema_decay)
     metrics = {'loss': total, 'level_losses': levels,
+               'bad_records': batch['bad'].sum(),
                'grad_norm': optax.global_norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state), metrics
   return train_step

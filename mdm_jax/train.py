@@ -27,9 +27,12 @@ from mdm_jax.state import Params, TrainState
 
 GRID_PROMPTS = 16
 _EVAL_SEED = 1
+# Fewer records do not tell the share of bad ones.
+_MIN_RECORDS = 1000
 # Keys that may differ when a run is continued: none changes what is learned.
 _MAY_CHANGE = (
     'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
+    'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
     'sampler.', 'eval.')
 
@@ -136,6 +139,7 @@ def train_stage(
                       optimizer.init(params))
   abstract = jax.eval_shape(make_state, model.shapes(config.text.max_length))
   shardings = sharding.tree_shardings(abstract, mesh, config.sharding_rules)
+  data = inputs.data_fingerprint(config)
   directory = build.stage_directory(workdir, config, index)
   checkpoints = checkpoint.Checkpoints(
       directory, save_interval=config.checkpoint_every,
@@ -143,9 +147,10 @@ def train_stage(
   if checkpoints.latest_step() == 0:  # Imported: the parameters alone.
     last = checkpoint.restore_item(directory, 0, 'ema')
   if checkpoints.latest_step():
-    state, _ = checkpoints.restore(jax.tree.map(
+    state, extra = checkpoints.restore(jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract, shardings))
+    _check_data(config, extra.get('data'), data)
     logging.info('%s: continuing from step %d.', title, int(state.step))
   else:
     params = model.init(seed, config.text.max_length)
@@ -169,7 +174,7 @@ def train_stage(
       config, 'train', resolution, stage.batch_size,
       process_index=jax.process_index(), process_count=jax.process_count(),
       start_batch=first_step))
-  batch, _ = _next_batch(batches, mesh)
+  batch = _put(next(batches), mesh)
   begin = time.monotonic()
   replicated = sharding.replicated(mesh)
   compiled = jax.jit(
@@ -192,12 +197,18 @@ def train_stage(
   bad, stopped, values = 0, False, {}
   for step in range(first_step + 1, stage.steps + 1):
     if step > first_step + 1:
-      batch, batch_bad = _next_batch(batches, mesh)
-      bad += batch_bad
+      batch = _put(next(batches), mesh)
     last_values, (state, values) = values, compiled(state, batch, frozen)
     # One step ahead keeps the devices busy. XLA's collectives between a CPU's
     # cores have deadlocked with 32 steps in flight.
     jax.block_until_ready(last_values)
+    bad += int(last_values.get('bad_records', 0))
+    if bad > config.data.max_bad_fraction * max(
+        (step - first_step) * stage.batch_size, _MIN_RECORDS):
+      raise ValueError(
+          f'{bad} records of {(step - first_step) * stage.batch_size} could '
+          'not be used, more than data.max_bad_fraction='
+          f'{config.data.max_bad_fraction}: see the log for their keys.')
 
     if step % config.log_every == 0 or step == stage.steps:
       checkpoints.check_for_errors()
@@ -210,7 +221,8 @@ def train_stage(
           grad_norm=float(values['grad_norm']), learning_rate=rate)
       numbers = {
           'loss': values['loss'], 'grad_norm': values['grad_norm'],
-          'learning_rate': rate, 'bad_records': bad,
+          'learning_rate': rate,
+          'bad_records': bad + int(values['bad_records']),
           'images_per_second': rates['images_per_second'],
           **{f'loss_{name}': value for name, value in levels.items()}}
       if flops:
@@ -222,7 +234,7 @@ def train_stage(
 
     with progress.pause():
       stopped = stop.requested or checkpoints.reached_preemption(step)
-      checkpoints.save(step, state, {'stage': stage.name},
+      checkpoints.save(step, state, {'stage': stage.name, 'data': data},
                        force=stopped or step == stage.steps)
       if stopped:
         break
@@ -353,14 +365,21 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh,
                         jax.tree.map(lambda x: x.sharding, params))
 
 
-def _next_batch(batches, mesh: Mesh):
-  batch = next(batches)
-  return _put(batch, mesh), int(batch['bad'].sum())
+def _check_data(config: ConfigDict, old: dict[str, str] | None,
+                new: dict[str, str]) -> None:
+  if changes := checkpoint.differences(old or {}, new):
+    message = ('The data are not those of the last checkpoint ('
+               + '; '.join(changes) + ')')
+    if not config.data.may_change:
+      raise ValueError(
+          f'{message}: bring them back, or, if that is intended, set '
+          '--config.data.may_change=True.')
+    logging.warning('%s, as data.may_change=True allows.', message)
 
 
 def _put(batch, mesh: Mesh):
   return sharding.shard_batch(
-      {name: batch[name] for name in ('image', 'text', 'scale')}, mesh)
+      {name: batch[name] for name in ('image', 'text', 'scale', 'bad')}, mesh)
 
 
 class _StopSignal:

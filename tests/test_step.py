@@ -66,7 +66,7 @@ def training(make_config):
         train_step, donate_argnums=0,
         in_shardings=(shardings, {
             name: sharding.batch_sharding(mesh, ndim) for name, ndim in
-            (('image', 4), ('text', 2), ('scale', 1))}, replicated),
+            (('image', 4), ('text', 2), ('scale', 1), ('bad', 1))}, replicated),
         out_shardings=(shardings, replicated))
     return Training(
         model,
@@ -86,7 +86,8 @@ def batch(make_config):
   return {
       'image': np.broadcast_to(colors, (BATCH, 16, 16, 3)).copy(),
       'text': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
-      'scale': np.linspace(6, 20, BATCH, dtype=np.float32)}
+      'scale': np.linspace(6, 20, BATCH, dtype=np.float32),
+      'bad': np.zeros(BATCH, bool)}
 
 
 @pytest.fixture(scope='module')

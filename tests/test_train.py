@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ import pytest
 
 from configs import common
 from mdm_jax import build, checkpoint, sharding, train
+from mdm_jax.data import tar_index
+from tests.tools.test_prepare_data import good_files, write_tar
 
 
 def toy_config():
@@ -46,6 +49,24 @@ def digest(workdir: pathlib.Path, config, index: int) -> str:
       sha.update(jax.tree_util.keystr(path).encode())
       sha.update(np.ascontiguousarray(leaf).tobytes())
   return sha.hexdigest()
+
+
+def stop_at(step, config, workdir, stage='8'):
+  """A run that is interrupted as it would save a step."""
+  save = checkpoint.Checkpoints.save
+
+  def interrupt(self, at, state, extra, force=False):
+    if at == step + 1 and extra['stage'] == stage:
+      # What a dead process could not do, and this one must: a save in flight
+      # would end while the next run has the directory open.
+      self.close()
+      raise KeyboardInterrupt
+    return save(self, at, state, extra, force)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, 'save', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, workdir)
 
 
 @pytest.fixture(scope='module')
@@ -83,24 +104,9 @@ def test_finished_run_trains_no_more(finished):
 
 
 @pytest.mark.parametrize('stage, step', [(0, 3), (1, 4)])
-def test_resumed_equals_uninterrupted(
-    finished, tmp_path, monkeypatch, stage, step):
+def test_resumed_equals_uninterrupted(finished, tmp_path, stage, step):
   config = toy_config()
-  name = config.stages[stage].name
-  save = checkpoint.Checkpoints.save
-
-  def interrupt(self, at, state, extra, force=False):
-    if at == step and extra['stage'] == name:
-      # What a dead process could not do, and this one must: a save in flight
-      # would end while the next run has the directory open.
-      self.close()
-      raise KeyboardInterrupt
-    return save(self, at, state, extra, force)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.Checkpoints, 'save', interrupt)
-    with pytest.raises(KeyboardInterrupt):
-      run(config, tmp_path)
+  stop_at(step - 1, config, tmp_path, config.stages[stage].name)
   run(config, tmp_path)
   for index in range(2):
     assert digest(tmp_path, config, index) == digest(finished, config, index)
@@ -162,3 +168,50 @@ def test_frozen_t5_is_in_no_checkpoint(t5_directory, tmp_path):
   assert (tmp_path / 'samples' / '8_2.png').exists()
   values = json.loads((tmp_path / 'eval' / '2.json').read_text())
   assert np.isfinite(values['held_out_loss_8'])
+
+
+def image_config(path):
+  config = toy_config().unlock()
+  config.stages = config.stages[:1]
+  config.data.update(name='tars', path=str(path), max_bad_fraction=1.0)
+  return config.lock()
+
+
+@pytest.fixture
+def images(tmp_path):
+  """An index of twenty images; one of them is damaged."""
+  files = good_files(20)
+  files['007.jpg'] = files['007.jpg'][:-200]
+  write_tar(tmp_path / 's.tar', files)
+  tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
+  return tmp_path / 'index'
+
+
+def test_bad_records_are_counted_or_end_the_run(images, tmp_path, monkeypatch):
+  config = image_config(images)
+  run(config, tmp_path / 'run')
+  lines = [json.loads(line) for line in
+           (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  found = [line['bad_records'] for line in lines if 'bad_records' in line]
+  # 48 examples are two epochs of 20 and 8 more.
+  assert found == sorted(found) and found[-1] in (2, 3)
+  monkeypatch.setattr(train, '_MIN_RECORDS', 0)
+  config.data.max_bad_fraction = 0.01
+  with pytest.raises(ValueError, match='could not be used, more than data'):
+    run(config, tmp_path / 'ended')
+
+
+def test_another_data_set_is_refused(images, tmp_path):
+  config = image_config(images)
+  stop_at(2, config, tmp_path / 'run')
+  tar = tmp_path / 's.tar'
+  write_tar(tar, good_files(21))
+  shutil.rmtree(images)
+  tar_index.write_index([tar], str(images), 0.0)
+  with pytest.raises(ValueError, match=(
+      'not those of the last checkpoint .*records: .20. -> .21.; files: .* '
+      'bring them back')):
+    run(config, tmp_path / 'run')
+  config.data.may_change = True
+  run(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'eval' / '6.json').exists()

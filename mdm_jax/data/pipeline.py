@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from absl import logging
 import grain
 import numpy as np
+import PIL
 
 from mdm_jax.data.transforms import BadRecord
 
@@ -41,6 +42,11 @@ class Source(Protocol):
 
   def __getitem__(self, index: int) -> Record:
     """The record, with at least `image`, `caption` and `key`."""
+
+
+def library_versions() -> dict[str, str]:
+  """Of the libraries that decide on the order and the pixels."""
+  return {'Pillow': PIL.__version__, 'grain': grain.__version__}
 
 
 @functools.lru_cache(maxsize=16)

@@ -141,6 +141,10 @@ class PrecomputedText:
     return grain.sources.ArrayRecordDataSource(
         [str(directory / name) for name in self.info.files(self.split)])
 
+  def fingerprint(self) -> str:
+    """The images'; the features are checked against their captions."""
+    return self.source.fingerprint()
+
   def __reduce__(self):
     """Worker processes open the files for themselves."""
     return type(self), tuple(

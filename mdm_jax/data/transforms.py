@@ -135,14 +135,16 @@ def load_image(
 
 
 def decode_image(
-    data: bytes, resolution: int, key: str = 'image'
+    data: bytes, resolution: int, key: str = 'image',
+    crop: tuple[float, float] = (0.5, 0.5),
 ) -> tuple[np.ndarray, int]:
-  """Decodes an image file to a centred square.
+  """Decodes an image file to a square of its shorter side.
 
   Args:
     data: an image file, see `load_image`.
     resolution: R, of the result; smaller images are enlarged.
     key: names the image in errors.
+    crop: where the square lies, from 0 for left and top to 1.
 
   Returns:
     uint8 [R, R, 3], and the shorter side of the full image in pixels.
@@ -152,7 +154,8 @@ def decode_image(
   """
   image, size = load_image(data, resolution, key)
   side = min(image.size)
-  left, top = (image.width - side) / 2, (image.height - side) / 2
+  left, top = (
+      (size - side) * where for size, where in zip(image.size, crop))
   image = image.resize(
       (resolution, resolution),
       Image.Resampling.LANCZOS,
@@ -171,12 +174,14 @@ class Transform:
     resolution: R, of the images.
     flip: mirrors half of the images. Off by default, because captions speak
       of left and right.
+    random_crop: the square lies anywhere, rather than in the centre.
     leave_out: a caption that is too long is a bad record, rather than cut.
   """
 
   tokenizer: Tokenizer
   resolution: int
   flip: bool = False
+  random_crop: bool = False
   leave_out: bool = False
 
   def __call__(
@@ -189,7 +194,7 @@ class Transform:
         `key`, and optionally `size`. `scale` is the shorter side of the
         original image in pixels: `size`, or else the file's. `text` is the
         record's own, if it has one, or else the caption's tokens, int32 [L].
-      rng: decides on the flip.
+      rng: decides on crop and flip.
 
     Raises:
       BadRecord: for a file that cannot be decoded, or by `leave_out`.
@@ -198,7 +203,8 @@ class Transform:
     text = record['text'] if 'text' in record else self._tokens(record)
     image = record['image']
     if isinstance(image, bytes):
-      image, side = decode_image(image, self.resolution, record['key'])
+      crop = tuple(rng.random(2)) if self.random_crop else (0.5, 0.5)
+      image, side = decode_image(image, self.resolution, record['key'], crop)
     else:
       side = self.resolution
     if image.shape != (self.resolution, self.resolution, 3):
