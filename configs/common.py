@@ -23,8 +23,16 @@ def get_config() -> ConfigDict:
           (r'/kernel$', ('fsdp',)),
       ),
       'data': {
-          'name': 'shapes',   # or 'captioned_images', made by prepare_data
-          'path': '',         # of the prepared data set
+          # Or 'captioned_images', made by prepare_data; or 'tfds:NAME', built
+          # by TFDS as ArrayRecords.
+          'name': 'shapes',
+          'path': '',         # of the prepared data set; TFDS's data_dir
+          # Of a TFDS data set; of a nested feature, the path 'a/b'.
+          'image': 'image',
+          'caption': 'caption',  # a text or several
+          'label': 'label',      # instead, where text.encoder is 'label'
+          'train_split': 'train',
+          'validation_split': 'validation',  # '': train
           'size': 1_000_000,  # records of the drawn data set
           'flip': False,      # mirror half of the images
           'num_workers': 0,   # processes that decode; 0: a thread of this one
@@ -33,12 +41,15 @@ def get_config() -> ConfigDict:
       },
       'text': {
           # 'learned', trained with the network; 't5', frozen; 'precomputed',
-          # what precompute_text has stored of it beside the data set.
+          # what precompute_text has stored of it beside the data set; 'label',
+          # class numbers instead of captions.
           'encoder': 'learned',
           'path': '',              # T5's directory, as Hugging Face's
           'tokenizer': '',         # spiece.model; '': the encoder's own
           'max_length': 32,        # tokens, </s> included
           'long_captions': 'cut',  # or 'leave_out' of training
+          'num_classes': 0,        # of labels
+          'class_names': '',       # a file with a name a line, for prompts
           'width': 64,
           'num_layers': 1,
           'num_heads': 4,

@@ -189,14 +189,14 @@ class Transform:
         `key`, and for an array optionally `size`. `scale` is the shorter side
         of the original image in pixels: of the file, or else `size`. `text`
         is the record's own, if it has one, or else the caption's tokens,
-        int32 [L].
-      rng: decides on the flip.
+        int32 [L]; of one of `captions`, where there are several.
+      rng: decides on the caption and the flip.
 
     Raises:
       BadRecord: for a file that cannot be decoded, or by `leave_out`.
       ValueError: for an array that is not [R, R, 3].
     """
-    text = record['text'] if 'text' in record else self._tokens(record)
+    text = record['text'] if 'text' in record else self._tokens(record, rng)
     image = record['image']
     if isinstance(image, bytes):
       image, scale = decode_image(image, self.resolution, record['key'])
@@ -215,8 +215,12 @@ class Transform:
         'scale': np.float32(scale),
     }
 
-  def _tokens(self, record: dict[str, Any]) -> np.ndarray:
+  def _tokens(
+      self, record: dict[str, Any], rng: np.random.Generator
+  ) -> np.ndarray:
     caption = record['caption']
+    if len(record.get('captions', ())) > 1:
+      caption = record['captions'][rng.integers(len(record['captions']))]
     if self.leave_out:
       count = self.tokenizer.count(caption)
       if count > self.tokenizer.max_length:
