@@ -4,7 +4,6 @@ They are read without TensorFlow: records are parsed by TFDS's own NumPy code,
 and images stay encoded.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import functools
 import operator
@@ -26,6 +25,12 @@ class Features:
   caption: str = ''  # a text, or a sequence of them
   label: str = ''    # a ClassLabel
   key: str = ''      # a text
+
+  def used(self) -> dict[str, str]:
+    """Those that are read: image, caption, label, key -> its name."""
+    return {
+        kind: name for kind, name in dataclasses.asdict(self).items() if name
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +64,29 @@ class TfdsSource:
     )
 
   @functools.cached_property
+  def _leaves(self) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Kind of part -> the keys that lead to it, and its feature."""
+    leaves = leaf_features(self._builder.info.features)
+    return {kind: leaves[name] for kind, name in self.features.used().items()}
+
+  @functools.cached_property
   def _parse(self):
     import tensorflow_datasets as tfds
 
     # The others may be costly, or need TensorFlow.
-    every, used = self._builder.info.features, _used(self.features).values()
+    every = self._builder.info.features
     some = tfds.features.FeaturesDict(
-        {name: every[name] for name in {path.split('/')[0] for path in used}}
+        {keys[0]: every[keys[0]] for keys, _ in self._leaves.values()}
     )
     decoders = tfds.decode.SkipDecoding()
-    for name in reversed(self.features.image.split('/')):
+    for name in reversed(self._leaves['image'][0]):
       decoders = {name: decoders}
     return functools.partial(some.deserialize_example_np, decoders=decoders)
 
   @functools.cached_property
   def num_classes(self) -> int:
     """How many values a record's label has; 0 without a label."""
-    if not self.features.label:
-      return 0
-    features = dict(_leaves(self._builder.info.features))
-    return features[self.features.label].num_classes
+    return self._leaves['label'][1].num_classes if self.features.label else 0
 
   def __reduce__(self):
     """Worker processes open the files for themselves."""
@@ -105,8 +113,8 @@ class TfdsSource:
       raise BadRecord(key, 'damaged record', str(error)) from error
 
     parts = {'key': key.encode()}
-    for kind, path in _used(self.features).items():
-      parts[kind] = functools.reduce(operator.getitem, path.split('/'), record)
+    for kind, (keys, _) in self._leaves.items():
+      parts[kind] = functools.reduce(operator.getitem, keys, record)
     parts['key'] = key = parts['key'].decode()
     if 'caption' in parts:
       captions = parts['caption']
@@ -125,25 +133,26 @@ class TfdsSource:
     return parts
 
 
-def _used(features: Features) -> dict[str, str]:
-  """What is read: image, caption, label, key -> its name."""
-  return {
-      kind: name for kind, name in dataclasses.asdict(features).items() if name
-  }
+def leaf_features(feature) -> dict[str, tuple[tuple[str, ...], Any]]:
+  """All that is no dict, nor a sequence of dicts.
 
-
-def _leaves(feature, path: str = '') -> Iterator[tuple[str, Any]]:
-  """Pairs of a path and a feature that is no dict, nor a sequence of them."""
+  Returns:
+    Name, such as 'captions/text' -> the keys that lead there (a key of its own
+    may have a slash, as COCO's 'image/filename'), and the feature.
+  """
   import tensorflow_datasets as tfds
 
-  is_sequence = isinstance(feature, tfds.features.Sequence)
-  inner = feature.feature if is_sequence else feature
-  if not isinstance(inner, tfds.features.FeaturesDict):
-    yield path, feature
-    return
-  for name, child in inner.items():
-    for leaf_path, leaf in _leaves(child, f'{path}/{name}' if path else name):
-      yield leaf_path, tfds.features.Sequence(leaf) if is_sequence else leaf
+  def walk(feature, keys):
+    is_sequence = isinstance(feature, tfds.features.Sequence)
+    inner = feature.feature if is_sequence else feature
+    if not isinstance(inner, tfds.features.FeaturesDict):
+      yield keys, feature
+      return
+    for key, child in inner.items():
+      for path, leaf in walk(child, (*keys, key)):
+        yield path, tfds.features.Sequence(leaf) if is_sequence else leaf
+
+  return {'/'.join(keys): (keys, leaf) for keys, leaf in walk(feature, ())}
 
 
 def _is_text(feature) -> bool:
@@ -173,19 +182,19 @@ def open_builder(
   for file in files:
     if not file.is_file():
       raise FileNotFoundError(f'{file} is missing: prepare {name} again.')
-  leaves = dict(_leaves(info.features))
-  for kind, path in _used(features).items():
+  leaves = leaf_features(info.features)
+  for kind, wanted in features.used().items():
     is_kind = {
         'image': lambda feature: isinstance(feature, tfds.features.Image),
         'label': lambda feature: isinstance(feature, tfds.features.ClassLabel),
     }.get(kind, _is_text)
-    if path not in leaves or not is_kind(leaves[path]):
+    if wanted not in leaves or not is_kind(leaves[wanted][1]):
       there = ', '.join(
           f'{path} ({type(feature).__name__})'
-          for path, feature in leaves.items()
+          for path, (_, feature) in leaves.items()
       )
       raise ValueError(
-          f'data.{kind}={path!r}: {name} has no such {kind}, only: {there}.'
+          f'data.{kind}={wanted!r}: {name} has no such {kind}, only: {there}.'
       )
   return TfdsSource(str(builder.data_dir), split, name, features)
 
@@ -217,7 +226,8 @@ def open_by_name(
   except ValueError as error:
     where = f' --data_dir={data_dir}' if data_dir else ''
     raise FileNotFoundError(
-        f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: run '
-        f'tfds build {name} --file_format=array_record{where}'
+        f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: name '
+        f'its config too, NAME/CONFIG, if it has several, or run tfds build '
+        f'{name} --file_format=array_record{where}'
     ) from error
   return open_builder(builder, split, name, features)
