@@ -23,27 +23,36 @@ def get_config() -> ConfigDict:
           (r'/kernel$', ('fsdp',)),
       ),
       'data': {
-          # Or 'captioned_images', made by prepare_data, or 'tars', indexed
-          # by index_tars.
+          # Or 'captioned_images', made by prepare_data; 'tars', indexed by
+          # index_tars; or 'tfds:NAME', built by TFDS as ArrayRecords.
           'name': 'shapes',
-          'path': '',         # of the prepared data set, or of the index
+          'path': '',         # of the data set or the index; TFDS's data_dir
+          # Of a TFDS data set; of a nested feature, the path 'a/b'.
+          'image': 'image',
+          'caption': 'caption',  # a text or several
+          'label': 'label',      # instead, where text.encoder is 'label'
+          'train_split': 'train',
+          'validation_split': 'validation',  # '': train
           'size': 1_000_000,  # records of the drawn data set
           'flip': False,      # mirror half of the images
-          'random_crop': False,     # or the square in the centre
+          'random_crop': False,  # the square lies anywhere
           'max_bad_fraction': 0.01,  # of the records; more end the run
-          'may_change': False,  # the data set, since the last checkpoint
+          'may_change': False,       # the data set, from run to run
           'num_workers': 0,   # processes that decode; 0: a thread of this one
           'num_threads': 1,   # of each worker
           'prefetch': 4,      # batches
       },
       'text': {
           # 'learned', trained with the network; 't5', frozen; 'precomputed',
-          # what precompute_text has stored of it beside the data set.
+          # what precompute_text has stored of it beside the data set; 'label',
+          # class numbers instead of captions.
           'encoder': 'learned',
           'path': '',              # T5's directory, as Hugging Face's
           'tokenizer': '',         # spiece.model; '': the encoder's own
           'max_length': 32,        # tokens, </s> included
           'long_captions': 'cut',  # or 'leave_out' of training
+          'num_classes': 0,        # of labels
+          'class_names': '',       # a file with a name a line, for prompts
           'width': 64,
           'num_layers': 1,
           'num_heads': 4,

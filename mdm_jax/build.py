@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import hashlib
 import pathlib
 from typing import Any
 
@@ -21,6 +20,7 @@ from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
 from mdm_jax.draw import SamplerSpec
 from mdm_jax.models.conditioning import (
+  LabelEncoder,
   LearnedTextEncoder,
   PrecomputedTextEncoder,
   TextSpec,
@@ -31,7 +31,8 @@ from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.models.unet import LevelSpec
 from mdm_jax.step import Objective
 
-_TEXT_ENCODERS = ('learned', 't5', 'precomputed')
+_TRAINED_ENCODERS = ('learned', 'label')
+_TEXT_ENCODERS = (*_TRAINED_ENCODERS, 't5', 'precomputed')
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
@@ -77,7 +78,7 @@ def _check_text(config: ConfigDict) -> None:
   if text.encoder not in _TEXT_ENCODERS:
     raise ValueError(
         f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.')
-  if text.encoder != 'learned' and not text.path:
+  if text.encoder not in _TRAINED_ENCODERS and not text.path:
     raise ValueError(
         'text.path is empty: name the directory of a T5 encoder, downloaded '
         'from google/flan-t5-xl for example, --config.text.path=DIR.')
@@ -208,7 +209,7 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
           make_levels(config, stage), TextSpec(**config.model.text), dtype),
       text_encoder=make_text_encoder(config),
       resolutions=resolutions(config, stage),
-      frozen_text=config.text.encoder != 'learned')
+      frozen_text=config.text.encoder not in _TRAINED_ENCODERS)
 
 
 def make_levels(config: ConfigDict,
@@ -226,6 +227,8 @@ def make_text_encoder(config: ConfigDict) -> nn.Module:
   """
   text, dtype = config.text, jnp.dtype(config.dtype)
   num_pieces = inputs.make_tokenizer(config).vocab_size
+  if text.encoder == 'label':
+    return LabelEncoder(num_pieces, text.width, dtype)
   if text.encoder == 'learned':
     _check_heads('text', text)
     return LearnedTextEncoder(
@@ -266,9 +269,8 @@ def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
                 traverse_util.flatten_dict(_frozen_shapes(config)))
     encoder = hugging_face.fingerprint(
         hugging_face.open_tensors(config.text.path), names)
-  path = inputs.make_tokenizer(config).path
-  tokenizer = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=8)
-  return {'encoder': encoder, 'tokenizer': tokenizer.hexdigest(),
+  return {'encoder': encoder,
+          'tokenizer': inputs.make_tokenizer(config).fingerprint(),
           'max_length': config.text.max_length}
 
 

@@ -1,8 +1,6 @@
 """From a configuration to what a network reads: images, text, prompts."""
 
-import hashlib
 import os
-import pathlib
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -14,16 +12,22 @@ from mdm_jax.data import (
   shapes,
   sources,
   tar_index,
+  tfds_source,
 )
+from mdm_jax.data.labels import LabelledSource, Labels, read_names
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
 from mdm_jax.eval.prompt_accuracy import Vocabulary
 
-_DATA_SETS = ('shapes', 'captioned_images', 'tars')
+_DATA_SETS = ('shapes', 'captioned_images', 'tars', 'tfds:NAME')
+_TFDS = 'tfds:'
 
 
-def make_tokenizer(config: ConfigDict) -> Tokenizer:
+def make_tokenizer(config: ConfigDict) -> Tokenizer | Labels:
   """The captions' tokenizer: T5's own, where T5 is the encoder."""
+  if config.text.encoder == 'label':
+    path = config.text.class_names
+    return Labels(config.text.num_classes, read_names(path) if path else ())
   own = CAPTIONS_MODEL if config.text.encoder == 'learned' else os.path.join(
       config.text.path, 'spiece.model')
   return Tokenizer(config.text.tokenizer or own, config.text.max_length)
@@ -47,26 +51,48 @@ def make_source(config: ConfigDict, split: str,
     resolution: drawn images have it; files keep their own.
 
   Raises:
-    ValueError, FileNotFoundError: no such data set or split.
+    ValueError, FileNotFoundError: no such data set, split or feature, or
+      another number of classes.
   """
   data, text = config.data, config.text
+  source = _make_records(config, split, resolution)
+  if text.encoder == 'label':
+    num_classes = getattr(source, 'num_classes', 0)
+    if not num_classes:
+      raise ValueError(
+          f"text.encoder='label' with data.name={data.name!r}: it has no "
+          'labels, use shapes or tfds:NAME.')
+    if num_classes != text.num_classes:
+      raise ValueError(
+          f'text.num_classes={text.num_classes}, but {data.name} has '
+          f'{num_classes} classes: set --config.text.num_classes='
+          f'{num_classes}.')
+    return LabelledSource(source, make_tokenizer(config))
+  if text.encoder == 'precomputed':
+    return precomputed.PrecomputedText(
+        source, data.path, split, precomputed.read_info(data.path),
+        text.max_length, _leave_out(config))
+  return source
+
+
+def _make_records(config: ConfigDict, split: str, resolution: int):
+  data = config.data
   if data.name == 'shapes':
     return shapes.ShapesSource(config.seed, split, data.size, resolution)
+  if data.name.startswith(_TFDS):
+    is_label = config.text.encoder == 'label'
+    text = {'label': data.label} if is_label else {'caption': data.caption}
+    return tfds_source.open_by_name(
+        data.name.removeprefix(_TFDS), data.path, data[f'{split}_split'],
+        tfds_source.Features(data.image, **text))
   if data.name not in _DATA_SETS:
     raise ValueError(f'data.name={data.name!r}: use one of {_DATA_SETS}.')
   if not data.path:
     raise ValueError(
         'data.path is empty: name the directory that prepare_data or '
         'index_tars wrote, --config.data.path=DIR.')
-  if data.name == 'tars':
-    source = tar_index.open_source(data.path, split)
-  else:
-    source = sources.open_source(data.path, split)
-  if text.encoder != 'precomputed':
-    return source
-  return precomputed.PrecomputedText(
-      source, data.path, split, precomputed.read_info(data.path),
-      text.max_length, _leave_out(config))
+  open_source = (tar_index if data.name == 'tars' else sources).open_source
+  return open_source(data.path, split)
 
 
 def _leave_out(config: ConfigDict) -> bool:
@@ -77,8 +103,10 @@ def held_out_split(config: ConfigDict) -> str:
   """The split to validate on; 'train' where a data set has no other."""
   if config.data.name == 'shapes':
     return 'held_out'
-  available = (tar_index if config.data.name == 'tars' else sources)
-  splits = available.available_splits(config.data.path)
+  if config.data.name.startswith(_TFDS):
+    return 'validation' if config.data.validation_split else 'train'
+  kind = tar_index if config.data.name == 'tars' else sources
+  splits = kind.available_splits(config.data.path)
   return 'validation' if 'validation' in splits else 'train'
 
 
@@ -102,9 +130,7 @@ def make_dataset(config: ConfigDict, split: str, resolution: int,
 
 def data_fingerprint(config: ConfigDict) -> dict[str, str]:
   """What decides on the order and the pixels, and is not in the config."""
-  path = pathlib.Path(make_tokenizer(config).path)
-  found = {'tokenizer': hashlib.blake2b(
-      path.read_bytes(), digest_size=8).hexdigest(),
+  found = {'tokenizer': make_tokenizer(config).fingerprint(),
            **pipeline.library_versions()}
   if config.data.name != 'shapes':
     source = make_source(config, 'train', 0)
@@ -126,7 +152,11 @@ class Prompts(NamedTuple):
 
 
 def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
-  """Any captions as the text encoder reads them, [N, L]."""
+  """Any captions as the text encoder reads them, [N, L].
+
+  Raises:
+    ValueError: for a class that does not exist.
+  """
   return np.stack(list(map(make_tokenizer(config).encode, captions)))
 
 
@@ -134,8 +164,14 @@ def make_prompts(config: ConfigDict, count: int) -> Prompts:
   """Captions of the data set to draw.
 
   Shapes' come from the held-out split, as many as asked for; of captioned
-  images the held-out split's first captions, each once.
+  images the held-out split's first captions, each once. Classes are as many
+  as asked for, from the first to the last.
   """
+  if config.text.encoder == 'label':
+    labels = make_tokenizer(config)
+    drawn = [i * labels.num_classes // count for i in range(count)]
+    return Prompts([labels.name(label) for label in drawn],
+                   encode_prompts(config, map(str, drawn)), None)
   split = held_out_split(config)
   if config.data.name == 'shapes':
     source = make_source(config, split, config.model.levels[-1].resolution)

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     config.eval.batch_size = min(
         config.eval.batch_size, -(-len(prompts) // shards) * shards)
     build.check(config, mesh)
+    text = inputs.encode_prompts(config, prompts)
     index, params = train.restore_average(config, _WORKDIR.value, mesh)
     params |= build.load_frozen(config, mesh)
   except (ValueError, FileNotFoundError) as error:
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
   begin = time.monotonic()
   seeds = [_SEED.value + i for i in range(_NUM_SAMPLES.value)
            ] * len(_PROMPTS.value)
-  pictures = draw(params, inputs.encode_prompts(config, prompts), seeds)
+  pictures = draw(params, text, seeds)
 
   output = pathlib.Path(
       _OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'drawn')

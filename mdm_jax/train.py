@@ -34,7 +34,7 @@ _MAY_CHANGE = (
     'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
     'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
-    'sampler.', 'eval.')
+    'text.class_names', 'sampler.', 'eval.')
 
 
 def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
@@ -49,7 +49,9 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   """
   mesh = sharding.make_mesh(config.mesh)
   build.check(config, mesh)
-  inputs.make_source(config, 'train', config.model.levels[-1].resolution)
+  resolution = config.model.levels[-1].resolution
+  inputs.make_source(config, 'train', resolution)
+  inputs.make_source(config, inputs.held_out_split(config), resolution)
   new = json.loads(config.to_json())
   if (pathlib.Path(workdir) / 'config.json').exists():
     changed = [
@@ -305,7 +307,8 @@ def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
       f'held_out_loss_{resolution}': float(loss)
       for resolution, loss in zip(model.resolutions, np.mean(losses, 0))}
 
-  if config.data.name != 'shapes':
+  # Pictures are marked by what their captions say.
+  if config.data.name != 'shapes' or config.text.encoder == 'label':
     return values
   prompts = inputs.make_prompts(config, config.eval.num_prompts)
   logging.info('Drawing %d held-out prompts.', len(prompts.captions))

@@ -11,6 +11,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 
 import functools
+import io
 import json
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 import safetensors.numpy
 
@@ -182,3 +184,60 @@ def t5_directory(tmp_path_factory):
       encode=jax.jit(
           lambda tokens: encoder.apply({'params': params}, tokens)),
       tokens=golden['tokens'].astype(np.int32), text=golden['text'])
+
+
+def _write_tfds(data_dir, name: str, features: dict, splits: dict,
+                config: str = '') -> pathlib.Path:
+  import tensorflow_datasets as tfds
+
+  directory = pathlib.Path(data_dir) / name / config / '1.0.0'
+  directory.mkdir(parents=True)
+  writer = tfds.core.SequentialWriter(
+      tfds.core.DatasetInfo(
+          builder=tfds.core.DatasetIdentity(
+              name=name, version=tfds.core.Version('1.0.0'), module_name='',
+              data_dir=str(directory), config_name=config or None),
+          features=tfds.features.FeaturesDict(features)),
+      max_examples_per_shard=1000, file_format='array_record')
+  writer.initialize_splits(list(splits))
+  writer.add_examples(splits)
+  writer.close_all()
+  return directory
+
+
+@pytest.fixture(scope='session')
+def write_tfds():
+  """(data_dir, name, features, splits, config='') -> where they were written.
+  """
+  return _write_tfds
+
+
+def _image_file(level: int) -> bytes:
+  buffer = io.BytesIO()
+  Image.new('RGB', (24 + level, 20), (level, 0, 0)).save(buffer, 'PNG')
+  return buffer.getvalue()
+
+
+@pytest.fixture(scope='session')
+def image_file():
+  """level -> a PNG file, 24 + level by 20 pixels of (level, 0, 0)."""
+  return _image_file
+
+
+@pytest.fixture
+def flowers(tmp_path, write_tfds, image_file):
+  """A TFDS data_dir with a data set 'flowers' of three classes.
+
+  Record i of 'train' shows level i, a flower of class i % 3; two of 'test' are
+  of class 2, and the third has no label.
+  """
+  import tensorflow_datasets as tfds
+
+  features = {
+      'image': tfds.features.Image(),
+      'label': tfds.features.ClassLabel(names=['rose', 'tulip', 'daisy'])}
+  write_tfds(tmp_path / 'tfds', 'flowers', features, {
+      'train': [{'image': image_file(i), 'label': i % 3} for i in range(7)],
+      'test': [{'image': image_file(i), 'label': label}
+               for i, label in enumerate((2, 2, -1))]})
+  return tmp_path / 'tfds'

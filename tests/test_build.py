@@ -80,6 +80,9 @@ BAD = [
      'no tokenizer at .nowhere.spiece.model'),
     ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
     ({'text.max_length': 1}, 'max_length 1'),
+    ({'text.encoder': 'label'}, 'text.num_classes=0: give the number'),
+    ({'text.encoder': 'label', 'text.num_classes': 3,
+      'text.class_names': 'no/such'}, "class_names='no/such' does not exist"),
     ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
     ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
     ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
@@ -123,6 +126,8 @@ def test_bad_config_is_named(make_config, mesh, changes, message):
     ({'data.name': 'captioned_images'}, 'data.path is empty'),
     ({'data.name': 'captioned_images', 'data.path': 'no/such'}, 'no/such'),
     ({'data.name': 'cc12m'}, "data.name='cc12m': use one of"),
+    ({'data.name': 'tfds:no_such', 'data.path': 'nowhere'},
+     "TFDS has no data set 'no_such' in nowhere"),
 ])
 def test_bad_data_is_named(make_config, changes, message):
   config = changed(make_config(), changes)

@@ -215,3 +215,44 @@ def test_another_data_set_is_refused(images, tmp_path):
   config.data.may_change = True
   run(config, tmp_path / 'run')
   assert (tmp_path / 'run' / 'eval' / '6.json').exists()
+
+
+def test_classes_of_a_tfds_data_set(flowers, tmp_path):
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = common.smoke(config)
+  config.data.update(
+      name='tfds:flowers', path=str(flowers), validation_split='test')
+  config.text.update(
+      encoder='label', num_classes=3, caption_dropout=0.0,
+      class_names=str(flowers / 'flowers/1.0.0/label.labels.txt'))
+  # The first two pass zero-initialised layers to reach the text encoder.
+  config.stages[0].update(steps=4, batch_size=8)
+  config.eval.update(num_prompts=8, batch_size=8)
+  run(config.lock(), tmp_path)
+  directory = build.stage_directory(tmp_path, config, 0)
+  fresh = build.make_model(config, config.stages[0]).init(0, 1)
+  trained = checkpoint.restore_item(directory, None, 'params')
+  before, after = (params['text_encoder']['embedding']['embedding']
+                   for params in (fresh, trained))
+  # Padding and the empty label were never seen, every class was.
+  assert np.equal(before, after).all(axis=1).tolist() == [True] * 2 + [
+      False] * 3
+  assert (tmp_path / 'samples' / '8_4.png').exists()
+  values = json.loads((tmp_path / 'eval' / '4.json').read_text())
+  assert set(values) == {'held_out_loss_8'}
+
+  # The names are all that drawing needs of the data set.
+  for path in flowers.glob('flowers/1.0.0/*record*'):
+    path.unlink()
+  result = run_sample(workdir=tmp_path, prompt=['tulip', '1', '0'], steps=1,
+                      num_samples=1, output=tmp_path / 'drawn')
+  assert result.returncode == 0, result.stderr
+  pictures = [np.asarray(Image.open(tmp_path / f'drawn/000{i}_8.png'))
+              for i in range(3)]
+  np.testing.assert_array_equal(pictures[0], pictures[1])
+  assert not np.array_equal(pictures[0], pictures[2])
+  result = run_sample(workdir=tmp_path, prompt='rosehip')
+  assert result.returncode == 1
+  assert "error: no classes are 'rosehip'" in result.stderr

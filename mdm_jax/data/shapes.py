@@ -401,6 +401,11 @@ class ShapesSource:
     if self.split not in SPLITS:
       raise ValueError(f'split {self.split!r}: choose one of {SPLITS}')
 
+  @property
+  def num_classes(self) -> int:
+    """How many values a record's label has."""
+    return len(SHAPES)
+
   def __len__(self) -> int:
     """The number of records."""
     return self.size
@@ -421,11 +426,16 @@ class ShapesSource:
     return scene, *describe(scene, rng)
 
   def __getitem__(self, index: int) -> dict:
-    """One record: image uint8 `[R, R, 3]`, caption, key, size (pixels)."""
+    """One record: image uint8 `[R, R, 3]`, caption, label, key, size (pixels).
+
+    The label is the index in SHAPES of the only shape, or of the one that is
+    further left or up.
+    """
     scene, caption, _ = self.scene(index)
     return {
         'image': draw(scene, self.resolution),
         'caption': caption,
+        'label': SHAPES.index(scene.objects[0].shape),
         'key': f'{self.split}/{index}',
         'size': self.resolution,
     }

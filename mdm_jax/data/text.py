@@ -1,6 +1,8 @@
 """From a caption to the tokens that a text encoder reads."""
 
+import hashlib
 import os
+import pathlib
 
 import numpy as np
 import sentencepiece
@@ -48,9 +50,10 @@ class Tokenizer:
     """Reloads rather than copies."""
     return type(self), (self.path, self.max_length)
 
-  def __repr__(self) -> str:
-    """Complete, for fingerprints."""
-    return f'Tokenizer({self.path!r}, max_length={self.max_length})'
+  def fingerprint(self) -> str:
+    """Changes with the file's contents."""
+    data = pathlib.Path(self.path).read_bytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
   @property
   def vocab_size(self) -> int:

@@ -193,14 +193,15 @@ class Transform:
       record: `image` (an image file's bytes, or uint8 [R, R, 3]), `caption`,
         `key`, and optionally `size`. `scale` is the shorter side of the
         original image in pixels: `size`, or else the file's. `text` is the
-        record's own, if it has one, or else the caption's tokens, int32 [L].
-      rng: decides on crop and flip.
+        record's own, if it has one, or else the tokens, int32 [L], of the
+        caption, or of one of `captions` if there are several.
+      rng: decides on caption, crop and flip.
 
     Raises:
       BadRecord: for a file that cannot be decoded, or by `leave_out`.
       ValueError: for an array that is not [R, R, 3].
     """
-    text = record['text'] if 'text' in record else self._tokens(record)
+    text = record['text'] if 'text' in record else self._tokens(record, rng)
     image = record['image']
     if isinstance(image, bytes):
       crop = tuple(rng.random(2)) if self.random_crop else (0.5, 0.5)
@@ -220,8 +221,12 @@ class Transform:
         'scale': np.float32(record.get('size', side)),
     }
 
-  def _tokens(self, record: dict[str, Any]) -> np.ndarray:
+  def _tokens(
+      self, record: dict[str, Any], rng: np.random.Generator
+  ) -> np.ndarray:
     caption = record['caption']
+    if len(record.get('captions', ())) > 1:
+      caption = record['captions'][rng.integers(len(record['captions']))]
     if self.leave_out:
       count = self.tokenizer.count(caption)
       if count > self.tokenizer.max_length:

@@ -85,6 +85,22 @@ class PrecomputedTextEncoder(nn.Module):
     return text.astype(self.dtype), (text != 0).any(axis=-1)
 
 
+class LabelEncoder(nn.Module):
+  """A vector for each class, trained with the network."""
+  vocab_size: int
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """tokens [B, L] int32, 0 is padding -> text [B, L, width], mask [B, L]."""
+    mask = tokens != 0
+    x = nn.Embed(
+        self.vocab_size, self.width, name='embedding',
+        embedding_init=nn.initializers.normal(1.0))(tokens)
+    return x.astype(self.dtype) * mask[..., None], mask
+
+
 class LearnedTextEncoder(nn.Module):
   """A small transformer over tokens, trained with the network."""
   vocab_size: int

@@ -65,10 +65,11 @@ def precompute(config, batch_size: int, storage: str = 'bfloat16',
   from mdm_jax.data import sources
 
   index, count = _parse_part(part)
-  if config.text.encoder == 'learned':
+  if config.text.encoder in ('learned', 'label'):
     raise ValueError(
-        "text.encoder='learned' is trained with the network: nothing can be "
-        "computed before. Give a config with 't5' or 'precomputed'.")
+        f'text.encoder={config.text.encoder!r} is trained with the network: '
+        'nothing can be computed before. Give a config with '
+        "'t5' or 'precomputed'.")
   config = build.reading_prompts(config)
   config.mesh.update(data=-1, fsdp=1, spatial=1)
   mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())

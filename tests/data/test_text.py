@@ -69,7 +69,6 @@ def test_pickles_as_its_arguments(tokenizer):
   data = pickle.dumps(tokenizer)
   assert len(data) < 300
   loaded = pickle.loads(data)
-  assert repr(loaded) == repr(tokenizer)
   np.testing.assert_array_equal(
       loaded.encode('a teal star'), tokenizer.encode('a teal star')
   )

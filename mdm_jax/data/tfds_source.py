@@ -1,0 +1,250 @@
+"""Data sets that TensorFlow Datasets has written as ArrayRecords.
+
+They are read without TensorFlow: records are parsed by TFDS's own NumPy code,
+and images stay encoded.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import operator
+from typing import Any
+
+import numpy as np
+
+from mdm_jax.data.transforms import BadRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """Where in a TFDS record its parts are; '' for one that is not read.
+
+  Inside dicts and sequences of dicts a name is a path: 'captions/text'.
+  """
+
+  image: str = 'image'
+  caption: str = ''  # a text, or a sequence of them
+  label: str = ''    # a ClassLabel
+  key: str = ''      # a text
+  # Of the original image in pixels, where the file may hold a smaller one.
+  width: str = ''
+  height: str = ''
+
+  def used(self) -> dict[str, str]:
+    """Those that are read: image, caption, … -> its name."""
+    return {
+        kind: name for kind, name in dataclasses.asdict(self).items() if name
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+  """One split of a TFDS data set of ArrayRecords; opened when first read.
+
+  Attributes:
+    path: its directory, with `dataset_info.json`.
+    split: its split, or a slice as TFDS writes it: 'train[1%:]'.
+    name: what to call it.
+    features: where in its records the parts are.
+  """
+
+  path: str
+  split: str
+  name: str
+  features: Features
+
+  @functools.cached_property
+  def _builder(self):
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(self.path)
+
+  @functools.cached_property
+  def _records(self):
+    import tensorflow_datasets as tfds
+
+    return self._builder.as_data_source(
+        self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+
+  @functools.cached_property
+  def _leaves(self) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Kind of part -> the keys that lead to it, and its feature."""
+    leaves = leaf_features(self._builder.info.features)
+    return {kind: leaves[name] for kind, name in self.features.used().items()}
+
+  @functools.cached_property
+  def _parse(self):
+    import tensorflow_datasets as tfds
+
+    # The others may be costly, or need TensorFlow.
+    every = self._builder.info.features
+    some = tfds.features.FeaturesDict(
+        {keys[0]: every[keys[0]] for keys, _ in self._leaves.values()}
+    )
+    decoders = tfds.decode.SkipDecoding()
+    for name in reversed(self._leaves['image'][0]):
+      decoders = {name: decoders}
+    return functools.partial(some.deserialize_example_np, decoders=decoders)
+
+  @functools.cached_property
+  def num_classes(self) -> int:
+    """How many values a record's label has; 0 without a label."""
+    return self._leaves['label'][1].num_classes if self.features.label else 0
+
+  def fingerprint(self) -> str:
+    """Changes with the files' names and sizes."""
+    files = self._builder.info.splits[self.split].filepaths
+    listing = '\n'.join(f'{file.name} {file.stat().length}' for file in files)
+    return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
+
+  def __reduce__(self):
+    """Worker processes open the files for themselves."""
+    return type(self), (self.path, self.split, self.name, self.features)
+
+  def __len__(self) -> int:
+    """The number of records."""
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns the record's `image` file as bytes, `key`, and what is named.
+
+    `label` is an int; `caption` the caption, or the first of a sequence, with
+    all of them as `captions`.
+
+    Raises:
+      BadRecord: if the record's checksum does not match, or it has no caption
+        or label.
+    """
+    key = f'{self.name}[{self.split}][{index}]'
+    try:
+      record = self._parse(self._records[index])
+    except RuntimeError as error:
+      raise BadRecord(key, 'damaged record', str(error)) from error
+
+    parts = {'key': key.encode()}
+    for kind, (keys, _) in self._leaves.items():
+      parts[kind] = functools.reduce(operator.getitem, keys, record)
+    parts['key'] = key = parts['key'].decode()
+    if 'caption' in parts:
+      captions = parts['caption']
+      if isinstance(captions, bytes):
+        captions = [captions]
+      try:
+        parts['captions'] = [caption.decode() for caption in captions]
+      except UnicodeDecodeError as error:
+        raise BadRecord(key, 'unreadable caption', str(error)) from error
+      if not parts['captions']:
+        raise BadRecord(key, 'no caption')
+      parts['caption'] = parts['captions'][0]
+    if 'width' in parts:
+      parts['size'] = int(min(parts.pop('width'), parts.pop('height')))
+    # TFDS writes -1 where a test set keeps its labels secret.
+    if parts.get('label', 0) < 0:
+      raise BadRecord(key, 'no label')
+    return parts
+
+
+def leaf_features(feature) -> dict[str, tuple[tuple[str, ...], Any]]:
+  """All that is no dict, nor a sequence of dicts.
+
+  Returns:
+    Name, such as 'captions/text' -> the keys that lead there (a key of its own
+    may have a slash, as COCO's 'image/filename'), and the feature.
+  """
+  import tensorflow_datasets as tfds
+
+  def walk(feature, keys):
+    is_sequence = isinstance(feature, tfds.features.Sequence)
+    inner = feature.feature if is_sequence else feature
+    if not isinstance(inner, tfds.features.FeaturesDict):
+      yield keys, feature
+      return
+    for key, child in inner.items():
+      for path, leaf in walk(child, (*keys, key)):
+        yield path, tfds.features.Sequence(leaf) if is_sequence else leaf
+
+  return {'/'.join(keys): (keys, leaf) for keys, leaf in walk(feature, ())}
+
+
+def _is_text(feature) -> bool:
+  is_text = np.dtype(feature.np_dtype) == np.dtype(object)
+  return is_text and len(feature.shape) < 2
+
+
+def _is_number(feature) -> bool:
+  return np.issubdtype(feature.np_dtype, np.integer) and not feature.shape
+
+
+def open_builder(
+    builder, split: str, name: str, features: Features
+) -> TfdsSource:
+  """Opens a split of what a TFDS builder has written; see `open_by_name`."""
+  import tensorflow_datasets as tfds
+
+  info = builder.info
+  if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
+    raise ValueError(
+        f'{builder.data_dir} is in {info.file_format.value} format, which '
+        'cannot be read at random: build it in another data_dir with tfds '
+        f'build {name} --file_format=array_record --data_dir=DIR'
+    )
+  try:
+    files = info.splits[split].filepaths
+  except ValueError as error:
+    raise ValueError(
+        f'{name} has no split {split!r}, only: {", ".join(info.splits)}.'
+    ) from error
+  for file in files:
+    if not file.is_file():
+      raise FileNotFoundError(f'{file} is missing: prepare {name} again.')
+  leaves = leaf_features(info.features)
+  for kind, wanted in features.used().items():
+    is_kind = {
+        'image': lambda feature: isinstance(feature, tfds.features.Image),
+        'label': lambda feature: isinstance(feature, tfds.features.ClassLabel),
+        'width': _is_number, 'height': _is_number,
+    }.get(kind, _is_text)
+    if wanted not in leaves or not is_kind(leaves[wanted][1]):
+      there = ', '.join(
+          f'{path} ({type(feature).__name__})'
+          for path, (_, feature) in sorted(leaves.items())
+      )
+      raise ValueError(
+          f'data.{kind}={wanted!r}: {name} has no such {kind}, only: {there}.'
+      )
+  return TfdsSource(str(builder.data_dir), split, name, features)
+
+
+def open_by_name(
+    name: str, data_dir: str, split: str, features: Features
+) -> TfdsSource:
+  """Opens a split of a data set that TFDS has built.
+
+  Args:
+    name: as TFDS writes it: 'coco_captions', 'name/config:1.0.0'.
+    data_dir: TFDS's; empty for its default.
+    split: a split, or a slice of one: 'train[1%:]'.
+    features: where in a record the parts are.
+
+  Raises:
+    FileNotFoundError: if there is no such data set, or one of its files is
+      missing.
+    ValueError: if it is not in ArrayRecord format, or has no such split or
+      feature.
+  """
+  import tensorflow_datasets as tfds
+
+  try:
+    # From its files: for many data sets TFDS's code needs TensorFlow.
+    builder = tfds.core.read_only_builder.builder_from_files(
+        name, data_dir=data_dir or None
+    )
+  except ValueError as error:
+    where = f' --data_dir={data_dir}' if data_dir else ''
+    raise FileNotFoundError(
+        f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: name '
+        f'its config too, NAME/CONFIG, if it has several, or run tfds build '
+        f'{name} --file_format=array_record{where}'
+    ) from error
+  return open_builder(builder, split, name, features)

@@ -1,0 +1,101 @@
+"""From a configuration to batches and prompts, where classes are the text."""
+
+import numpy as np
+import pytest
+
+from mdm_jax import inputs
+
+
+@pytest.fixture
+def config(make_config, flowers):
+  """Of a run on three classes of flowers."""
+  config = make_config()
+  config.data.update(
+      name='tfds:flowers', path=str(flowers), validation_split='test')
+  config.text.update(encoder='label', num_classes=3)
+  return config
+
+
+def batch(config, split, size, **options):
+  (values,) = inputs.make_dataset(
+      config, split, 16, size, process_index=0, process_count=1,
+      num_batches=1, **options)
+  return values
+
+
+def test_batches_of_a_tfds_data_set(config):
+  values = batch(config, 'train', 7)
+  assert values['image'].shape == (7, 16, 16, 3)
+  # Record i shows level i, and is of class i % 3.
+  assert values['image'][:, 8, 8, 0].tolist() == list(range(7))
+  assert values['text'].tolist() == [[2 + i % 3] for i in range(7)]
+  assert values['text'].dtype == np.int32
+  assert not values['bad'].any()
+
+
+def test_a_record_without_label_is_replaced(config):
+  split = inputs.held_out_split(config)
+  values = batch(config, split, 3)
+  assert values['text'].tolist() == [[4], [4], [4]]
+  assert values['bad'].tolist() == [False, False, True]
+
+
+def test_without_a_validation_split_training_records_are_held_out(config):
+  config.data.validation_split = ''
+  assert inputs.held_out_split(config) == 'train'
+
+
+def test_classes_of_shapes(config):
+  config.data.name = 'shapes'
+  config.text.num_classes = 6
+  source = inputs.make_source(config, 'train', 8)
+  for i in range(50):
+    scene, _, _ = source.source.scene(i)
+    first, *rest = scene.objects
+    assert source[i]['text'] == [2 + [
+        'circle', 'square', 'triangle', 'star', 'ring', 'cross'
+    ].index(first.shape)]
+    assert all(first.x < other.x or first.y < other.y for other in rest)
+
+
+def test_captions_of_a_tfds_data_set(config):
+  config.text.encoder = 'learned'
+  config.data.caption = 'label'
+  with pytest.raises(ValueError, match="data.caption='label': flowers has no"):
+    inputs.make_source(config, 'train', 8)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'num_classes': 4}, 'text.num_classes=4, but tfds:flowers has 3 classes: '
+     'set --config.text.num_classes=3'),
+    ({'name': 'shapes'}, 'text.num_classes=3, but shapes has 6 classes'),
+    ({'label': 'kind'}, "data.label='kind': flowers has no such label, only"),
+    ({'train_split': 'training'},
+     "flowers has no split 'training', only: train, test"),
+])
+def test_what_does_not_fit_is_named(config, changes, message):
+  for key, value in changes.items():
+    (config.data if key in config.data else config.text)[key] = value
+  with pytest.raises(ValueError, match=message):
+    inputs.make_source(config, 'train', 8)
+
+
+def test_prompts_are_all_classes_and_need_no_data_set(config, tmp_path):
+  config.data.path = 'nowhere'
+  prompts = inputs.make_prompts(config, 6)
+  assert prompts.captions == ['0', '0', '1', '1', '2', '2']
+  assert prompts.text.tolist() == [[2], [2], [3], [3], [4], [4]]
+  assert prompts.statements is None
+  assert inputs.empty_text(config).tolist() == [1]
+  (tmp_path / 'names').write_text('rose\ntulip\ndaisy\n')
+  config.text.class_names = str(tmp_path / 'names')
+  assert inputs.make_prompts(config, 2).captions == ['rose', 'tulip']
+  assert inputs.encode_prompts(config, ['daisy', '0', '']).tolist() == [
+      [4], [2], [1]]
+
+
+def test_more_classes_than_prompts(config):
+  config.text.num_classes = 1000
+  captions = inputs.make_prompts(config, 16).captions
+  assert captions[:3] == ['0', '62', '125']
+  assert captions[-1] == '937'
