@@ -16,20 +16,21 @@ from mdm_jax.data.transforms import BadRecord
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """Where in a TFDS record its parts are; '' for one that is not read.
+  """Where in a TFDS record its parts are; None for one that is not read.
 
   Inside dicts and sequences of dicts a name is a path: 'captions/text'.
   """
 
   image: str = 'image'
-  caption: str = ''  # a text, or a sequence of them
-  label: str = ''    # a ClassLabel
-  key: str = ''      # a text
+  caption: str | None = None  # a text, or a sequence of them
+  label: str | None = None    # a ClassLabel
+  key: str | None = None      # a text
 
   def used(self) -> dict[str, str]:
     """Those that are read: image, caption, label, key -> its name."""
     return {
-        kind: name for kind, name in dataclasses.asdict(self).items() if name
+        kind: name for kind, name in dataclasses.asdict(self).items()
+        if name is not None
     }
 
 
@@ -191,7 +192,7 @@ def open_builder(
     if wanted not in leaves or not is_kind(leaves[wanted][1]):
       there = ', '.join(
           f'{path} ({type(feature).__name__})'
-          for path, (_, feature) in leaves.items()
+          for path, (_, feature) in sorted(leaves.items())
       )
       raise ValueError(
           f'data.{kind}={wanted!r}: {name} has no such {kind}, only: {there}.'
