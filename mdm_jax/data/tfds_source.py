@@ -17,23 +17,24 @@ from mdm_jax.data.transforms import BadRecord
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """Where in a TFDS record its parts are; '' for one that is not read.
+  """Where in a TFDS record its parts are; None for one that is not read.
 
   Inside dicts and sequences of dicts a name is a path: 'captions/text'.
   """
 
   image: str = 'image'
-  caption: str = ''  # a text, or a sequence of them
-  label: str = ''    # a ClassLabel
-  key: str = ''      # a text
+  caption: str | None = None  # a text, or a sequence of them
+  label: str | None = None    # a ClassLabel
+  key: str | None = None      # a text
   # Of the original image in pixels, where the file may hold a smaller one.
-  width: str = ''
-  height: str = ''
+  width: str | None = None
+  height: str | None = None
 
   def used(self) -> dict[str, str]:
     """Those that are read: image, caption, … -> its name."""
     return {
-        kind: name for kind, name in dataclasses.asdict(self).items() if name
+        kind: name for kind, name in dataclasses.asdict(self).items()
+        if name is not None
     }
 
 

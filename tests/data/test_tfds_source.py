@@ -126,6 +126,7 @@ def test_a_damaged_record_is_bad_and_the_others_are_not(flowers, image_file):
      r'image \(Image\), label \(ClassLabel\)'),
     ('flowers', 'train', Features(image='label'), ValueError,
      "data.image='label': flowers has no such image"),
+    ('flowers', 'train', Features(image=''), ValueError, "data.image=''"),
     ('captions/2014', 'train', Features(label='captions/id'), ValueError,
      r"data.label='captions/id': .* captions/id \(Sequence\), captions/text"),
     ('captions/2014', 'train', Features(caption='captions'), ValueError,
