@@ -127,7 +127,6 @@ def train_stage(
   title = f"stage {index + 1}/{len(config.stages)} '{stage.name}'"
   model = build.make_model(config, stage)
   optimizer, learning_rate = build.make_optimizer(config, stage)
-  resolution = model.resolutions[-1]
   seed = config.seed * len(config.stages) + index
 
   ##### The state, straight into its shards: restored, grown or fresh.
@@ -166,7 +165,7 @@ def train_stage(
       empty_text=inputs.empty_text(config), seed=seed)
   first_step = int(state.step)
   batches = iter(inputs.make_dataset(
-      config, 'train', resolution, stage.batch_size,
+      config, 'train', model.resolutions, build.batch_sizes(stage),
       process_index=jax.process_index(), process_count=jax.process_count(),
       start_batch=first_step))
   batch, _ = _next_batch(batches, mesh)
@@ -281,7 +280,7 @@ def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
   if split == 'train':
     logging.warning('No validation split: evaluating on training images.')
   batches = inputs.make_dataset(
-      config, split, model.resolutions[-1], stage.batch_size,
+      config, split, model.resolutions, build.batch_sizes(stage),
       process_index=jax.process_index(), process_count=jax.process_count(),
       num_batches=config.eval.loss_batches)
   eval_step = jax.jit(steps.make_eval_step(
@@ -360,7 +359,7 @@ def _next_batch(batches, mesh: Mesh):
 
 def _put(batch, mesh: Mesh):
   return sharding.shard_batch(
-      {name: batch[name] for name in ('image', 'text', 'scale')}, mesh)
+      {name: value for name, value in batch.items() if name != 'bad'}, mesh)
 
 
 class _StopSignal:

@@ -172,12 +172,14 @@ class Transform:
     flip: mirrors half of the images. Off by default, because captions speak
       of left and right.
     leave_out: a caption that is too long is a bad record, rather than cut.
+    image_name: what the image is called in the example.
   """
 
   tokenizer: Tokenizer
   resolution: int
   flip: bool = False
   leave_out: bool = False
+  image_name: str = 'image'
 
   def __call__(
       self, record: dict[str, Any], rng: np.random.Generator
@@ -210,7 +212,7 @@ class Transform:
     if self.flip and rng.random() < 0.5:
       image = image[:, ::-1]
     return {
-        'image': image,
+        self.image_name: image,
         'text': text,
         'scale': np.float32(scale),
     }
