@@ -179,8 +179,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
         channels=(8, 8), num_blocks=(1, 0), num_heads=2, num_groups=4,
         attention_layers=(0, 0 if i else 1), patch_size=1)
   for stage in config.stages:
-    # Small multiples of any mixed ratio, and of 8 devices.
-    stage.update(steps=6, batch_size=24, warmup_steps=2, learning_rate=1e-3)
+    # The pattern of a mixed batch once on each of 8 devices.
+    stage.update(steps=6, batch_size=8 * int(sum(stage.mixed_ratio)),
+                 warmup_steps=2, learning_rate=1e-3)
   config.sampler.num_steps = 4
   config.log_every = 2
   config.sample_every = 3

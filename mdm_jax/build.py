@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import optax
 
-from mdm_jax import hugging_face, inputs, optim, sharding
+from mdm_jax import hugging_face, inputs, mixed_batch, optim, sharding
 from mdm_jax.data import precomputed
 from mdm_jax.diffusion import samplers
 from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
@@ -67,7 +67,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
           f'{key}={size} is not divided by the {shards} devices that the mesh '
           f'spreads a batch over: use a multiple of {shards}.')
   for i, stage in enumerate(config.stages):
-    _check_stage(config, i, stage)
+    _check_stage(config, i, stage, shards)
     make_model(config, stage)
     make_objective(config, stage)
     make_optimizer(config, stage)
@@ -161,7 +161,8 @@ def _check_resolutions(config: ConfigDict) -> None:
             'either.')
 
 
-def _check_stage(config: ConfigDict, i: int, stage: ConfigDict) -> None:
+def _check_stage(config: ConfigDict, i: int, stage: ConfigDict,
+                 shards: int) -> None:
   if not 1 <= stage.num_levels <= len(config.model.levels):
     raise ValueError(
         f'stages[{i}].num_levels={stage.num_levels}: model.levels has '
@@ -177,8 +178,39 @@ def _check_stage(config: ConfigDict, i: int, stage: ConfigDict) -> None:
           f'of its {stage.num_levels} levels, coarse to fine.')
   if stage.steps < 1:
     raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
+  repeats = _num_repeats(i, stage)
+  period = stage.batch_size // repeats
+  if repeats % shards:
+    raise ValueError(
+        f'stages[{i}].batch_size={stage.batch_size}: the pattern of its '
+        f'mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is not '
+        f'whole on each of the {shards} devices that the mesh spreads a batch '
+        f'over: use a multiple of {period * shards}.')
+
+
+def _num_repeats(i: int, stage: ConfigDict) -> int:
   with _naming(f'stages[{i}].mixed_ratio'):
-    level_batch_sizes(stage.batch_size, batch_fractions(stage.mixed_ratio))
+    return mixed_batch.num_repeats(batch_sizes(stage))
+
+
+def parts_of_batches(config: ConfigDict) -> list[int]:
+  """Into how many parts each batch falls, whole periods if it is mixed.
+
+  Raises:
+    ValueError: as `batch_sizes`.
+  """
+  return [config.eval.batch_size,
+          *(_num_repeats(i, stage) for i, stage in enumerate(config.stages))]
+
+
+def batch_sizes(stage: ConfigDict) -> tuple[int, ...]:
+  """How many examples of its batch each level sees, coarse to fine.
+
+  Raises:
+    ValueError: `mixed_ratio` does not divide the batch into whole examples.
+  """
+  return level_batch_sizes(
+      stage.batch_size, batch_fractions(stage.mixed_ratio))
 
 
 def _level_spec(level: ConfigDict) -> LevelSpec:

@@ -1,11 +1,13 @@
 """From a configuration to what a network reads: images, text, prompts."""
 
+from collections.abc import Sequence
 import os
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 import numpy as np
 
+from mdm_jax import mixed_batch
 from mdm_jax.data import (
   pipeline,
   precomputed,
@@ -110,18 +112,44 @@ def held_out_split(config: ConfigDict) -> str:
   return 'validation' if 'validation' in splits else 'train'
 
 
-def make_dataset(config: ConfigDict, split: str, resolution: int,
-                 batch_size: int, *, process_index: int, process_count: int,
-                 start_batch: int = 0, num_batches: int | None = None):
-  """This process's part of a split's batches; see `pipeline.make_dataset`."""
+def make_dataset(config: ConfigDict, split: str, resolutions: Sequence[int],
+                 batch_sizes: Sequence[int], *, process_index: int,
+                 process_count: int, start_batch: int = 0,
+                 num_batches: int | None = None):
+  """This process's part of a split's batches; see `pipeline.make_dataset`.
+
+  An image has the resolution of the finest level that sees it, which decides
+  on its name, see `mixed_batch`.
+
+  Args:
+    config: of the run.
+    split: as for `make_source`.
+    resolutions: in pixels, coarse to fine.
+    batch_sizes: coarse to fine, how many examples each level sees; the first
+      is the batch's.
+    process_index: this process.
+    process_count: of so many.
+    start_batch: the first batch.
+    num_batches: how many; None for no end.
+  """
   data, training = config.data, split == 'train' and num_batches is None
+  finest = make_source(config, split, resolutions[-1])
+  tokenizer = make_tokenizer(config)
+
+  def row(level):
+    source = finest
+    if data.name == 'shapes':  # Drawn at the resolution.
+      source = make_source(config, split, resolutions[level])
+    return source, Transform(
+        tokenizer, resolutions[level], flip=data.flip and training,
+        random_crop=data.random_crop and training,
+        leave_out=_leave_out(config),
+        image_name=mixed_batch.image_names(resolutions)[level])
+  (source, transform), *further_rows = map(
+      row, mixed_batch.finest_levels(batch_sizes))
   return pipeline.make_dataset(
-      make_source(config, split, resolution),
-      transform=Transform(make_tokenizer(config), resolution,
-                          flip=data.flip and training,
-                          random_crop=data.random_crop and training,
-                          leave_out=_leave_out(config)),
-      batch_size=batch_size, seed=config.seed, shuffle=training,
+      source, transform=transform, further_rows=further_rows,
+      batch_size=batch_sizes[0], seed=config.seed, shuffle=training,
       start_batch=start_batch, num_batches=num_batches,
       process_index=process_index, process_count=process_count,
       num_workers=data.num_workers if training else 0,

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import metrics, sharding, train
+  from mdm_jax import build, metrics, sharding, train
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -32,9 +32,8 @@ def main(argv: list[str]) -> None:
   workdir = _WORKDIR.value or 'runs/' + '_'.join(
       filter(None, [pathlib.Path(path).stem, mode]))
   metrics.setup_logging()
-  sharding.use_cpu_cores([
-      config.eval.batch_size, *(stage.batch_size for stage in config.stages)])
   try:
+    sharding.use_cpu_cores(build.parts_of_batches(config))
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')

@@ -18,17 +18,20 @@ BATCH_AXES = ('data', 'fsdp')
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
-def use_cpu_cores(batch_sizes: Sequence[int]) -> None:
+def use_cpu_cores(parts: Sequence[int]) -> None:
   """Makes JAX see a CPU's cores as devices, as many as divide every batch.
 
   A small network has few operations that are worth spreading over cores, but
   the examples of a batch always are. Call it before JAX is used; it changes
   nothing for accelerators, or where XLA_FLAGS sets the number.
+
+  Args:
+    parts: that each batch can be divided into.
   """
   if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
   count = os.cpu_count() or 1
-  while any(size % count for size in batch_sizes):
+  while any(number % count for number in parts):
     count -= 1
   jax.config.update('jax_num_cpu_devices', count)
 

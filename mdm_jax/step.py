@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mdm_jax import optim
+from mdm_jax import mixed_batch, optim
 from mdm_jax.diffusion import loss, process, pyramid
 from mdm_jax.diffusion.schedule import Schedule
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import Params, TrainState
 
 # image uint8 [B, H, H, 3], text (int32 [B, L], or features [B, L, D] that
-# were computed before), scale float32 [B]; to train, bad bool [B].
+# were computed before), scale float32 [B]; to train, bad bool [B]. In a mixed
+# batch, image may be that of the examples that the finest level sees; the
+# others' then are in image_<resolution>, by the finest level that sees them.
 Batch = dict[str, jax.Array]
 
 
@@ -34,20 +36,25 @@ class Objective:
 def _losses(model: Matryoshka, objective: Objective, params: Params,
             batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Loss per example [B], and each level's mean loss [levels]."""
+  repeats = mixed_batch.num_repeats(pyramid.level_batch_sizes(
+      len(batch['scale']), objective.fractions))
+  names = mixed_batch.image_names(model.resolutions)
+  own = {level: pyramid.to_float(batch[name])
+         for level, name in enumerate(names) if name in batch}
   images = pyramid.make_pyramid(
-      pyramid.to_float(batch['image']), model.resolutions,
-      objective.fractions)
+      own.pop(len(names) - 1), model.resolutions, objective.fractions,
+      coarse=own, repeats=repeats)
   time_rng, noise_rng = jax.random.split(rng)
   t = loss.draw_time(
       time_rng, len(images[0]), objective.schedule.num_steps)
   eps = process.draw_noise(noise_rng, images)
   cond = model.encode(params, batch['text'], batch['scale'])
   per_example, aux = loss.multi_resolution_loss(
-      lambda x_t, t: model.denoise(params, x_t, t, cond),
+      lambda x_t, t: model.denoise(params, x_t, t, cond, repeats),
       objective.schedule, images, t, eps,
       parameterization=objective.parameterization,
       loss_space=objective.loss_space, weights=objective.weights,
-      time_weights=objective.time_weights)
+      time_weights=objective.time_weights, repeats=repeats)
   return per_example, aux['level_losses']
 
 

@@ -132,7 +132,6 @@ def train_stage(
   title = f"stage {index + 1}/{len(config.stages)} '{stage.name}'"
   model = build.make_model(config, stage)
   optimizer, learning_rate = build.make_optimizer(config, stage)
-  resolution = model.resolutions[-1]
   seed = config.seed * len(config.stages) + index
 
   ##### The state, straight into its shards: restored, grown or fresh.
@@ -173,10 +172,10 @@ def train_stage(
       empty_text=inputs.empty_text(config), seed=seed)
   first_step = int(state.step)
   batches = iter(inputs.make_dataset(
-      config, 'train', resolution, stage.batch_size,
+      config, 'train', model.resolutions, build.batch_sizes(stage),
       process_index=jax.process_index(), process_count=jax.process_count(),
       start_batch=first_step))
-  batch = _put(next(batches), mesh)
+  batch = sharding.shard_batch(next(batches), mesh)
   begin = time.monotonic()
   replicated = sharding.replicated(mesh)
   compiled = jax.jit(
@@ -199,7 +198,7 @@ def train_stage(
   bad, stopped, values = 0, False, {}
   for step in range(first_step + 1, stage.steps + 1):
     if step > first_step + 1:
-      batch = _put(next(batches), mesh)
+      batch = sharding.shard_batch(next(batches), mesh)
     last_values, (state, values) = values, compiled(state, batch, frozen)
     # One step ahead keeps the devices busy. XLA's collectives between a CPU's
     # cores have deadlocked with 32 steps in flight.
@@ -295,13 +294,13 @@ def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
   if split == 'train':
     logging.warning('No validation split: evaluating on training images.')
   batches = inputs.make_dataset(
-      config, split, model.resolutions[-1], stage.batch_size,
+      config, split, model.resolutions, build.batch_sizes(stage),
       process_index=jax.process_index(), process_count=jax.process_count(),
       num_batches=config.eval.loss_batches)
   eval_step = jax.jit(steps.make_eval_step(
       model, build.make_objective(config, stage), _EVAL_SEED))
   losses = [
-      np.asarray(eval_step(params, _put(batch, mesh), i))
+      np.asarray(eval_step(params, sharding.shard_batch(batch, mesh), i))
       for i, batch in enumerate(batches)]
   values = {
       f'held_out_loss_{resolution}': float(loss)
@@ -378,11 +377,6 @@ def _check_data(config: ConfigDict, old: dict[str, str] | None,
           f'{message}: bring them back, or, if that is intended, set '
           '--config.data.may_change=True.')
     logging.warning('%s, as data.may_change=True allows.', message)
-
-
-def _put(batch, mesh: Mesh):
-  return sharding.shard_batch(
-      {name: batch[name] for name in ('image', 'text', 'scale', 'bad')}, mesh)
 
 
 class _StopSignal:

@@ -73,7 +73,7 @@ def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @pytest.fixture(scope='session')
 def golden_model(golden_state_dict):
-  """name -> jitted denoise_fn(x_t, t, text, text_mask, scale=None)."""
+  """name -> jitted denoise_fn(x_t, t, text, text_mask, scale, repeats)."""
   models = json.loads((GOLDEN / 'small_models.json').read_text())
 
   @functools.cache
@@ -91,10 +91,10 @@ def golden_model(golden_state_dict):
         network.init, jax.random.key(0), x_t, np.zeros(1), cond)['params']
     params = from_release(shapes, levels, golden_state_dict(name))
 
-    @jax.jit
-    def denoise_fn(x_t, t, text, text_mask, scale=None):
+    @functools.partial(jax.jit, static_argnames='repeats')
+    def denoise_fn(x_t, t, text, text_mask, scale=None, repeats=1):
       return network.apply(
-          {'params': params}, x_t, t, Cond(text, text_mask, scale))
+          {'params': params}, x_t, t, Cond(text, text_mask, scale), repeats)
     return denoise_fn
 
   return build

@@ -43,6 +43,14 @@ def test_patches_meet(make_config, mesh):
   build.check(config.lock(), mesh)
 
 
+def test_devices_hold_whole_periods_of_a_mixed_batch(make_config, mesh):
+  config = make_config()
+  config.stages[1].update(mixed_ratio=(1.0, 2.0), batch_size=48)
+  build.check(config.lock(), mesh)
+  assert build.batch_sizes(config.stages[1]) == (48, 32)
+  assert build.parts_of_batches(config) == [8, 16, 16]
+
+
 BAD = [
     ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
     ({'stages[0].batch_size': 12},
@@ -107,6 +115,9 @@ BAD = [
      r'stages\[1\].mixed_ratio=\(1.0, 1.0, 1.0\): give one number'),
     ({'stages[1].mixed_ratio': (1.0, 2.0)}, r'stages\[1\].*16 examples do not'),
     ({'stages[1].mixed_ratio': (1.0, 0.0)}, r'stages\[1\].*mixed_ratio'),
+    ({'stages[1].mixed_ratio': (1.0, 1.0), 'stages[1].batch_size': 24},
+     r'stages\[1\].batch_size=24: .*mixed_ratio=\(1.0, 1.0\), 2 examples,'
+     r'.* 8 devices .* use a multiple of 16'),
     ({'log_every': 0}, 'log_every=0'),
     ({'sample_every': 0}, 'sample_every=0'),
     ({'checkpoint_every': -1}, 'checkpoint_every=-1'),

@@ -1,9 +1,10 @@
-"""From a configuration to batches and prompts, where classes are the text."""
+"""From a configuration to batches and prompts."""
 
 import numpy as np
 import pytest
 
 from mdm_jax import inputs
+from mdm_jax.data import shapes
 
 
 @pytest.fixture
@@ -16,15 +17,15 @@ def config(make_config, flowers):
   return config
 
 
-def batch(config, split, size, **options):
-  (values,) = inputs.make_dataset(
-      config, split, 16, size, process_index=0, process_count=1,
-      num_batches=1, **options)
-  return values
+def one_batch(config, resolutions, batch_sizes, split='train'):
+  (batch,) = inputs.make_dataset(
+      config, split, resolutions, batch_sizes, process_index=0,
+      process_count=1, num_batches=1)
+  return batch
 
 
 def test_batches_of_a_tfds_data_set(config):
-  values = batch(config, 'train', 7)
+  values = one_batch(config, (16,), (7,))
   assert values['image'].shape == (7, 16, 16, 3)
   # Record i shows level i, and is of class i % 3.
   assert values['image'][:, 8, 8, 0].tolist() == list(range(7))
@@ -35,7 +36,7 @@ def test_batches_of_a_tfds_data_set(config):
 
 def test_a_record_without_label_is_replaced(config):
   split = inputs.held_out_split(config)
-  values = batch(config, split, 3)
+  values = one_batch(config, (16,), (3,), split)
   assert values['text'].tolist() == [[4], [4], [4]]
   assert values['bad'].tolist() == [False, False, True]
 
@@ -99,3 +100,28 @@ def test_more_classes_than_prompts(config):
   captions = inputs.make_prompts(config, 16).captions
   assert captions[:3] == ['0', '62', '125']
   assert captions[-1] == '937'
+
+
+def test_a_mixed_batch_is_drawn_no_finer_than_it_is_seen(
+    make_config, monkeypatch):
+  config = make_config()
+  drawn = []
+  draw = shapes.draw
+  def count(scene, resolution):
+    drawn.append(resolution)
+    return draw(scene, resolution)
+  monkeypatch.setattr(shapes, 'draw', count)
+  # Of four neighbours, two end at 32 px, one at 16 and one at 8.
+  batch = one_batch(config, (8, 16, 32), (8, 6, 4))
+  assert sorted(drawn) == [8] * 2 + [16] * 2 + [32] * 4
+  rows = {'image': [0, 1, 4, 5], 'image_16': [2, 6], 'image_8': [3, 7]}
+  for name, resolution in (('image', 32), ('image_16', 16), ('image_8', 8)):
+    plain = one_batch(config, (resolution,), (8,))
+    np.testing.assert_array_equal(batch[name], plain['image'][rows[name]])
+    np.testing.assert_array_equal(batch['text'], plain['text'])
+
+
+def test_an_unmixed_batch_has_one_array_of_images(make_config):
+  batch = one_batch(make_config(), (8, 16), (4, 4))
+  assert sorted(batch) == ['bad', 'image', 'scale', 'text']
+  assert batch['image'].shape == (4, 16, 16, 3)

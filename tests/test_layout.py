@@ -15,6 +15,7 @@ ROWS = (
     {'sharding', 'state', 'optim', 'checkpoint', 'metrics',
      'hugging_face', 'torch_files'},
     {'diffusion', 'models', 'data', 'eval'},
+    {'mixed_batch'},
     {'__init__'},
 )
 LEAVES = 6

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ class Training(NamedTuple):
   model: Matryoshka
   new_state: Callable  # parameters -> a state in its shards
   run: Callable        # (state, batch, caption dropout); donates the state
+  compiled_text: Callable  # (batch) -> the compiled step
   traces: list         # one entry for each time that the step was traced
   shardings: TrainState
 
@@ -66,25 +68,33 @@ def training(make_config):
         train_step, donate_argnums=0,
         in_shardings=(shardings, {
             name: sharding.batch_sharding(mesh, ndim) for name, ndim in
-            (('image', 4), ('text', 2), ('scale', 1), ('bad', 1))}, replicated),
+            (('image', 4), ('image_8', 4), ('text', 2), ('scale', 1),
+             ('bad', 1))}, replicated),
         out_shardings=(shardings, replicated))
+    def compiled_text(batch):
+      state = jax.eval_shape(make_state, model.shapes(config.text.max_length))
+      return jitted.lower(
+          state, sharding.shard_batch(batch, mesh), 0.5).compile().as_text()
     return Training(
         model,
         lambda params: init(sharding.place(params, shardings.params)),
         lambda state, batch, dropout=0.5: jitted(
             state, sharding.shard_batch(batch, mesh), dropout),
-        traces, shardings)
+        compiled_text, traces, shardings)
   return make
 
 
 @pytest.fixture(scope='module')
 def batch(make_config):
-  """Plain images of random colours, and captions."""
+  """Plain images of random colours, and captions; every other ends at 8 px."""
   rng = np.random.default_rng(0)
   colors = rng.integers(0, 256, (BATCH, 1, 1, 3), np.uint8)
   encode = inputs.make_tokenizer(make_config()).encode
+  def plain(colors, side):
+    return np.broadcast_to(colors, (len(colors), side, side, 3)).copy()
   return {
-      'image': np.broadcast_to(colors, (BATCH, 16, 16, 3)).copy(),
+      'image': plain(colors[::2], 16),
+      'image_8': plain(colors[1::2], 8),
       'text': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
       'scale': np.linspace(6, 20, BATCH, dtype=np.float32),
       'bad': np.zeros(BATCH, bool)}
@@ -169,16 +179,41 @@ def test_dropped_captions_are_the_empty_caption(
 
 
 def test_mixed_batch(training, batch, random_params):
-  """Level 1 does not see the second half of the images, level 0 does."""
+  """Level 1 does not see the images that end at 8 px, level 0 does."""
   made = training('one')
 
-  def level_losses(batch):
+  def level_losses(**changes):
     state = made.new_state(random_params(made.model, 8))
-    return made.run(state, batch)[1]['level_losses']
+    return made.run(state, batch | changes)[1]['level_losses']
 
-  expected = level_losses(batch)
-  image = batch['image'].copy()
-  image[BATCH // 2:] = 255 - image[BATCH // 2:]
-  changed = level_losses(batch | {'image': image})
+  expected = level_losses()
+  changed = level_losses(image_8=255 - batch['image_8'])
   assert changed[1] == expected[1]
   assert abs(changed[0] - expected[0]) > 1e-3
+  changed = level_losses(image=255 - batch['image'])
+  assert (abs(changed - expected) > 1e-3).all()
+
+
+def test_all_images_may_be_at_the_finest_resolution(
+    training, batch, random_params, make_config):
+  """Rows keep their text: 8 px images are among their finer neighbours."""
+  made = training('one')
+  config = make_config()
+  config.stages[1].mixed_ratio = (1.0, 1.0)
+  eval_step = steps.make_eval_step(
+      made.model, build.make_objective(config, config.stages[1]), 0)
+  params = random_params(made.model, 8)
+  whole = batch | {'image': np.stack(
+      [batch['image'], batch['image_8'].repeat(2, 1).repeat(2, 2)], axis=1,
+  ).reshape(BATCH, 16, 16, 3)}
+  del whole['image_8']
+  np.testing.assert_allclose(
+      eval_step(params, whole, 0), eval_step(params, batch, 0), rtol=1e-5)
+
+
+def test_no_example_of_a_mixed_batch_changes_its_device(training, batch):
+  text = training('data').compiled_text(batch)
+  collectives = set(re.findall(
+      r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
+      r'(?:-start)?\(', text))
+  assert collectives == {'all-reduce'}

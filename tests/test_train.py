@@ -19,7 +19,7 @@ from tests.tools.test_prepare_data import good_files, write_tar
 
 
 def toy_config():
-  """Two stages of a few steps on one device."""
+  """Two stages of a few steps on one device, the second on mixed batches."""
   config = common.get_config()
   config.model.levels = [common.level(8), common.level(16)]
   config.model.levels[1].channels = (8, 8)
@@ -27,6 +27,7 @@ def toy_config():
   config = common.smoke(config)
   for stage in config.stages:
     stage.batch_size = 8
+  config.stages[1].update(mixed_ratio=(1.0, 1.0), batch_size=16)
   config.checkpoint_every = 2
   config.checkpoints_to_keep = 3
   return config.lock()

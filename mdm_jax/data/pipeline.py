@@ -7,7 +7,7 @@ so any number of them gives the same global batches, and resuming at batch k
 starts there without reading anything before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from mdm_jax.data.transforms import BadRecord
 
 Record = dict[str, Any]
 Example = dict[str, np.ndarray]
+Transform = Callable[[Record, np.random.Generator], Example]
 
 # Far beyond any training run, and small enough for len() of the positions.
 _ENDLESS = 2**40
@@ -89,8 +90,7 @@ def record_index(
 class _Examples:
   """Maps a position in this process's stream to an example."""
 
-  source: Source
-  transform: Callable[[Record, np.random.Generator], Example]
+  rows: tuple[tuple[Source, Transform], ...]
   seed: int
   shuffle: bool
   batch_size: int  # global
@@ -104,13 +104,15 @@ class _Examples:
     position = (
         batch * self.batch_size + self.process_index * local_batch_size + row
     )
+    # By the place in the global batch, which no process or worker changes.
+    source, transform = self.rows[position % self.batch_size % len(self.rows)]
     for replacement in range(_MAX_REPLACEMENTS):
       index = record_index(
-          position + replacement, len(self.source), self.seed, self.shuffle
+          position + replacement, len(source), self.seed, self.shuffle
       )
       rng = np.random.default_rng((self.seed, _EXAMPLE_STREAM, position))
       try:
-        example = self.transform(self.source[index], rng)
+        example = transform(source[index], rng)
       except BadRecord as error:
         self._report(error)
         last_error = error
@@ -127,13 +129,23 @@ class _Examples:
       logging.warning('Replaced an unusable record: %s', error)
 
 
+def _stack(examples: Sequence[Example]) -> Example:
+  """Stacks what goes by each name, of the examples that have it."""
+  names = {name: None for example in examples for name in example}
+  return {
+      name: np.stack([x[name] for x in examples if name in x])
+      for name in names
+  }
+
+
 def make_dataset(
     source: Source,
     *,
-    transform: Callable[[Record, np.random.Generator], Example],
+    transform: Transform,
     batch_size: int,
     seed: int,
     shuffle: bool,
+    further_rows: Sequence[tuple[Source, Transform]] = (),
     start_batch: int = 0,
     num_batches: int | None = None,
     process_index: int = 0,
@@ -157,6 +169,10 @@ def make_dataset(
     seed: non-negative; decides the order and every `rng`.
     shuffle: a new order each epoch; otherwise the source's order, over and
       over.
+    further_rows: the sources and transforms of rows 1, 2, … of a pattern that
+      repeats along the global batch, where row 0 has `source` and
+      `transform`. The sources differ in how they show the same records. Under
+      a name that some rows do not have, the others are stacked without them.
     start_batch: the global index of the first batch that is yielded.
     num_batches: how many batches to yield; None for no end.
     process_index: this process, of `process_count`.
@@ -167,18 +183,20 @@ def make_dataset(
     prefetch: batches that are buffered, by this process or by each worker.
 
   Raises:
-    ValueError: for an empty source, or a `batch_size` that `process_count`
-      does not divide; while iterating, when 100 records in a row are bad.
+    ValueError: for an empty source, or a `batch_size` that is not a multiple
+      of `process_count` patterns; while iterating, when 100 records in a row
+      are bad.
   """
   if len(source) == 0:
     raise ValueError('The data set is empty.')
-  if batch_size < 1 or batch_size % process_count:
+  rows = ((source, transform), *further_rows)
+  if batch_size < 1 or batch_size % (process_count * len(rows)):
     raise ValueError(
         f'batch_size={batch_size} must be a positive multiple of the '
-        f'{process_count} processes.'
+        f'{process_count} processes, times {len(rows)} rows of a pattern.'
     )
   examples = _Examples(
-      source, transform, seed, shuffle, batch_size, process_index,
+      rows, seed, shuffle, batch_size, process_index,
       process_count,
   )
   local_batch_size = batch_size // process_count
@@ -192,7 +210,7 @@ def make_dataset(
       .map(examples)
       # Batching after to_iter_dataset would deal single examples out to the
       # workers and make the order depend on how many there are.
-      .batch(local_batch_size)
+      .batch(local_batch_size, batch_fn=_stack if further_rows else None)
       .to_iter_dataset(
           grain.ReadOptions(
               num_threads=num_threads,

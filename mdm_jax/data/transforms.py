@@ -176,6 +176,7 @@ class Transform:
       of left and right.
     random_crop: the square lies anywhere, rather than in the centre.
     leave_out: a caption that is too long is a bad record, rather than cut.
+    image_name: what the image is called in the example.
   """
 
   tokenizer: Tokenizer
@@ -183,6 +184,7 @@ class Transform:
   flip: bool = False
   random_crop: bool = False
   leave_out: bool = False
+  image_name: str = 'image'
 
   def __call__(
       self, record: dict[str, Any], rng: np.random.Generator
@@ -216,7 +218,7 @@ class Transform:
     if self.flip and rng.random() < 0.5:
       image = image[:, ::-1]
     return {
-        'image': image,
+        self.image_name: image,
         'text': text,
         'scale': np.float32(record.get('size', side)),
     }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mdm_jax import mixed_batch
 from mdm_jax.diffusion import process
 from mdm_jax.diffusion.process import DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
@@ -17,14 +18,15 @@ def draw_time(rng: jax.Array, batch: int, num_steps: int) -> jax.Array:
 
 
 def training_gammas(
-  schedule: Schedule, pyramid: Pyramid, t: jax.Array
+  schedule: Schedule, pyramid: Pyramid, t: jax.Array, repeats: int = 1
 ) -> tuple[jax.Array, ...]:
   """Each level's gammas for the draw `t`, coarse to fine, [B_r, 1, 1, 1].
 
-  The draw 0 is the first noisy step, so the tables are read at t + 1.
+  The draw 0 is the first noisy step, so the tables are read at t + 1. In a
+  mixed batch the pattern repeats so often.
   """
   return tuple(
-    schedule.gamma(level, t[: len(images)] + 1)
+    schedule.gamma(level, mixed_batch.take(t, len(images), repeats) + 1)
     for level, images in enumerate(pyramid)
   )
 
@@ -76,12 +78,13 @@ def multi_resolution_loss(
   loss_space: str = 'eps',
   weights: Sequence[float],
   time_weights: jax.Array | None = None,
+  repeats: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The weighted sum of the levels' losses, for each example.
 
-  In a mixed batch a level sees only the first B_r of the B examples. Its loss
-  is multiplied by B / B_r, so that the mean over the batch is the mean over
-  the examples that it does see.
+  In a mixed batch a level sees only B_r of the B examples (`mixed_batch`). Its
+  loss is multiplied by B / B_r, so that the mean over the batch is the mean
+  over the examples that it does see.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B]) to the predictions, a pyramid of the
@@ -95,12 +98,13 @@ def multi_resolution_loss(
     weights: one for each level, coarse to fine; not normalised.
     time_weights: float32 [T + 1], indexed like the gammas, such as
       `vdm_weights`; None weighs all noising steps alike.
+    repeats: of a mixed batch's pattern.
 
   Returns:
     The loss per example, float32 [B], and {'level_losses': [levels]}, each
     level's unweighted mean over the examples that it sees.
   """
-  gammas = training_gammas(schedule, pyramid, t)
+  gammas = training_gammas(schedule, pyramid, t, repeats)
   x_t = tuple(map(process.add_noise, pyramid, eps, gammas))
   predictions = denoise_fn(x_t, t)
   total = jnp.zeros(len(t), jnp.float32)
@@ -112,9 +116,8 @@ def multi_resolution_loss(
       *level, parameterization=parameterization, loss_space=loss_space
     )
     level_losses.append(losses.mean())
-    unseen = len(t) - len(losses)
     scale = weight * len(t) / len(losses)
-    total += scale * jnp.pad(losses, (0, unseen))
+    total += scale * mixed_batch.pad(losses, len(t), repeats)
   if time_weights is not None:
     total *= jnp.asarray(time_weights)[t + 1]
   return total, {'level_losses': jnp.stack(level_losses)}

@@ -1,9 +1,11 @@
 """Images at every resolution, and how many examples each level sees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from mdm_jax import mixed_batch
 
 Pyramid = tuple[jax.Array, ...]
 
@@ -38,7 +40,7 @@ def batch_fractions(mixed_ratio: Sequence[float]) -> tuple[float, ...]:
   Raises:
     ValueError: if a share is negative or the finest is not positive.
   """
-  if min(mixed_ratio) < 0 or mixed_ratio[-1] <= 0:
+  if min(mixed_ratio, default=-1) < 0 or mixed_ratio[-1] <= 0:
     raise ValueError(
       f'mixed_ratio {tuple(mixed_ratio)} must not be negative, and its last '
       'entry (the finest level) must be positive.'
@@ -68,41 +70,61 @@ def level_batch_sizes(
 
 
 def make_pyramid(
-  images: jax.Array, resolutions: Sequence[int], fractions: Sequence[float]
+  images: jax.Array,
+  resolutions: Sequence[int],
+  fractions: Sequence[float],
+  *,
+  coarse: Mapping[int, jax.Array] | None = None,
+  repeats: int = 1,
 ) -> Pyramid:
   """Average-pools each level from the one above it.
 
   Args:
-    images: [B, H, H, 3] at the finest resolution.
+    images: [N, H, H, 3] at the finest resolution: of the examples that the
+      finest level sees, or of more.
     resolutions: coarse to fine; each must divide the next.
-    fractions: coarse to fine, the share of the batch, counted from its first
-      example, that each level keeps.
+    fractions: coarse to fine, the share of the batch that each level sees.
+    coarse: level -> images [M, H_r, H_r, 3] of the examples whose finest
+      level it is, if `images` is without them.
+    repeats: of a mixed batch's pattern, see `mixed_batch`.
 
   Returns:
     Coarse to fine, `pyramid[r]` of [fractions[r] * B, H_r, H_r, 3].
 
   Raises:
-    ValueError: if the images are not of the finest resolution, a resolution
+    ValueError: if images are not of their level's resolution, a resolution
       does not divide the next, or a fraction of the batch is not whole.
   """
-  batch, height, width, channels = images.shape
-  if (height, width) != (resolutions[-1], resolutions[-1]):
-    raise ValueError(
-      f'The images are {height}x{width}: crop them to the finest '
-      f'resolution, {resolutions[-1]}.'
-    )
-  levels = [images]
-  for resolution in reversed(resolutions[:-1]):
-    factor, remainder = divmod(levels[0].shape[1], resolution)
-    if remainder:
-      raise ValueError(
-        f'Resolutions {tuple(resolutions)}: each must divide the next.'
-      )
-    blocks = levels[0].reshape(
-      batch, resolution, factor, resolution, factor, channels
-    )
-    levels.insert(0, blocks.mean((2, 4)))
+  coarse = coarse or {}
+  batch = len(images) + sum(map(len, coarse.values()))
   sizes = level_batch_sizes(batch, fractions)
+  for level, own in {**coarse, len(resolutions) - 1: images}.items():
+    if own.shape[1:3] != (resolutions[level],) * 2:
+      raise ValueError(
+        f'The images are {own.shape[1]}x{own.shape[2]}: crop them to the '
+        f'resolution of level {level}, {resolutions[level]}.'
+      )
+  levels = [images]
+  for level in reversed(range(len(resolutions) - 1)):
+    pooled = _pool(levels[0], resolutions[level])
+    if level in coarse:
+      pooled = mixed_batch.join(pooled, coarse[level], repeats)
+    levels.insert(0, pooled)
   return tuple(
-    level[:size] for level, size in zip(levels, sizes, strict=True)
+    mixed_batch.take(images, size, repeats)
+    for images, size in zip(levels, sizes, strict=True)
   )
+
+
+def _pool(images: jax.Array, resolution: int) -> jax.Array:
+  """Means of square blocks: [B, H, H, 3] -> [B, resolution, resolution, 3]."""
+  batch, side, _, channels = images.shape
+  factor, remainder = divmod(side, resolution)
+  if remainder:
+    raise ValueError(
+      f'Resolutions {resolution} and {side}: each must divide the next.'
+    )
+  blocks = images.reshape(
+    batch, resolution, factor, resolution, factor, channels
+  )
+  return blocks.mean((2, 4))

@@ -28,10 +28,6 @@ class Cond(NamedTuple):
   text_mask: jax.Array
   scale: jax.Array | None = None
 
-  def first(self, count: int) -> 'Cond':
-    """The conditioning of the first `count` examples."""
-    return jax.tree.map(lambda x: x[:count], self)
-
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:

@@ -63,6 +63,7 @@ class Matryoshka:
     return Cond(text, mask, scale)
 
   def denoise(self, params: dict, x_t: tuple[jax.Array, ...], t: jax.Array,
-              cond: Cond) -> tuple[jax.Array, ...]:
+              cond: Cond, repeats: int = 1) -> tuple[jax.Array, ...]:
     """The network's prediction at every level, see `NestedUNet`."""
-    return self.unet.apply({'params': params['unet']}, x_t, t, cond)
+    return self.unet.apply(
+        {'params': params['unet']}, x_t, t, cond, repeats)

@@ -4,6 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from mdm_jax import mixed_batch
 from mdm_jax.models.conditioning import Cond, TextConditioning, TextSpec
 from mdm_jax.models.unet import LevelSpec, UNet
 
@@ -35,14 +36,15 @@ class NestedUNet(nn.Module):
         for r, spec in enumerate(self.levels)]
 
   def __call__(self, x_t: tuple[jax.Array, ...], t: jax.Array,
-               cond: Cond) -> tuple[jax.Array, ...]:
+               cond: Cond, repeats: int = 1) -> tuple[jax.Array, ...]:
     """Predicts for every level.
 
     Args:
       x_t: noisy pyramid, coarse to fine, `x_t[r]` [B_r, H_r, W_r, 3]. In a
-        mixed batch B_r < B_0 and level r sees the first B_r examples.
+        mixed batch B_r < B_0, see `mixed_batch`.
       t: [B_0] diffusion time.
       cond: the conditioning of all B_0 examples.
+      repeats: of a mixed batch's pattern.
 
     Returns:
       A pyramid of predictions of the shapes of `x_t`, float32.
@@ -51,12 +53,12 @@ class NestedUNet(nn.Module):
     # Down, fine to coarse. `outer` is what a finer level hands inwards.
     outer, states = 0, []
     for level, x in zip(reversed(self.level), reversed(x_t)):
-      batch = len(x)
-      temb = level.embed(
-          t[:batch], None if cond.scale is None else cond.scale[:batch],
-          pooled[:batch])
-      context = (temb, text[:batch], None if mask is None else mask[:batch])
-      h, skips = level.descend(x, *context, _pad_batch(outer, batch))
+      t_r, scale, pooled_r, *context = mixed_batch.take(
+          (t, cond.scale, pooled, text, mask), len(x), repeats)
+      context = (level.embed(t_r, scale, pooled_r), *context)
+      if states:
+        outer = mixed_batch.pad(outer, len(x), repeats)
+      h, skips = level.descend(x, *context, outer)
       states.append((h, skips, context))
       if level.inner_channels is not None:
         outer = level.in_adapter(h)
@@ -67,14 +69,8 @@ class NestedUNet(nn.Module):
       if level.inner_channels is None:
         h = level.middle(bottom, *context)
       else:
-        h = bottom + level.out_adapter(h[:len(bottom)])
+        h = mixed_batch.take(h, len(bottom), repeats)
+        h = bottom + level.out_adapter(h)
       h = level.ascend(h, skips, *context)
       out.append(level.out(h))
     return tuple(out)
-
-
-def _pad_batch(x: jax.Array | int, batch: int) -> jax.Array | int:
-  """Appends zeros for the examples that the finer level did not see."""
-  if isinstance(x, int) or len(x) == batch:
-    return x
-  return jnp.pad(x, ((0, batch - len(x)), (0, 0), (0, 0), (0, 0)))

@@ -192,11 +192,58 @@ def test_errors_name_what_is_wrong(size, options, message):
     batches(Numbers(size), **options)
 
 
-def test_worker_processes_give_the_same_batches():
+def rows_of(name):
+  def transform(record, rng):
+    return {'number': np.int32(record['number']), name: np.ones(len(name))}
+
+  return transform
+
+
+@pytest.mark.parametrize('process_count', [1, 2, 4])
+def test_rows_of_a_pattern_are_stacked_by_name(process_count):
+  other = Numbers(21)
+  options = {
+      'batch_size': 12, 'transform': rows_of('long'),
+      'further_rows': [(Numbers(21), rows_of('long')), (other, rows_of('x'))],
+  }
+  plain = batches(Numbers(21), batch_size=12)
+  parts = [
+      batches(
+          Numbers(21), **options, process_index=i, process_count=process_count
+      )
+      for i in range(process_count)
+  ]
+  # The order is that of any other batch; every third row has no 'long'.
+  for k, whole in enumerate(plain):
+    number = np.concatenate([part[k]['number'] for part in parts])
+    np.testing.assert_array_equal(number, whole['number'])
+    for part in parts:
+      assert part[k]['long'].shape == (8 // process_count, 4)
+      assert part[k]['x'].shape == (4 // process_count, 1)
+  assert sorted(set(other.read)) == sorted({
+      int(n) for whole in plain for n in whole['number'][2::3]
+  })
+
+
+def test_processes_hold_whole_patterns():
+  with pytest.raises(ValueError, match='batch_size=12.*2 processes.*4 rows'):
+    batches(
+        Numbers(5), batch_size=12, process_count=2,
+        further_rows=[(Numbers(5), to_example)] * 3,
+    )
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_worker_processes_give_the_same_batches(mixed):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+  tokenizer = Tokenizer(CAPTIONS_MODEL, 16)
+  coarse = Transform(tokenizer, 8, image_name='image_8')
   options = {
-      'transform': Transform(Tokenizer(CAPTIONS_MODEL, 16), 16),
+      'transform': Transform(tokenizer, 16),
+      'further_rows': [
+          (ShapesSource(seed=0, split='train', size=10, resolution=8), coarse)
+      ] * mixed,
       'batch_size': 4,
       'num_batches': 3,
       'start_batch': 2,
@@ -206,6 +253,7 @@ def test_worker_processes_give_the_same_batches():
   found = batches(source, num_workers=2, **options)
   assert len(found) == len(expected) == 3
   for one, other in zip(expected, found):
-    assert sorted(one) == ['bad', 'image', 'scale', 'text']
+    images = ['image', 'image_8'] if mixed else ['image']
+    assert sorted(one) == ['bad', *images, 'scale', 'text']
     for name in one:
       np.testing.assert_array_equal(one[name], other[name])

@@ -207,6 +207,21 @@ def test_transform_of_a_file():
   assert example['scale'] == 30 and example['scale'].dtype == np.float32
 
 
+def test_an_image_goes_under_its_name_at_its_resolution(monkeypatch):
+  record = {'image': encode(ramp(40, 30)), 'caption': 'a cat', 'key': 'k'}
+  decoded = []
+  decode = transforms.decode_image
+  def decode_image(data, resolution, key):
+    decoded.append(resolution)
+    return decode(data, resolution, key)
+  monkeypatch.setattr(transforms, 'decode_image', decode_image)
+  coarse = Transform(Lengths(), 4, image_name='image_4')
+  example = coarse(record, np.random.default_rng(0))
+  assert decoded == [4]
+  assert example['image_4'].shape == (4, 4, 3) and 'image' not in example
+  assert example['scale'] == 30
+
+
 def test_transform_of_an_array():
   image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
   record = {'image': image, 'caption': '', 'key': 'k'}

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax import mixed_batch
 from mdm_jax.diffusion import loss, process
 from mdm_jax.diffusion import pyramid as pyramids
 from mdm_jax.diffusion.schedule import make_schedule, vdm_weights
@@ -55,6 +56,28 @@ def test_levels_are_weighted_and_divided_by_their_fraction(fractions):
   np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=1e-6)
   np.testing.assert_allclose(
     aux['level_losses'] @ np.array([1, 4]), expected.mean(), rtol=2e-5
+  )
+
+
+def test_a_pattern_that_repeats():
+  pyramid, eps = _batch((1, 0.5))
+  def losses(x0, t, eps, repeats):
+    def denoise(x_t, t):
+      times = (mixed_batch.take(t, len(x), repeats) for x in x_t)
+      return tuple(
+        x * time[:, None, None, None] / 1000
+        for x, time in zip(x_t, times, strict=True)
+      )
+    return loss.multi_resolution_loss(
+      denoise, SCHEDULE, x0, t, eps, weights=(1, 4), repeats=repeats
+    )
+  def twice(tree):
+    return jax.tree.map(lambda x: np.concatenate([x, x]), tree)
+  once, once_levels = losses(pyramid, T, eps, 1)
+  found, levels = losses(twice(pyramid), twice(T), twice(eps), 2)
+  np.testing.assert_allclose(found, twice(once), rtol=1e-6)
+  np.testing.assert_allclose(
+    levels['level_losses'], once_levels['level_losses'], rtol=1e-6
   )
 
 

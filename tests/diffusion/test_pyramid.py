@@ -39,6 +39,24 @@ def test_levels_are_block_means_of_the_first_examples():
   np.testing.assert_allclose(levels[0], _pool(images, 8), atol=1e-6)
 
 
+def test_images_of_the_coarse_examples_take_their_places():
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(8, 16, 16, 3)).astype(np.float32)
+  sizes = (1, 0.75, 0.5)
+  whole = pyramids.make_pyramid(images, (4, 8, 16), sizes, repeats=2)
+  np.testing.assert_array_equal(whole[2], images[[0, 1, 4, 5]])
+  levels = pyramids.make_pyramid(
+    images[[0, 1, 4, 5]], (4, 8, 16), sizes, repeats=2,
+    coarse={1: _pool(images[[2, 6]], 2), 0: _pool(images[[3, 7]], 4)},
+  )
+  for found, expected in zip(levels, whole, strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+  with pytest.raises(ValueError, match='8x8: .* level 0, 4'):
+    pyramids.make_pyramid(
+      images[:4], (4, 16), (1, 0.5), coarse={0: images[:4, :8, :8]}
+    )
+
+
 @pytest.mark.parametrize(
   'ratio, fractions',
   [

@@ -23,3 +23,18 @@ def test_forward_equals_release(name, golden, golden_model):
     assert actual.shape == expected.shape
     print(name, i, np.abs(actual - expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    'name', [name for name in FORWARD if name.endswith('mixed')])
+def test_a_pattern_that_repeats(name, golden, golden_model):
+  data = golden(name)
+  levels = sum(key.startswith('x_t_') for key in data)
+  twice = {key: np.concatenate([value, value])
+           for key, value in data.items() if value.ndim}
+  x_t = tuple(twice[f'x_t_{i}'] for i in reversed(range(levels)))
+  out = golden_model(str(data['model']))(
+      x_t, twice['t'], twice['cond'], twice['mask'] > 0, repeats=2)
+  for i in range(levels):
+    np.testing.assert_allclose(
+        out[levels - 1 - i], twice[f'out_{i}'], rtol=0, atol=2e-5)
