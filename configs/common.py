@@ -88,10 +88,13 @@ def get_config() -> ConfigDict:
           'ema_decay': 0.9999,
       },
       'sampler': {
-          'name': 'ddim',             # or 'ddpm'
+          'name': 'ddim',             # or ddpm, heun, dpm, dpm_sde
           'num_steps': 50,
           'eta': 0.0,                 # DDIM's share of fresh noise
           'guidance': 7.5,            # 1 is none
+          'guidance_rescale': 0.0,    # to the unguided contrast, 0 to 1
+          # Noising steps that are guided, as shares of all of them.
+          'guidance_interval': (0.0, 1.0),
           'threshold': 'dynamic_if',  # of x0: none, clip, dynamic
       },
       'log_every': 50,           # steps between two progress lines

@@ -103,10 +103,20 @@ def _check_sampler(config: ConfigDict) -> None:
   sampler = config.sampler
   samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), sampler.threshold)
   samplers.time_steps(sampler.num_steps, config.diffusion.num_steps)
-  if sampler.name not in ('ddim', 'ddpm'):
-    raise ValueError(f'sampler.name={sampler.name!r}: use ddim or ddpm.')
+  if sampler.name not in samplers.SAMPLERS:
+    raise ValueError(
+        f'sampler.name={sampler.name!r}: use one of {samplers.SAMPLERS}.')
   if not 0 <= sampler.eta <= 1:
     raise ValueError(f'sampler.eta={sampler.eta}: must be in 0..1.')
+  if not 0 <= sampler.guidance_rescale <= 1:
+    raise ValueError(
+        f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in '
+        '0..1.')
+  low, high = sampler.guidance_interval
+  if not 0 <= low < high <= 1:
+    raise ValueError(
+        f'sampler.guidance_interval={sampler.guidance_interval}: give two '
+        'rising shares, from 0 to 1.')
 
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:

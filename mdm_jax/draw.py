@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -26,13 +25,15 @@ class SamplerSpec:
   num_steps: int
   eta: float
   guidance: float
+  guidance_rescale: float
+  guidance_interval: tuple[float, float]  # shares of T
   threshold: str
 
 
 def make_sample_step(
     model: Matryoshka, schedule: Schedule, spec: SamplerSpec, *,
-    parameterization: str, empty_text: np.ndarray,
-) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    parameterization: str,
+) -> Callable[..., tuple[jax.Array, ...]]:
   """Sampling of one batch, pure and not yet jitted.
 
   Args:
@@ -40,18 +41,23 @@ def make_sample_step(
     schedule: its noise schedule.
     spec: the sampler.
     parameterization: what the network predicts.
-    empty_text: the empty caption, which guides.
 
   Returns:
-    (params, text [B, ...], seeds [B]) -> uint8 images, coarse to fine. An
-    image's noise depends on its own seed alone, not on its batch.
+    (params, text [B, ...], negative [B, ...], seeds [B]) -> uint8 images,
+    coarse to fine. Guidance leads away from `negative`, which is the empty
+    caption in training. An image's noise depends on its own seed alone, not
+    on its batch.
   """
-  def sample_step(params, text, seeds):
-    empty = jnp.broadcast_to(jnp.asarray(empty_text, text.dtype), text.shape)
+  # Nothing is asked at each step where all are guided.
+  low, high = spec.guidance_interval
+  interval = None if (low, high) == (0, 1) else (
+      low * schedule.num_steps, high * schedule.num_steps)
+
+  def sample_step(params, text, negative, seeds):
     denoise_fn = guidance.guided_denoise_fn(
         lambda x_t, t, cond: model.denoise(params, x_t, t, cond),
-        model.encode(params, text), model.encode(params, empty),
-        spec.guidance)
+        model.encode(params, text), model.encode(params, negative),
+        spec.guidance, spec.guidance_rescale, interval)
     keys = jax.vmap(jax.random.key)(seeds)
 
     @jax.vmap
@@ -72,12 +78,14 @@ def make_sample_step(
 
 
 def make_draw(
-    sample_step: Callable, batch_size: int, mesh: Mesh, param_shardings: Any,
+    sample_step: Callable, negative: np.ndarray, batch_size: int, mesh: Mesh,
+    param_shardings: Any,
 ) -> DrawFn:
   """Jits a sample step for batches of one size, spread over the mesh.
 
   Args:
     sample_step: as `make_sample_step` makes it.
+    negative: what guidance leads away from: one text.
     batch_size: pictures drawn at once; the last batch is filled up.
     mesh: the devices.
     param_shardings: where the parameters lie.
@@ -85,7 +93,7 @@ def make_draw(
   # Those of a batch, whatever its rank.
   batch = sharding.batch_sharding(mesh, 1)
   jitted = jax.jit(
-      sample_step, in_shardings=(param_shardings, batch, batch),
+      sample_step, in_shardings=(param_shardings, batch, batch, batch),
       out_shardings=sharding.replicated(mesh))
 
   local = batch_size // jax.process_count()
@@ -97,8 +105,11 @@ def make_draw(
       rows = np.arange(first, first + local) % len(text)
       inputs = sharding.shard_batch({
           'text': text[rows],
+          'negative': np.broadcast_to(
+              negative, (local, *negative.shape)).astype(text.dtype),
           'seeds': np.asarray(seeds, np.uint32)[rows]}, mesh)
-      images = jitted(params, inputs['text'], inputs['seeds'])
+      images = jitted(
+          params, inputs['text'], inputs['negative'], inputs['seeds'])
       kept = len(text) - start
       drawn.append([np.asarray(level)[:kept] for level in images])
     return tuple(np.concatenate(level) for level in zip(*drawn))

@@ -21,9 +21,12 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer(
     'steps', None, 'Sampling steps. Default: as in the config.')
 _SAMPLER = flags.DEFINE_enum(
-    'sampler', None, ['ddim', 'ddpm'], 'Default: as in the config.')
+    'sampler', None, ['ddim', 'ddpm', 'heun', 'dpm', 'dpm_sde'],
+    'Default: as in the config.')
 _GUIDANCE = flags.DEFINE_float(
     'guidance', None, 'Guidance weight, 1 is none. Default: as in the config.')
+_NEGATIVE = flags.DEFINE_string(
+    'negative_prompt', '', 'What guidance is to lead away from.')
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'Sample i of a prompt has seed + i.', lower_bound=0)
 
@@ -54,11 +57,12 @@ def main(argv: list[str]) -> None:
         config.eval.batch_size, -(-len(prompts) // shards) * shards)
     build.check(config, mesh)
     text = inputs.encode_prompts(config, prompts)
+    (negative,) = inputs.encode_prompts(config, [_NEGATIVE.value])
     index, params = train.restore_average(config, _WORKDIR.value, mesh)
     params |= build.load_frozen(config, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  draw = train.make_draw(config, index, mesh, params)
+  draw = train.make_draw(config, index, mesh, params, negative)
   begin = time.monotonic()
   seeds = [_SEED.value + i for i in range(_NUM_SAMPLES.value)
            ] * len(_PROMPTS.value)
@@ -76,7 +80,8 @@ def main(argv: list[str]) -> None:
         files[resolution] = f'{i:04d}_{resolution}.png'
         grid.save_png(output / files[resolution], level[i])
       lines.write(json.dumps({
-          'prompt': prompt, 'seed': seed, 'files': files,
+          'prompt': prompt, 'negative_prompt': _NEGATIVE.value, 'seed': seed,
+          'files': files,
           **config.sampler.to_dict()}) + '\n')
   logging.info('Drew %d pictures in %s: %s', len(prompts),
                metrics.duration(time.monotonic() - begin),

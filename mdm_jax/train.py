@@ -347,8 +347,8 @@ def restore_average(
   return index, params
 
 
-def make_draw(config: ConfigDict, index: int, mesh: Mesh,
-              params: Params) -> draw.DrawFn:
+def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
+              negative: np.ndarray | None = None) -> draw.DrawFn:
   """The function that draws prompts with a stage's network.
 
   Args:
@@ -356,14 +356,16 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh,
     index: of the stage.
     mesh: the devices.
     params: what it will be called with, or parameters of the same shardings.
+    negative: a text that guidance leads away from; None for the empty one.
   """
   stage = config.stages[index]
   sample_step = draw.make_sample_step(
       build.make_model(config, stage),
       build.make_noise_schedule(config, stage), build.make_sampler(config),
-      parameterization=config.diffusion.parameterization,
-      empty_text=inputs.empty_text(config))
-  return draw.make_draw(sample_step, config.eval.batch_size, mesh,
+      parameterization=config.diffusion.parameterization)
+  if negative is None:
+    negative = inputs.empty_text(config)
+  return draw.make_draw(sample_step, negative, config.eval.batch_size, mesh,
                         jax.tree.map(lambda x: x.sharding, params))
 
 

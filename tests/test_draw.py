@@ -1,5 +1,7 @@
 """Drawing: an image depends on its prompt and its seed, not on its batch."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -21,14 +23,17 @@ def draw_fn(make_config, random_params):
   sample_step = draw.make_sample_step(
       model, build.make_noise_schedule(config, stage),
       build.make_sampler(config),
-      parameterization=config.diffusion.parameterization,
-      empty_text=inputs.empty_text(config))
+      parameterization=config.diffusion.parameterization)
   params = random_params(model, config.text.max_length)
   shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-  made = draw.make_draw(sample_step, 8, mesh, shardings)
-  params = sharding.place(params, shardings)
-  return lambda prompts, seeds: made(
-      params, inputs.encode_prompts(config, prompts), seeds)
+  placed = sharding.place(params, shardings)
+
+  @functools.cache
+  def made(negative):
+    (text,) = inputs.encode_prompts(config, [negative or ''])
+    return draw.make_draw(sample_step, text, 8, mesh, shardings)
+  return lambda prompts, seeds, negative=None: made(negative)(
+      placed, inputs.encode_prompts(config, prompts), seeds)
 
 
 @pytest.fixture(scope='module')
@@ -60,3 +65,11 @@ def test_prompt_and_seed_matter(draw_fn, drawn):
     expected = level[0].astype(int)
     assert np.abs(seed[0] - expected).mean() > 10
     assert np.abs(prompt[0] - expected).mean() > 0.1
+
+
+def test_guidance_leads_away_from_a_negative_prompt(draw_fn, drawn):
+  both = [PROMPTS[0], PROMPTS[3]]
+  first, second = (
+      draw_fn(both, [0, 0], negative=prompt)[1] for prompt in (None, both[1]))
+  for i in range(2):
+    assert np.abs(first[i].astype(int) - second[i]).mean() > 0.1

@@ -15,6 +15,8 @@ def guided_denoise_fn(
   cond: Any,
   uncond: Any,
   w: float | jax.Array,
+  rescale: float = 0.0,
+  interval: tuple[float, float] | None = None,
 ) -> DenoiseFn:
   """Guides the network's output by `w` at every level.
 
@@ -28,6 +30,12 @@ def guided_denoise_fn(
     uncond: what stands for no conditioning, shaped like `cond`.
     w: guidance weight. The Python number 1 makes it one plain forward of B,
       and `uncond` is not read; a traced scalar always costs 2B.
+    rescale: how far, from 0 to 1, the guided output's standard deviation is
+      taken back to that of the conditional one, for each example and level
+      (Lin et al., arXiv 2305.08891, eqs. 15 and 16).
+    interval: the first and the last t that are guided, at one forward of B
+      for others (Kynkäänniemi et al., arXiv 2404.07724). All examples must
+      have the same t then. None guides all.
 
   Returns:
     A function (x_t pyramid, t [B]) -> predictions.
@@ -45,6 +53,22 @@ def guided_denoise_fn(
       jax.tree.map(stack, uncond, cond),
     )
     halves = [jnp.split(prediction, 2) for prediction in both]
-    return tuple(without + w * (given - without) for without, given in halves)
+    return tuple(combine(*half) for half in halves)
 
-  return guided
+  def combine(without, given):
+    output = without + w * (given - without)
+    if not rescale:
+      return output
+    axes = tuple(range(1, output.ndim))
+    ratio = given.std(axes, keepdims=True) / output.std(axes, keepdims=True)
+    return output * (1 + rescale * (ratio - 1))
+
+  if interval is None:
+    return guided
+
+  def guided_within(x_t, t):
+    is_guided = (interval[0] <= t[0]) & (t[0] <= interval[1])
+    return jax.lax.cond(
+      is_guided, guided, lambda x_t, t: denoise_fn(x_t, t, cond), x_t, t)
+
+  return guided_within

@@ -5,6 +5,7 @@ A step goes from the noising step t to an earlier one, s. `gamma` and
 """
 
 from collections.abc import Callable, Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,10 @@ from mdm_jax.diffusion import process
 from mdm_jax.diffusion.process import DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
+
+# Those that draw fresh noise at every step; DDIM does if eta says so.
+STOCHASTIC = ('ddpm', 'dpm_sde')
+SAMPLERS = ('ddim', 'heun', 'dpm', *STOCHASTIC)
 
 
 def start_noise(
@@ -126,6 +131,46 @@ def ddim_step(
   )
 
 
+def heun_step(
+  eps: jax.Array, eps_s: jax.Array, x_t: jax.Array, gamma: jax.Array,
+  gamma_s: jax.Array,
+) -> jax.Array:
+  """x_s along the mean of the slopes at t and at s.
+
+  Heun's method on DDIM's differential equation, d(x / signal) = eps d(noise /
+  signal) (Song et al., eq. 14; Karras et al., arXiv 2206.00364, alg. 1).
+  `eps_s` is that at DDIM's x_s.
+  """
+  ratio = jnp.sqrt(gamma_s / gamma)
+  slope = (eps + eps_s) / 2
+  return ratio * x_t + (
+    jnp.sqrt(1 - gamma_s) - ratio * jnp.sqrt(1 - gamma)) * slope
+
+
+def half_logsnr(gamma: jax.Array) -> jax.Array:
+  """Lambda of DPM-Solver, log(signal / noise); infinite where gamma is 1."""
+  return (jnp.log(gamma) - jnp.log1p(-gamma)) / 2
+
+
+def extrapolate_x0(
+  x0: jax.Array, gamma: jax.Array, gamma_s: jax.Array, x0_r: jax.Array,
+  gamma_r: jax.Array,
+) -> jax.Array:
+  """x0 half way from t to s, on the line through those at r and at t.
+
+  Half way in `half_logsnr`: D of DPM-Solver++(2M) (Lu et al., arXiv
+  2211.01095, alg. 2). With it `ddim_step` is that solver's step, and
+  `ddpm_step` that of its SDE form; with x0 they are those of first order. The
+  step r was before t. Where r is t, or s has no noise left, x0 is returned.
+  """
+  step, last = (
+    half_logsnr(end) - half_logsnr(start)
+    for start, end in ((gamma, gamma_s), (gamma_r, gamma)))
+  is_first_order = (last == 0) | (gamma_s == 1)
+  slope = jnp.where(is_first_order, 0, step / jnp.where(last == 0, 1, last))
+  return x0 + slope / 2 * (x0 - x0_r)
+
+
 def sample_step(
   denoise_fn: DenoiseFn,
   x_t: Pyramid,
@@ -133,6 +178,7 @@ def sample_step(
   t: jax.Array,
   s: jax.Array,
   noise: Pyramid | None,
+  before: tuple[jax.Array, Pyramid] | None = None,
   *,
   sampler: str,
   eta: float,
@@ -143,34 +189,54 @@ def sample_step(
 
   The network is given t - 1, the draw that it saw this noise under in
   training. The other arguments are those of `sample`; `noise` may be None if
-  the step draws none.
+  the step draws none. `before` is the noising step r before t, and its x0;
+  None at the first.
 
   Returns:
     The pyramids x_s and the thresholded x0, float32.
   """
   batch = len(x_t[0])
-  t, s = jnp.full(batch, t), jnp.full(batch, s)
-  predictions = denoise_fn(x_t, t - 1)
-  x_s, predicted = [], []
-  for level, (prediction, x) in enumerate(zip(predictions, x_t, strict=True)):
-    gamma, gamma_s = schedule.gamma(level, t), schedule.gamma(level, s)
-    x0 = threshold_x0(
-      process.predict_x0(
-        prediction.astype(jnp.float32), x, gamma, parameterization
-      ),
-      threshold,
-    )
-    level_noise = None if noise is None else noise[level]
-    match sampler:
-      case 'ddpm':
-        x = ddpm_step(x0, x, gamma, gamma_s, level_noise)
-      case 'ddim':
-        x = ddim_step(x0, x, gamma, gamma_s, level_noise, eta)
-      case _:
-        raise ValueError(f'Unknown sampler {sampler!r}: use ddpm or ddim.')
-    x_s.append(x)
-    predicted.append(x0)
-  return tuple(x_s), tuple(predicted)
+
+  def gammas(step):
+    return tuple(schedule.gamma(level, jnp.full(batch, step))
+                 for level in range(len(x_t)))
+
+  def predict(x_t, step):
+    return tuple(
+      threshold_x0(
+        process.predict_x0(
+          prediction.astype(jnp.float32), x, gamma, parameterization
+        ),
+        threshold,
+      )
+      for prediction, x, gamma in zip(
+        denoise_fn(x_t, jnp.full(batch, step - 1)), x_t, gammas(step),
+        strict=True))
+
+  x0, gamma, gamma_s = predict(x_t, t), gammas(t), gammas(s)
+  target = x0
+  if sampler.startswith('dpm') and before is not None:
+    r, x0_r = before
+    target = tuple(map(extrapolate_x0, x0, gamma, gamma_s, x0_r, gammas(r)))
+  match sampler:
+    case 'ddpm' | 'dpm_sde':
+      x_s = tuple(map(ddpm_step, target, x_t, gamma, gamma_s, noise))
+    case 'ddim' if eta:
+      x_s = tuple(map(functools.partial(ddim_step, eta=eta),
+                      x0, x_t, gamma, gamma_s, noise))
+    case 'ddim' | 'dpm' | 'heun':
+      x_s = tuple(map(ddim_step, target, x_t, gamma, gamma_s))
+    case _:
+      raise ValueError(f'Unknown sampler {sampler!r}: use one of {SAMPLERS}.')
+  if sampler == 'heun':
+    def correct(x_s):
+      slopes, slopes_s = (
+        tuple(process.predict_eps(*level, 'x0') for level in zip(*at))
+        for at in ((x0, x_t, gamma), (predict(x_s, s), x_s, gamma_s)))
+      return tuple(map(heun_step, slopes, slopes_s, x_t, gamma, gamma_s))
+    # The network knows no images without noise.
+    x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
+  return x_s, x0
 
 
 def sample(
@@ -193,8 +259,10 @@ def sample(
     x_t: standard normal noise to start from, as `start_noise` draws it.
     schedule: one row of gammas for each level.
     rng: a random key for the steps' noise.
-    num_steps: how many times the network is called.
-    sampler: 'ddim' or 'ddpm'.
+    num_steps: how many times the network is called; with 'heun' twice as
+      often, but for the last step.
+    sampler: one of `SAMPLERS`: DDIM; Heun; DPM-Solver++(2M), 'dpm', and its
+      SDE form; DDPM.
     eta: DDIM's share of fresh noise, 0 (none is drawn) to 1.
     parameterization: what the network predicts, 'v', 'eps' or 'x0'.
     threshold: see `threshold_x0`.
@@ -212,19 +280,22 @@ def sample(
   if noise_fn is None:
     def noise_fn(index):
       return process.draw_noise(jax.random.fold_in(rng, index), x_t)
-  needs_noise = sampler == 'ddpm' or eta > 0
+  needs_noise = sampler in STOCHASTIC or (sampler == 'ddim' and eta > 0)
 
-  def advance(x, step):
-    index, t, s = step
-    x_s, _ = sample_step(
+  def advance(state, step):
+    x, x0 = state
+    index, r, t, s = step
+    return sample_step(
       denoise_fn, x, schedule, t, s,
-      noise_fn(index) if needs_noise else None,
+      noise_fn(index) if needs_noise else None, (r, x0),
       sampler=sampler, eta=eta, parameterization=parameterization,
       threshold=threshold,
-    )
-    return x_s, None
+    ), None
 
   times = time_steps(num_steps, schedule.num_steps)
-  steps = (np.arange(num_steps), times[:-1], times[1:])
-  images, _ = jax.lax.scan(advance, tuple(x_t), steps)
+  # There is no step before the first: extrapolation is told by r = t.
+  steps = (np.arange(num_steps), np.append(times[0], times[:-2]), times[:-1],
+           times[1:])
+  x_t = tuple(x_t)
+  (images, _), _ = jax.lax.scan(advance, (x_t, x_t), steps)
   return tuple(jnp.clip(level, -1, 1) for level in images)

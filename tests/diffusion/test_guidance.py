@@ -67,3 +67,37 @@ def test_a_traced_weight_is_compiled_once():
     np.broadcast_to([[[[4.0]]], [[[-6.0]]]], plain[0].shape),
     atol=1e-5,
   )
+
+
+@pytest.mark.parametrize('rescale', [0.7, 1.0])
+def test_rescaled_to_the_contrast_of_the_conditional(rescale):
+  x_t, t, cond, uncond = _inputs()
+
+  def network(x_t, t, cond):
+    scale = cond['text'][:, None, None, None]
+    return tuple(scale * x for x in x_t)
+
+  plain, rescaled = (
+    guidance.guided_denoise_fn(network, cond, uncond, 4.0, amount)(x_t, t)
+    for amount in (0.0, rescale))
+  for level, expected, x in zip(rescaled, plain, x_t, strict=True):
+    for i in range(2):
+      wanted = np.std(cond['text'][i] * x[i])
+      ratio = rescale * wanted / np.std(expected[i]) + 1 - rescale
+      np.testing.assert_allclose(level[i], ratio * expected[i], rtol=1e-4)
+
+
+def test_guided_within_an_interval_alone():
+  x_t, _, cond, uncond = _inputs()
+  calls = []
+  guided = guidance.guided_denoise_fn(
+    _network([]), cond, uncond, 3.0, interval=(4, 7))
+  always = guidance.guided_denoise_fn(_network([]), cond, uncond, 3.0)
+  for step in (3, 4, 7, 8):
+    t = np.array([step, step])
+    got = guided(x_t, t)
+    is_guided = 4 <= step <= 7
+    expected = always(x_t, t) if is_guided else _network(calls)(x_t, t, cond)
+    for level, wanted in zip(got, expected, strict=True):
+      np.testing.assert_allclose(level, wanted, rtol=1e-6, atol=1e-5)
+  assert calls == [2, 2]

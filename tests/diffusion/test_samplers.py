@@ -191,6 +191,90 @@ def test_the_compiled_loop_equals_single_steps(sampler, eta):
     np.testing.assert_allclose(level, np.clip(expected, -1, 1), atol=1e-5)
 
 
+def _knows_the_spread(spread):
+  """The best network for images of N(0, spread^2), whose flow is known."""
+  def denoise(x_t, t):
+    predictions = []
+    for level, x in enumerate(x_t):
+      gamma = SCHEDULE.gamma(level, t + 1)
+      variance = gamma * spread**2 + 1 - gamma
+      predictions.append(jnp.sqrt(gamma) * spread**2 / variance * x)
+    return tuple(predictions)
+  return denoise
+
+
+@pytest.mark.parametrize('sampler, order', [
+  ('ddim', 1), ('dpm', 2), ('heun', 2)])
+def test_order_of_convergence(sampler, order):
+  """Four times the steps, a quarter or a sixteenth of the error."""
+  spread, times = 0.3, np.linspace(900, 100, 65).round().astype(int)
+  x_t = _images()
+  exact = [
+    x * np.sqrt(spread**2 * ends[1] + 1 - ends[1])
+    / np.sqrt(spread**2 * ends[0] + 1 - ends[0])
+    for x, row in zip(x_t, SCHEDULE.gammas, strict=True)
+    for ends in [row[[900, 100]].astype(float)]]
+
+  @jax.jit
+  def run(steps):
+    def advance(state, step):
+      x, x0 = state
+      r, t, s = step
+      return samplers.sample_step(
+        _knows_the_spread(spread), x, SCHEDULE, t, s, None, (r, x0),
+        sampler=sampler, eta=0.0, parameterization='x0', threshold='none',
+      ), None
+    return jax.lax.scan(advance, (x_t, x_t), steps)[0][0]
+
+  errors = []
+  for stride in (8, 2):
+    t = times[::stride]
+    got = run((np.append(t[0], t[:-2]), t[:-1], t[1:]))
+    errors.append([np.abs(x - y).max() for x, y in zip(got, exact)])
+  rates = np.log2(np.array(errors[0]) / errors[1]) / 2
+  assert max(errors[1]) < (0.01, 0.001)[order - 1]
+  assert order - 0.4 < min(rates), rates
+  assert order == 2 or max(rates) < 1.4
+
+
+@pytest.mark.parametrize('sampler', ['heun', 'dpm', 'dpm_sde'])
+def test_all_recover_the_images_that_a_network_knows(sampler):
+  images = _images()
+  got = samplers.sample(
+    _knows(images, 'v'),
+    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    SCHEDULE, jax.random.key(1), num_steps=8, sampler=sampler,
+    threshold='none',
+  )
+  for level, image in zip(got, images, strict=True):
+    np.testing.assert_allclose(level, image, atol=5e-4)
+
+
+def test_extrapolation_is_along_the_logsnr():
+  x0, x0_r = _images()[0], _images(14)[0]
+  gamma_r, gamma, gamma_s = map(jnp.float32, (0.1, 0.4, 0.7))
+  first, middle, last = (
+    np.log(g / (1 - g)) / 2 for g in (0.1, 0.4, 0.7))
+  expected = x0 + (last - middle) / 2 * (x0 - x0_r) / (middle - first)
+  np.testing.assert_allclose(
+    samplers.extrapolate_x0(x0, gamma, gamma_s, x0_r, gamma_r), expected,
+    rtol=1e-4, atol=1e-5)
+  for ends in ((gamma, gamma_s, x0_r, gamma),
+               (gamma, jnp.float32(1), x0_r, gamma_r)):
+    np.testing.assert_array_equal(samplers.extrapolate_x0(x0, *ends), x0)
+
+
+def test_sde_steps_stay_on_the_forward_process():
+  """Second order and fresh noise: the spread of known images comes out."""
+  spread = 0.3
+  x_t = samplers.start_noise(jax.random.key(5), (64, 64), 2)
+  got = samplers.sample(
+    _knows_the_spread(spread), x_t, SCHEDULE, jax.random.key(6),
+    num_steps=40, sampler='dpm_sde', parameterization='x0', threshold='none')
+  for level in got:
+    assert np.std(level) == pytest.approx(spread, rel=0.03)
+
+
 def test_noise_comes_from_the_key_only_where_it_is_drawn():
   def sampler(**options):
     def run(seed):
