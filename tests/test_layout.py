@@ -14,7 +14,7 @@ ROWS = (
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'checkpoint', 'metrics',
      'hugging_face', 'torch_files'},
-    {'diffusion', 'models', 'data', 'eval'},
+    {'diffusion', 'models', 'data', 'eval', 'manifest'},
     {'__init__'},
 )
 LEAVES = 6
