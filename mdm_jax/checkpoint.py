@@ -13,7 +13,6 @@ an earlier version: it is used only where no step has a good manifest.
 
 from collections.abc import Mapping
 import concurrent.futures
-import contextlib
 import json
 from typing import Any
 
@@ -230,10 +229,10 @@ class Checkpoints:
         f'({self._failures} of {self._save_failures} in a row): {reason}'
     )
     logging.error('%s', message)
-    # A new manager removes what the failed save has left.
-    with contextlib.suppress(type(error)):
-      self._manager.wait_until_finished()  # Raises it once in each thread.
-    self._manager.close()
+    # A new manager removes what the failed save has left. The old one raises
+    # the error in each of its parts, once, before it lets go.
+    closings = (self._thread.submit(self._manager.close) for _ in range(5))
+    any(closing.exception() is None for closing in closings)
     self._open()
     if last or self._failures >= self._save_failures:
       raise CheckpointError(
@@ -449,13 +448,15 @@ def _committed_steps(directory: epath.Path) -> list[int]:
 
 
 def _set_uncommitted_aside(directory: epath.Path) -> None:
+  newest = max(_committed_steps(directory), default=-1)
   for step, committed in _step_directories(directory).items():
     path = directory / str(step)
     if not committed:
-      logging.warning('%s was never committed.', path)
-      # A save that is interrupted leaves something or nothing.
-      empty = not any(path.iterdir())
-      _rename(path, 'corrupt' if empty else 'uncommitted')
+      logging.warning('%s is not committed.', path)
+      # An interrupted save leaves some files. An interrupted deletion may
+      # leave none, but of an old step.
+      emptied = step > newest and not any(path.iterdir())
+      _rename(path, 'corrupt' if emptied else 'uncommitted')
 
 
 def _newest_good_step(
