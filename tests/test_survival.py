@@ -21,7 +21,7 @@ from absl import logging
 import jax
 import numpy as np
 import orbax.checkpoint  # Lazily imported otherwise, by each writer.
-from mdm_jax import checkpoint
+from mdm_jax import checkpoint, manifest
 
 def content(step):
   return np.random.default_rng(step).standard_normal(2**18).astype(np.float32)
@@ -40,6 +40,7 @@ def write():
     step = extra['step']
     assert int(state['step']) == step
     np.testing.assert_array_equal(state['w'], content(step))
+    assert step == 1 or manifest.exists(f'{sys.argv[1]}/{step}')
   print('restored', step, flush=True)
   while True:
     step += 1
