@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
       'sample_every': 1000,      # steps between two sample grids
       'checkpoint_every': 1000,  # steps
       'checkpoints_to_keep': 2,  # of each stage
+      'save_failures': 3,        # in a row that end the run
       'eval': {
           'num_prompts': 256,   # whose pictures are marked
           'loss_batches': 8,    # held-out batches

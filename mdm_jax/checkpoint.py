@@ -4,9 +4,15 @@ A working directory holds `config.json` and, for each stage, one directory of
 checkpoints: `checkpoints/<index>_<stage name>/<step>/`. A step directory holds
 two items: `state`, a tree of arrays, and `extra`, whatever else a resume needs
 as JSON. Nothing here knows what a state consists of.
+
+After a step is committed it is given a manifest, and whatever restores a step
+compares it with that first. A damaged step is passed over for an older one. A
+committed step without a manifest is one whose process died in between, or of
+an earlier version: it is used only where no step has a good manifest.
 """
 
 from collections.abc import Mapping
+import concurrent.futures
 import json
 from typing import Any
 
@@ -15,6 +21,8 @@ from etils import epath, epy
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+from mdm_jax import manifest
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
   import orbax.checkpoint as ocp
@@ -26,41 +34,46 @@ _CONFIG = 'config.json'
 _ABSENT = 'absent'
 
 
+class CheckpointError(ValueError):
+  """No checkpoint can be trusted, or none can be saved."""
+
+
 class Checkpoints:
   """The checkpoints of one stage, written while training goes on."""
 
   def __init__(
-      self, directory: epath.PathLike, *, save_interval: int, max_to_keep: int
+      self, directory: epath.PathLike, *, save_interval: int, max_to_keep: int,
+      save_failures: int = 1,
   ):
     """Opens a directory for training, and creates it if it does not exist.
 
     One process group may have it open at a time: what an interrupted save has
-    left behind is removed, and a step directory that was never committed is
-    renamed to `<step>.uncommitted`, since Orbax would count it as a step.
+    left behind is removed. Orbax counts any step directory as a step, so those
+    newer than the newest good one are renamed: to `<step>.corrupt` if damaged,
+    to `<step>.uncommitted` if never committed or without a manifest.
 
     Args:
       directory: of this stage, local or `gs://`.
       save_interval: steps between two saves.
       max_to_keep: newest checkpoints to keep; older ones are deleted.
+      save_failures: in a row, after which to give up.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none is good.
     """
-    directory = epath.Path(directory).absolute()
-    if jax.process_index() == 0:
-      _set_uncommitted_aside(directory)
-    # The manager's constructor has a barrier before it lists the steps.
-    self._manager = ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            # Unlike save_interval_steps, this does not also save the first
-            # step it is asked about. Orbax adds saving upon preemption.
-            should_save_fn=lambda step, _: step % save_interval == 0,
-            max_to_keep=max_to_keep,
-            cleanup_tmp_directories=True,
-        ),
-        item_handlers={
-            'state': ocp.StandardCheckpointHandler(),
-            'extra': ocp.JsonCheckpointHandler(),
-        },
+    self._directory = epath.Path(directory).absolute()
+    # Unlike save_interval_steps, this does not also save the first step it is
+    # asked about. Orbax adds saving upon preemption.
+    self._options = dict(
+        should_save_fn=lambda step, _: step % save_interval == 0,
+        max_to_keep=max_to_keep, cleanup_tmp_directories=True,
     )
+    self._save_failures = save_failures
+    self._failures = 0
+    self._saving = None  # Future of the save in flight, manifest included.
+    self._saving_step = None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'manifest')
+    self._open()
 
   def save(
       self, step: int, state: PyTree, extra: Mapping[str, Any],
@@ -69,7 +82,8 @@ class Checkpoints:
     """Saves if the step is due, upon preemption, or if forced.
 
     Every process calls it after every step. When it returns, the state is in
-    host memory and may be donated; a thread writes and commits it.
+    host memory and may be donated; a thread writes and commits it. A save that
+    failed is logged at the next call; the next save due is its retry.
 
     Args:
       step: steps taken so far, that is the number the next run starts from.
@@ -81,18 +95,32 @@ class Checkpoints:
       Whether a save was begun.
 
     Raises:
-      Exception: whatever made the previous save fail.
+      CheckpointError: `save_failures` saves have failed in a row.
     """
+    # Several processes must agree on a failure, so they wait for the save due.
+    if jax.process_count() == 1 and self._saving and self._saving.done():
+      self._settle()
     if step == self._manager.latest_step():
       return False
-    return self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            extra=ocp.args.JsonSave(dict(extra)),
-        ),
-        force=force,
-    )
+    if not force and not self._manager.should_save(step):
+      return False
+    self._settle()
+    self._saving_step = step
+    try:
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardSave(state),
+              extra=ocp.args.JsonSave(dict(extra)),
+          ),
+          force=True,
+      )
+    except OSError as error:  # Orbax makes some files before it returns.
+      self._saving = concurrent.futures.Future()
+      self._saving.set_exception(error)
+    else:
+      self._saving = self._thread.submit(self._finish, step)
+    return True
 
   def restore(
       self, abstract_state: PyTree, step: int | None = None
@@ -101,19 +129,24 @@ class Checkpoints:
 
     Args:
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
-      step: the latest if None.
+      step: the newest good one if None.
 
     Returns:
       The state, of the structure of `abstract_state`, and `extra`.
 
     Raises:
       FileNotFoundError: if there is no such step.
+      CheckpointError: if the step is damaged; if None, if all are.
       ValueError: if a leaf is missing, unexpected, or of another shape or
         dtype than in the checkpoint. The message names the leaves.
     """
-    directory = epath.Path(self._manager.directory)
-    step = _require_step(directory, step)
-    _require_same_leaves(directory / str(step), abstract_state)
+    if step is None:
+      self._settle()
+      self._set_aside()
+      self._manager.reload()
+      step = latest_step(self._directory)
+    step = _require_step(self._directory, step)
+    _require_same_leaves(self._directory / str(step), abstract_state)
     restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -136,21 +169,91 @@ class Checkpoints:
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Waits until every save is committed; raises what made one fail."""
-    self._manager.wait_until_finished()
+    """Waits until every save is committed and has its manifest.
 
-  def check_for_errors(self) -> None:
-    """Raises what made a save in the background fail, without waiting."""
-    self._manager.check_for_errors()
+    Raises:
+      CheckpointError: if the last one failed.
+    """
+    self._settle(last=True)
 
   def close(self) -> None:
-    """Waits for the last save and frees the threads."""
-    self._manager.close()
+    """Waits as `wait` does, and frees the threads."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._manager.close()
+
+  def _open(self) -> None:
+    self._set_aside()
+    self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(**self._options),
+        item_handlers={
+            'state': ocp.StandardCheckpointHandler(),
+            'extra': ocp.JsonCheckpointHandler(),
+        },
+    )
+
+  def _set_aside(self) -> None:
+    """Leaves the newest good step as the newest step, for every process."""
+    try:
+      if jax.process_index() == 0:
+        _set_uncommitted_aside(self._directory)
+        _newest_good_step(self._directory, set_aside=True)
+    finally:
+      multihost_utils.sync_global_devices(f'{self._directory} is verified')
+    latest_step(self._directory)  # Raises where process 0 has raised.
+
+  def _finish(self, step: int) -> None:
+    """Follows a save to its commit and adds the manifest, in a thread."""
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      manifest.write(self._directory / str(step))
+
+  def _settle(self, last: bool = False) -> None:
+    """Waits for the save in flight; logs what made it fail, or gives up."""
+    if self._saving is None:
+      return
+    error, self._saving = self._saving.exception(), None
+    failed = error is not None
+    if jax.process_count() > 1:
+      failed = multihost_utils.process_allgather(np.array(failed)).any()
+    if not failed:
+      self._failures = 0
+      return
+    self._failures += 1
+    reason = ' '.join(str(error or 'on another process').split())[:300]
+    message = (
+        f'{self._directory}: saving step {self._saving_step} failed '
+        f'({self._failures} of {self._save_failures} in a row): {reason}'
+    )
+    logging.error('%s', message)
+    # A new manager removes what the failed save has left. The old one raises
+    # the error in each of its parts, once, before it lets go.
+    closings = (self._thread.submit(self._manager.close) for _ in range(5))
+    any(closing.exception() is None for closing in closings)
+    self._open()
+    if last or self._failures >= self._save_failures:
+      raise CheckpointError(
+          f'{message}. Older checkpoints are intact: see to the disk, and the '
+          'same command continues from them.'
+      ) from error
 
 
 def latest_step(directory: epath.PathLike) -> int | None:
-  """The newest committed step in a directory that may be in use, or None."""
-  return max(_committed_steps(epath.Path(directory)), default=None)
+  """The newest committed step in a directory that may be in use, or None.
+
+  Reads names only: see `finished_step` and `restore_item` for what is good.
+
+  Raises:
+    CheckpointError: all that there were are set aside as damaged.
+  """
+  directory = epath.Path(directory)
+  step = max(_committed_steps(directory), default=None)
+  if step is None:
+    _require_none_damaged(directory)
+  return step
 
 
 def abstract_item(
@@ -160,7 +263,7 @@ def abstract_item(
 
   Args:
     directory: of one stage.
-    step: the latest if None.
+    step: the newest good one if None.
     key: top-level field of the state, such as 'params'.
 
   Returns:
@@ -168,6 +271,7 @@ def abstract_item(
 
   Raises:
     FileNotFoundError: if there is no such step.
+    CheckpointError: if the step is damaged; if None, if all are.
     ValueError: if the state has no such part.
   """
   directory = epath.Path(directory)
@@ -190,7 +294,7 @@ def restore_item(
 
   Args:
     directory: of one stage.
-    step: the latest if None.
+    step: the newest good one if None.
     key: top-level field of the state, such as 'params'.
     shardings: one `jax.sharding.Sharding` for every leaf, or a tree of them
       shaped as `abstract_item` says. None restores to host memory.
@@ -200,6 +304,7 @@ def restore_item(
 
   Raises:
     FileNotFoundError: if there is no such step.
+    CheckpointError: if the step is damaged; if None, if all are.
     ValueError: if the state has no such part.
   """
   directory = epath.Path(directory).absolute()
@@ -238,16 +343,32 @@ def mark_finished(directory: epath.PathLike, step: int) -> None:
     FileNotFoundError: if the step is not committed.
   """
   directory = epath.Path(directory)
-  _require_step(directory, step)
+  if step not in _committed_steps(directory):
+    raise FileNotFoundError(f'{directory} has no checkpoint {step}.')
   if jax.process_index() == 0:
     _write_json(directory / _FINISHED, {'step': step})
   multihost_utils.sync_global_devices(f'{directory} is finished')
 
 
 def finished_step(directory: epath.PathLike) -> int | None:
-  """The last step of a complete stage, None if it is not complete."""
-  path = epath.Path(directory) / _FINISHED
-  return json.loads(path.read_text())['step'] if path.exists() else None
+  """The last step of a complete stage, None if it is not complete.
+
+  It is not complete if its last checkpoint is damaged and an older one is not.
+
+  Raises:
+    CheckpointError: there are checkpoints, but none is good.
+  """
+  directory = epath.Path(directory)
+  path = directory / _FINISHED
+  if not path.exists():
+    return None
+  step = json.loads(path.read_text())['step']
+  newest = _newest_good_step(directory)
+  if newest in (None, step):
+    return step
+  logging.warning('%s was finished at step %d, but its newest good checkpoint '
+                  'is %d: it is not finished.', directory, step, newest)
+  return None
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
@@ -305,41 +426,121 @@ def _leaves(tree: Any, path: str) -> dict[str, str]:
 
 def _write_json(path: epath.Path, value: Any) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  temporary.replace(path)
+  manifest.replace_text(path, json.dumps(value, indent=2) + '\n')
 
 
-def _committed_steps(directory: epath.Path) -> list[int]:
+def _step_directories(directory: epath.Path) -> dict[int, bool]:
+  """Steps, and whether each was committed."""
   # Orbax takes any directory with a number for a name as a step. Only a
   # committed one has the time of its commit.
   if not directory.exists():
-    return []
+    return {}
   found = ocp.path.step.standard_name_format().find_all(directory)
-  return [s.step for s in found if s.commit_timestamp_nsecs is not None]
+  return {
+      s.step: manifest.exists(s.path) or s.commit_timestamp_nsecs is not None
+      for s in found
+  }
+
+
+def _committed_steps(directory: epath.Path) -> list[int]:
+  steps = _step_directories(directory)
+  return [step for step, committed in steps.items() if committed]
 
 
 def _set_uncommitted_aside(directory: epath.Path) -> None:
-  if not directory.exists():
-    return
-  found = ocp.path.step.standard_name_format().find_all(directory)
-  for step in found:
-    if step.commit_timestamp_nsecs is None:
-      target = directory / f'{step.step}.uncommitted'
-      logging.warning('%s was never committed: now %s', step.path, target)
-      if target.exists():
-        target.rmtree()
-      step.path.rename(target)
+  newest = max(_committed_steps(directory), default=-1)
+  for step, committed in _step_directories(directory).items():
+    path = directory / str(step)
+    if not committed:
+      logging.warning('%s is not committed.', path)
+      # An interrupted save leaves some files. An interrupted deletion may
+      # leave none, but of an old step.
+      emptied = step > newest and not any(path.iterdir())
+      _rename(path, 'corrupt' if emptied else 'uncommitted')
+
+
+def _newest_good_step(
+    directory: epath.Path, set_aside: bool = False
+) -> int | None:
+  """The newest step that is as it was written, None if there was never any.
+
+  Args:
+    directory: of one stage.
+    set_aside: renames what is newer.
+
+  Raises:
+    CheckpointError: there are checkpoints, but none is good.
+  """
+  newest, problems, unknown = None, {}, []
+  for step in sorted(_committed_steps(directory), reverse=True):
+    path = directory / str(step)
+    if not manifest.exists(path):
+      unknown.append(step)
+      continue
+    problem = manifest.problem(path)
+    if problem is None:
+      newest = step
+      break
+    problems[step] = problem
+    logging.warning('%s is damaged: %s.', path, problem)
+  if newest is None and unknown:
+    newest = unknown[0]
+    logging.warning('%s has no manifest, nor has a better one: it is used '
+                    'without a check.', directory / str(newest))
+  if set_aside:
+    for step in problems:
+      _rename(directory / str(step), 'corrupt')
+    for step in unknown:
+      if step > newest:
+        _rename(directory / str(step), 'uncommitted')
+  if newest is None:
+    _require_none_damaged(directory, problems)
+  return newest
+
+
+def _require_none_damaged(
+    directory: epath.Path, problems: Mapping[int, str] | None = None
+) -> None:
+  """Raises if there have been checkpoints that are damaged."""
+  damaged = [f'{step}: {problem}' for step, problem in (problems or {}).items()]
+  if directory.exists() and not damaged:
+    damaged = [
+        path.name for path in directory.iterdir()
+        if '.corrupt' in path.name or (
+            path.name.isdigit() and not any(path.iterdir()))
+    ]
+  if damaged:
+    raise CheckpointError(
+        f'{directory} has checkpoints, but none is good ({"; ".join(damaged)})'
+        ': put back a copy of one, or remove the directory to start the stage '
+        'anew.'
+    )
+
+
+def _rename(path: epath.Path, suffix: str) -> None:
+  target = path.with_name(f'{path.name}.{suffix}')
+  if suffix == 'uncommitted' and target.exists():
+    target.rmtree()
+  while target.exists():
+    target = target.with_name(f'{target.name}+')
+  path.rename(target)
+  logging.warning('%s is now %s.', path, target.name)
 
 
 def _require_step(directory: epath.Path, step: int | None) -> int:
   committed = sorted(_committed_steps(directory))
-  if not committed or step not in (None, *committed):
+  if step is None:
+    step = _newest_good_step(directory)
+  elif step in committed and manifest.exists(directory / str(step)):
+    problem = manifest.problem(directory / str(step))
+    if problem:
+      raise CheckpointError(f'{directory / str(step)} is damaged: {problem}.')
+  if step not in committed:
     raise FileNotFoundError(
         f'{directory} has no checkpoint{"" if step is None else f" {step}"}:'
         f' committed steps are {committed}.'
     )
-  return committed[-1] if step is None else step
+  return step
 
 
 def _metadata(step_directory: epath.Path) -> PyTree:

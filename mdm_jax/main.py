@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import build, metrics, sharding, train
+  from mdm_jax import build, checkpoint, metrics, sharding, train
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -37,7 +37,10 @@ def main(argv: list[str]) -> None:
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  train.train(config, workdir, mesh, frozen)
+  try:
+    train.train(config, workdir, mesh, frozen)
+  except checkpoint.CheckpointError as error:
+    sys.exit(f'error: {error}')
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -188,13 +188,14 @@ def duration(seconds: float) -> str:
 def setup_logging() -> None:
   """Logs this package's progress, and of its libraries only the warnings.
 
-  Orbax alone logs some forty lines a save.
+  Orbax alone logs some forty lines a save, and a hundred tracebacks of one that
+  fails: it raises that too, and whoever handles it logs a line.
   """
   package = str(pathlib.Path(__file__).parent)
 
   def is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
     return (
-        record.levelno >= python_logging.WARNING
+        record.levelno >= python_logging.WARNING and not record.exc_info
         or record.pathname.startswith(package)
     )
 

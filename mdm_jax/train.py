@@ -34,7 +34,7 @@ _MAY_CHANGE = (
     'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
     'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
-    'text.class_names', 'sampler.', 'eval.')
+    'save_failures', 'text.class_names', 'sampler.', 'eval.')
 
 
 def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
@@ -144,7 +144,8 @@ def train_stage(
   directory = build.stage_directory(workdir, config, index)
   checkpoints = checkpoint.Checkpoints(
       directory, save_interval=config.checkpoint_every,
-      max_to_keep=config.checkpoints_to_keep)
+      max_to_keep=config.checkpoints_to_keep,
+      save_failures=config.save_failures)
   if checkpoints.latest_step() == 0:  # Imported: the parameters alone.
     last = checkpoint.restore_item(directory, 0, 'ema')
   if checkpoints.latest_step():
@@ -212,7 +213,6 @@ def train_stage(
           f'{config.data.max_bad_fraction}: see the log for their keys.')
 
     if step % config.log_every == 0 or step == stage.steps:
-      checkpoints.check_for_errors()
       levels = {
           str(name): float(value) for name, value in zip(
               model.resolutions, jax.device_get(values['level_losses']))}

@@ -1,6 +1,11 @@
 """Checkpoints restore what was saved, or say which leaf they cannot."""
 
 import json
+import random
+import re
+import resource
+import shutil
+import subprocess
 from typing import Any
 
 import flax
@@ -11,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from mdm_jax import checkpoint
+from mdm_jax import checkpoint, manifest
 
 
 @flax.struct.dataclass
@@ -87,7 +92,6 @@ def test_restores_the_same_bytes_on_any_device_count(opened, num_devices):
   extra = {'data': {'next_index': 7}, 'name': None}
   assert opened.save(5, state, extra)
   opened.wait()
-  opened.check_for_errors()
   wanted = abstract(state, num_devices)
   restored, restored_extra = opened.restore(wanted)
   assert_same_bytes(restored, state)
@@ -225,6 +229,266 @@ def test_a_stage_is_finished_only_at_a_committed_step(tmp_path, opened):
   again = checkpoint.Checkpoints(directory, save_interval=5, max_to_keep=2)
   assert again.latest_step() == 5
   again.close()
+
+
+def flip(path, rng):
+  content = bytearray(path.read_bytes())
+  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  path.write_bytes(content)
+
+
+@pytest.fixture
+def two(tmp_path):
+  """A directory with the steps 5 and 10, of the seeds 5 and 10."""
+  directory = tmp_path / '0_32'
+  checkpoints = checkpoint.Checkpoints(
+      directory, save_interval=5, max_to_keep=2)
+  for step in (5, 10):
+    checkpoints.save(step, make_state(seed=step), {'at': step})
+  checkpoints.close()
+  return directory
+
+
+def restored_step(directory):
+  return int(checkpoint.restore_item(directory, None, 'step'))
+
+
+def test_24_of_24_flipped_bits_are_found(two):
+  rng = random.Random(0)
+  files = sorted(path for path in (two / '10').rglob('*') if path.is_file())
+  assert len(files) > 10
+  for _ in range(24):
+    # Verified before, so that what is remembered must not hide it.
+    assert restored_step(two) == 10
+    path = rng.choice(files)
+    whole = path.read_bytes()
+    flip(path, rng)
+    assert restored_step(two) == 5
+    if path.name != 'manifest.json':
+      name = path.relative_to(two / '10')
+      assert manifest.problem(two / '10') == f'{name} has changed'
+    path.write_bytes(whole)
+  assert restored_step(two) == 10
+
+
+def test_flips_in_the_manifest_are_found(two):
+  path = two / '10' / 'manifest.json'
+  whole = path.read_bytes()
+  rng = random.Random(0)
+  for _ in range(100):
+    flip(path, rng)
+    assert manifest.problem(two / '10')
+    path.write_bytes(whole)
+
+
+def truncate(step):
+  path = max((step / 'state' / 'd').iterdir(), key=lambda p: p.stat().st_size)
+  with path.open('r+b') as file:
+    file.truncate(path.stat().st_size - 1)
+  return f'{path.relative_to(step)} has changed'
+
+
+def remove(step):
+  path = next(path for path in (step / 'state' / 'd').iterdir())
+  path.unlink()
+  return f'{path.relative_to(step)} is missing'
+
+
+def remove_metadata(step):
+  (step / '_CHECKPOINT_METADATA').unlink()
+  return '_CHECKPOINT_METADATA is missing'
+
+
+def add(step):
+  (step / 'state' / 'more').write_bytes(b'')
+  return 'state/more is extra'
+
+
+def empty(step):
+  shutil.rmtree(step)
+  step.mkdir()
+  return 'is not committed'
+
+
+@pytest.mark.parametrize(
+    'harm', [truncate, remove, remove_metadata, add, empty])
+def test_a_damaged_step_is_named_and_set_aside(two, caplog, harm):
+  expected = harm(two / '10')
+  left = sorted(path.name for path in (two / '10').rglob('*'))
+
+  # Whoever only reads passes it over.
+  assert restored_step(two) == 5
+  assert (two / '10').exists()
+
+  # Training sets it aside, and deletes nothing of it.
+  checkpoints = checkpoint.Checkpoints(two, save_interval=5, max_to_keep=2)
+  messages = [record.getMessage() for record in caplog.records]
+  assert any(re.search(rf'0_32/10 .*{re.escape(expected)}', message)
+             for message in messages), messages
+  assert checkpoints.latest_step() == 5
+  restored, extra = checkpoints.restore(abstract(make_state()))
+  assert_same_bytes(restored, make_state(seed=5))
+  assert extra == {'at': 5}
+  assert sorted(p.name for p in (two / '10.corrupt').rglob('*')) == left
+  assert checkpoints.save(10, make_state(seed=10), {})
+  checkpoints.close()
+  assert restored_step(two) == 10
+
+
+def test_a_step_damaged_while_training_is_set_aside(two):
+  checkpoints = checkpoint.Checkpoints(two, save_interval=5, max_to_keep=3)
+  checkpoints.save(15, make_state(seed=15), {'at': 15})
+  checkpoints.wait()
+  truncate(two / '15')
+  assert checkpoints.restore(abstract(make_state()))[1] == {'at': 10}
+  assert (two / '15.corrupt').exists()
+  with pytest.raises(FileNotFoundError):
+    checkpoints.restore(abstract(make_state()), 15)
+  truncate(two / '10')
+  with pytest.raises(checkpoint.CheckpointError, match='10 is damaged: state'):
+    checkpoints.restore(abstract(make_state()), 10)
+  checkpoints.close()
+
+
+def test_no_good_step_is_an_error_whenever_asked(two):
+  problems = {step: truncate(two / str(step)) for step in (10, 5)}
+  for number in range(3):
+    with pytest.raises(checkpoint.CheckpointError) as error:
+      checkpoint.Checkpoints(two, save_interval=5, max_to_keep=2)
+    assert 'has checkpoints, but none is good' in str(error.value)
+    for step, problem in problems.items():
+      named = f'{step}: {problem}' if number == 0 else f'{step}.corrupt'
+      assert named in str(error.value)
+  for read in (checkpoint.latest_step, restored_step):
+    with pytest.raises(checkpoint.CheckpointError, match='none is good'):
+      read(two)
+  assert sorted(path.name for path in two.iterdir()) == [
+      '10.corrupt', '5.corrupt']
+
+
+def test_a_step_without_a_manifest_is_the_last_resort(two, caplog):
+  (two / '10' / 'manifest.json').unlink()
+  assert restored_step(two) == 5
+  assert not caplog.records
+
+  truncate(two / '5')
+  assert restored_step(two) == 10
+  assert '0_32/10 has no manifest' in caplog.text
+  (two / '5' / 'manifest.json').unlink()
+  checkpoints = checkpoint.Checkpoints(two, save_interval=5, max_to_keep=2)
+  assert checkpoints.latest_step() == 10
+  checkpoints.save(15, make_state(seed=15), {})
+  checkpoints.close()
+
+  # As a process leaves it that dies between a commit and its manifest.
+  shutil.copytree(two / '15', two / '20')
+  (two / '20' / 'manifest.json').unlink()
+  checkpoints = checkpoint.Checkpoints(two, save_interval=5, max_to_keep=2)
+  assert checkpoints.latest_step() == 15
+  checkpoints.close()
+  assert (two / '20.uncommitted' / 'state').is_dir()
+
+
+def test_a_stage_with_a_damaged_last_step_is_not_finished(two, caplog):
+  checkpoint.mark_finished(two, 10)
+  assert checkpoint.finished_step(two) == 10
+  truncate(two / '10')
+  assert checkpoint.finished_step(two) is None
+  assert 'finished at step 10, but its newest good checkpoint is 5' in (
+      caplog.text)
+  truncate(two / '5')
+  with pytest.raises(checkpoint.CheckpointError):
+    checkpoint.finished_step(two)
+
+
+@pytest.fixture(params=['full disk', 'limit of a file'])
+def disk(request, tmp_path):
+  """A directory, and a function that makes writes there fail, or work again."""
+  path = tmp_path / 'disk'
+  path.mkdir()
+  if request.param == 'limit of a file':
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fail(now):
+      resource.setrlimit(
+          resource.RLIMIT_FSIZE, (10_000 if now else soft, hard))
+    yield path, fail
+    fail(False)
+    return
+  mounted = subprocess.run(
+      ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', path],
+      capture_output=True, text=True)
+  if mounted.returncode:
+    pytest.skip(f'may not mount: {mounted.stderr}')
+
+  def fail(now):
+    (path / 'ballast').unlink(missing_ok=True)
+    if now:
+      with pytest.raises(OSError, match='No space'), (
+          path / 'ballast').open('wb', buffering=0) as file:
+        while True:
+          file.write(bytes(4096))
+  yield path, fail
+  subprocess.run(['umount', path], check=True)
+
+
+def test_failed_saves_are_retried_then_end_the_run(disk, caplog):
+  path, fail = disk
+  directory = path / '0_32'
+  # No smaller than either limit when compressed.
+  state = lambda seed: {
+      'w': jax.random.normal(jax.random.key(seed), (512, 512))}
+  checkpoints = checkpoint.Checkpoints(
+      directory, save_interval=2, max_to_keep=2, save_failures=2)
+
+  def failures():
+    return [record.getMessage() for record in caplog.records
+            if 'saving step' in record.getMessage()]
+
+  def save(step):
+    """Saves, and waits as a long step does."""
+    checkpoints.save(step, state(step), {'at': step})
+    if checkpoints._saving:
+      checkpoints._saving.exception()
+
+  save(2)
+  save(3)
+  fail(True)
+  save(4)
+  assert failures() == []
+  save(5)
+  line, = failures()
+  assert re.search(r'0_32: saving step 4 failed \(1 of 2 in a row\): .+', line)
+  assert '\n' not in line
+  fail(False)
+  save(6)
+  save(7)
+  assert len(failures()) == 1
+  restored, extra = checkpoints.restore(jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      state(0)))
+  assert_same_bytes(restored, state(6))
+  assert extra == {'at': 6}
+  # What the failed save has left is gone.
+  assert {path.name for path in directory.iterdir()} == {'2', '6'}
+
+  # A save that works starts the count anew.
+  fail(True)
+  save(8)
+  save(9)
+  assert '(1 of 2 in a row)' in failures()[-1]
+  save(10)
+  with pytest.raises(checkpoint.CheckpointError, match='2 of 2 in a row'):
+    save(11)
+  assert checkpoint.restore_item(directory, None, 'w').tobytes() == (
+      np.asarray(state(6)['w']).tobytes())
+
+  save(12)
+  with pytest.raises(checkpoint.CheckpointError, match='saving step 12'):
+    checkpoints.wait()
+  fail(False)
+  checkpoints.close()
+  assert (directory / '2' / 'manifest.json').exists()
 
 
 def test_config_round_trip(tmp_path):

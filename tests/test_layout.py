@@ -14,7 +14,7 @@ ROWS = (
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'checkpoint', 'metrics',
      'hugging_face', 'torch_files'},
-    {'diffusion', 'models', 'data', 'eval'},
+    {'diffusion', 'models', 'data', 'eval', 'manifest'},
     {'mixed_batch'},
     {'__init__'},
 )

@@ -113,6 +113,20 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, stage, step):
     assert digest(tmp_path, config, index) == digest(finished, config, index)
 
 
+def test_a_damaged_last_checkpoint_is_trained_again(
+    finished, tmp_path, caplog):
+  config = toy_config()
+  workdir = shutil.copytree(finished, tmp_path / 'run')
+  directory = build.stage_directory(workdir, config, 1)
+  for path in (directory / '6' / 'state' / 'd').iterdir():
+    path.write_bytes(path.read_bytes()[:-1])
+  run(config, workdir)
+  assert 'finished at step 6, but its newest good checkpoint is 4' in (
+      caplog.text)
+  assert (directory / '6.corrupt').exists()
+  assert digest(workdir, config, 1) == digest(finished, config, 1)
+
+
 def test_another_config_is_refused(finished):
   config = toy_config().unlock()
   config.stages[1].steps = 7

@@ -1,0 +1,109 @@
+"""Hashes of a directory's files, which show later whether any has changed.
+
+`manifest.json` in the directory maps every other file's path to the SHA-256 of
+each of its blocks. It is compared as text, so that it vouches for itself too.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import os
+
+from etils import epath
+
+_NAME = 'manifest.json'
+_BLOCK = 2**24  # Bytes. Threads share the blocks of a large file.
+_THREADS = min(8, os.cpu_count())
+
+
+def exists(directory: epath.PathLike) -> bool:
+  """Whether a directory has a manifest, be it right or wrong."""
+  return (epath.Path(directory) / _NAME).exists()
+
+
+def write(directory: epath.PathLike) -> None:
+  """Writes the manifest of a directory that no one changes any more."""
+  directory = epath.Path(directory)
+  hashes = _hashes(directory, [name for name, *_ in _files(directory)])
+  replace_text(directory / _NAME, _text(hashes))
+
+
+def problem(directory: epath.PathLike) -> str | None:
+  """Compares a directory with its manifest, reading every file once a process.
+
+  Returns:
+    The first file that is changed, missing or extra, as in 'state/d/1f has
+    changed', and how many more are. None if there is none.
+
+  Raises:
+    FileNotFoundError: if there is no manifest.
+  """
+  directory = epath.Path(directory)
+  text = (directory / _NAME).read_bytes()
+  return _problem(str(directory), text, _files(directory))
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+  """Writes a file so that it has the old or the new text, and nothing else."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+# What is read again in one process has mostly been read just before.
+@functools.lru_cache(maxsize=64)
+def _problem(
+    directory: str, text: bytes, files: tuple[tuple[str, int, int], ...]
+) -> str | None:
+  try:
+    expected = json.loads(text)
+  except ValueError:
+    return f'{_NAME} is damaged'
+  found = _hashes(epath.Path(directory), [name for name, *_ in files])
+  if text == _text(found).encode():
+    return None
+  if not isinstance(expected, dict):
+    return f'{_NAME} is damaged'
+  problems = [f'{name} is missing' for name in expected if name not in found]
+  problems += [
+      f'{name} has changed' if name in expected else f'{name} is extra'
+      for name in found if found[name] != expected.get(name)
+  ]
+  more = f', and {len(problems) - 1} more' if len(problems) > 1 else ''
+  return (problems or [f'{_NAME} is damaged'])[0] + more
+
+
+def _files(directory: epath.Path) -> tuple[tuple[str, int, int], ...]:
+  """Relative path, bytes and time of change of every file, by path."""
+  files = []
+  for folder, _, names in directory.walk():
+    for path in (epath.Path(folder) / name for name in names):
+      # epath knows whole seconds; what is not local never changes.
+      time = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+      name = path.relative_to(directory).as_posix()
+      files.append((name, path.stat().length, time))
+  return tuple(sorted(file for file in files if file[0] != _NAME))
+
+
+def _hashes(directory: epath.Path, names: list[str]) -> dict[str, list[str]]:
+  """SHA-256 of each block of each file; an empty file has one empty block."""
+  def hash_block(block: tuple[str, int]) -> str:
+    name, offset = block
+    with (directory / name).open('rb') as file:
+      file.seek(offset)
+      return hashlib.sha256(file.read(_BLOCK)).hexdigest()
+
+  blocks = [
+      (name, offset) for name in names
+      for offset in range(0, max(1, (directory / name).stat().length), _BLOCK)
+  ]
+  hashes = {name: [] for name in names}
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    for (name, _), digest in zip(blocks, pool.map(hash_block, blocks)):
+      hashes[name].append(digest)
+  return hashes
+
+
+def _text(hashes: dict[str, list[str]]) -> str:
+  return json.dumps(hashes, indent=1, sort_keys=True) + '\n'

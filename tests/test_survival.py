@@ -1,0 +1,135 @@
+"""A killed writer loses nothing that was committed; a full disk is an error."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Restores, says which step, then saves every step. Each line of its input
+# forks a writer, so that JAX is imported once.
+_WRITER = '''
+import os, sys
+from absl import logging
+import jax
+import numpy as np
+import orbax.checkpoint  # Lazily imported otherwise, by each writer.
+from mdm_jax import checkpoint, manifest
+
+def content(step):
+  return np.random.default_rng(step).standard_normal(2**18).astype(np.float32)
+
+def write():
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = lambda step: jax.device_put(
+      {'step': np.int32(step), 'w': content(step)}, sharding)
+  checkpoints = checkpoint.Checkpoints(
+      sys.argv[1], save_interval=1, max_to_keep=2)
+  step = 0
+  if checkpoints.latest_step() is not None:
+    state, extra = checkpoints.restore(jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        place(0)))
+    step = extra['step']
+    assert int(state['step']) == step
+    np.testing.assert_array_equal(state['w'], content(step))
+    assert step == 1 or manifest.exists(f'{sys.argv[1]}/{step}')
+  print('restored', step, flush=True)
+  while True:
+    step += 1
+    checkpoints.save(step, place(step), {'step': step})
+    print('committed', step - 1, flush=True)  # Or the save had waited.
+
+logging.set_verbosity(logging.FATAL)
+for _ in sys.stdin:
+  child = os.fork()
+  if not child:
+    write()
+  print('writer', child, flush=True)
+  os.waitpid(child, 0)
+  print('killed', flush=True)
+'''
+
+
+@pytest.mark.parametrize('kills', [
+    8, pytest.param(25, marks=pytest.mark.soak)])
+def test_kills_at_random_moments(tmp_path, kills):
+  directory = tmp_path / '0_32'
+  rng = random.Random(kills)
+  process = subprocess.Popen(
+      [sys.executable, '-c', _WRITER, directory], cwd=ROOT, text=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
+  too_long = threading.Timer(10 * kills, process.kill)
+  too_long.start()
+  last, interrupted = 0, 0
+  for _ in range(kills):
+    process.stdin.write('\n')
+    told = dict(process.stdout.readline().split() for _ in range(2))
+    restored = int(told['restored'])
+    # Nothing is lost that was told; what is committed is told a bit later.
+    assert last <= restored <= last + 2
+    time.sleep(rng.uniform(0, 0.5))
+    os.kill(int(told['writer']), signal.SIGKILL)
+    last = restored
+    while (line := process.stdout.readline()) != 'killed\n':
+      last = int(line.removeprefix('committed '))
+    steps = [path for path in directory.iterdir() if path.name != str(last)]
+    interrupted += any(
+        not (path / 'manifest.json').exists() for path in steps)
+  process.stdin.close()
+  assert process.wait() == 0
+  too_long.cancel()
+  assert interrupted > kills / 2
+  assert not list(directory.glob('*.corrupt'))
+
+
+def test_a_disk_that_stays_full_ends_the_command(tmp_path):
+  """Each failure is a line, and so is the end."""
+  disk = tmp_path / 'run' / 'checkpoints'
+  disk.mkdir(parents=True)
+  mounted = subprocess.run(
+      ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk],
+      capture_output=True, text=True)
+  if mounted.returncode:
+    pytest.skip(f'may not mount: {mounted.stderr}')
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text('''
+from configs import common
+
+def get_config():
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = common.smoke(config)
+  config.stages[0].update(steps=8, batch_size=8)
+  config.log_every = config.sample_every = 100
+  config.checkpoint_every = 1
+  config.save_failures = 2
+  config.eval.update(num_prompts=8, batch_size=8)
+  return config
+''')
+
+  try:
+    with pytest.raises(OSError, match='No space'), (
+        (disk / 'ballast').open('wb', buffering=0)) as file:
+      while True:
+        file.write(bytes(4096))
+    result = subprocess.run(
+        [sys.executable, '-m', 'mdm_jax.main', f'--config={recipe}',
+         f'--workdir={tmp_path / "run"}'],
+        cwd=ROOT, capture_output=True, text=True)
+  finally:
+    subprocess.run(['umount', disk], check=True)
+  assert result.returncode == 1
+  *_, first, second, last = result.stderr.splitlines()
+  assert 'saving step 1 failed (1 of 2 in a row): ' in first
+  assert 'saving step 2 failed (2 of 2 in a row): ' in second
+  assert last.startswith('error: ') and 'saving step 2 failed' in last
+  assert 'Traceback' not in result.stderr
