@@ -87,6 +87,14 @@ def make_dataset(config: ConfigDict, split: str, resolution: int,
       num_threads=data.num_threads, prefetch=data.prefetch)
 
 
+def batch_keys(config: ConfigDict, resolution: int, batch_size: int,
+               batch: int) -> list[str]:
+  """The keys of a global training batch's records."""
+  return pipeline.batch_keys(
+      make_source(config, 'train', resolution), batch, batch_size=batch_size,
+      seed=config.seed, shuffle=True)
+
+
 class Prompts(NamedTuple):
   """What to draw.
 

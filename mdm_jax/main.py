@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import metrics, sharding, train
+  from mdm_jax import guard, metrics, sharding, train
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -38,7 +38,10 @@ def main(argv: list[str]) -> None:
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  train.train(config, workdir, mesh, frozen)
+  try:
+    train.train(config, workdir, mesh, frozen)
+  except guard.Diverged as error:
+    sys.exit(f'error: {error}')
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

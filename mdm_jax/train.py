@@ -1,5 +1,6 @@
 """Trains every stage in order, resumes by itself, shows what was learned."""
 
+import collections
 import json
 import pathlib
 import signal
@@ -7,7 +8,6 @@ import time
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
@@ -21,17 +21,19 @@ from mdm_jax import (
   sharding,
   stages,
 )
+from mdm_jax import guard as guards
 from mdm_jax import step as steps
 from mdm_jax.eval import grid, prompt_accuracy
-from mdm_jax.state import Params, TrainState
+from mdm_jax.state import Params
 
 GRID_PROMPTS = 16
 _EVAL_SEED = 1
-# Keys that may differ when a run is continued: none changes what is learned.
+# Keys that may differ when a run is continued: none changes what is learned,
+# but for the guard's, without which a run that it has stopped could not go on.
 _MAY_CHANGE = (
     'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
-    'sampler.', 'eval.')
+    'sampler.', 'eval.', 'guard.')
 
 
 def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
@@ -132,8 +134,7 @@ def train_stage(
 
   ##### The state, straight into its shards: restored, grown or fresh.
   def make_state(params):
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params),
-                      optimizer.init(params))
+    return steps.new_state(params, optimizer)
   abstract = jax.eval_shape(make_state, model.shapes(config.text.max_length))
   shardings = sharding.tree_shardings(abstract, mesh, config.sharding_rules)
   directory = build.stage_directory(workdir, config, index)
@@ -161,7 +162,7 @@ def train_stage(
   ##### The step, compiled once.
   train_step = steps.make_train_step(
       model, build.make_objective(config, stage), optimizer,
-      ema_decay=config.optimizer.ema_decay,
+      guard=build.make_guard(config), ema_decay=config.optimizer.ema_decay,
       caption_dropout=config.text.caption_dropout,
       empty_text=inputs.empty_text(config), seed=seed)
   first_step = int(state.step)
@@ -189,28 +190,41 @@ def train_stage(
   progress = metrics.Progress(
       title, first_step=first_step, last_step=stage.steps,
       batch_size=stage.batch_size)
-  bad, stopped, values = 0, False, {}
+  bad, stopped, unread = 0, False, collections.deque()
   for step in range(first_step + 1, stage.steps + 1):
     if step > first_step + 1:
       batch, batch_bad = _next_batch(batches, mesh)
       bad += batch_bad
-    last_values, (state, values) = values, compiled(state, batch, frozen)
+    state, values = compiled(state, batch, frozen)
     # One step ahead keeps the devices busy. XLA's collectives between a CPU's
     # cores have deadlocked with 32 steps in flight.
-    jax.block_until_ready(last_values)
+    unread.append((step, values))
+    while len(unread) > (step < stage.steps):
+      at, seen = unread.popleft()
+      in_a_row = int(seen['skipped_in_a_row'])
+      if in_a_row:
+        _report_skipped(config, index, workdir, at, seen)
+      if in_a_row >= config.guard.max_skipped:
+        checkpoints.close()
+        raise guards.Diverged(
+            f'{title}: {in_a_row} steps in a row were left out, the last is '
+            f'{at}; their records are in {workdir}/skipped.jsonl. Checkpoints '
+            'are good: mend the records, raise guard.spike_factor, or train '
+            f'with a lower stages[{index}].learning_rate in another workdir.')
 
     if step % config.log_every == 0 or step == stage.steps:
       checkpoints.check_for_errors()
       levels = {
           str(name): float(value) for name, value in zip(
               model.resolutions, jax.device_get(values['level_losses']))}
-      rate = float(learning_rate(step - 1))
+      skipped = int(values['skipped'])
+      rate = float(learning_rate(step - 1 - skipped))
       rates = progress.report(
           step, loss=float(values['loss']), levels=levels,
           grad_norm=float(values['grad_norm']), learning_rate=rate)
       numbers = {
           'loss': values['loss'], 'grad_norm': values['grad_norm'],
-          'learning_rate': rate, 'bad_records': bad,
+          'learning_rate': rate, 'bad_records': bad, 'skipped_steps': skipped,
           'images_per_second': rates['images_per_second'],
           **{f'loss_{name}': value for name, value in levels.items()}}
       if flops:
@@ -351,6 +365,23 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh,
       empty_text=inputs.empty_text(config))
   return draw.make_draw(sample_step, config.eval.batch_size, mesh,
                         jax.tree.map(lambda x: x.sharding, params))
+
+
+def _report_skipped(config: ConfigDict, index: int, workdir: str, step: int,
+                    values: dict[str, jax.Array]) -> None:
+  if jax.process_index():
+    return
+  stage = config.stages[index]
+  line = {'stage': stage.name, 'step': step} | {
+      name: str(float(values[name])) for name in ('loss', 'grad_norm')}
+  keys = inputs.batch_keys(
+      config, build.resolutions(config, stage)[-1], stage.batch_size, step - 1)
+  with (pathlib.Path(workdir) / 'skipped.jsonl').open('a') as file:
+    file.write(json.dumps(line | {'keys': keys}) + '\n')
+  logging.warning(
+      "Stage '%s' step %d was left out: loss %s, gradient %s. Its records, in "
+      'skipped.jsonl: %s%s', *line.values(), ', '.join(keys[:8]),
+      ', …' if len(keys) > 8 else '')
 
 
 def _next_batch(batches, mesh: Mesh):

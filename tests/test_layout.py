@@ -12,7 +12,7 @@ ROWS = (
     {'build', 'stages'},
     {'inputs'},
     {'step', 'draw'},
-    {'sharding', 'state', 'optim', 'checkpoint', 'metrics',
+    {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
      'hugging_face', 'torch_files'},
     {'diffusion', 'models', 'data', 'eval'},
     {'__init__'},

@@ -12,7 +12,8 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, sharding, train
+from mdm_jax import build, checkpoint, guard, inputs, sharding, train
+from mdm_jax.data.transforms import Transform
 
 
 def toy_config():
@@ -40,7 +41,7 @@ def digest(workdir: pathlib.Path, config, index: int) -> str:
   """SHA-256 over all that a stage's last checkpoint holds."""
   directory = build.stage_directory(workdir, config, index)
   sha = hashlib.sha256()
-  for key in ('step', 'params', 'ema', 'opt_state'):
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
     item = checkpoint.restore_item(directory, None, key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(item):
       sha.update(jax.tree_util.keystr(path).encode())
@@ -82,12 +83,9 @@ def test_finished_run_trains_no_more(finished):
   assert digest(finished, config, 1) == before
 
 
-@pytest.mark.parametrize('stage, step', [(0, 3), (1, 4)])
-def test_resumed_equals_uninterrupted(
-    finished, tmp_path, monkeypatch, stage, step):
-  config = toy_config()
-  name = config.stages[stage].name
-  save = checkpoint.Checkpoints.save
+def leave_at(monkeypatch, config, workdir, stage, step):
+  """Runs until just before a step's save."""
+  name, save = config.stages[stage].name, checkpoint.Checkpoints.save
 
   def interrupt(self, at, state, extra, force=False):
     if at == step and extra['stage'] == name:
@@ -100,10 +98,68 @@ def test_resumed_equals_uninterrupted(
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.Checkpoints, 'save', interrupt)
     with pytest.raises(KeyboardInterrupt):
-      run(config, tmp_path)
+      run(config, workdir)
+
+
+@pytest.mark.parametrize('stage, step', [(0, 3), (1, 4)])
+def test_resumed_equals_uninterrupted(
+    finished, tmp_path, monkeypatch, stage, step):
+  config = toy_config()
+  leave_at(monkeypatch, config, tmp_path, stage, step)
   run(config, tmp_path)
   for index in range(2):
     assert digest(tmp_path, config, index) == digest(finished, config, index)
+
+
+def poison(monkeypatch, key):
+  """Makes the size of a record NaN."""
+  call = Transform.__call__
+
+  def poisoned(self, record, rng):
+    example = call(self, record, rng)
+    if record['key'] == key:
+      example['scale'] = np.float32(np.nan)
+    return example
+  monkeypatch.setattr(Transform, '__call__', poisoned)
+
+
+def test_poisoned_step_is_left_out_also_when_resumed(tmp_path, monkeypatch):
+  config = toy_config()
+  # Both stages read the same records.
+  keys = inputs.batch_keys(config, 16, 8, batch=2)
+  poison(monkeypatch, keys[5])
+  run(config, tmp_path / 'once')
+  leave_at(monkeypatch, config, tmp_path / 'twice', 1, 4)
+  run(config, tmp_path / 'twice')
+  for index in range(2):
+    once, twice = (digest(tmp_path / name, config, index)
+                   for name in ('once', 'twice'))
+    assert once == twice
+    directory = build.stage_directory(tmp_path / 'once', config, index)
+    state = checkpoint.restore_item(directory, None, 'guard')
+    assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
+  for name, stages in (('once', ['8', '16']), ('twice', ['8', '16', '16'])):
+    lines = [json.loads(line) for line in
+             (tmp_path / name / 'skipped.jsonl').read_text().splitlines()]
+    assert lines == [
+        {'stage': stage, 'step': 3, 'loss': 'nan', 'grad_norm': 'nan',
+         'keys': keys} for stage in stages]
+
+
+def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
+  config = toy_config().unlock()
+  config.guard.max_skipped = 2
+  for batch in (1, 3, 4):
+    poison(monkeypatch, inputs.batch_keys(config, 16, 8, batch)[0])
+  message = r"stage 1/2 '8': 2 steps in a row were left out, the last is 5"
+  for _ in range(2):
+    with pytest.raises(guard.Diverged, match=message):
+      run(config.lock(), tmp_path)
+  directory = build.stage_directory(tmp_path, config, 0)
+  assert checkpoint.latest_step(directory) == 4
+  for key in ('params', 'ema', 'opt_state'):
+    for leaf in jax.tree.leaves(checkpoint.restore_item(directory, None, key)):
+      assert np.isfinite(leaf).all()
 
 
 def test_another_config_is_refused(finished):
