@@ -1,9 +1,9 @@
 """Trains every stage in order, resumes by itself, shows what was learned."""
 
 import collections
+import contextlib
 import json
 import pathlib
-import signal
 import time
 
 from absl import logging
@@ -17,6 +17,8 @@ from mdm_jax import (
   checkpoint,
   draw,
   inputs,
+  interrupt,
+  ledger,
   metrics,
   sharding,
   stages,
@@ -67,46 +69,73 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
 
 
 def train(config: ConfigDict, workdir: str, mesh: Mesh,
-          frozen: Params) -> None:
+          frozen: Params, began: float | None = None) -> bool:
   """Trains the stages that are not finished, then evaluates the last.
+
+  A Ctrl-C or SIGTERM between steps saves and returns; one that comes while
+  nothing is trained ends the process by `interrupt.EXIT_CODE`.
 
   Args:
     config: as `setup` has checked it.
     workdir: receives checkpoints, samples, metrics and the evaluation.
     mesh: as `setup` returned it.
     frozen: likewise.
+    began: `time.monotonic()` when the process began; None for now.
+
+  Returns:
+    False if it was stopped early, with everything saved.
+
+  Raises:
+    Diverged: too many steps in a row were left out.
   """
   start = time.monotonic()
   directories = [build.stage_directory(workdir, config, index)
                  for index in range(len(config.stages))]
   first = stages.next_stage(directories)
   writer = metrics.MetricWriter(workdir)
-  stop = _StopSignal()
-  for index in range(first, len(config.stages)):
-    last = None
-    if index and checkpoint.latest_step(directories[index]) is None:
-      last = checkpoint.restore_item(directories[index - 1], None, 'ema')
-    if not train_stage(
-        config, index, workdir, mesh, frozen, writer, last, stop):
-      logging.info('Stopped. The same command continues from here.')
-      return
-  stop.release()
-  if first == len(config.stages):
-    logging.info('All stages are finished already.')
-  values = evaluate(config, workdir, mesh, frozen)
-  writer.scalars(config.stages[-1].steps, values,
-                 stage=config.stages[-1].name)
-  writer.close()
+  times = ledger.Ledger(workdir, began)
+
+  def flush():
+    times.flush()
+    writer.flush()
+  # With several processes all must stop at one step: the checkpoint manager
+  # agrees on it.
+  signals = interrupt.SIGNALS if jax.process_count() == 1 else ()
+  finished = True
+  with (contextlib.closing(times), contextlib.closing(writer),
+        contextlib.closing(interrupt.Interrupt(flush, signals)) as stop):
+    for index in range(first, len(config.stages)):
+      last = None
+      if index and checkpoint.latest_step(directories[index]) is None:
+        last = checkpoint.restore_item(directories[index - 1], None, 'ema')
+      finished = train_stage(
+          config, index, workdir, mesh, frozen, writer, last, stop, times)
+      if not finished:
+        break
+    else:
+      if first == len(config.stages):
+        logging.info('All stages are finished already.')
+      with times.time('evaluate'):
+        values = evaluate(config, workdir, mesh, frozen)
+      writer.scalars(config.stages[-1].steps, values,
+                     stage=config.stages[-1].name)
+  if jax.process_index() == 0:
+    _log_times(workdir)
+  if not finished:
+    logging.info('Stopped. The same command continues from here.')
+    return False
   logging.info('Finished in %s.', metrics.duration(time.monotonic() - start))
   prompt = inputs.make_prompts(config, 1).captions[0]
   logging.info(
       'Next:\n  python -m mdm_jax.sample --workdir=%s --prompt="%s"\n'
       '  tensorboard --logdir=%s', workdir, prompt, workdir)
+  return True
 
 
 def train_stage(
     config: ConfigDict, index: int, workdir: str, mesh: Mesh, frozen: Params,
-    writer: metrics.MetricWriter, last: Params | None, stop: '_StopSignal',
+    writer: metrics.MetricWriter, last: Params | None,
+    stop: interrupt.Interrupt, times: ledger.Ledger,
 ) -> bool:
   """Trains one stage to its end.
 
@@ -120,9 +149,13 @@ def train_stage(
     last: the averaged parameters of the stage before; None if there are none,
       or this stage has a checkpoint.
     stop: asks for an early end.
+    times: is told what the time is spent on.
 
   Returns:
     False if it was stopped early, with everything saved.
+
+  Raises:
+    Diverged: too many steps in a row were left out.
   """
   ##### What is trained, on what.
   stage = config.stages[index]
@@ -166,19 +199,22 @@ def train_stage(
       caption_dropout=config.text.caption_dropout,
       empty_text=inputs.empty_text(config), seed=seed)
   first_step = int(state.step)
+  times.write(stage.name, first_step, force=True)
   batches = iter(inputs.make_dataset(
       config, 'train', resolution, stage.batch_size,
       process_index=jax.process_index(), process_count=jax.process_count(),
       start_batch=first_step))
-  batch, _ = _next_batch(batches, mesh)
+  with times.time('data'):
+    batch, _ = _next_batch(batches, mesh)
   begin = time.monotonic()
   replicated = sharding.replicated(mesh)
-  compiled = jax.jit(
-      train_step, donate_argnums=0,
-      in_shardings=(shardings, *jax.tree.map(
-          lambda x: x.sharding, (batch, frozen))),
-      out_shardings=(shardings, replicated)
-  ).lower(state, batch, frozen).compile()
+  with times.time('compile'):
+    compiled = jax.jit(
+        train_step, donate_argnums=0,
+        in_shardings=(shardings, *jax.tree.map(
+            lambda x: x.sharding, (batch, frozen))),
+        out_shardings=(shardings, replicated)
+    ).lower(state, batch, frozen).compile()
   logging.info('%s: compiled the step in %s.', title,
                metrics.duration(time.monotonic() - begin))
   flops = metrics.flops_per_step(compiled)
@@ -190,16 +226,24 @@ def train_stage(
   progress = metrics.Progress(
       title, first_step=first_step, last_step=stage.steps,
       batch_size=stage.batch_size)
-  bad, stopped, unread = 0, False, collections.deque()
+  bad, stopped, values, unread = 0, False, {}, collections.deque()
+  stop.hold()
+  times.write(stage.name, first_step, force=True)
+  times.switch('step')
   for step in range(first_step + 1, stage.steps + 1):
     if step > first_step + 1:
-      batch, batch_bad = _next_batch(batches, mesh)
+      with times.time('data'):
+        batch, batch_bad = _next_batch(batches, mesh)
+        if not values['loss'].is_ready():  # Nothing had to wait for it.
+          times.count_as('step')
       bad += batch_bad
     state, values = compiled(state, batch, frozen)
+    unread.append((step, values))
     # One step ahead keeps the devices busy. XLA's collectives between a CPU's
     # cores have deadlocked with 32 steps in flight.
-    unread.append((step, values))
-    while len(unread) > (step < stage.steps):
+    ahead = step < stage.steps and all(step % every for every in (
+        config.log_every, config.checkpoint_every, config.sample_every))
+    while len(unread) > ahead:
       at, seen = unread.popleft()
       in_a_row = int(seen['skipped_in_a_row'])
       if in_a_row:
@@ -234,13 +278,16 @@ def train_stage(
           numbers['mfu'] = per_second / peak
       writer.scalars(step, numbers, stage=stage.name)
 
-    with progress.pause():
+    with progress.pause(), times.time('save'):
       stopped = stop.requested or checkpoints.reached_preemption(step)
-      checkpoints.save(step, state, {'stage': stage.name},
-                       force=stopped or step == stage.steps)
-      if stopped:
-        break
-      if step % config.sample_every == 0 or step == stage.steps:
+      saved = checkpoints.save(step, state, {'stage': stage.name},
+                               force=stopped or step == stage.steps)
+    times.write(stage.name, step, force=saved)
+    if stopped:
+      break
+    if step % config.sample_every == 0 or step == stage.steps:
+      with progress.pause(), times.time('sample'):
+        stop.let_go(wait=checkpoints.wait)
         pictures = grid.grid(
             draw_fn(state.ema | frozen, prompts.text,
                     range(len(prompts.text))), prompts.captions)
@@ -250,12 +297,27 @@ def train_stage(
           grid.save_png(path, pictures)
           logging.info('%s: drew %s', title, path)
         writer.image(step, f'{stage.name}/samples', pictures)
+        stop.hold()
 
+  times.switch('save')
   checkpoints.wait()
   if not stopped:
     checkpoint.mark_finished(directory, stage.steps)
   checkpoints.close()
+  times.switch('start_up')  # Of the next stage.
+  if not stopped:
+    stop.let_go()
   return not stopped
+
+
+def _log_times(workdir: str) -> None:
+  sessions, seconds = ledger.totals(workdir)
+  total = sum(seconds.values())
+  logging.info('Time, over %d sessions:\n%s', sessions, metrics.table(
+      [[name.replace('_', ' '), metrics.duration(value),
+        f'{value / total:.1%}']
+       for name, value in (seconds | {'all': total}).items()],
+      ['spent on', 'time', 'share']))
 
 
 def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
@@ -277,7 +339,10 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
     values = _evaluate(config, workdir, mesh, frozen)
     if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(values, indent=2) + '\n')
+      # At once, as the process may be stopped here.
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(json.dumps(values, indent=2) + '\n')
+      temporary.replace(path)
   logging.info('Held out:\n%s', metrics.table(
       [[name.replace('_', ' '), value] for name, value in values.items()],
       ['metric', 'value']))
@@ -392,25 +457,3 @@ def _next_batch(batches, mesh: Mesh):
 def _put(batch, mesh: Mesh):
   return sharding.shard_batch(
       {name: batch[name] for name in ('image', 'text', 'scale')}, mesh)
-
-
-class _StopSignal:
-  """Turns the first Ctrl-C or SIGTERM into a request to save and stop."""
-
-  def __init__(self):
-    self.requested = False
-    self._previous = {}
-    # With several processes all must stop at one step: the checkpoint manager
-    # agrees on it.
-    if jax.process_count() == 1:
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._previous[number] = signal.signal(number, self._request)
-
-  def _request(self, number, frame):
-    self.requested = True
-    logging.info('Saving and stopping after this step.')
-    self.release()  # A second signal ends the process at once.
-
-  def release(self) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)

@@ -13,7 +13,7 @@ ROWS = (
     {'inputs'},
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
-     'hugging_face', 'torch_files'},
+     'ledger', 'interrupt', 'hugging_face', 'torch_files'},
     {'diffusion', 'models', 'data', 'eval'},
     {'__init__'},
 )
