@@ -1,6 +1,7 @@
 """A whole run on a toy config: what it writes, and that it resumes exactly."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -12,7 +13,15 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, guard, inputs, sharding, train
+from mdm_jax import (
+  build,
+  checkpoint,
+  guard,
+  inputs,
+  ledger,
+  sharding,
+  train,
+)
 from mdm_jax.data.transforms import Transform
 
 
@@ -123,35 +132,53 @@ def poison(monkeypatch, key):
   monkeypatch.setattr(Transform, '__call__', poisoned)
 
 
+def one_stage():
+  config = toy_config().unlock()
+  config.model.levels = config.model.levels[:1]
+  config.stages = config.stages[:1]
+  config.sample_every = 6
+  return config
+
+
+def lines_of(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_poisoned_step_is_left_out_also_when_resumed(tmp_path, monkeypatch):
-  config = toy_config()
-  # Both stages read the same records.
-  keys = inputs.batch_keys(config, 16, 8, batch=2)
+  config = one_stage().lock()
+  keys = inputs.batch_keys(config, 8, 8, batch=2)
   poison(monkeypatch, keys[5])
-  run(config, tmp_path / 'once')
-  leave_at(monkeypatch, config, tmp_path / 'twice', 1, 4)
-  run(config, tmp_path / 'twice')
-  for index in range(2):
-    once, twice = (digest(tmp_path / name, config, index)
-                   for name in ('once', 'twice'))
-    assert once == twice
-    directory = build.stage_directory(tmp_path / 'once', config, index)
-    state = checkpoint.restore_item(directory, None, 'guard')
-    assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
-  for name, stages in (('once', ['8', '16']), ('twice', ['8', '16', '16'])):
-    lines = [json.loads(line) for line in
-             (tmp_path / name / 'skipped.jsonl').read_text().splitlines()]
-    assert lines == [
-        {'stage': stage, 'step': 3, 'loss': 'nan', 'grad_norm': 'nan',
-         'keys': keys} for stage in stages]
+  once, twice = tmp_path / 'once', tmp_path / 'twice'
+  run(config, once)
+  leave_at(monkeypatch, config, twice, 0, 4)
+  run(config, twice)
+  line = {'stage': '8', 'step': 3, 'loss': 'nan', 'grad_norm': 'nan',
+          'keys': keys}
+  assert lines_of(once / 'skipped.jsonl') == [line]
+  assert lines_of(twice / 'skipped.jsonl') == [line, line]
+  assert digest(once, config, 0) == digest(twice, config, 0)
+  state = checkpoint.restore_item(
+      build.stage_directory(once, config, 0), None, 'guard')
+  assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
+  # Steps 3 and 4 were trained twice.
+  sessions, seconds = ledger.totals(twice)
+  assert sessions == 2
+  assert seconds['lost'] > 0
+  for bucket in ('start_up', 'compile', 'step', 'save', 'sample', 'evaluate'):
+    assert seconds[bucket] > 0
+  for session, lines in itertools.groupby(
+      lines_of(twice / 'goodput.jsonl'), lambda line: line['session']):
+    lines = list(lines)
+    assert sum(sum(line['seconds'].values()) for line in lines) == (
+        pytest.approx(lines[-1]['time'] - session, rel=0.01))
 
 
 def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
-  config = toy_config().unlock()
+  config = one_stage()
   config.guard.max_skipped = 2
   for batch in (1, 3, 4):
-    poison(monkeypatch, inputs.batch_keys(config, 16, 8, batch)[0])
-  message = r"stage 1/2 '8': 2 steps in a row were left out, the last is 5"
+    poison(monkeypatch, inputs.batch_keys(config, 8, 8, batch)[0])
+  message = r"stage 1/1 '8': 2 steps in a row were left out, the last is 5"
   for _ in range(2):
     with pytest.raises(guard.Diverged, match=message):
       run(config.lock(), tmp_path)
