@@ -13,7 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # In C code for minutes, as when it compiles.
 BUSY = '''
 import hashlib, os, time
+from absl import logging
 from mdm_jax import interrupt
+logging.set_verbosity('info')
 def say(word):
   os.write(1, word.encode() + b'\\n')
 def work(rounds=10**9):
