@@ -87,6 +87,12 @@ def get_config() -> ConfigDict:
           'decay': 'constant',  # after the warm-up; or 'cosine' to 0
           'ema_decay': 0.9999,
       },
+      # A NaN, an Inf or a spike leaves that one step out.
+      'guard': {
+          'spike_factor': 10.0,  # times the running mean of loss, gradient
+          'window': 100,         # good steps in that mean, and before a spike
+          'max_skipped': 10,     # in a row; then the run stops
+      },
       'sampler': {
           'name': 'ddim',             # or ddpm, heun, dpm, dpm_sde
           'num_steps': 50,

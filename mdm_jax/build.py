@@ -19,6 +19,7 @@ from mdm_jax.diffusion import samplers
 from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
 from mdm_jax.draw import SamplerSpec
+from mdm_jax.guard import Guard
 from mdm_jax.models.conditioning import (
   LabelEncoder,
   LearnedTextEncoder,
@@ -46,6 +47,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   _check_resolutions(config)
   _check_text(config)
   _check_sampler(config)
+  make_guard(config)
   for key in ('log_every', 'sample_every', 'checkpoint_every'):
     if config[key] < 1:
       raise ValueError(f'{key}={config[key]}: give a number of steps.')
@@ -390,6 +392,16 @@ def make_optimizer(
       stage.learning_rate, warmup_steps=stage.warmup_steps,
       decay=options.pop('decay'), num_steps=stage.steps)
   return optim.make_optimizer(learning_rate, **options), learning_rate
+
+
+def make_guard(config: ConfigDict) -> Guard:
+  """Which steps are left out.
+
+  Raises:
+    ValueError: a value is out of range.
+  """
+  with _naming('guard'):
+    return Guard(**config.guard)
 
 
 def make_sampler(config: ConfigDict) -> SamplerSpec:

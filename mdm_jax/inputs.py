@@ -166,6 +166,14 @@ def data_fingerprint(config: ConfigDict) -> dict[str, str]:
   return found
 
 
+def batch_keys(config: ConfigDict, resolution: int, batch_size: int,
+               batch: int) -> list[str]:
+  """The keys of a global training batch's records."""
+  return pipeline.batch_keys(
+      make_source(config, 'train', resolution), batch, batch_size=batch_size,
+      seed=config.seed, shuffle=True)
+
+
 class Prompts(NamedTuple):
   """What to draw.
 

@@ -5,11 +5,13 @@
 
 import pathlib
 import sys
+import time
 import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
 
+_BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A recipe, such as configs/shapes_64.py; ":smoke" appended '
     'to it makes a toy-sized run. --config.KEY=VALUE changes one key.',
@@ -23,8 +25,11 @@ def main(argv: list[str]) -> None:
   """Flags to one call."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  from mdm_jax import interrupt
+
+  interrupt.exit_on_signals()
   # Slow to import, and not needed for --help.
-  from mdm_jax import build, checkpoint, metrics, sharding, train
+  from mdm_jax import build, checkpoint, guard, metrics, sharding, train
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -38,9 +43,12 @@ def main(argv: list[str]) -> None:
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
   try:
-    train.train(config, workdir, mesh, frozen)
-  except checkpoint.CheckpointError as error:
+    finished = train.train(config, workdir, mesh, frozen, _BEGAN)
+  except (checkpoint.CheckpointError, guard.Diverged,
+          train.DataError) as error:
     sys.exit(f'error: {error}')
+  if not finished:
+    sys.exit(interrupt.EXIT_CODE)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -96,6 +96,11 @@ class MetricWriter:
     if self._events:
       self._events.add_image(name, image, step, dataformats='HWC')
 
+  def flush(self) -> None:
+    """Writes out the events, which wait for more to come."""
+    if self._events:
+      self._events.flush()
+
   def close(self) -> None:
     """Writes out the events and closes the files."""
     if self._file:

@@ -11,12 +11,15 @@ class TrainState(NamedTuple):
   """One stage's training.
 
   Attributes:
-    step: int32 scalar, updates made so far; randomness is folded from it.
+    step: int32 scalar, steps so far, with those that were left out; data and
+      randomness follow from it.
     params: nested dicts of float32 arrays.
     ema: exponential moving average of `params`.
     opt_state: the optimizer's.
+    guard: `guard.GuardState`, over the steps so far.
   """
   step: jax.Array
   params: Params
   ema: Params
   opt_state: Any
+  guard: Any

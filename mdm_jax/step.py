@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mdm_jax import guard as guards
 from mdm_jax import mixed_batch, optim
 from mdm_jax.diffusion import loss, process, pyramid
 from mdm_jax.diffusion.schedule import Schedule
@@ -58,10 +59,19 @@ def _losses(model: Matryoshka, objective: Objective, params: Params,
   return per_example, aux['level_losses']
 
 
+def new_state(params: Params,
+              optimizer: optax.GradientTransformation) -> TrainState:
+  """A stage before its first step; the average is a copy of `params`."""
+  return TrainState(
+      jnp.int32(0), params, jax.tree.map(jnp.copy, params),
+      optimizer.init(params), guards.new_state())
+
+
 def make_train_step(
     model: Matryoshka, objective: Objective,
-    optimizer: optax.GradientTransformation, *, ema_decay: float,
-    caption_dropout: float, empty_text: np.ndarray, seed: int,
+    optimizer: optax.GradientTransformation, *, guard: guards.Guard,
+    ema_decay: float, caption_dropout: float, empty_text: np.ndarray,
+    seed: int,
 ) -> Callable[[TrainState, Batch, Params],
               tuple[TrainState, dict[str, jax.Array]]]:
   """The training step, pure and not yet jitted.
@@ -70,6 +80,8 @@ def make_train_step(
     model: the network.
     objective: what to minimise.
     optimizer: applied to all parameters.
+    guard: decides which steps leave parameters, average and optimizer as
+      they were, bit for bit.
     ema_decay: of the average, see `optim.update_average`.
     caption_dropout: probability of training on the empty caption.
     empty_text: the empty caption, as one of the batch's 'text'.
@@ -77,9 +89,10 @@ def make_train_step(
 
   Returns:
     (state, batch, frozen) -> (state, metrics): `loss`, `level_losses`
-    [levels], `grad_norm` before clipping, and `bad_records`, the number of
-    replaced ones. `frozen` holds the parameters
-    that the model needs beside the state's, {} if none.
+    [levels], `grad_norm` before clipping, `bad_records`, the number of
+    replaced ones, `skipped` steps so far and `skipped_in_a_row`, 0 after a
+    good one. `frozen` holds the parameters that the model needs beside the
+    state's, {} if none.
   """
   def train_step(state, batch, frozen):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -102,10 +115,19 @@ def make_train_step(
         grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optim.update_average(state.ema, params, state.step, ema_decay)
-    metrics = {'loss': total, 'level_losses': levels,
+    grad_norm = optax.global_norm(grads)
+    good, guard_state = guards.judge(guard, state.guard, total, grad_norm)
+    # Selected leaf by leaf: fused into the update, unlike a lax.cond, which
+    # would keep both states.
+    params, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+    metrics = {'loss': total, 'level_losses': levels, 'grad_norm': grad_norm,
                'bad_records': batch['bad'].sum(),
-               'grad_norm': optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+               'skipped': guard_state.skipped,
+               'skipped_in_a_row': guard_state.in_a_row}
+    return TrainState(
+        state.step + 1, params, ema, opt_state, guard_state), metrics
   return train_step
 
 

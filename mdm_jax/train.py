@@ -1,13 +1,13 @@
 """Trains every stage in order, resumes by itself, shows what was learned."""
 
+import collections
+import contextlib
 import json
 import pathlib
-import signal
 import time
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
@@ -17,24 +17,32 @@ from mdm_jax import (
   checkpoint,
   draw,
   inputs,
+  interrupt,
+  ledger,
   metrics,
   sharding,
   stages,
 )
+from mdm_jax import guard as guards
 from mdm_jax import step as steps
 from mdm_jax.eval import grid, prompt_accuracy
-from mdm_jax.state import Params, TrainState
+from mdm_jax.state import Params
 
 GRID_PROMPTS = 16
 _EVAL_SEED = 1
 # Fewer records do not tell the share of bad ones.
 _MIN_RECORDS = 1000
-# Keys that may differ when a run is continued: none changes what is learned.
+# Keys that may differ when a run is continued: none changes what is learned,
+# but for the guard's, without which a run that it has stopped could not go on.
 _MAY_CHANGE = (
     'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
     'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
-    'save_failures', 'text.class_names', 'sampler.', 'eval.')
+    'save_failures', 'text.class_names', 'sampler.', 'eval.', 'guard.')
+
+
+class DataError(ValueError):
+  """The data are not what they were, or too much of them is damaged."""
 
 
 def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
@@ -70,46 +78,75 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
 
 
 def train(config: ConfigDict, workdir: str, mesh: Mesh,
-          frozen: Params) -> None:
+          frozen: Params, began: float | None = None) -> bool:
   """Trains the stages that are not finished, then evaluates the last.
+
+  A Ctrl-C or SIGTERM between steps saves and returns; one that comes while
+  nothing is trained ends the process by `interrupt.EXIT_CODE`.
 
   Args:
     config: as `setup` has checked it.
     workdir: receives checkpoints, samples, metrics and the evaluation.
     mesh: as `setup` returned it.
     frozen: likewise.
+    began: `time.monotonic()` when the process began; None for now.
+
+  Returns:
+    False if it was stopped early, with everything saved.
+
+  Raises:
+    Diverged: too many steps in a row were left out.
+    DataError: the data set has changed, or too many of its records are bad.
+    CheckpointError: no checkpoint is good, or none can be saved.
   """
   start = time.monotonic()
   directories = [build.stage_directory(workdir, config, index)
                  for index in range(len(config.stages))]
   first = stages.next_stage(directories)
   writer = metrics.MetricWriter(workdir)
-  stop = _StopSignal()
-  for index in range(first, len(config.stages)):
-    last = None
-    if index and checkpoint.latest_step(directories[index]) is None:
-      last = checkpoint.restore_item(directories[index - 1], None, 'ema')
-    if not train_stage(
-        config, index, workdir, mesh, frozen, writer, last, stop):
-      logging.info('Stopped. The same command continues from here.')
-      return
-  stop.release()
-  if first == len(config.stages):
-    logging.info('All stages are finished already.')
-  values = evaluate(config, workdir, mesh, frozen)
-  writer.scalars(config.stages[-1].steps, values,
-                 stage=config.stages[-1].name)
-  writer.close()
+  times = ledger.Ledger(workdir, began)
+
+  def flush():
+    times.flush()
+    writer.flush()
+  # With several processes all must stop at one step: the checkpoint manager
+  # agrees on it.
+  signals = interrupt.SIGNALS if jax.process_count() == 1 else ()
+  finished = True
+  with (contextlib.closing(times), contextlib.closing(writer),
+        contextlib.closing(interrupt.Interrupt(flush, signals)) as stop):
+    for index in range(first, len(config.stages)):
+      last = None
+      if index and checkpoint.latest_step(directories[index]) is None:
+        last = checkpoint.restore_item(directories[index - 1], None, 'ema')
+      finished = train_stage(
+          config, index, workdir, mesh, frozen, writer, last, stop, times)
+      if not finished:
+        break
+    else:
+      if first == len(config.stages):
+        logging.info('All stages are finished already.')
+      with times.time('evaluate'):
+        values = evaluate(config, workdir, mesh, frozen)
+      writer.scalars(config.stages[-1].steps, values,
+                     stage=config.stages[-1].name)
+  if jax.process_index() == 0:
+    _log_times(workdir)
+  if not finished:
+    logging.info('Stopped. The same command continues from here.')
+    return False
   logging.info('Finished in %s.', metrics.duration(time.monotonic() - start))
   prompt = inputs.make_prompts(config, 1).captions[0]
   logging.info(
       'Next:\n  python -m mdm_jax.sample --workdir=%s --prompt="%s"\n'
       '  tensorboard --logdir=%s', workdir, prompt, workdir)
+  return True
 
 
 def train_stage(
     config: ConfigDict, index: int, workdir: str, mesh: Mesh, frozen: Params,
-    writer: metrics.MetricWriter, last: Params | None, stop: '_StopSignal',
+    writer: metrics.MetricWriter, last: Params | None,
+    stop: interrupt.Interrupt, times: ledger.Ledger,
 ) -> bool:
   """Trains one stage to its end.
 
@@ -123,9 +160,15 @@ def train_stage(
     last: the averaged parameters of the stage before; None if there are none,
       or this stage has a checkpoint.
     stop: asks for an early end.
+    times: is told what the time is spent on.
 
   Returns:
     False if it was stopped early, with everything saved.
+
+  Raises:
+    Diverged: too many steps in a row were left out.
+    DataError: the data set has changed, or too many of its records are bad.
+    CheckpointError: no checkpoint is good, or none can be saved.
   """
   ##### What is trained, on what.
   stage = config.stages[index]
@@ -136,8 +179,7 @@ def train_stage(
 
   ##### The state, straight into its shards: restored, grown or fresh.
   def make_state(params):
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params),
-                      optimizer.init(params))
+    return steps.new_state(params, optimizer)
   abstract = jax.eval_shape(make_state, model.shapes(config.text.max_length))
   shardings = sharding.tree_shardings(abstract, mesh, config.sharding_rules)
   data = inputs.data_fingerprint(config)
@@ -168,23 +210,26 @@ def train_stage(
   ##### The step, compiled once.
   train_step = steps.make_train_step(
       model, build.make_objective(config, stage), optimizer,
-      ema_decay=config.optimizer.ema_decay,
+      guard=build.make_guard(config), ema_decay=config.optimizer.ema_decay,
       caption_dropout=config.text.caption_dropout,
       empty_text=inputs.empty_text(config), seed=seed)
   first_step = int(state.step)
+  times.write(stage.name, first_step, force=True)
   batches = iter(inputs.make_dataset(
       config, 'train', model.resolutions, build.batch_sizes(stage),
       process_index=jax.process_index(), process_count=jax.process_count(),
       start_batch=first_step))
-  batch = sharding.shard_batch(next(batches), mesh)
+  with times.time('data'):
+    batch = sharding.shard_batch(next(batches), mesh)
   begin = time.monotonic()
   replicated = sharding.replicated(mesh)
-  compiled = jax.jit(
-      train_step, donate_argnums=0,
-      in_shardings=(shardings, *jax.tree.map(
-          lambda x: x.sharding, (batch, frozen))),
-      out_shardings=(shardings, replicated)
-  ).lower(state, batch, frozen).compile()
+  with times.time('compile'):
+    compiled = jax.jit(
+        train_step, donate_argnums=0,
+        in_shardings=(shardings, *jax.tree.map(
+            lambda x: x.sharding, (batch, frozen))),
+        out_shardings=(shardings, replicated)
+    ).lower(state, batch, frozen).compile()
   logging.info('%s: compiled the step in %s.', title,
                metrics.duration(time.monotonic() - begin))
   flops = metrics.flops_per_step(compiled)
@@ -196,34 +241,49 @@ def train_stage(
   progress = metrics.Progress(
       title, first_step=first_step, last_step=stage.steps,
       batch_size=stage.batch_size)
-  bad, stopped, values = 0, False, {}
+  bad, stopped, values, unread = 0, False, {}, collections.deque()
+  stop.hold()
+  times.write(stage.name, first_step, force=True)
+  times.switch('step')
   for step in range(first_step + 1, stage.steps + 1):
     if step > first_step + 1:
-      batch = sharding.shard_batch(next(batches), mesh)
-    last_values, (state, values) = values, compiled(state, batch, frozen)
+      with times.time('data'):
+        batch = sharding.shard_batch(next(batches), mesh)
+        if not values['loss'].is_ready():  # Nothing had to wait for it.
+          times.count_as('step')
+    state, values = compiled(state, batch, frozen)
+    unread.append((step, values))
     # One step ahead keeps the devices busy. XLA's collectives between a CPU's
     # cores have deadlocked with 32 steps in flight.
-    jax.block_until_ready(last_values)
-    bad += int(last_values.get('bad_records', 0))
-    if bad > config.data.max_bad_fraction * max(
-        (step - first_step) * stage.batch_size, _MIN_RECORDS):
-      raise ValueError(
-          f'{bad} records of {(step - first_step) * stage.batch_size} could '
-          'not be used, more than data.max_bad_fraction='
-          f'{config.data.max_bad_fraction}: see the log for their keys.')
+    ahead = step < stage.steps and all(step % every for every in (
+        config.log_every, config.checkpoint_every, config.sample_every))
+    while len(unread) > ahead:
+      at, seen = unread.popleft()
+      bad += int(seen['bad_records'])
+      _check_bad(config, bad, (at - first_step) * stage.batch_size)
+      in_a_row = int(seen['skipped_in_a_row'])
+      if in_a_row:
+        _report_skipped(config, index, workdir, at, seen)
+      if in_a_row >= config.guard.max_skipped:
+        checkpoints.close()
+        raise guards.Diverged(
+            f'{title}: {in_a_row} steps in a row were left out, the last is '
+            f'{at}; their records are in {workdir}/skipped.jsonl. Checkpoints '
+            'are good: mend the records, raise guard.spike_factor, or train '
+            f'with a lower stages[{index}].learning_rate in another workdir.')
 
     if step % config.log_every == 0 or step == stage.steps:
       levels = {
           str(name): float(value) for name, value in zip(
               model.resolutions, jax.device_get(values['level_losses']))}
-      rate = float(learning_rate(step - 1))
+      skipped = int(values['skipped'])
+      rate = float(learning_rate(step - 1 - skipped))
       rates = progress.report(
           step, loss=float(values['loss']), levels=levels,
           grad_norm=float(values['grad_norm']), learning_rate=rate)
       numbers = {
           'loss': values['loss'], 'grad_norm': values['grad_norm'],
-          'learning_rate': rate,
-          'bad_records': bad + int(values['bad_records']),
+          'learning_rate': rate, 'bad_records': bad, 'skipped_steps': skipped,
           'images_per_second': rates['images_per_second'],
           **{f'loss_{name}': value for name, value in levels.items()}}
       if flops:
@@ -233,13 +293,16 @@ def train_stage(
           numbers['mfu'] = per_second / peak
       writer.scalars(step, numbers, stage=stage.name)
 
-    with progress.pause():
+    with progress.pause(), times.time('save'):
       stopped = stop.requested or checkpoints.reached_preemption(step)
-      checkpoints.save(step, state, {'stage': stage.name, 'data': data},
-                       force=stopped or step == stage.steps)
-      if stopped:
-        break
-      if step % config.sample_every == 0 or step == stage.steps:
+      saved = checkpoints.save(step, state, {'stage': stage.name, 'data': data},
+                               force=stopped or step == stage.steps)
+    times.write(stage.name, step, force=saved)
+    if stopped:
+      break
+    if step % config.sample_every == 0 or step == stage.steps:
+      with progress.pause(), times.time('sample'):
+        stop.let_go(wait=checkpoints.wait)
         pictures = grid.grid(
             draw_fn(state.ema | frozen, prompts.text,
                     range(len(prompts.text))), prompts.captions)
@@ -249,12 +312,27 @@ def train_stage(
           grid.save_png(path, pictures)
           logging.info('%s: drew %s', title, path)
         writer.image(step, f'{stage.name}/samples', pictures)
+        stop.hold()
 
+  times.switch('save')
   checkpoints.wait()
   if not stopped:
     checkpoint.mark_finished(directory, stage.steps)
   checkpoints.close()
+  times.switch('start_up')  # Of the next stage.
+  if not stopped:
+    stop.let_go()
   return not stopped
+
+
+def _log_times(workdir: str) -> None:
+  sessions, seconds = ledger.totals(workdir)
+  total = sum(seconds.values())
+  logging.info('Time, over %d sessions:\n%s', sessions, metrics.table(
+      [[name.replace('_', ' '), metrics.duration(value),
+        f'{value / total:.1%}']
+       for name, value in (seconds | {'all': total}).items()],
+      ['spent on', 'time', 'share']))
 
 
 def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
@@ -276,7 +354,10 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
     values = _evaluate(config, workdir, mesh, frozen)
     if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(values, indent=2) + '\n')
+      # At once, as the process may be stopped here.
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(json.dumps(values, indent=2) + '\n')
+      temporary.replace(path)
   logging.info('Held out:\n%s', metrics.table(
       [[name.replace('_', ' '), value] for name, value in values.items()],
       ['metric', 'value']))
@@ -369,35 +450,38 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
                         jax.tree.map(lambda x: x.sharding, params))
 
 
+def _check_bad(config: ConfigDict, bad: int, seen: int) -> None:
+  most = config.data.max_bad_fraction
+  if bad > most * max(seen, _MIN_RECORDS):
+    raise DataError(
+        f'{bad} of {seen} records could not be used, more than '
+        f'data.max_bad_fraction={most}: see the log for their keys.')
+
+
 def _check_data(config: ConfigDict, old: dict[str, str] | None,
                 new: dict[str, str]) -> None:
   if changes := checkpoint.differences(old or {}, new):
     message = ('The data are not those of the last checkpoint ('
                + '; '.join(changes) + ')')
     if not config.data.may_change:
-      raise ValueError(
+      raise DataError(
           f'{message}: bring them back, or, if that is intended, set '
           '--config.data.may_change=True.')
     logging.warning('%s, as data.may_change=True allows.', message)
 
 
-class _StopSignal:
-  """Turns the first Ctrl-C or SIGTERM into a request to save and stop."""
-
-  def __init__(self):
-    self.requested = False
-    self._previous = {}
-    # With several processes all must stop at one step: the checkpoint manager
-    # agrees on it.
-    if jax.process_count() == 1:
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._previous[number] = signal.signal(number, self._request)
-
-  def _request(self, number, frame):
-    self.requested = True
-    logging.info('Saving and stopping after this step.')
-    self.release()  # A second signal ends the process at once.
-
-  def release(self) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+def _report_skipped(config: ConfigDict, index: int, workdir: str, step: int,
+                    values: dict[str, jax.Array]) -> None:
+  if jax.process_index():
+    return
+  stage = config.stages[index]
+  line = {'stage': stage.name, 'step': step} | {
+      name: str(float(values[name])) for name in ('loss', 'grad_norm')}
+  keys = inputs.batch_keys(
+      config, build.resolutions(config, stage)[-1], stage.batch_size, step - 1)
+  with (pathlib.Path(workdir) / 'skipped.jsonl').open('a') as file:
+    file.write(json.dumps(line | {'keys': keys}) + '\n')
+  logging.warning(
+      "Stage '%s' step %d was left out: loss %s, gradient %s. Its records, in "
+      'skipped.jsonl: %s%s', *line.values(), ', '.join(keys[:8]),
+      ', …' if len(keys) > 8 else '')

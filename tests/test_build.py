@@ -121,6 +121,9 @@ BAD = [
     ({'stages[1].mixed_ratio': (1.0, 1.0), 'stages[1].batch_size': 24},
      r'stages\[1\].batch_size=24: .*mixed_ratio=\(1.0, 1.0\), 2 examples,'
      r'.* 8 devices .* use a multiple of 16'),
+    ({'guard.spike_factor': 0.5}, 'guard: spike_factor=0.5: more than 1'),
+    ({'guard.window': 0}, 'guard: window=0'),
+    ({'guard.max_skipped': 0}, 'guard: max_skipped=0'),
     ({'log_every': 0}, 'log_every=0'),
     ({'sample_every': 0}, 'sample_every=0'),
     ({'checkpoint_every': -1}, 'checkpoint_every=-1'),

@@ -1,6 +1,7 @@
 """The training step: the same on any mesh, traced once, and it learns."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import re
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import pytest
 
 from mdm_jax import build, inputs, sharding
 from mdm_jax import step as steps
+from mdm_jax.guard import Guard
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import TrainState
 
@@ -24,7 +26,8 @@ class Training(NamedTuple):
   """A step on a mesh, jitted as the training loop does it."""
   model: Matryoshka
   new_state: Callable  # parameters -> a state in its shards
-  run: Callable        # (state, batch, caption dropout); donates the state
+  # (state, batch, caption dropout, factor of the loss); donates the state
+  run: Callable
   compiled_text: Callable  # (batch) -> the compiled step
   traces: list         # one entry for each time that the step was traced
   shardings: TrainState
@@ -48,17 +51,18 @@ def training(make_config):
     optimizer, _ = build.make_optimizer(config, stage)
     traces = []
 
-    # An argument here, so that one compilation serves every dropout.
-    def train_step(state, batch, caption_dropout):
+    # Arguments here, so that one compilation serves every value.
+    def train_step(state, batch, caption_dropout, factor):
       traces.append(None)
+      weights = tuple(factor * weight for weight in objective.weights)
       return steps.make_train_step(
-          model, objective, optimizer, ema_decay=0.99,
-          caption_dropout=caption_dropout, empty_text=inputs.empty_text(config),
-          seed=3)(state, batch, {})
+          model, dataclasses.replace(objective, weights=weights), optimizer,
+          guard=Guard(spike_factor=10.0, window=3, max_skipped=9),
+          ema_decay=0.99, caption_dropout=caption_dropout,
+          empty_text=inputs.empty_text(config), seed=3)(state, batch, {})
 
     def make_state(params):
-      return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params),
-                        optimizer.init(params))
+      return steps.new_state(params, optimizer)
     shardings = sharding.tree_shardings(
         jax.eval_shape(make_state, model.shapes(config.text.max_length)),
         mesh, config.sharding_rules)
@@ -69,17 +73,18 @@ def training(make_config):
         in_shardings=(shardings, {
             name: sharding.batch_sharding(mesh, ndim) for name, ndim in
             (('image', 4), ('image_8', 4), ('text', 2), ('scale', 1),
-             ('bad', 1))}, replicated),
+             ('bad', 1))}, replicated, replicated),
         out_shardings=(shardings, replicated))
     def compiled_text(batch):
       state = jax.eval_shape(make_state, model.shapes(config.text.max_length))
       return jitted.lower(
-          state, sharding.shard_batch(batch, mesh), 0.5).compile().as_text()
+          state, sharding.shard_batch(batch, mesh), 0.5, 1.0
+      ).compile().as_text()
     return Training(
         model,
         lambda params: init(sharding.place(params, shardings.params)),
-        lambda state, batch, dropout=0.5: jitted(
-            state, sharding.shard_batch(batch, mesh), dropout),
+        lambda state, batch, dropout=0.5, factor=1.0: jitted(
+            state, sharding.shard_batch(batch, mesh), dropout, factor),
         compiled_text, traces, shardings)
   return make
 
@@ -139,6 +144,54 @@ def test_loss_is_the_sum_over_levels(losses):
 def test_traced_once(training, losses, mesh_name):
   losses(mesh_name)
   assert len(training(mesh_name).traces) == 1
+
+
+@pytest.fixture(scope='module')
+def poisoned(training, batch, random_params):
+  """Ten steps, three of them bad -> [10] of (loss, learned, guard's state)."""
+  @functools.cache
+  def run(mesh_name):
+    made = training(mesh_name)
+    state, seen = made.new_state(random_params(made.model, 8)), []
+    for step in range(10):
+      before = jax.device_get(state)
+      scale = batch['scale'].copy()
+      if step == 3:
+        scale[5] = np.nan
+      factor = {5: np.inf, 7: 1000.0}.get(step, 1.0)
+      state, metrics = made.run(
+          state, batch | {'scale': scale}, factor=factor)
+      after = jax.device_get(state)
+      learned = {
+          name: not all(map(np.array_equal, *map(
+              jax.tree.leaves, (getattr(before, name), getattr(after, name)))))
+          for name in ('params', 'ema', 'opt_state')}
+      assert int(after.step) == step + 1
+      assert int(metrics['skipped']) == int(after.guard.skipped)
+      assert int(metrics['skipped_in_a_row']) == int(after.guard.in_a_row)
+      seen.append((float(metrics['loss']), learned, after.guard))
+    return seen
+  return run
+
+
+@pytest.mark.parametrize('mesh_name', MESHES)
+def test_bad_steps_change_nothing(poisoned, mesh_name):
+  seen = poisoned(mesh_name)
+  for step, (loss, learned, guard) in enumerate(seen):
+    bad = step in (3, 5, 7)
+    assert set(learned.values()) == {not bad}, step
+    assert int(guard.in_a_row) == bad
+    assert np.isfinite(loss) == (step not in (3, 5))
+  assert int(seen[-1][2].skipped) == 3
+  assert int(seen[-1][2].accepted) == 7
+  good = [loss for step, (loss, *_) in enumerate(seen)
+          if step not in (3, 5, 7)]
+  assert seen[7][0] > 100 * max(good)
+  expected = [loss for loss, *_ in poisoned('one')]
+  np.testing.assert_allclose(
+      [loss for loss, *_ in seen], expected, rtol=1e-5)
+  np.testing.assert_allclose(
+      seen[-1][2].mean, poisoned('one')[-1][2].mean, rtol=1e-5)
 
 
 def test_state_is_donated(training, batch):

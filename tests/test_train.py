@@ -1,6 +1,7 @@
 """A whole run on a toy config: what it writes, and that it resumes exactly."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -13,8 +14,17 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, sharding, train
+from mdm_jax import (
+  build,
+  checkpoint,
+  guard,
+  inputs,
+  ledger,
+  sharding,
+  train,
+)
 from mdm_jax.data import tar_index
+from mdm_jax.data.transforms import Transform
 from tests.tools.test_prepare_data import good_files, write_tar
 
 
@@ -44,7 +54,7 @@ def digest(workdir: pathlib.Path, config, index: int) -> str:
   """SHA-256 over all that a stage's last checkpoint holds."""
   directory = build.stage_directory(workdir, config, index)
   sha = hashlib.sha256()
-  for key in ('step', 'params', 'ema', 'opt_state'):
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
     item = checkpoint.restore_item(directory, None, key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(item):
       sha.update(jax.tree_util.keystr(path).encode())
@@ -125,6 +135,75 @@ def test_a_damaged_last_checkpoint_is_trained_again(
       caplog.text)
   assert (directory / '6.corrupt').exists()
   assert digest(workdir, config, 1) == digest(finished, config, 1)
+
+
+def poison(monkeypatch, key):
+  """Makes the size of a record NaN."""
+  call = Transform.__call__
+
+  def poisoned(self, record, rng):
+    example = call(self, record, rng)
+    if record['key'] == key:
+      example['scale'] = np.float32(np.nan)
+    return example
+  monkeypatch.setattr(Transform, '__call__', poisoned)
+
+
+def one_stage():
+  config = toy_config().unlock()
+  config.model.levels = config.model.levels[:1]
+  config.stages = config.stages[:1]
+  config.sample_every = 6
+  return config
+
+
+def lines_of(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_poisoned_step_is_left_out_also_when_resumed(tmp_path, monkeypatch):
+  config = one_stage().lock()
+  keys = inputs.batch_keys(config, 8, 8, batch=2)
+  poison(monkeypatch, keys[5])
+  once, twice = tmp_path / 'once', tmp_path / 'twice'
+  run(config, once)
+  stop_at(3, config, twice)
+  run(config, twice)
+  line = {'stage': '8', 'step': 3, 'loss': 'nan', 'grad_norm': 'nan',
+          'keys': keys}
+  assert lines_of(once / 'skipped.jsonl') == [line]
+  assert lines_of(twice / 'skipped.jsonl') == [line, line]
+  assert digest(once, config, 0) == digest(twice, config, 0)
+  state = checkpoint.restore_item(
+      build.stage_directory(once, config, 0), None, 'guard')
+  assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
+  # Steps 3 and 4 were trained twice.
+  sessions, seconds = ledger.totals(twice)
+  assert sessions == 2
+  assert seconds['lost'] > 0
+  for bucket in ('start_up', 'compile', 'step', 'save', 'sample', 'evaluate'):
+    assert seconds[bucket] > 0
+  for session, lines in itertools.groupby(
+      lines_of(twice / 'goodput.jsonl'), lambda line: line['session']):
+    lines = list(lines)
+    assert sum(sum(line['seconds'].values()) for line in lines) == (
+        pytest.approx(lines[-1]['time'] - session, rel=0.01))
+
+
+def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
+  config = one_stage()
+  config.guard.max_skipped = 2
+  for batch in (1, 3, 4):
+    poison(monkeypatch, inputs.batch_keys(config, 8, 8, batch)[0])
+  message = r"stage 1/1 '8': 2 steps in a row were left out, the last is 5"
+  for _ in range(2):
+    with pytest.raises(guard.Diverged, match=message):
+      run(config.lock(), tmp_path)
+  directory = build.stage_directory(tmp_path, config, 0)
+  assert checkpoint.latest_step(directory) == 4
+  for key in ('params', 'ema', 'opt_state'):
+    for leaf in jax.tree.leaves(checkpoint.restore_item(directory, None, key)):
+      assert np.isfinite(leaf).all()
 
 
 def test_another_config_is_refused(finished):

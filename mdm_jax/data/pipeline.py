@@ -138,6 +138,31 @@ def _stack(examples: Sequence[Example]) -> Example:
   }
 
 
+def batch_keys(
+    source: Source, batch: int, *, batch_size: int, seed: int, shuffle: bool
+) -> list[str]:
+  """The keys of the records at the positions of a global batch.
+
+  Reads the records, but does not decode them: one that was unusable is
+  listed, and not what has replaced it.
+
+  Args:
+    source: as given to `make_dataset`, like the others.
+    batch: its global index.
+    batch_size: global.
+    seed: non-negative.
+    shuffle: a new order each epoch.
+  """
+  def key(position: int) -> str:
+    index = record_index(position, len(source), seed, shuffle)
+    try:
+      return source[index]['key']
+    except BadRecord as error:
+      return error.key
+
+  return [key(batch * batch_size + row) for row in range(batch_size)]
+
+
 def make_dataset(
     source: Source,
     *,

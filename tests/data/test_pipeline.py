@@ -64,6 +64,25 @@ def test_the_order_of_a_seed_never_changes():
   assert large == [249410, 720013, 557549]
 
 
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_keys_of_a_batch(shuffle):
+  for k, batch in enumerate(batches(Numbers(21), shuffle=shuffle)):
+    assert pipeline.batch_keys(
+        Numbers(21), k, batch_size=8, seed=3, shuffle=shuffle) == [
+            f'n{number}' for number in batch['number']]
+
+
+def test_keys_name_records_that_cannot_be_read():
+  class Unreadable(Numbers):
+    def __getitem__(self, index):
+      if index == 2:
+        raise BadRecord('n2', 'damaged')
+      return super().__getitem__(index)
+  assert pipeline.batch_keys(
+      Unreadable(4), 0, batch_size=4, seed=0, shuffle=False) == [
+          'n0', 'n1', 'n2', 'n3']
+
+
 @pytest.mark.parametrize('process_count', [2, 4])
 def test_processes_share_the_same_global_batches(process_count):
   expected = batches(Numbers(21))

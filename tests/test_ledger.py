@@ -1,0 +1,79 @@
+"""Every second is in one bucket, and what was done twice is lost."""
+
+import json
+
+import pytest
+
+from mdm_jax import ledger
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """Stands still unless a test adds to `clock[0]`, in seconds."""
+  now = [1000.0]
+  monkeypatch.setattr(ledger.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(ledger.time, 'time', lambda: now[0] + 5e5)
+  return now
+
+
+def spend(times, clock, bucket, seconds):
+  with times.time(bucket):
+    clock[0] += seconds
+
+
+def test_buckets_nest_and_add_up(tmp_path, clock):
+  times = ledger.Ledger(tmp_path, began=997.0)
+  with times.time('evaluate'):
+    clock[0] += 1
+    spend(times, clock, 'save', 2)
+    clock[0] += 4
+  times.switch('step')
+  clock[0] += 8
+  with times.time('data'):
+    clock[0] += 16
+    times.count_as('step')
+  spend(times, clock, 'data', 32)
+  clock[0] += 64
+  times.close()
+  assert ledger.totals(tmp_path) == (1, {
+      'step': 8 + 16 + 64, 'data': 32, 'evaluate': 5, 'start_up': 3, 'save': 2})
+
+
+def test_a_line_every_two_seconds_or_when_forced(tmp_path, clock):
+  times = ledger.Ledger(tmp_path)
+
+  def number_of_lines():
+    return (tmp_path / 'goodput.jsonl').read_text().count('\n')
+  for step, (seconds, force, expected) in enumerate([
+      (1, False, 0), (1.5, False, 1), (1, True, 2), (0, False, 2)]):
+    clock[0] += seconds
+    times.write('8', step, force)
+    assert number_of_lines() == expected
+  last = json.loads((tmp_path / 'goodput.jsonl').read_text().splitlines()[1])
+  assert last == {'time': 501003.5, 'session': 501000.0, 'stage': '8',
+                  'step': 2, 'seconds': {'start_up': 1.0}}
+
+
+def train(tmp_path, clock, first, last):
+  """A session that takes a second a step and is killed after `last`."""
+  times = ledger.Ledger(tmp_path)
+  clock[0] += 10
+  times.write('8', first, force=True)
+  times.switch('step')
+  for step in range(first + 1, last + 1):
+    spend(times, clock, 'data', 0.25)
+    clock[0] += 0.75
+    times.write('8', step, force=step % 4 == 0)
+  clock[0] += 100  # Between the last line and the kill, and until the next.
+
+
+def test_steps_that_are_done_again_are_lost(tmp_path, clock):
+  train(tmp_path, clock, 0, 11)  # Lines at 4, 7, 8, 11.
+  with (tmp_path / 'goodput.jsonl').open('a') as file:
+    file.write('{"time": 3\n')
+  train(tmp_path, clock, 4, 12)  # Does 5 to 11 again.
+  train(tmp_path, clock, 12, 16)
+  sessions, seconds = ledger.totals(tmp_path)
+  assert sessions == 3
+  assert seconds == {
+      'start_up': 30.0, 'step': 12.0, 'lost': 7.0, 'data': 4.0}
