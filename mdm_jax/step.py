@@ -113,15 +113,16 @@ def make_train_step(
         mean_loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = optim.update_average(state.ema, params, state.step, ema_decay)
     grad_norm = optax.global_norm(grads)
     good, guard_state = guards.judge(guard, state.guard, total, grad_norm)
-    # Selected leaf by leaf: fused into the update, unlike a lax.cond, which
-    # would keep both states.
-    params, ema, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+
+    def select(new, old):  # Leaf by leaf, which XLA fuses into the update.
+      return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
+    opt_state = select(opt_state, state.opt_state)
+    params = select(
+        optax.apply_updates(state.params, updates), state.params)
+    ema = select(optim.update_average(
+        state.ema, params, state.step, ema_decay), state.ema)
     metrics = {'loss': total, 'level_losses': levels, 'grad_norm': grad_norm,
                'bad_records': batch['bad'].sum(),
                'skipped': guard_state.skipped,
