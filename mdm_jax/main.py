@@ -19,6 +19,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Receives checkpoints, samples and metrics; the same one '
     'continues a run. Default: runs/<name of the config>.')
+_DISTRIBUTED = flags.DEFINE_boolean(
+    'distributed', False, 'This is one of several processes that train '
+    'together. Cloud TPU, GKE, Slurm and Open MPI say which one; elsewhere '
+    'give the next three.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'All of them.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, 'Of this one, from 0.', lower_bound=0)
+_HEARTBEAT = flags.DEFINE_integer(
+    'heartbeat', 100, 'Seconds without a sign of life after which a process '
+    'counts as dead and the others end.', lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +52,10 @@ def main(argv: list[str]) -> None:
   metrics.setup_logging()
   try:
     sharding.use_cpu_cores(build.parts_of_batches(config))
+    if _DISTRIBUTED.value:
+      sharding.join_processes(
+          _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
+          _HEARTBEAT.value)
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
