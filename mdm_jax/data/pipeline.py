@@ -8,8 +8,10 @@ starts there without reading anything before it.
 """
 
 from collections.abc import Callable, Sequence
+import ctypes
 import dataclasses
 import functools
+import sys
 from typing import Any, Protocol
 
 from absl import logging
@@ -31,6 +33,8 @@ _SHUFFLE_ROUNDS = 4
 # index_shuffle needs no memory, but milliseconds an index in a small set: it
 # permutes at least this many numbers and skips those that are too large.
 _MIN_INDEX_SHUFFLE = 2**16
+# glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
+_GLIBC_OPTIONS = {-3: 2**26, -1: 2**30, -8: 1}
 # Separate the random streams that are drawn from one seed.
 _ORDER_STREAM, _EXAMPLE_STREAM = 0, 1
 
@@ -163,6 +167,19 @@ def batch_keys(
   return [key(batch * batch_size + row) for row in range(batch_size)]
 
 
+def _keep_memory(worker_index: int, worker_count: int) -> None:
+  """Keeps the memory of one image for the next.
+
+  A process that has just begun gives large blocks back to the kernel, which
+  clears them page by page when they are asked for again: a third of the time
+  of decoding a photograph.
+  """
+  if sys.platform == 'linux' and (
+      mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)):
+    for parameter, value in _GLIBC_OPTIONS.items():
+      mallopt(parameter, value)
+
+
 def make_dataset(
     source: Source,
     *,
@@ -247,6 +264,7 @@ def make_dataset(
     dataset = dataset.mp_prefetch(
         grain.MultiprocessingOptions(
             num_workers=num_workers, per_worker_buffer_size=max(prefetch, 1)
-        )
+        ),
+        worker_init_fn=_keep_memory,
     )
   return dataset

@@ -88,7 +88,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')
     image = Image.alpha_composite(white, image)
-  return image.convert('RGB')
+  # It would copy what is RGB already.
+  image.load()
+  return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def load_image(
@@ -123,7 +125,9 @@ def load_image(
       orientation = image.getexif().get(ExifTags.Base.Orientation)
       if orientation in _SIDEWAYS:
         width, height = height, width
-      return _to_rgb(ImageOps.exif_transpose(image)), (width, height)
+      if orientation:
+        ImageOps.exif_transpose(image, in_place=True)
+      return _to_rgb(image), (width, height)
   except Image.UnidentifiedImageError as error:
     raise BadRecord(key, 'not an image', f'{len(data)} bytes') from error
   except _BOMB as error:

@@ -211,9 +211,9 @@ def test_an_image_goes_under_its_name_at_its_resolution(monkeypatch):
   record = {'image': encode(ramp(40, 30)), 'caption': 'a cat', 'key': 'k'}
   decoded = []
   decode = transforms.decode_image
-  def decode_image(data, resolution, key):
+  def decode_image(data, resolution, *args):
     decoded.append(resolution)
-    return decode(data, resolution, key)
+    return decode(data, resolution, *args)
   monkeypatch.setattr(transforms, 'decode_image', decode_image)
   coarse = Transform(Lengths(), 4, image_name='image_4')
   example = coarse(record, np.random.default_rng(0))
@@ -247,3 +247,26 @@ def test_flip_mirrors_half_of_the_images_and_is_off_by_default():
     rng = np.random.default_rng(seed)
     assert (Transform(Lengths(), 4)(record, rng)['image'] == image).all()
   assert 75 < flipped < 125
+
+
+@pytest.mark.parametrize('size', [(300, 100), (100, 300)])
+def test_a_random_crop_lies_anywhere_along_the_longer_side(size):
+  record = {'image': encode(ramp(*size)), 'caption': 'a cat', 'key': 'k'}
+  along = int(size[0] > size[1])  # Of the array: rows run along the height.
+  channel = 1 - along
+
+  def middle(seed, **options):
+    example = Transform(Lengths(), 20, **options)(
+        record, np.random.default_rng(seed))
+    return example['image'][10, 10].astype(int)
+
+  centre = middle(0)[channel]
+  assert abs(centre - 130) < 3  # Half of a pixel right of the middle.
+  found = [middle(seed, random_crop=True) for seed in range(40)]
+  values = [pixel[channel] for pixel in found]
+  # The middle of a third of the ramp is from 1/6 to 5/6 of it.
+  assert 38 < min(values) < 75 and 185 < max(values) < 222
+  assert abs(np.mean(values) - 130) < 25
+  # Across, all of the shorter side is there.
+  assert np.ptp([pixel[1 - channel] for pixel in found]) <= 3
+  np.testing.assert_array_equal(found[3], middle(3, random_crop=True))
