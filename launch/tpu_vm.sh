@@ -10,8 +10,9 @@
 # Training does not depend on this terminal; `log` follows it again.
 # DRY_RUN=1 prints the commands instead of running them.
 #
-# What runs is the last commit. A data set must be on the VM already. The slice
-# must be of one host: main does not join the processes of several.
+# What runs is the last commit. A data set must be on the VM already. For a
+# slice of several hosts WORKDIR must be on a file system that all of them
+# mount; add -- --distributed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

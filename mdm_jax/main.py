@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _BEGAN = time.monotonic()
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
 
   interrupt.exit_on_signals()
   # Slow to import, and not needed for --help.
+  import jax
+
   from mdm_jax import build, checkpoint, guard, metrics, sharding, train
 
   config = _CONFIG.value
@@ -56,6 +58,8 @@ def main(argv: list[str]) -> None:
       sharding.join_processes(
           _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
           _HEARTBEAT.value)
+      if jax.process_index():  # One of them tells.
+        logging.set_verbosity(logging.WARNING)
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')

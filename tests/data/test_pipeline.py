@@ -276,3 +276,32 @@ def test_worker_processes_give_the_same_batches(mixed):
     assert sorted(one) == ['bad', *images, 'scale', 'text']
     for name in one:
       np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('start_batch', [0, 17, 25])  # 25: an epoch's end.
+def test_hosts_workers_and_resuming_change_no_bit(start_batch):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  options = {
+      'transform': Transform(Tokenizer(CAPTIONS_MODEL, 16), 16),
+      'batch_size': 8,
+      'num_batches': 5,
+  }
+  source = ShapesSource(seed=0, split='train', size=200, resolution=16)
+  expected = batches(source, **(options | {'num_batches': 30}))
+  expected = expected[start_batch : start_batch + 5]
+  for process_count in (1, 2, 4):
+    for num_workers in (0, 1, 2, 3):
+      parts = [
+          batches(
+              source, start_batch=start_batch, process_index=i,
+              process_count=process_count, num_workers=num_workers, **options,
+          )
+          for i in range(process_count)
+      ]
+      for whole, *found in zip(expected, *parts, strict=True):
+        for name in whole:
+          np.testing.assert_array_equal(
+              np.concatenate([part[name] for part in found]), whole[name]
+          )

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 from mdm_jax.data import pipeline, tar_index, tars
-from mdm_jax.data.transforms import BadRecord
-from tests.tools.test_prepare_data import good_files, image_file, write_tar
+from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.data.transforms import BadRecord, Transform
+from tests.tools.test_prepare_data import (
+  bomb,
+  good_files,
+  image_file,
+  write_tar,
+)
 
 
 def read(path):
@@ -151,3 +157,30 @@ def test_ten_million_records(tmp_path):
   seen = [pipeline.record_index(p, len(source), 0, True)
           for p in range(64_000_000, 64_001_000)]
   assert len(set(seen)) == 1000 and max(seen) > 9_900_000
+
+
+def test_of_corrupt_records_each_is_counted_and_every_other_delivered(
+    tmp_path):
+  """One of every kind, neighbours too, in 200: an epoch in a random order."""
+  files = {}
+  for i in range(200):
+    files[f'{i:03}.jpg'] = image_file(color=(i, 50, 99))
+    files[f'{i:03}.txt'] = b'words'
+  jpeg = image_file(size=(200, 200))
+  corrupt = {
+      '020.jpg': jpeg[:-100], '021.jpg': b'<html>404</html>',
+      '022.jpg': bomb(), '077.jpg': b'', '100.txt': b' \n',
+      '101.txt': 'é'.encode('latin-1'), '150.txt': b''}
+  write_tar(tmp_path / 's.tar', files | corrupt)
+  tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
+  (batch,) = pipeline.make_dataset(
+      tar_index.open_source(f'{tmp_path}/index', 'train'),
+      transform=Transform(Tokenizer(CAPTIONS_MODEL, 8), 8), batch_size=200,
+      seed=5, shuffle=True, num_batches=1)
+  assert batch['bad'].sum() == len(corrupt)
+  reds = batch['image'][~batch['bad'], 4, 4, 0].astype(int)
+  wanted = np.setdiff1d(
+      np.arange(200), [int(name[:3]) for name in corrupt])
+  # JPEG rounds colours; the order of size is the records'.
+  np.testing.assert_allclose(np.sort(reds), wanted, atol=3)
+  assert len(reds) == 193

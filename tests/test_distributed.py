@@ -1,0 +1,152 @@
+"""Two real processes train together, stop together, and end together."""
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = '''
+from configs import common
+def get_config():
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = common.smoke(config)
+  config.stages[0].update(steps=60, batch_size=8)
+  config.log_every = 1
+  config.sample_every = 60
+  config.checkpoint_every = 10
+  config.eval.update(num_prompts=8)
+  return config
+'''
+
+
+class Processes:
+  """`mdm_jax.main` in so many processes, of two devices in all."""
+
+  def __init__(self, directory, workdir, count, *flags):
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    config = directory / 'toy.py'
+    config.write_text(CONFIG)
+    devices = f'--xla_force_host_platform_device_count={2 // count}'
+    self.workdir = workdir
+    self.outputs = [directory / f'{workdir.name}_{i}.log'
+                    for i in range(count)]
+    self.all = []
+    for i, output in enumerate(self.outputs):
+      joined = () if count == 1 else (
+          '--distributed', f'--coordinator=127.0.0.1:{port}',
+          f'--num_processes={count}', f'--process_id={i}')
+      with output.open('w') as file:
+        self.all.append(subprocess.Popen(
+            [sys.executable, '-m', 'mdm_jax.main', f'--config={config}',
+             f'--workdir={workdir}', *joined, *flags],
+            cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            env=os.environ | {'XLA_FLAGS': devices}))
+
+  def wait(self, seconds=240):
+    """Their exit codes."""
+    try:
+      return [process.wait(seconds) for process in self.all]
+    finally:
+      for process in self.all:
+        process.kill()
+
+  def text(self):
+    return '\n'.join(path.read_text() for path in self.outputs)
+
+  def wait_for_step(self, step):
+    """Until a step of training has been logged."""
+    path = self.workdir / 'metrics.jsonl'
+    for _ in range(2400):
+      if path.exists() and f'"step": {step},' in path.read_text():
+        return
+      assert self.all[0].poll() is None, self.text()
+      time.sleep(0.1)
+    raise AssertionError(self.text())
+
+
+def digest(workdir):
+  """SHA-256 of all that the last checkpoint holds."""
+  directory = workdir / 'checkpoints' / '0_8'
+  assert checkpoint.latest_step(directory) == 60
+  sha = hashlib.sha256()
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
+    item = checkpoint.restore_item(directory, None, key)
+    for leaf in jax.tree.leaves(item):
+      sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+def losses(workdir):
+  lines = [json.loads(line) for line in
+           (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """The working directory of two processes that were left alone."""
+  directory = tmp_path_factory.mktemp('straight')
+  processes = Processes(directory, directory / 'run', 2)
+  assert processes.wait() == [0, 0], processes.text()
+  return directory / 'run'
+
+
+def test_a_signal_to_one_stops_both_at_one_step(straight, tmp_path):
+  workdir = tmp_path / 'run'
+  processes = Processes(tmp_path, workdir, 2)
+  processes.wait_for_step(13)
+  processes.all[1].send_signal(signal.SIGTERM)
+  begin = time.monotonic()
+  assert processes.wait() == [75, 75], processes.text()
+  assert time.monotonic() - begin < 20
+  step = checkpoint.latest_step(workdir / 'checkpoints' / '0_8')
+  assert 13 <= step < 60
+  assert Processes(tmp_path, workdir, 2).wait() == [0, 0]
+  assert digest(workdir) == digest(straight)
+
+
+def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
+  workdir = tmp_path / 'run'
+  processes = Processes(tmp_path, workdir, 2, '--heartbeat=5')
+  processes.wait_for_step(25)
+  processes.all[1].kill()
+  begin = time.monotonic()
+  codes = processes.wait()
+  assert codes[0] not in (0, 75), processes.text()
+  assert time.monotonic() - begin < 15
+  # On one host what two have begun.
+  again = Processes(tmp_path, workdir, 1)
+  assert again.wait() == [0], again.text()
+  assert 'continuing from step 20' in again.text()
+  expected, found = losses(straight), losses(workdir)
+  np.testing.assert_allclose(
+      [found[step] for step in range(21, 61)],
+      [expected[step] for step in range(21, 61)], rtol=1e-6)
+
+
+def test_who_cannot_be_joined_is_named(tmp_path):
+  (tmp_path / 'toy.py').write_text(CONFIG)
+  done = subprocess.run(
+      [sys.executable, '-m', 'mdm_jax.main', '--distributed',
+       f'--config={tmp_path}/toy.py', f'--workdir={tmp_path}/run'],
+      cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 1
+  assert 'error: The other processes cannot be joined' in done.stderr
+  assert '--coordinator=HOST:PORT' in done.stderr
+  assert 'Traceback' not in done.stderr
