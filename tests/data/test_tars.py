@@ -184,3 +184,13 @@ def test_of_corrupt_records_each_is_counted_and_every_other_delivered(
   # JPEG rounds colours; the order of size is the records'.
   np.testing.assert_allclose(np.sort(reds), wanted, atol=3)
   assert len(reds) == 193
+
+
+def test_an_unreadable_bucket_is_named(monkeypatch):
+  def refuse(self, pattern):
+    raise PermissionError('403 Forbidden')
+
+  monkeypatch.setattr(type(tars.epath.Path('gs://private/x')), 'glob', refuse)
+  with pytest.raises(ValueError, match=(
+      r'--input=gs://private/x/\*.tar cannot be read: 403 Forbidden')):
+    tars.find(['gs://private/x/*.tar'])
