@@ -11,6 +11,7 @@ import json
 import logging as python_logging
 import math
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -206,6 +207,15 @@ def setup_logging() -> None:
 
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(is_ours_or_a_warning)
+
+  # When a save fails, TensorStore reports each write that ends after Orbax has
+  # given up, a thousand tracebacks from its own threads.
+  report = sys.unraisablehook
+
+  def report_others(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      report(unraisable)
+  sys.unraisablehook = report_others
 
 
 def peak_flops(device: jax.Device) -> float | None:

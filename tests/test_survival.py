@@ -128,7 +128,9 @@ def get_config():
   finally:
     subprocess.run(['umount', disk], check=True)
   assert result.returncode == 1
-  *_, first, second, last = result.stderr.splitlines()
+  lines = result.stderr.splitlines()
+  first, second, last = (line for line in lines if ' in a row): ' in line)
+  assert last == lines[-1]
   assert 'saving step 1 failed (1 of 2 in a row): ' in first
   assert 'saving step 2 failed (2 of 2 in a row): ' in second
   assert last.startswith('error: ') and 'saving step 2 failed' in last
