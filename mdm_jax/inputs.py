@@ -159,7 +159,7 @@ def make_dataset(config: ConfigDict, split: str, resolutions: Sequence[int],
 def data_fingerprint(config: ConfigDict) -> dict[str, str]:
   """What decides on the order and the pixels, and is not in the config."""
   found = {'tokenizer': make_tokenizer(config).fingerprint(),
-           **pipeline.library_versions()}
+           **pipeline.package_versions()}
   if config.data.name != 'shapes':
     source = make_source(config, 'train', 0)
     found |= {'records': str(len(source)), 'files': source.fingerprint()}

@@ -49,8 +49,8 @@ class Source(Protocol):
     """The record, with at least `image`, `caption` and `key`."""
 
 
-def library_versions() -> dict[str, str]:
-  """Of the libraries that decide on the order and the pixels."""
+def package_versions() -> dict[str, str]:
+  """Of the packages that decide on the order and the pixels."""
   return {'Pillow': PIL.__version__, 'grain': grain.__version__}
 
 
