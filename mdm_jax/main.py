@@ -44,7 +44,16 @@ def main(argv: list[str]) -> None:
   # Slow to import, and not needed for --help.
   import jax
 
-  from mdm_jax import build, checkpoint, guard, metrics, sharding, train
+  from mdm_jax import (
+    build,
+    checkpoint,
+    guard,
+    metrics,
+    replicas,
+    sharding,
+    train,
+  )
+  from mdm_jax.data.pipeline import DataError
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -65,8 +74,8 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {error}')
   try:
     finished = train.train(config, workdir, mesh, frozen, _BEGAN)
-  except (checkpoint.CheckpointError, guard.Diverged,
-          train.DataError) as error:
+  except (checkpoint.CheckpointError, guard.Diverged, DataError,
+          replicas.ReplicasDiffer) as error:
     sys.exit(f'error: {error}')
   if not finished:
     sys.exit(interrupt.EXIT_CODE)

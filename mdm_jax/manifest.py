@@ -16,7 +16,7 @@ import xxhash
 
 _NAME = 'manifest.json'
 _BLOCK = 2**24  # Bytes. Threads share the blocks of a large file.
-_READ = 2**20  # Bytes at once, which a core's cache holds while they are hashed.
+_READ = 2**20  # Bytes at once; a core's cache holds them while it hashes.
 _THREADS = min(8, os.cpu_count())
 # Relative path, bytes and time of change of every file, by path.
 Files = tuple[tuple[str, int, int], ...]

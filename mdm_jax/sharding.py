@@ -53,6 +53,8 @@ def join_processes(coordinator: str | None, num_processes: int | None,
   Raises:
     ValueError: the processes cannot be found.
   """
+  # Its handler of SIGTERM would take the place of ours.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process_id,

@@ -68,9 +68,6 @@ def stop_at(step, config, workdir, stage='8'):
 
   def interrupt(self, at, state, extra, force=False):
     if at == step + 1 and extra['stage'] == stage:
-      # What a dead process could not do, and this one must: a save in flight
-      # would end while the next run has the directory open.
-      self.close()
       raise KeyboardInterrupt
     return save(self, at, state, extra, force)
 
