@@ -37,8 +37,8 @@ _MIN_RECORDS = 1000
 # Keys that may differ when a run is continued: none changes what is learned,
 # but for the guard's, without which a run that it has stopped could not go on.
 _MAY_CHANGE = (
-    'mesh.', 'data.num_workers', 'data.num_threads', 'data.prefetch',
-    'data.max_bad_fraction', 'data.may_change',
+    'mesh.', 'sharding_rules', 'data.num_workers', 'data.num_threads',
+    'data.prefetch', 'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
     'save_failures', 'replicas_every', 'text.class_names', 'sampler.', 'eval.',
     'guard.', 'watchdog.')
