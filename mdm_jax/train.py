@@ -212,7 +212,8 @@ def train_stage(
       model, build.make_objective(config, stage), optimizer,
       guard=build.make_guard(config), ema_decay=config.optimizer.ema_decay,
       caption_dropout=config.text.caption_dropout,
-      empty_text=inputs.empty_text(config), seed=seed)
+      empty_text=inputs.empty_text(config), seed=seed,
+      accumulate=stage.accumulate)
   first_step = int(state.step)
   times.write(stage.name, first_step, force=True)
   batches = iter(inputs.make_dataset(
@@ -443,7 +444,7 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
   sample_step = draw.make_sample_step(
       build.make_model(config, stage),
       build.make_noise_schedule(config, stage), build.make_sampler(config),
-      parameterization=config.diffusion.parameterization)
+      mesh, parameterization=config.diffusion.parameterization)
   if negative is None:
     negative = inputs.empty_text(config)
   return draw.make_draw(sample_step, negative, config.eval.batch_size, mesh,
