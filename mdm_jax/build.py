@@ -60,6 +60,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   names = [stage.name for stage in config.stages]
   if len(set(names)) < len(names):
     raise ValueError(f'stages have names {names}: they must differ.')
+  sharding.check_images_stay_in_processes(mesh)
   heights = [level.resolution for level in config.model.levels]
   if any(height % mesh.shape['spatial'] for height in heights):
     raise ValueError(

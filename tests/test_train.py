@@ -209,7 +209,10 @@ def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
 def test_another_config_is_refused(finished):
   config = toy_config().unlock()
   config.stages[1].steps = 7
-  with pytest.raises(ValueError, match=r'stages\[1\].steps: 6 -> 7'):
+  # These may be others.
+  config.mesh.update(data=1, spatial=8)
+  config.stages[1].accumulate = 2
+  with pytest.raises(ValueError, match=r'\(stages\[1\].steps: 6 -> 7\)'):
     train.setup(config, finished)
 
 
