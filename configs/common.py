@@ -155,6 +155,7 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
       'num_levels': num_levels,
       'steps': 100_000,
       'batch_size': 64,              # over all devices
+      'accumulate': 1,               # parts of it, one after the other
       'learning_rate': 5e-5,
       'warmup_steps': 10_000,
       'shift_power': 1.0,            # SNR / (resolution ratio) ** power

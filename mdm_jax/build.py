@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import math
 import pathlib
 from typing import Any
 
@@ -64,6 +65,12 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   names = [stage.name for stage in config.stages]
   if len(set(names)) < len(names):
     raise ValueError(f'stages have names {names}: they must differ.')
+  sharding.check_images_stay_in_processes(mesh)
+  heights = [level.resolution for level in config.model.levels]
+  if any(height % mesh.shape['spatial'] for height in heights):
+    raise ValueError(
+        f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
+        f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.')
   shards = sharding.batch_shards(mesh)
   for key, size in [
       ('eval.batch_size', config.eval.batch_size),
@@ -196,25 +203,35 @@ def _check_stage(config: ConfigDict, i: int, stage: ConfigDict,
   if stage.steps < 1:
     raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
   repeats = _num_repeats(i, stage)
-  period = stage.batch_size // repeats
+  period = stage.batch_size // stage.accumulate // repeats
   if repeats % shards:
+    parts = f' in {stage.accumulate} parts' if stage.accumulate > 1 else ''
     raise ValueError(
-        f'stages[{i}].batch_size={stage.batch_size}: the pattern of its '
-        f'mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is not '
-        f'whole on each of the {shards} devices that the mesh spreads a batch '
-        f'over: use a multiple of {period * shards}.')
+        f'stages[{i}].batch_size={stage.batch_size}{parts}: the pattern of '
+        f'its mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is '
+        f'not whole on each of the {shards} devices that the mesh spreads a '
+        'batch over: use a multiple of '
+        f'{period * shards * stage.accumulate}.')
 
 
 def _num_repeats(i: int, stage: ConfigDict) -> int:
+  """How often a part of the batch repeats its pattern."""
   with _naming(f'stages[{i}].mixed_ratio'):
-    return mixed_batch.num_repeats(batch_sizes(stage))
+    repeats = mixed_batch.num_repeats(batch_sizes(stage))
+  if stage.accumulate < 1 or repeats % stage.accumulate:
+    raise ValueError(
+        f'stages[{i}].accumulate={stage.accumulate} does not divide the '
+        f'{repeats} patterns of its batch: use a divisor of {repeats}.')
+  return repeats // stage.accumulate
 
 
 def parts_of_batches(config: ConfigDict) -> list[int]:
-  """Into how many parts each batch falls, whole periods if it is mixed.
+  """Into how many parts devices can divide each batch.
+
+  Whole periods if it is mixed; what is accumulated is a batch each.
 
   Raises:
-    ValueError: as `batch_sizes`.
+    ValueError: as `batch_sizes`, or `accumulate` does not divide the batch.
   """
   return [config.eval.batch_size,
           *(_num_repeats(i, stage) for i, stage in enumerate(config.stages))]

@@ -31,7 +31,7 @@ class SamplerSpec:
 
 
 def make_sample_step(
-    model: Matryoshka, schedule: Schedule, spec: SamplerSpec, *,
+    model: Matryoshka, schedule: Schedule, spec: SamplerSpec, mesh: Mesh, *,
     parameterization: str,
 ) -> Callable[..., tuple[jax.Array, ...]]:
   """Sampling of one batch, pure and not yet jitted.
@@ -40,6 +40,7 @@ def make_sample_step(
     model: the network.
     schedule: its noise schedule.
     spec: the sampler.
+    mesh: the devices, among which images and their rows are divided.
     parameterization: what the network predicts.
 
   Returns:
@@ -66,7 +67,10 @@ def make_sample_step(
       return tuple(level[0] for level in one)
 
     def noise_fn(index):
-      return noise_of(jax.vmap(jax.random.fold_in, (0, None))(keys, index))
+      noise = noise_of(jax.vmap(jax.random.fold_in, (0, None))(keys, index))
+      # Nothing else in the program says where rows lie.
+      return jax.lax.with_sharding_constraint(
+          noise, sharding.batch_sharding(mesh, 4))
 
     images = samplers.sample(
         denoise_fn, noise_fn(spec.num_steps), schedule, keys[0],

@@ -56,6 +56,23 @@ def take(tree: Any, count: int, repeats: int) -> Any:
   return jax.tree.map(take_leaf, tree)
 
 
+def split(tree: Any, parts: int, repeats: int) -> Any:
+  """Deals whole periods out: arrays [n, ...] -> [parts, n / parts, ...].
+
+  Part p has the periods p, p + parts, p + 2 * parts, ... Devices that hold
+  `parts` periods each, or a multiple, hold their share of every part.
+
+  Args:
+    tree: of arrays that have as many rows in each period.
+    parts: divides `repeats`.
+    repeats: of the pattern.
+  """
+  def split_leaf(x):
+    dealt = x.reshape(repeats // parts, parts, len(x) // repeats, *x.shape[1:])
+    return dealt.swapaxes(0, 1).reshape(parts, len(x) // parts, *x.shape[1:])
+  return jax.tree.map(split_leaf, tree)
+
+
 def join(seen: jax.Array, rest: jax.Array, repeats: int) -> jax.Array:
   """Puts what a finer level sees before the rest of each period.
 

@@ -27,6 +27,9 @@ _GUIDANCE = flags.DEFINE_float(
     'guidance', None, 'Guidance weight, 1 is none. Default: as in the config.')
 _NEGATIVE = flags.DEFINE_string(
     'negative_prompt', '', 'What guidance is to lead away from.')
+_SPATIAL = flags.DEFINE_integer(
+    'spatial', 1, 'Devices that draw each picture together, rows of it each.',
+    lower_bound=1)
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'Sample i of a prompt has seed + i.', lower_bound=0)
 
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
     prompts = [prompt for prompt in _PROMPTS.value
                for _ in range(_NUM_SAMPLES.value)]
     # Whatever it was trained on, here there may be other devices.
-    config.mesh.update(data=-1, fsdp=1, spatial=1)
+    config.mesh.update(data=-1, fsdp=1, spatial=_SPATIAL.value)
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.batch_shards(mesh)
     config.eval.batch_size = min(

@@ -91,6 +91,22 @@ def make_mesh(axes: Mapping[str, int],
       sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_images_stay_in_processes(mesh: Mesh) -> None:
+  """Every process reads whole images, so none may lie on several.
+
+  Raises:
+    ValueError: the mesh divides an image's rows among processes.
+  """
+  spatial = mesh.shape['spatial']
+  for devices in mesh.devices.reshape(-1, spatial):
+    processes = {device.process_index for device in devices}
+    if len(processes) > 1:
+      raise ValueError(
+          f'mesh.spatial={spatial} divides the rows of an image among '
+          f'processes {sorted(processes)}, which read whole images: use fewer, '
+          "at most a process's own devices.")
+
+
 def batch_shards(mesh: Mesh) -> int:
   """Into how many parts a batch is divided."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,7 +1,8 @@
 """The pure training and evaluation steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -35,21 +36,34 @@ class Objective:
   time_weights: np.ndarray | None = None  # [T + 1], of the noising steps
 
 
-def _losses(model: Matryoshka, objective: Objective, params: Params,
-            batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Loss per example [B], and each level's mean loss [levels]."""
-  repeats = mixed_batch.num_repeats(pyramid.level_batch_sizes(
+def _repeats(objective: Objective, batch: Batch) -> int:
+  """How often the pattern of a mixed batch repeats in it."""
+  return mixed_batch.num_repeats(pyramid.level_batch_sizes(
       len(batch['scale']), objective.fractions))
+
+
+def _draw(objective: Objective, resolutions: Sequence[int], batch: Batch,
+          rng: jax.Array) -> tuple[jax.Array, pyramid.Pyramid]:
+  """The times [B] and the noise of a batch."""
+  sizes = pyramid.level_batch_sizes(len(batch['scale']), objective.fractions)
+  time_rng, noise_rng = jax.random.split(rng)
+  t = loss.draw_time(time_rng, sizes[0], objective.schedule.num_steps)
+  return t, process.draw_noise(noise_rng, [
+      jax.ShapeDtypeStruct((size, pixels, pixels, 3), jnp.float32)
+      for size, pixels in zip(sizes, resolutions, strict=True)])
+
+
+def _losses(model: Matryoshka, objective: Objective, params: Params,
+            batch: Batch, t: jax.Array, eps: pyramid.Pyramid,
+            ) -> tuple[jax.Array, jax.Array]:
+  """Loss per example [B], and each level's mean loss [levels]."""
+  repeats = _repeats(objective, batch)
   names = mixed_batch.image_names(model.resolutions)
   own = {level: pyramid.to_float(batch[name])
          for level, name in enumerate(names) if name in batch}
   images = pyramid.make_pyramid(
       own.pop(len(names) - 1), model.resolutions, objective.fractions,
       coarse=own, repeats=repeats)
-  time_rng, noise_rng = jax.random.split(rng)
-  t = loss.draw_time(
-      time_rng, len(images[0]), objective.schedule.num_steps)
-  eps = process.draw_noise(noise_rng, images)
   cond = model.encode(params, batch['text'], batch['scale'])
   per_example, aux = loss.multi_resolution_loss(
       lambda x_t, t: model.denoise(params, x_t, t, cond, repeats),
@@ -58,6 +72,23 @@ def _losses(model: Matryoshka, objective: Objective, params: Params,
       loss_space=objective.loss_space, weights=objective.weights,
       time_weights=objective.time_weights, repeats=repeats)
   return per_example, aux['level_losses']
+
+
+def _mean_over_parts(fn: Callable[..., Any], parts: tuple[Any, ...]) -> Any:
+  """The mean of what `fn` makes of each part, one after the other.
+
+  Args:
+    fn: called with a part of each of `parts`.
+    parts: trees of arrays [parts, ...].
+  """
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, fn(*part)), None
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *first))
+  total, _ = jax.lax.scan(add, zeros, parts)
+  count = len(jax.tree.leaves(parts)[0])
+  return jax.tree.map(lambda x: x / count, total)
 
 
 def new_state(params: Params,
@@ -72,7 +103,7 @@ def make_train_step(
     model: Matryoshka, objective: Objective,
     optimizer: optax.GradientTransformation, *, guard: guards.Guard,
     ema_decay: float, caption_dropout: float, empty_text: np.ndarray,
-    seed: int,
+    seed: int, accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Params],
               tuple[TrainState, dict[str, jax.Array]]]:
   """The training step, pure and not yet jitted.
@@ -87,6 +118,10 @@ def make_train_step(
     caption_dropout: probability of training on the empty caption.
     empty_text: the empty caption, as one of the batch's 'text'.
     seed: of times, noise and dropout, together with the step number.
+    accumulate: parts of the batch, of whole patterns of a mixed one, that go
+      through the network one after the other. Their gradients are summed, so
+      that the step is that of the batch, to rounding, in the memory of a part
+      (and of the noise, which is drawn for all).
 
   Returns:
     (state, batch, frozen) -> (state, metrics): `loss`, `level_losses`
@@ -105,13 +140,20 @@ def make_train_step(
     batch = batch | {'text': jnp.where(
         dropped, jnp.asarray(empty_text, text.dtype), text)}
 
-    def mean_loss(params):
-      per_example, levels = _losses(
-          model, objective, params | frozen, batch, loss_rng)
-      return per_example.mean(), levels
+    t, eps = _draw(objective, model.resolutions, batch, loss_rng)
 
-    (total, levels), grads = jax.value_and_grad(
-        mean_loss, has_aux=True)(state.params)
+    def mean_loss(params, batch, t, eps):
+      per_example, levels = _losses(
+          model, objective, params | frozen, batch, t, eps)
+      return per_example.mean(), levels
+    differentiate = functools.partial(
+        jax.value_and_grad(mean_loss, has_aux=True), state.params)
+    if accumulate == 1:
+      (total, levels), grads = differentiate(batch, t, eps)
+    else:
+      (total, levels), grads = _mean_over_parts(
+          differentiate, mixed_batch.split(
+              (batch, t, eps), accumulate, _repeats(objective, batch)))
     updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params)
     grad_norm = optax.global_norm(grads)
@@ -144,5 +186,6 @@ def make_eval_step(
   """
   def eval_step(params, batch, index):
     rng = jax.random.fold_in(jax.random.key(seed), index)
-    return _losses(model, objective, params, batch, rng)[1]
+    t, eps = _draw(objective, model.resolutions, batch, rng)
+    return _losses(model, objective, params, batch, t, eps)[1]
   return eval_step

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import pathlib
+import re
 import time
 
 from absl import logging
@@ -41,7 +42,7 @@ _MAY_CHANGE = (
     'data.prefetch', 'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
     'save_failures', 'replicas_every', 'text.class_names', 'sampler.', 'eval.',
-    'guard.', 'watchdog.')
+    'guard.', 'watchdog.', 'stages.accumulate:')
 # Which of the watchdog's limits a bucket of the ledger is under.
 _PHASES = {'compile': 'start_up', 'data': 'step', 'sample': 'evaluate'}
 
@@ -211,7 +212,8 @@ def train_stage(
       model, build.make_objective(config, stage), optimizer,
       guard=build.make_guard(config), ema_decay=config.optimizer.ema_decay,
       caption_dropout=config.text.caption_dropout,
-      empty_text=inputs.empty_text(config), seed=seed)
+      empty_text=inputs.empty_text(config), seed=seed,
+      accumulate=stage.accumulate)
   first_step = int(state.step)
   times.write(stage.name, first_step, force=True)
   batches = pipeline.iterate(inputs.make_dataset(
@@ -346,7 +348,7 @@ def _require_same_config(workdir: str, new: dict) -> None:
   changed = [
       line for line in checkpoint.differences(
           checkpoint.read_config(workdir), new)
-      if not line.startswith(_MAY_CHANGE)]
+      if not re.sub(r'\[\d+\]', '', line).startswith(_MAY_CHANGE)]
   if changed:
     raise ValueError(
         f'{workdir} was trained with another config ('

@@ -60,7 +60,7 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
   sample_step = draw.make_sample_step(
       build.make_model(config, stage),
       build.make_noise_schedule(config, stage), build.make_sampler(config),
-      parameterization=config.diffusion.parameterization)
+      mesh, parameterization=config.diffusion.parameterization)
   if negative is None:
     negative = inputs.empty_text(config)
   return draw.make_draw(sample_step, negative, config.eval.batch_size, mesh,

@@ -49,6 +49,20 @@ def test_devices_hold_whole_periods_of_a_mixed_batch(make_config, mesh):
   build.check(config.lock(), mesh)
   assert build.batch_sizes(config.stages[1]) == (48, 32)
   assert build.parts_of_batches(config) == [8, 16, 16]
+  config.stages[1].accumulate = 2
+  assert build.parts_of_batches(config) == [8, 16, 8]
+
+
+def test_rows_that_devices_do_not_divide_are_named(make_config):
+  config = make_config()
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'spatial': 8})
+  build.check(config, mesh)
+  config.model.levels[0].update(resolution=4, scale_condition=4)
+  config.model.levels[1].resolution = 8
+  with pytest.raises(ValueError, match=(
+      r'mesh.spatial=8 does not divide the height of the levels, \[4, 8\] px: '
+      'use a divisor of 4')):
+    build.check(config, mesh)
 
 
 BAD = [
@@ -121,6 +135,11 @@ BAD = [
     ({'stages[1].mixed_ratio': (1.0, 1.0), 'stages[1].batch_size': 24},
      r'stages\[1\].batch_size=24: .*mixed_ratio=\(1.0, 1.0\), 2 examples,'
      r'.* 8 devices .* use a multiple of 16'),
+    ({'stages[1].accumulate': 3},
+     r'stages\[1\].accumulate=3 does not divide the 16 patterns of its batch'),
+    ({'stages[1].accumulate': 0}, r'stages\[1\].accumulate=0'),
+    ({'stages[1].accumulate': 4},
+     r'stages\[1\].batch_size=16 in 4 parts: .* use a multiple of 32'),
     ({'guard.spike_factor': 0.5}, 'guard: spike_factor=0.5: more than 1'),
     ({'guard.window': 0}, 'guard: window=0'),
     ({'guard.max_skipped': 0}, 'guard: max_skipped=0'),

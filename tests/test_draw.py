@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,27 +14,40 @@ PROMPTS = ['a red ring', 'a small blue star', 'two green circles', 'a cross',
 
 
 @pytest.fixture(scope='module')
-def draw_fn(make_config, random_params):
-  """(prompts, seeds) -> images of an untrained network, 8 at once."""
+def config(make_config):
   config = make_config()
   config.sampler.update(name='ddpm', guidance=3.0, threshold='clip')
-  stage = config.stages[1]
+  return config
+
+
+@pytest.fixture(scope='module')
+def made(config, random_params):
+  """mesh -> the sample step of an untrained network, and its parameters."""
+  def make(mesh):
+    stage = config.stages[1]
+    model = build.make_model(config, stage)
+    sample_step = draw.make_sample_step(
+        model, build.make_noise_schedule(config, stage),
+        build.make_sampler(config), mesh,
+        parameterization=config.diffusion.parameterization)
+    params = random_params(model, config.text.max_length)
+    shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
+    return sample_step, sharding.place(params, shardings), shardings
+  return make
+
+
+@pytest.fixture(scope='module')
+def draw_fn(config, made):
+  """(prompts, seeds) -> images, 8 at once."""
   mesh = sharding.make_mesh(config.mesh)
-  model = build.make_model(config, stage)
-  sample_step = draw.make_sample_step(
-      model, build.make_noise_schedule(config, stage),
-      build.make_sampler(config),
-      parameterization=config.diffusion.parameterization)
-  params = random_params(model, config.text.max_length)
-  shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-  placed = sharding.place(params, shardings)
+  sample_step, params, shardings = made(mesh)
 
   @functools.cache
-  def made(negative):
+  def make(negative):
     (text,) = inputs.encode_prompts(config, [negative or ''])
     return draw.make_draw(sample_step, text, 8, mesh, shardings)
-  return lambda prompts, seeds, negative=None: made(negative)(
-      placed, inputs.encode_prompts(config, prompts), seeds)
+  return lambda prompts, seeds, negative=None: make(negative)(
+      params, inputs.encode_prompts(config, prompts), seeds)
 
 
 @pytest.fixture(scope='module')
@@ -73,3 +87,25 @@ def test_guidance_leads_away_from_a_negative_prompt(draw_fn, drawn):
       draw_fn(both, [0, 0], negative=prompt)[1] for prompt in (None, both[1]))
   for i in range(2):
     assert np.abs(first[i].astype(int) - second[i]).mean() > 0.1
+
+
+def test_devices_draw_a_picture_together(config, made, drawn):
+  """Each has an eighth of the rows, and of the work."""
+  text, negative = (
+      inputs.encode_prompts(config, [prompt]) for prompt in (PROMPTS[1], ''))
+  seeds, flops = np.array([1], np.uint32), []
+  for spatial in (1, 8):
+    mesh = sharding.make_mesh(
+        {'data': 1, 'fsdp': 1, 'spatial': spatial}, jax.devices()[:spatial])
+    sample_step, params, _ = made(mesh)
+    compiled = jax.jit(
+        sample_step, out_shardings=sharding.replicated(mesh)
+    ).lower(params, text, negative, seeds).compile()
+    flops.append(compiled.cost_analysis()['flops'])
+    for level, expected in zip(
+        compiled(params, text, negative, seeds), drawn, strict=True):
+      # Sums in another order may round a pixel to its neighbour.
+      difference = np.abs(np.asarray(level[0], int) - expected[1])
+      assert difference.max() <= 1
+      assert difference.mean() < 0.01
+  assert flops[1] < flops[0] / 5

@@ -35,6 +35,14 @@ def test_a_level_sees_the_first_of_each_period(repeats, seen):
       mixed_batch.pad(taken['x'], 12, repeats), padded)
 
 
+def test_devices_keep_their_share_of_every_part():
+  # Periods of 3 and of 2 on two devices, dealt out in two parts.
+  tree = {'x': LETTERS, 'y': np.arange(8)}
+  parts = mixed_batch.split(tree, 2, 4)
+  assert [''.join(row) for row in parts['x']] == ['abcghi', 'defjkl']
+  np.testing.assert_array_equal(parts['y'], [[0, 1, 4, 5], [2, 3, 6, 7]])
+
+
 def test_names_of_images():
   assert mixed_batch.image_names((16, 64, 256)) == (
       'image_16', 'image_64', 'image')

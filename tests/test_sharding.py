@@ -1,8 +1,10 @@
 """Meshes, and the place of every array on them, on 8 simulated devices."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import types
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -42,6 +44,18 @@ def test_make_mesh_of_some_devices():
 def test_make_mesh_rejects(sizes):
   with pytest.raises(ValueError, match='does not arrange 8 devices'):
     mesh_of(*sizes)
+
+
+@pytest.mark.parametrize('processes, accepted', [
+    ((0, 0, 1, 1), True), ((0, 1, 0, 1), False)])
+def test_rows_of_an_image_stay_in_a_process(processes, accepted):
+  devices = np.array([
+      types.SimpleNamespace(process_index=index) for index in processes])
+  mesh = types.SimpleNamespace(
+      shape={'spatial': 2}, devices=devices.reshape(2, 1, 2))
+  with contextlib.nullcontext() if accepted else pytest.raises(
+      ValueError, match=r'spatial=2 .* among processes \[0, 1\]'):
+    sharding.check_images_stay_in_processes(mesh)
 
 
 @pytest.mark.parametrize('sizes, expected', [

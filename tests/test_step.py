@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 import re
 from typing import NamedTuple
 
@@ -11,15 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import build, inputs, sharding
+from mdm_jax import build, checkpoint, inputs, sharding
 from mdm_jax import step as steps
 from mdm_jax.guard import Guard
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import TrainState
 
-BATCH = 16
+BATCH = 32
 CAPTIONS = ('a red ring', 'a small blue star', 'two green circles', 'a cross')
-MESHES = {'one': (1, 1), 'data': (8, 1), 'fsdp': (8, 8)}
+# Devices along data, fsdp and spatial.
+MESHES = {
+    'one': (1, 1, 1), 'data': (8, 1, 1), 'fsdp': (1, 8, 1),
+    'all': (2, 2, 2), 'spatial': (1, 1, 8), 'both': (2, 4, 1),
+    'four': (1, 4, 1), 'two': (2, 1, 1)}
+GUARDED = ('one', 'data', 'fsdp')
 
 
 class Training(NamedTuple):
@@ -28,24 +34,27 @@ class Training(NamedTuple):
   new_state: Callable  # parameters -> a state in its shards
   # (state, batch, caption dropout, factor of the loss); donates the state
   run: Callable
-  compiled_text: Callable  # (batch) -> the compiled step
+  compiled: Callable   # () -> the compiled step
   traces: list         # one entry for each time that the step was traced
   shardings: TrainState
 
 
 @pytest.fixture(scope='module')
-def training(make_config):
-  """Name of a mesh -> Training, on a mixed batch: level 1 sees its half."""
+def training(make_config, batch):
+  """Name of a mesh, parts of the batch that is accumulated -> Training.
+
+  On a mixed batch: level 1 sees its half.
+  """
   @functools.cache
-  def make(mesh_name):
+  def make(mesh_name, accumulate):
     config = make_config()
     stage = config.stages[1]
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
-    devices, fsdp = MESHES[mesh_name]
+    sizes = MESHES[mesh_name]
     mesh = sharding.make_mesh(
-        {'data': -1, 'fsdp': fsdp, 'spatial': 1},
-        devices=jax.devices()[:devices])
+        dict(zip(sharding.AXES, sizes)),
+        devices=jax.devices()[:math.prod(sizes)])
     model = build.make_model(config, stage)
     objective = build.make_objective(config, stage)
     optimizer, _ = build.make_optimizer(config, stage)
@@ -59,7 +68,8 @@ def training(make_config):
           model, dataclasses.replace(objective, weights=weights), optimizer,
           guard=Guard(spike_factor=10.0, window=3, max_skipped=9),
           ema_decay=0.99, caption_dropout=caption_dropout,
-          empty_text=inputs.empty_text(config), seed=3)(state, batch, {})
+          empty_text=inputs.empty_text(config), seed=3,
+          accumulate=accumulate)(state, batch, {})
 
     def make_state(params):
       return steps.new_state(params, optimizer)
@@ -75,18 +85,19 @@ def training(make_config):
             (('image', 4), ('image_8', 4), ('text', 2), ('scale', 1),
              ('bad', 1), ('stop', 1))}, replicated, replicated),
         out_shardings=(shardings, replicated))
-    def compiled_text(batch):
+
+    @functools.cache
+    def compiled():
       state = jax.eval_shape(make_state, model.shapes(config.text.max_length))
       return jitted.lower(
-          state, sharding.shard_batch(batch, mesh), 0.5, 1.0
-      ).compile().as_text()
+          state, sharding.shard_batch(batch, mesh), 0.5, 1.0).compile()
     return Training(
         model,
         lambda params: init(sharding.place(params, shardings.params)),
-        lambda state, batch, dropout=0.5, factor=1.0: jitted(
+        lambda state, batch, dropout=0.5, factor=1.0: compiled()(
             state, sharding.shard_batch(batch, mesh), dropout, factor),
-        compiled_text, traces, shardings)
-  return make
+        compiled, traces, shardings)
+  return lambda mesh_name, accumulate=1: make(mesh_name, accumulate)
 
 
 @pytest.fixture(scope='module')
@@ -110,8 +121,8 @@ def batch(make_config):
 def losses(training, batch, random_params):
   """Five steps -> [5, 1 + levels]: the loss and its part at each level."""
   @functools.cache
-  def run(mesh_name):
-    made = training(mesh_name)
+  def run(mesh_name, accumulate=1):
+    made = training(mesh_name, accumulate)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
       state, metrics = made.run(state, batch)
@@ -120,11 +131,61 @@ def losses(training, batch, random_params):
   return run
 
 
-@pytest.mark.parametrize('mesh_name', ['data', 'fsdp'])
-def test_eight_devices_equal_one(losses, mesh_name):
+@pytest.mark.parametrize('mesh_name, accumulate', [
+    ('data', 1), ('fsdp', 1), ('all', 1), ('spatial', 1), ('both', 1),
+    ('one', 4), ('data', 2), ('all', 4)])
+def test_equals_one_device_and_the_whole_batch(losses, mesh_name, accumulate):
   expected = losses('one')
   assert np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(losses(mesh_name), expected, rtol=1e-5)
+  np.testing.assert_allclose(
+      losses(mesh_name, accumulate), expected, rtol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def half_way(training, batch, random_params, tmp_path_factory):
+  """After 5 steps on 'fsdp': the checkpoints, the state, 20 further losses."""
+  made = training('fsdp')
+  state = made.new_state(random_params(made.model, 8))
+  for _ in range(5):
+    state, _ = made.run(state, batch)
+  checkpoints = checkpoint.Checkpoints(
+      tmp_path_factory.mktemp('half_way'), save_interval=1, max_to_keep=1)
+  checkpoints.save(5, state, {})
+  checkpoints.wait()
+  saved, losses = jax.device_get(state), []
+  for _ in range(20):
+    state, metrics = made.run(state, batch)
+    losses.append(metrics['loss'])
+  yield checkpoints, saved, losses
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('mesh_name', ['four', 'two', 'one'])
+def test_goes_on_on_fewer_devices(training, batch, half_way, mesh_name):
+  checkpoints, saved, expected = half_way
+  made = training(mesh_name)
+  state, _ = checkpoints.restore(jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      saved, made.shardings))
+  for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(saved)):
+    assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+  losses = []
+  for _ in range(20):
+    state, metrics = made.run(state, batch)
+    losses.append(metrics['loss'])
+  assert np.ptp(expected) > 1e-2
+  np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+def test_one_wish_to_stop_reaches_all(training, batch, random_params):
+  made = training('data')
+  state = made.new_state(random_params(made.model, 8))
+  for wish in (False, True):
+    stop = batch['stop'].copy()
+    stop[11] = wish
+    state, metrics = made.run(state, batch | {'stop': stop})
+    assert metrics['stop'].sharding.is_fully_replicated
+    assert bool(metrics['stop']) == wish
 
 
 def test_fsdp_divides_the_state(training):
@@ -141,7 +202,7 @@ def test_loss_is_the_sum_over_levels(losses):
   np.testing.assert_allclose(values[:, 0], values[:, 1:].sum(1), rtol=1e-5)
 
 
-@pytest.mark.parametrize('mesh_name', MESHES)
+@pytest.mark.parametrize('mesh_name', GUARDED)
 def test_traced_once(training, losses, mesh_name):
   losses(mesh_name)
   assert len(training(mesh_name).traces) == 1
@@ -175,7 +236,7 @@ def poisoned(training, batch, random_params):
   return run
 
 
-@pytest.mark.parametrize('mesh_name', MESHES)
+@pytest.mark.parametrize('mesh_name', GUARDED)
 def test_bad_steps_change_nothing(poisoned, mesh_name):
   seen = poisoned(mesh_name)
   for step, (loss, learned, guard) in enumerate(seen):
@@ -265,9 +326,27 @@ def test_all_images_may_be_at_the_finest_resolution(
       eval_step(params, whole, 0), eval_step(params, batch, 0), rtol=1e-5)
 
 
-def test_no_example_of_a_mixed_batch_changes_its_device(training, batch):
-  text = training('data').compiled_text(batch)
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_no_example_of_a_mixed_batch_changes_its_device(
+    training, accumulate):
+  text = training('data', accumulate).compiled().as_text()
   collectives = set(re.findall(
       r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
       r'(?:-start)?\(', text))
   assert collectives == {'all-reduce'}
+
+
+def test_spatial_divides_rows(training):
+  """In convolutions, norms and attention: no device has whole features."""
+  one, eight = (training(name).compiled() for name in ('one', 'spatial'))
+  # Features of either level, and the logits of the attention among pixels.
+  whole = r' f32\[(?:32,8,8,\d+|16,16,16,\d+|32,2,64,64)\]'
+  assert len(re.findall(whole, one.as_text())) > 100
+  assert not re.findall(whole, eight.as_text())
+  assert re.search(r' f32\[32,2,8,64\]', eight.as_text())
+  flops, memory = (
+      [measure(compiled) for compiled in (one, eight)] for measure in (
+          lambda compiled: compiled.cost_analysis()['flops'],
+          lambda compiled: compiled.memory_analysis().temp_size_in_bytes))
+  assert flops[1] < flops[0] / 6
+  assert memory[1] < memory[0] / 5
