@@ -118,9 +118,10 @@ async def _gather(port: int, count: int, seconds: float) -> list[int]:
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(complete.wait(), min(left, _REMIND))
       break
-    logging.warning('Waiting for processes %s of %d, since %.0f s.',
-                    ', '.join(map(str, missing())), count,
-                    time.monotonic() - begin)
+    if left > _REMIND:
+      logging.warning(
+          'Waiting, since %.0f s. Of %d processes these have not come: %s.',
+          time.monotonic() - begin, count, ', '.join(map(str, missing())))
   server.close()
   result = missing()
   for writer in list(there.values()):
@@ -148,7 +149,7 @@ async def _report(host: str, port: int, process: int,
       return json.loads(answer)
     if now - said > _REMIND:
       said = now
-      logging.warning('Waiting for process 0, on %s port %d, since %.0f s.',
-                      host, port, now - begin)
+      logging.warning('Waiting, since %.0f s, for process 0 on %s port %d.',
+                      now - begin, host, port)
     await asyncio.sleep(_RETRY)
   return [0]

@@ -50,7 +50,7 @@ def test_the_missing_are_named_everywhere(meet, caplog):
       'Of 5 processes, 2, 4 did not arrive within 3 s: see their own logs, or '
       'give more time with --arrival.'] * 3
   # Before the time is over.
-  assert 'Waiting for processes 2, 4 of 5, since' in caplog.text
+  assert 'Of 5 processes these have not come: 2, 4.' in caplog.text
 
 
 def test_process_0_is_named(meet, port):
