@@ -108,6 +108,14 @@ def get_config() -> ConfigDict:
       'checkpoint_every': 1000,  # steps
       'checkpoints_to_keep': 2,  # of each stage
       'save_failures': 3,        # in a row that end the run
+      'replicas_every': 0,       # steps between two comparisons; 0: never
+      # Seconds after which a hanging process ends; 0: never.
+      'watchdog': {
+          'start_up': 3600,  # also restoring and compiling
+          'step': 900,       # data included
+          'save': 1800,
+          'evaluate': 7200,  # or a grid of samples
+      },
       'eval': {
           'num_prompts': 256,   # whose pictures are marked
           'loss_batches': 8,    # held-out batches

@@ -51,6 +51,11 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   for key in ('log_every', 'sample_every', 'checkpoint_every'):
     if config[key] < 1:
       raise ValueError(f'{key}={config[key]}: give a number of steps.')
+  for key, value in [('replicas_every', config.replicas_every), *(
+      (f'watchdog.{phase}', limit)
+      for phase, limit in config.watchdog.items())]:
+    if value < 0:
+      raise ValueError(f'{key}={value}: must not be negative; 0 is never.')
   least = max(config.eval.num_prompts, config.eval.batch_size)
   if config.data.name == 'shapes' and config.data.size < least:
     raise ValueError(

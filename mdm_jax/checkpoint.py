@@ -63,7 +63,7 @@ class Checkpoints:
     """
     self._directory = epath.Path(directory).absolute()
     # Unlike save_interval_steps, this does not also save the first step it is
-    # asked about. Orbax adds saving upon preemption.
+    # asked about.
     self._options = dict(
         should_save_fn=lambda step, _: step % save_interval == 0,
         max_to_keep=max_to_keep, cleanup_tmp_directories=True,
@@ -79,7 +79,7 @@ class Checkpoints:
       self, step: int, state: PyTree, extra: Mapping[str, Any],
       force: bool = False,
   ) -> bool:
-    """Saves if the step is due, upon preemption, or if forced.
+    """Saves if the step is due, or if forced.
 
     Every process calls it after every step. When it returns, the state is in
     host memory and may be donated; a thread writes and commits it. A save that
@@ -160,13 +160,13 @@ class Checkpoints:
     """The newest step saved or being saved, None if there is none."""
     return self._manager.latest_step()
 
-  def reached_preemption(self, step: int) -> bool:
-    """Whether this machine is about to be taken away: save, wait and leave.
+  def drain(self) -> None:
+    """Waits until the save in flight has ended, well or not.
 
-    Needs `jax.distributed.initialize`, also for a single process; without it
-    this is always False.
+    Unlike `wait` it needs no other process, and may be called in any thread.
     """
-    return self._manager.reached_preemption(step)
+    if self._saving:
+      concurrent.futures.wait([self._saving])
 
   def wait(self) -> None:
     """Waits until every save is committed and has its manifest.

@@ -1,23 +1,82 @@
 """Ctrl-C and SIGTERM: a run ends soon, and the same command continues it."""
 
 from collections.abc import Callable
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 
 from absl import logging
+from etils import epy
+import jax
+
+with epy.lazy_imports():  # 0.7 s, which only several processes need.
+  import orbax.checkpoint as ocp
 
 # EX_TEMPFAIL of sysexits.h. 0 is for a run that is finished.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Beside the signals' numbers, what wakes the thread that waits for them.
+_CLOSE, _PEER = b'\0', b'\xff'
+# What a process tells the others: it was asked to stop; it is on its way out,
+# and no step can be taken with it; nothing is left for it to do.
+_STOP, _LEAVING, _GONE = 'stop', 'leaving', 'gone'
+_KEY = 'mdm_jax/interrupt'
+_POLL = 0.2  # Seconds between two looks at what others tell.
+_PATIENCE = 10.0  # Seconds to wait for others that leave too.
 
 
 def exit_on_signals() -> None:
   """Makes Ctrl-C and SIGTERM leave by `EXIT_CODE`, until an `Interrupt`."""
   for number in SIGNALS:
     signal.signal(number, lambda number, frame: sys.exit(EXIT_CODE))
+
+
+def leave(code: int) -> None:
+  """Ends the process at once, from any thread."""
+  # They would outlive this process, which goes without goodbye.
+  for child in multiprocessing.active_children():
+    child.terminate()
+  os._exit(code)
+
+
+class Peers:
+  """The other processes of a run, and a word of each to all.
+
+  Words go through JAX's coordination service, so that they arrive also while
+  a process compiles.
+  """
+
+  def __init__(self):
+    """Needs `jax.distributed.initialize`."""
+    self._client = ocp.multihost.get_jax_distributed_client()
+
+  def tell(self, word: str) -> None:
+    """Replaces this process's word."""
+    # Without a coordinator there is nobody to tell.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._client.key_value_set(
+          f'{_KEY}/{jax.process_index()}', word, allow_overwrite=True)
+
+  def words(self) -> list[str]:
+    """The words of those who have said any, this process included."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      return [word for _, word in self._client.key_value_dir_get(_KEY)]
+    return []
+
+  def leave_together(self) -> None:
+    """Waits until all have nothing left to do, or no longer."""
+    self.tell(_GONE)
+    end = time.monotonic() + _PATIENCE
+    while (self.words().count(_GONE) < jax.process_count()
+           and time.monotonic() < end):
+      time.sleep(_POLL)
+    if jax.process_index() == 0:
+      # The end of the coordinator is a crash to those who are still there.
+      time.sleep(2 * _POLL)
 
 
 class Interrupt:
@@ -28,46 +87,55 @@ class Interrupt:
   minutes. Between `hold` and `let_go` the signal only sets `requested`. A
   second signal ends the process at once in any case: what is saved is
   committed or not there.
+
+  With several processes, a signal to one is a signal to all.
   """
 
-  def __init__(self, finish: Callable[[], None], signals=SIGNALS):
+  def __init__(self, finish: Callable[[], None], peers: Peers | None = None):
     """Handles signals until `close`. Call it in the main thread.
 
     Args:
       finish: called before the process leaves, in another thread.
-      signals: that are handled; none where something else stops the run.
+      peers: the other processes; None if there are none.
     """
     self.requested = False
     self._finish = finish
-    self._wait = None
+    self._peers = peers
+    self._wait = lambda: None
     self._held = False
     self._lock = threading.Lock()
+    self._end = threading.Lock()
     self._reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
     # C code writes there whatever the main thread does.
     self._wakeup = signal.set_wakeup_fd(self._writer)
     self._handlers = {
         number: signal.signal(number, lambda number, frame: None)
-        for number in signals}
-    self._thread = threading.Thread(target=self._watch, daemon=True)
-    self._thread.start()
+        for number in SIGNALS}
+    self._closed = threading.Event()
+    self._threads = [threading.Thread(target=self._watch, daemon=True)]
+    if peers:
+      self._threads.append(threading.Thread(target=self._listen, daemon=True))
+    for thread in self._threads:
+      thread.start()
 
-  def hold(self) -> None:
-    """From now on a signal sets `requested`: look at it after each step."""
+  def hold(self, wait: Callable[[], None] | None = None) -> None:
+    """From now on a signal sets `requested`: look at it after each step.
+
+    Args:
+      wait: called before the process leaves, later too: waits for what is
+        being saved.
+    """
     with self._lock:
-      self._held = True
+      self._held, self._wait = True, wait or self._wait
       leaving = self.requested
     if leaving:
       threading.Event().wait()
 
-  def let_go(self, wait: Callable[[], None] | None = None) -> None:
-    """From now on a signal ends the process, also one that has come.
-
-    Args:
-      wait: called before the process leaves: waits for what is being saved.
-    """
+  def let_go(self) -> None:
+    """From now on a signal ends the process, also one that has come."""
     with self._lock:
-      self._held, self._wait = False, wait
+      self._held = False
       requested = self.requested
     if requested:
       self._leave()
@@ -77,29 +145,44 @@ class Interrupt:
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
     signal.set_wakeup_fd(self._wakeup)
-    os.write(self._writer, b'\0')
-    self._thread.join()
+    self._closed.set()
+    os.write(self._writer, _CLOSE)
+    for thread in self._threads:
+      thread.join()
     os.close(self._writer)
     os.close(self._reader)
 
   def _watch(self) -> None:
-    while os.read(self._reader, 1) != b'\0':
+    while (byte := os.read(self._reader, 1)) != _CLOSE:
       if self.requested:
+        if byte == _PEER:
+          continue
         os._exit(EXIT_CODE)
       with self._lock:
         self.requested, held = True, self._held
       logging.info('Stopping %s; a second signal stops at once.',
                    'after this step' if held else 'now')
+      if self._peers:
+        self._peers.tell(_STOP)
       if not held:
         threading.Thread(target=self._leave, daemon=True).start()
 
+  def _listen(self) -> None:
+    while not self._closed.wait(_POLL):
+      words = self._peers.words()
+      if _LEAVING in words or _GONE in words:
+        self._leave()
+      if _STOP in words and not self.requested:
+        os.write(self._writer, _PEER)
+
   def _leave(self) -> None:
+    self._end.acquire()  # Of several threads that come here one goes on.
     try:
-      if self._wait:
-        self._wait()
+      if self._peers:
+        self._peers.tell(_LEAVING)
+      self._wait()
       self._finish()
     finally:
-      # They would outlive this process, which goes without goodbye.
-      for child in multiprocessing.active_children():
-        child.terminate()
-      os._exit(EXIT_CODE)
+      if self._peers:
+        self._peers.leave_together()
+      leave(EXIT_CODE)

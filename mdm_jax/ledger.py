@@ -1,7 +1,7 @@
 """Where the time of a run went: `goodput.jsonl`."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import pathlib
@@ -9,12 +9,16 @@ import time
 
 import jax
 
+from mdm_jax.background import Lines
+
 _FILE = 'goodput.jsonl'
 _LOST = 'lost'
 # Between two lines that are not forced.
 _SECONDS = 2.0
 # What is done again when a run is killed between two checkpoints.
 _REPEATED = ('data', 'step')
+# For a line to reach the file, before it is read.
+_PATIENCE = 5.0
 
 
 class Ledger:
@@ -29,16 +33,20 @@ class Ledger:
   Only process 0 writes.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, began: float | None = None):
-    """Opens the file to append to; the time goes to 'start_up'.
+  def __init__(self, workdir: str | pathlib.Path, began: float | None = None,
+               listener: Callable[[str], None] = lambda bucket: None):
+    """The time goes to 'start_up'.
 
     Args:
-      workdir: of the run; it exists.
+      workdir: of the run.
       began: `time.monotonic()` when the session began; None for now.
+      listener: called with the bucket, each time that one is begun.
     """
-    self._file = None
+    self._lines = None
     if jax.process_index() == 0:
-      self._file = (pathlib.Path(workdir) / _FILE).open('a')
+      self._lines = Lines(pathlib.Path(workdir) / _FILE)
+    self._listener = listener
+    listener('start_up')
     now = time.monotonic()
     self._since = self._written = now if began is None else began
     self._session = round(time.time() - (now - self._since), 3)
@@ -50,6 +58,7 @@ class Ledger:
     now = time.monotonic()
     self._seconds[self._bucket] += now - self._since
     self._since, self._bucket = now, bucket
+    self._listener(bucket)
 
   @contextlib.contextmanager
   def time(self, bucket: str) -> Iterator[None]:
@@ -78,26 +87,31 @@ class Ledger:
     """
     self._stage, self._step = stage, step
     if force or time.monotonic() - self._written > _SECONDS:
-      self.flush()
+      self._write()
 
   def close(self) -> None:
     """Writes what is not yet written."""
     self.flush()
-    if self._file:
-      self._file.close()
+    if self._lines:
+      self._lines.close()
 
   def flush(self) -> None:
-    """Writes what is not yet written."""
-    self.switch(self._bucket)
-    self._written = self._since
+    """Writes what is not yet written, and waits for it some seconds."""
+    self._write()
+    if self._lines:
+      self._lines.settle(_PATIENCE)
+
+  def _write(self) -> None:
+    now = time.monotonic()
+    self._seconds[self._bucket] += now - self._since
+    self._since = self._written = now
     seconds, self._seconds = self._seconds, Counter()
-    if self._file:
-      self._file.write(json.dumps({
+    if self._lines:
+      self._lines.append({
           'time': round(time.time(), 3), 'session': self._session,
           'stage': self._stage, 'step': self._step,
           'seconds': {name: round(value, 4) for name, value in seconds.items()},
-      }) + '\n')
-      self._file.flush()
+      })
 
 
 def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
@@ -105,8 +119,8 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
 
   Data and steps that a later session has done again are in 'lost'.
   """
-  lines = []
-  for line in (pathlib.Path(workdir) / _FILE).read_text().splitlines():
+  lines, path = [], pathlib.Path(workdir) / _FILE
+  for line in path.read_text().splitlines() if path.exists() else ():
     with contextlib.suppress(json.JSONDecodeError):  # Torn by a lost machine.
       lines.append(json.loads(line))
   begun = {}

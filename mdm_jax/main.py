@@ -53,9 +53,11 @@ def main(argv: list[str]) -> None:
     guard,
     metrics,
     processes,
+    replicas,
     sharding,
     train,
   )
+  from mdm_jax.data.pipeline import DataError
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -76,8 +78,8 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {error}')
   try:
     finished = train.train(config, workdir, mesh, frozen, _BEGAN)
-  except (checkpoint.CheckpointError, guard.Diverged,
-          train.DataError) as error:
+  except (checkpoint.CheckpointError, guard.Diverged, DataError,
+          replicas.ReplicasDiffer) as error:
     sys.exit(f'error: {error}')
   if not finished:
     sys.exit(interrupt.EXIT_CODE)

@@ -4,10 +4,9 @@
 tensorboardX.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import json
 import logging as python_logging
 import math
 import pathlib
@@ -20,6 +19,8 @@ from etils import epy
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mdm_jax import background
 
 with epy.lazy_imports():  # 0.3 s and 0.4 s, which no --help should pay.
   from clu import parameter_overview
@@ -43,29 +44,34 @@ _PEAK_FLOPS = (
     ('NVIDIA L4', 121e12),
 )
 
+# Seconds for events to be written out.
+_PATIENCE = 5.0
+
 
 class MetricWriter:
   """Writes metrics to `metrics.jsonl` and to TensorBoard events.
 
   Every line of `metrics.jsonl` is an object with 'time' (seconds since 1970),
-  'stage', 'step' and the values; it is with the operating system when
-  `scalars` returns, so that killing the process loses none. Nothing is ever
-  removed: a run that resumes from step s writes the lines after s again, with a
-  later 'time'. Of two lines of the same stage and step the last one counts.
+  'stage', 'step' and the values. Nothing is ever removed: a run that resumes
+  from step s writes the lines after s again, with a later 'time'. Of two lines
+  of the same stage and step the last one counts.
+
+  A disk or a TensorBoard that is slow or broken costs lines and pictures, not
+  time, see `background`.
 
   Only process 0 writes; on the others every method does nothing.
   """
 
   def __init__(self, workdir: str | pathlib.Path):
     """Appends to `metrics.jsonl` and `tensorboard/` in a local directory."""
-    self._file = self._events = None
+    self._lines = None
     if jax.process_index() == 0:
       workdir = pathlib.Path(workdir)
-      workdir.mkdir(parents=True, exist_ok=True)
-      self._file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
-      self._events = tensorboardX.SummaryWriter(
-          str(workdir / 'tensorboard'), flush_secs=20
-      )
+      self._lines = background.Lines(workdir / 'metrics.jsonl')
+      self._skipped = background.Lines(workdir / 'skipped.jsonl')
+      self._pictures = background.Background('pictures')
+      self._background = background.Background('TensorBoard')
+      self._directory, self._events = workdir / 'tensorboard', None
 
   def scalars(
       self, step: int, values: Mapping[str, float], *, stage: str
@@ -79,34 +85,60 @@ class MetricWriter:
         for it.
       stage: name of the stage.
     """
-    if not self._file:
+    if not self._lines:
       return
     now = time.time()
     values = {name: float(value) for name, value in values.items()}
-    line = {'time': round(now, 3), 'stage': stage, 'step': int(step)} | {
-        name: value if math.isfinite(value) else str(value)
-        for name, value in values.items()
-    }
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(f'{stage}/{name}', value, step, walltime=now)
+    self._lines.append(
+        {'time': round(now, 3), 'stage': stage, 'step': int(step)} | {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in values.items()})
+    self._background.submit(
+        self._add_scalars, step,
+        {f'{stage}/{name}': value for name, value in values.items()}, now)
+
+  def skipped(self, line: Mapping[str, Any]) -> None:
+    """Writes a line of `skipped.jsonl`, about a step that was left out."""
+    if self._lines:
+      self._skipped.append(line)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes a picture to TensorBoard: uint8 `[H, W, 3]`."""
-    if self._events:
-      self._events.add_image(name, image, step, dataformats='HWC')
+    if self._lines:
+      self._background.submit(self._add_image, name, image, step)
+
+  def submit(self, save: Callable[..., None], *args: Any) -> None:
+    """Has `save(*args)`, which writes a picture, called in the background."""
+    if self._lines:
+      self._pictures.submit(save, *args)
 
   def flush(self) -> None:
-    """Writes out the events, which wait for more to come."""
-    if self._events:
-      self._events.flush()
+    """Writes out the events, which wait for more to come, and the lines."""
+    if self._lines:
+      self._lines.settle(_PATIENCE)
+      self._background.submit(lambda: self._open().flush())
+      self._background.settle(_PATIENCE)
 
   def close(self) -> None:
-    """Writes out the events and closes the files."""
-    if self._file:
-      self._file.close()
-      self._events.close()
+    """Writes out the events, and waits some seconds for all that is left."""
+    if self._lines:
+      self._background.submit(lambda: self._open().close())
+      for part in (
+          self._lines, self._skipped, self._pictures, self._background):
+        part.close()
+
+  def _open(self) -> 'tensorboardX.SummaryWriter':
+    if self._events is None:
+      self._events = tensorboardX.SummaryWriter(
+          str(self._directory), flush_secs=20)
+    return self._events
+
+  def _add_scalars(self, step, values, now):
+    for name, value in values.items():
+      self._open().add_scalar(name, value, step, walltime=now)
+
+  def _add_image(self, name, image, step):
+    self._open().add_image(name, image, step, dataformats='HWC')
 
 
 class Progress:

@@ -54,6 +54,8 @@ def join(coordinator: str | None, num_processes: int | None,
         '--num_processes=N and --process_id=0 to N-1.') from error
   # JAX would wait, too, but then abort, and name none.
   meet(host.strip('[]'), int(port), num_processes, process_id, arrival)
+  # Its handler of SIGTERM would take the place of ours.
+  jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       initialization_timeout=int(arrival) + 1,

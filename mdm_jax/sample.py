@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import build, checkpoint, inputs, metrics, sharding, train
+  from mdm_jax import build, checkpoint, inputs, metrics, sharding, trained
   from mdm_jax.eval import grid
 
   metrics.setup_logging()
@@ -58,11 +58,11 @@ def main(argv: list[str]) -> None:
     build.check(config, mesh)
     text = inputs.encode_prompts(config, prompts)
     (negative,) = inputs.encode_prompts(config, [_NEGATIVE.value])
-    index, params = train.restore_average(config, _WORKDIR.value, mesh)
+    index, params = trained.restore_average(config, _WORKDIR.value, mesh)
     params |= build.load_frozen(config, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  draw = train.make_draw(config, index, mesh, params, negative)
+  draw = trained.make_draw(config, index, mesh, params, negative)
   begin = time.monotonic()
   seeds = [_SEED.value + i for i in range(_NUM_SAMPLES.value)
            ] * len(_PROMPTS.value)

@@ -17,7 +17,8 @@ from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import Params, TrainState
 
 # image uint8 [B, H, H, 3], text (int32 [B, L], or features [B, L, D] that
-# were computed before), scale float32 [B]; to train, bad bool [B]. In a mixed
+# were computed before), scale float32 [B]; to train, bad and stop bool [B],
+# whether a record was replaced and whether to end here. In a mixed
 # batch, image may be that of the examples that the finest level sees; the
 # others' then are in image_<resolution>, by the finest level that sees them.
 Batch = dict[str, jax.Array]
@@ -90,9 +91,9 @@ def make_train_step(
   Returns:
     (state, batch, frozen) -> (state, metrics): `loss`, `level_losses`
     [levels], `grad_norm` before clipping, `bad_records`, the number of
-    replaced ones, `skipped` steps so far and `skipped_in_a_row`, 0 after a
-    good one. `frozen` holds the parameters that the model needs beside the
-    state's, {} if none.
+    replaced ones, whether any process wants to `stop`, `skipped` steps so far
+    and `skipped_in_a_row`, 0 after a good one. `frozen` holds the parameters
+    that the model needs beside the state's, {} if none.
   """
   def train_step(state, batch, frozen):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -125,6 +126,7 @@ def make_train_step(
         state.ema, params, state.step, ema_decay), state.ema)
     metrics = {'loss': total, 'level_losses': levels, 'grad_norm': grad_norm,
                'bad_records': batch['bad'].sum(),
+               'stop': batch['stop'].any(),
                'skipped': guard_state.skipped,
                'skipped_in_a_row': guard_state.in_a_row}
     return TrainState(

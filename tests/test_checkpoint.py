@@ -115,7 +115,6 @@ def test_saves_when_due_and_keeps_the_newest(tmp_path, opened):
   assert sorted(p.name for p in (tmp_path / '0_32').iterdir()) == ['15', '16']
   assert opened.restore(abstract(state), step=15)[1] == {'at': 15}
   assert opened.restore(abstract(state))[1] == {'at': 16}
-  assert not opened.reached_preemption(17)
 
 
 def test_a_saved_state_may_be_donated(opened):

@@ -96,8 +96,8 @@ def test_second_signal_does_not_wait(start):
 
 def test_waits_for_what_is_being_saved(start):
   process = start('-c', BUSY + '''
-stop.hold()
-stop.let_go(wait=lambda: (time.sleep(0.5), say('saved')))
+stop.hold(wait=lambda: (time.sleep(0.5), say('saved')))
+stop.let_go()
 say('ready')
 work()
 ''')

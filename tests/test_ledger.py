@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from mdm_jax import ledger
+from mdm_jax import background, ledger
 
 
 @pytest.fixture
 def clock(monkeypatch):
   """Stands still unless a test adds to `clock[0]`, in seconds."""
+  monkeypatch.setattr(background, '_MOMENT', 30.0)
   now = [1000.0]
   monkeypatch.setattr(ledger.time, 'monotonic', lambda: now[0])
   monkeypatch.setattr(ledger.time, 'time', lambda: now[0] + 5e5)
@@ -43,7 +44,8 @@ def test_a_line_every_two_seconds_or_when_forced(tmp_path, clock):
   times = ledger.Ledger(tmp_path)
 
   def number_of_lines():
-    return (tmp_path / 'goodput.jsonl').read_text().count('\n')
+    path = tmp_path / 'goodput.jsonl'
+    return path.read_text().count('\n') if path.exists() else 0
   for step, (seconds, force, expected) in enumerate([
       (1, False, 0), (1.5, False, 1), (1, True, 2), (0, False, 2)]):
     clock[0] += seconds
@@ -65,6 +67,19 @@ def train(tmp_path, clock, first, last):
     clock[0] += 0.75
     times.write('8', step, force=step % 4 == 0)
   clock[0] += 100  # Between the last line and the kill, and until the next.
+
+
+def test_a_listener_hears_of_every_bucket(tmp_path):
+  heard = []
+  times = ledger.Ledger(tmp_path, listener=heard.append)
+  with times.time('compile'):
+    times.write('8', 0, force=True)
+  times.close()
+  assert heard == ['start_up', 'compile', 'start_up']
+
+
+def test_without_a_line_there_are_no_totals(tmp_path):
+  assert ledger.totals(tmp_path) == (0, {})
 
 
 def test_steps_that_are_done_again_are_lost(tmp_path, clock):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 
 from absl import logging
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import metrics
+from mdm_jax import background, metrics
 
 
-def read_lines(workdir):
-  text = (workdir / 'metrics.jsonl').read_text()
+def read_lines(workdir, name='metrics'):
+  text = (workdir / f'{name}.jsonl').read_text()
   return [json.loads(line) for line in text.splitlines()]
 
 
@@ -42,6 +43,7 @@ def read_events(workdir):
 def test_metrics_reach_the_file_and_tensorboard(tmp_path):
   writer = metrics.MetricWriter(tmp_path)
   writer.scalars(3, {'loss': jnp.float32(0.5), 'fid': np.inf}, stage='32')
+  writer.flush()
   lines = read_lines(tmp_path)  # while it is still open
   assert lines[0].pop('time') > 1.7e9
   assert lines == [{'stage': '32', 'step': 3, 'loss': 0.5, 'fid': 'inf'}]
@@ -67,10 +69,11 @@ def test_a_resumed_run_appends(tmp_path):
 def test_a_kill_loses_no_line(tmp_path):
   program = textwrap.dedent("""
       import os, signal, sys
-      from mdm_jax import metrics
+      from mdm_jax import background, metrics
       writer = metrics.MetricWriter(sys.argv[1])
       for step in range(5):
         writer.scalars(step, {'loss': step}, stage='a')
+      writer.flush()
       heavy = ('tensorflow', 'torch', 'transformers')
       assert not any(name in sys.modules for name in heavy)
       os.kill(os.getpid(), signal.SIGKILL)
@@ -82,6 +85,38 @@ def test_a_kill_loses_no_line(tmp_path):
   )
   assert process.returncode == -signal.SIGKILL
   assert [line['loss'] for line in read_lines(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_slow_tensorboard_holds_up_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(background, '_CLOSING', 0.1)
+  free = threading.Event()
+  monkeypatch.setattr(
+      metrics.tensorboardX.SummaryWriter, 'add_scalar',
+      lambda *args, **kwargs: free.wait())
+  writer = metrics.MetricWriter(tmp_path)
+  for step in range(100):  # Would never return.
+    writer.scalars(step, {'loss': step}, stage='a')
+  writer.close()
+  assert [line['loss'] for line in read_lines(tmp_path)] == [*range(100)]
+  free.set()
+
+
+def test_broken_files_end_nothing(tmp_path, caplog):
+  (tmp_path / 'metrics.jsonl').mkdir()
+  (tmp_path / 'tensorboard').write_text('')
+  writer = metrics.MetricWriter(tmp_path)
+  for step in range(3):
+    writer.scalars(step, {'loss': step}, stage='a')
+  writer.image(3, 'samples', np.zeros((4, 6, 3), np.uint8))
+  writer.skipped({'step': 3})
+  writer.submit((tmp_path / 'absent' / 'a.png').write_bytes, b'')
+  writer.flush()
+  writer.close()
+  assert read_lines(tmp_path, 'skipped') == [{'step': 3}]
+  assert 'metrics.jsonl cannot be written' in caplog.text
+  assert 'metrics.jsonl: 3 writes were lost' in caplog.text
+  assert 'pictures: 1 writes were lost' in caplog.text
+  assert 'TensorBoard cannot be written' in caplog.text
 
 
 def test_progress_leaves_pauses_out_of_the_rate(monkeypatch):

@@ -73,7 +73,7 @@ def training(make_config):
         in_shardings=(shardings, {
             name: sharding.batch_sharding(mesh, ndim) for name, ndim in
             (('image', 4), ('image_8', 4), ('text', 2), ('scale', 1),
-             ('bad', 1))}, replicated, replicated),
+             ('bad', 1), ('stop', 1))}, replicated, replicated),
         out_shardings=(shardings, replicated))
     def compiled_text(batch):
       state = jax.eval_shape(make_state, model.shapes(config.text.max_length))
@@ -102,7 +102,8 @@ def batch(make_config):
       'image_8': plain(colors[1::2], 8),
       'text': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
       'scale': np.linspace(6, 20, BATCH, dtype=np.float32),
-      'bad': np.zeros(BATCH, bool)}
+      'bad': np.zeros(BATCH, bool),
+      'stop': np.zeros(BATCH, bool)}
 
 
 @pytest.fixture(scope='module')

@@ -68,9 +68,6 @@ def stop_at(step, config, workdir, stage='8'):
 
   def interrupt(self, at, state, extra, force=False):
     if at == step + 1 and extra['stage'] == stage:
-      # What a dead process could not do, and this one must: a save in flight
-      # would end while the next run has the directory open.
-      self.close()
       raise KeyboardInterrupt
     return save(self, at, state, extra, force)
 
@@ -211,6 +208,44 @@ def test_another_config_is_refused(finished):
   config.stages[1].steps = 7
   with pytest.raises(ValueError, match=r'stages\[1\].steps: 6 -> 7'):
     train.setup(config, finished)
+
+
+def places(value, path=''):
+  """(path, container, key) of every value in a tree of JSON."""
+  items = value.items() if isinstance(value, dict) else enumerate(value)
+  for key, child in list(items):
+    name = f'{path}[{key}]' if isinstance(key, int) else f'{path}.{key}'
+    if isinstance(child, dict | list) and child:
+      yield from places(child, name)
+    else:
+      yield name.removeprefix('.'), value, key
+
+
+def test_every_key_but_those_named_must_stay(tmp_path):
+  config = toy_config()
+  written = json.loads(config.to_json())
+  refused = []
+  for name, container, key in places(written):
+    value = container[key]
+    container[key] = not value if isinstance(value, bool) else f'{value}1'
+    checkpoint.write_config(tmp_path, written)
+    try:
+      train.setup(config, tmp_path)
+    except ValueError as error:
+      assert f'another config ({name}: ' in str(error)
+      refused.append(name)
+    container[key] = value
+  allowed = {name for name, *_ in places(written)} - set(refused)
+  assert {name.split('.')[0] for name in allowed} == {
+      'mesh', 'sharding_rules', 'data', 'log_every', 'sample_every',
+      'checkpoint_every', 'checkpoints_to_keep', 'save_failures',
+      'replicas_every', 'text', 'sampler', 'eval', 'guard', 'watchdog'}
+  assert {name for name in allowed if name.startswith(('data.', 'text.'))} == {
+      'data.num_workers', 'data.num_threads', 'data.prefetch',
+      'data.max_bad_fraction', 'data.may_change', 'text.class_names'}
+  assert {'dtype', 'seed', 'model.levels[1].channels[0]', 'data.name',
+          'stages[0].learning_rate', 'optimizer.ema_decay'} < set(refused)
+  assert len(refused) > 80
 
 
 def run_sample(**options):

@@ -42,7 +42,7 @@ def export(workdir: str, output: str, names: str) -> None:
   """
   from flax import traverse_util
 
-  from mdm_jax import build, checkpoint, torch_files, train
+  from mdm_jax import build, checkpoint, torch_files, trained
   from mdm_jax.models import release
 
   output = pathlib.Path(output)
@@ -53,7 +53,7 @@ def export(workdir: str, output: str, names: str) -> None:
         f'--output={output} must end in {" or ".join(suffixes)} with '
         f'--names={names}.')
   config = build.load_config(checkpoint.read_config(workdir))
-  index, params = train.restore_average(config, workdir)
+  index, params = trained.restore_average(config, workdir)
   if names == 'ours':
     tensors = traverse_util.flatten_dict(params, sep='.')
   else:

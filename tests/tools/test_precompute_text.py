@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, inputs, sharding, train
+from mdm_jax import build, checkpoint, inputs, sharding, train, trained
 from mdm_jax.data import precomputed
 from mdm_jax.data.transforms import BadRecord, Transform
 from mdm_jax.tools import precompute_text, prepare_data
@@ -260,8 +260,8 @@ def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   config = build.reading_prompts(build.load_config(
       checkpoint.read_config(tmp_path / 'stored')))
   mesh = mesh_of(config)
-  index, params = train.restore_average(config, tmp_path / 'stored', mesh)
+  index, params = trained.restore_average(config, tmp_path / 'stored', mesh)
   params |= build.load_frozen(config, mesh)
-  (pictures,) = train.make_draw(config, index, mesh, params)(
+  (pictures,) = trained.make_draw(config, index, mesh, params)(
       params, inputs.encode_prompts(config, ['a blue cross']), [0])
   assert pictures.shape == (1, 8, 8, 3)

@@ -1,0 +1,134 @@
+"""A trained model: its averaged parameters, its pictures, its figures."""
+
+import json
+import pathlib
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mdm_jax import build, checkpoint, draw, inputs, metrics, sharding
+from mdm_jax import step as steps
+from mdm_jax.eval import prompt_accuracy
+from mdm_jax.state import Params
+
+# Of the grids that training draws.
+GRID_PROMPTS = 16
+_EVAL_SEED = 1
+
+
+def restore_average(
+    config: ConfigDict, workdir: str,
+    mesh: Mesh | None = None) -> tuple[int, Params]:
+  """The averaged parameters of the newest stage that has any.
+
+  Returns:
+    The stage's index, and the parameters: sharded over the mesh, or in host
+    memory without one.
+
+  Raises:
+    FileNotFoundError: nothing has been saved yet.
+  """
+  for index in reversed(range(len(config.stages))):
+    directory = build.stage_directory(workdir, config, index)
+    if checkpoint.latest_step(directory) is not None:
+      break
+  else:
+    raise FileNotFoundError(
+        f'{workdir} has no checkpoint yet: train longer first.')
+  shardings = mesh and sharding.tree_shardings(
+      checkpoint.abstract_item(directory, None, 'ema'), mesh,
+      config.sharding_rules)
+  params = checkpoint.restore_item(directory, None, 'ema', shardings)
+  return index, params
+
+
+def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
+              negative: np.ndarray | None = None) -> draw.DrawFn:
+  """The function that draws prompts with a stage's network.
+
+  Args:
+    config: of the run.
+    index: of the stage.
+    mesh: the devices.
+    params: what it will be called with, or parameters of the same shardings.
+    negative: a text that guidance leads away from; None for the empty one.
+  """
+  stage = config.stages[index]
+  sample_step = draw.make_sample_step(
+      build.make_model(config, stage),
+      build.make_noise_schedule(config, stage), build.make_sampler(config),
+      parameterization=config.diffusion.parameterization)
+  if negative is None:
+    negative = inputs.empty_text(config)
+  return draw.make_draw(sample_step, negative, config.eval.batch_size, mesh,
+                        jax.tree.map(lambda x: x.sharding, params))
+
+
+def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
+             frozen: Params) -> dict[str, float]:
+  """Held-out loss of each level and prompt accuracy of the last stage.
+
+  Prints a table and writes `eval/<step>.json`, which is read back if it is
+  there already.
+
+  Returns:
+    'held_out_loss_<resolution>' of each level; for shapes also
+    'accuracy_<attribute>', from 0 to 1, see `prompt_accuracy`.
+  """
+  stage = config.stages[-1]
+  path = pathlib.Path(workdir) / 'eval' / f'{stage.steps}.json'
+  if path.exists():
+    values = json.loads(path.read_text())
+  else:
+    values = _evaluate(config, workdir, mesh, frozen)
+    if jax.process_index() == 0:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      # At once, as the process may be stopped here.
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(json.dumps(values, indent=2) + '\n')
+      temporary.replace(path)
+  logging.info('Held out:\n%s', metrics.table(
+      [[name.replace('_', ' '), value] for name, value in values.items()],
+      ['metric', 'value']))
+  return values
+
+
+def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
+              frozen: Params) -> dict[str, float]:
+  index, params = restore_average(config, workdir, mesh)
+  params |= frozen
+  stage = config.stages[index]
+  model = build.make_model(config, stage)
+
+  split = inputs.held_out_split(config)
+  if split == 'train':
+    logging.warning('No validation split: evaluating on training images.')
+  batches = inputs.make_dataset(
+      config, split, model.resolutions, build.batch_sizes(stage),
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      num_batches=config.eval.loss_batches)
+  eval_step = jax.jit(steps.make_eval_step(
+      model, build.make_objective(config, stage), _EVAL_SEED))
+  losses = [
+      np.asarray(eval_step(params, sharding.shard_batch(batch, mesh), i))
+      for i, batch in enumerate(batches)]
+  values = {
+      f'held_out_loss_{resolution}': float(loss)
+      for resolution, loss in zip(model.resolutions, np.mean(losses, 0))}
+
+  # Pictures are marked by what their captions say.
+  if config.data.name != 'shapes' or config.text.encoder == 'label':
+    return values
+  prompts = inputs.make_prompts(config, config.eval.num_prompts)
+  logging.info('Drawing %d held-out prompts.', len(prompts.captions))
+  draw_fn = make_draw(config, index, mesh, params)
+  # Other noise than that of the grids.
+  seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts.captions))
+  pictures = draw_fn(params, prompts.text, seeds)
+  accuracy = prompt_accuracy.accuracy(
+      pictures[-1], prompts.statements, inputs.make_vocabulary())
+  return values | {
+      f'accuracy_{name}': value for name, value in accuracy.items()}

@@ -1,0 +1,74 @@
+"""Real processes that hang: they end, and tell where they hung."""
+
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from mdm_jax import watchdog
+
+ROOT = pathlib.Path(__file__).parents[1]
+_HANGS = '''
+import ctypes, threading, time
+from absl import logging
+from mdm_jax import interrupt, watchdog
+
+logging.set_verbosity('info')
+watchdog._GRACE = 1.0
+dog = watchdog.Watchdog({'start_up': 60, 'step': 2.0}, interrupt.leave)
+dog.watch('start_up')
+dog.watch('step')
+time.sleep(2 * watchdog._POLL)
+
+def hang_here():
+  %s
+
+hang_here()
+'''
+
+
+def hang(how):
+  return subprocess.run(
+      [sys.executable, '-c', _HANGS % how], cwd=ROOT, capture_output=True,
+      text=True, timeout=120)
+
+
+def test_a_hanging_phase_ends_with_all_stacks():
+  result = hang('threading.Event().wait()')
+  assert result.returncode == watchdog.EXIT_CODE
+  assert 'step has not ended in 2 s, watchdog.step' in result.stderr
+  assert 'in hang_here' in result.stderr
+  assert result.stderr.count('hread 0x') >= 2
+
+
+def test_also_where_the_interpreter_is_stuck():
+  result = hang('ctypes.PyDLL(None).sleep(60)')  # Does not release the GIL.
+  assert result.returncode == 1
+  assert 'in hang_here' in result.stderr
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  now = [1000.0]
+  monkeypatch.setattr(watchdog.time, 'monotonic', lambda: now[0])
+  return now
+
+
+def test_each_phase_has_its_own_limit_from_its_begin(clock):
+  codes, left = [], threading.Event()
+
+  def leave(code):
+    codes.append(code)
+    left.set()
+  dog = watchdog.Watchdog({'step': 10, 'save': 20, 'evaluate': 0}, leave)
+  for phase, seconds in [
+      ('step', 9), ('step', 9), ('save', 19), ('evaluate', 1e6), ('step', 9)]:
+    dog.watch(phase)
+    clock[0] += seconds
+    assert not left.wait(2 * watchdog._POLL)
+  clock[0] += 2
+  assert left.wait(30)
+  dog.close()
+  assert set(codes) == {watchdog.EXIT_CODE}
