@@ -4,19 +4,17 @@
 #   CONFIG=configs/shapes_256.py launch/gpu.sh [--config.KEY=VALUE ...]
 #
 # WORKDIR is main's --workdir; without it, main chooses. VENV is the virtual
-# environment, made if it does not exist.
+# environment, made if it does not exist. DRY_RUN=1 prints the commands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-CONFIG=${CONFIG:-configs/shapes_64.py}
 VENV=${VENV:-.venv}
-
-if [[ ! -d $VENV ]]; then
-  python3 -m venv "$VENV"
-  "$VENV/bin/pip" install -r requirements.txt
-  "$VENV/bin/pip" install -U "jax[cuda12]"
-fi
+[[ -d $VENV ]] || {
+  call python3 -m venv "$VENV"
+  call "$VENV/bin/pip" install -r requirements.txt
+  call "$VENV/bin/pip" install -U 'jax[cuda12]'
+}
 # An error, where JAX would otherwise go on without the GPUs.
-export JAX_PLATFORMS=cuda,cpu
-exec "$VENV/bin/python" -m mdm_jax.main --config="$CONFIG" \
-  ${WORKDIR:+--workdir="$WORKDIR"} "$@"
+call exec env JAX_PLATFORMS=cuda,cpu "$VENV/bin/python" -m mdm_jax.main \
+  --config="$CONFIG" ${WORKDIR:+--workdir="$WORKDIR"} "$@"

@@ -29,6 +29,9 @@ _NUM_PROCESSES = flags.DEFINE_integer(
     'num_processes', None, 'All of them.', lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer(
     'process_id', None, 'Of this one, from 0.', lower_bound=0)
+_ARRIVAL = flags.DEFINE_integer(
+    'arrival', 300, 'Seconds to wait for the other processes. Those that are '
+    'missing are named every 30 s, and when it ends.', lower_bound=1)
 _HEARTBEAT = flags.DEFINE_integer(
     'heartbeat', 100, 'Seconds without a sign of life after which a process '
     'counts as dead and the others end.', lower_bound=1)
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> None:
     checkpoint,
     guard,
     metrics,
+    processes,
     replicas,
     sharding,
     train,
@@ -64,9 +68,9 @@ def main(argv: list[str]) -> None:
   try:
     sharding.use_cpu_cores(build.parts_of_batches(config))
     if _DISTRIBUTED.value:
-      sharding.join_processes(
+      processes.join(
           _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
-          _HEARTBEAT.value)
+          arrival=_ARRIVAL.value, heartbeat=_HEARTBEAT.value)
       if jax.process_index():  # One of them tells.
         logging.set_verbosity(logging.WARNING)
     mesh, frozen = train.setup(config, workdir)

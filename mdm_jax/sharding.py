@@ -36,37 +36,6 @@ def use_cpu_cores(parts: Sequence[int]) -> None:
   jax.config.update('jax_num_cpu_devices', count)
 
 
-def join_processes(coordinator: str | None, num_processes: int | None,
-                   process_id: int | None, heartbeat: int) -> None:
-  """Makes this one of several processes that compute together.
-
-  If one of them dies, the others end with a message. Call it before JAX is
-  used.
-
-  Args:
-    coordinator: 'host:port' of process 0; None, like the next two, where the
-      cluster says so (Cloud TPU, GKE, Slurm, Open MPI).
-    num_processes: how many there are.
-    process_id: which this is.
-    heartbeat: seconds after which a silent process counts as dead.
-
-  Raises:
-    ValueError: the processes cannot be found.
-  """
-  # Its handler of SIGTERM would take the place of ours.
-  jax.config.update('jax_enable_preemption_service', False)
-  try:
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id,
-        heartbeat_timeout_seconds=heartbeat)
-  # JAX has no error of its own for it.
-  except (ValueError, RuntimeError) as error:
-    raise ValueError(
-        'The other processes cannot be joined ('
-        f'{str(error).splitlines()[0]}): give --coordinator=HOST:PORT, '
-        '--num_processes=N and --process_id=0 to N-1.') from error
-
-
 def make_mesh(axes: Mapping[str, int],
               devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges devices in a mesh.

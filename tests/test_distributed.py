@@ -1,9 +1,10 @@
-"""Two real processes train together, stop together, and end together."""
+"""Real processes train together, stop together, and end together."""
 
 import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,10 @@ def get_config():
   config.model.levels = [common.level(8)]
   config.stages = [common.stage('8', 1)]
   config = common.smoke(config)
+  # Compiling is what takes time.
+  config.text.num_layers = 0
+  config.model.levels[0].update(
+      channels=(8,), num_blocks=(0,), attention_layers=(0,))
   config.stages[0].update(steps=60, batch_size=8)
   config.log_every = 1
   config.sample_every = 60
@@ -32,31 +37,47 @@ def get_config():
   return config
 '''
 
+# JAX's, of the process that it misses.
+MESSAGE = r'Task 2 heartbeat timeout|sending heartbeats\):\s+2'
+
 
 class Processes:
-  """`mdm_jax.main` in so many processes, of two devices in all."""
+  """`mdm_jax.main` in so many processes, of two devices in all or one each.
 
-  def __init__(self, directory, workdir, count, *flags):
+  Those in `absent` are not started. With `slurm`, Slurm says who is who.
+  """
+
+  def __init__(self, directory, workdir, count, *flags, absent=(),
+               slurm=False):
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
     config = directory / 'toy.py'
     config.write_text(CONFIG)
-    devices = f'--xla_force_host_platform_device_count={2 // count}'
+    devices = f'--xla_force_host_platform_device_count={2 // count or 1}'
     self.workdir = workdir
-    self.outputs = [directory / f'{workdir.name}_{i}.log'
-                    for i in range(count)]
-    self.all = []
-    for i, output in enumerate(self.outputs):
-      joined = () if count == 1 else (
-          '--distributed', f'--coordinator=127.0.0.1:{port}',
-          f'--num_processes={count}', f'--process_id={i}')
-      with output.open('w') as file:
+    self.outputs, self.all = [], []
+    for i in range(count):
+      if i in absent:
+        continue
+      variables, joined = {'XLA_FLAGS': devices}, ()
+      if count > 1:
+        joined = ('--distributed',)
+      if slurm:
+        variables |= {
+            'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost,other',
+            'SLURM_NTASKS': str(count), 'SLURM_PROCID': str(i),
+            'SLURM_LOCALID': str(i), 'JAX_COORDINATOR_PORT': str(port)}
+      elif count > 1:
+        joined += (f'--coordinator=127.0.0.1:{port}',
+                   f'--num_processes={count}', f'--process_id={i}')
+      self.outputs.append(directory / f'{workdir.name}_{i}.log')
+      with self.outputs[-1].open('w') as file:
         self.all.append(subprocess.Popen(
             [sys.executable, '-m', 'mdm_jax.main', f'--config={config}',
              f'--workdir={workdir}', *joined, *flags],
             cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env=os.environ | {'XLA_FLAGS': devices}))
+            env=os.environ | variables))
 
   def wait(self, seconds=240):
     """Their exit codes."""
@@ -138,6 +159,41 @@ def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
   np.testing.assert_allclose(
       [found[step] for step in range(21, 61)],
       [expected[step] for step in range(21, 61)], rtol=1e-6)
+
+
+def test_of_four_one_dies_and_the_others_end_with_a_message(
+    straight, tmp_path):
+  workdir = tmp_path / 'run'
+  processes = Processes(
+      tmp_path, workdir, 4, '--heartbeat=10', slurm=True)
+  processes.wait_for_step(13)
+  processes.all[2].kill()
+  begin = time.monotonic()
+  codes = processes.wait()
+  assert codes.pop(2) == -signal.SIGKILL
+  assert not {0, 75} & set(codes), processes.text()
+  assert time.monotonic() - begin < 30
+  for i in (0, 1, 3):
+    text = processes.outputs[i].read_text()
+    assert re.search(MESSAGE, text), text
+  # Process 0 alone tells and writes.
+  assert [' step 9/60 ' in path.read_text() for path in processes.outputs] == [
+      True, False, False, False]
+  found, expected = losses(workdir), losses(straight)
+  assert len(found) >= 13
+  np.testing.assert_allclose(
+      list(found.values()), [expected[step] for step in found], rtol=1e-5)
+
+
+def test_of_three_one_never_comes(tmp_path):
+  processes = Processes(
+      tmp_path, tmp_path / 'run', 3, '--arrival=20', absent=(1,))
+  assert processes.wait() == [1, 1], processes.text()
+  for path in processes.outputs:
+    assert path.read_text().splitlines()[-1] == (
+        'error: Of 3 processes, 1 did not arrive within 20 s: see their own '
+        'logs, or give more time with --arrival.')
+    assert 'Traceback' not in path.read_text()
 
 
 def test_who_cannot_be_joined_is_named(tmp_path):

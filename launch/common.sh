@@ -1,0 +1,89 @@
+# What all launch scripts read, and how they run commands. Sourced by them.
+# shellcheck shell=bash disable=SC2034  # Each uses some of it.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+fail() {
+  echo "error: $1" >&2
+  exit 1
+}
+
+# Names in one line all variables that are not set.
+need() {
+  local name missing=
+  for name; do
+    [[ ${!name:-} ]] || missing+="${missing:+, }$name"
+  done
+  [[ ! $missing ]] || fail "set $missing (docs/tpu.md says what they are)."
+}
+
+# Its arguments as one line for a shell.
+quoted() {
+  local word line=
+  for word; do
+    [[ $word =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]] ||
+      word="'${word//"'"/"'\''"}'"
+    line+="${line:+ }$word"
+  done
+  echo "$line"
+}
+
+# Runs a command; with DRY_RUN=1 prints it instead.
+exec 3>&1  # Where a caller reads the command's output.
+call() {
+  if [[ $DRY_RUN ]]; then
+    quoted "$@" >&3
+  else
+    "$@" 3>&-
+  fi
+}
+
+CONFIG=${CONFIG:-configs/shapes_64.py}
+WORKDIR=${WORKDIR:-}  # main's --workdir
+NAME=${NAME:-mdm}     # of the TPU or the job
+ACCELERATOR=${ACCELERATOR:-v6e-8}
+SHARE=${SHARE:-}      # a file system that all hosts mount
+DRY_RUN=${DRY_RUN:-}
+
+# What Cloud TPU and GKE call what makes up the slice ACCELERATOR.
+tpu_slice() {
+  case $ACCELERATOR in
+    v5litepod-*)
+      RUNTIME=v2-alpha-tpuv5-lite FAMILY=tpu-v5-lite-podslice
+      MACHINE=ct5lp-hightpu
+      ;;
+    v6e-*)
+      RUNTIME=v2-alpha-tpuv6e FAMILY=tpu-v6e-slice
+      MACHINE=ct6e-standard
+      ;;
+    v5p-*)
+      RUNTIME=v2-alpha-tpuv5 FAMILY=tpu-v5p-slice
+      MACHINE=ct5p-hightpu
+      ;;
+  esac
+  case $ACCELERATOR in
+    v5p-8) TOPOLOGY=2x2x1 ;;  # Eight cores are four chips.
+    v5p-16) TOPOLOGY=2x2x2 ;;
+    v5p-32) TOPOLOGY=2x2x4 ;;
+    v5p-64) TOPOLOGY=2x4x4 ;;
+    v5p-128) TOPOLOGY=4x4x4 ;;
+    v5p-256) TOPOLOGY=4x4x8 ;;
+    v5litepod-4 | v6e-4) TOPOLOGY=2x2 ;;
+    v5litepod-8 | v6e-8) TOPOLOGY=2x4 ;;
+    v5litepod-16 | v6e-16) TOPOLOGY=4x4 ;;
+    v5litepod-32 | v6e-32) TOPOLOGY=4x8 ;;
+    v5litepod-64 | v6e-64) TOPOLOGY=8x8 ;;
+    v5litepod-128 | v6e-128) TOPOLOGY=8x16 ;;
+    v5litepod-256 | v6e-256) TOPOLOGY=16x16 ;;
+    *)
+      fail "no slice ACCELERATOR=$ACCELERATOR is known: there are \
+v5litepod-N and v6e-N of N = 4, 8, 16, 32, 64, 128, 256 chips, and v5p-N of \
+N = 8, 16, 32, 64, 128, 256 cores."
+      ;;
+  esac
+  # Eight chips of v5e or v6e can be one host; all other hosts have four.
+  CHIPS=4
+  [[ $TOPOLOGY != 2x4 ]] || CHIPS=8
+  HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
+  MACHINE+=-${CHIPS}t
+}

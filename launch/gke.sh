@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Trains on TPUs of a GKE cluster: launch/gke_jobset.yaml, filled in.
+#
+#   IMAGE=REGISTRY/mdm_jax SHARE=CLAIM ACCELERATOR=v5litepod-16 \
+#     CONFIG=configs/cc12m_64.py launch/gke.sh STEP ... [-- --config.KEY=VALUE]
+#
+# Steps: pool (a node pool of that slice in CLUSTER), build (and push the
+# image), run, log, delete. The cluster has JobSet installed and is kubectl's
+# current one. SHARE is a PersistentVolumeClaim that all hosts may write to,
+# mounted as /share, where WORKDIR then is. SPOT=1 makes the pool one of Spot
+# VMs. DRY_RUN=1 prints the commands, and the manifest.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+need IMAGE SHARE
+SPOT=${SPOT:-}
+WORKDIR=${WORKDIR:-/share/runs/$NAME}
+tpu_slice
+
+# A YAML (and JSON) list of strings.
+list() {
+  local word result=
+  for word; do
+    word=${word//\\/\\\\}
+    result+="${result:+, }\"${word//\"/\\\"}\""
+  done
+  echo "[$result]"
+}
+
+manifest() {
+  local text name
+  # shellcheck disable=SC2034  # Read by its name.
+  ARGUMENTS=$(list --distributed --config="$CONFIG" --workdir="$WORKDIR" \
+    "${options[@]}")
+  text=$(<launch/gke_jobset.yaml)
+  for name in NAME IMAGE SHARE FAMILY TOPOLOGY HOSTS CHIPS ARGUMENTS; do
+    text=${text//"\${$name}"/"${!name}"}
+  done
+  echo "$text"
+}
+
+pool() {
+  need CLUSTER PROJECT ZONE
+  local topology=()
+  ((HOSTS == 1)) || topology=(--tpu-topology="$TOPOLOGY")
+  call gcloud container node-pools create "$NAME" --cluster="$CLUSTER" \
+    --project="$PROJECT" --location="${ZONE%-*}" --node-locations="$ZONE" \
+    --machine-type="$MACHINE" --num-nodes="$HOSTS" "${topology[@]}" \
+    ${SPOT:+--spot}
+}
+
+build() {
+  call docker build --file=launch/Dockerfile --tag="$IMAGE" .
+  call docker push "$IMAGE"
+}
+
+run() {
+  if [[ $DRY_RUN ]]; then
+    call kubectl apply --filename=-
+    manifest
+  else
+    manifest | kubectl apply --filename=-
+  fi
+}
+
+log() {
+  # Of the first host: the others say little.
+  call kubectl logs --follow --tail=-1 --selector="\
+jobset.sigs.k8s.io/jobset-name=$NAME,\
+batch.kubernetes.io/job-completion-index=0"
+}
+
+delete() {
+  call kubectl delete jobset "$NAME"
+}
+
+steps=()
+while (($#)) && [[ $1 != -- ]]; do
+  case $1 in
+    pool | build | run | log | delete) steps+=("$1") ;;
+    *) fail "no step $1: there are pool build run log delete, options of main come \
+after --." ;;
+  esac
+  shift
+done
+options=("${@:2}")
+((${#steps[@]})) || fail 'name a step: pool build run log delete.'
+
+for step in "${steps[@]}"; do
+  "$step"
+done
