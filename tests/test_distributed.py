@@ -37,6 +37,27 @@ def get_config():
   return config
 '''
 
+TWO_STAGES = '''
+from configs import common
+def get_config():
+  config = common.get_config()
+  config.model.levels = [common.level(8), common.level(16)]
+  config.stages = [common.stage('8', 1), common.stage('16', 2)]
+  config = common.smoke(config)
+  config.text.num_layers = 0
+  for level, channels in zip(config.model.levels, ((8,), (8, 8))):
+    zeros = (0,) * len(channels)
+    level.update(
+        channels=channels, num_blocks=zeros, attention_layers=zeros)
+  for stage in config.stages:
+    stage.update(steps=40, batch_size=8)
+  config.log_every = 1
+  config.sample_every = 40
+  config.checkpoint_every = 10
+  config.eval.update(num_prompts=8)
+  return config
+'''
+
 # JAX's, of the process that it misses.
 MESSAGE = r'Task 2 heartbeat timeout|sending heartbeats\):\s+2'
 
@@ -48,12 +69,12 @@ class Processes:
   """
 
   def __init__(self, directory, workdir, count, *flags, absent=(),
-               slurm=False):
+               slurm=False, config=CONFIG):
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
-    config = directory / 'toy.py'
-    config.write_text(CONFIG)
+    recipe = directory / 'toy.py'
+    recipe.write_text(config)
     devices = f'--xla_force_host_platform_device_count={2 // count or 1}'
     self.workdir = workdir
     self.outputs, self.all = [], []
@@ -74,7 +95,7 @@ class Processes:
       self.outputs.append(directory / f'{workdir.name}_{i}.log')
       with self.outputs[-1].open('w') as file:
         self.all.append(subprocess.Popen(
-            [sys.executable, '-m', 'mdm_jax.main', f'--config={config}',
+            [sys.executable, '-m', 'mdm_jax.main', f'--config={recipe}',
              f'--workdir={workdir}', *joined, *flags],
             cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
             env=os.environ | variables))
@@ -90,21 +111,25 @@ class Processes:
   def text(self):
     return '\n'.join(path.read_text() for path in self.outputs)
 
-  def wait_for_step(self, step):
-    """Until a step of training has been logged."""
+  def wait_for(self, words):
+    """Until the log or the metrics have these words."""
     path = self.workdir / 'metrics.jsonl'
     for _ in range(2400):
-      if path.exists() and f'"step": {step},' in path.read_text():
+      if words in self.outputs[0].read_text() or (
+          path.exists() and words in path.read_text()):
         return
       assert self.all[0].poll() is None, self.text()
       time.sleep(0.1)
     raise AssertionError(self.text())
 
+  def wait_for_step(self, step):
+    """Until a step of training has been logged."""
+    self.wait_for(f'"step": {step},')
 
-def digest(workdir):
-  """SHA-256 of all that the last checkpoint holds."""
-  directory = workdir / 'checkpoints' / '0_8'
-  assert checkpoint.latest_step(directory) == 60
+
+def digest(directory, step):
+  """SHA-256 of all that a stage's last checkpoint holds, which is of a step."""
+  assert checkpoint.latest_step(directory) == step
   sha = hashlib.sha256()
   for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
     item = checkpoint.restore_item(directory, None, key)
@@ -128,18 +153,47 @@ def straight(tmp_path_factory):
   return directory / 'run'
 
 
-def test_a_signal_to_one_stops_both_at_one_step(straight, tmp_path):
+@pytest.fixture(scope='module')
+def two_stages(tmp_path_factory):
+  """The same in two stages: the checkpoints' digests."""
+  directory = tmp_path_factory.mktemp('two_stages')
+  processes = Processes(directory, directory / 'run', 2, config=TWO_STAGES)
+  assert processes.wait() == [0, 0], processes.text()
+  return digests(directory / 'run')
+
+
+def digests(workdir):
+  return [digest(workdir / 'checkpoints' / name, 40)
+          for name in ('0_8', '1_16')]
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_stopped_anywhere_it_ends_as_if_left_alone(
+    two_stages, tmp_path, count):
   workdir = tmp_path / 'run'
-  processes = Processes(tmp_path, workdir, 2)
-  processes.wait_for_step(13)
-  processes.all[1].send_signal(signal.SIGTERM)
-  begin = time.monotonic()
-  assert processes.wait() == [75, 75], processes.text()
-  assert time.monotonic() - begin < 20
-  step = checkpoint.latest_step(workdir / 'checkpoints' / '0_8')
-  assert 13 <= step < 60
-  assert Processes(tmp_path, workdir, 2).wait() == [0, 0]
-  assert digest(workdir) == digest(straight)
+
+  def begin():
+    return Processes(tmp_path, workdir, count, config=TWO_STAGES)
+  for words, receiver, stage in [
+      ('px, 40 steps', -1, None),  # It compiles.
+      ('"stage": "8", "step": 20,', -1, '0_8'),
+      ('"stage": "16", "step": 20,', 0, '1_16'),
+      ('Drawing 8 held-out prompts', -1, None)]:
+    processes = begin()
+    processes.wait_for(words)
+    processes.all[receiver].send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert processes.wait() == [75] * count, processes.text()
+    assert time.monotonic() - sent < 10
+    assert 'Traceback' not in processes.text()
+    if stage:
+      step = checkpoint.latest_step(workdir / 'checkpoints' / stage)
+      assert 20 <= step < 40
+      assert f'"stage": "{stage[2:]}", "step": {step + 1},' not in (
+          workdir / 'metrics.jsonl').read_text()
+  last = begin()
+  assert last.wait() == [0] * count, last.text()
+  assert digests(workdir) == two_stages
 
 
 def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
