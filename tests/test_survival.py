@@ -1,5 +1,6 @@
 """A killed writer loses nothing that was committed; a full disk is an error."""
 
+import json
 import os
 import pathlib
 import random
@@ -135,3 +136,62 @@ def get_config():
   assert 'saving step 2 failed (2 of 2 in a row): ' in second
   assert last.startswith('error: ') and 'saving step 2 failed' in last
   assert 'Traceback' not in result.stderr
+
+
+RECIPE = '''
+from configs import common
+
+def get_config():
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = common.smoke(config)
+  # Compiling is what takes time.
+  config.text.num_layers = 0
+  config.model.levels[0].update(
+      channels=(8,), num_blocks=(0,), attention_layers=(0,))
+  config.stages[0].update(steps=100_000, batch_size=8)
+  config.data.num_workers = 2
+  config.log_every = 1
+  config.sample_every = config.checkpoint_every = 100_000
+  return config
+'''
+
+
+def processes(*command) -> list[int]:
+  found = subprocess.run(command, capture_output=True, text=True)
+  return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.parametrize('victim', ['a worker', 'all'])
+def test_no_worker_outlives_its_run(tmp_path, victim):
+  """Nor does a run outlive a worker; a broken TensorBoard harms neither."""
+  recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
+  recipe.write_text(RECIPE)
+  workdir.mkdir()
+  (workdir / 'tensorboard').write_text('no directory')
+  lines = workdir / 'metrics.jsonl'
+  with (tmp_path / 'log').open('w') as log:
+    run = subprocess.Popen(
+        [sys.executable, '-m', 'mdm_jax.main', f'--config={recipe}',
+         f'--workdir={workdir}'], cwd=ROOT, stdout=log, stderr=log)
+  while not (lines.exists() and '"step": 20,' in lines.read_text()):
+    assert run.poll() is None, (tmp_path / 'log').read_text()
+    time.sleep(0.05)
+  children = processes('pgrep', '-P', str(run.pid))
+  workers = processes('pgrep', '-P', str(run.pid), '-f', 'spawn_main')
+  assert len(workers) == 2
+  os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
+  code = run.wait(60)
+  text = (tmp_path / 'log').read_text()
+  if victim == 'a worker':
+    assert code == 1
+    assert 'error: Worker process was terminated' in text
+    assert 'Traceback' not in text
+  end = time.monotonic() + 10
+  while processes('ps', '-o', 'pid=', '-p', ','.join(map(str, children))):
+    assert time.monotonic() < end
+    time.sleep(0.1)
+  assert 'TensorBoard cannot be written' in text
+  steps = [json.loads(line)['step'] for line in lines.read_text().splitlines()]
+  assert steps == [*range(1, len(steps) + 1)]
