@@ -1,0 +1,106 @@
+"""A long run under harm of every kind ends with an undisturbed run's bytes.
+
+  SOAK_MINUTES=20 python -m pytest -m soak tests/test_soak.py -s
+
+Two minutes are the least that has time for each.
+"""
+
+import collections
+import itertools
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_distributed import TWO_STAGES, digest
+from tests.test_survival import processes
+
+ROOT = pathlib.Path(__file__).parents[1]
+MINUTES = float(os.environ.get('SOAK_MINUTES', 20))
+STEPS = int(600 * MINUTES)
+RECIPE = TWO_STAGES.replace('steps=40', f'steps={STEPS}').replace(
+    'config.log_every = 1\n', '''config.log_every = 100
+  config.data.num_workers = 1
+''').replace('checkpoint_every = 10', 'checkpoint_every = 50').replace(
+    'sample_every = 40', 'sample_every = 1000')
+HARMS = ('kill', 'terminate', 'kill a worker', 'flip a bit')
+
+
+def good_steps(workdir):
+  """Committed steps of the newest stage that has any, newest first."""
+  for stage in sorted((workdir / 'checkpoints').glob('*_*'), reverse=True):
+    steps = [path for path in stage.iterdir()
+             if path.name.isdigit() and (path / 'manifest.json').exists()]
+    if steps:
+      return sorted(steps, key=lambda path: int(path.name), reverse=True)
+  return []
+
+
+def flip_a_bit(step, rng):
+  path = rng.choice(sorted(path for path in step.rglob('*')
+                           if path.is_file() and path.stat().st_size))
+  content = bytearray(path.read_bytes())
+  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  path.write_bytes(content)
+
+
+def harm(how, supervisor, workdir, rng, flipped):
+  """Does it, if it can be done now; whether it was."""
+  pids = processes('pgrep', '-P', str(supervisor.pid))
+  workers = pids and processes('pgrep', '-P', str(pids[0]), '-f', 'spawn_main')
+  steps = good_steps(workdir)
+  if not pids or (how == 'kill a worker' and not workers):
+    return False
+  if how == 'flip a bit':
+    # One that it may fall back to must be left.
+    if len(steps) < 2 or steps[0] in flipped or steps[1] in flipped:
+      return False
+    flip_a_bit(steps[0], rng)
+    flipped.add(steps[0])
+  try:
+    os.kill(workers[0] if how == 'kill a worker' else pids[0],
+            signal.SIGTERM if how == 'terminate' else signal.SIGKILL)
+  except ProcessLookupError:  # It has just ended.
+    return False
+  return True
+
+
+@pytest.mark.soak
+def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(RECIPE)
+
+  def start(workdir):
+    with (tmp_path / f'{workdir.name}.log').open('w') as log:
+      return subprocess.Popen(
+          [sys.executable, 'launch/supervise.py', f'--workdir={workdir}',
+           '--attempts=30', '--pause=0.1', '--', sys.executable, '-m',
+           'mdm_jax.main', f'--config={recipe}', f'--workdir={workdir}'],
+          cwd=ROOT, stdout=log, stderr=log)
+
+  begin = time.monotonic()
+  undisturbed, harmed = tmp_path / 'undisturbed', tmp_path / 'harmed'
+  assert start(undisturbed).wait() == 0
+  print(f'undisturbed: {time.monotonic() - begin:.0f} s')
+  begin, rng = time.monotonic(), random.Random(0)
+  done, flipped = collections.Counter(), set()
+  harms = itertools.cycle(HARMS)
+  supervisor = start(harmed)
+  while supervisor.poll() is None:
+    if time.monotonic() - begin > 60 * MINUTES:
+      supervisor.wait()  # In peace.
+      break
+    time.sleep(rng.uniform(1, 30))
+    how = next(harms)
+    done[how] += harm(how, supervisor, harmed, rng, flipped)
+  print(f'harmed: {time.monotonic() - begin:.0f} s, {dict(done)}')
+  assert supervisor.returncode == 0, (tmp_path / 'harmed.log').read_text()
+  assert min(done[how] for how in HARMS) > 0
+  for stage in ('0_8', '1_16'):
+    assert digest(harmed / 'checkpoints' / stage, STEPS) == (
+        digest(undisturbed / 'checkpoints' / stage, STEPS))
