@@ -79,8 +79,10 @@ steps=()
 while (($#)) && [[ $1 != -- ]]; do
   case $1 in
     pool | build | run | log | delete) steps+=("$1") ;;
-    *) fail "no step $1: there are pool build run log delete, options of main come \
-after --." ;;
+    *)
+      fail "no step $1: there are pool build run log delete, options of main \
+come after --."
+      ;;
   esac
   shift
 done

@@ -104,11 +104,9 @@ keep() {
     case $(state) in
       FAILED | SUSPENDED)
         echo "$NAME was preempted: getting a new one."
-        delete
-        create
-        copy
-        install
-        run
+        # Which may be preempted on the way: then once more.
+        launch/tpu_vm.sh delete create copy install run -- "${options[@]}" ||
+          [[ $(state) != ACTIVE ]] || return 1
         ;;
       ACTIVE)
         # Nothing while it runs, or if it cannot be reached now.

@@ -146,9 +146,11 @@ async def _report(host: str, port: int, process: int,
           asyncio.open_connection(host, port), begin + seconds - now)
       writer.write(b'%d\n' % process)
       # It may have begun to wait later than this one.
-      answer = await asyncio.wait_for(reader.readline(), seconds + _GRACE)
+      answer = json.loads(
+          await asyncio.wait_for(reader.readline(), seconds + _GRACE))
       writer.close()
-      return json.loads(answer)
+      if isinstance(answer, list):  # Not its own line, sent to itself.
+        return answer
     if now - said > _REMIND:
       said = now
       logging.warning('Waiting, since %.0f s, for process 0 on %s port %d.',

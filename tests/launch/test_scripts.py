@@ -273,6 +273,13 @@ def test_the_image_holds_what_main_needs():
 STUBS = {
     'gcloud': '''
         echo "${*:3:2}" >> calls
+        case "$3 $4 $(cat preempt 2> /dev/null)" in
+          'tpu-vm scp now')
+            rm preempt
+            echo SUSPENDED > state
+            exit 1
+            ;;
+        esac
         case "$3 $4" in
           'queued-resources create') echo ACTIVE > state ;;
           'queued-resources describe') cat state ;;
@@ -320,8 +327,9 @@ STUBS = {
 def tpu_vm(tmp_path):
   """(steps, code of training, seconds) -> the finished script.
 
-  Attributes: `home`, that of the VM, `runs`, where `fetch` puts what it
-  brings, `calls()`, those of gcloud.
+  Attributes: `home`, that of the VM; `runs`, where `fetch` puts what it
+  brings; `state`, a file with the VM's; `preempt`, a file that with 'now' in
+  it lets the next copy find the VM gone; `calls()`, those of gcloud.
   """
   repository, stubs = tmp_path / 'repository', tmp_path / 'bin'
   shutil.copytree(LAUNCH, repository / 'launch')
@@ -342,12 +350,12 @@ def tpu_vm(tmp_path):
   def tpu_vm(steps, code=0, seconds=0.2):
     return subprocess.run(
         [repository / 'launch' / 'tpu_vm.sh', *steps.split()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=60,
         env=GOOGLE | {'PATH': f'{stubs}:/usr/bin:/bin', 'CODE': str(code),
                       'TMPDIR': str(tmp_path), 'SECONDS_TO_TRAIN':
                       str(seconds)})
   tpu_vm.home, tpu_vm.runs = tmp_path / 'home', repository / 'runs'
-  tpu_vm.state = tmp_path / 'state'
+  tpu_vm.state, tpu_vm.preempt = tmp_path / 'state', tmp_path / 'preempt'
   tpu_vm.calls = lambda: [line.split()[1] for line in (
       tmp_path / 'calls').read_text().splitlines()]
   return tpu_vm
@@ -375,8 +383,10 @@ def test_on_a_vm_training_that_cannot_go_on(tpu_vm):
 
 def test_on_a_vm_stop(tpu_vm):
   assert tpu_vm('create copy install run', seconds=60).returncode == 0
-  while not (tpu_vm.home / 'runs' / 'mdm' / 'begun').exists():
-    time.sleep(0.01)
+  for _ in range(1000):
+    if (tpu_vm.home / 'runs' / 'mdm' / 'begun').exists():
+      break
+    time.sleep(0.02)
   assert tpu_vm('stop').returncode == 0
   assert (tpu_vm.home / 'run.status').read_text() == '75\n'
 
@@ -392,3 +402,19 @@ def test_keep_replaces_a_preempted_vm(tpu_vm, state):
   # Then only asked, until training was finished.
   assert set(calls[8:]) == {'describe', 'ssh'}
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'
+
+
+def test_keep_goes_on_if_the_new_vm_is_preempted_too(tpu_vm):
+  tpu_vm.state.write_text('SUSPENDED')
+  tpu_vm.preempt.write_text('now')
+  done = tpu_vm('keep')
+  assert done.returncode == 0, done.stderr
+  assert tpu_vm.calls().count('create') == 2
+  assert (tpu_vm.home / 'run.status').read_text() == '0\n'
+
+
+def test_keep_ends_where_training_gives_up(tpu_vm):
+  assert tpu_vm('create copy install run', code=75).returncode == 0
+  done = tpu_vm('keep')
+  assert done.returncode == 75
+  assert tpu_vm.calls().count('create') == 1
