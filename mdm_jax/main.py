@@ -44,7 +44,15 @@ def main(argv: list[str]) -> None:
   # Slow to import, and not needed for --help.
   import jax
 
-  from mdm_jax import build, checkpoint, guard, metrics, sharding, train
+  from mdm_jax import (
+    build,
+    checkpoint,
+    compilation_cache,
+    guard,
+    metrics,
+    sharding,
+    train,
+  )
 
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -52,6 +60,7 @@ def main(argv: list[str]) -> None:
   workdir = _WORKDIR.value or 'runs/' + '_'.join(
       filter(None, [pathlib.Path(path).stem, mode]))
   metrics.setup_logging()
+  compilation_cache.enable()
   try:
     sharding.use_cpu_cores(build.parts_of_batches(config))
     if _DISTRIBUTED.value:

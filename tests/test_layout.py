@@ -13,7 +13,7 @@ ROWS = (
     {'inputs'},
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
-     'ledger', 'interrupt', 'hugging_face', 'torch_files'},
+     'ledger', 'interrupt', 'compilation_cache', 'hugging_face', 'torch_files'},
     {'diffusion', 'models', 'data', 'eval', 'manifest'},
     {'mixed_batch'},
     {'__init__'},
