@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
   from mdm_jax import (
     build,
     checkpoint,
+    compilation_cache,
     guard,
     metrics,
     processes,
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
   workdir = _WORKDIR.value or 'runs/' + '_'.join(
       filter(None, [pathlib.Path(path).stem, mode]))
   metrics.setup_logging()
+  compilation_cache.enable()
   try:
     sharding.use_cpu_cores(build.parts_of_batches(config))
     if _DISTRIBUTED.value:

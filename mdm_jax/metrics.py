@@ -283,16 +283,22 @@ def measure_matmul_flops(
   return 2 * size**3 / best
 
 
-def flops_per_step(compiled: jax.stages.Compiled) -> float | None:
+def flops_per_step(
+    compiled: jax.stages.Compiled, rounds: int = 1
+) -> float | None:
   """XLA's count of one call's FLOPs on one device, None if it has none.
 
   A program partitioned over n devices does n times as many.
+
+  Args:
+    compiled: the program.
+    rounds: of the loop that nearly all of it is; XLA counts one of them.
   """
   cost = compiled.cost_analysis()
   if isinstance(cost, list):  # One a program before JAX 0.5.
     cost = cost[0] if cost else None
   flops = (cost or {}).get('flops', 0.0)
-  return flops if flops > 0 else None
+  return flops * rounds if flops > 0 else None
 
 
 def log_parameter_overview(params: Mapping[str, Any]) -> None:

@@ -39,10 +39,19 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
-  from mdm_jax import build, checkpoint, inputs, metrics, sharding, trained
+  from mdm_jax import (
+    build,
+    checkpoint,
+    compilation_cache,
+    inputs,
+    metrics,
+    sharding,
+    trained,
+  )
   from mdm_jax.eval import grid
 
   metrics.setup_logging()
+  compilation_cache.enable()
   try:
     config = build.reading_prompts(
         build.load_config(checkpoint.read_config(_WORKDIR.value)))

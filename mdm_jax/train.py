@@ -239,7 +239,7 @@ def train_stage(
     ).lower(state, batch, frozen).compile()
   logging.info('%s: compiled the step in %s.', title,
                metrics.duration(time.monotonic() - begin))
-  flops = metrics.flops_per_step(compiled)
+  flops = metrics.flops_per_step(compiled, stage.accumulate)
   peak = metrics.peak_flops(mesh.devices.flat[0])
   draw_fn = trained.make_draw(config, index, mesh, state.ema | frozen)
   prompts = inputs.make_prompts(config, trained.GRID_PROMPTS)

@@ -1,6 +1,7 @@
 """Drawing: an image depends on its prompt and its seed, not on its batch."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -109,3 +110,18 @@ def test_devices_draw_a_picture_together(config, made, drawn):
       assert difference.max() <= 1
       assert difference.mean() < 0.01
   assert flops[1] < flops[0] / 5
+
+
+def test_no_picture_changes_its_device(config, made):
+  """Guidance pairs what it compares; only the result is gathered."""
+  mesh = sharding.make_mesh(config.mesh)
+  sample_step, params, _ = made(mesh)
+  batch = sharding.shard_batch({
+      'text': inputs.encode_prompts(config, PROMPTS[:8]),
+      'seeds': np.arange(8, dtype=np.uint32)}, mesh)
+  text = jax.jit(sample_step, out_shardings=sharding.replicated(mesh)).lower(
+      params, batch['text'], batch['text'], batch['seeds']
+  ).compile().as_text()
+  assert set(re.findall(
+      r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
+      r'(?:-start)?\(', text)) == {'all-gather'}

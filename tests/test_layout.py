@@ -15,7 +15,7 @@ ROWS = (
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
      'ledger', 'interrupt', 'watchdog', 'replicas', 'processes',
-     'hugging_face', 'torch_files'},
+     'compilation_cache', 'hugging_face', 'torch_files'},
     {'diffusion', 'models', 'data', 'eval', 'manifest', 'background'},
     {'mixed_batch'},
     {'__init__'},

@@ -21,8 +21,8 @@ def guided_denoise_fn(
   """Guides the network's output by `w` at every level.
 
   `uncond + w (cond - uncond)`, which is eq. 6 of the paper with its weight
-  being w - 1. Both come from one forward on a batch of 2B, the unconditional
-  half first.
+  being w - 1. Both come from one forward on a batch of 2B, in which they are
+  neighbours, so that they stay on the device of their example.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B], conditioning) to predictions.
@@ -44,16 +44,20 @@ def guided_denoise_fn(
     return lambda x_t, t: denoise_fn(x_t, t, cond)
 
   def guided(x_t, t):
-    def stack(first, second):
-      return jnp.concatenate([first, second])
+    def join(first, second):
+      pairs = jnp.stack([first, second], axis=1)
+      return pairs.reshape(-1, *first.shape[1:])
+
+    def split(both):
+      pairs = both.reshape(-1, 2, *both.shape[1:])
+      return pairs[:, 0], pairs[:, 1]
 
     both = denoise_fn(
-      jax.tree.map(stack, x_t, x_t),
-      stack(t, t),
-      jax.tree.map(stack, uncond, cond),
+      jax.tree.map(join, x_t, x_t),
+      join(t, t),
+      jax.tree.map(join, uncond, cond),
     )
-    halves = [jnp.split(prediction, 2) for prediction in both]
-    return tuple(combine(*half) for half in halves)
+    return tuple(combine(*split(prediction)) for prediction in both)
 
   def combine(without, given):
     output = without + w * (given - without)

@@ -1,0 +1,82 @@
+"""The benchmark measures the real steps, on drawn inputs of their shapes."""
+
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax import build, sharding
+from mdm_jax.tools import bench
+
+
+@pytest.mark.parametrize('name', ['cc12m_1024', 'flickr_64', 'imagenet_256'])
+def test_needs_neither_data_nor_t5(name):
+  recipe = importlib.import_module(f'configs.{name}').get_config('').lock()
+  config = bench.without_t5(recipe)
+  build.check(config, sharding.make_mesh(config.mesh))
+  model = build.make_model(config, config.stages[-1])
+  width = 2048 if recipe.text.encoder == 't5' else recipe.text.width
+  assert model.text_encoder.width == width
+  text = bench.make_text(config, 2)
+  assert text.shape == (2, config.text.max_length)
+  assert text.dtype == np.int32
+  assert (text > 0).all()
+
+
+def test_batch_of_a_mixed_stage(make_config):
+  config = make_config()
+  stage = config.stages[1]
+  stage.update(mixed_ratio=(1.0, 3.0), batch_size=8)
+  batch = bench.make_batch(config, stage)
+  assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
+      'image': ((6, 16, 16, 3), 'uint8'), 'image_8': ((2, 8, 8, 3), 'uint8'),
+      'text': ((8, 8), 'int32'), 'scale': ((8,), 'float32'),
+      'bad': ((8,), 'bool')}
+
+
+def test_rates():
+  found = bench.rates(
+      np.array([0.1, 0.2, 0.2, 0.2, 0.9]), images=8, flops=1e9, peak=2e10)
+  assert found == pytest.approx({
+      'step_seconds': 0.2, 'step_seconds_min': 0.1, 'step_seconds_p10': 0.14,
+      'step_seconds_p90': 0.62, 'images_per_second': 40.0,
+      'device_flops': 1e9, 'device_flops_per_second': 5e9, 'mfu': 0.25})
+  unknown = bench.rates(np.ones(2), images=8, flops=None, peak=None)
+  assert unknown['mfu'] is None and unknown['device_flops_per_second'] is None
+
+
+def test_measures_both_steps(make_config, tmp_path):
+  config = make_config()
+  stage = config.stages[0]
+  stage.update(batch_size=2, accumulate=2)
+  config.eval.batch_size = 4
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  found = bench.measure(
+      config, stage, mesh, count=3, sampling_steps=2, profile=str(tmp_path))
+  for name, images in (('train', 2), ('sample', 4 / 3)):
+    figures = found[name]
+    assert 0 < figures['step_seconds_min'] <= figures['step_seconds']
+    assert figures['images_per_second'] * figures['step_seconds'] == (
+        pytest.approx(images))
+    assert figures['mfu'] > 0
+    assert figures['program_bytes'] > 1e4
+    assert figures['compile_seconds'] > 0
+    shares = [row['share'] for row in figures['operations']]
+    assert len(shares) == 10
+    assert shares == sorted(shares, reverse=True) and sum(shares) < 1
+    assert any('NestedUNet' in row['origin'] for row in figures['operations'])
+    # For Perfetto and for TensorBoard.
+    files = {path.name for path in (tmp_path / name).rglob('*.*')}
+    assert 'perfetto_trace.json.gz' in files
+    assert any(name.endswith('.xplane.pb') for name in files)
+  # Two examples forth and back, against two steps of four pictures, guided.
+  flops = found['train']['device_flops'] / found['sample']['device_flops']
+  assert 0.5 < flops < 1.1
+  again = json.loads(json.dumps(found))
+  again['train']['step_seconds'] *= 2
+  lines = bench.report(found, again).splitlines()
+  (median,) = (line for line in lines if line.startswith('step, s')
+               and line.endswith(' 0.5'))
+  assert len(median.split()) == 6
