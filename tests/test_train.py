@@ -21,6 +21,7 @@ from mdm_jax import (
   guard,
   inputs,
   ledger,
+  replicas,
   sharding,
   train,
 )
@@ -202,6 +203,32 @@ def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
   for key in ('params', 'ema', 'opt_state'):
     for leaf in jax.tree.leaves(checkpoint.restore_item(directory, None, key)):
       assert np.isfinite(leaf).all()
+
+
+def test_a_device_with_another_copy_is_named(tmp_path, monkeypatch):
+  config = one_stage()
+  config.replicas_every = 3
+  place = sharding.place
+
+  def harm(tree, shardings):
+    placed = place(tree, shardings)
+    conv = placed['unet']['level_0']['conv_in']
+    shards = conv['kernel'].addressable_shards
+    copies = [np.array(shard.data) for shard in shards]
+    copies[6].view(np.uint8).flat[2] ^= 1
+    conv['kernel'] = jax.make_array_from_single_device_arrays(
+        copies[0].shape, conv['kernel'].sharding,
+        [jax.device_put(copy, shard.device)
+         for copy, shard in zip(copies, shards)])
+    return placed
+  monkeypatch.setattr(sharding, 'place', harm)
+  mesh = sharding.make_mesh(config.mesh)
+  with pytest.raises(replicas.ReplicasDiffer, match=(
+      'cpu:6 of process 0 has another copy of params.*conv_in.kernel')):
+    train.train(config.lock(), tmp_path, mesh, {})
+  # Before it was saved.
+  assert checkpoint.latest_step(
+      build.stage_directory(tmp_path, config, 0)) is None
 
 
 def test_another_config_is_refused(finished):

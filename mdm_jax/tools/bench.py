@@ -64,7 +64,8 @@ def make_batch(config: ConfigDict, stage: ConfigDict) -> dict[str, np.ndarray]:
   batch = {
       'text': make_text(config, sizes[0]),
       'scale': np.full(sizes[0], resolutions[-1], np.float32),
-      'bad': np.zeros(sizes[0], bool)}
+      'bad': np.zeros(sizes[0], bool),
+      'stop': np.zeros(sizes[0], bool)}
   for name, size, finer, pixels in zip(
       mixed_batch.image_names(resolutions), sizes, (*sizes[1:], 0),
       resolutions):

@@ -33,7 +33,7 @@ def test_batch_of_a_mixed_stage(make_config):
   assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
       'image': ((6, 16, 16, 3), 'uint8'), 'image_8': ((2, 8, 8, 3), 'uint8'),
       'text': ((8, 8), 'int32'), 'scale': ((8,), 'float32'),
-      'bad': ((8,), 'bool')}
+      'bad': ((8,), 'bool'), 'stop': ((8,), 'bool')}
 
 
 def test_rates():
