@@ -1,8 +1,8 @@
 """A long run under harm of every kind ends with an undisturbed run's bytes.
 
-  SOAK_MINUTES=20 python -m pytest -m soak tests/test_soak.py -s
+  SOAK_STEPS=20000 python -m pytest -m soak tests/test_soak.py -s
 
-Two minutes are the least that has time for each.
+On two quiet cores so many steps a stage last some twenty minutes under harm.
 """
 
 import collections
@@ -21,8 +21,7 @@ from tests.test_distributed import TWO_STAGES, digest
 from tests.test_survival import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
-MINUTES = float(os.environ.get('SOAK_MINUTES', 20))
-STEPS = int(600 * MINUTES)
+STEPS = int(os.environ.get('SOAK_STEPS', 20_000))
 RECIPE = TWO_STAGES.replace('steps=40', f'steps={STEPS}').replace(
     'config.log_every = 1\n', '''config.log_every = 100
   config.data.num_workers = 1
@@ -92,9 +91,6 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
   harms = itertools.cycle(HARMS)
   supervisor = start(harmed)
   while supervisor.poll() is None:
-    if time.monotonic() - begin > 60 * MINUTES:
-      supervisor.wait()  # In peace.
-      break
     time.sleep(rng.uniform(1, 30))
     how = next(harms)
     done[how] += harm(how, supervisor, harmed, rng, flipped)
