@@ -1,17 +1,15 @@
 """What may be slow, or fail, without holding up or ending what it is about."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import json
 import pathlib
 import queue
 import threading
+import time
 from typing import Any
 
 from absl import logging
 
-# A healthy disk takes far less; one that does not is not waited for again
-# before it has caught up.
-_MOMENT = 0.05
 # What may wait to be done; more is dropped.
 _CAPACITY = 10_000
 # What has not ended then will not.
@@ -34,18 +32,19 @@ class Background:
     self._what = what
     self._queue = queue.Queue(_CAPACITY)
     self._lost, self._failing = 0, False
-    threading.Thread(target=self._work, daemon=True, name=what).start()
+    self._thread = threading.Thread(
+        target=self._work, daemon=True, name=what)
+    self._thread.start()
 
   def submit(self, function: Callable[..., None], *args: Any) -> None:
-    """Has `function(*args)` called soon; waits for it where that is usual."""
-    keeps_up = self.settle(0)
+    """Has `function(*args)` called soon."""
+    if not self._thread.is_alive():
+      self._lose('the thread that writes it has ended')
+      return
     try:
       self._queue.put_nowait((function, args))
     except queue.Full:
       self._lose('it does not keep up')
-      return
-    if keeps_up:
-      self.settle(_MOMENT)
 
   def settle(self, seconds: float) -> bool:
     """Waits so long at most; whether all has been done."""
@@ -55,21 +54,25 @@ class Background:
 
   def close(self) -> None:
     """Waits some seconds for what is left, and says what was lost."""
-    if not self.settle(_CLOSING):
-      self._lost += self._queue.unfinished_tasks
+    if self._thread.is_alive() and self.settle(_CLOSING):
+      self._queue.put(None)
+      self._thread.join()
+    self._lost += self._queue.unfinished_tasks
     if self._lost:
       logging.warning('%s: %d writes were lost.', self._what, self._lost)
 
   def _work(self) -> None:
-    while True:
-      function, args = self._queue.get()
+    while (task := self._queue.get()) is not None:
+      function, args = task
       try:
         function(*args)
       except OSError as error:
         self._lose(error)
       else:
         self._failing = False
-      self._queue.task_done()
+      finally:
+        self._queue.task_done()
+    self._queue.task_done()
 
   def _lose(self, reason: Any) -> None:
     self._lost += 1
@@ -77,6 +80,13 @@ class Background:
       logging.error('%s cannot be written: %s. Training goes on without.',
                     self._what, reason)
     self._failing = True
+
+
+def settle(parts: Iterable['Background | Lines'], seconds: float) -> None:
+  """Waits so long at most for all of them together."""
+  end = time.monotonic() + seconds
+  for part in parts:
+    part.settle(max(0.0, end - time.monotonic()))
 
 
 class Lines:
@@ -93,7 +103,7 @@ class Lines:
     self._background = Background(str(path))
 
   def append(self, line: Mapping[str, Any]) -> None:
-    """Writes a line, see `Background.submit`."""
+    """Has a line written soon."""
     self._background.submit(self._write, json.dumps(line))
 
   def settle(self, seconds: float) -> bool:

@@ -165,8 +165,9 @@ class Checkpoints:
 
     Unlike `wait` it needs no other process, and may be called in any thread.
     """
-    if self._saving:
-      concurrent.futures.wait([self._saving])
+    saving = self._saving
+    if saving:
+      concurrent.futures.wait([saving])
 
   def wait(self) -> None:
     """Waits until every save is committed and has its manifest.
@@ -183,6 +184,16 @@ class Checkpoints:
     finally:
       self._thread.shutdown()
       self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, exc_type, *_) -> None:
+    """Closes; after an error waits alone, as others may go on meanwhile."""
+    if exc_type is None:
+      self.close()
+    else:
+      self.drain()
 
   def _open(self) -> None:
     self._set_aside()

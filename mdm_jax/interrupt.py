@@ -1,32 +1,21 @@
 """Ctrl-C and SIGTERM: a run ends soon, and the same command continues it."""
 
 from collections.abc import Callable
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
+from typing import Protocol
 
 from absl import logging
-from etils import epy
-import jax
-
-with epy.lazy_imports():  # 0.7 s, which only several processes need.
-  import orbax.checkpoint as ocp
 
 # EX_TEMPFAIL of sysexits.h. 0 is for a run that is finished.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Beside the signals' numbers, what wakes the thread that waits for them.
 _CLOSE, _PEER = b'\0', b'\xff'
-# What a process tells the others: it was asked to stop; it is on its way out,
-# and no step can be taken with it; nothing is left for it to do.
-_STOP, _LEAVING, _GONE = 'stop', 'leaving', 'gone'
-_KEY = 'mdm_jax/interrupt'
 _POLL = 0.2  # Seconds between two looks at what others tell.
-_PATIENCE = 10.0  # Seconds to wait for others that leave too.
 
 
 def exit_on_signals() -> None:
@@ -35,48 +24,37 @@ def exit_on_signals() -> None:
     signal.signal(number, lambda number, frame: sys.exit(EXIT_CODE))
 
 
+def ignore_signals() -> None:
+  """For a process that is on its way out: whoever ends a job says so often."""
+  for number in SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+
+
 def leave(code: int) -> None:
   """Ends the process at once, from any thread."""
   # They would outlive this process, which goes without goodbye.
   for child in multiprocessing.active_children():
-    child.terminate()
+    child.kill()
   os._exit(code)
 
 
-class Peers:
-  """The other processes of a run, and a word of each to all.
+class Peers(Protocol):
+  """The other processes of a run, see `processes.Peers`."""
 
-  Words go through JAX's coordination service, so that they arrive also while
-  a process compiles.
-  """
+  def ask_to_stop(self) -> None:
+    """Tells all that this one was asked to stop."""
 
-  def __init__(self):
-    """Needs `jax.distributed.initialize`."""
-    self._client = ocp.multihost.get_jax_distributed_client()
+  def are_asked_to_stop(self) -> bool:
+    """Whether any has told so."""
 
-  def tell(self, word: str) -> None:
-    """Replaces this process's word."""
-    # Without a coordinator there is nobody to tell.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      self._client.key_value_set(
-          f'{_KEY}/{jax.process_index()}', word, allow_overwrite=True)
+  def begin_to_leave(self) -> None:
+    """Tells all that no further step can be taken with this one."""
 
-  def words(self) -> list[str]:
-    """The words of those who have said any, this process included."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      return [word for _, word in self._client.key_value_dir_get(_KEY)]
-    return []
+  def are_leaving(self) -> bool:
+    """Whether any has told so."""
 
   def leave_together(self) -> None:
-    """Waits until all have nothing left to do, or no longer."""
-    self.tell(_GONE)
-    end = time.monotonic() + _PATIENCE
-    while (self.words().count(_GONE) < jax.process_count()
-           and time.monotonic() < end):
-      time.sleep(_POLL)
-    if jax.process_index() == 0:
-      # The end of the coordinator is a crash to those who are still there.
-      time.sleep(2 * _POLL)
+    """Waits, not for ever, until all have left."""
 
 
 class Interrupt:
@@ -153,33 +131,38 @@ class Interrupt:
     os.close(self._reader)
 
   def _watch(self) -> None:
+    signalled = False
     while (byte := os.read(self._reader, 1)) != _CLOSE:
+      if byte != _PEER:
+        if signalled:
+          os._exit(EXIT_CODE)
+        signalled = True
+      # Whoever ends a job signals all of its processes, one after the other.
       if self.requested:
-        if byte == _PEER:
-          continue
-        os._exit(EXIT_CODE)
+        continue
       with self._lock:
         self.requested, held = True, self._held
       logging.info('Stopping %s; a second signal stops at once.',
                    'after this step' if held else 'now')
-      if self._peers:
-        self._peers.tell(_STOP)
       if not held:
         threading.Thread(target=self._leave, daemon=True).start()
 
   def _listen(self) -> None:
+    told = False
     while not self._closed.wait(_POLL):
-      words = self._peers.words()
-      if _LEAVING in words or _GONE in words:
+      if self.requested and not told:
+        self._peers.ask_to_stop()
+        told = True
+      if self._peers.are_leaving():
         self._leave()
-      if _STOP in words and not self.requested:
+      if not self.requested and self._peers.are_asked_to_stop():
         os.write(self._writer, _PEER)
 
   def _leave(self) -> None:
     self._end.acquire()  # Of several threads that come here one goes on.
     try:
       if self._peers:
-        self._peers.tell(_LEAVING)
+        self._peers.begin_to_leave()
       self._wait()
       self._finish()
     finally:

@@ -17,8 +17,8 @@ _LOST = 'lost'
 _SECONDS = 2.0
 # What is done again when a run is killed between two checkpoints.
 _REPEATED = ('data', 'step')
-# For a line to reach the file, before it is read.
-_PATIENCE = 5.0
+# Seconds for a line to reach the file, before it is read.
+_PATIENCE = 0.5
 
 
 class Ledger:
@@ -120,7 +120,7 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
   Data and steps that a later session has done again are in 'lost'.
   """
   lines, path = [], pathlib.Path(workdir) / _FILE
-  for line in path.read_text().splitlines() if path.exists() else ():
+  for line in path.read_text().splitlines() if path.is_file() else ():
     with contextlib.suppress(json.JSONDecodeError):  # Torn by a lost machine.
       lines.append(json.loads(line))
   begun = {}

@@ -78,13 +78,15 @@ def main(argv: list[str]) -> None:
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  try:
-    finished = train.train(config, workdir, mesh, frozen, _BEGAN)
-  except (checkpoint.CheckpointError, guard.Diverged, DataError,
-          replicas.ReplicasDiffer) as error:
-    sys.exit(f'error: {error}')
+  with processes.ending_together():
+    try:
+      finished = train.train(config, workdir, mesh, frozen, _BEGAN)
+    except (checkpoint.CheckpointError, guard.Diverged, DataError,
+            replicas.ReplicasDiffer) as error:
+      processes.end(f'error: {error}')
+  interrupt.ignore_signals()
   if not finished:
-    sys.exit(interrupt.EXIT_CODE)
+    processes.end(interrupt.EXIT_CODE)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

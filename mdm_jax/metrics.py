@@ -44,8 +44,8 @@ _PEAK_FLOPS = (
     ('NVIDIA L4', 121e12),
 )
 
-# Seconds for events to be written out.
-_PATIENCE = 5.0
+# Seconds for what is being written, before the process leaves.
+_PATIENCE = 1.0
 
 
 class MetricWriter:
@@ -70,8 +70,10 @@ class MetricWriter:
       self._lines = background.Lines(workdir / 'metrics.jsonl')
       self._skipped = background.Lines(workdir / 'skipped.jsonl')
       self._pictures = background.Background('pictures')
-      self._background = background.Background('TensorBoard')
+      self._tensorboard = background.Background('TensorBoard')
       self._directory, self._events = workdir / 'tensorboard', None
+      self._parts = (
+          self._lines, self._skipped, self._pictures, self._tensorboard)
 
   def scalars(
       self, step: int, values: Mapping[str, float], *, stage: str
@@ -93,9 +95,11 @@ class MetricWriter:
         {'time': round(now, 3), 'stage': stage, 'step': int(step)} | {
             name: value if math.isfinite(value) else str(value)
             for name, value in values.items()})
-    self._background.submit(
-        self._add_scalars, step,
-        {f'{stage}/{name}': value for name, value in values.items()}, now)
+    summary = tensorboardX.summary.Summary(value=[
+        tensorboardX.summary.Summary.Value(
+            tag=f'{stage}/{name}', simple_value=value)
+        for name, value in values.items()])
+    self._tensorboard.submit(self._write_event, summary, step, now)
 
   def skipped(self, line: Mapping[str, Any]) -> None:
     """Writes a line of `skipped.jsonl`, about a step that was left out."""
@@ -104,8 +108,11 @@ class MetricWriter:
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes a picture to TensorBoard: uint8 `[H, W, 3]`."""
+    now = time.time()
     if self._lines:
-      self._background.submit(self._add_image, name, image, step)
+      self._tensorboard.submit(lambda: self._write_event(
+          tensorboardX.summary.image(name, image, dataformats='HWC'), step,
+          now))
 
   def submit(self, save: Callable[..., None], *args: Any) -> None:
     """Has `save(*args)`, which writes a picture, called in the background."""
@@ -113,32 +120,26 @@ class MetricWriter:
       self._pictures.submit(save, *args)
 
   def flush(self) -> None:
-    """Writes out the events, which wait for more to come, and the lines."""
+    """Waits a moment until all is written."""
     if self._lines:
-      self._lines.settle(_PATIENCE)
-      self._background.submit(lambda: self._open().flush())
-      self._background.settle(_PATIENCE)
+      background.settle(self._parts, _PATIENCE)
 
   def close(self) -> None:
-    """Writes out the events, and waits some seconds for all that is left."""
+    """Waits some seconds for all that is left."""
     if self._lines:
-      self._background.submit(lambda: self._open().close())
-      for part in (
-          self._lines, self._skipped, self._pictures, self._background):
+      for part in self._parts:
         part.close()
 
-  def _open(self) -> 'tensorboardX.SummaryWriter':
+  def _write_event(self, summary, step: int, now: float) -> None:
     if self._events is None:
-      self._events = tensorboardX.SummaryWriter(
-          str(self._directory), flush_secs=20)
-    return self._events
-
-  def _add_scalars(self, step, values, now):
-    for name, value in values.items():
-      self._open().add_scalar(name, value, step, walltime=now)
-
-  def _add_image(self, name, image, step):
-    self._open().add_image(name, image, step, dataformats='HWC')
+      self._directory.mkdir(parents=True, exist_ok=True)
+      # The usual SummaryWriter has a thread of its own, which a full disk ends
+      # without a word, and after which nothing ends.
+      self._events = tensorboardX.event_file_writer.EventsWriter(
+          str(self._directory / 'events'))
+    self._events.write_event(tensorboardX.event_file_writer.event_pb2.Event(
+        summary=summary, step=step, wall_time=now))
+    self._events.flush()
 
 
 class Progress:

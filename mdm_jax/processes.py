@@ -1,19 +1,40 @@
 """Several processes that compute together: who is there, and who is not."""
 
 import asyncio
+from collections.abc import Callable, Iterator
 import contextlib
 import json
+import queue
+import sys
+import threading
 import time
+import traceback
+from typing import Any
 
 from absl import logging
+from etils import epy
 import jax
 
 # No public function of JAX tells what the cluster says about this process.
 from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mdm_jax import interrupt
+
+with epy.lazy_imports():  # 0.7 s, which only several processes need.
+  import orbax.checkpoint as ocp
 
 _REMIND = 30.0  # seconds between two lines about who is missing
 _RETRY = 0.5    # seconds between two tries to reach process 0
 _GRACE = 10.0   # seconds for an answer to arrive
+# What a process tells the others: it was asked to stop; it is on its way out,
+# and no step can be taken with it; nothing is left for it to do.
+_STOP, _LEAVING, _GONE = 'stop', 'leaving', 'gone'
+_KEY = 'mdm_jax/word'
+_POLL = 0.2      # seconds between two looks at the words of others
+_ANSWER = 1.0    # seconds in which the coordinator answers, or hangs
+_PATIENCE = 8.0  # seconds to wait for others that leave too
 
 
 def join(coordinator: str | None, num_processes: int | None,
@@ -157,3 +178,104 @@ async def _report(host: str, port: int, process: int,
                       now - begin, host, port)
     await asyncio.sleep(_RETRY)
   return [0]
+
+
+def any_of(flag: bool) -> bool:
+  """Whether it is true in any process. All call it."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+class Peers:
+  """The other processes of a run, and a word of each to all.
+
+  Words go through JAX's coordination service, so that they arrive also while
+  a process compiles. Nothing here waits long for a coordinator that is gone or
+  hangs: then there is nobody to tell.
+  """
+
+  def __init__(self):
+    """Needs `jax.distributed.initialize`."""
+    self._client = ocp.multihost.get_jax_distributed_client()
+
+  def ask_to_stop(self) -> None:
+    """Tells all that this one was asked to stop."""
+    self._tell(_STOP)
+
+  def are_asked_to_stop(self) -> bool:
+    """Whether any has told so."""
+    return _STOP in self._words()
+
+  def begin_to_leave(self) -> None:
+    """Tells all that no further step can be taken with this one."""
+    self._tell(_LEAVING)
+
+  def are_leaving(self) -> bool:
+    """Whether any has told so."""
+    return not {_LEAVING, _GONE}.isdisjoint(self._words())
+
+  def leave_together(self) -> None:
+    """Waits some seconds until all have nothing left to do."""
+    self._tell(_GONE)
+    end = time.monotonic() + _PATIENCE
+    while (self._words().count(_GONE) < jax.process_count()
+           and time.monotonic() < end):
+      time.sleep(_POLL)
+    if jax.process_index() == 0:
+      # The end of the coordinator is a crash to those who are still there.
+      time.sleep(2 * _POLL)
+
+  def _tell(self, word: str) -> None:
+    key = f'{_KEY}/{jax.process_index()}'
+    self._call(
+        lambda: self._client.key_value_set(key, word, allow_overwrite=True))
+
+  def _words(self) -> list[str]:
+    found = self._call(lambda: self._client.key_value_dir_get(_KEY))
+    return [word for _, word in found or ()]
+
+  def _call(self, function: Callable[[], Any]) -> Any:
+    """What it returns; None if that takes too long, or if it fails."""
+    answers = queue.SimpleQueue()
+
+    def answer():
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        answers.put(function())
+    threading.Thread(target=answer, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+      return answers.get(timeout=_ANSWER)
+
+
+def end(code: int | str) -> None:
+  """Ends this process by an exit code, of several all, each by its own.
+
+  Args:
+    code: as of `sys.exit`: a text is printed, and makes it 1.
+  """
+  if jax.process_count() == 1:
+    sys.exit(code)
+  if isinstance(code, str):
+    print(code, file=sys.stderr, flush=True)
+    code = 1
+  # JAX would wait, minutes, for processes that cannot come any more.
+  peers = Peers()
+  peers.begin_to_leave()
+  peers.leave_together()
+  interrupt.leave(code)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Makes an error in one of several processes end them all.
+
+  Otherwise the others would wait for its part of their next step, and it, on
+  its way out, for them. They stop as by a signal.
+  """
+  try:
+    yield
+  finally:
+    error = sys.exception()
+    if error and jax.process_count() > 1:
+      traceback.print_exception(error)
+      end(1)

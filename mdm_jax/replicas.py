@@ -20,7 +20,7 @@ class ReplicasDiffer(RuntimeError):
 
 def make_check(tree: Any, shardings: Any,
                mesh: Mesh) -> Callable[[Any], None]:
-  """Compiles the comparison of all copies of every shard of a tree.
+  """Makes the comparison of all copies of every shard of a tree.
 
   Each device sums the bits of its own shards, so that what travels is one
   number for each device and array.
@@ -94,7 +94,7 @@ def _odd_ones(digests: np.ndarray) -> np.ndarray:
 
 
 def _digest(x: jax.Array) -> jax.Array:
-  """A uint32 that any single flipped bit of `x` changes.
+  """A uint32 that any single flipped bit of `x` changes, of 32 bits at most.
 
   Each word is multiplied by an odd number of its own, which no power of two
   makes zero, and so no flip.

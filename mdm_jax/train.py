@@ -20,6 +20,7 @@ from mdm_jax import (
   interrupt,
   ledger,
   metrics,
+  processes,
   replicas,
   sharding,
   stages,
@@ -98,28 +99,25 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh,
   start = time.monotonic()
   directories = [build.stage_directory(workdir, config, index)
                  for index in range(len(config.stages))]
-  writer = metrics.MetricWriter(workdir)
+  finished = True
   dog = watchdog.Watchdog(config.watchdog, interrupt.leave)
+  writer = metrics.MetricWriter(workdir)
   times = ledger.Ledger(
       workdir, began, lambda bucket: dog.watch(_PHASES.get(bucket, bucket)))
-  first = stages.next_stage(directories)
-  peers = interrupt.Peers() if jax.process_count() > 1 else None
-
-  def flush():
-    times.flush()
-    writer.flush()
-  finished = True
-  with (contextlib.closing(dog), contextlib.closing(times),
-        contextlib.closing(writer),
-        contextlib.closing(interrupt.Interrupt(flush, peers)) as stop):
+  stop = interrupt.Interrupt(
+      lambda: (times.flush(), writer.flush()),
+      processes.Peers() if jax.process_count() > 1 else None)
+  with (contextlib.closing(dog), contextlib.closing(stop),
+        contextlib.closing(times), contextlib.closing(writer)):
+    first = stages.next_stage(directories)
     for index in range(first, len(config.stages)):
       last = None
       if index and checkpoint.latest_step(directories[index]) is None:
         last = checkpoint.restore_item(directories[index - 1], None, 'ema')
-      with contextlib.closing(checkpoint.Checkpoints(
+      with checkpoint.Checkpoints(
           directories[index], save_interval=config.checkpoint_every,
           max_to_keep=config.checkpoints_to_keep,
-          save_failures=config.save_failures)) as checkpoints:
+          save_failures=config.save_failures) as checkpoints:
         finished = train_stage(
             config, index, workdir, mesh, frozen, writer, last, stop, times,
             checkpoints)
@@ -245,6 +243,18 @@ def train_stage(
   prompts = inputs.make_prompts(config, trained.GRID_PROMPTS)
   check_replicas = replicas.make_check(abstract, shardings, mesh)
 
+  def draw(step):
+    with times.time('sample'):
+      stop.let_go()
+      pictures = grid.grid(
+          draw_fn(state.ema | frozen, prompts.text, range(len(prompts.text))),
+          prompts.captions)
+      path = pathlib.Path(workdir) / 'samples' / f'{stage.name}_{step}.png'
+      writer.submit(grid.save_png, path, pictures)
+      writer.image(step, f'{stage.name}/samples', pictures)
+      logging.info('%s: drew %s', title, path)
+      stop.hold()
+
   ##### Train.
   progress = metrics.Progress(
       title, first_step=first_step, last_step=stage.steps,
@@ -267,6 +277,7 @@ def train_stage(
         config.log_every, config.checkpoint_every, config.sample_every))
     while len(unread) > ahead:
       at, seen = unread.popleft()
+      seen = jax.device_get(seen)
       bad += int(seen['bad_records'])
       stopped |= bool(seen['stop'])
       _check_bad(config, bad, (at - first_step) * stage.batch_size)
@@ -301,8 +312,10 @@ def train_stage(
           numbers['mfu'] = per_second / peak
       writer.scalars(step, numbers, stage=stage.name)
 
-    if jax.process_count() == 1:  # No need to ask anybody.
-      stopped = stop.requested
+    draws = step % config.sample_every == 0 or step == stage.steps
+    # What they told with the step is old, but asking takes time.
+    if draws or jax.process_count() == 1:
+      stopped |= processes.any_of(stop.requested)
     ends = stopped or step == stage.steps
     if config.replicas_every and (ends or any(step % every == 0 for every in (
         config.replicas_every, config.checkpoint_every))):
@@ -313,18 +326,12 @@ def train_stage(
     times.write(stage.name, step, force=saved)
     if stopped:
       break
-    if step % config.sample_every == 0 or step == stage.steps:
-      with progress.pause(), times.time('sample'):
-        stop.let_go()
-        pictures = grid.grid(
-            draw_fn(state.ema | frozen, prompts.text,
-                    range(len(prompts.text))), prompts.captions)
-        path = pathlib.Path(workdir) / 'samples' / f'{stage.name}_{step}.png'
-        writer.submit(grid.save_png, path, pictures)
-        writer.image(step, f'{stage.name}/samples', pictures)
-        logging.info('%s: drew %s', title, path)
-        stop.hold()
+    if draws and step < stage.steps:
+      with progress.pause():
+        draw(step)
 
+  if not stopped:
+    draw(stage.steps)
   times.switch('save')
   checkpoints.wait()
   if not stopped:
@@ -335,6 +342,8 @@ def train_stage(
 
 def _report_times(workdir: str, writer: metrics.MetricWriter) -> None:
   sessions, seconds = ledger.totals(workdir)
+  if not sessions:  # It could not be written.
+    return
   total = sum(seconds.values())
   writer.scalars(sessions, seconds, stage='goodput')
   logging.info('Time, over %d sessions:\n%s', sessions, metrics.table(

@@ -58,6 +58,8 @@ class Watchdog:
       elif left < math.inf:
         faulthandler.dump_traceback_later(
             left + _GRACE, exit=True, file=sys.__stderr__)
+      else:
+        faulthandler.cancel_dump_traceback_later()
     faulthandler.cancel_dump_traceback_later()
 
   def _bite(self) -> None:

@@ -9,36 +9,16 @@ import pytest
 from mdm_jax import background
 
 
-def append_slowly(seconds, done, item):
-  time.sleep(seconds)
-  done.append(item)
-
-
-def test_in_order_and_at_once_where_nothing_is_slow(monkeypatch):
-  monkeypatch.setattr(background, '_MOMENT', 30.0)
-  writer, done = background.Background('log'), []
-  for i in range(100):
-    writer.submit(done.append, i)
-    assert done == list(range(i + 1))
-
-
-def test_what_is_slow_is_waited_for_once(monkeypatch):
-  waits = []
-  settle = background.Background.settle
-
-  def settle_and_note(self, seconds):
-    waits.append(seconds)
-    return settle(self, seconds)
-  monkeypatch.setattr(background.Background, 'settle', settle_and_note)
+def test_in_order_and_without_waiting():
   writer, free, done = background.Background('log'), threading.Event(), []
   writer.submit(free.wait)
-  for i in range(50):
+  for i in range(100):  # Would never return.
     writer.submit(done.append, i)
-  assert waits.count(background._MOMENT) == 1
   assert not done
   free.set()
-  assert settle(writer, 30)
-  assert done == list(range(50))
+  writer.close()
+  assert done == list(range(100))
+  assert not writer._thread.is_alive()
 
 
 def test_more_than_fits_is_dropped_and_counted(monkeypatch, caplog):
@@ -62,6 +42,23 @@ def test_what_never_ends_is_given_up(monkeypatch, caplog):
   for _ in range(2):
     writer.submit(threading.Event().wait)
   writer.close()
+  assert 'log: 2 writes were lost' in caplog.text
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadException'
+                            'Warning')
+def test_a_defect_of_the_program_ends_it_without_delay(caplog):
+  def fail():
+    raise ValueError('a defect')
+  writer = background.Background('log')
+  writer.submit(fail)
+  writer._thread.join(30)
+  begin = time.monotonic()
+  for _ in range(2):
+    writer.submit(fail)
+  writer.close()
+  assert time.monotonic() - begin < 5
+  assert 'the thread that writes it has ended' in caplog.text
   assert 'log: 2 writes were lost' in caplog.text
 
 

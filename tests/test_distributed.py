@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mdm_jax import checkpoint
+from tests.test_survival import processes as pids
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = '''
@@ -174,14 +175,18 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(
 
   def begin():
     return Processes(tmp_path, workdir, count, config=TWO_STAGES)
-  for words, receiver, stage in [
-      ('px, 40 steps', -1, None),  # It compiles.
-      ('"stage": "8", "step": 20,', -1, '0_8'),
-      ('"stage": "16", "step": 20,', 0, '1_16'),
-      ('Drawing 8 held-out prompts', -1, None)]:
+  last, first, both = [-1], [0], range(count)
+  for words, receivers, stage in [
+      ('px, 40 steps', last, None),  # It compiles.
+      ('"stage": "8", "step": 20,', last, '0_8'),
+      ('"stage": "8", "step": 40,', first, None),  # It is about to draw.
+      ('"stage": "16", "step": 20,', both, '1_16'),
+      ('Drawing 8 held-out prompts', last, None)]:
     processes = begin()
     processes.wait_for(words)
-    processes.all[receiver].send_signal(signal.SIGTERM)
+    for receiver in receivers:
+      processes.all[receiver].send_signal(signal.SIGTERM)
+      time.sleep(0.5)  # They are asked one after the other.
     sent = time.monotonic()
     assert processes.wait() == [75] * count, processes.text()
     assert time.monotonic() - sent < 10
@@ -191,8 +196,10 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(
       assert 20 <= step < 40
       assert f'"stage": "{stage[2:]}", "step": {step + 1},' not in (
           workdir / 'metrics.jsonl').read_text()
-  last = begin()
-  assert last.wait() == [0] * count, last.text()
+  processes = begin()
+  assert processes.wait() == [0] * count, processes.text()
+  for name in ('8_40', '16_40'):
+    assert (workdir / 'samples' / f'{name}.png').exists()
   assert digests(workdir) == two_stages
 
 
@@ -213,6 +220,34 @@ def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
   np.testing.assert_allclose(
       [found[step] for step in range(21, 61)],
       [expected[step] for step in range(21, 61)], rtol=1e-6)
+
+
+def test_an_error_in_one_stops_the_other(tmp_path):
+  processes = Processes(
+      tmp_path, tmp_path / 'run', 2, '--config.data.num_workers=1')
+  processes.wait_for_step(13)
+  [worker] = pids('pgrep', '-P', str(processes.all[1].pid), '-f', 'spawn_main')
+  os.kill(worker, signal.SIGKILL)
+  begin = time.monotonic()
+  assert processes.wait() == [75, 1], processes.text()
+  assert time.monotonic() - begin < 20
+  assert 'error: Worker process was' in processes.outputs[1].read_text()
+  assert 'Traceback' not in processes.text()
+  assert not pids('pgrep', '-f', f'workdir={tmp_path}')
+
+
+def test_a_hanging_peer_is_not_waited_for(tmp_path):
+  processes = Processes(
+      tmp_path, tmp_path / 'run', 2, '--config.watchdog.step=5')
+  processes.wait_for_step(13)
+  processes.all[1].send_signal(signal.SIGSTOP)
+  begin = time.monotonic()
+  assert processes.all[0].wait(60) == 70, processes.text()
+  assert time.monotonic() - begin < 15
+  processes.all[1].kill()
+  text = processes.outputs[0].read_text()
+  assert 'watchdog: step has not ended in 5 s, watchdog.step' in text
+  assert 'in train_stage' in text
 
 
 def test_of_four_one_dies_and_the_others_end_with_a_message(

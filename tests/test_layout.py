@@ -14,9 +14,10 @@ ROWS = (
     {'inputs'},
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
-     'ledger', 'interrupt', 'watchdog', 'replicas', 'processes',
+     'ledger', 'watchdog', 'replicas', 'processes',
      'compilation_cache', 'hugging_face', 'torch_files'},
-    {'diffusion', 'models', 'data', 'eval', 'manifest', 'background'},
+    {'diffusion', 'models', 'data', 'eval', 'manifest', 'background',
+     'interrupt'},
     {'mixed_batch'},
     {'__init__'},
 )

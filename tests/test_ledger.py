@@ -10,7 +10,12 @@ from mdm_jax import background, ledger
 @pytest.fixture
 def clock(monkeypatch):
   """Stands still unless a test adds to `clock[0]`, in seconds."""
-  monkeypatch.setattr(background, '_MOMENT', 30.0)
+  append = background.Lines.append
+
+  def append_now(self, line):
+    append(self, line)
+    assert self.settle(30)
+  monkeypatch.setattr(background.Lines, 'append', append_now)
   now = [1000.0]
   monkeypatch.setattr(ledger.time, 'monotonic', lambda: now[0])
   monkeypatch.setattr(ledger.time, 'time', lambda: now[0] + 5e5)

@@ -91,14 +91,38 @@ def test_a_slow_tensorboard_holds_up_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(background, '_CLOSING', 0.1)
   free = threading.Event()
   monkeypatch.setattr(
-      metrics.tensorboardX.SummaryWriter, 'add_scalar',
-      lambda *args, **kwargs: free.wait())
+      metrics.tensorboardX.event_file_writer.EventsWriter, 'write_event',
+      lambda *args: free.wait())
   writer = metrics.MetricWriter(tmp_path)
   for step in range(100):  # Would never return.
     writer.scalars(step, {'loss': step}, stage='a')
   writer.close()
   assert [line['loss'] for line in read_lines(tmp_path)] == [*range(100)]
   free.set()
+
+
+def test_a_disk_that_fills_up_ends_nothing(tmp_path):
+  program = textwrap.dedent("""
+      import resource, sys
+      import numpy as np
+      from mdm_jax import metrics
+      writer = metrics.MetricWriter(sys.argv[1])
+      writer.image(0, 'a', np.zeros((8, 8, 3), np.uint8))
+      writer.flush()
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+      noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
+      for step in range(20):
+        writer.image(step, 'a', noise)
+        writer.scalars(step, {'loss': step}, stage='a')
+      writer.close()
+  """)
+  result = subprocess.run(
+      [sys.executable, '-c', program, str(tmp_path)], capture_output=True,
+      text=True, timeout=60, cwd=pathlib.Path(metrics.__file__).parents[1])
+  assert result.returncode == 0
+  assert 'TensorBoard cannot be written' in result.stderr
+  assert 'Traceback' not in result.stderr
+  assert [line['loss'] for line in read_lines(tmp_path)] == [*range(20)]
 
 
 def test_broken_files_end_nothing(tmp_path, caplog):

@@ -22,8 +22,6 @@ def setting(request):
   data, fsdp = request.param
   mesh = sharding.make_mesh({'data': data, 'fsdp': fsdp, 'spatial': 1})
   rng = np.random.default_rng(0)
-  if fsdp == 4:
-    SHAPES['params']['kernel'] = (4, 6)
   shardings = jax.tree.map(
       lambda axes: NamedSharding(mesh, PartitionSpec(*axes)), AXES,
       is_leaf=lambda x: isinstance(x, tuple))

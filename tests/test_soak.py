@@ -96,6 +96,9 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
     done[how] += harm(how, supervisor, harmed, rng, flipped)
   print(f'harmed: {time.monotonic() - begin:.0f} s, {dict(done)}')
   assert supervisor.returncode == 0, (tmp_path / 'harmed.log').read_text()
+  assert not processes('pgrep', '-f', str(recipe))
+  stops = (tmp_path / 'harmed.log').read_text().count('exit code 75')
+  assert 0 < stops <= done['terminate']
   assert min(done[how] for how in HARMS) > 0
   for stage in ('0_8', '1_16'):
     assert digest(harmed / 'checkpoints' / stage, STEPS) == (

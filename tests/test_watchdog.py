@@ -17,7 +17,8 @@ from mdm_jax import interrupt, watchdog
 
 logging.set_verbosity('info')
 watchdog._GRACE = 1.0
-dog = watchdog.Watchdog({'start_up': 60, 'step': 2.0}, interrupt.leave)
+dog = watchdog.Watchdog(
+    {'start_up': 60, 'step': 2.0, 'idle': 0}, interrupt.leave)
 dog.watch('start_up')
 dog.watch('step')
 time.sleep(2 * watchdog._POLL)
@@ -41,6 +42,11 @@ def test_a_hanging_phase_ends_with_all_stacks():
   assert 'step has not ended in 2 s, watchdog.step' in result.stderr
   assert 'in hang_here' in result.stderr
   assert result.stderr.count('hread 0x') >= 2
+
+
+def test_no_limit_is_none():
+  result = hang('''dog.watch('idle'); time.sleep(4)''')
+  assert result.returncode == 0, result.stderr
 
 
 def test_also_where_the_interpreter_is_stuck():
