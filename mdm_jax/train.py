@@ -9,6 +9,7 @@ import time
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
@@ -129,6 +130,8 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh,
         logging.info('All stages are finished already.')
       with times.time('evaluate'):
         values = trained.evaluate(config, workdir, mesh, frozen)
+        # Some may be told to stop while others are at the end already.
+        multihost_utils.sync_global_devices('evaluated')
       writer.scalars(config.stages[-1].steps, values,
                      stage=config.stages[-1].name)
     times.flush()
