@@ -42,9 +42,6 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   Raises:
     ValueError, FileNotFoundError: one line that names the key and the remedy.
   """
-  if not config.stages or not config.model.levels:
-    raise ValueError('The config needs at least one stage and one level.')
-  _check_resolutions(config)
   _check_text(config)
   _check_sampler(config)
   make_guard(config)
@@ -56,6 +53,18 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     raise ValueError(
         f'data.size={config.data.size}: the evaluation draws {least} of them; '
         'use more, or lower eval.num_prompts.')
+  check_stages(config, mesh)
+
+
+def check_stages(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises what is wrong with levels, stages and batches.
+
+  Raises:
+    ValueError: one line that names the key and the remedy.
+  """
+  if not config.stages or not config.model.levels:
+    raise ValueError('The config needs at least one stage and one level.')
+  _check_resolutions(config)
   names = [stage.name for stage in config.stages]
   if len(set(names)) < len(names):
     raise ValueError(f'stages have names {names}: they must differ.')
@@ -318,6 +327,17 @@ def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
           'max_length': config.text.max_length}
 
 
+def frozen_shapes(config: ConfigDict, mesh: Mesh) -> dict:
+  """What `load_frozen` returns, as sharded `jax.ShapeDtypeStruct`s."""
+  if config.text.encoder != 't5':
+    return {}
+  shapes = {'text_encoder': _frozen_shapes(config)}
+  return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(
+          x.shape, jnp.dtype(config.dtype), sharding=place),
+      shapes, sharding.tree_shardings(shapes, mesh, config.sharding_rules))
+
+
 def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
   """Parameters that the model needs and training does not change.
 
@@ -329,17 +349,14 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
     ValueError, FileNotFoundError: weights are missing, damaged or of another
       model.
   """
-  if config.text.encoder != 't5':
+  shapes = frozen_shapes(config, mesh)
+  if not shapes:
     return {}
-  shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)),
-      _frozen_shapes(config))
-  shardings = sharding.tree_shardings(
-      {'text_encoder': shapes}, mesh, config.sharding_rules)
+  shapes = shapes['text_encoder']
   with _naming(f'text.path={config.text.path!r}'):
     params = hugging_face.load(
         hugging_face.open_tensors(config.text.path), shapes,
-        shardings['text_encoder'], hugging_face_name)
+        jax.tree.map(lambda x: x.sharding, shapes), hugging_face_name)
   return {'text_encoder': params}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from mdm_jax import guard as guards
-from mdm_jax import mixed_batch, optim
+from mdm_jax import mixed_batch, optim, sharding
 from mdm_jax.diffusion import loss, process, pyramid
 from mdm_jax.diffusion.schedule import Schedule
 from mdm_jax.models.matryoshka import Matryoshka
@@ -130,6 +130,25 @@ def make_train_step(
     return TrainState(
         state.step + 1, params, ema, opt_state, guard_state), metrics
   return train_step
+
+
+def compile_train_step(
+    train_step: Callable, state: TrainState, batch: Batch, frozen: Params,
+) -> jax.stages.Compiled:
+  """Compiles a training step that takes over the memory of its state.
+
+  Args:
+    train_step: as `make_train_step` makes it.
+    state, batch, frozen: its arguments, or `jax.ShapeDtypeStruct`s with the
+      shardings of what they stand for.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, (state, batch, frozen))
+  replicated = shardings[0].step
+  return jax.jit(
+      train_step, donate_argnums=0, in_shardings=shardings,
+      out_shardings=(shardings[0], replicated),
+  ).lower(state, batch, frozen).compile(
+      sharding.compiler_options(replicated.mesh))
 
 
 def make_eval_step(

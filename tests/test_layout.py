@@ -13,7 +13,7 @@ ROWS = (
     {'inputs'},
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
-     'ledger', 'interrupt', 'hugging_face', 'torch_files'},
+     'ledger', 'interrupt', 'hugging_face', 'torch_files', 'hlo'},
     {'diffusion', 'models', 'data', 'eval', 'manifest'},
     {'mixed_batch'},
     {'__init__'},
