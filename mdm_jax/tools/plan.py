@@ -36,7 +36,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-import mdm_jax
 from mdm_jax import build, draw, hlo, metrics, mixed_batch, sharding
 from mdm_jax import step as steps
 from mdm_jax.data.text import CAPTIONS_MODEL
@@ -275,7 +274,7 @@ def chip_hours(images: float, images_per_second: float,
 
 
 def _versions() -> dict[str, str]:
-  root = pathlib.Path(mdm_jax.__file__).parent
+  root = pathlib.Path(__file__).parents[1]
   source = hashlib.sha256(b''.join(
       path.read_bytes() for path in sorted(root.rglob('*.py'))))
   return {'mdm_jax': source.hexdigest(),
