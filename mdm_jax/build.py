@@ -1,6 +1,6 @@
 """From a configuration to what it describes: the only factory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import math
 import pathlib
@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
-from mdm_jax import hugging_face, inputs, mixed_batch, optim, sharding
+from mdm_jax import (
+  draw,
+  hugging_face,
+  inputs,
+  mixed_batch,
+  optim,
+  sharding,
+)
+from mdm_jax import step as steps
 from mdm_jax.data import precomputed
 from mdm_jax.diffusion import samplers
 from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
-from mdm_jax.draw import SamplerSpec
 from mdm_jax.guard import Guard
 from mdm_jax.models.conditioning import (
   LabelEncoder,
@@ -31,7 +39,6 @@ from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.models.unet import LevelSpec
-from mdm_jax.step import Objective
 
 _TRAINED_ENCODERS = ('learned', 'label')
 _TEXT_ENCODERS = (*_TRAINED_ENCODERS, 't5', 'precomputed')
@@ -43,9 +50,6 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   Raises:
     ValueError, FileNotFoundError: one line that names the key and the remedy.
   """
-  if not config.stages or not config.model.levels:
-    raise ValueError('The config needs at least one stage and one level.')
-  _check_resolutions(config)
   _check_text(config)
   _check_sampler(config)
   make_guard(config)
@@ -62,6 +66,18 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     raise ValueError(
         f'data.size={config.data.size}: the evaluation draws {least} of them; '
         'use more, or lower eval.num_prompts.')
+  check_stages(config, mesh)
+
+
+def check_stages(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises what is wrong with levels, stages and batches.
+
+  Raises:
+    ValueError: one line that names the key and the remedy.
+  """
+  if not config.stages or not config.model.levels:
+    raise ValueError('The config needs at least one stage and one level.')
+  _check_resolutions(config)
   names = [stage.name for stage in config.stages]
   if len(set(names)) < len(names):
     raise ValueError(f'stages have names {names}: they must differ.')
@@ -340,6 +356,17 @@ def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
           'max_length': config.text.max_length}
 
 
+def frozen_shapes(config: ConfigDict, mesh: Mesh) -> dict:
+  """What `load_frozen` returns, as sharded `jax.ShapeDtypeStruct`s."""
+  if config.text.encoder != 't5':
+    return {}
+  shapes = {'text_encoder': _frozen_shapes(config)}
+  return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(
+          x.shape, jnp.dtype(config.dtype), sharding=place),
+      shapes, sharding.tree_shardings(shapes, mesh, config.sharding_rules))
+
+
 def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
   """Parameters that the model needs and training does not change.
 
@@ -351,17 +378,14 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
     ValueError, FileNotFoundError: weights are missing, damaged or of another
       model.
   """
-  if config.text.encoder != 't5':
+  shapes = frozen_shapes(config, mesh)
+  if not shapes:
     return {}
-  shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)),
-      _frozen_shapes(config))
-  shardings = sharding.tree_shardings(
-      {'text_encoder': shapes}, mesh, config.sharding_rules)
+  shapes = shapes['text_encoder']
   with _naming(f'text.path={config.text.path!r}'):
     params = hugging_face.load(
         hugging_face.open_tensors(config.text.path), shapes,
-        shardings['text_encoder'], hugging_face_name)
+        jax.tree.map(lambda x: x.sharding, shapes), hugging_face_name)
   return {'text_encoder': params}
 
 
@@ -379,7 +403,7 @@ def make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
       stage.shift_power, config.diffusion.num_steps)
 
 
-def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
+def make_objective(config: ConfigDict, stage: ConfigDict) -> steps.Objective:
   """What the stage minimises.
 
   Raises:
@@ -395,7 +419,7 @@ def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
         'or vdm.')
   schedule = make_noise_schedule(config, stage)
   weighted = config.diffusion.time_weights == 'vdm'
-  return Objective(
+  return steps.Objective(
       schedule=schedule,
       parameterization=config.diffusion.parameterization,
       loss_space=config.diffusion.loss_space,
@@ -416,6 +440,48 @@ def make_optimizer(
   return optim.make_optimizer(learning_rate, **options), learning_rate
 
 
+def make_train_step(config: ConfigDict, stage: ConfigDict,
+                    empty_text: np.ndarray, seed: int) -> Callable:
+  """The stage's training step, see `step.make_train_step`."""
+  return steps.make_train_step(
+      make_model(config, stage), make_objective(config, stage),
+      make_optimizer(config, stage)[0], guard=make_guard(config),
+      ema_decay=config.optimizer.ema_decay,
+      caption_dropout=config.text.caption_dropout, empty_text=empty_text,
+      seed=seed, accumulate=stage.accumulate)
+
+
+def make_sample_step(config: ConfigDict, stage: ConfigDict,
+                     mesh: Mesh) -> Callable:
+  """What draws with the stage's network, see `draw.make_sample_step`."""
+  return draw.make_sample_step(
+      make_model(config, stage), make_noise_schedule(config, stage),
+      make_sampler(config), mesh,
+      parameterization=config.diffusion.parameterization)
+
+
+def batch_shapes(config: ConfigDict, stage: ConfigDict,
+                 text: jax.ShapeDtypeStruct) -> dict[str, Any]:
+  """The stage's training batch of all processes together, as shapes.
+
+  Args:
+    config: of the run.
+    stage: of the run.
+    text: of the batch.
+  """
+  sizes, sides = batch_sizes(stage), resolutions(config, stage)
+  shapes = {'text': text, 'scale': jax.ShapeDtypeStruct(sizes[:1], jnp.float32)}
+  for name in ('bad', 'stop'):
+    shapes[name] = jax.ShapeDtypeStruct(sizes[:1], bool)
+  # Each example has one image, of the finest level that sees it.
+  for name, side, seen, finer in zip(
+      mixed_batch.image_names(sides), sides, sizes, (*sizes[1:], 0)):
+    if seen > finer:
+      shapes[name] = jax.ShapeDtypeStruct(
+          (seen - finer, side, side, 3), jnp.uint8)
+  return shapes
+
+
 def make_guard(config: ConfigDict) -> Guard:
   """Which steps are left out.
 
@@ -426,9 +492,9 @@ def make_guard(config: ConfigDict) -> Guard:
     return Guard(**config.guard)
 
 
-def make_sampler(config: ConfigDict) -> SamplerSpec:
+def make_sampler(config: ConfigDict) -> draw.SamplerSpec:
   """How pictures are drawn."""
-  return SamplerSpec(**config.sampler)
+  return draw.SamplerSpec(**config.sampler)
 
 
 def stage_directory(workdir: str | pathlib.Path, config: ConfigDict,

@@ -81,6 +81,18 @@ def make_sample_step(
   return sample_step
 
 
+def jit_sample_step(sample_step: Callable, mesh: Mesh,
+                    param_shardings: Any) -> Callable:
+  """Spreads a sample step's batch over the mesh; every device has the images.
+  """
+  # Those of a batch, whatever its rank.
+  batch = sharding.batch_sharding(mesh, 1)
+  return jax.jit(
+      sample_step, in_shardings=(param_shardings, batch, batch, batch),
+      out_shardings=sharding.replicated(mesh),
+      compiler_options=sharding.compiler_options(mesh))
+
+
 def make_draw(
     sample_step: Callable, negative: np.ndarray, batch_size: int, mesh: Mesh,
     param_shardings: Any,
@@ -94,12 +106,7 @@ def make_draw(
     mesh: the devices.
     param_shardings: where the parameters lie.
   """
-  # Those of a batch, whatever its rank.
-  batch = sharding.batch_sharding(mesh, 1)
-  jitted = jax.jit(
-      sample_step, in_shardings=(param_shardings, batch, batch, batch),
-      out_shardings=sharding.replicated(mesh))
-
+  jitted = jit_sample_step(sample_step, mesh, param_shardings)
   local = batch_size // jax.process_count()
 
   def draw(params, text, seeds):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from mdm_jax import guard as guards
-from mdm_jax import mixed_batch, optim
+from mdm_jax import mixed_batch, optim, sharding
 from mdm_jax.diffusion import loss, process, pyramid
 from mdm_jax.diffusion.schedule import Schedule
 from mdm_jax.models.matryoshka import Matryoshka
@@ -174,6 +174,23 @@ def make_train_step(
     return TrainState(
         state.step + 1, params, ema, opt_state, guard_state), metrics
   return train_step
+
+
+def jit_train_step(train_step: Callable, state: TrainState, batch: Batch,
+                   frozen: Params) -> Callable:
+  """Jits a training step, which takes over the memory of its state.
+
+  Args:
+    train_step: as `make_train_step` makes it.
+    state, batch, frozen: its arguments, or `jax.ShapeDtypeStruct`s with the
+      shardings of what they stand for.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, (state, batch, frozen))
+  replicated = shardings[0].step
+  return jax.jit(
+      train_step, donate_argnums=0, in_shardings=shardings,
+      out_shardings=(shardings[0], replicated),
+      compiler_options=sharding.compiler_options(replicated.mesh))
 
 
 def make_eval_step(

@@ -44,7 +44,8 @@ _MAY_CHANGE = (
     'data.prefetch', 'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
     'save_failures', 'replicas_every', 'text.class_names', 'sampler.', 'eval.',
-    'guard.', 'watchdog.', 'stages.accumulate:')
+    'guard.', 'watchdog.', 'stages.accumulate:',
+    'model.levels.remat', 'model.levels.lanes')
 # Which of the watchdog's limits a bucket of the ledger is under.
 _PHASES = {'compile': 'start_up', 'data': 'step', 'sample': 'evaluate'}
 
@@ -209,12 +210,8 @@ def train_stage(
     metrics.log_parameter_overview(abstract.params)
 
   ##### The step, compiled once.
-  train_step = steps.make_train_step(
-      model, build.make_objective(config, stage), optimizer,
-      guard=build.make_guard(config), ema_decay=config.optimizer.ema_decay,
-      caption_dropout=config.text.caption_dropout,
-      empty_text=inputs.empty_text(config), seed=seed,
-      accumulate=stage.accumulate)
+  train_step = build.make_train_step(
+      config, stage, inputs.empty_text(config), seed)
   first_step = int(state.step)
   times.write(stage.name, first_step, force=True)
   batches = pipeline.iterate(inputs.make_dataset(
@@ -230,14 +227,9 @@ def train_stage(
   with times.time('data'):
     batch = next_batch()
   begin = time.monotonic()
-  replicated = sharding.replicated(mesh)
   with times.time('compile'):
-    compiled = jax.jit(
-        train_step, donate_argnums=0,
-        in_shardings=(shardings, *jax.tree.map(
-            lambda x: x.sharding, (batch, frozen))),
-        out_shardings=(shardings, replicated)
-    ).lower(state, batch, frozen).compile()
+    compiled = steps.jit_train_step(
+        train_step, state, batch, frozen).lower(state, batch, frozen).compile()
   logging.info('%s: compiled the step in %s.', title,
                metrics.duration(time.monotonic() - begin))
   flops = metrics.flops_per_step(compiled, stage.accumulate)

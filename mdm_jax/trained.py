@@ -57,10 +57,7 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
     negative: a text that guidance leads away from; None for the empty one.
   """
   stage = config.stages[index]
-  sample_step = draw.make_sample_step(
-      build.make_model(config, stage),
-      build.make_noise_schedule(config, stage), build.make_sampler(config),
-      mesh, parameterization=config.diffusion.parameterization)
+  sample_step = build.make_sample_step(config, stage, mesh)
   if negative is None:
     negative = inputs.empty_text(config)
   return draw.make_draw(sample_step, negative, config.eval.batch_size, mesh,

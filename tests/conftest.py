@@ -10,6 +10,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Compiling is what the tests spend their time on.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 
+import dataclasses
 import functools
 import io
 import json
@@ -73,13 +74,17 @@ def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @pytest.fixture(scope='session')
 def golden_model(golden_state_dict):
-  """name -> jitted denoise_fn(x_t, t, text, text_mask, scale, repeats)."""
+  """(name, lanes=1) -> jitted denoise_fn.
+
+  It takes (x_t, t, text, text_mask, scale=None, repeats=1).
+  """
   models = json.loads((GOLDEN / 'small_models.json').read_text())
 
   @functools.cache
-  def build(name: str):
+  def build(name: str, lanes: int = 1):
     model = models[name]
     levels, text_spec = _specs(model['config'])
+    levels = tuple(dataclasses.replace(spec, lanes=lanes) for spec in levels)
     network = NestedUNet(levels, text_spec)
     size, x_t = 8, []
     for r, spec in enumerate(levels):

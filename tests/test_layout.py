@@ -15,7 +15,7 @@ ROWS = (
     {'step', 'draw'},
     {'sharding', 'state', 'optim', 'guard', 'checkpoint', 'metrics',
      'ledger', 'watchdog', 'replicas', 'processes',
-     'compilation_cache', 'hugging_face', 'torch_files'},
+     'compilation_cache', 'hugging_face', 'torch_files', 'hlo'},
     {'diffusion', 'models', 'data', 'eval', 'manifest', 'background',
      'interrupt'},
     {'mixed_batch'},

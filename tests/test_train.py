@@ -272,12 +272,14 @@ def test_every_key_but_those_named_must_stay(tmp_path):
       'mesh', 'sharding_rules', 'data', 'log_every', 'sample_every',
       'checkpoint_every', 'checkpoints_to_keep', 'save_failures',
       'replicas_every', 'text', 'sampler', 'eval', 'guard', 'watchdog',
-      'stages'}
+      'model', 'stages'}
   assert {name for name in allowed if name.startswith(('data.', 'text.'))} == {
       'data.num_workers', 'data.num_threads', 'data.prefetch',
       'data.max_bad_fraction', 'data.may_change', 'text.class_names'}
-  assert [name for name in allowed if name.startswith('stages')] == [
-      f'stages[{i}].accumulate' for i in range(2)]
+  assert [name for name in allowed if '[' in name and 'rules' not in name] == [
+      *(f'model.levels[{i}].{key}' for i in range(2)
+        for key in ('lanes', 'remat')),
+      *(f'stages[{i}].accumulate' for i in range(2))]
   assert {'dtype', 'seed', 'model.levels[1].channels[0]', 'data.name',
           'stages[0].learning_rate', 'optimizer.ema_decay'} < set(refused)
   assert len(refused) > 80

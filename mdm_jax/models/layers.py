@@ -4,26 +4,22 @@ Parameters, normalisation statistics and softmax are float32; matrix products
 and activations are in `dtype`. 1x1 convolutions are written as `nn.Dense`.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.models import packing
+from mdm_jax.models.packing import Features, Patch
 
 # PyTorch's epsilon; Flax's default of 1e-6 is off by 3e-5 in the output.
 EPSILON = 1e-5
 
 zeros = nn.initializers.zeros_init()
-
-
-def conv3x3(features: int, dtype, *, stride: int = 1, zero: bool = False,
-            name: str | None = None) -> nn.Conv:
-  """3x3 convolution, padded by one pixel on every side at any stride."""
-  kernel_init = zeros if zero else nn.initializers.lecun_normal()
-  # 'SAME' would pad a strided convolution on one side only.
-  return nn.Conv(features, (3, 3), strides=stride, padding=1, dtype=dtype,
-                 kernel_init=kernel_init, name=name)
 
 
 def dense_layer(features: int, name: str | None = None, *, dtype,
@@ -54,20 +50,133 @@ def position_features(shape: tuple[int, int], waves: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def fold(x: jax.Array, patch: int) -> jax.Array:
-  """Patches into channels: [B, H, W, C] -> [B, H/p, W/p, p * p * C]."""
-  batch, height, width, channels = x.shape
-  x = x.reshape(
-      batch, height // patch, patch, width // patch, patch, channels)
-  return x.swapaxes(2, 3).reshape(
-      batch, height // patch, width // patch, patch * patch * channels)
+class Conv3x3(nn.Module):
+  """3x3 convolution, padded by one pixel on every side at any stride.
+
+  Attributes:
+    features: D.
+    dtype: of the products.
+    stride: 1 or 2.
+    upsample: 2 doubles the input first, each pixel repeated.
+    zero: starts as zero.
+  """
+  features: int
+  dtype: jnp.dtype
+  stride: int = 1
+  upsample: int = 1
+  zero: bool = False
+
+  @nn.compact
+  def __call__(self, *inputs: Features,
+               patch: Patch | None = None) -> Features:
+    """A convolution of the concatenated inputs.
+
+    Args:
+      inputs: of one size and patch.
+      patch: of the output; the inputs' by default.
+    """
+    patch = patch or inputs[0].patch
+    kernel_init = zeros if self.zero else nn.initializers.lecun_normal()
+    channels = [x.channels for x in inputs]
+    kernel = self.param(
+        'kernel', kernel_init, (3, 3, sum(channels), self.features))
+    bias = self.param('bias', zeros, (self.features,))
+    upsample = self.upsample
+    if upsample > min(patch):
+      # An output patch has to hold whole input pixels.
+      inputs = [_repeat(x.as_patch((1, 1)), upsample) for x in inputs]
+      upsample = 1
+    inner = tuple(
+        min(ours * self.stride // upsample, theirs)
+        for ours, theirs in zip(patch, inputs[0].patch))
+    x = jnp.concatenate([x.as_patch(inner).x for x in inputs], axis=-1)
+    packed = [
+        packing.pack_kernel(part, inner, patch, self.stride, upsample)
+        for part in jnp.split(kernel, _borders(channels), axis=2)]
+    kernel = jnp.concatenate([part for part, _, _ in packed], axis=2)
+    _, strides, padding = packed[0]
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    out = jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    out = Features(out, patch)
+    return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
-def unfold(x: jax.Array, patch: int) -> jax.Array:
-  """Undoes `fold`: [B, h, w, p * p * C] -> [B, h * p, w * p, C]."""
-  batch, height, width, channels = x.shape
-  x = x.reshape(batch, height, width, patch, patch, -1)
-  return x.swapaxes(2, 3).reshape(batch, height * patch, width * patch, -1)
+def _borders(channels: Sequence[int]) -> list[int]:
+  """Where parts of so many channels meet."""
+  return np.cumsum(channels)[:-1].tolist()
+
+
+def _repeat(features: Features, times: int) -> Features:
+  x = features.x.repeat(times, axis=1).repeat(times, axis=2)
+  return Features(x)
+
+
+class Pointwise(nn.Module):
+  """A linear map of each pixel's channels: a 1x1 convolution."""
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, *inputs: Features) -> Features:
+    """Features of one size and patch, to be concatenated -> Features."""
+    channels = [x.channels for x in inputs]
+    kernel = self.param('kernel', nn.initializers.lecun_normal(),
+                        (sum(channels), self.features))
+    bias = self.param('bias', zeros, (self.features,))
+    pixels = inputs[0].pixels
+    kernel = jnp.concatenate([
+        jnp.kron(jnp.eye(pixels, dtype=kernel.dtype), part)
+        for part in jnp.split(kernel, _borders(channels))])
+    x = jnp.concatenate([x.x for x in inputs], axis=-1)
+    out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    out = inputs[0].replace(x=out)
+    return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation, its statistics and arithmetic in float32."""
+  num_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, *inputs: Features) -> list[Features]:
+    """Normalises features of one size as if they were concatenated."""
+    channels = [x.channels for x in inputs]
+    total = sum(channels)
+    scale = self.param('scale', nn.initializers.ones_init(), (total,))
+    bias = self.param('bias', zeros, (total,))
+
+    def group_means(power):  # [B, groups]
+      means = []
+      for features in inputs:
+        # Not kept: XLA computes it on the way into the sum.
+        x = features.x.astype(jnp.float32) ** power
+        x = x.mean(axis=(1, 2)).reshape(len(x), features.pixels, -1)
+        means.append(x.mean(axis=1))
+      means = jnp.concatenate(means, axis=-1)
+      return means.reshape(len(means), self.num_groups, -1).mean(axis=-1)
+
+    mean = group_means(1)
+    variance = jnp.maximum(group_means(2) - mean ** 2, 0)
+    factor = jax.lax.rsqrt(variance + EPSILON)
+    mean, factor = (
+        jnp.repeat(x, total // self.num_groups, axis=-1)[:, None, None]
+        for x in (mean, factor))
+    factor *= scale
+    parts = zip(inputs, *(jnp.split(x, _borders(channels), axis=-1)
+                          for x in (mean, factor, bias)))
+    out = []
+    for features, *parameters in parts:
+      mean, factor, bias = map(features.per_channel, parameters)
+      x = (features.x.astype(jnp.float32) - mean) * factor + bias
+      out.append(features.replace(x=x.astype(self.dtype)))
+    return out
+
+
+def silu(features: Features) -> Features:
+  """x * sigmoid(x)."""
+  return features.replace(x=nn.silu(features.x))
 
 
 class ResidualBlock(nn.Module):
@@ -77,22 +186,29 @@ class ResidualBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
-    """x [B, H, W, C], temb [B, D] -> [B, H, W, features]."""
+  def __call__(self, inputs: Sequence[Features],
+               temb: jax.Array) -> Features:
+    """Features to be concatenated, all of one patch, temb [B, D] -> Features.
+    """
     def norm(name):
-      return nn.GroupNorm(
-          self.num_groups, epsilon=EPSILON, dtype=self.dtype, name=name)
+      return GroupNorm(self.num_groups, self.dtype, name=name)
 
-    h = nn.silu(norm('norm_in')(x))
-    h = conv3x3(self.features, self.dtype, name='conv_in')(h)
+    def conv(name, **options):
+      return Conv3x3(self.features, self.dtype, name=name, **options)
+
+    h = conv('conv_in')(*map(silu, norm('norm_in')(*inputs)))
     modulation = nn.Dense(
         2 * self.features, dtype=self.dtype, name='time')(nn.silu(temb))
-    scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
-    h = nn.silu(norm('norm_out')(h) * (1 + scale) + shift)
-    h = conv3x3(self.features, self.dtype, zero=True, name='conv_out')(h)
-    if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
-    return x + h
+    scale, shift = map(h.per_channel, jnp.split(
+        modulation[:, None, None, :], 2, axis=-1))
+    h, = norm('norm_out')(h)
+    h = silu(h.replace(x=h.x * (1 + scale) + shift))
+    h = conv('conv_out', zero=True)(h)
+    if sum(x.channels for x in inputs) != self.features:
+      x = Pointwise(self.features, self.dtype, name='shortcut')(*inputs)
+    else:
+      x, = inputs
+    return x.replace(x=x.x + h.x)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array,
@@ -130,16 +246,17 @@ class Attention(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, text: jax.Array,
-               text_mask: jax.Array | None) -> jax.Array:
-    """x [B, H, W, C], text [B, L, D], text_mask [B, L] or None: like x."""
-    def norm(name):
-      return nn.GroupNorm(
-          self.num_groups, epsilon=EPSILON, dtype=self.dtype, name=name)
+  def __call__(self, features: Features, text: jax.Array,
+               text_mask: jax.Array | None) -> Features:
+    """Features, text [B, L, D], text_mask [B, L] or None -> Features."""
+    def norm(name, x):
+      h, = GroupNorm(self.num_groups, self.dtype, name=name)(Features(x))
+      return h.x
 
     dense = functools.partial(dense_layer, dtype=self.dtype)
+    x = features.as_patch((1, 1)).x
     batch, height, width, channels = x.shape
-    h = norm('norm')(x).reshape(batch, height * width, channels)
+    h = norm('norm', x).reshape(batch, height * width, channels)
     q, k, v = jnp.split(dense(3 * channels, 'qkv')(h), 3, axis=-1)
     text = nn.LayerNorm(
         epsilon=EPSILON, dtype=self.dtype, name='norm_text')(text)
@@ -148,10 +265,10 @@ class Attention(nn.Module):
     h += attend(q, text_k, text_v, self.num_heads, text_mask)
     x += dense(channels, 'proj', zero=True)(h).reshape(x.shape)
     if self.ffn:
-      h = dense(4 * channels, 'ffn_in')(norm('ffn_norm')(x))
+      h = dense(4 * channels, 'ffn_in')(norm('ffn_norm', x))
       h = nn.gelu(h, approximate=False)
       x += dense(channels, 'ffn_out', zero=True)(h)
-    return x
+    return Features(x).as_patch(features.patch)
 
 
 class TransformerLayer(nn.Module):

@@ -51,13 +51,13 @@ class NestedUNet(nn.Module):
     """
     text, mask, pooled = self.text(cond)
     # Down, fine to coarse. `outer` is what a finer level hands inwards.
-    outer, states = 0, []
+    outer, states = None, []
     for level, x in zip(reversed(self.level), reversed(x_t)):
       t_r, scale, pooled_r, *context = mixed_batch.take(
           (t, cond.scale, pooled, text, mask), len(x), repeats)
       context = (level.embed(t_r, scale, pooled_r), *context)
       if states:
-        outer = mixed_batch.pad(outer, len(x), repeats)
+        outer = outer.replace(x=mixed_batch.pad(outer.x, len(x), repeats))
       h, skips = level.descend(x, *context, outer)
       states.append((h, skips, context))
       if level.inner_channels is not None:
@@ -69,8 +69,9 @@ class NestedUNet(nn.Module):
       if level.inner_channels is None:
         h = level.middle(bottom, *context)
       else:
-        h = mixed_batch.take(h, len(bottom), repeats)
-        h = bottom + level.out_adapter(h)
+        h = mixed_batch.take(h, len(bottom.x), repeats)
+        h = level.out_adapter(h, patch=bottom.patch)
+        h = bottom.replace(x=bottom.x + h.x)
       h = level.ascend(h, skips, *context)
       out.append(level.out(h))
     return tuple(out)

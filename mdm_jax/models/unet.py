@@ -1,12 +1,17 @@
 """One level of the pyramid: a UNet whose middle may be another level."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models import layers
+from mdm_jax.models import layers, packing
+from mdm_jax.models.packing import Features
+
+# What is computed again in the backward pass instead of being kept.
+REMAT = ('none', 'block', 'level')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,19 @@ class LevelSpec:
   # after `conv_out`; 1 as in the release. It makes a level cheap, but narrow
   # channels then cannot carry the noise through: predict x0.
   patch_size: int = 1
+  # Two that change nothing but rounding, memory and speed. What is computed
+  # again in the backward pass: nothing; the inside of each block; or, between
+  # the level's resolutions too, all but what they hand on.
+  remat: str = 'none'
+  # Channels to which those of neighbouring pixels are put side by side: 128
+  # on a TPU, where narrow levels leave most of a vector empty; 1: none.
+  lanes: int = 1
 
   def __post_init__(self):
+    if self.remat not in REMAT:
+      raise ValueError(f'remat={self.remat!r}: use one of {REMAT}.')
+    if self.lanes < 1:
+      raise ValueError(f'lanes={self.lanes}: give a number of channels.')
     if self.patch_size < 1:
       raise ValueError(
           f'patch_size={self.patch_size}: give a number of pixels, 1 for none.')
@@ -57,6 +73,10 @@ class LevelSpec:
     """Ratio of the level's resolution to that of its coarsest features."""
     return self.patch_size * 2 ** (len(self.channels) - 1)
 
+  def patch(self, index: int, size: Sequence[int]) -> packing.Patch:
+    """How features of one of the resolutions, of `size` pixels, are packed."""
+    return packing.best_patch(self.channels[index], self.lanes, size)
+
 
 class _Blocks(nn.Module):
   """The residual blocks and attention layers of one resolution, one way."""
@@ -64,16 +84,20 @@ class _Blocks(nn.Module):
   index: int
   dtype: jnp.dtype
 
-  def block(self, j, h, temb, text, mask):
+  def block(self, j, inputs, temb, text, mask):
     spec = self.spec
-    h = layers.ResidualBlock(
+    h = _rematerialised(layers.ResidualBlock, spec)(
         spec.channels[self.index], spec.num_groups, self.dtype,
-        name=f'block_{j}')(h, temb)
+        name=f'block_{j}')(inputs, temb)
     for k in range(spec.attention_layers[self.index]):
-      h = layers.Attention(
+      h = _rematerialised(layers.Attention, spec)(
           spec.num_heads, spec.num_groups, spec.attention_ffn, self.dtype,
           name=f'attention_{j}_{k}')(h, text, mask)
     return h
+
+
+def _rematerialised(module, spec: LevelSpec):
+  return module if spec.remat == 'none' else nn.remat(module)
 
 
 class DownBlocks(_Blocks):
@@ -81,14 +105,16 @@ class DownBlocks(_Blocks):
 
   @nn.compact
   def __call__(self, h, temb, text, mask):
-    """h [B, H, W, C] -> next h and the skips that this resolution leaves."""
+    """Features -> the next ones and the skips that this resolution leaves."""
     skips = []
     for j in range(self.spec.num_blocks[self.index]):
-      h = self.block(j, h, temb, text, mask)
+      h = self.block(j, [h], temb, text, mask)
       skips.append(h)
     if self.index + 1 < len(self.spec.channels):
-      h = layers.conv3x3(
-          h.shape[-1], self.dtype, stride=2, name='downsample')(h)
+      size = [side // 2 for side in h.size]
+      h = layers.Conv3x3(
+          h.channels, self.dtype, stride=2, name='downsample')(
+              h, patch=self.spec.patch(self.index + 1, size))
       skips.append(h)
     return h, skips
 
@@ -98,13 +124,14 @@ class UpBlocks(_Blocks):
 
   @nn.compact
   def __call__(self, h, skips, temb, text, mask):
-    """Consumes `skips` from its end; h [B, H, W, C] -> the next h."""
-    for j in range(self.spec.num_blocks[self.index] + 1):
-      h = jnp.concatenate([h, skips.pop()], axis=-1)
-      h = self.block(j, h, temb, text, mask)
+    """Features, and the skips from first to last used -> the next ones."""
+    for j, skip in enumerate(skips):
+      h = self.block(j, [h, skip], temb, text, mask)
     if self.index > 0:
-      h = h.repeat(2, axis=1).repeat(2, axis=2)
-      h = layers.conv3x3(h.shape[-1], self.dtype, name='upsample')(h)
+      size = [side * 2 for side in h.size]
+      h = layers.Conv3x3(
+          h.channels, self.dtype, upsample=2, name='upsample')(
+              h, patch=self.spec.patch(self.index - 1, size))
     return h
 
 
@@ -117,13 +144,13 @@ class Middle(nn.Module):
   def __call__(self, h, temb, text, mask):
     spec = self.spec
     def block(name):
-      return layers.ResidualBlock(
+      return _rematerialised(layers.ResidualBlock, spec)(
           spec.channels[-1], spec.num_groups, self.dtype, name=name)
-    h = block('block_0')(h, temb)
-    h = layers.Attention(
+    h = block('block_0')([h], temb)
+    h = _rematerialised(layers.Attention, spec)(
         spec.num_heads, spec.num_groups, spec.attention_ffn, self.dtype,
         name='attention')(h, text, mask)
-    return block('block_1')(h, temb)
+    return block('block_1')([h], temb)
 
 
 class UNet(nn.Module):
@@ -142,21 +169,23 @@ class UNet(nn.Module):
       return layers.dense_layer(spec.temporal_dim, dtype=dtype, zero=zero)
     self.time_in, self.time_out = dense(), dense()
     self.scale_in, self.scale_out = dense(), dense(zero=True)
-    self.conv_in = layers.conv3x3(spec.channels[0], dtype)
+    def conv(features, zero=False):
+      return layers.Conv3x3(features, dtype, zero=zero)
+    self.conv_in = conv(spec.channels[0])
     if spec.position_waves:
       self.position = layers.dense_layer(spec.channels[0], dtype=dtype)
-    indices = range(len(spec.channels))
-    self.down = [DownBlocks(spec, i, dtype) for i in indices]
-    self.up = [UpBlocks(spec, i, dtype) for i in indices]
+    def resolutions(kind):
+      if spec.remat == 'level':
+        kind = nn.remat(kind)
+      return [kind(spec, i, dtype) for i in range(len(spec.channels))]
+    self.down, self.up = resolutions(DownBlocks), resolutions(UpBlocks)
     if self.inner_channels is None:
       self.middle = Middle(spec, dtype)
     else:
-      self.in_adapter = layers.conv3x3(self.inner_channels, dtype, zero=True)
-      self.out_adapter = layers.conv3x3(spec.channels[-1], dtype, zero=True)
-    self.norm_out = nn.GroupNorm(
-        spec.num_groups, epsilon=layers.EPSILON, dtype=dtype)
-    self.conv_out = layers.conv3x3(
-        3 * spec.patch_size ** 2, dtype, zero=True)
+      self.in_adapter = conv(self.inner_channels, zero=True)
+      self.out_adapter = conv(spec.channels[-1], zero=True)
+    self.norm_out = layers.GroupNorm(spec.num_groups, dtype)
+    self.conv_out = conv(3 * spec.patch_size ** 2, zero=True)
 
   def embed(self, t: jax.Array, scale: jax.Array | None,
             pooled_text: jax.Array) -> jax.Array:
@@ -187,14 +216,18 @@ class UNet(nn.Module):
       text: [B, L, D] projected text.
       mask: [B, L] bool or None.
       outer: what the next finer level's `in_adapter` makes of its features,
-        or 0 for the finest.
+        or None for the finest.
     """
     if self.spec.normalize_input:
       x = x / x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
-    h = self.conv_in(layers.fold(x, self.spec.patch_size)) + outer
+    x = Features(packing.fold(x, (self.spec.patch_size,) * 2))
+    h = self.conv_in(x, patch=self.spec.patch(0, x.size))
+    if outer is not None:
+      h = h.replace(x=h.x + outer.as_patch(h.patch).x)
     if self.spec.position_waves:
-      h += self.position(
-          layers.position_features(h.shape[1:3], self.spec.position_waves))
+      position = self.position(
+          layers.position_features(h.size, self.spec.position_waves))
+      h = h.replace(x=h.x + packing.fold(position[None], h.patch))
     skips = [h]
     for blocks in self.down:
       h, left = blocks(h, temb, text, mask)
@@ -202,12 +235,19 @@ class UNet(nn.Module):
     return h, skips
 
   def ascend(self, h, skips, temb, text, mask):
-    """Bottom features -> the last features [B, H, W, C], before `out`."""
-    for blocks in reversed(self.up):
-      h = blocks(h, skips, temb, text, mask)
+    """Bottom features -> the last ones, before `out`."""
+    for count, blocks in zip(
+        reversed(self.spec.num_blocks), reversed(self.up)):
+      skips, own = skips[:-count - 1], skips[-count - 1:]
+      h = blocks(h, own[::-1], temb, text, mask)
     return h
 
-  def out(self, h: jax.Array) -> jax.Array:
-    """Last features [B, h, w, C] -> prediction [B, H, W, 3] in float32."""
-    h = self.conv_out(nn.silu(self.norm_out(h))).astype(jnp.float32)
-    return layers.unfold(h, self.spec.patch_size)
+  def out(self, h: Features) -> jax.Array:
+    """Last features -> prediction [B, H, W, 3] in float32."""
+    def last(self, h):
+      h, = self.norm_out(h)
+      return self.conv_out(layers.silu(h))
+    if self.spec.remat != 'none':
+      last = nn.remat(last)
+    h = last(self, h).as_patch((1, 1)).x.astype(jnp.float32)
+    return packing.unfold(h, (self.spec.patch_size,) * 2)

@@ -31,7 +31,6 @@ from mdm_jax import (
   draw,
   inputs,
   metrics,
-  mixed_batch,
   sharding,
 )
 from mdm_jax import step as steps
@@ -59,20 +58,14 @@ def without_t5(config: ConfigDict) -> ConfigDict:
 def make_batch(config: ConfigDict, stage: ConfigDict) -> dict[str, np.ndarray]:
   """A drawn batch of the stage's shapes, see `step.Batch`."""
   rng = np.random.default_rng(0)
-  sizes = build.batch_sizes(stage)
-  resolutions = build.resolutions(config, stage)
+  text = make_text(config, stage.batch_size)
   batch = {
-      'text': make_text(config, sizes[0]),
-      'scale': np.full(sizes[0], resolutions[-1], np.float32),
-      'bad': np.zeros(sizes[0], bool),
-      'stop': np.zeros(sizes[0], bool)}
-  for name, size, finer, pixels in zip(
-      mixed_batch.image_names(resolutions), sizes, (*sizes[1:], 0),
-      resolutions):
-    if size > finer:
-      batch[name] = rng.integers(
-          0, 256, (size - finer, pixels, pixels, 3), np.uint8)
-  return batch
+      name: rng.integers(0, 256, x.shape, x.dtype) if x.dtype == np.uint8
+      else np.zeros(x.shape, x.dtype)
+      for name, x in build.batch_shapes(
+          config, stage, jax.ShapeDtypeStruct(text.shape, text.dtype)).items()}
+  sizes = np.full_like(batch['scale'], build.resolutions(config, stage)[-1])
+  return batch | {'text': text, 'scale': sizes}
 
 
 def make_text(config: ConfigDict, count: int) -> np.ndarray:
@@ -164,17 +157,10 @@ def bench_train(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
   state = jax.jit(make_state, out_shardings=shardings)(sharding.place(
       model.init(0, config.text.max_length), shardings.params))
   batch = sharding.shard_batch(make_batch(config, stage), mesh)
-  train_step = steps.make_train_step(
-      model, build.make_objective(config, stage), optimizer,
-      guard=build.make_guard(config), ema_decay=config.optimizer.ema_decay,
-      caption_dropout=config.text.caption_dropout,
-      empty_text=inputs.empty_text(config), seed=0,
-      accumulate=stage.accumulate)
-  compiled, found = compile_step(jax.jit(
-      train_step, donate_argnums=0,
-      in_shardings=(shardings, *jax.tree.map(
-          lambda x: x.sharding, (batch, frozen))),
-      out_shardings=(shardings, sharding.replicated(mesh))),
+  train_step = build.make_train_step(
+      config, stage, inputs.empty_text(config), seed=0)
+  compiled, found = compile_step(
+      steps.jit_train_step(train_step, state, batch, frozen),
       state, batch, frozen)
 
   def call():
@@ -188,10 +174,7 @@ def bench_sample(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
                  frozen: Any) -> tuple[Callable, jax.stages.Compiled, dict]:
   """Likewise of drawing `eval.batch_size` pictures."""
   model = build.make_model(config, stage)
-  sample_step = draw.make_sample_step(
-      model, build.make_noise_schedule(config, stage),
-      build.make_sampler(config), mesh,
-      parameterization=config.diffusion.parameterization)
+  sample_step = build.make_sample_step(config, stage, mesh)
   params = model.init(0, config.text.max_length)
   params = sharding.place(params, sharding.tree_shardings(
       params, mesh, config.sharding_rules)) | frozen
@@ -201,9 +184,10 @@ def bench_sample(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
       'text': text, 'negative': text, 'seeds': np.arange(count, dtype=np.uint32)
   }, mesh)
   arguments = (params, placed['text'], placed['negative'], placed['seeds'])
-  compiled, found = compile_step(jax.jit(
-      sample_step, in_shardings=jax.tree.map(lambda x: x.sharding, arguments),
-      out_shardings=sharding.replicated(mesh)), *arguments)
+  compiled, found = compile_step(
+      draw.jit_sample_step(
+          sample_step, mesh, jax.tree.map(lambda x: x.sharding, params)),
+      *arguments)
   return lambda: compiled(*arguments)[-1], compiled, found
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mdm_jax.models import layers
+from mdm_jax.models import layers, packing
 
 
 def test_position_features_are_waves_over_rows_and_columns():
@@ -18,11 +18,11 @@ def test_position_features_are_waves_over_rows_and_columns():
 
 def test_fold_puts_each_patch_into_one_place():
   x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-  folded = np.asarray(layers.fold(x, 2))
+  folded = np.asarray(packing.fold(x, (2, 2)))
   assert folded.shape == (2, 2, 3, 12)
   np.testing.assert_array_equal(
       folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
-  np.testing.assert_array_equal(layers.unfold(folded, 2), x)
+  np.testing.assert_array_equal(packing.unfold(folded, (2, 2)), x)
 
 
 def test_attention_equals_numpy():

@@ -9,12 +9,14 @@ GOLDEN = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
 FORWARD = sorted(path.stem for path in GOLDEN.glob('forward_*.npz'))
 
 
-@pytest.mark.parametrize('name', FORWARD)
-def test_forward_equals_release(name, golden, golden_model):
+@pytest.mark.parametrize('name, lanes', [
+    *((name, 1) for name in FORWARD),
+    ('forward_nested3_mixed', 64), ('forward_nested2_normalized_scale', 32)])
+def test_forward_equals_release(name, lanes, golden, golden_model):
   data = golden(name)
   levels = sum(key.startswith('x_t_') for key in data)
   x_t = tuple(data[f'x_t_{i}'] for i in reversed(range(levels)))
-  model = golden_model(str(data['model']))
+  model = golden_model(str(data['model']), lanes)
   out = model(x_t, data['t'], data['cond'], data['mask'] > 0,
               data.get('scale'))
   for i in range(levels):

@@ -1,0 +1,198 @@
+"""Planning for a slice, with this machine's 8 devices in its place."""
+
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cc12m_1024
+from mdm_jax import build, inputs, sharding
+from mdm_jax.tools import plan
+
+CHIP = plan.Chip(flops=100e12, memory=16.0, bandwidth=1e12, links=1e11)
+
+
+def test_unknown_topology_lists_the_known():
+  for name in ('v5e:3x3', 'v9:4x4', 'v5e', ''):
+    with pytest.raises(ValueError, match=f'{name}.*v5e:1x1, .*4x4.*v5p:2x2x1'):
+      plan.find_devices(name)
+
+
+def test_absent_compiler_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match='pip install libtpu'):
+    plan.find_devices('v5e:4x4')
+
+
+def test_needed_memory():
+  # Two of the compiler's messages.
+  assert plan.needed_memory(
+      'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
+      'required for HLO temporaries (40.00G) exceeds available HBM (15.75G)'
+  ) == 40
+  assert plan.needed_memory(
+      'Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.'
+  ) == 0.5
+  assert plan.needed_memory('INVALID_ARGUMENT: no such option') is None
+
+
+def test_roofline_and_price():
+  weight = {'flops': 20e12, 'bytes': 50e9,
+            'collectives': {'all-gather': 1e9, 'all-reduce': 2e9}}
+  assert plan.roofline(weight, CHIP) == pytest.approx(
+      {'arithmetic': 0.2, 'memory': 0.05, 'links': 0.03})
+  assert plan.chip_hours(7200, 2.0, 16) == 16
+
+
+def test_an_answer_is_remembered_until_the_question_changes(tmp_path):
+  asked = []
+
+  def ask(question):
+    def answer():
+      asked.append(question)
+      return {'value': len(asked)}
+    return plan.cached(tmp_path / 'cache', question, answer)
+  assert [ask(q)['value'] for q in ({'a': 1}, {'a': 1}, {'a': 2}, {'a': 1})
+          ] == [1, 1, 2, 1]
+  assert len(list((tmp_path / 'cache').iterdir())) == 2
+
+
+def test_report_of_what_does_not_fit():
+  rows, rate = plan.report({'needed': 17.5, 'seconds': 1}, CHIP, 32, 16)
+  assert rows == [['fits', 'no: 17.50 of 16.0 GiB, 1.50 too much']]
+  assert rate is None
+
+
+def test_report():
+  measured = {
+      'state': {'parameters': 2 ** 30, 'text encoder': 0},
+      'memory': 12 * 2 ** 30, 'activations': 8 * 2 ** 30,
+      'flops': 20e12, 'bytes': 500e9, 'collectives': {'all-gather': 1e9}}
+  rows, rate = plan.report(measured, CHIP, 64, 16)
+  assert rows == [
+      ['fits', 'yes: 12.00 of 16.0 GiB, 4.00 left'],
+      ['memory: parameters', '1.00 GiB'],
+      ['memory: activations', '8.00 GiB'],
+      ['arithmetic', '20.00 TFLOP, 5.00 an image'],
+      ['memory moved', '500.0 GB, 125.0 an image'],
+      ['all-gather', '1.000 GB'],
+      ['roofline', '500 ms (arithmetic 200, memory 500, links 10)'],
+      ['images/s', 'at most 128.0']]
+  assert rate == 128
+
+
+def test_prepare_makes_do_without_an_encoder(tmp_path):
+  config = cc12m_1024.get_config()
+  config.mesh.fsdp = 16
+  prepared, notes = plan.prepare(config, 2, 8, 32, str(tmp_path))
+  assert [stage.name for stage in prepared.stages] == ['1024']
+  assert (prepared.stages[0].batch_size, prepared.eval.batch_size) == (256, 32)
+  assert len(notes) == 2 and 'flan-t5-xl' in notes[1]
+  # The one that was given is as it was.
+  assert not config.text.path and len(config.stages) == 3
+  encoder = build.make_text_encoder(prepared)
+  shapes = jax.eval_shape(
+      encoder.init, jax.random.key(0), np.ones((1, 4), np.int32))
+  assert sum(map(math.prod, (x.shape for x in jax.tree.leaves(shapes)))
+             ) == pytest.approx(1.22e9, rel=0.01)
+  with pytest.raises(ValueError, match='--stage=3: the config has 3'):
+    plan.prepare(config, 3, None, 16, str(tmp_path))
+  with pytest.raises(ValueError, match='does not arrange 24 devices'):
+    plan.prepare(config, 2, None, 24, str(tmp_path))
+
+
+@pytest.fixture
+def config(make_config):
+  config = make_config()
+  config.mesh.update(data=2, fsdp=4)
+  config.stages[1].update(batch_size=24, mixed_ratio=(1.0, 2.0))
+  return config
+
+
+@pytest.fixture
+def slice_of_cpus(monkeypatch):
+  """Every topology is this machine's 8 devices."""
+  monkeypatch.setattr(
+      plan, 'find_devices', lambda topology: (CHIP, jax.devices()))
+  monkeypatch.setattr(plan, '_versions', dict)  # libtpu's, if it were here.
+
+
+def test_batch_is_the_pipelines(config, tmp_path):
+  prepared, _ = plan.prepare(config, 1, None, 8, str(tmp_path))
+  mesh = sharding.make_mesh(config.mesh)
+  stage = config.stages[1]
+  batch = next(iter(inputs.make_dataset(
+      config, 'train', build.resolutions(config, stage),
+      build.batch_sizes(stage), process_index=0, process_count=1)))
+  expected = sharding.shard_batch(batch, mesh)
+  planned = plan.abstract_batch(prepared, mesh)
+  assert {name: (x.shape, x.dtype, x.sharding)
+          for name, x in planned.items()} == {
+              name: (x.shape, x.dtype, x.sharding)
+              for name, x in expected.items()}
+
+
+def test_state_by_kind(config, tmp_path):
+  prepared, _ = plan.prepare(config, 1, None, 8, str(tmp_path))
+  mesh = sharding.make_mesh(config.mesh)
+  state = plan.abstract_state(prepared, mesh)
+  size = plan.bytes_per_chip(state.params)
+  whole = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(state.params))
+  assert whole / 4 < size < whole  # Kernels are spread over 4.
+  assert plan.bytes_per_chip(state.ema) == size
+  # Two moments and a count or two.
+  assert 0 < plan.bytes_per_chip(state.opt_state) - 2 * size <= 16
+
+
+def test_plan_compiles_once(config, slice_of_cpus, tmp_path, capsys,
+                            monkeypatch):
+  ask = [config, 'v5e:2x4', [0], None, 'train', 1.5, tmp_path]
+  plan.plan(*ask)
+  first = capsys.readouterr().out
+  for words in ("stage '8', train step", '2 images a chip',
+                'mesh 2 data x 4 fsdp x 1 spatial', 'fits', 'yes: 0.',
+                'memory: optimizer', 'all-reduce', 'roofline', 'at 1.5 each'):
+    assert words in first, words
+  monkeypatch.setattr(plan, 'compile_train', None)
+  plan.plan(*ask)
+  assert capsys.readouterr().out == first
+  remembered = json.loads(next(tmp_path.glob('*.json')).read_text())
+  assert remembered['memory'] == (
+      remembered['arguments'] + remembered['activations'])
+  assert remembered['arguments'] > sum(remembered['state'].values())
+
+
+def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
+  plan.plan(config, 'v5e:2x4', [0], None, 'sample', None, tmp_path)
+  out = capsys.readouterr().out
+  assert "stage '8', sample step" in out and '1 images a chip' in out
+
+
+def test_search_recommends_the_fastest_that_fits(
+    config, slice_of_cpus, tmp_path, capsys, monkeypatch):
+  def measure(config, topology, step, directory):
+    level, = {level.remat for level in config.model.levels}
+    per_chip = config.stages[0].batch_size // 8
+    if per_chip > {'none': 1, 'block': 4, 'level': 4}[level]:
+      return {'needed': 20.0}
+    return {'state': {}, 'memory': 0, 'activations': 0, 'bytes': 0,
+            'collectives': {'all-gather': 1e10 * (config.mesh.fsdp + 1)},
+            'flops': per_chip * {'none': 10, 'block': 12, 'level': 15}[level]}
+  monkeypatch.setattr(plan, 'measure', measure)
+  config.stages[1].mixed_ratio = (0.0, 1.0)
+  plan.search(config, 'v5e:2x4', 1, tmp_path)
+  out = capsys.readouterr().out.splitlines()
+  assert out[-1] == ('Best: --config.mesh.fsdp=1 remat=block '
+                     '--batch_per_chip=4')
+  assert sum('too much' in line for line in out) == 6
+
+
+def test_precomputed_features_are_read_as_they_are():
+  config = cc12m_1024.get_config()
+  config.text.encoder = 'precomputed'
+  text = plan._text(config, 3, 2048)
+  assert (text.shape, text.dtype) == ((3, 128, 2048), jnp.float32)
