@@ -128,7 +128,7 @@ def test_batch_is_the_pipelines(config, tmp_path):
   batch = next(iter(inputs.make_dataset(
       config, 'train', build.resolutions(config, stage),
       build.batch_sizes(stage), process_index=0, process_count=1)))
-  expected = sharding.shard_batch(batch, mesh)
+  expected = sharding.shard_batch(batch | {'stop': batch['bad']}, mesh)
   planned = plan.abstract_batch(prepared, mesh)
   assert {name: (x.shape, x.dtype, x.sharding)
           for name, x in planned.items()} == {
