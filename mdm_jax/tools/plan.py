@@ -320,7 +320,8 @@ def measure(config: ConfigDict, topology: str, step: str,
              'average': bytes_per_chip(state.ema),
              'text encoder': bytes_per_chip(build.frozen_shapes(config, mesh))}
     begin = time.monotonic()
-    turns = 1 if step == 'train' else config.sampler.num_steps
+    turns = (config.stages[0].accumulate if step == 'train'
+             else config.sampler.num_steps)
     try:
       compiled = (compile_train if step == 'train' else compile_sample)(
           config, mesh)
