@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import math
 import pathlib
 from typing import Any
 
@@ -24,8 +23,6 @@ from mdm_jax import (
   sharding,
 )
 from mdm_jax import step as steps
-from mdm_jax.data import precomputed
-from mdm_jax.diffusion import samplers
 from mdm_jax.diffusion.pyramid import batch_fractions, level_batch_sizes
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
 from mdm_jax.guard import Guard
@@ -40,113 +37,7 @@ from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.models.unet import LevelSpec
 
-_TRAINED_ENCODERS = ('learned', 'label')
-_TEXT_ENCODERS = (*_TRAINED_ENCODERS, 't5', 'precomputed')
-
-
-def check(config: ConfigDict, mesh: Mesh) -> None:
-  """Raises whatever is wrong with a configuration, before anything compiles.
-
-  Raises:
-    ValueError, FileNotFoundError: one line that names the key and the remedy.
-  """
-  _check_text(config)
-  _check_sampler(config)
-  make_guard(config)
-  for key in ('log_every', 'sample_every', 'checkpoint_every'):
-    if config[key] < 1:
-      raise ValueError(f'{key}={config[key]}: give a number of steps.')
-  for key, value in [('replicas_every', config.replicas_every), *(
-      (f'watchdog.{phase}', limit)
-      for phase, limit in config.watchdog.items())]:
-    if value < 0:
-      raise ValueError(f'{key}={value}: must not be negative; 0 is never.')
-  least = max(config.eval.num_prompts, config.eval.batch_size)
-  if config.data.name == 'shapes' and config.data.size < least:
-    raise ValueError(
-        f'data.size={config.data.size}: the evaluation draws {least} of them; '
-        'use more, or lower eval.num_prompts.')
-  check_stages(config, mesh)
-
-
-def check_stages(config: ConfigDict, mesh: Mesh) -> None:
-  """Raises what is wrong with levels, stages and batches.
-
-  Raises:
-    ValueError: one line that names the key and the remedy.
-  """
-  if not config.stages or not config.model.levels:
-    raise ValueError('The config needs at least one stage and one level.')
-  _check_resolutions(config)
-  names = [stage.name for stage in config.stages]
-  if len(set(names)) < len(names):
-    raise ValueError(f'stages have names {names}: they must differ.')
-  sharding.check_images_stay_in_processes(mesh)
-  heights = [level.resolution for level in config.model.levels]
-  if any(height % mesh.shape['spatial'] for height in heights):
-    raise ValueError(
-        f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
-        f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.')
-  shards = sharding.batch_shards(mesh)
-  for key, size in [
-      ('eval.batch_size', config.eval.batch_size),
-      *((f'stages[{i}].batch_size', stage.batch_size)
-        for i, stage in enumerate(config.stages))]:
-    if size < 1 or size % shards:
-      raise ValueError(
-          f'{key}={size} is not divided by the {shards} devices that the mesh '
-          f'spreads a batch over: use a multiple of {shards}.')
-  for i, stage in enumerate(config.stages):
-    _check_stage(config, i, stage, shards)
-    make_model(config, stage)
-    make_objective(config, stage)
-    make_optimizer(config, stage)
-
-
-def _check_text(config: ConfigDict) -> None:
-  text = config.text
-  if text.encoder not in _TEXT_ENCODERS:
-    raise ValueError(
-        f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.')
-  if text.encoder not in _TRAINED_ENCODERS and not text.path:
-    raise ValueError(
-        'text.path is empty: name the directory of a T5 encoder, downloaded '
-        'from google/flan-t5-xl for example, --config.text.path=DIR.')
-  if text.long_captions not in ('cut', 'leave_out'):
-    raise ValueError(
-        f'text.long_captions={text.long_captions!r}: use cut or leave_out.')
-  if not 0 <= text.caption_dropout <= 1:
-    raise ValueError(
-        f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.')
-  inputs.make_tokenizer(config)
-  if text.encoder == 'precomputed':
-    if config.data.name != 'captioned_images':
-      raise ValueError(
-          f"text.encoder='precomputed' with data.name={config.data.name!r}: "
-          'only a prepared data set can have text features beside it.')
-    precomputed.require_same(
-        config.data.path, precomputed.read_info(config.data.path),
-        text_fingerprint(config))
-
-
-def _check_sampler(config: ConfigDict) -> None:
-  sampler = config.sampler
-  samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), sampler.threshold)
-  samplers.time_steps(sampler.num_steps, config.diffusion.num_steps)
-  if sampler.name not in samplers.SAMPLERS:
-    raise ValueError(
-        f'sampler.name={sampler.name!r}: use one of {samplers.SAMPLERS}.')
-  if not 0 <= sampler.eta <= 1:
-    raise ValueError(f'sampler.eta={sampler.eta}: must be in 0..1.')
-  if not 0 <= sampler.guidance_rescale <= 1:
-    raise ValueError(
-        f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in '
-        '0..1.')
-  low, high = sampler.guidance_interval
-  if not 0 <= low < high <= 1:
-    raise ValueError(
-        f'sampler.guidance_interval={sampler.guidance_interval}: give two '
-        'rising shares, from 0 to 1.')
+TRAINED_ENCODERS = ('learned', 'label')
 
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:
@@ -164,93 +55,12 @@ def load_config(values: Mapping[str, Any]) -> ConfigDict:
 
 
 @contextlib.contextmanager
-def _naming(key: str) -> Iterator[None]:
+def naming(key: str) -> Iterator[None]:
   """Puts the key that an error is about before its message."""
   try:
     yield
   except ValueError as error:
     raise ValueError(f'{key}: {error}') from error
-
-
-def _check_resolutions(config: ConfigDict) -> None:
-  levels = config.model.levels
-  for i, level in enumerate(levels):
-    with _naming(f'model.levels[{i}]'):
-      spec = _level_spec(level)
-    if not i and spec.channels[-1] % spec.num_heads:
-      raise ValueError(
-          f'model.levels[0].num_heads={spec.num_heads} does not divide the '
-          f'{spec.channels[-1]} channels of its middle.')
-    if level.temporal_dim != levels[0].temporal_dim:
-      raise ValueError(
-          f'model.levels[{i}].temporal_dim={level.temporal_dim}: it must be '
-          f'that of level 0, {levels[0].temporal_dim}.')
-    bottom, odd = divmod(level.resolution, spec.downsampling)
-    if odd:
-      raise ValueError(
-          f'model.levels[{i}].resolution={level.resolution} cannot be halved '
-          f'{len(spec.channels) - 1} times over patches of {spec.patch_size} '
-          f'px: use a multiple of {spec.downsampling}, or fewer channels.')
-    if i:
-      inner = levels[i - 1].resolution // levels[i - 1].patch_size
-      if bottom != inner:
-        raise ValueError(
-            f'model.levels[{i}].resolution={level.resolution} over '
-            f'{len(spec.channels)} channels and patches of {spec.patch_size} '
-            f'px meets {bottom} px, but level {i - 1} has {inner}: change '
-            'either.')
-
-
-def _check_stage(config: ConfigDict, i: int, stage: ConfigDict,
-                 shards: int) -> None:
-  if not 1 <= stage.num_levels <= len(config.model.levels):
-    raise ValueError(
-        f'stages[{i}].num_levels={stage.num_levels}: model.levels has '
-        f'{len(config.model.levels)}.')
-  if i and stage.num_levels < config.stages[i - 1].num_levels:
-    raise ValueError(
-        f'stages[{i}].num_levels={stage.num_levels} is fewer than the stage '
-        'before has: stages only grow.')
-  for key in ('loss_weights', 'mixed_ratio'):
-    if len(stage[key]) != stage.num_levels:
-      raise ValueError(
-          f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
-          f'of its {stage.num_levels} levels, coarse to fine.')
-  if stage.steps < 1:
-    raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
-  repeats = _num_repeats(i, stage)
-  period = stage.batch_size // stage.accumulate // repeats
-  if repeats % shards:
-    parts = f' in {stage.accumulate} parts' if stage.accumulate > 1 else ''
-    raise ValueError(
-        f'stages[{i}].batch_size={stage.batch_size}{parts}: the pattern of '
-        f'its mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is '
-        f'not whole on each of the {shards} devices that the mesh spreads a '
-        'batch over: use a multiple of '
-        f'{period * shards * stage.accumulate}.')
-
-
-def _num_repeats(i: int, stage: ConfigDict) -> int:
-  """How often a part of the batch repeats its pattern."""
-  with _naming(f'stages[{i}].mixed_ratio'):
-    repeats = mixed_batch.num_repeats(batch_sizes(stage))
-  if stage.accumulate < 1 or repeats % stage.accumulate:
-    raise ValueError(
-        f'stages[{i}].accumulate={stage.accumulate} does not divide the '
-        f'{repeats} patterns of its batch: use a divisor of {repeats}.')
-  return repeats // stage.accumulate
-
-
-def parts_of_batches(config: ConfigDict) -> list[int]:
-  """Into how many parts devices can divide each batch.
-
-  Whole periods if it is mixed; what is accumulated is a batch each.
-
-  Raises:
-    ValueError: as `batch_sizes`, or `accumulate` does not divide the batch.
-  """
-  return [config.eval.batch_size,
-          *(_num_repeats(i, stage) for i, stage in enumerate(config.stages))]
 
 
 def batch_sizes(stage: ConfigDict) -> tuple[int, ...]:
@@ -263,7 +73,12 @@ def batch_sizes(stage: ConfigDict) -> tuple[int, ...]:
       stage.batch_size, batch_fractions(stage.mixed_ratio))
 
 
-def _level_spec(level: ConfigDict) -> LevelSpec:
+def level_spec(level: ConfigDict) -> LevelSpec:
+  """A level's architecture, without its resolution.
+
+  Raises:
+    ValueError: widths, lengths or numbers that do not fit together.
+  """
   fields = dict(level)
   fields.pop('resolution')
   return LevelSpec(**fields)
@@ -291,13 +106,13 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
           make_levels(config, stage), TextSpec(**config.model.text), dtype),
       text_encoder=make_text_encoder(config),
       resolutions=resolutions(config, stage),
-      frozen_text=config.text.encoder not in _TRAINED_ENCODERS)
+      frozen_text=config.text.encoder not in TRAINED_ENCODERS)
 
 
 def make_levels(config: ConfigDict,
                 stage: ConfigDict) -> tuple[LevelSpec, ...]:
   """The stage's levels, coarse to fine."""
-  return tuple(map(_level_spec, config.model.levels[:stage.num_levels]))
+  return tuple(map(level_spec, config.model.levels[:stage.num_levels]))
 
 
 def make_text_encoder(config: ConfigDict) -> nn.Module:
@@ -315,7 +130,7 @@ def make_text_encoder(config: ConfigDict) -> nn.Module:
     _check_heads('text', text)
     return LearnedTextEncoder(
         num_pieces, text.width, text.num_layers, text.num_heads, dtype)
-  with _naming(f'text.path={text.path!r}'):
+  with naming(f'text.path={text.path!r}'):
     spec = T5Spec.from_hugging_face(hugging_face.read_config(text.path))
     if num_pieces > spec.vocab_size:
       raise ValueError(
@@ -346,7 +161,7 @@ def _frozen_shapes(config: ConfigDict) -> dict:
 
 def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
   """What decides on the text features of a caption, by name."""
-  with _naming(f'text.path={config.text.path!r}'):
+  with naming(f'text.path={config.text.path!r}'):
     names = map(hugging_face_name,
                 traverse_util.flatten_dict(_frozen_shapes(config)))
     encoder = hugging_face.fingerprint(
@@ -382,7 +197,7 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
   if not shapes:
     return {}
   shapes = shapes['text_encoder']
-  with _naming(f'text.path={config.text.path!r}'):
+  with naming(f'text.path={config.text.path!r}'):
     params = hugging_face.load(
         hugging_face.open_tensors(config.text.path), shapes,
         jax.tree.map(lambda x: x.sharding, shapes), hugging_face_name)
@@ -488,7 +303,7 @@ def make_guard(config: ConfigDict) -> Guard:
   Raises:
     ValueError: a value is out of range.
   """
-  with _naming('guard'):
+  with naming('guard'):
     return Guard(**config.guard)
 
 

@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
   import jax
 
   from mdm_jax import (
-    build,
     checkpoint,
+    checks,
     compilation_cache,
     guard,
     metrics,
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
   metrics.setup_logging()
   compilation_cache.enable()
   try:
-    sharding.use_cpu_cores(build.parts_of_batches(config))
+    sharding.use_cpu_cores(checks.parts_of_batches(config))
     if _DISTRIBUTED.value:
       processes.join(
           _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,

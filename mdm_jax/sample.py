@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
   from mdm_jax import (
     build,
     checkpoint,
+    checks,
     compilation_cache,
     inputs,
     metrics,
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     shards = sharding.batch_shards(mesh)
     config.eval.batch_size = min(
         config.eval.batch_size, -(-len(prompts) // shards) * shards)
-    build.check(config, mesh)
+    checks.check(config, mesh)
     text = inputs.encode_prompts(config, prompts)
     (negative,) = inputs.encode_prompts(config, [_NEGATIVE.value])
     index, params = trained.restore_average(config, _WORKDIR.value, mesh)

@@ -17,6 +17,7 @@ import numpy as np
 from mdm_jax import (
   build,
   checkpoint,
+  checks,
   inputs,
   interrupt,
   ledger,
@@ -64,7 +65,7 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   if (pathlib.Path(workdir) / 'config.json').exists():
     _require_same_config(workdir, new)
   mesh = sharding.make_mesh(config.mesh)
-  build.check(config, mesh)
+  checks.check(config, mesh)
   resolution = config.model.levels[-1].resolution
   inputs.make_source(config, 'train', resolution)
   inputs.make_source(config, inputs.held_out_split(config), resolution)

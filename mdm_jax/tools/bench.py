@@ -27,6 +27,7 @@ import numpy as np
 
 from mdm_jax import (
   build,
+  checks,
   compilation_cache,
   draw,
   inputs,
@@ -344,9 +345,9 @@ def main(argv: list[str]) -> None:
     if values.batch_size:
       stage.batch_size = config.eval.batch_size = values.batch_size
     config.stages = [stage]
-    sharding.use_cpu_cores(build.parts_of_batches(config))
+    sharding.use_cpu_cores(checks.parts_of_batches(config))
     mesh = sharding.make_mesh(config.mesh)
-    build.check(config, mesh)
+    checks.check(config, mesh)
     found = measure(
         config, stage, mesh, count=values.steps,
         sampling_steps=values.sampling_steps, profile=values.profile)

@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from mdm_jax import build, draw, hlo, metrics, sharding
+from mdm_jax import build, checks, draw, hlo, metrics, sharding
 from mdm_jax import step as steps
 from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.models.unet import REMAT
@@ -311,7 +311,7 @@ def measure(config: ConfigDict, topology: str, step: str,
   """
   _, devices = find_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  build.check_stages(config, mesh)
+  checks.check_stages(config, mesh)
 
   def answer():
     state = abstract_state(config, mesh)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mdm_jax import build, sharding
+from mdm_jax import build, checks, sharding
 from mdm_jax.tools import bench
 
 
@@ -15,7 +15,7 @@ from mdm_jax.tools import bench
 def test_needs_neither_data_nor_t5(name):
   recipe = importlib.import_module(f'configs.{name}').get_config('').lock()
   config = bench.without_t5(recipe)
-  build.check(config, sharding.make_mesh(config.mesh))
+  checks.check(config, sharding.make_mesh(config.mesh))
   model = build.make_model(config, config.stages[-1])
   width = 2048 if recipe.text.encoder == 't5' else recipe.text.width
   assert model.text_encoder.width == width

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, inputs, sharding, train, trained
+from mdm_jax import build, checkpoint, checks, inputs, sharding, train, trained
 from mdm_jax.data import precomputed
 from mdm_jax.data.transforms import BadRecord, Transform
 from mdm_jax.tools import precompute_text, prepare_data
@@ -94,7 +94,7 @@ def mesh_of(config):
 
 def test_features_are_the_encoders(made, t5_directory):
   tokenizer = inputs.make_tokenizer(made)
-  build.check(made, mesh_of(made))
+  checks.check(made, mesh_of(made))
   lengths = set()
   for split in ('train', 'validation'):
     for record in records(made, split):
@@ -124,7 +124,7 @@ def test_only_what_is_missing_is_made(copied):
   times = {path.name: path.stat().st_mtime_ns
            for path in directory.glob('*.array_record')}
   with pytest.raises(FileNotFoundError, match=f'lacks 1 of.*{names[1]}.*again'):
-    build.check(copied, mesh_of(copied))
+    checks.check(copied, mesh_of(copied))
   precompute_text.precompute(copied, batch_size=8)
   assert contents(copied) == before
   assert times.items() <= {
@@ -153,7 +153,7 @@ def test_what_was_made_with_something_else_is_refused(
     copied, t5_directory, tmp_path):
   copied.text.max_length = 32
   with pytest.raises(ValueError, match='max_length 40 instead of 32'):
-    build.check(copied, mesh_of(copied))
+    checks.check(copied, mesh_of(copied))
   with pytest.raises(ValueError, match='max_length 40 instead of 32'):
     precompute_text.precompute(copied, batch_size=8)
   copied.text.max_length = MAX_LENGTH
@@ -172,7 +172,7 @@ def test_what_was_made_with_something_else_is_refused(
   weights.write_bytes(data)
   copied.text.path = str(other)
   with pytest.raises(ValueError, match='encoder [0-9a-f]+ instead of') as error:
-    build.check(copied, mesh_of(copied))
+    checks.check(copied, mesh_of(copied))
   assert 'precompute_text' in str(error.value)
   assert 'tokenizer' not in str(error.value)
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_precomputed_is_named(made):
   config.text.encoder = 'precomputed'
   config.data.name = 'shapes'
   with pytest.raises(ValueError, match="data.name='shapes': only a prepared"):
-    build.check(config, mesh_of(config))
+    checks.check(config, mesh_of(config))
 
 
 def test_features_that_overflow_are_refused(made):

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from configs import common
-from mdm_jax import build, inputs, sharding
+from mdm_jax import build, checks, inputs, sharding
 
 RECIPES = sorted(
     path.stem for path in
@@ -33,36 +33,36 @@ def changed(config: ConfigDict, changes: dict) -> ConfigDict:
 
 
 def test_tiny_config_is_good(make_config, mesh):
-  build.check(make_config().lock(), mesh)
+  checks.check(make_config().lock(), mesh)
 
 
 def test_patches_meet(make_config, mesh):
   config = make_config()
   for level in config.model.levels:
     level.patch_size = 2
-  build.check(config.lock(), mesh)
+  checks.check(config.lock(), mesh)
 
 
 def test_devices_hold_whole_periods_of_a_mixed_batch(make_config, mesh):
   config = make_config()
   config.stages[1].update(mixed_ratio=(1.0, 2.0), batch_size=48)
-  build.check(config.lock(), mesh)
+  checks.check(config.lock(), mesh)
   assert build.batch_sizes(config.stages[1]) == (48, 32)
-  assert build.parts_of_batches(config) == [8, 16, 16]
+  assert checks.parts_of_batches(config) == [8, 16, 16]
   config.stages[1].accumulate = 2
-  assert build.parts_of_batches(config) == [8, 16, 8]
+  assert checks.parts_of_batches(config) == [8, 16, 8]
 
 
 def test_rows_that_devices_do_not_divide_are_named(make_config):
   config = make_config()
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'spatial': 8})
-  build.check(config, mesh)
+  checks.check(config, mesh)
   config.model.levels[0].update(resolution=4, scale_condition=4)
   config.model.levels[1].resolution = 8
   with pytest.raises(ValueError, match=(
       r'mesh.spatial=8 does not divide the height of the levels, \[4, 8\] px: '
       'use a divisor of 4')):
-    build.check(config, mesh)
+    checks.check(config, mesh)
 
 
 BAD = [
@@ -154,7 +154,7 @@ BAD = [
 def test_bad_config_is_named(make_config, mesh, changes, message):
   config = changed(make_config(), changes)
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-    build.check(config, mesh)
+    checks.check(config, mesh)
   assert '\n' not in str(error.value)
 
 
@@ -197,7 +197,7 @@ def test_recipe(name, mode, mesh, t5_directory):
     config.text.path = str(t5_directory.path)
   if config.data.name == 'captioned_images' and not config.data.path:
     config.data.name = 'shapes'
-  build.check(config, mesh)
+  checks.check(config, mesh)
   # What a recipe sets is what common.py documents, and all of it.
   assert keys(config) == keys(common.get_config())
   for level in config.model.levels:

@@ -1,0 +1,199 @@
+"""What is wrong with a configuration, told before anything is compiled."""
+
+import math
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mdm_jax import build, inputs, mixed_batch, sharding
+from mdm_jax.data import precomputed
+from mdm_jax.diffusion import samplers
+
+_TEXT_ENCODERS = (*build.TRAINED_ENCODERS, 't5', 'precomputed')
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises whatever is wrong with a configuration, before anything compiles.
+
+  Raises:
+    ValueError, FileNotFoundError: one line that names the key and the remedy.
+  """
+  _check_text(config)
+  _check_sampler(config)
+  build.make_guard(config)
+  for key in ('log_every', 'sample_every', 'checkpoint_every'):
+    if config[key] < 1:
+      raise ValueError(f'{key}={config[key]}: give a number of steps.')
+  for key, value in [('replicas_every', config.replicas_every), *(
+      (f'watchdog.{phase}', limit)
+      for phase, limit in config.watchdog.items())]:
+    if value < 0:
+      raise ValueError(f'{key}={value}: must not be negative; 0 is never.')
+  least = max(config.eval.num_prompts, config.eval.batch_size)
+  if config.data.name == 'shapes' and config.data.size < least:
+    raise ValueError(
+        f'data.size={config.data.size}: the evaluation draws {least} of them; '
+        'use more, or lower eval.num_prompts.')
+  check_stages(config, mesh)
+
+
+def check_stages(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises what is wrong with levels, stages and batches.
+
+  Raises:
+    ValueError: one line that names the key and the remedy.
+  """
+  if not config.stages or not config.model.levels:
+    raise ValueError('The config needs at least one stage and one level.')
+  _check_resolutions(config)
+  names = [stage.name for stage in config.stages]
+  if len(set(names)) < len(names):
+    raise ValueError(f'stages have names {names}: they must differ.')
+  sharding.check_images_stay_in_processes(mesh)
+  heights = [level.resolution for level in config.model.levels]
+  if any(height % mesh.shape['spatial'] for height in heights):
+    raise ValueError(
+        f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
+        f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.')
+  shards = sharding.batch_shards(mesh)
+  for key, size in [
+      ('eval.batch_size', config.eval.batch_size),
+      *((f'stages[{i}].batch_size', stage.batch_size)
+        for i, stage in enumerate(config.stages))]:
+    if size < 1 or size % shards:
+      raise ValueError(
+          f'{key}={size} is not divided by the {shards} devices that the mesh '
+          f'spreads a batch over: use a multiple of {shards}.')
+  for i, stage in enumerate(config.stages):
+    _check_stage(config, i, stage, shards)
+    build.make_model(config, stage)
+    build.make_objective(config, stage)
+    build.make_optimizer(config, stage)
+
+
+def _check_text(config: ConfigDict) -> None:
+  text = config.text
+  if text.encoder not in _TEXT_ENCODERS:
+    raise ValueError(
+        f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.')
+  if text.encoder not in build.TRAINED_ENCODERS and not text.path:
+    raise ValueError(
+        'text.path is empty: name the directory of a T5 encoder, downloaded '
+        'from google/flan-t5-xl for example, --config.text.path=DIR.')
+  if text.long_captions not in ('cut', 'leave_out'):
+    raise ValueError(
+        f'text.long_captions={text.long_captions!r}: use cut or leave_out.')
+  if not 0 <= text.caption_dropout <= 1:
+    raise ValueError(
+        f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.')
+  inputs.make_tokenizer(config)
+  if text.encoder == 'precomputed':
+    if config.data.name != 'captioned_images':
+      raise ValueError(
+          f"text.encoder='precomputed' with data.name={config.data.name!r}: "
+          'only a prepared data set can have text features beside it.')
+    precomputed.require_same(
+        config.data.path, precomputed.read_info(config.data.path),
+        build.text_fingerprint(config))
+
+
+def _check_sampler(config: ConfigDict) -> None:
+  sampler = config.sampler
+  samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), sampler.threshold)
+  samplers.time_steps(sampler.num_steps, config.diffusion.num_steps)
+  if sampler.name not in samplers.SAMPLERS:
+    raise ValueError(
+        f'sampler.name={sampler.name!r}: use one of {samplers.SAMPLERS}.')
+  if not 0 <= sampler.eta <= 1:
+    raise ValueError(f'sampler.eta={sampler.eta}: must be in 0..1.')
+  if not 0 <= sampler.guidance_rescale <= 1:
+    raise ValueError(
+        f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in '
+        '0..1.')
+  low, high = sampler.guidance_interval
+  if not 0 <= low < high <= 1:
+    raise ValueError(
+        f'sampler.guidance_interval={sampler.guidance_interval}: give two '
+        'rising shares, from 0 to 1.')
+
+
+def _check_resolutions(config: ConfigDict) -> None:
+  levels = config.model.levels
+  for i, level in enumerate(levels):
+    with build.naming(f'model.levels[{i}]'):
+      spec = build.level_spec(level)
+    if not i and spec.channels[-1] % spec.num_heads:
+      raise ValueError(
+          f'model.levels[0].num_heads={spec.num_heads} does not divide the '
+          f'{spec.channels[-1]} channels of its middle.')
+    if level.temporal_dim != levels[0].temporal_dim:
+      raise ValueError(
+          f'model.levels[{i}].temporal_dim={level.temporal_dim}: it must be '
+          f'that of level 0, {levels[0].temporal_dim}.')
+    bottom, odd = divmod(level.resolution, spec.downsampling)
+    if odd:
+      raise ValueError(
+          f'model.levels[{i}].resolution={level.resolution} cannot be halved '
+          f'{len(spec.channels) - 1} times over patches of {spec.patch_size} '
+          f'px: use a multiple of {spec.downsampling}, or fewer channels.')
+    if i:
+      inner = levels[i - 1].resolution // levels[i - 1].patch_size
+      if bottom != inner:
+        raise ValueError(
+            f'model.levels[{i}].resolution={level.resolution} over '
+            f'{len(spec.channels)} channels and patches of {spec.patch_size} '
+            f'px meets {bottom} px, but level {i - 1} has {inner}: change '
+            'either.')
+
+
+def _check_stage(config: ConfigDict, i: int, stage: ConfigDict,
+                 shards: int) -> None:
+  if not 1 <= stage.num_levels <= len(config.model.levels):
+    raise ValueError(
+        f'stages[{i}].num_levels={stage.num_levels}: model.levels has '
+        f'{len(config.model.levels)}.')
+  if i and stage.num_levels < config.stages[i - 1].num_levels:
+    raise ValueError(
+        f'stages[{i}].num_levels={stage.num_levels} is fewer than the stage '
+        'before has: stages only grow.')
+  for key in ('loss_weights', 'mixed_ratio'):
+    if len(stage[key]) != stage.num_levels:
+      raise ValueError(
+          f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
+          f'of its {stage.num_levels} levels, coarse to fine.')
+  if stage.steps < 1:
+    raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
+  repeats = _num_repeats(i, stage)
+  period = stage.batch_size // stage.accumulate // repeats
+  if repeats % shards:
+    parts = f' in {stage.accumulate} parts' if stage.accumulate > 1 else ''
+    raise ValueError(
+        f'stages[{i}].batch_size={stage.batch_size}{parts}: the pattern of '
+        f'its mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is '
+        f'not whole on each of the {shards} devices that the mesh spreads a '
+        'batch over: use a multiple of '
+        f'{period * shards * stage.accumulate}.')
+
+
+def _num_repeats(i: int, stage: ConfigDict) -> int:
+  """How often a part of the batch repeats its pattern."""
+  with build.naming(f'stages[{i}].mixed_ratio'):
+    repeats = mixed_batch.num_repeats(build.batch_sizes(stage))
+  if stage.accumulate < 1 or repeats % stage.accumulate:
+    raise ValueError(
+        f'stages[{i}].accumulate={stage.accumulate} does not divide the '
+        f'{repeats} patterns of its batch: use a divisor of {repeats}.')
+  return repeats // stage.accumulate
+
+
+def parts_of_batches(config: ConfigDict) -> list[int]:
+  """Into how many parts devices can divide each batch.
+
+  Whole periods if it is mixed; what is accumulated is a batch each.
+
+  Raises:
+    ValueError: as `batch_sizes`, or `accumulate` does not divide the batch.
+  """
+  return [config.eval.batch_size,
+          *(_num_repeats(i, stage) for i, stage in enumerate(config.stages))]
