@@ -16,48 +16,14 @@ import numpy as np
 import pytest
 
 from mdm_jax import checkpoint
-from tests.test_survival import processes as pids
+from tests import toy
+from tests.toy import pids
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = '''
-from configs import common
-def get_config():
-  config = common.get_config()
-  config.model.levels = [common.level(8)]
-  config.stages = [common.stage('8', 1)]
-  config = common.smoke(config)
-  # Compiling is what takes time.
-  config.text.num_layers = 0
-  config.model.levels[0].update(
-      channels=(8,), num_blocks=(0,), attention_layers=(0,))
-  config.stages[0].update(steps=60, batch_size=8)
-  config.log_every = 1
-  config.sample_every = 60
-  config.checkpoint_every = 10
-  config.eval.update(num_prompts=8)
-  return config
-'''
-
-TWO_STAGES = '''
-from configs import common
-def get_config():
-  config = common.get_config()
-  config.model.levels = [common.level(8), common.level(16)]
-  config.stages = [common.stage('8', 1), common.stage('16', 2)]
-  config = common.smoke(config)
-  config.text.num_layers = 0
-  for level, channels in zip(config.model.levels, ((8,), (8, 8))):
-    zeros = (0,) * len(channels)
-    level.update(
-        channels=channels, num_blocks=zeros, attention_layers=zeros)
-  for stage in config.stages:
-    stage.update(steps=40, batch_size=8)
-  config.log_every = 1
-  config.sample_every = 40
-  config.checkpoint_every = 10
-  config.eval.update(num_prompts=8)
-  return config
-'''
+CONFIG = toy.recipe(
+    1, 60, log_every=1, sample_every=60, checkpoint_every=10)
+TWO_STAGES = toy.recipe(
+    2, 40, log_every=1, sample_every=40, checkpoint_every=10)
 
 # JAX's, of the process that it misses.
 MESSAGE = r'Task 2 heartbeat timeout|sending heartbeats\):\s+2'

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests import toy
+
 ROOT = pathlib.Path(__file__).parents[1]
 # In C code for minutes, as when it compiles.
 BUSY = '''
@@ -113,19 +115,8 @@ def test_closed_leaves_signals_as_they_were(start):
   assert end(process)[0] == -signal.SIGTERM
 
 
-RECIPE = '''
-from configs import common
-def get_config():
-  config = common.get_config()
-  config.model.levels = [common.level(8)]
-  config.stages = [common.stage('8', 1)]
-  config = common.smoke(config)
-  config.stages[0].update(steps=300, batch_size=8)
-  config.log_every = 1
-  config.sample_every = config.checkpoint_every = 1000
-  config.eval.update(num_prompts=8)
-  return config
-'''
+RECIPE = toy.recipe(
+    1, 300, log_every=1, sample_every=1000, checkpoint_every=1000)
 
 
 def test_a_run_stopped_anywhere_goes_on(start, tmp_path):

@@ -17,16 +17,15 @@ import time
 
 import pytest
 
-from tests.test_distributed import TWO_STAGES, digest
-from tests.test_survival import processes
+from tests import toy
+from tests.test_distributed import digest
+from tests.toy import pids
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = int(os.environ.get('SOAK_STEPS', 20_000))
-RECIPE = TWO_STAGES.replace('steps=40', f'steps={STEPS}').replace(
-    'config.log_every = 1\n', '''config.log_every = 100
-  config.data.num_workers = 1
-''').replace('checkpoint_every = 10', 'checkpoint_every = 50').replace(
-    'sample_every = 40', 'sample_every = 1000')
+RECIPE = toy.recipe(
+    2, STEPS, data__num_workers=1, log_every=100, sample_every=1000,
+    checkpoint_every=50)
 HARMS = ('kill', 'terminate', 'kill a worker', 'flip a bit')
 
 
@@ -50,10 +49,10 @@ def flip_a_bit(step, rng):
 
 def harm(how, supervisor, workdir, rng, flipped):
   """Does it, if it can be done now; whether it was."""
-  pids = processes('pgrep', '-P', str(supervisor.pid))
-  workers = pids and processes('pgrep', '-P', str(pids[0]), '-f', 'spawn_main')
+  runs = pids('pgrep', '-P', str(supervisor.pid))
+  workers = runs and pids('pgrep', '-P', str(runs[0]), '-f', 'spawn_main')
   steps = good_steps(workdir)
-  if not pids or (how == 'kill a worker' and not workers):
+  if not runs or (how == 'kill a worker' and not workers):
     return False
   if how == 'flip a bit':
     # One that it may fall back to must be left.
@@ -62,7 +61,7 @@ def harm(how, supervisor, workdir, rng, flipped):
     flip_a_bit(steps[0], rng)
     flipped.add(steps[0])
   try:
-    os.kill(workers[0] if how == 'kill a worker' else pids[0],
+    os.kill(workers[0] if how == 'kill a worker' else runs[0],
             signal.SIGTERM if how == 'terminate' else signal.SIGKILL)
   except ProcessLookupError:  # It has just ended.
     return False
@@ -96,7 +95,7 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
     done[how] += harm(how, supervisor, harmed, rng, flipped)
   print(f'harmed: {time.monotonic() - begin:.0f} s, {dict(done)}')
   assert supervisor.returncode == 0, (tmp_path / 'harmed.log').read_text()
-  assert not processes('pgrep', '-f', str(recipe))
+  assert not pids('pgrep', '-f', str(recipe))
   stops = (tmp_path / 'harmed.log').read_text().count('exit code 75')
   assert 0 < stops <= done['terminate']
   assert min(done[how] for how in HARMS) > 0

@@ -12,6 +12,9 @@ import time
 
 import pytest
 
+from tests import toy
+from tests.toy import pids
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Restores, says which step, then saves every step. Each line of its input
@@ -101,21 +104,9 @@ def test_a_disk_that_stays_full_ends_the_command(tmp_path):
   if mounted.returncode:
     pytest.skip(f'may not mount: {mounted.stderr}')
   recipe = tmp_path / 'recipe.py'
-  recipe.write_text('''
-from configs import common
-
-def get_config():
-  config = common.get_config()
-  config.model.levels = [common.level(8)]
-  config.stages = [common.stage('8', 1)]
-  config = common.smoke(config)
-  config.stages[0].update(steps=8, batch_size=8)
-  config.log_every = config.sample_every = 100
-  config.checkpoint_every = 1
-  config.save_failures = 2
-  config.eval.update(num_prompts=8, batch_size=8)
-  return config
-''')
+  recipe.write_text(toy.recipe(
+      1, 8, log_every=100, sample_every=100, checkpoint_every=1,
+      save_failures=2))
 
   try:
     with pytest.raises(OSError, match='No space'), (
@@ -138,36 +129,13 @@ def get_config():
   assert 'Traceback' not in result.stderr
 
 
-RECIPE = '''
-from configs import common
-
-def get_config():
-  config = common.get_config()
-  config.model.levels = [common.level(8)]
-  config.stages = [common.stage('8', 1)]
-  config = common.smoke(config)
-  # Compiling is what takes time.
-  config.text.num_layers = 0
-  config.model.levels[0].update(
-      channels=(8,), num_blocks=(0,), attention_layers=(0,))
-  config.stages[0].update(steps=100_000, batch_size=8)
-  config.data.num_workers = 2
-  config.log_every = 1
-  config.sample_every = config.checkpoint_every = 100_000
-  return config
-'''
-
-
-def processes(*command) -> list[int]:
-  found = subprocess.run(command, capture_output=True, text=True)
-  return [int(pid) for pid in found.stdout.split()]
-
-
 @pytest.mark.parametrize('victim', ['a worker', 'all'])
 def test_no_worker_outlives_its_run(tmp_path, victim):
   """Nor does a run outlive a worker; a broken TensorBoard harms neither."""
   recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
-  recipe.write_text(RECIPE)
+  recipe.write_text(toy.recipe(
+      1, 100_000, data__num_workers=2, log_every=1, sample_every=100_000,
+      checkpoint_every=100_000))
   workdir.mkdir()
   (workdir / 'tensorboard').write_text('no directory')
   lines = workdir / 'metrics.jsonl'
@@ -178,8 +146,8 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
   while not (lines.exists() and '"step": 20,' in lines.read_text()):
     assert run.poll() is None, (tmp_path / 'log').read_text()
     time.sleep(0.05)
-  children = processes('pgrep', '-P', str(run.pid))
-  workers = processes('pgrep', '-P', str(run.pid), '-f', 'spawn_main')
+  children = pids('pgrep', '-P', str(run.pid))
+  workers = pids('pgrep', '-P', str(run.pid), '-f', 'spawn_main')
   assert len(workers) == 2
   os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
   code = run.wait(60)
@@ -189,7 +157,7 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
     assert 'error: Worker process was terminated' in text
     assert 'Traceback' not in text
   end = time.monotonic() + 10
-  while processes('ps', '-o', 'pid=', '-p', ','.join(map(str, children))):
+  while pids('ps', '-o', 'pid=', '-p', ','.join(map(str, children))):
     assert time.monotonic() < end
     time.sleep(0.1)
   assert 'TensorBoard cannot be written' in text

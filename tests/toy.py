@@ -1,0 +1,40 @@
+"""Runs of the real command on recipes that compile fast."""
+
+import subprocess
+
+
+def recipe(num_stages: int, steps: int, **changes) -> str:
+  """The text of a recipe of one or two stages, of 8 and 8+16 px.
+
+  Args:
+    num_stages: 1 or 2.
+    steps: of each.
+    changes: values of keys; a dot in a key is two underscores.
+  """
+  changes = {key.replace('__', '.'): value for key, value in changes.items()}
+  return f'''
+from configs import common
+
+def get_config():
+  config = common.get_config()
+  config.model.levels = [common.level(8), common.level(16)][:{num_stages}]
+  config.stages = [common.stage('8', 1), common.stage('16', 2)][:{num_stages}]
+  config = common.smoke(config)
+  # Compiling is what takes time.
+  config.text.num_layers = 0
+  for level, channels in zip(config.model.levels, ((8,), (8, 8))):
+    zeros = (0,) * len(channels)
+    level.update(
+        channels=channels, num_blocks=zeros, attention_layers=zeros)
+  for stage in config.stages:
+    stage.update(steps={steps}, batch_size=8)
+  config.eval.num_prompts = 8
+  config.update_from_flattened_dict({changes!r})
+  return config
+'''
+
+
+def pids(*command: str) -> list[int]:
+  """What a command such as pgrep prints."""
+  found = subprocess.run(command, capture_output=True, text=True)
+  return [int(pid) for pid in found.stdout.split()]
