@@ -141,7 +141,13 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, *inputs: Features) -> list[Features]:
-    """Normalises features of one size as if they were concatenated."""
+    """Normalises features of one size as if they were concatenated.
+
+    Returns:
+      What is to be concatenated: of pixels it is already, of patches not.
+    """
+    if inputs[0].pixels == 1:
+      inputs = [Features(jnp.concatenate([x.x for x in inputs], axis=-1))]
     channels = [x.channels for x in inputs]
     total = sum(channels)
     scale = self.param('scale', nn.initializers.ones_init(), (total,))
@@ -152,6 +158,11 @@ class GroupNorm(nn.Module):
       for features in inputs:
         # Not kept: XLA computes it on the way into the sum.
         x = features.x.astype(jnp.float32) ** power
+        if features.pixels == 1:
+          # XLA sums this up in one order, wherever it stands: a level alone
+          # has the numbers that it has inside of another.
+          x = x.reshape(*x.shape[:3], self.num_groups, -1)
+          return x.mean(axis=(1, 2, 4))
         x = x.mean(axis=(1, 2)).reshape(len(x), features.pixels, -1)
         means.append(x.mean(axis=1))
       means = jnp.concatenate(means, axis=-1)
