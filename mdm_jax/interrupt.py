@@ -110,10 +110,15 @@ class Interrupt:
     if leaving:
       threading.Event().wait()
 
-  def let_go(self) -> None:
-    """From now on a signal ends the process, also one that has come."""
+  def let_go(self, asked: bool = False) -> None:
+    """From now on a signal ends the process, also one that has come.
+
+    Args:
+      asked: as if one had come.
+    """
     with self._lock:
       self._held = False
+      self.requested |= asked
       requested = self.requested
     if requested:
       self._leave()
@@ -129,6 +134,8 @@ class Interrupt:
       thread.join()
     os.close(self._writer)
     os.close(self._reader)
+    if self.requested and not self._held:
+      threading.Event().wait()  # Another thread is about to leave.
 
   def _watch(self) -> None:
     signalled = False
@@ -154,6 +161,7 @@ class Interrupt:
         self._peers.ask_to_stop()
         told = True
       if self._peers.are_leaving():
+        self.requested = True
         self._leave()
       if not self.requested and self._peers.are_asked_to_stop():
         os.write(self._writer, _PEER)

@@ -85,8 +85,7 @@ def main(argv: list[str]) -> None:
             replicas.ReplicasDiffer) as error:
       processes.end(f'error: {error}')
   interrupt.ignore_signals()
-  if not finished:
-    processes.end(interrupt.EXIT_CODE)
+  processes.end(0 if finished else interrupt.EXIT_CODE)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

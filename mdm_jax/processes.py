@@ -198,6 +198,8 @@ class Peers:
   def __init__(self):
     """Needs `jax.distributed.initialize`."""
     self._client = ocp.multihost.get_jax_distributed_client()
+    # Not asked for later, when JAX may be about to end.
+    self._index, self._count = jax.process_index(), jax.process_count()
 
   def ask_to_stop(self) -> None:
     """Tells all that this one was asked to stop."""
@@ -219,15 +221,15 @@ class Peers:
     """Waits some seconds until all have nothing left to do."""
     self._tell(_GONE)
     end = time.monotonic() + _PATIENCE
-    while (self._words().count(_GONE) < jax.process_count()
+    while (self._words().count(_GONE) < self._count
            and time.monotonic() < end):
       time.sleep(_POLL)
-    if jax.process_index() == 0:
+    if self._index == 0:
       # The end of the coordinator is a crash to those who are still there.
       time.sleep(2 * _POLL)
 
   def _tell(self, word: str) -> None:
-    key = f'{_KEY}/{jax.process_index()}'
+    key = f'{_KEY}/{self._index}'
     self._call(
         lambda: self._client.key_value_set(key, word, allow_overwrite=True))
 

@@ -9,7 +9,6 @@ import time
 
 from absl import logging
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
@@ -133,7 +132,7 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh,
       with times.time('evaluate'):
         values = trained.evaluate(config, workdir, mesh, frozen)
         # Some may be told to stop while others are at the end already.
-        multihost_utils.sync_global_devices('evaluated')
+        stop.let_go(processes.any_of(stop.requested))
       writer.scalars(config.stages[-1].steps, values,
                      stage=config.stages[-1].name)
     times.flush()
