@@ -29,8 +29,8 @@ _REMIND = 30.0  # seconds between two lines about who is missing
 _RETRY = 0.5    # seconds between two tries to reach process 0
 _GRACE = 10.0   # seconds for an answer to arrive
 # What a process tells the others: it was asked to stop; it is on its way out,
-# and no step can be taken with it; nothing is left for it to do.
-_STOP, _LEAVING, _GONE = 'stop', 'leaving', 'gone'
+# and no step can be taken with it; it has left; it is done, as all agreed.
+_STOP, _LEAVING, _GONE, _DONE = 'stop', 'leaving', 'gone', 'done'
 _KEY = 'mdm_jax/word'
 _POLL = 0.2      # seconds between two looks at the words of others
 _ANSWER = 1.0    # seconds in which the coordinator answers, or hangs
@@ -217,12 +217,17 @@ class Peers:
     """Whether any has told so."""
     return not {_LEAVING, _GONE}.isdisjoint(self._words())
 
-  def leave_together(self) -> None:
-    """Waits some seconds until all have nothing left to do."""
-    self._tell(_GONE)
+  def leave_together(self, done: bool = False) -> None:
+    """Waits some seconds until all have nothing left to do.
+
+    Args:
+      done: it leaves because all do, and none need hurry.
+    """
+    self._tell(_DONE if done else _GONE)
     end = time.monotonic() + _PATIENCE
-    while (self._words().count(_GONE) < self._count
-           and time.monotonic() < end):
+    while time.monotonic() < end:
+      if sum(word in (_GONE, _DONE) for word in self._words()) == self._count:
+        break
       time.sleep(_POLL)
     if self._index == 0:
       # The end of the coordinator is a crash to those who are still there.
@@ -262,8 +267,10 @@ def end(code: int | str) -> None:
     code = 1
   # JAX would wait, minutes, for processes that cannot come any more.
   peers = Peers()
-  peers.begin_to_leave()
-  peers.leave_together()
+  agreed = code in (0, interrupt.EXIT_CODE)
+  if not agreed:
+    peers.begin_to_leave()
+  peers.leave_together(done=agreed)
   interrupt.leave(code)
 
 
