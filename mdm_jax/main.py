@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     mesh, frozen = train.setup(config, workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-  with processes.ending_together():
+  with processes.ending_together(_HEARTBEAT.value):
     try:
       finished = train.train(config, workdir, mesh, frozen, _BEGAN)
     except (checkpoint.CheckpointError, guard.Diverged, DataError,

@@ -29,12 +29,15 @@ _REMIND = 30.0  # seconds between two lines about who is missing
 _RETRY = 0.5    # seconds between two tries to reach process 0
 _GRACE = 10.0   # seconds for an answer to arrive
 # What a process tells the others: it was asked to stop; it is on its way out,
-# and no step can be taken with it; it has left; it is done, as all agreed.
-_STOP, _LEAVING, _GONE, _DONE = 'stop', 'leaving', 'gone', 'done'
+# and no step can be taken with it; it has nothing left to do; nor have any, as
+# all agreed; it ends in this moment.
+_STOP, _LEAVING, _READY, _DONE, _GONE = (
+    'stop', 'leaving', 'ready', 'done', 'gone')
 _KEY = 'mdm_jax/word'
 _POLL = 0.2      # seconds between two looks at the words of others
 _ANSWER = 1.0    # seconds in which the coordinator answers, or hangs
 _PATIENCE = 8.0  # seconds to wait for others that leave too
+_FAREWELL = 1.0  # seconds within which a process ends that says so
 
 
 def join(coordinator: str | None, num_processes: int | None,
@@ -215,7 +218,7 @@ class Peers:
 
   def are_leaving(self) -> bool:
     """Whether any has told so."""
-    return not {_LEAVING, _GONE}.isdisjoint(self._words())
+    return not {_LEAVING, _READY}.isdisjoint(self._words())
 
   def leave_together(self, done: bool = False) -> None:
     """Waits some seconds until all have nothing left to do.
@@ -223,15 +226,21 @@ class Peers:
     Args:
       done: it leaves because all do, and none need hurry.
     """
-    self._tell(_DONE if done else _GONE)
     end = time.monotonic() + _PATIENCE
-    while time.monotonic() < end:
-      if sum(word in (_GONE, _DONE) for word in self._words()) == self._count:
-        break
-      time.sleep(_POLL)
+    self._tell(_DONE if done else _READY)
+    self._wait_for({_READY, _DONE, _GONE}, end)
+    self._tell(_GONE)
     if self._index == 0:
       # The end of the coordinator is a crash to those who are still there.
-      time.sleep(2 * _POLL)
+      self._wait_for({_GONE}, end)
+      time.sleep(_FAREWELL)
+
+  def _wait_for(self, words: set[str], end: float) -> None:
+    """Until all have told one of these, or a time of `time.monotonic`."""
+    while time.monotonic() < end:
+      if sum(word in words for word in self._words()) == self._count:
+        break
+      time.sleep(_POLL)
 
   def _tell(self, word: str) -> None:
     key = f'{_KEY}/{self._index}'
@@ -275,11 +284,14 @@ def end(code: int | str) -> None:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def ending_together(heartbeat: float) -> Iterator[None]:
   """Makes an error in one of several processes end them all.
 
   Otherwise the others would wait for its part of their next step, and it, on
   its way out, for them. They stop as by a signal.
+
+  Args:
+    heartbeat: seconds after which JAX names a process that has died.
   """
   try:
     yield
@@ -287,4 +299,9 @@ def ending_together() -> Iterator[None]:
     error = sys.exception()
     if error and jax.process_count() > 1:
       traceback.print_exception(error)
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        # Most often another has died, and the step came to know it first.
+        logging.error('Waiting up to %g s for JAX to say whether another '
+                      'process has died.', heartbeat + _GRACE)
+        time.sleep(heartbeat + _GRACE)
       end(1)
