@@ -80,7 +80,8 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
   if path.exists():
     values = json.loads(path.read_text())
   else:
-    values = _evaluate(config, workdir, mesh, frozen)
+    index, params = restore_average(config, workdir, mesh)
+    values = measure(config, index, params | frozen, mesh)
     if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
       # At once, as the process may be stopped here.
@@ -93,10 +94,16 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
   return values
 
 
-def _evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
-              frozen: Params) -> dict[str, float]:
-  index, params = restore_average(config, workdir, mesh)
-  params |= frozen
+def measure(config: ConfigDict, index: int, params: Params,
+            mesh: Mesh) -> dict[str, float]:
+  """Held-out loss of each level and prompt accuracy, see `evaluate`.
+
+  Args:
+    config: of the run.
+    index: of the stage.
+    params: all that the stage's network needs, on the mesh.
+    mesh: the devices.
+  """
   stage = config.stages[index]
   model = build.make_model(config, stage)
 
