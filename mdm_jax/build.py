@@ -266,13 +266,12 @@ def make_train_step(config: ConfigDict, stage: ConfigDict,
       seed=seed, accumulate=stage.accumulate)
 
 
-def make_sample_step(config: ConfigDict, stage: ConfigDict,
-                     mesh: Mesh) -> Callable:
-  """What draws with the stage's network, see `draw.make_sample_step`."""
-  return draw.make_sample_step(
+def make_painter(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
+                 guide: Matryoshka | None = None) -> draw.Painter:
+  """What draws with the stage's network, see `draw.Painter`."""
+  return draw.Painter(
       make_model(config, stage), make_noise_schedule(config, stage),
-      make_sampler(config), mesh,
-      parameterization=config.diffusion.parameterization)
+      make_sampler(config), mesh, config.diffusion.parameterization, guide)
 
 
 def batch_shapes(config: ConfigDict, stage: ConfigDict,

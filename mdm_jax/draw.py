@@ -1,8 +1,8 @@
 """From prompts to pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -10,7 +10,10 @@ import numpy as np
 
 from mdm_jax import sharding
 from mdm_jax.diffusion import guidance, pyramid, samplers
+from mdm_jax.diffusion.process import DenoiseFn
+from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
+from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.matryoshka import Matryoshka
 
 # (params, text [N, ...], seeds [N]) -> uint8 [N, H_r, H_r, 3], coarse to
@@ -30,87 +33,152 @@ class SamplerSpec:
   threshold: str
 
 
-def make_sample_step(
-    model: Matryoshka, schedule: Schedule, spec: SamplerSpec, mesh: Mesh, *,
-    parameterization: str,
-) -> Callable[..., tuple[jax.Array, ...]]:
-  """Sampling of one batch, pure and not yet jitted.
+class Request(NamedTuple):
+  """What is drawn, made ready for many steps, of B pictures.
 
-  Args:
+  Attributes:
+    cond: of the text.
+    away: what guidance leads away from: of the negative text; of the text
+      itself, for a guide.
+    keys: [B] random keys.
+  """
+  cond: Cond
+  away: Cond
+  keys: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Painter:
+  """Pure functions that draw with a network, not yet jitted.
+
+  An image's noise depends on its own seed alone, not on its batch.
+
+  Attributes:
     model: the network.
     schedule: its noise schedule.
     spec: the sampler.
     mesh: the devices, among which images and their rows are divided.
     parameterization: what the network predicts.
-
-  Returns:
-    (params, text [B, ...], negative [B, ...], seeds [B]) -> uint8 images,
-    coarse to fine. Guidance leads away from `negative`, which is the empty
-    caption in training. An image's noise depends on its own seed alone, not
-    on its batch.
+    guide: a worse network, of the same resolutions, that guidance leads away
+      from instead of from the negative text. `params['guide']` are its
+      parameters.
   """
-  # Nothing is asked at each step where all are guided.
-  low, high = spec.guidance_interval
-  interval = None if (low, high) == (0, 1) else (
-      low * schedule.num_steps, high * schedule.num_steps)
+  model: Matryoshka
+  schedule: Schedule
+  spec: SamplerSpec
+  mesh: Mesh
+  parameterization: str
+  guide: Matryoshka | None = None
 
-  def sample_step(params, text, negative, seeds):
-    denoise_fn = guidance.guided_denoise_fn(
-        lambda x_t, t, cond: model.denoise(params, x_t, t, cond),
-        model.encode(params, text), model.encode(params, negative),
-        spec.guidance, spec.guidance_rescale, interval)
-    keys = jax.vmap(jax.random.key)(seeds)
+  def prepare(self, params, text, negative, seeds) -> Request:
+    """What does not change from step to step.
 
+    Args:
+      params: the network's.
+      text: [B, ...] what the text encoder reads.
+      negative: [B, ...] the same, see `Request`; the empty caption is what
+        training knows.
+      seeds: [B] uint32.
+    """
+    def encode(model, params, text):
+      return model.prepare(params, model.encode(params, text))
+    return Request(
+        encode(self.model, params, text),
+        encode(self.guide, params['guide'], text) if self.guide else
+        encode(self.model, params, negative),
+        jax.vmap(jax.random.key)(seeds))
+
+  def start(self, request: Request) -> Pyramid:
+    """Noise to start from: the same for any number of steps."""
+    return self._noise(request, self.schedule.num_steps)
+
+  def step(self, params, request: Request, state: tuple[Pyramid, Pyramid],
+           step: tuple[jax.Array, ...],
+           w: jax.Array) -> tuple[Pyramid, Pyramid]:
+    """One step of all pictures.
+
+    Args:
+      params: as given to `prepare`.
+      request: from there.
+      state: x_t and the last step's x0, anything of its shape at first.
+      step: one of those of `samplers.steps`.
+      w: the guidance weight, instead of the sampler's.
+
+    Returns:
+      x_s and x0.
+    """
+    x_t, x0 = state
+    index, r, t, s = step
+    spec = self.spec
+    needs_noise = samplers.draws_noise(spec.name, spec.eta)
+    return samplers.sample_step(
+        self._denoise_fn(params, request, w), x_t, self.schedule, t, s,
+        self._noise(request, index) if needs_noise else None, (r, x0),
+        sampler=spec.name, eta=spec.eta, threshold=spec.threshold,
+        parameterization=self.parameterization)
+
+  def sample(self, params, text, negative, seeds) -> tuple[jax.Array, ...]:
+    """All steps in one loop: uint8 images, coarse to fine.
+
+    The arguments are those of `prepare`.
+    """
+    request, spec = self.prepare(params, text, negative, seeds), self.spec
+    images = samplers.sample(
+        self._denoise_fn(params, request, spec.guidance), self.start(request),
+        self.schedule, request.keys[0], num_steps=spec.num_steps,
+        sampler=spec.name, eta=spec.eta, threshold=spec.threshold,
+        parameterization=self.parameterization,
+        noise_fn=lambda index: self._noise(request, index))
+    return tuple(map(pyramid.to_uint8, images))
+
+  def _denoise_fn(self, params, request: Request,
+                  w: float | jax.Array) -> DenoiseFn:
+    spec, total = self.spec, self.schedule.num_steps
+    low, high = spec.guidance_interval
+    # Nothing is asked at each step where all are guided.
+    interval = None if (low, high) == (0, 1) else (low * total, high * total)
+    def denoise(x_t, t, cond):
+      return self.model.denoise(params, x_t, t, cond)
+    if self.guide is None:
+      return guidance.guided_denoise_fn(
+          denoise, request.cond, request.away, w, spec.guidance_rescale,
+          interval)
+    return guidance.autoguided_denoise_fn(
+        lambda x_t, t: denoise(x_t, t, request.cond),
+        lambda x_t, t: self.guide.denoise(
+            params['guide'], x_t, t, request.away),
+        w, spec.guidance_rescale, interval)
+
+  def _noise(self, request: Request, index: int | jax.Array) -> Pyramid:
     @jax.vmap
     def noise_of(key):
-      one = samplers.start_noise(key, model.resolutions, 1)
+      one = samplers.start_noise(
+          jax.random.fold_in(key, index), self.model.resolutions, 1)
       return tuple(level[0] for level in one)
-
-    def noise_fn(index):
-      noise = noise_of(jax.vmap(jax.random.fold_in, (0, None))(keys, index))
-      # Nothing else in the program says where rows lie.
-      return jax.lax.with_sharding_constraint(
-          noise, sharding.batch_sharding(mesh, 4))
-
-    images = samplers.sample(
-        denoise_fn, noise_fn(spec.num_steps), schedule, keys[0],
-        num_steps=spec.num_steps, sampler=spec.name, eta=spec.eta,
-        parameterization=parameterization, threshold=spec.threshold,
-        noise_fn=noise_fn)
-    return tuple(pyramid.to_uint8(level) for level in images)
-  return sample_step
+    # Nothing else in the program says where rows lie.
+    return jax.lax.with_sharding_constraint(
+        noise_of(request.keys), sharding.batch_sharding(self.mesh, 4))
 
 
-def jit_sample_step(sample_step: Callable, mesh: Mesh,
-                    param_shardings: Any) -> Callable:
-  """Spreads a sample step's batch over the mesh; every device has the images.
-  """
+def jit_sample(painter: Painter, param_shardings: Any) -> Callable:
+  """`Painter.sample`, its batch spread over the mesh; all have the images."""
   # Those of a batch, whatever its rank.
-  batch = sharding.batch_sharding(mesh, 1)
+  batch = sharding.batch_sharding(painter.mesh, 1)
   return jax.jit(
-      sample_step, in_shardings=(param_shardings, batch, batch, batch),
-      out_shardings=sharding.replicated(mesh),
-      compiler_options=sharding.compiler_options(mesh))
+      painter.sample, in_shardings=(param_shardings, batch, batch, batch),
+      out_shardings=sharding.replicated(painter.mesh),
+      compiler_options=sharding.compiler_options(painter.mesh))
 
 
-def make_draw(
-    sample_step: Callable, negative: np.ndarray, batch_size: int, mesh: Mesh,
+def make_draw_batches(
+    painter: Painter, negative: np.ndarray, batch_size: int,
     param_shardings: Any,
-) -> DrawFn:
-  """Jits a sample step for batches of one size, spread over the mesh.
-
-  Args:
-    sample_step: as `make_sample_step` makes it.
-    negative: what guidance leads away from: one text.
-    batch_size: pictures drawn at once; the last batch is filled up.
-    mesh: the devices.
-    param_shardings: where the parameters lie.
-  """
-  jitted = jit_sample_step(sample_step, mesh, param_shardings)
+) -> Callable[..., Iterator[tuple[np.ndarray, ...]]]:
+  """Like `make_draw`, but what it makes gives each batch as it is drawn."""
+  jitted = jit_sample(painter, param_shardings)
   local = batch_size // jax.process_count()
 
-  def draw(params, text, seeds):
-    drawn = []
+  def draw_batches(params, text, seeds):
     for start in range(0, len(text), batch_size):
       first = start + jax.process_index() * local
       rows = np.arange(first, first + local) % len(text)
@@ -118,10 +186,64 @@ def make_draw(
           'text': text[rows],
           'negative': np.broadcast_to(
               negative, (local, *negative.shape)).astype(text.dtype),
-          'seeds': np.asarray(seeds, np.uint32)[rows]}, mesh)
+          'seeds': np.asarray(seeds, np.uint32)[rows]}, painter.mesh)
       images = jitted(
           params, inputs['text'], inputs['negative'], inputs['seeds'])
       kept = len(text) - start
-      drawn.append([np.asarray(level)[:kept] for level in images])
-    return tuple(np.concatenate(level) for level in zip(*drawn))
+      yield tuple(np.asarray(level)[:kept] for level in images)
+  return draw_batches
+
+
+def make_draw(painter: Painter, negative: np.ndarray, batch_size: int,
+              param_shardings: Any) -> DrawFn:
+  """Jits a painter for batches of one size, spread over its mesh.
+
+  Args:
+    painter: draws.
+    negative: what guidance leads away from: one text.
+    batch_size: pictures drawn at once; the last batch is filled up.
+    param_shardings: where the parameters lie.
+  """
+  draw_batches = make_draw_batches(
+      painter, negative, batch_size, param_shardings)
+  def draw(params, text, seeds):
+    return tuple(
+        map(np.concatenate, zip(*draw_batches(params, text, seeds))))
   return draw
+
+
+def make_draw_steps(
+    painter: Painter, param_shardings: Any,
+) -> Callable[..., Iterator[tuple[jax.Array, ...]]]:
+  """Jits a painter for single steps, to look on while it draws.
+
+  Returns:
+    (params, text [B, ...], negative [B, ...], seeds [B], num_steps, w) -> an
+    iterator over the steps: uint8 images, coarse to fine, that the network
+    expects at the end; the last are the pictures. Those of `make_draw`, but
+    for rounding. Other steps and weights compile nothing new.
+  """
+  batch = sharding.batch_sharding(painter.mesh, 1)
+  options = sharding.compiler_options(painter.mesh)
+  prepare = jax.jit(
+      painter.prepare, in_shardings=(param_shardings, batch, batch, batch),
+      compiler_options=options)
+  start = jax.jit(painter.start, compiler_options=options)
+  step = jax.jit(painter.step, donate_argnums=2, compiler_options=options)
+  to_uint8 = jax.jit(
+      lambda images: tuple(map(pyramid.to_uint8, images)),
+      out_shardings=sharding.replicated(painter.mesh))
+
+  def draw_steps(params, text, negative, seeds, num_steps, w):
+    inputs = sharding.shard_batch({
+        'text': text, 'negative': negative,
+        'seeds': np.asarray(seeds, np.uint32)}, painter.mesh)
+    request = prepare(
+        params, inputs['text'], inputs['negative'], inputs['seeds'])
+    # Two buffers, as both are given away.
+    state = start(request), start(request)
+    steps = list(zip(*samplers.steps(num_steps, painter.schedule.num_steps)))
+    for one in steps:
+      x_t, x0 = state = step(params, request, state, one, np.float32(w))
+      yield to_uint8(x_t if one is steps[-1] else x0)
+  return draw_steps

@@ -56,12 +56,11 @@ def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,
     params: what it will be called with, or parameters of the same shardings.
     negative: a text that guidance leads away from; None for the empty one.
   """
-  stage = config.stages[index]
-  sample_step = build.make_sample_step(config, stage, mesh)
   if negative is None:
     negative = inputs.empty_text(config)
-  return draw.make_draw(sample_step, negative, config.eval.batch_size, mesh,
-                        jax.tree.map(lambda x: x.sharding, params))
+  return draw.make_draw(
+      build.make_painter(config, config.stages[index], mesh), negative,
+      config.eval.batch_size, jax.tree.map(lambda x: x.sharding, params))
 
 
 def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,

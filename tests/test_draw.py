@@ -23,17 +23,14 @@ def config(make_config):
 
 @pytest.fixture(scope='module')
 def made(config, random_params):
-  """mesh -> the sample step of an untrained network, and its parameters."""
+  """mesh -> what draws with an untrained network, and its parameters."""
   def make(mesh):
     stage = config.stages[1]
     model = build.make_model(config, stage)
-    sample_step = draw.make_sample_step(
-        model, build.make_noise_schedule(config, stage),
-        build.make_sampler(config), mesh,
-        parameterization=config.diffusion.parameterization)
+    painter = build.make_painter(config, stage, mesh)
     params = random_params(model, config.text.max_length)
     shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-    return sample_step, sharding.place(params, shardings), shardings
+    return painter, sharding.place(params, shardings), shardings
   return make
 
 
@@ -41,12 +38,12 @@ def made(config, random_params):
 def draw_fn(config, made):
   """(prompts, seeds) -> images, 8 at once."""
   mesh = sharding.make_mesh(config.mesh)
-  sample_step, params, shardings = made(mesh)
+  painter, params, shardings = made(mesh)
 
   @functools.cache
   def make(negative):
     (text,) = inputs.encode_prompts(config, [negative or ''])
-    return draw.make_draw(sample_step, text, 8, mesh, shardings)
+    return draw.make_draw(painter, text, 8, shardings)
   return lambda prompts, seeds, negative=None: make(negative)(
       params, inputs.encode_prompts(config, prompts), seeds)
 
@@ -98,9 +95,9 @@ def test_devices_draw_a_picture_together(config, made, drawn):
   for spatial in (1, 8):
     mesh = sharding.make_mesh(
         {'data': 1, 'fsdp': 1, 'spatial': spatial}, jax.devices()[:spatial])
-    sample_step, params, _ = made(mesh)
+    painter, params, _ = made(mesh)
     compiled = jax.jit(
-        sample_step, out_shardings=sharding.replicated(mesh)
+        painter.sample, out_shardings=sharding.replicated(mesh)
     ).lower(params, text, negative, seeds).compile()
     flops.append(compiled.cost_analysis()['flops'])
     for level, expected in zip(
@@ -115,11 +112,12 @@ def test_devices_draw_a_picture_together(config, made, drawn):
 def test_no_picture_changes_its_device(config, made):
   """Guidance pairs what it compares; only the result is gathered."""
   mesh = sharding.make_mesh(config.mesh)
-  sample_step, params, _ = made(mesh)
+  painter, params, _ = made(mesh)
   batch = sharding.shard_batch({
       'text': inputs.encode_prompts(config, PROMPTS[:8]),
       'seeds': np.arange(8, dtype=np.uint32)}, mesh)
-  text = jax.jit(sample_step, out_shardings=sharding.replicated(mesh)).lower(
+  text = jax.jit(
+      painter.sample, out_shardings=sharding.replicated(mesh)).lower(
       params, batch['text'], batch['text'], batch['seeds']
   ).compile().as_text()
   assert set(re.findall(

@@ -1,6 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+"""Guidance: away from what is predicted without the text, or by a worse model.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,11 +19,12 @@ def guided_denoise_fn(
   rescale: float = 0.0,
   interval: tuple[float, float] | None = None,
 ) -> DenoiseFn:
-  """Guides the network's output by `w` at every level.
+  """Guides the network's output by `w` at every level, free of a classifier.
 
-  `uncond + w (cond - uncond)`, which is eq. 6 of the paper with its weight
-  being w - 1. Both come from one forward on a batch of 2B, in which they are
-  neighbours, so that they stay on the device of their example.
+  `uncond + w (cond - uncond)`, which is eq. 6 of Ho & Salimans, arXiv
+  2207.12598, with its weight being w - 1. Both come from one forward on a
+  batch of 2B, in which they are neighbours, so that they stay on the device of
+  their example.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B], conditioning) to predictions.
@@ -40,39 +42,85 @@ def guided_denoise_fn(
   Returns:
     A function (x_t pyramid, t [B]) -> predictions.
   """
-  if isinstance(w, int | float) and w == 1:
-    return lambda x_t, t: denoise_fn(x_t, t, cond)
+  def plain(x_t, t):
+    return denoise_fn(x_t, t, cond)
 
-  def guided(x_t, t):
-    def join(first, second):
-      pairs = jnp.stack([first, second], axis=1)
-      return pairs.reshape(-1, *first.shape[1:])
+  def join(first, second):
+    pairs = jnp.stack([first, second], axis=1)
+    return pairs.reshape(-1, *first.shape[1:])
 
-    def split(both):
-      pairs = both.reshape(-1, 2, *both.shape[1:])
-      return pairs[:, 0], pairs[:, 1]
+  def split(both):
+    pairs = both.reshape(-1, 2, *both.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
 
-    both = denoise_fn(
-      jax.tree.map(join, x_t, x_t),
-      join(t, t),
-      jax.tree.map(join, uncond, cond),
-    )
-    return tuple(combine(*split(prediction)) for prediction in both)
+  if _is_one(w):
+    return plain
+  both_conds = jax.tree.map(join, uncond, cond)
 
-  def combine(without, given):
-    output = without + w * (given - without)
+  def pairs(x_t, t):
+    both = denoise_fn(jax.tree.map(join, x_t, x_t), join(t, t), both_conds)
+    return map(split, both)
+
+  return _guided(plain, pairs, w, rescale, interval)
+
+
+def autoguided_denoise_fn(
+  denoise_fn: DenoiseFn,
+  guide_fn: DenoiseFn,
+  w: float | jax.Array,
+  rescale: float = 0.0,
+  interval: tuple[float, float] | None = None,
+) -> DenoiseFn:
+  """Guides the network's output away from that of a worse one.
+
+  `guide + w (output - guide)` (Karras et al., arXiv 2406.02507, eq. 4). The
+  guide is a smaller network, or one trained for shorter, with the same
+  conditioning.
+
+  Args:
+    denoise_fn: maps (x_t pyramid, t [B]) to predictions.
+    guide_fn: the same by the worse network.
+    w: as of `guided_denoise_fn`, and so are the others.
+    rescale: see there.
+    interval: see there.
+  """
+  if _is_one(w):
+    return denoise_fn
+
+  def pairs(x_t, t):
+    return zip(guide_fn(x_t, t), denoise_fn(x_t, t), strict=True)
+
+  return _guided(denoise_fn, pairs, w, rescale, interval)
+
+
+def _is_one(w: float | jax.Array) -> bool:
+  return isinstance(w, int | float) and w == 1
+
+
+def _guided(
+  plain: DenoiseFn,
+  pairs: Callable[[Pyramid, jax.Array], Iterable[tuple[jax.Array, jax.Array]]],
+  w: float | jax.Array,
+  rescale: float,
+  interval: tuple[float, float] | None,
+) -> DenoiseFn:
+  """`pairs` gives, of each level, what leads away and what leads on."""
+  def combine(away, on):
+    output = away + w * (on - away)
     if not rescale:
       return output
     axes = tuple(range(1, output.ndim))
-    ratio = given.std(axes, keepdims=True) / output.std(axes, keepdims=True)
+    ratio = on.std(axes, keepdims=True) / output.std(axes, keepdims=True)
     return output * (1 + rescale * (ratio - 1))
+
+  def guided(x_t, t):
+    return tuple(combine(*pair) for pair in pairs(x_t, t))
 
   if interval is None:
     return guided
 
   def guided_within(x_t, t):
     is_guided = (interval[0] <= t[0]) & (t[0] <= interval[1])
-    return jax.lax.cond(
-      is_guided, guided, lambda x_t, t: denoise_fn(x_t, t, cond), x_t, t)
+    return jax.lax.cond(is_guided, guided, plain, x_t, t)
 
   return guided_within

@@ -16,9 +16,12 @@ from mdm_jax.diffusion.process import DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
 
-# Those that draw fresh noise at every step; DDIM does if eta says so.
-STOCHASTIC = ('ddpm', 'dpm_sde')
-SAMPLERS = ('ddim', 'heun', 'dpm', *STOCHASTIC)
+SAMPLERS = ('ddim', 'heun', 'dpm', 'ddpm', 'dpm_sde')
+
+
+def draws_noise(sampler: str, eta: float) -> bool:
+  """Whether a sampler draws fresh noise at every step."""
+  return sampler in ('ddpm', 'dpm_sde') or (sampler == 'ddim' and eta > 0)
 
 
 def start_noise(
@@ -239,6 +242,23 @@ def sample_step(
   return x_s, x0
 
 
+def steps(num_steps: int, total_steps: int) -> tuple[np.ndarray, ...]:
+  """What there is to know of each step.
+
+  Args:
+    num_steps: see `time_steps`.
+    total_steps: T of the schedule.
+
+  Returns:
+    The step's index, counted from 0 at the noisiest, and the noising steps r,
+    t and s, int [num_steps] each. There is no step before the first: there r
+    is t.
+  """
+  times = time_steps(num_steps, total_steps)
+  return (np.arange(num_steps), np.append(times[0], times[:-2]), times[:-1],
+          times[1:])
+
+
 def sample(
   denoise_fn: DenoiseFn,
   x_t: Pyramid,
@@ -280,7 +300,8 @@ def sample(
   if noise_fn is None:
     def noise_fn(index):
       return process.draw_noise(jax.random.fold_in(rng, index), x_t)
-  needs_noise = sampler in STOCHASTIC or (sampler == 'ddim' and eta > 0)
+
+  needs_noise = draws_noise(sampler, eta)
 
   def advance(state, step):
     x, x0 = state
@@ -292,10 +313,7 @@ def sample(
       threshold=threshold,
     ), None
 
-  times = time_steps(num_steps, schedule.num_steps)
-  # There is no step before the first: extrapolation is told by r = t.
-  steps = (np.arange(num_steps), np.append(times[0], times[:-2]), times[:-1],
-           times[1:])
   x_t = tuple(x_t)
-  (images, _), _ = jax.lax.scan(advance, (x_t, x_t), steps)
+  (images, _), _ = jax.lax.scan(
+    advance, (x_t, x_t), steps(num_steps, schedule.num_steps))
   return tuple(jnp.clip(level, -1, 1) for level in images)

@@ -23,10 +23,13 @@ class Cond(NamedTuple):
     text_mask: [B, L] bool, True for tokens.
     scale: [B] float32, the original images' shorter side in pixels; None for
       each level's default (its own resolution's constant).
+    context: what the network makes of the text alone, see
+      `Matryoshka.prepare`; None: it does so at every call.
   """
   text: jax.Array
   text_mask: jax.Array
   scale: jax.Array | None = None
+  context: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)

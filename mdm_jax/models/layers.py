@@ -4,9 +4,10 @@ Parameters, normalisation statistics and softmax are float32; matrix products
 and activations are in `dtype`. 1x1 convolutions are written as `nn.Dense`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -100,6 +101,22 @@ class Conv3x3(nn.Module):
         x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     out = Features(out, patch)
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
+
+
+def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
+  """What depends on the conditioning alone, and need not be computed again.
+
+  Args:
+    module: whose collection 'context' has it or, where mutable, gets it.
+    name: there.
+    compute: returns it, of arrays [B, ...].
+  """
+  if module.has_variable('context', name):
+    return module.get_variable('context', name)
+  value = compute()
+  if module.is_mutable_collection('context'):
+    module.put_variable('context', name, value)
+  return value
 
 
 def _borders(channels: Sequence[int]) -> list[int]:
@@ -269,9 +286,12 @@ class Attention(nn.Module):
     batch, height, width, channels = x.shape
     h = norm('norm', x).reshape(batch, height * width, channels)
     q, k, v = jnp.split(dense(3 * channels, 'qkv')(h), 3, axis=-1)
-    text = nn.LayerNorm(
-        epsilon=EPSILON, dtype=self.dtype, name='norm_text')(text)
-    text_k, text_v = jnp.split(dense(2 * channels, 'text_kv')(text), 2, -1)
+
+    def keys_and_values():
+      norm_text = nn.LayerNorm(
+          epsilon=EPSILON, dtype=self.dtype, name='norm_text')
+      return dense(2 * channels, 'text_kv')(norm_text(text))
+    text_k, text_v = jnp.split(once(self, 'text_kv', keys_and_values), 2, -1)
     h = attend(q, k, v, self.num_heads)
     h += attend(q, text_k, text_v, self.num_heads, text_mask)
     x += dense(channels, 'proj', zero=True)(h).reshape(x.shape)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax import mixed_batch
+from mdm_jax.models import layers
 from mdm_jax.models.conditioning import Cond, TextConditioning, TextSpec
 from mdm_jax.models.unet import LevelSpec, UNet
 
@@ -49,7 +50,8 @@ class NestedUNet(nn.Module):
     Returns:
       A pyramid of predictions of the shapes of `x_t`, float32.
     """
-    text, mask, pooled = self.text(cond)
+    text, mask, pooled = layers.once(
+        self, 'text', lambda: self.text(cond))
     # Down, fine to coarse. `outer` is what a finer level hands inwards.
     outer, states = None, []
     for level, x in zip(reversed(self.level), reversed(x_t)):

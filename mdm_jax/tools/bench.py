@@ -175,7 +175,7 @@ def bench_sample(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
                  frozen: Any) -> tuple[Callable, jax.stages.Compiled, dict]:
   """Likewise of drawing `eval.batch_size` pictures."""
   model = build.make_model(config, stage)
-  sample_step = build.make_sample_step(config, stage, mesh)
+  painter = build.make_painter(config, stage, mesh)
   params = model.init(0, config.text.max_length)
   params = sharding.place(params, sharding.tree_shardings(
       params, mesh, config.sharding_rules)) | frozen
@@ -186,8 +186,7 @@ def bench_sample(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
   }, mesh)
   arguments = (params, placed['text'], placed['negative'], placed['seeds'])
   compiled, found = compile_step(
-      draw.jit_sample_step(
-          sample_step, mesh, jax.tree.map(lambda x: x.sharding, params)),
+      draw.jit_sample(painter, jax.tree.map(lambda x: x.sharding, params)),
       *arguments)
   return lambda: compiled(*arguments)[-1], compiled, found
 

@@ -189,13 +189,13 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
 def compile_sample(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
   """The sampling of one batch with the only stage's network."""
   stage = config.stages[0]
-  sample_step = build.make_sample_step(config, stage, mesh)
+  painter = build.make_painter(config, stage, mesh)
   params = (abstract_state(config, mesh).ema
             | build.frozen_shapes(config, mesh))
   count = config.eval.batch_size
   text = _text(config, count, build.make_text_encoder(config).width)
-  return draw.jit_sample_step(
-      sample_step, mesh, jax.tree.map(lambda x: x.sharding, params)
+  return draw.jit_sample(
+      painter, jax.tree.map(lambda x: x.sharding, params)
   ).lower(params, text, text,
           jax.ShapeDtypeStruct((count,), jnp.uint32)).compile()
 
