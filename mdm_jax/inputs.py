@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import os
 from typing import NamedTuple
 
+from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -190,10 +191,21 @@ class Prompts(NamedTuple):
 def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
   """Any captions as the text encoder reads them, [N, L].
 
+  Those that are too long are cut, with a warning.
+
   Raises:
     ValueError: for a class that does not exist.
   """
-  return np.stack(list(map(make_tokenizer(config).encode, captions)))
+  tokenizer = make_tokenizer(config)
+  if config.text.encoder != 'label':
+    cut = [caption for caption in captions
+           if tokenizer.count(caption) > config.text.max_length]
+    if cut:
+      logging.warning(
+          'Only the first %d tokens are read of %d of the %d prompts, such as '
+          '"%.60s".', config.text.max_length - 1, len(cut), len(captions),
+          cut[0])
+  return np.stack(list(map(tokenizer.encode, captions)))
 
 
 def make_prompts(config: ConfigDict, count: int) -> Prompts:
