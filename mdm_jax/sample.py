@@ -134,13 +134,19 @@ def main(argv: list[str]) -> None:
   batches = draw_batches(params, text[rows // _NUM_SAMPLES.value],
                          _SEED.value + rows % _NUM_SAMPLES.value)
   left = iter(rows.tolist())
-  with tqdm.tqdm(total=len(rows), unit='picture', smoothing=0,
-                 disable=len(rows) <= batch_size) as bar:
-    for batch in batches:
-      # Of each picture what its steps have shown, and itself at last.
-      for *path, levels in zip(*(zip(*images) for images in batch)):
-        pictures.add(next(left), levels, [*path, levels] if path else None)
-        bar.update()
+  try:
+    with tqdm.tqdm(total=len(rows), unit='picture', smoothing=0,
+                   disable=len(rows) <= batch_size) as bar:
+      for batch in batches:
+        # Of each picture what its steps have shown, and itself at last.
+        for *path, levels in zip(*(zip(*images) for images in batch)):
+          pictures.add(next(left), levels, [*path, levels] if path else None)
+          bar.update()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    sys.exit(f'error: memory does not suffice for {batch_size} pictures at '
+             'once: give a smaller --batch_size; what is drawn is kept.')
   pictures.finish({'Model': {'workdir': _WORKDIR.value, **model},
                    'Sampler': settings})
   logging.info('Drew %d pictures in %s: %s', len(rows),

@@ -340,6 +340,29 @@ def test_sample_with_a_guide(finished, tmp_path):
   assert 'error: guidance leads away from one thing' in result.stderr
 
 
+def test_samplers_are_compared(finished, tmp_path):
+  output = tmp_path / 'found.json'
+
+  def compare(steps):
+    result = subprocess.run(
+        [sys.executable, '-m', 'mdm_jax.tools.compare_samplers',
+         f'--workdir={finished}', '--samplers=ddim', f'--steps={steps}',
+         '--num_images=8', '--classifier_images=64', '--classifier_steps=1',
+         f'--output={output}'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result
+  compare('2')
+  (first,) = json.loads(output.read_text())
+  assert first['frechet'] > 0
+  assert 0 <= first['accuracy'] <= 1
+  assert 'ddim, 2 steps' not in (result := compare('1,2')).stderr
+  found = json.loads(output.read_text())
+  assert [one['steps'] for one in found] == [2, 1]
+  assert found[0] == first
+  assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
+      ['ddim', '1'], ['ddim', '2']]
+
+
 def test_sample_without_a_run_names_the_directory(tmp_path):
   result = run_sample(workdir=tmp_path / 'none', prompt='x')
   assert result.returncode == 1

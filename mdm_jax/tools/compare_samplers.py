@@ -23,6 +23,9 @@ _STEPS = flags.DEFINE_list(
     'steps', ['5', '10', '20', '50', '250'], 'Of each sampler.')
 _NUM_IMAGES = flags.DEFINE_integer(
     'num_images', 512, 'Drawn with each.', lower_bound=2)
+_CLASSIFIER_IMAGES = flags.DEFINE_integer(
+    'classifier_images', 8192, 'That it learns from. Half as many held-out '
+    'ones are what pictures are compared with.', lower_bound=8)
 _CLASSIFIER_STEPS = flags.DEFINE_integer(
     'classifier_steps', 1500, 'Of training the classifier.', lower_bound=1)
 _OUTPUT = flags.DEFINE_string(
@@ -31,8 +34,6 @@ _OUTPUT = flags.DEFINE_string(
 _PLOT = flags.DEFINE_string(
     'plot', None, 'Receives a picture of them, .svg or .png.')
 
-_TRAINING = 8192  # images of the classifier
-_HELD_OUT = 4096  # images that pictures are compared with
 _BATCH = 128
 
 
@@ -153,12 +154,14 @@ def _make_distance(resolution: int, seed: int):
         **{name: [getattr(scene.objects[0], name) for scene in scenes]
            for name in ('color', 'shape', 'pattern', 'size')}}
     for name, each in values.items():
-      words.setdefault(name, sorted(set(each)))
+      if name not in words:  # One more, for what training has not shown.
+        words[name] = [*sorted(set(each)), None]
     return images, {
-        name: np.array([words[name].index(value) for value in each])
+        name: np.array([words[name].index(
+            value if value in words[name] else None) for value in each])
         for name, each in values.items()}
 
-  images, labels = images_and_labels('train', _TRAINING)
+  images, labels = images_and_labels('train', _CLASSIFIER_IMAGES.value)
   network, params = classifier.train(
       images, labels, num_steps=_CLASSIFIER_STEPS.value)
   apply = jax.jit(lambda images: network.apply({'params': params}, images))
@@ -173,14 +176,14 @@ def _make_distance(resolution: int, seed: int):
       found.update(np.asarray(features))
     return found
 
-  images, labels = images_and_labels('held_out', _HELD_OUT)
+  half = _CLASSIFIER_IMAGES.value // 4
+  images, labels = images_and_labels('held_out', 2 * half)
   for name, expected in labels.items():
     right = np.concatenate([
         logits[name].argmax(-1) for _, logits in batches(images)]) == expected
     logging.info('The classifier sees the %s of %.1f %%.', name,
                  100 * right.mean())
   reference = statistics(images)
-  half = _HELD_OUT // 2
   halves = fid.frechet_distance(
       statistics(images[:half]), statistics(images[half:]))
   return halves, lambda pictures: fid.frechet_distance(
