@@ -73,6 +73,12 @@ def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.fixture(scope='session')
+def golden_weight():
+  """(name, shape) -> the weights that PyTorch had for the golden files."""
+  return _golden_weight
+
+
+@pytest.fixture(scope='session')
 def golden_model(golden_state_dict):
   """(name, lanes=1) -> jitted denoise_fn.
 
