@@ -4,7 +4,7 @@ All in float64. Give the pictures to be judged first and the reference second,
 or precision and recall change places.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import scipy.linalg
@@ -65,6 +65,58 @@ class Statistics:
       raise ValueError(
           f'{self.count} pictures have no covariance: give at least 2.')
     return self.scatter / (self.count - 1)
+
+
+class Sample:
+  """What is kept of the features of a set: statistics of all, and some rows.
+
+  Attributes:
+    statistics: of all.
+    rows: float32 `[<= limit, D]`.
+  """
+
+  def __init__(self, width: int, count: int, limit: int, seed: int = 0):
+    """Of none of them yet.
+
+    Args:
+      width: D.
+      count: of the features that `add` will be given at most.
+      limit: rows that are kept, evenly drawn from the count.
+      seed: of the drawing.
+    """
+    self.statistics = Statistics(width)
+    rng = np.random.default_rng(seed)
+    self._is_kept = np.zeros(count, bool)
+    self._is_kept[rng.choice(count, min(count, limit), replace=False)] = True
+    self._kept = []
+    self._added = 0
+
+  def add(self, features: np.ndarray) -> None:
+    """Adds features `[N, D]`; raises as `Statistics.update` does."""
+    self.statistics.update(features)
+    is_kept = self._is_kept[self._added:self._added + len(features)]
+    self._kept.append(np.asarray(features, np.float32)[is_kept])
+    self._added += len(features)
+
+  @property
+  def rows(self) -> np.ndarray:
+    return np.concatenate(self._kept)
+
+  def to_arrays(self) -> dict[str, np.ndarray]:
+    """What `from_arrays` needs, by name."""
+    return {'count': np.array(self.statistics.count),
+            'mean': self.statistics.mean, 'scatter': self.statistics.scatter,
+            'rows': self.rows}
+
+  @classmethod
+  def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> 'Sample':
+    """The same sample; nothing can be added to it."""
+    sample = cls(len(arrays['mean']), 0, 0)
+    statistics = sample.statistics
+    statistics.count = int(arrays['count'])
+    statistics.mean, statistics.scatter = arrays['mean'], arrays['scatter']
+    sample._kept = [arrays['rows']]
+    return sample
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
