@@ -44,8 +44,10 @@ class Inception:
   """The network of the FID: uint8 `[B, H, W, 3]` -> float32 `[B, 2048]`.
 
   Attributes:
+    width: of the features.
     fingerprint: of its weights, as JSON.
   """
+  width = inception.NUM_FEATURES
 
   def __init__(self, path: str, batch_size: int, mesh: Mesh):
     """Reads the weights.
@@ -165,7 +167,7 @@ def reported(batches: Iterable[Any], total: int,
 def collect(network: Inception, batches: Iterable[np.ndarray],
             total: int) -> fid.Sample:
   """Features of at most `total` pictures, given in batches."""
-  sample = fid.Sample(inception.NUM_FEATURES, total, KEPT)
+  sample = fid.Sample(network.width, total, KEPT)
   for batch in batches:
     sample.add(network.encode(batch))
   return sample

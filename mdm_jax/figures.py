@@ -25,7 +25,7 @@ from mdm_jax import (
 )
 from mdm_jax import step as steps
 from mdm_jax.draw import DrawFn
-from mdm_jax.eval import fid, inception, prompt_accuracy
+from mdm_jax.eval import fid, prompt_accuracy
 from mdm_jax.state import Params
 
 OF_SETS = ('fid', 'kid', 'precision_recall')
@@ -185,7 +185,9 @@ def _what_there_is(config: ConfigDict, workdir: str,
         stage.name, index + 1, len(config.stages))
   return {'workdir': str(workdir), 'stage': stage.name, 'step': step,
           'stage_is_finished': finished,
-          'resolution': build.resolutions(config, stage)[-1]}
+          'resolution': build.resolutions(config, stage)[-1],
+          'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+          'jax': jax.__version__}
 
 
 def _losses(config: ConfigDict, stage: ConfigDict, params: Params,
@@ -270,12 +272,12 @@ def _compare(names: Sequence[str], sample: fid.Sample,
   figures = {}
   settings = {'num_samples': counts[0], 'num_reference': counts[1]}
   if 'fid' in names:
-    if min(counts) <= inception.NUM_FEATURES:
+    width = len(reference.statistics.mean)
+    if min(counts) <= width:
       logging.warning(
           'FID of %d pictures against %d: no more than its %d features, so a '
           'covariance is singular and the figure is too high. Compare it with '
-          'figures of the same numbers only, or use KID.', *counts,
-          inception.NUM_FEATURES)
+          'figures of the same numbers only, or use KID.', *counts, width)
     figures['fid'] = fid.frechet_distance(
         sample.statistics, reference.statistics)
   if 'kid' in names:

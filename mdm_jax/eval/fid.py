@@ -146,7 +146,7 @@ def kernel_distance(
   Args:
     first, second: features `[N, D]`, `[M, D]`.
     subset_size: of each subset, without repetition; at most N and M.
-    num_subsets: whose mean it is.
+    num_subsets: whose mean it is, if there are as many.
     seed: of the subsets.
 
   Returns:
@@ -158,6 +158,8 @@ def kernel_distance(
   size = min(subset_size, len(first), len(second))
   if size < 2:
     raise ValueError('KID needs at least 2 pictures on either side.')
+  if size == len(first) == len(second):
+    num_subsets = 1  # There is no other one.
   rng = np.random.default_rng(seed)
   values = []
   for _ in range(num_subsets):

@@ -1,4 +1,4 @@
-"""Against vectors of PyTorch's CLIPModel, see conftest."""
+"""Against vectors of PyTorch's CLIPModel."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Against transformers' CLIPTokenizer with the same merges, see conftest."""
+"""Against transformers' CLIPTokenizer with the same merges."""
 
 import numpy as np
 import pytest

@@ -80,7 +80,7 @@ def test_kernel_distance_is_the_double_sum():
   ]) - 2 * np.mean([kernel(x[i], y[j]) for i, j in pairs])
   mean, spread = fid.kernel_distance(x, y, num_subsets=3)
   assert mean == pytest.approx(expected, rel=1e-12)
-  assert spread < 1e-12
+  assert spread == 0
 
 
 def test_kernel_distance_is_unbiased_and_seeded():
@@ -107,3 +107,24 @@ def test_precision_and_recall(monkeypatch, block):
   assert fid.precision_recall(reference, reference) == (1, 1)
   # The pictures' balls are as narrow as they lie close together.
   assert fid.precision_recall(reference, drawn) == (0, 3 / 5)
+
+
+def test_sample_keeps_some_rows_and_all_statistics():
+  features = sets(100, 0)[0].astype(np.float32)
+  sample = fid.Sample(24, 100, 30)
+  for part in np.split(features, [1, 50, 50]):
+    sample.add(part)
+  kept = [i for i, row in enumerate(features) if row in sample.rows]
+  assert len(kept) == 30 and len(sample.rows) == 30
+  assert 30 < np.mean(kept) < 70  # Not the first ones.
+  assert sample.statistics.count == 100
+  again = fid.Sample.from_arrays(sample.to_arrays())
+  np.testing.assert_array_equal(again.rows, features[kept])
+  assert fid.frechet_distance(
+      again.statistics, statistics(features)) == pytest.approx(0, abs=1e-9)
+
+
+def test_sample_of_fewer_than_there_was_room_for():
+  sample = fid.Sample(4, 10, 100)
+  sample.add(np.ones((7, 4)))
+  assert len(sample.rows) == sample.statistics.count == 7
