@@ -26,6 +26,7 @@ from mdm_jax import (
 from mdm_jax import step as steps
 from mdm_jax.draw import DrawFn
 from mdm_jax.eval import fid, prompt_accuracy
+from mdm_jax.eval.pictures import Pictures
 from mdm_jax.state import Params
 
 OF_SETS = ('fid', 'kid', 'precision_recall')
@@ -35,6 +36,7 @@ _NUM_BANDS = 10
 _SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
 _NEIGHBOURS = 3
 _PROMPTS_AT_ONCE = 1024
+_SHOWN = 64  # pictures that are kept, to be looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
              mesh: Mesh) -> Result:
   """Of the newest stage of a run.
 
+  The first pictures that were drawn are in `eval/<stage>_<step>/index.html`.
+
   Args:
     config: of the run; its sampler draws, in its `eval.batch_size`.
     workdir: of the run.
@@ -141,12 +145,19 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
         else _reference_split(config, stage, options, network))
   if clip:
     settings['clip'] = clip.fingerprint
+  shown = _first_pictures(config, workdir, options, settings)
   found, about = _judge(
       config, names, options, trained.make_draw(config, index, mesh, params),
-      params, network, clip, reference)
-  return Result(figures | found, settings | about | {
+      params, network, clip, reference, shown)
+  figures |= found
+  settings |= about | {
       'seed': options.seed, 'prompts': inputs.held_out_split(config),
-      'sampler': config.sampler.to_dict()})
+      'sampler': config.sampler.to_dict()}
+  shown.finish({
+      'Figures': {name: f'{value:.4g}' for name, value in figures.items()
+                  if not isinstance(value, dict)},
+      'Settings': settings})
+  return Result(figures, settings)
 
 
 def _wanted(options: Options, possible: Sequence[str],
@@ -188,6 +199,26 @@ def _what_there_is(config: ConfigDict, workdir: str,
           'resolution': build.resolutions(config, stage)[-1],
           'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
           'jax': jax.__version__}
+
+
+def _count(config: ConfigDict, options: Options) -> int:
+  return options.num_samples or config.eval.num_prompts
+
+
+def _first_pictures(config: ConfigDict, workdir: str, options: Options,
+                    settings: dict[str, Any]) -> Pictures:
+  """Where those that are kept go."""
+  model = {name: settings[name] for name in ('stage', 'step')}
+  count = _count(config, options)
+  captions = inputs.make_prompts(
+      config, count, range(min(count, _SHOWN))).captions
+  # As JSON has it: sequences are lists there.
+  sampler = {name: list(value) if isinstance(value, tuple) else value
+             for name, value in config.sampler.to_dict().items()}
+  return Pictures(
+      pathlib.Path(workdir, 'eval', '{stage}_{step}'.format(**model)),
+      [{'prompt': caption, 'seed': options.seed + i, **model, **sampler}
+       for i, caption in enumerate(captions)])
 
 
 def _losses(config: ConfigDict, stage: ConfigDict, params: Params,
@@ -297,12 +328,13 @@ def _judge(
     config: ConfigDict, names: Sequence[str], options: Options,
     draw_fn: DrawFn, params: Params, network: features.Inception | None,
     clip: features.Clip | None, reference: fid.Sample | None,
+    shown: Pictures,
 ) -> tuple[dict, dict]:
-  """Draws batch by batch, and keeps nothing but features, scores and marks."""
-  count = options.num_samples or config.eval.num_prompts
+  """Draws batch by batch; keeps features, scores, marks and what is shown."""
+  count = _count(config, options)
   size = config.eval.batch_size
   vocabulary = inputs.make_vocabulary()
-  marks, scores = [], []
+  marks, scores, missing = [], [], set(shown.missing)
 
   def batches() -> Iterator[np.ndarray]:
     for first in range(0, count, _PROMPTS_AT_ONCE):
@@ -310,8 +342,12 @@ def _judge(
       prompts = inputs.make_prompts(config, count, rows)
       for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        pictures = draw_fn(params, prompts.text[part],
-                           [options.seed + row for row in rows[part]])[-1]
+        levels = draw_fn(params, prompts.text[part],
+                         [options.seed + row for row in rows[part]])
+        for row, *picture in zip(rows[part], *levels):
+          if row in missing:
+            shown.add(row, picture)
+        pictures = levels[-1]
         if 'prompt_accuracy' in names:
           marks.extend(
               prompt_accuracy.score(picture, stated, vocabulary)

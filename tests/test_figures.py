@@ -90,6 +90,7 @@ def test_all_figures_of_drawn_pictures(
     config, run, mesh, clip_directory, tmp_path, monkeypatch):
   """Drawn in batches of 8 and prompts of 10, past the data set's end."""
   monkeypatch.setattr(figures, '_PROMPTS_AT_ONCE', 10)
+  monkeypatch.setattr(figures, '_SHOWN', 2)
   options = figures.Options(
       metrics=figures.METRICS[1:], num_samples=COUNT, seed=7, num_reference=13,
       inception='inception.pth', clip=clip_directory.path, cache=tmp_path)
@@ -122,6 +123,16 @@ def test_all_figures_of_drawn_pictures(
   assert settings['sampler']['num_steps'] == config.sampler.num_steps
   assert settings['reference']['inception'] == {'weights': 'none'}
   assert settings['clip'] == clip.fingerprint
+
+  # The first of them can be looked at, with what they are.
+  directory = run / 'eval' / '8_3'
+  lines = (directory / 'samples.jsonl').read_text().splitlines()
+  assert [json.loads(line)['prompt'] for line in lines] == captions[:2]
+  with Image.open(directory / '0001_8.png') as image:
+    np.testing.assert_array_equal(image, pictures[1])
+  page = (directory / 'index.html').read_text()
+  assert page.count('<img') == 2
+  assert f'{found["fid"]:.4g}' in page and 'held_out' in page
 
 
 def test_figures_of_training(config, run, mesh, monkeypatch, caplog):
