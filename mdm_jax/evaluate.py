@@ -33,6 +33,9 @@ _STEPS = flags.DEFINE_integer(
     'steps', None, 'Sampling steps. Default: as in the config.')
 _GUIDANCE = flags.DEFINE_float(
     'guidance', None, 'Guidance weight, 1 is none. Default: as in the config.')
+_THRESHOLD = flags.DEFINE_string(
+    'threshold', None, 'What keeps predicted images in range. Default: as in '
+    'the config.')
 _LOSS_BATCHES = flags.DEFINE_integer(
     'loss_batches', None, 'Held-out batches of the loss. Default: as in the '
     'config.', lower_bound=1)
@@ -92,15 +95,15 @@ def main(argv: list[str]) -> None:
       raise ValueError('give either --workdir, or --images and --reference.')
     if _IMAGES.value:
       mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
-      shards = sharding.batch_shards(mesh)
-      batch_size = -(-(_BATCH_SIZE.value or 16) // shards) * shards
-      result = figures.of_folders(_IMAGES.value, options, batch_size, mesh)
+      result = figures.of_folders(
+          _IMAGES.value, options,
+          _whole_shards(_BATCH_SIZE.value or 16, mesh), mesh)
     else:
       config = build.load_config(checkpoint.read_config(_WORKDIR.value))
       for section, changes in [
           (config.sampler, {
               'num_steps': _STEPS.value, 'name': _SAMPLER.value,
-              'guidance': _GUIDANCE.value}),
+              'guidance': _GUIDANCE.value, 'threshold': _THRESHOLD.value}),
           (config.eval, {
               'batch_size': _BATCH_SIZE.value,
               'loss_batches': _LOSS_BATCHES.value})]:
@@ -110,6 +113,7 @@ def main(argv: list[str]) -> None:
       config.mesh.update(data=-1, fsdp=1, spatial=1)
       sharding.use_cpu_cores(checks.parts_of_batches(config))
       mesh = sharding.make_mesh(config.mesh)
+      config.eval.batch_size = _whole_shards(config.eval.batch_size, mesh)
       checks.check(config, mesh)
       result = figures.of_model(config, _WORKDIR.value, options, mesh)
       output = output or pathlib.Path(
@@ -132,6 +136,14 @@ def main(argv: list[str]) -> None:
     with output.open('a') as lines:
       lines.write(json.dumps(result._asdict()) + '\n')
     logging.info('Added to %s.', output)
+
+
+def _whole_shards(batch_size: int, mesh) -> int:
+  """At least so many pictures, as many on each device."""
+  from mdm_jax import sharding
+
+  shards = sharding.batch_shards(mesh)
+  return -(-batch_size // shards) * shards
 
 
 if __name__ == '__main__':

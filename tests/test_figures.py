@@ -1,6 +1,9 @@
 """Figures of a small untrained model: those of its pictures, and repeatable."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from mdm_jax import (
 )
 from mdm_jax.eval import fid
 
+ROOT = pathlib.Path(__file__).parents[1]
 COUNT = 21
 
 
@@ -229,3 +233,37 @@ def test_classes_have_no_marks_and_need_names_for_clip(
   with pytest.raises(ValueError, match='needs words, but text.class_names'):
     figures.of_model(config, run, figures.Options(
         metrics=['clip'], clip=clip_directory.path), mesh)
+
+
+def test_command(run):
+  """Adds a line to what there is, under what was really used."""
+  path = run / 'eval' / '8_3.jsonl'
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('{}\n')
+  result = subprocess.run(
+      [sys.executable, '-m', 'mdm_jax.evaluate', f'--workdir={run}',
+       '--num_samples=3', '--steps=2', '--seed=5', '--sampler=dpm',
+       '--loss_batches=1'], cwd=ROOT, capture_output=True, text=True)
+  assert not result.returncode, result.stderr
+  assert 'held out loss 8' in result.stderr
+  _, line = map(json.loads, path.read_text().splitlines())
+  assert {'accuracy_all', 'held_out_loss_8'} < line['figures'].keys()
+  settings = line['settings']
+  assert settings['sampler']['name'] == 'dpm'
+  assert settings['sampler']['num_steps'] == 2
+  assert (settings['num_samples'], settings['seed']) == (3, 5)
+  assert settings['loss']['batches'] == 1
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'give either --workdir, or --images and --reference'),
+    (['--workdir=nowhere'], 'nowhere/config.json does not exist'),
+])
+def test_command_ends_in_one_line(arguments, message):
+  result = subprocess.run(
+      [sys.executable, '-m', 'mdm_jax.evaluate', *arguments],
+      cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith('error: ')
+  assert message in result.stderr.splitlines()[-1]
+  assert 'Traceback' not in result.stderr
