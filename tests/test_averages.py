@@ -118,6 +118,16 @@ def test_more_snapshots_come_closer(width, far):
     assert distance < most
 
 
+@pytest.mark.parametrize('width', [0.06, 0.08, 0.12, 0.15])
+def test_close_snapshots_equal_brute_force(width):
+  for count in (STEPS, 200):
+    found, _, average = rebuild(width, count, 160)
+    assert abs(found).sum() < 2
+    np.testing.assert_allclose(
+        average, shares(width, count) @ np.float64(history()[:count]),
+        rtol=0, atol=1e-6)
+
+
 def test_a_million_updates_in_float32():
   """Each of them moves an average by less than its last digit."""
   rng = np.random.default_rng(0)

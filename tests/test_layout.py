@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 ROWS = (
     {'main', 'sample', 'evaluate', 'demo', 'tools'},
     {'train'},
-    {'trained', 'checks'},
+    {'trained', 'checks', 'kept'},
     {'build', 'stages'},
     {'inputs'},
     {'step', 'draw'},

@@ -42,6 +42,8 @@ def toy_config():
   config.stages[1].update(mixed_ratio=(1.0, 1.0), batch_size=16)
   config.checkpoint_every = 2
   config.checkpoints_to_keep = 3
+  config.averages.update(widths=(0.05, 0.1), snapshot_every=2)
+  config.eval.update(every=3, best_metric='held_out_loss_8')
   return config.lock()
 
 
@@ -56,7 +58,7 @@ def digest(workdir: pathlib.Path, config, index: int) -> str:
   """SHA-256 over all that a stage's last checkpoint holds."""
   directory = build.stage_directory(workdir, config, index)
   sha = hashlib.sha256()
-  for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard', 'lags'):
     item = checkpoint.restore_item(directory, None, key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(item):
       sha.update(jax.tree_util.keystr(path).encode())
