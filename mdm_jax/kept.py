@@ -11,6 +11,7 @@ import math
 import pathlib
 
 from absl import logging
+import jax
 from ml_collections import ConfigDict
 
 from mdm_jax import averages, build, checkpoint, processes
@@ -64,7 +65,7 @@ class Kept:
     ends = step == self._last_step
     if self._snapshots and step and (ends or step % self._every == 0):
       self._snapshots.save(
-          step, averages.from_lags(state.lags, state.params),
+          step, jax.jit(averages.from_lags)(state.lags, state.params),
           {'updates': int(state.guard.accepted), 'widths': [*state.lags]},
           force=True)
 

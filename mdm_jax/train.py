@@ -233,13 +233,22 @@ def train_stage(
   flops = metrics.flops_per_step(compiled, stage.accumulate)
   peak = metrics.peak_flops(mesh.devices.flat[0])
   draw_fn = trained.make_draw(config, index, mesh, state.ema | frozen)
-  measure = trained.make_measure(config, index, mesh, draw_fn)
+  if config.eval.every:
+    measure = trained.make_measure(config, index, mesh, draw_fn)
   prompts = inputs.make_prompts(config, trained.GRID_PROMPTS)
   check_replicas = replicas.make_check(abstract, shardings, mesh)
 
-  def draw(step):
-    with times.time('sample'):
+  @contextlib.contextmanager
+  def let_go(bucket):
+    with times.time(bucket):
       stop.let_go()
+      yield
+      # Others may have been told to stop, and not be through with it.
+      stop.let_go(processes.any_of(stop.requested))
+      stop.hold()
+
+  def draw(step):
+    with let_go('sample'):
       pictures = grid.grid(
           draw_fn(state.ema | frozen, prompts.text, range(len(prompts.text))),
           prompts.captions)
@@ -247,18 +256,16 @@ def train_stage(
       writer.submit(grid.save_png, path, pictures)
       writer.image(step, f'{stage.name}/samples', pictures)
       logging.info('%s: drew %s', title, path)
-      stop.hold()
 
   def evaluate(step):
-    with times.time('evaluate'):
-      stop.let_go()
+    with let_go('evaluate'):
       figures = measure(state.ema | frozen)
       logging.info('%s: step %d: %s', title, step, ', '.join(
           f'{name} {value:.4g}' for name, value in figures.items()))
       writer.scalars(step, figures, stage=stage.name)
       if step == stage.steps and index == len(config.stages) - 1:
         trained.write_figures(config, workdir, figures)
-      stop.hold()
+    with times.time('save'):
       kept.offer(step, state.ema, figures)
 
   ##### What the last run may not have come to.
