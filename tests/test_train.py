@@ -49,6 +49,11 @@ def toy_config():
   return config.lock()
 
 
+def keep_nothing_beside(config):
+  config.averages.widths = ()
+  config.eval.update(every=0, best_metric='')
+
+
 def run(config, workdir):
   """What the command does, on one device: a mesh is tested elsewhere."""
   train.setup(config, workdir)
@@ -225,7 +230,7 @@ def one_stage():
   config.model.levels = config.model.levels[:1]
   config.stages = config.stages[:1]
   config.sample_every = 6
-  config.eval.update(every=0, best_metric='')
+  keep_nothing_beside(config)
   return config
 
 
@@ -414,7 +419,7 @@ def image_config(path):
   config = toy_config().unlock()
   config.stages = config.stages[:1]
   config.data.update(name='tars', path=str(path), max_bad_fraction=1.0)
-  config.eval.update(every=0, best_metric='')
+  keep_nothing_beside(config)
   return config.lock()
 
 
