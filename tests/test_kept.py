@@ -60,7 +60,7 @@ def brute_force(width: float) -> np.ndarray:
 def workdir(config, tmp_path_factory):
   """Snapshots every two steps, of two runs that overlap."""
   workdir = tmp_path_factory.mktemp('run')
-  for first, last in ((1, 9), (8, STEPS)):
+  for first, last in ((1, 9), (5, STEPS)):
     with Kept(config, workdir, 0) as kept:
       for state in history()[first - 1:last]:
         kept.snapshot(int(state.step), state)
@@ -134,9 +134,9 @@ def test_the_best_stays_until_there_is_a_better_one(config, tmp_path):
   assert offer(config, tmp_path, 'accuracy_shape', {
       1: nan, 2: 0.5, 3: 0.4, 4: nan, 5: 0.5, 6: 0.6, 7: 0.1}) == [
           None, 2, 2, 2, 2, 6, 6]
-  # A run that was killed continues from step 4.
+  # A run that was killed continues from step 4, on other devices.
   assert offer(config, tmp_path, 'accuracy_shape', {
-      5: 0.5, 6: 0.6, 7: 0.1, 8: 0.61}) == [6, 6, 6, 8]
+      5: 0.62, 6: 0.6, 7: 0.1, 8: 0.61}) == [6, 6, 6, 8]
   _, params = trained.restore_average(config, tmp_path, best=True)
   assert params['bias'].tolist() == [8.0] * 3
   # Losses are the better the lower.
