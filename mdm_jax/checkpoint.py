@@ -562,8 +562,7 @@ def _require_none_damaged(
   if damaged:
     raise CheckpointError(
         f'{directory} has checkpoints, but none is good ({"; ".join(damaged)})'
-        ': put back a copy of one, or remove the directory to start the stage '
-        'anew.'
+        ': put back a copy of one, or remove the directory to begin it anew.'
     )
 
 
