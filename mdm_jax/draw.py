@@ -170,32 +170,19 @@ def jit_sample(painter: Painter, param_shardings: Any) -> Callable:
       compiler_options=sharding.compiler_options(painter.mesh))
 
 
+def _place(mesh: Mesh, text: np.ndarray, negative: np.ndarray,
+           seeds: Sequence[int]) -> tuple[jax.Array, ...]:
+  """One batch, or this process's part of it, on the devices."""
+  placed = sharding.shard_batch({
+      'text': text, 'negative': negative.astype(text.dtype),
+      'seeds': np.asarray(seeds, np.uint32)}, mesh)
+  return placed['text'], placed['negative'], placed['seeds']
+
+
 def make_draw_batches(
     painter: Painter, negative: np.ndarray, batch_size: int,
-    param_shardings: Any,
-) -> Callable[..., Iterator[tuple[np.ndarray, ...]]]:
-  """Like `make_draw`, but what it makes gives each batch as it is drawn."""
-  jitted = jit_sample(painter, param_shardings)
-  local = batch_size // jax.process_count()
-
-  def draw_batches(params, text, seeds):
-    for start in range(0, len(text), batch_size):
-      first = start + jax.process_index() * local
-      rows = np.arange(first, first + local) % len(text)
-      inputs = sharding.shard_batch({
-          'text': text[rows],
-          'negative': np.broadcast_to(
-              negative, (local, *negative.shape)).astype(text.dtype),
-          'seeds': np.asarray(seeds, np.uint32)[rows]}, painter.mesh)
-      images = jitted(
-          params, inputs['text'], inputs['negative'], inputs['seeds'])
-      kept = len(text) - start
-      yield tuple(np.asarray(level)[:kept] for level in images)
-  return draw_batches
-
-
-def make_draw(painter: Painter, negative: np.ndarray, batch_size: int,
-              param_shardings: Any) -> DrawFn:
+    param_shardings: Any, *, path: bool = False,
+) -> Callable[..., Iterator[list[tuple[np.ndarray, ...]]]]:
   """Jits a painter for batches of one size, spread over its mesh.
 
   Args:
@@ -203,12 +190,45 @@ def make_draw(painter: Painter, negative: np.ndarray, batch_size: int,
     negative: what guidance leads away from: one text.
     batch_size: pictures drawn at once; the last batch is filled up.
     param_shardings: where the parameters lie.
+    path: each batch comes with what `make_draw_steps` has of its steps, in
+      order.
+
+  Returns:
+    (params, text [N, ...], seeds [N]) -> an iterator over the batches, each a
+    list whose last is the pictures: uint8 [B, H_r, H_r, 3], coarse to fine.
   """
+  spec, mesh = painter.spec, painter.mesh
+  if path:
+    draw_steps = make_draw_steps(painter, param_shardings)
+    def draw_batch(params, *inputs):
+      return draw_steps(params, *inputs, spec.num_steps, spec.guidance)
+  else:
+    jitted = jit_sample(painter, param_shardings)
+    def draw_batch(params, *inputs):
+      return [jitted(params, *_place(mesh, *inputs))]
+  local = batch_size // jax.process_count()
+
+  def draw_batches(params, text, seeds):
+    for start in range(0, len(text), batch_size):
+      first = start + jax.process_index() * local
+      rows = np.arange(first, first + local) % len(text)
+      kept = len(text) - start
+      yield [tuple(np.asarray(level)[:kept] for level in images)
+             for images in draw_batch(
+                 params, text[rows],
+                 np.broadcast_to(negative, (local, *negative.shape)),
+                 np.asarray(seeds)[rows])]
+  return draw_batches
+
+
+def make_draw(painter: Painter, negative: np.ndarray, batch_size: int,
+              param_shardings: Any) -> DrawFn:
+  """Like `make_draw_batches`, for all pictures together."""
   draw_batches = make_draw_batches(
       painter, negative, batch_size, param_shardings)
   def draw(params, text, seeds):
-    return tuple(
-        map(np.concatenate, zip(*draw_batches(params, text, seeds))))
+    pictures = [batch[-1] for batch in draw_batches(params, text, seeds)]
+    return tuple(map(np.concatenate, zip(*pictures)))
   return draw
 
 
@@ -235,11 +255,7 @@ def make_draw_steps(
       out_shardings=sharding.replicated(painter.mesh))
 
   def draw_steps(params, text, negative, seeds, num_steps, w):
-    inputs = sharding.shard_batch({
-        'text': text, 'negative': negative,
-        'seeds': np.asarray(seeds, np.uint32)}, painter.mesh)
-    request = prepare(
-        params, inputs['text'], inputs['negative'], inputs['seeds'])
+    request = prepare(params, *_place(painter.mesh, text, negative, seeds))
     # Two buffers, as both are given away.
     state = start(request), start(request)
     steps = list(zip(*samplers.steps(num_steps, painter.schedule.num_steps)))

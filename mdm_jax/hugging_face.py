@@ -21,13 +21,25 @@ _INDEX = f'{_FILE}.index.json'
 
 
 def read_config(directory: str) -> dict[str, Any]:
-  """Reads `config.json`.
+  """Reads `config.json`; raises as `read_json` does."""
+  return read_json(pathlib.Path(directory) / 'config.json')
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a file of a model's directory.
 
   Raises:
-    FileNotFoundError: if there is none.
-    ValueError: if it is no JSON.
+    FileNotFoundError, ValueError: there is none, or it is no JSON.
   """
-  return _read_json(pathlib.Path(directory) / 'config.json')
+  if not path.exists():
+    raise FileNotFoundError(
+        f"{path} does not exist: give a model's directory as Hugging Face "
+        'lays it out.')
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON ({error}): download it again.'
+                     ) from None
 
 
 def open_tensors(directory: str) -> dict[str, Any]:
@@ -43,7 +55,7 @@ def open_tensors(directory: str) -> dict[str, Any]:
   directory = pathlib.Path(directory)
   index = directory / _INDEX
   if index.exists():
-    places = _read_json(index).get('weight_map')
+    places = read_json(index).get('weight_map')
     if not isinstance(places, dict):
       raise ValueError(f'{index} has no weight_map: download it again.')
   else:
@@ -148,15 +160,3 @@ def _open(path: pathlib.Path):
     raise ValueError(
         f'{path} is damaged or half downloaded ({error}): download it again.'
     ) from None
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.exists():
-    raise FileNotFoundError(
-        f"{path} does not exist: give a model's directory as Hugging Face "
-        'lays it out.')
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON ({error}): download it again.'
-                     ) from None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import os
 from typing import NamedTuple
 
+from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -190,33 +191,55 @@ class Prompts(NamedTuple):
 def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
   """Any captions as the text encoder reads them, [N, L].
 
+  Those that are too long are cut, with a warning.
+
   Raises:
     ValueError: for a class that does not exist.
   """
-  return np.stack(list(map(make_tokenizer(config).encode, captions)))
+  tokenizer = make_tokenizer(config)
+  if config.text.encoder != 'label':
+    cut = [caption for caption in captions
+           if tokenizer.count(caption) > config.text.max_length]
+    if cut:
+      logging.warning(
+          'Only the first %d tokens are read of %d of the %d prompts, such as '
+          '"%.60s".', config.text.max_length - 1, len(cut), len(captions),
+          cut[0])
+  return np.stack(list(map(tokenizer.encode, captions)))
 
 
-def make_prompts(config: ConfigDict, count: int) -> Prompts:
+def make_prompts(config: ConfigDict, count: int,
+                 rows: Sequence[int] | None = None) -> Prompts:
   """Captions of the data set to draw.
 
   Shapes' come from the held-out split, as many as asked for; of captioned
   images the held-out split's first captions, each once. Classes are as many
   as asked for, from the first to the last.
+
+  Args:
+    config: of the run.
+    count: of the prompts.
+    rows: those of them that are wanted, where a data set may have too few:
+      then its captions are repeated. None for all that there are.
   """
   if config.text.encoder == 'label':
     labels = make_tokenizer(config)
-    drawn = [i * labels.num_classes // count for i in range(count)]
+    drawn = [i * labels.num_classes // count
+             for i in (range(count) if rows is None else rows)]
     return Prompts([labels.name(label) for label in drawn],
                    encode_prompts(config, map(str, drawn)), None)
   split = held_out_split(config)
   if config.data.name == 'shapes':
     source = make_source(config, split, config.model.levels[-1].resolution)
-    scenes = [source.scene(i) for i in range(count)]
+    scenes = [source.scene(i % len(source))
+              for i in (range(count) if rows is None else rows)]
     captions = [scene[1] for scene in scenes]
     return Prompts(captions, encode_prompts(config, captions),
                    [scene[2] for scene in scenes])
   source = make_source(config, split, 0)
-  records = [source[i] for i in range(min(count, len(source)))]
+  if rows is None:
+    rows = range(min(count, len(source)))
+  records = [source[i % len(source)] for i in rows]
   captions = [record['caption'] for record in records]
   if config.text.encoder == 'precomputed':
     return Prompts(

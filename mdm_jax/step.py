@@ -218,3 +218,37 @@ def make_eval_step(
     t, eps = _draw(objective, model.resolutions, batch, rng)
     return _losses(model, objective, params, batch, t, eps)[1]
   return eval_step
+
+
+def make_band_step(
+    model: Matryoshka, objective: Objective, seed: int, num_bands: int,
+) -> Callable[[Params, Batch, Any], tuple[jax.Array, jax.Array]]:
+  """(params, batch, index) -> losses of each level and band of noise.
+
+  The bands are equal parts of the noising steps, little noise first. Times
+  and noise are those of `make_eval_step`.
+
+  Returns:
+    Sums of the examples' losses, and their number; both [levels, bands].
+  """
+  def band_step(params, batch, index):
+    rng = jax.random.fold_in(jax.random.key(seed), index)
+    t, eps = _draw(objective, model.resolutions, batch, rng)
+
+    def level_losses(weights):
+      one_level = dataclasses.replace(
+          objective, weights=weights, time_weights=None)
+      return _losses(model, one_level, params, batch, t, eps)[0]
+    # Only the weights differ, so the network is called once.
+    losses = jax.vmap(level_losses)(jnp.eye(len(model.resolutions)))
+
+    sizes = pyramid.level_batch_sizes(len(t), objective.fractions)
+    seen = jnp.stack([
+        mixed_batch.pad(jnp.ones(size), len(t), _repeats(objective, batch))
+        for size in sizes])
+    # The loss of an example weighs as much as those that a level does not see.
+    losses *= jnp.array(sizes)[:, None] / len(t)
+    bands = jax.nn.one_hot(
+        t * num_bands // objective.schedule.num_steps, num_bands)
+    return losses @ bands, seen @ bands
+  return band_step

@@ -22,6 +22,7 @@ from mdm_jax import (
 )
 from mdm_jax import step as steps
 from mdm_jax.eval import prompt_accuracy
+from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.state import Params
 
 # Of the grids that training draws.
@@ -100,6 +101,43 @@ def _reconstruct(directory: pathlib.Path, width: float) -> Params:
   logging.info('An average of width %g after %d updates, made of %d snapshots.',
                width, max(counts), len(snapshots))
   return jax.tree.map(np.float32, average)
+
+
+def restore_guide(config: ConfigDict, index: int, workdir: str,
+                  mesh: Mesh) -> tuple[Matryoshka, Params]:
+  """A worse model that guidance can lead away from.
+
+  Args:
+    config: of the run that it is to guide.
+    index: of that run's stage.
+    workdir: of its own run.
+    mesh: the devices.
+
+  Returns:
+    The network and all its parameters.
+
+  Raises:
+    FileNotFoundError: nothing has been saved there yet.
+    ValueError: it denoises other images, or other noise, or reads other text.
+  """
+  guide = build.reading_prompts(
+      build.load_config(checkpoint.read_config(workdir)))
+  guide_index, params = restore_average(guide, workdir, mesh)
+  guide_stage = guide.stages[guide_index]
+
+  def compared(config, stage):
+    return {
+        'resolutions': build.resolutions(config, stage),
+        'diffusion': config.diffusion.to_dict(),
+        'shift_power': stage.shift_power,
+        'tokenizer': inputs.make_tokenizer(config).fingerprint(),
+        'text.max_length': config.text.max_length}
+  if differences := checkpoint.differences(
+      compared(config, config.stages[index]), compared(guide, guide_stage)):
+    raise ValueError(f'{workdir} cannot be the guide: '
+                     + '; '.join(differences) + '.')
+  return (build.make_model(guide, guide_stage),
+          params | build.load_frozen(guide, mesh))
 
 
 def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,

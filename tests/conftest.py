@@ -29,6 +29,7 @@ import safetensors.numpy
 from configs import common
 from mdm_jax import hugging_face
 from mdm_jax.data.text import CAPTIONS_MODEL
+from mdm_jax.eval import clip, clip_tokenizer
 from mdm_jax.models import t5
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
@@ -36,6 +37,7 @@ from mdm_jax.models.release import from_release
 from mdm_jax.models.unet import LevelSpec
 
 GOLDEN = pathlib.Path(__file__).parent / 'data' / 'golden'
+_EVAL = pathlib.Path(__file__).parent / 'data' / 'eval'
 
 
 def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:
@@ -189,6 +191,70 @@ def t5_directory(tmp_path_factory):
       encode=jax.jit(
           lambda tokens: encoder.apply({'params': params}, tokens)),
       tokens=golden['tokens'].astype(np.int32), text=golden['text'])
+
+
+@pytest.fixture(scope='session')
+def inception_weights():
+  """A state dict of the FID Inception's names and shapes, 24 M numbers.
+
+  `tests/data/eval/inception.npz` is what pytorch-fid 0.3.0 made of them, with
+  PyTorch 2.13 on a CPU.
+  """
+  def make(name, shape):
+    x = _golden_weight(name, shape)
+    if name.endswith('running_var'):
+      return 1 + np.abs(x)  # x is a tenth of a normal one.
+    # What ReLU halves.
+    return x * np.float32(np.sqrt(2)) if len(shape) > 1 else x
+  shapes = json.loads((_EVAL / 'inception_shapes.json').read_text())
+  return {name: make(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+def _vocabulary(merges: list[str]) -> dict[str, int]:
+  signs = sorted(clip_tokenizer._BYTES)  # As OpenAI's is ordered.
+  tokens = [*signs, *(sign + '</w>' for sign in signs),
+            *(''.join(line.split()) for line in merges[1:]),
+            '<|startoftext|>', '<|endoftext|>']
+  return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+@pytest.fixture(scope='session')
+def clip_directory(tmp_path_factory):
+  """A small CLIP as Hugging Face lays it out, and what PyTorch's encodes.
+
+  That is the CLIPModel, CLIPImageProcessorPil and CLIPTokenizer of
+  transformers 5.24; the merges were trained on this project's docs.
+
+  Attributes: `path`, `config`, `spec`, `params`, `tokenizer`, `vocabulary`,
+  `merges`, `captions`, and the golden `tokens`, `pixels` (every fifth of each
+  side), `images` and `text`.
+  """
+  description = json.loads((_EVAL / 'clip.json').read_text())
+  merges = (_EVAL / 'merges.txt').read_text().splitlines()
+  vocabulary = _vocabulary(merges)
+  path = tmp_path_factory.mktemp('clip')
+  (path / 'config.json').write_text(json.dumps(description['config']))
+  (path / 'vocab.json').write_text(json.dumps(vocabulary))
+  (path / 'merges.txt').write_text('\n'.join(merges))
+  safetensors.numpy.save_file(
+      {name: np.asarray(_golden_weight(name, tuple(shape)))
+       for name, shape in description['shapes'].items()},
+      path / 'model.safetensors')
+  spec = clip.ClipSpec.from_hugging_face(description['config'])
+  shapes = jax.eval_shape(
+      clip.Clip(spec).init, jax.random.key(0),
+      jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
+      jnp.zeros((1, spec.max_length), jnp.int32))['params']
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = hugging_face.load(
+      hugging_face.open_tensors(path), shapes,
+      jax.tree.map(lambda _: here, shapes), clip.hugging_face_name)
+  return types.SimpleNamespace(
+      path=path, config=description['config'], spec=spec, params=params,
+      tokenizer=clip_tokenizer.ClipTokenizer(
+          vocabulary, merges, spec.max_length),
+      vocabulary=vocabulary, merges=merges, captions=description['captions'],
+      **np.load(_EVAL / 'clip.npz'))
 
 
 def _write_tfds(data_dir, name: str, features: dict, splits: dict,

@@ -1,13 +1,16 @@
 """Drawing: an image depends on its prompt and its seed, not on its batch."""
 
+import dataclasses
 import functools
 import re
 
 import jax
+from jax.extend.core import jaxprs_in_params
 import numpy as np
 import pytest
 
 from mdm_jax import build, draw, inputs, sharding
+from mdm_jax.diffusion import samplers
 
 PROMPTS = ['a red ring', 'a small blue star', 'two green circles', 'a cross',
            'a yellow square', 'a large pink triangle', '', 'a black dot',
@@ -123,3 +126,82 @@ def test_no_picture_changes_its_device(config, made):
   assert set(re.findall(
       r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
       r'(?:-start)?\(', text)) == {'all-gather'}
+
+
+def test_step_by_step_it_is_the_same_picture(
+    config, made, drawn, monkeypatch):
+  traced = []
+  one_step = samplers.sample_step
+  monkeypatch.setattr(samplers, 'sample_step', lambda *given, **options: (
+      traced.append(1), one_step(*given, **options))[1])
+  mesh = sharding.make_mesh(config.mesh)
+  painter, params, shardings = made(mesh)
+  draw_steps = draw.make_draw_steps(painter, shardings)
+  text = inputs.encode_prompts(config, PROMPTS[:8])
+  empty = inputs.encode_prompts(config, [''] * 8)
+  first, *_, last = draw_steps(params, text, empty, range(8), 3, 3.0)
+  for level, expected in zip(last, drawn, strict=True):
+    difference = np.abs(np.asarray(level, int) - expected[:8])
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
+  assert np.abs(np.asarray(first[1], int) - drawn[1][:8]).mean() > 5
+  # Another number of steps, another weight.
+  assert len(list(draw_steps(params, text, empty, range(8), 5, 1.5))) == 5
+  assert len(traced) == 1
+
+
+def text_keys(jaxpr, in_loop=False):
+  """How often a traced program makes a text's keys: outside, inside loops."""
+  found = np.zeros(2, int)
+  for equation in jaxpr.eqns:
+    if (equation.primitive.name == 'dot_general' and
+        'text_kv' in str(equation.source_info.name_stack)):
+      found[int(in_loop)] += 1
+    for inner in jaxprs_in_params(equation.params):
+      found += text_keys(inner, in_loop or equation.primitive.name == 'scan')
+  return found
+
+
+@pytest.mark.parametrize('interval', [(0.0, 1.0), (0.2, 0.8)])
+def test_keys_of_the_text_are_made_once(config, made, interval):
+  painter, params, _ = made(sharding.make_mesh(config.mesh))
+  painter = dataclasses.replace(painter, spec=dataclasses.replace(
+      painter.spec, guidance_interval=interval))
+  text = inputs.encode_prompts(config, PROMPTS[:8])
+  traced = jax.make_jaxpr(painter.sample)(
+      params, text, text, np.arange(8, dtype=np.uint32))
+  # Of one layer, with the prompts and with the negative ones.
+  assert text_keys(traced.jaxpr).tolist() == [2, 0]
+
+
+def test_a_guided_step_costs_two_plain_ones(config, made):
+  painter, params, _ = made(sharding.make_mesh(config.mesh))
+  text = inputs.encode_prompts(config, PROMPTS[:8])
+  seeds = np.arange(8, dtype=np.uint32)
+
+  def flops(weight):  # XLA counts a loop's body once.
+    spec = dataclasses.replace(painter.spec, name='ddim', guidance=weight)
+    sample = dataclasses.replace(painter, spec=spec).sample
+    return jax.jit(sample).lower(
+        params, text, text, seeds).cost_analysis()['flops']
+  assert flops(3.0) < 2.05 * flops(1.0)
+
+
+def test_the_network_as_its_own_guide_changes_nothing(config, made):
+  mesh = sharding.make_mesh(config.mesh)
+  painter, params, shardings = made(mesh)
+  guided = dataclasses.replace(painter, guide=painter.model)
+  plain = dataclasses.replace(painter, spec=dataclasses.replace(
+      painter.spec, guidance=1.0))
+  weaker = jax.tree.map(lambda x: x * 0.9, params)
+  text = inputs.encode_prompts(config, PROMPTS[:8])
+
+  plain, guided = (
+      draw.make_draw(painter, text[0], 8, shardings | {'guide': shardings})
+      for painter in (plain, guided))
+  expected, same, better = (
+      drawer(params | {'guide': guide}, text, range(8))[1].astype(int)
+      for drawer, guide in (
+          (plain, params), (guided, params), (guided, weaker)))
+  assert np.abs(same - expected).max() <= 1
+  assert np.abs(better - expected).mean() > 1

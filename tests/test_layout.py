@@ -8,11 +8,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 ROWS = (
     {'main', 'sample', 'evaluate', 'demo', 'tools'},
-    {'train'},
+    {'train', 'figures'},
     {'trained', 'checks', 'kept'},
     {'build', 'stages'},
     {'inputs'},
-    {'step', 'draw'},
+    {'step', 'draw', 'features'},
     {'sharding', 'state', 'optim', 'averages', 'guard', 'checkpoint',
      'metrics', 'ledger', 'watchdog', 'replicas', 'processes',
      'compilation_cache', 'hugging_face', 'torch_files', 'hlo'},

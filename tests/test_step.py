@@ -356,6 +356,33 @@ def test_all_images_may_be_at_the_finest_resolution(
       eval_step(params, whole, 0), eval_step(params, batch, 0), rtol=1e-5)
 
 
+def test_losses_by_bands_of_noise(
+    training, batch, random_params, make_config):
+  """Of a mixed batch, whose finer level sees half of the examples."""
+  made = training('one')
+  config = make_config()
+  config.stages[1].update(mixed_ratio=(1.0, 1.0), loss_weights=(3.0, 0.5))
+  objective = build.make_objective(config, config.stages[1])
+  coarse = dataclasses.replace(objective, weights=(1.0, 0.0))
+
+  @jax.jit
+  def measure(params, batch):
+    model = made.model
+    t, eps = steps._draw(objective, model.resolutions, batch,
+                         jax.random.fold_in(jax.random.key(0), 5))
+    return (steps.make_band_step(model, objective, 0, 4)(params, batch, 5),
+            steps.make_eval_step(model, objective, 0)(params, batch, 5),
+            t, steps._losses(model, coarse, params, batch, t, eps)[0])
+  (sums, counts), means, t, coarse_losses = measure(
+      random_params(made.model, 8), batch)
+  np.testing.assert_allclose(sums.sum(1) / counts.sum(1), means, rtol=1e-5)
+  bands = np.asarray(t) // 250
+  for seen, row in ((bands, counts[0]), (bands[::2], counts[1])):
+    np.testing.assert_array_equal(row, np.bincount(seen, minlength=4))
+  np.testing.assert_allclose(
+      sums[0], np.bincount(bands, coarse_losses, 4), rtol=1e-5)
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_no_example_of_a_mixed_batch_changes_its_device(
     training, accumulate):

@@ -389,6 +389,57 @@ def test_sample_command(finished, tmp_path):
       with Image.open(tmp_path / name) as image:
         assert image.size == (int(resolution),) * 2
   assert (tmp_path / 'grid.png').exists()
+  listed = tmp_path / 'prompts.txt'
+  listed.write_text(f'{prompts[0]}\n\n' + 'a star ' * 1000, encoding='utf-8')
+  # One more of each; the others are there.
+  result = run_sample(workdir=finished, prompts_file=listed, num_samples=2,
+                      steps=2, output=tmp_path, seed=5, animate=True)
+  assert '2 of 4 pictures are there already' in result.stderr
+  assert 'Only the first 31 tokens are read of 1 of the 2 prompts' in (
+      result.stderr)
+  with Image.open(tmp_path / '0003.webp') as animation:
+    assert animation.n_frames == 2
+
+
+def test_sample_with_a_guide(finished, tmp_path):
+  prompt = 'a red ring, on grey'
+  pictures = []
+  for options in ({}, {'guide': finished}, {'guidance': 1}):
+    result = run_sample(workdir=finished, prompt=prompt, num_samples=1,
+                        steps=2, output=tmp_path, **options)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / '0000_16.png') as image:
+      pictures.append(np.asarray(image, int))
+  # By itself it is guided nowhere.
+  assert np.abs(pictures[1] - pictures[2]).max() <= 1
+  assert np.abs(pictures[0] - pictures[2]).max() > 1
+  result = run_sample(workdir=finished, prompt=prompt, guide=finished,
+                      negative_prompt='a star')
+  assert result.returncode == 1
+  assert 'error: guidance leads away from one thing' in result.stderr
+
+
+def test_samplers_are_compared(finished, tmp_path):
+  output = tmp_path / 'found.json'
+
+  def compare(steps):
+    result = subprocess.run(
+        [sys.executable, '-m', 'mdm_jax.tools.compare_samplers',
+         f'--workdir={finished}', '--samplers=ddim', f'--steps={steps}',
+         '--num_images=8', '--classifier_images=64', '--classifier_steps=1',
+         f'--output={output}'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result
+  compare('2')
+  (first,) = json.loads(output.read_text())
+  assert first['frechet'] > 0
+  assert 0 <= first['accuracy'] <= 1
+  assert 'ddim, 2 steps' not in (result := compare('1,2')).stderr
+  found = json.loads(output.read_text())
+  assert [one['steps'] for one in found] == [2, 1]
+  assert found[0] == first
+  assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
+      ['ddim', '1'], ['ddim', '2']]
 
 
 def test_sample_without_a_run_names_the_directory(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
 _MIN_TILE = 128
+_ANIMATION, _LAST_FRAME = 3000, 1500  # milliseconds
 _MAX_LINES = 3  # of a caption; what does not fit ends in an ellipsis
 
 
@@ -92,6 +93,35 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.tmp')
   Image.fromarray(image).save(temporary, format='PNG')
+  temporary.replace(path)
+
+
+def side_by_side(levels: Sequence[np.ndarray]) -> np.ndarray:
+  """The levels of one picture, enlarged to the finest one's size.
+
+  Args:
+    levels: uint8 [H_r, H_r, 3], coarse to fine, each a divisor of the next.
+
+  Returns:
+    uint8 [H, levels * W, 3].
+  """
+  edge = len(levels[-1])
+  return np.concatenate([
+      level.repeat(edge // len(level), 0).repeat(edge // len(level), 1)
+      for level in levels], axis=1)
+
+
+def save_animation(path: str | os.PathLike,
+                   frames: Sequence[np.ndarray]) -> None:
+  """Writes uint8 [H, W, 3] frames as a WebP that plays for some seconds."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  first, *rest = map(Image.fromarray, frames)
+  durations = [max(40, _ANIMATION // len(frames))] * len(frames)
+  durations[-1] += _LAST_FRAME
+  temporary = path.with_name(f'{path.name}.tmp')
+  first.save(temporary, format='WebP', save_all=True, append_images=rest,
+             duration=durations, loop=0, quality=85)
   temporary.replace(path)
 
 

@@ -336,10 +336,17 @@ def accuracy(
   Raises:
     ValueError: if there are not as many images as statements.
   """
+  return mean_marks(
+      score(image, stated, vocabulary)
+      for image, stated in zip(images, statements, strict=True))
+
+
+def mean_marks(
+    marks: Iterable[dict[str, list[bool]]]) -> dict[str, float]:
+  """What `accuracy` returns, of the images' marks as `score` gives them."""
   totals: dict[str, list[bool]] = {}
-  for image, stated in zip(images, statements, strict=True):
-    marks = score(image, stated, vocabulary)
-    marks['all'] = [all(map(all, marks.values()))]
-    for attribute, each in marks.items():
-      totals.setdefault(attribute, []).extend(each)
+  for each in marks:
+    each = each | {'all': [all(map(all, each.values()))]}
+    for attribute, marked in each.items():
+      totals.setdefault(attribute, []).extend(marked)
   return {name: float(np.mean(each)) for name, each in totals.items() if each}

@@ -101,3 +101,18 @@ def test_guided_within_an_interval_alone():
     for level, wanted in zip(got, expected, strict=True):
       np.testing.assert_allclose(level, wanted, rtol=1e-6, atol=1e-5)
   assert calls == [2, 2]
+
+
+def test_autoguidance_leads_away_from_the_guide():
+  x_t, t, cond, uncond = _inputs()
+  network = _network([])
+  good, bad = (
+    lambda x_t, t, cond=c: network(x_t, t, cond) for c in (cond, uncond))
+  got = guidance.autoguided_denoise_fn(good, bad, 2.5)(x_t, t)
+  for level, on, away in zip(got, good(x_t, t), bad(x_t, t), strict=True):
+    np.testing.assert_allclose(level, away + 2.5 * (on - away), rtol=1e-5)
+  assert guidance.autoguided_denoise_fn(good, bad, 1.0) is good
+  within = guidance.autoguided_denoise_fn(good, bad, 2.5, interval=(4, 7))
+  t = np.array([3, 3])
+  for level, expected in zip(within(x_t, t), good(x_t, t), strict=True):
+    np.testing.assert_allclose(level, expected, rtol=1e-6)
