@@ -87,6 +87,11 @@ def get_config() -> ConfigDict:
           'decay': 'constant',  # after the warm-up; or 'cosine' to 0
           'ema_decay': 0.9999,
       },
+      # Of which one of any width is made after training: docs/averages.md.
+      'averages': {
+          'widths': (),  # sigma_rel, such as (0.05, 0.1); none: no memory
+          'snapshot_every': 1000,  # steps between two that are kept
+      },
       # A NaN, an Inf or a spike leaves that one step out.
       'guard': {
           'spike_factor': 10.0,  # times the running mean of loss, gradient
@@ -120,6 +125,10 @@ def get_config() -> ConfigDict:
           'num_prompts': 256,   # whose pictures are marked
           'loss_batches': 8,    # held-out batches
           'batch_size': 16,     # prompts drawn at once
+          'every': 0,           # steps; 0: only at the run's end
+          # Of each stage, the average with the best of it so far is kept:
+          # 'held_out_loss_64' or 'accuracy_shape', for example; '': none.
+          'best_metric': '',
       },
   })
 
@@ -208,5 +217,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.log_every = 2
   config.sample_every = 3
   config.checkpoint_every = 3
-  config.eval.update(num_prompts=16, loss_batches=1, batch_size=8)
+  config.averages.snapshot_every = 3
+  config.eval.update(num_prompts=16, loss_batches=1, batch_size=8,
+                     every=min(config.eval.every, 3))
   return config

@@ -312,7 +312,7 @@ def make_sampler(config: ConfigDict) -> draw.SamplerSpec:
 
 
 def stage_directory(workdir: str | pathlib.Path, config: ConfigDict,
-                    index: int) -> pathlib.Path:
-  """Where a stage's checkpoints are."""
+                    index: int, kind: str = 'checkpoints') -> pathlib.Path:
+  """Where a stage's checkpoints are, or its 'averages' or 'best'."""
   name = f'{index}_{config.stages[index].name}'
-  return pathlib.Path(workdir) / 'checkpoints' / name
+  return pathlib.Path(workdir) / kind / name

@@ -42,8 +42,8 @@ class Checkpoints:
   """The checkpoints of one stage, written while training goes on."""
 
   def __init__(
-      self, directory: epath.PathLike, *, save_interval: int, max_to_keep: int,
-      save_failures: int = 1,
+      self, directory: epath.PathLike, *, save_interval: int,
+      max_to_keep: int | None, save_failures: int = 1,
   ):
     """Opens a directory for training, and creates it if it does not exist.
 
@@ -55,7 +55,8 @@ class Checkpoints:
     Args:
       directory: of this stage, local or `gs://`.
       save_interval: steps between two saves.
-      max_to_keep: newest checkpoints to keep; older ones are deleted.
+      max_to_keep: newest checkpoints to keep; older ones are deleted. None
+        keeps all.
       save_failures: in a row, after which to give up.
 
     Raises:
@@ -67,6 +68,9 @@ class Checkpoints:
     self._options = dict(
         should_save_fn=lambda step, _: step % save_interval == 0,
         max_to_keep=max_to_keep, cleanup_tmp_directories=True,
+        # Several directories may save the same step at the same time.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])),
     )
     self._save_failures = save_failures
     self._failures = 0
@@ -100,7 +104,7 @@ class Checkpoints:
     # Several processes must agree on a failure, so they wait for the save due.
     if jax.process_count() == 1 and self._saving and self._saving.done():
       self._settle()
-    if step == self._manager.latest_step():
+    if step in self._manager.all_steps():
       return False
     if not force and not self._manager.should_save(step):
       return False
@@ -343,6 +347,41 @@ def restore_item(
     )[key]
 
 
+def read_extra(
+    directory: epath.PathLike, step: int | None = None
+) -> dict[str, Any]:
+  """What was saved beside a state.
+
+  Args:
+    directory: of one stage.
+    step: the newest good one if None.
+
+  Raises:
+    FileNotFoundError: if there is no such step.
+    CheckpointError: if the step is damaged; if None, if all are.
+  """
+  directory = epath.Path(directory).absolute()
+  step = _require_step(directory, step)
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(
+        directory / str(step) / 'extra', args=ocp.args.JsonRestore())
+
+
+def good_steps(directory: epath.PathLike) -> list[int]:
+  """All steps that are as they were written, in order; names the others."""
+  good, directory = [], epath.Path(directory)
+  for step in sorted(_committed_steps(directory)):
+    path = directory / str(step)
+    problem = 'it has no manifest'
+    if manifest.exists(path):
+      problem = manifest.problem(path)
+    if problem is None:
+      good.append(step)
+    else:
+      logging.warning('%s is damaged: %s.', path, problem)
+  return good
+
+
 def mark_finished(directory: epath.PathLike, step: int) -> None:
   """Records that a stage is complete at this step. All processes call it.
 
@@ -523,8 +562,7 @@ def _require_none_damaged(
   if damaged:
     raise CheckpointError(
         f'{directory} has checkpoints, but none is good ({"; ".join(damaged)})'
-        ': put back a copy of one, or remove the directory to start the stage '
-        'anew.'
+        ': put back a copy of one, or remove the directory to begin it anew.'
     )
 
 

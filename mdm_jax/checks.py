@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdm_jax import build, inputs, mixed_batch, sharding
+from mdm_jax import averages, build, inputs, mixed_batch, sharding
 from mdm_jax.data import precomputed
 from mdm_jax.diffusion import samplers
+from mdm_jax.eval import prompt_accuracy
 
 _TEXT_ENCODERS = (*build.TRAINED_ENCODERS, 't5', 'precomputed')
 
@@ -21,11 +22,17 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   """
   _check_text(config)
   _check_sampler(config)
+  _check_averages(config)
+  _check_evaluation(config)
   build.make_guard(config)
-  for key in ('log_every', 'sample_every', 'checkpoint_every'):
-    if config[key] < 1:
-      raise ValueError(f'{key}={config[key]}: give a number of steps.')
-  for key, value in [('replicas_every', config.replicas_every), *(
+  for key, value in [
+      ('averages.snapshot_every', config.averages.snapshot_every),
+      *((key, config[key])
+        for key in ('log_every', 'sample_every', 'checkpoint_every'))]:
+    if value < 1:
+      raise ValueError(f'{key}={value}: give a number of steps.')
+  for key, value in [('replicas_every', config.replicas_every),
+                     ('eval.every', config.eval.every), *(
       (f'watchdog.{phase}', limit)
       for phase, limit in config.watchdog.items())]:
     if value < 0:
@@ -116,6 +123,31 @@ def _check_sampler(config: ConfigDict) -> None:
     raise ValueError(
         f'sampler.guidance_interval={sampler.guidance_interval}: give two '
         'rising shares, from 0 to 1.')
+
+
+def _check_averages(config: ConfigDict) -> None:
+  widths = config.averages.widths
+  with build.naming(f'averages.widths={widths}'):
+    for width in widths:
+      averages.exponent(width)
+    if len(set(widths)) < len(widths):
+      raise ValueError('they must differ.')
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+  metric, every = config.eval.best_metric, config.eval.every
+  if not metric or not config.stages:
+    return
+  if not every:
+    raise ValueError(
+        f'eval.best_metric={metric!r} with eval.every={every}: give the steps '
+        'between two evaluations.')
+  names = [f'held_out_loss_{resolution}' for resolution in
+           build.resolutions(config, config.stages[-1])]
+  if inputs.states_what_is_seen(config):
+    names += [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  if metric not in names:
+    raise ValueError(f'eval.best_metric={metric!r}: use one of {names}.')
 
 
 def _check_resolutions(config: ConfigDict) -> None:

@@ -247,6 +247,11 @@ def make_prompts(config: ConfigDict, count: int,
   return Prompts(captions, encode_prompts(config, captions), None)
 
 
+def states_what_is_seen(config: ConfigDict) -> bool:
+  """Whether pictures can be marked by what their prompts state."""
+  return config.data.name == 'shapes' and config.text.encoder != 'label'
+
+
 def make_vocabulary() -> Vocabulary:
   """What the words of shapes' captions look like."""
   return Vocabulary(

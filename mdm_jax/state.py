@@ -17,9 +17,11 @@ class TrainState(NamedTuple):
     ema: exponential moving average of `params`.
     opt_state: the optimizer's.
     guard: `guard.GuardState`, over the steps so far.
+    lags: how far further averages are from `params`, see `averages`.
   """
   step: jax.Array
   params: Params
   ema: Params
   opt_state: Any
   guard: Any
+  lags: dict[str, Params]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mdm_jax import averages, mixed_batch, optim, sharding
 from mdm_jax import guard as guards
-from mdm_jax import mixed_batch, optim, sharding
 from mdm_jax.diffusion import loss, process, pyramid
 from mdm_jax.diffusion.schedule import Schedule
 from mdm_jax.models.matryoshka import Matryoshka
@@ -91,12 +91,19 @@ def _mean_over_parts(fn: Callable[..., Any], parts: tuple[Any, ...]) -> Any:
   return jax.tree.map(lambda x: x / count, total)
 
 
-def new_state(params: Params,
-              optimizer: optax.GradientTransformation) -> TrainState:
-  """A stage before its first step; the average is a copy of `params`."""
+def new_state(params: Params, optimizer: optax.GradientTransformation,
+              widths: Sequence[float] = ()) -> TrainState:
+  """A stage before its first step; the decaying average copies `params`.
+
+  Args:
+    params: of the network.
+    optimizer: of the stage.
+    widths: of the averages beside the one that decays, see `averages`.
+  """
   return TrainState(
       jnp.int32(0), params, jax.tree.map(jnp.copy, params),
-      optimizer.init(params), guards.new_state())
+      optimizer.init(params), guards.new_state(),
+      averages.new_lags(params, widths))
 
 
 def make_train_step(
@@ -112,9 +119,10 @@ def make_train_step(
     model: the network.
     objective: what to minimise.
     optimizer: applied to all parameters.
-    guard: decides which steps leave parameters, average and optimizer as
+    guard: decides which steps leave parameters, averages and optimizer as
       they were, bit for bit.
-    ema_decay: of the average, see `optim.update_average`.
+    ema_decay: of the average, see `optim.update_average`. The state says
+      which others there are.
     caption_dropout: probability of training on the empty caption.
     empty_text: the empty caption, as one of the batch's 'text'.
     seed: of times, noise and dropout, together with the step number.
@@ -166,13 +174,17 @@ def make_train_step(
         optax.apply_updates(state.params, updates), state.params)
     ema = select(optim.update_average(
         state.ema, params, state.step, ema_decay), state.ema)
+    lags = select(averages.update_lags(
+        state.lags, state.params, params, state.guard.accepted + 1),
+        state.lags)
     metrics = {'loss': total, 'level_losses': levels, 'grad_norm': grad_norm,
                'bad_records': batch['bad'].sum(),
                'stop': batch['stop'].any(),
                'skipped': guard_state.skipped,
                'skipped_in_a_row': guard_state.in_a_row}
     return TrainState(
-        state.step + 1, params, ema, opt_state, guard_state), metrics
+        state.step + 1, params, ema, opt_state, guard_state,
+        lags), metrics
   return train_step
 
 

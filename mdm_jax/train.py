@@ -33,6 +33,7 @@ from mdm_jax import step as steps
 from mdm_jax.data import pipeline
 from mdm_jax.data.pipeline import DataError
 from mdm_jax.eval import grid
+from mdm_jax.kept import Kept
 from mdm_jax.state import Params
 
 # Fewer records do not tell the share of bad ones.
@@ -43,9 +44,9 @@ _MAY_CHANGE = (
     'mesh.', 'sharding_rules', 'data.num_workers', 'data.num_threads',
     'data.prefetch', 'data.max_bad_fraction', 'data.may_change',
     'log_every', 'sample_every', 'checkpoint_every', 'checkpoints_to_keep',
-    'save_failures', 'replicas_every', 'text.class_names', 'sampler.', 'eval.',
-    'guard.', 'watchdog.', 'stages.accumulate:',
-    'model.levels.remat', 'model.levels.lanes')
+    'averages.snapshot_every', 'save_failures', 'replicas_every',
+    'text.class_names', 'sampler.', 'eval.', 'guard.', 'watchdog.',
+    'stages.accumulate:', 'model.levels.remat', 'model.levels.lanes')
 # Which of the watchdog's limits a bucket of the ledger is under.
 _PHASES = {'compile': 'start_up', 'data': 'step', 'sample': 'evaluate'}
 
@@ -116,13 +117,10 @@ def train(config: ConfigDict, workdir: str, mesh: Mesh,
       last = None
       if index and checkpoint.latest_step(directories[index]) is None:
         last = checkpoint.restore_item(directories[index - 1], None, 'ema')
-      with checkpoint.Checkpoints(
-          directories[index], save_interval=config.checkpoint_every,
-          max_to_keep=config.checkpoints_to_keep,
-          save_failures=config.save_failures) as checkpoints:
+      with Kept(config, workdir, index) as kept:
         finished = train_stage(
             config, index, workdir, mesh, frozen, writer, last, stop, times,
-            checkpoints)
+            kept)
       if not finished:
         break
       stop.let_go()
@@ -153,7 +151,7 @@ def train_stage(
     config: ConfigDict, index: int, workdir: str, mesh: Mesh, frozen: Params,
     writer: metrics.MetricWriter, last: Params | None,
     stop: interrupt.Interrupt, times: ledger.Ledger,
-    checkpoints: checkpoint.Checkpoints,
+    kept: Kept,
 ) -> bool:
   """Trains one stage to its end.
 
@@ -168,7 +166,7 @@ def train_stage(
       or this stage has a checkpoint.
     stop: asks for an early end.
     times: is told what the time is spent on.
-    checkpoints: of the stage.
+    kept: of the stage.
 
   Returns:
     False if it was stopped early, with everything saved.
@@ -185,15 +183,15 @@ def train_stage(
 
   ##### The state, straight into its shards: restored, grown or fresh.
   def make_state(params):
-    return steps.new_state(params, optimizer)
+    return steps.new_state(params, optimizer, config.averages.widths)
   abstract = jax.eval_shape(make_state, model.shapes(config.text.max_length))
   shardings = sharding.tree_shardings(abstract, mesh, config.sharding_rules)
   data = inputs.data_fingerprint(config)
   directory = build.stage_directory(workdir, config, index)
-  if checkpoints.latest_step() == 0:  # Imported: the parameters alone.
+  if kept.checkpoints.latest_step() == 0:  # Imported: the parameters alone.
     last = checkpoint.restore_item(directory, 0, 'ema')
-  if checkpoints.latest_step():
-    state, extra = checkpoints.restore(jax.tree.map(
+  if kept.checkpoints.latest_step():
+    state, extra = kept.checkpoints.restore(jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract, shardings))
     _check_data(config, extra.get('data'), data)
@@ -235,12 +233,22 @@ def train_stage(
   flops = metrics.flops_per_step(compiled, stage.accumulate)
   peak = metrics.peak_flops(mesh.devices.flat[0])
   draw_fn = trained.make_draw(config, index, mesh, state.ema | frozen)
+  if config.eval.every:
+    measure = trained.make_measure(config, index, mesh, draw_fn)
   prompts = inputs.make_prompts(config, trained.GRID_PROMPTS)
   check_replicas = replicas.make_check(abstract, shardings, mesh)
 
-  def draw(step):
-    with times.time('sample'):
+  @contextlib.contextmanager
+  def let_go(bucket):
+    with times.time(bucket):
       stop.let_go()
+      yield
+      # Others may have been told to stop, and not be through with it.
+      stop.let_go(processes.any_of(stop.requested))
+      stop.hold()
+
+  def draw(step):
+    with let_go('sample'):
       pictures = grid.grid(
           draw_fn(state.ema | frozen, prompts.text, range(len(prompts.text))),
           prompts.captions)
@@ -248,14 +256,29 @@ def train_stage(
       writer.submit(grid.save_png, path, pictures)
       writer.image(step, f'{stage.name}/samples', pictures)
       logging.info('%s: drew %s', title, path)
-      stop.hold()
+
+  def evaluate(step):
+    with let_go('evaluate'):
+      figures = measure(state.ema | frozen)
+      logging.info('%s: step %d: %s', title, step, ', '.join(
+          f'{name} {value:.4g}' for name, value in figures.items()))
+      writer.scalars(step, figures, stage=stage.name)
+      if step == stage.steps and index == len(config.stages) - 1:
+        trained.write_figures(config, workdir, figures)
+    with times.time('save'):
+      kept.offer(step, state.ema, figures)
+
+  ##### What the last run may not have come to.
+  kept.snapshot(first_step, state)
+  if 0 < first_step < stage.steps and _is_due(first_step, config.eval.every):
+    evaluate(first_step)
 
   ##### Train.
   progress = metrics.Progress(
       title, first_step=first_step, last_step=stage.steps,
       batch_size=stage.batch_size)
   bad, stopped, values, unread = 0, False, {}, collections.deque()
-  stop.hold(checkpoints.drain)
+  stop.hold(kept.drain)
   times.write(stage.name, first_step, force=True)
   times.switch('step')
   for step in range(first_step + 1, stage.steps + 1):
@@ -268,8 +291,9 @@ def train_stage(
     unread.append((step, values))
     # One step ahead keeps the devices busy. XLA's collectives between a CPU's
     # cores have deadlocked with 32 steps in flight.
-    ahead = step < stage.steps and all(step % every for every in (
-        config.log_every, config.checkpoint_every, config.sample_every))
+    ahead = step < stage.steps and not _is_due(
+        step, config.log_every, config.checkpoint_every, config.sample_every,
+        config.eval.every, config.averages.snapshot_every)
     while len(unread) > ahead:
       at, seen = unread.popleft()
       seen = jax.device_get(seen)
@@ -307,32 +331,45 @@ def train_stage(
           numbers['mfu'] = per_second / peak
       writer.scalars(step, numbers, stage=stage.name)
 
-    draws = step % config.sample_every == 0 or step == stage.steps
+    draws = _is_due(step, config.sample_every)
+    evaluates = _is_due(step, config.eval.every)
+    ends = step == stage.steps
     # What they told with the step is old, but asking takes time.
-    if draws or jax.process_count() == 1:
+    if draws or evaluates or ends or jax.process_count() == 1:
       stopped |= processes.any_of(stop.requested)
-    ends = stopped or step == stage.steps
-    if config.replicas_every and (ends or any(step % every == 0 for every in (
-        config.replicas_every, config.checkpoint_every))):
+    ends |= stopped
+    if config.replicas_every and (ends or _is_due(
+        step, config.replicas_every, config.checkpoint_every)):
       check_replicas(state)
     with progress.pause(), times.time('save'):
-      saved = checkpoints.save(step, state, {'stage': stage.name, 'data': data},
-                               force=ends)
+      saved = kept.checkpoints.save(
+          step, state, {'stage': stage.name, 'data': data}, force=ends)
+      kept.snapshot(step, state)
     times.write(stage.name, step, force=saved)
     if stopped:
       break
-    if draws and step < stage.steps:
+    if step < stage.steps:
       with progress.pause():
-        draw(step)
+        if draws:
+          draw(step)
+        if evaluates:
+          evaluate(step)
 
   if not stopped:
     draw(stage.steps)
+    if config.eval.every:
+      evaluate(stage.steps)
   times.switch('save')
-  checkpoints.wait()
+  kept.wait()
   if not stopped:
     checkpoint.mark_finished(directory, stage.steps)
   times.switch('start_up')  # Of the next stage.
   return not stopped
+
+
+def _is_due(step: int, *periods: int) -> bool:
+  """Whether one of so many steps has ended; 0 never does."""
+  return any(every and step % every == 0 for every in periods)
 
 
 def _report_times(workdir: str, writer: metrics.MetricWriter) -> None:

@@ -1,5 +1,7 @@
 """A trained model: its averaged parameters, its pictures, its figures."""
 
+from collections.abc import Callable, Mapping
+import functools
 import json
 import pathlib
 
@@ -9,7 +11,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax import build, checkpoint, draw, inputs, metrics, sharding
+from mdm_jax import (
+  averages,
+  build,
+  checkpoint,
+  draw,
+  inputs,
+  metrics,
+  sharding,
+)
 from mdm_jax import step as steps
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.models.matryoshka import Matryoshka
@@ -21,29 +31,76 @@ _EVAL_SEED = 1
 
 
 def restore_average(
-    config: ConfigDict, workdir: str,
-    mesh: Mesh | None = None) -> tuple[int, Params]:
+    config: ConfigDict, workdir: str, mesh: Mesh | None = None, *,
+    width: float | None = None, best: bool = False) -> tuple[int, Params]:
   """The averaged parameters of the newest stage that has any.
 
+  Args:
+    config: of the run.
+    workdir: of the run.
+    mesh: where to put them; None for host memory.
+    width: sigma_rel of the average, made of the snapshots that were kept, up
+      to the newest of them; see `averages`. None for the decaying average.
+    best: of the step that was best by `eval.best_metric`, not the last one.
+
   Returns:
-    The stage's index, and the parameters: sharded over the mesh, or in host
-    memory without one.
+    The stage's index, and the parameters.
 
   Raises:
-    FileNotFoundError: nothing has been saved yet.
+    FileNotFoundError: nothing (of that kind) has been saved yet.
+    ValueError: both a width and the best, or a width out of range.
+    CheckpointError: what there is is damaged.
   """
+  if best and width is not None:
+    raise ValueError('The best average has the width that it was kept with: '
+                     'ask for one of a width, or for the best.')
+  kind, remedy = 'checkpoints', 'train longer first'
+  if best:
+    kind, remedy = 'best', 'set eval.every and eval.best_metric when training'
+  elif width is not None:
+    kind, remedy = 'averages', 'set averages.widths when training'
   for index in reversed(range(len(config.stages))):
-    directory = build.stage_directory(workdir, config, index)
+    directory = build.stage_directory(workdir, config, index, kind)
     if checkpoint.latest_step(directory) is not None:
       break
   else:
-    raise FileNotFoundError(
-        f'{workdir} has no checkpoint yet: train longer first.')
+    raise FileNotFoundError(f'{workdir} has no {kind} yet: {remedy}.')
+  if width is not None:
+    params = _reconstruct(directory, width)
+    if mesh:
+      params = sharding.place(params, sharding.tree_shardings(
+          params, mesh, config.sharding_rules))
+    return index, params
   shardings = mesh and sharding.tree_shardings(
       checkpoint.abstract_item(directory, None, 'ema'), mesh,
       config.sharding_rules)
-  params = checkpoint.restore_item(directory, None, 'ema', shardings)
-  return index, params
+  return index, checkpoint.restore_item(directory, None, 'ema', shardings)
+
+
+def _reconstruct(directory: pathlib.Path, width: float) -> Params:
+  """An average of the newest snapshot's time and any width, in host memory."""
+  averages.exponent(width)  # Before anything is read.
+  snapshots = {}
+  for step in checkpoint.good_steps(directory):
+    extra = checkpoint.read_extra(directory, step)
+    # As many updates as before, or none: steps were left out.
+    if count := extra['updates']:
+      snapshots |= {(name, count): step for name in extra['widths']}
+  if not snapshots:
+    raise checkpoint.CheckpointError(
+        f'{directory} has no snapshot that is good: put back a copy of one.')
+  names, counts = zip(*snapshots)
+  factors = averages.coefficients(
+      list(map(float, names)), counts, width, max(counts))
+  average = None
+  for step, name, factor in zip(snapshots.values(), names, factors):
+    part = jax.tree.map(
+        functools.partial(np.multiply, factor, dtype=np.float64),
+        checkpoint.restore_item(directory, step, name))
+    average = jax.tree.map(np.add, average, part) if average else part
+  logging.info('An average of width %g after %d updates, made of %d snapshots.',
+               width, max(counts), len(snapshots))
+  return jax.tree.map(np.float32, average)
 
 
 def restore_guide(config: ConfigDict, index: int, workdir: str,
@@ -112,64 +169,86 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
     'held_out_loss_<resolution>' of each level; for shapes also
     'accuracy_<attribute>', from 0 to 1, see `prompt_accuracy`.
   """
-  stage = config.stages[-1]
-  path = pathlib.Path(workdir) / 'eval' / f'{stage.steps}.json'
+  path = _figures_path(config, workdir)
   if path.exists():
     values = json.loads(path.read_text())
   else:
     index, params = restore_average(config, workdir, mesh)
     values = measure(config, index, params | frozen, mesh)
-    if jax.process_index() == 0:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      # At once, as the process may be stopped here.
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(json.dumps(values, indent=2) + '\n')
-      temporary.replace(path)
+    write_figures(config, workdir, values)
   logging.info('Held out:\n%s', metrics.table(
       [[name.replace('_', ' '), value] for name, value in values.items()],
       ['metric', 'value']))
   return values
 
 
-def measure(config: ConfigDict, index: int, params: Params,
-            mesh: Mesh) -> dict[str, float]:
+def write_figures(config: ConfigDict, workdir: str,
+                  figures: Mapping[str, float]) -> None:
+  """Writes what `evaluate` then reads back. All processes call it."""
+  if jax.process_index() == 0:
+    path = _figures_path(config, workdir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # At once, as the process may be stopped here.
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(figures, indent=2) + '\n')
+    temporary.replace(path)
+
+
+def _figures_path(config: ConfigDict, workdir: str) -> pathlib.Path:
+  return pathlib.Path(workdir) / 'eval' / f'{config.stages[-1].steps}.json'
+
+
+def make_measure(config: ConfigDict, index: int, mesh: Mesh,
+                 draw_fn: draw.DrawFn,
+                 ) -> Callable[[Params], dict[str, float]]:
   """Held-out loss of each level and prompt accuracy, see `evaluate`.
 
   Args:
     config: of the run.
     index: of the stage.
-    params: all that the stage's network needs, on the mesh.
     mesh: the devices.
+    draw_fn: as `make_draw` makes it for the stage.
+
+  Returns:
+    A function of all parameters that the stage's network needs, on the mesh.
+    It is compiled once, and reads the same data each time.
   """
   stage = config.stages[index]
   model = build.make_model(config, stage)
-
   split = inputs.held_out_split(config)
   if split == 'train':
     logging.warning('No validation split: evaluating on training images.')
-  batches = inputs.make_dataset(
-      config, split, model.resolutions, build.batch_sizes(stage),
-      process_index=jax.process_index(), process_count=jax.process_count(),
-      num_batches=config.eval.loss_batches)
   eval_step = jax.jit(steps.make_eval_step(
       model, build.make_objective(config, stage), _EVAL_SEED))
-  losses = [
-      np.asarray(eval_step(params, sharding.shard_batch(batch, mesh), i))
-      for i, batch in enumerate(batches)]
-  values = {
-      f'held_out_loss_{resolution}': float(loss)
-      for resolution, loss in zip(model.resolutions, np.mean(losses, 0))}
 
-  # Pictures are marked by what their captions say.
-  if config.data.name != 'shapes' or config.text.encoder == 'label':
-    return values
-  prompts = inputs.make_prompts(config, config.eval.num_prompts)
-  logging.info('Drawing %d held-out prompts.', len(prompts.captions))
+  def measure(params):
+    batches = inputs.make_dataset(
+        config, split, model.resolutions, build.batch_sizes(stage),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        num_batches=config.eval.loss_batches)
+    losses = [
+        np.asarray(eval_step(params, sharding.shard_batch(batch, mesh), i))
+        for i, batch in enumerate(batches)]
+    values = {
+        f'held_out_loss_{resolution}': float(loss)
+        for resolution, loss in zip(model.resolutions, np.mean(losses, 0))}
+
+    if not inputs.states_what_is_seen(config):
+      return values
+    prompts = inputs.make_prompts(config, config.eval.num_prompts)
+    logging.info('Drawing %d held-out prompts.', len(prompts.captions))
+    # Other noise than that of the grids.
+    seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts.captions))
+    pictures = draw_fn(params, prompts.text, seeds)
+    accuracy = prompt_accuracy.accuracy(
+        pictures[-1], prompts.statements, inputs.make_vocabulary())
+    return values | {
+        f'accuracy_{name}': value for name, value in accuracy.items()}
+  return measure
+
+
+def measure(config: ConfigDict, index: int, params: Params,
+            mesh: Mesh) -> dict[str, float]:
+  """What `make_measure` measures, of some parameters, once."""
   draw_fn = make_draw(config, index, mesh, params)
-  # Other noise than that of the grids.
-  seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts.captions))
-  pictures = draw_fn(params, prompts.text, seeds)
-  accuracy = prompt_accuracy.accuracy(
-      pictures[-1], prompts.statements, inputs.make_vocabulary())
-  return values | {
-      f'accuracy_{name}': value for name, value in accuracy.items()}
+  return make_measure(config, index, mesh, draw_fn)(params)

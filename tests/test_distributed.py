@@ -20,10 +20,15 @@ from tests import toy
 from tests.toy import pids
 
 ROOT = pathlib.Path(__file__).parents[1]
+KEEPING = dict(
+    averages__widths=(0.05, 0.1), averages__snapshot_every=10,
+    eval__best_metric='held_out_loss_8')
 CONFIG = toy.recipe(
-    1, 60, log_every=1, sample_every=60, checkpoint_every=10)
+    1, 60, log_every=1, sample_every=60, checkpoint_every=10, eval__every=30,
+    **KEEPING)
 TWO_STAGES = toy.recipe(
-    2, 40, log_every=1, sample_every=40, checkpoint_every=10)
+    2, 40, log_every=1, sample_every=40, checkpoint_every=10, eval__every=40,
+    **KEEPING)
 
 # JAX's, of the process that it misses.
 MESSAGE = r'Task 2 heartbeat timeout|sending heartbeats\):\s+2'
@@ -98,7 +103,7 @@ def digest(directory, step):
   """SHA-256 of all that a stage's last checkpoint holds, which is of a step."""
   assert checkpoint.latest_step(directory) == step
   sha = hashlib.sha256()
-  for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard', 'lags'):
     item = checkpoint.restore_item(directory, None, key)
     for leaf in jax.tree.leaves(item):
       sha.update(np.ascontiguousarray(leaf).tobytes())
@@ -147,7 +152,7 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(
       ('"stage": "8", "step": 20,', last, '0_8'),
       ('"stage": "8", "step": 40,', first, None),  # It is about to draw.
       ('"stage": "16", "step": 20,', both, '1_16'),
-      ('Drawing 8 held-out prompts', last, None)]:
+      ('Drawing 8 held-out prompts', last, None)]:  # At the stage's end.
     processes = begin()
     processes.wait_for(words)
     for receiver in receivers:
@@ -167,6 +172,10 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(
   for name in ('8_40', '16_40'):
     assert (workdir / 'samples' / f'{name}.png').exists()
   assert digests(workdir) == two_stages
+  for name in ('0_8', '1_16'):
+    assert checkpoint.good_steps(workdir / 'averages' / name) == [
+        10, 20, 30, 40]
+    assert checkpoint.good_steps(workdir / 'best' / name) == [40]
 
 
 def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
@@ -186,6 +195,18 @@ def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
   np.testing.assert_allclose(
       [found[step] for step in range(21, 61)],
       [expected[step] for step in range(21, 61)], rtol=1e-6)
+  assert kept_beside(straight)[0] == [*range(10, 70, 10)]
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      kept_beside(workdir), kept_beside(straight))
+
+
+def kept_beside(workdir):
+  """Steps of the snapshots, the last one, the best step, and its figure."""
+  averages, best = workdir / 'averages' / '0_8', workdir / 'best' / '0_8'
+  return (checkpoint.good_steps(averages),
+          checkpoint.restore_item(averages, 60, '0.1'),
+          checkpoint.good_steps(best), checkpoint.read_extra(best)['value'])
 
 
 def test_an_error_in_one_stops_the_other(tmp_path):

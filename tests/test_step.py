@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import build, checkpoint, inputs, sharding
+from mdm_jax import averages, build, checkpoint, inputs, sharding
 from mdm_jax import step as steps
 from mdm_jax.guard import Guard
 from mdm_jax.models.matryoshka import Matryoshka
@@ -72,7 +72,7 @@ def training(make_config, batch):
           accumulate=accumulate)(state, batch, {})
 
     def make_state(params):
-      return steps.new_state(params, optimizer)
+      return steps.new_state(params, optimizer, (0.05, 0.25))
     shardings = sharding.tree_shardings(
         jax.eval_shape(make_state, model.shapes(config.text.max_length)),
         mesh, config.sharding_rules)
@@ -190,11 +190,12 @@ def test_one_wish_to_stop_reaches_all(training, batch, random_params):
 
 def test_fsdp_divides_the_state(training):
   shardings = training('fsdp').shardings
-  params, ema, opt_state = (
+  params, ema, opt_state, lags = (
       sum('fsdp' in leaf.spec for leaf in jax.tree.leaves(tree))
-      for tree in (shardings.params, shardings.ema, shardings.opt_state))
+      for tree in (shardings.params, shardings.ema, shardings.opt_state,
+                   shardings.lags))
   assert params > 20
-  assert (ema, opt_state) == (params, 2 * params)
+  assert (ema, opt_state, lags) == (params, 2 * params, 2 * params)
 
 
 def test_loss_is_the_sum_over_levels(losses):
@@ -254,6 +255,35 @@ def test_bad_steps_change_nothing(poisoned, mesh_name):
       [loss for loss, *_ in seen], expected, rtol=1e-5)
   np.testing.assert_allclose(
       seen[-1][2].mean, poisoned('one')[-1][2].mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize('mesh_name', ['one', 'fsdp'])
+def test_averages_are_of_the_steps_that_were_made(
+    training, batch, random_params, mesh_name):
+  made = training(mesh_name)
+  state, history = made.new_state(random_params(made.model, 8)), []
+  for step in range(9):
+    before = jax.device_get(state.lags)
+    good = step not in (0, 4)
+    state, _ = made.run(state, batch, factor=1.0 if good else np.inf)
+    if good:
+      history.append(jax.device_get(state.params))
+    else:
+      jax.tree.map(
+          np.testing.assert_array_equal, before, jax.device_get(state.lags))
+  found = averages.from_lags(state.lags, state.params)
+  assert [*found] == ['0.05', '0.25']
+  for width, average in found.items():
+    power = averages.exponent(float(width)) + 1
+    shares = np.diff((np.arange(8) / 7) ** power)
+
+    def brute_force(*leaves, shares=shares):
+      return np.tensordot(shares, np.float64(leaves), 1)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6),
+        jax.device_get(average), jax.tree.map(brute_force, *history))
+  lag = max(abs(leaf).max() for leaf in jax.tree.leaves(state.lags['0.25']))
+  assert lag > 1e-2
 
 
 def test_state_is_donated(training, batch):

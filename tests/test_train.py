@@ -24,9 +24,11 @@ from mdm_jax import (
   replicas,
   sharding,
   train,
+  trained,
 )
 from mdm_jax.data import tar_index
 from mdm_jax.data.transforms import Transform
+from tests.test_metrics import read_events
 from tests.tools.test_prepare_data import good_files, write_tar
 
 
@@ -42,7 +44,14 @@ def toy_config():
   config.stages[1].update(mixed_ratio=(1.0, 1.0), batch_size=16)
   config.checkpoint_every = 2
   config.checkpoints_to_keep = 3
+  config.averages.update(widths=(0.05, 0.1), snapshot_every=2)
+  config.eval.update(every=3, best_metric='held_out_loss_8')
   return config.lock()
+
+
+def keep_nothing_beside(config):
+  config.averages.widths = ()
+  config.eval.update(every=0, best_metric='')
 
 
 def run(config, workdir):
@@ -56,7 +65,7 @@ def digest(workdir: pathlib.Path, config, index: int) -> str:
   """SHA-256 over all that a stage's last checkpoint holds."""
   directory = build.stage_directory(workdir, config, index)
   sha = hashlib.sha256()
-  for key in ('step', 'params', 'ema', 'opt_state', 'guard'):
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard', 'lags'):
     item = checkpoint.restore_item(directory, None, key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(item):
       sha.update(jax.tree_util.keystr(path).encode())
@@ -69,7 +78,7 @@ def stop_at(step, config, workdir, stage='8'):
   save = checkpoint.Checkpoints.save
 
   def interrupt(self, at, state, extra, force=False):
-    if at == step + 1 and extra['stage'] == stage:
+    if at == step + 1 and extra.get('stage') == stage:
       raise KeyboardInterrupt
     return save(self, at, state, extra, force)
 
@@ -100,10 +109,73 @@ def test_writes_what_it_promises(finished):
   for key in ('grad_norm', 'learning_rate', 'images_per_second',
               'flops_per_second', 'mfu'):
     assert losses[0][key] > 0
-  assert list((finished / 'tensorboard').glob('events*'))
+  events = read_events(finished)
+  for name in ('8/samples', '16/samples'):
+    assert events[name][0] == 6
+    assert events[name][1].image.width > 100
   values = json.loads((finished / 'eval' / '6.json').read_text())
+  figures = evaluations(finished)
+  assert [*figures] == [('8', 3), ('8', 6), ('16', 3), ('16', 6)]
+  assert figures['16', 6] == values
+  assert set(figures['8', 3]) == set(values) - {'held_out_loss_16'}
+  assert figures['8', 3]['held_out_loss_8'] != figures['8', 6][
+      'held_out_loss_8']
+  step, value = events['16/held_out_loss_16']
+  assert step == 6
+  assert value.simple_value == pytest.approx(values['held_out_loss_16'])
   assert 0 < values['held_out_loss_16'] < 2
   assert 0 <= values['accuracy_background'] <= 1
+
+
+def evaluations(workdir) -> dict[tuple[str, int], dict[str, float]]:
+  """What was measured, by stage and step."""
+  return {
+      (line['stage'], line['step']): {
+          name: value for name, value in line.items()
+          if name.startswith(('held_out', 'accuracy'))}
+      for line in lines_of(workdir / 'metrics.jsonl')
+      if 'held_out_loss_8' in line}
+
+
+def kept_beside(workdir, config) -> dict[str, dict]:
+  """Each snapshot and best average: what was saved, and beside it."""
+  found = {}
+  for index in range(2):
+    for kind in ('averages', 'best'):
+      directory = build.stage_directory(workdir, config, index, kind)
+      for step in checkpoint.good_steps(directory):
+        extra = checkpoint.read_extra(directory, step)
+        found[f'{kind}/{index}/{step}'] = extra | {
+            name: checkpoint.restore_item(directory, step, name)
+            for name in extra.get('widths', ['ema'])}
+  return found
+
+
+def test_averages_and_the_best_are_kept(finished):
+  config = toy_config()
+  kept = kept_beside(finished, config)
+  assert {name for name in kept if name.startswith('averages')} == {
+      f'averages/{index}/{step}' for index in range(2) for step in (2, 4, 6)}
+  assert kept['averages/1/4']['updates'] == 4
+  for index, stage in enumerate(('8', '16')):
+    losses = {step: evaluations(finished)[stage, step]['held_out_loss_8']
+              for step in (3, 6)}
+    best = min(losses, key=losses.get)
+    assert kept[f'best/{index}/{best}']['value'] == losses[best]
+    assert f'best/{index}/{9 - best}' not in kept
+
+  last = build.stage_directory(finished, config, 1)
+  params, lags = (checkpoint.restore_item(last, None, name)
+                  for name in ('params', 'lags'))
+  _, found = trained.restore_average(config, finished, width=0.1)
+  jax.tree.map(
+      lambda x, p, lag: np.testing.assert_allclose(x, p + lag, atol=1e-6),
+      found, params, lags['0.1'])
+  # The figures are of what is kept.
+  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+  _, found = trained.restore_average(config, finished, mesh, best=True)
+  assert trained.measure(config, 1, found, mesh) == (
+      evaluations(finished)['16', best])
 
 
 def test_finished_run_trains_no_more(finished):
@@ -120,6 +192,11 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, stage, step):
   run(config, tmp_path)
   for index in range(2):
     assert digest(tmp_path, config, index) == digest(finished, config, index)
+  assert evaluations(tmp_path) == evaluations(finished)
+  found, expected = (
+      kept_beside(workdir, config) for workdir in (tmp_path, finished))
+  assert [*found] == [*expected]
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_damaged_last_checkpoint_is_trained_again(
@@ -153,6 +230,7 @@ def one_stage():
   config.model.levels = config.model.levels[:1]
   config.stages = config.stages[:1]
   config.sample_every = 6
+  keep_nothing_beside(config)
   return config
 
 
@@ -270,7 +348,7 @@ def test_every_key_but_those_named_must_stay(tmp_path):
       name for name, *_ in places(written) if name not in refused]
   assert {re.split(r'[.[]', name)[0] for name in allowed} == {
       'mesh', 'sharding_rules', 'data', 'log_every', 'sample_every',
-      'checkpoint_every', 'checkpoints_to_keep', 'save_failures',
+      'checkpoint_every', 'checkpoints_to_keep', 'save_failures', 'averages',
       'replicas_every', 'text', 'sampler', 'eval', 'guard', 'watchdog',
       'model', 'stages'}
   assert {name for name in allowed if name.startswith(('data.', 'text.'))} == {
@@ -281,7 +359,8 @@ def test_every_key_but_those_named_must_stay(tmp_path):
           ('model.levels', 'lanes'), ('model.levels', 'remat'),
           ('stages', 'accumulate'))}
   assert {'dtype', 'seed', 'model.levels[1].channels[0]', 'data.name',
-          'stages[0].learning_rate', 'optimizer.ema_decay'} < set(refused)
+          'stages[0].learning_rate', 'optimizer.ema_decay',
+          'averages.widths[0]'} < set(refused)
   assert len(refused) > 80
 
 
@@ -391,6 +470,7 @@ def image_config(path):
   config = toy_config().unlock()
   config.stages = config.stages[:1]
   config.data.update(name='tars', path=str(path), max_bad_fraction=1.0)
+  keep_nothing_beside(config)
   return config.lock()
 
 

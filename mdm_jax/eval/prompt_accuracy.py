@@ -24,6 +24,8 @@ _GRID = 32  # silhouettes are compared at this many pixels a side
 _SHIFTS = 8  # a pattern's phases tried, per axis
 _CENTRE = 0.115  # a place this close to the middle is called central
 OBJECT_ATTRIBUTES = ('color', 'shape', 'pattern', 'size')
+# What `accuracy` may return.
+NAMES = ('background', 'count', *OBJECT_ATTRIBUTES, 'position', 'all')
 
 
 @dataclasses.dataclass(frozen=True)

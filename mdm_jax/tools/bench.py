@@ -151,7 +151,7 @@ def bench_train(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
   optimizer, _ = build.make_optimizer(config, stage)
 
   def make_state(params):
-    return steps.new_state(params, optimizer)
+    return steps.new_state(params, optimizer, config.averages.widths)
   shardings = sharding.tree_shardings(
       jax.eval_shape(make_state, model.shapes(config.text.max_length)), mesh,
       config.sharding_rules)

@@ -142,7 +142,8 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> Any:
   model = build.make_model(config, stage)
   optimizer, _ = build.make_optimizer(config, stage)
   shapes = jax.eval_shape(
-      lambda params: steps.new_state(params, optimizer),
+      lambda params: steps.new_state(
+          params, optimizer, config.averages.widths),
       model.shapes(config.text.max_length))
   return _place(shapes, sharding.tree_shardings(
       shapes, mesh, config.sharding_rules))
@@ -317,7 +318,7 @@ def measure(config: ConfigDict, topology: str, step: str,
     state = abstract_state(config, mesh)
     sizes = {'parameters': bytes_per_chip(state.params),
              'optimizer': bytes_per_chip(state.opt_state),
-             'average': bytes_per_chip(state.ema),
+             'average': bytes_per_chip((state.ema, state.lags)),
              'text encoder': bytes_per_chip(build.frozen_shapes(config, mesh))}
     begin = time.monotonic()
     turns = (config.stages[0].accumulate if step == 'train'

@@ -138,12 +138,14 @@ def test_batch_is_the_pipelines(config, tmp_path):
 
 def test_state_by_kind(config, tmp_path):
   prepared, _ = plan.prepare(config, 1, None, 8, str(tmp_path))
+  prepared.averages.widths = (0.05, 0.1)
   mesh = sharding.make_mesh(config.mesh)
   state = plan.abstract_state(prepared, mesh)
   size = plan.bytes_per_chip(state.params)
   whole = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert whole / 4 < size < whole  # Kernels are spread over 4.
   assert plan.bytes_per_chip(state.ema) == size
+  assert plan.bytes_per_chip(state.lags) == 2 * size
   # Two moments and a count or two.
   assert 0 < plan.bytes_per_chip(state.opt_state) - 2 * size <= 16
 
