@@ -149,7 +149,7 @@ class Checkpoints:
       self._set_aside()
       self._manager.reload()
       step = latest_step(self._directory)
-    step = _require_step(self._directory, step)
+    step = require_step(self._directory, step)
     _require_same_leaves(self._directory / str(step), abstract_state)
     restored = self._manager.restore(
         step,
@@ -290,7 +290,7 @@ def abstract_item(
     ValueError: if the state has no such part.
   """
   directory = epath.Path(directory)
-  step_directory = directory / str(_require_step(directory, step))
+  step_directory = directory / str(require_step(directory, step))
   tree = _metadata(step_directory)
   if key not in tree:
     raise ValueError(
@@ -323,7 +323,7 @@ def restore_item(
     ValueError: if the state has no such part.
   """
   directory = epath.Path(directory).absolute()
-  step = _require_step(directory, step)
+  step = require_step(directory, step)
   item = abstract_item(directory, step, key)
   if shardings is None:
     restore_args = jax.tree.map(
@@ -361,10 +361,37 @@ def read_extra(
     CheckpointError: if the step is damaged; if None, if all are.
   """
   directory = epath.Path(directory).absolute()
-  step = _require_step(directory, step)
+  step = require_step(directory, step)
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     return checkpointer.restore(
         directory / str(step) / 'extra', args=ocp.args.JsonRestore())
+
+
+def require_step(directory: epath.PathLike, step: int | None = None) -> int:
+  """A step that is there and good.
+
+  Args:
+    directory: of one stage.
+    step: the newest good one if None.
+
+  Raises:
+    FileNotFoundError: if there is no such step.
+    CheckpointError: if the step is damaged; if None, if all are.
+  """
+  directory = epath.Path(directory)
+  committed = sorted(_committed_steps(directory))
+  if step is None:
+    step = _newest_good_step(directory)
+  elif step in committed and manifest.exists(directory / str(step)):
+    problem = manifest.problem(directory / str(step))
+    if problem:
+      raise CheckpointError(f'{directory / str(step)} is damaged: {problem}.')
+  if step not in committed:
+    raise FileNotFoundError(
+        f'{directory} has no checkpoint{"" if step is None else f" {step}"}:'
+        f' committed steps are {committed}.'
+    )
+  return step
 
 
 def good_steps(directory: epath.PathLike) -> list[int]:
@@ -574,22 +601,6 @@ def _rename(path: epath.Path, suffix: str) -> None:
     target = target.with_name(f'{target.name}+')
   path.rename(target)
   logging.warning('%s is now %s.', path, target.name)
-
-
-def _require_step(directory: epath.Path, step: int | None) -> int:
-  committed = sorted(_committed_steps(directory))
-  if step is None:
-    step = _newest_good_step(directory)
-  elif step in committed and manifest.exists(directory / str(step)):
-    problem = manifest.problem(directory / str(step))
-    if problem:
-      raise CheckpointError(f'{directory / str(step)} is damaged: {problem}.')
-  if step not in committed:
-    raise FileNotFoundError(
-        f'{directory} has no checkpoint{"" if step is None else f" {step}"}:'
-        f' committed steps are {committed}.'
-    )
-  return step
 
 
 def _metadata(step_directory: epath.Path) -> PyTree:

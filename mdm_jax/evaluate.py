@@ -60,6 +60,11 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _CACHE = flags.DEFINE_string(
     'cache', None, 'Keeps what is computed of references. Default: '
     '~/.cache/mdm_jax/references.')
+_WIDTH = flags.DEFINE_float(
+    'width', None, 'Of the average of the weights, where training has kept '
+    'snapshots: see docs/averages.md. Default: the decaying average.')
+_BEST = flags.DEFINE_boolean(
+    'best', False, 'The average that training has kept as the best.')
 _OUTPUT = flags.DEFINE_string(
     'output', None, 'Figures and settings are added to this file, one JSON a '
     'line. Default: WORKDIR/eval/<stage>_<step>.jsonl, or none.')
@@ -86,7 +91,8 @@ def main(argv: list[str]) -> None:
            'seed': _SEED.value, 'num_reference': _NUM_REFERENCE.value,
            'reference_split': _REFERENCE_SPLIT.value,
            'reference': _REFERENCE.value, 'inception': _INCEPTION.value,
-           'clip': _CLIP.value, 'cache': _CACHE.value}
+           'clip': _CLIP.value, 'cache': _CACHE.value,
+           'width': _WIDTH.value, 'best': _BEST.value}
   options = figures.Options(
       **{name: value for name, value in given.items() if value is not None})
   output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)

@@ -16,7 +16,6 @@ import numpy as np
 
 from mdm_jax import (
   build,
-  checkpoint,
   compilation_cache,
   features,
   inputs,
@@ -53,6 +52,8 @@ class Options:
     inception: the standard's file.
     clip: a directory as Hugging Face lays it out.
     cache: where what is computed of references is kept; None for this user's.
+    width: of the parameters' average, see `trained.restore_average`.
+    best: the average that is kept as the best, see there.
   """
   metrics: Sequence[str] | None = None
   num_samples: int | None = None
@@ -63,6 +64,8 @@ class Options:
   inception: str | None = None
   clip: str | None = None
   cache: str | None = None
+  width: float | None = None
+  best: bool = False
 
 
 class Result(NamedTuple):
@@ -114,7 +117,7 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
     ValueError, FileNotFoundError: an option is wrong, weights cannot be used,
       or nothing has been saved yet.
   """
-  has_marks = config.data.name == 'shapes' and config.text.encoder != 'label'
+  has_marks = inputs.states_what_is_seen(config)
   without_files = ('loss', 'prompt_accuracy') if has_marks else ('loss',)
   names = _wanted(options, tuple(
       name for name in METRICS if has_marks or name != 'prompt_accuracy'),
@@ -128,10 +131,16 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
       set(names) & set(OF_SETS)) else None
   clip = features.Clip(options.clip, size, mesh) if 'clip' in names else None
 
-  index, params = trained.restore_average(config, workdir, mesh)
-  params |= build.load_frozen(config, mesh)
+  average = trained.restore_average(
+      config, workdir, mesh, width=options.width, best=options.best)
+  index = average.index
+  params = average.params | build.load_frozen(config, mesh)
   stage = config.stages[index]
-  settings = _what_there_is(config, workdir, index)
+  settings = {'workdir': str(workdir), **trained.describe(
+      config, average, width=options.width, best=options.best)} | {
+          'resolution': build.resolutions(config, stage)[-1],
+          'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+          'jax': jax.__version__}
   figures = {}
   if 'loss' in names:
     figures, settings['loss'] = _losses(config, stage, params, mesh)
@@ -179,28 +188,6 @@ def _wanted(options: Options, possible: Sequence[str],
   return names
 
 
-def _what_there_is(config: ConfigDict, workdir: str,
-                   index: int) -> dict[str, Any]:
-  """The stage and the step; says so if the run is not finished."""
-  stage = config.stages[index]
-  directory = build.stage_directory(workdir, config, index)
-  step = checkpoint.latest_step(directory)
-  finished = checkpoint.finished_step(directory) is not None
-  if not finished:
-    logging.warning(
-        'Stage %r is not finished: these are figures of its step %d of %d.',
-        stage.name, step, stage.steps)
-  elif index < len(config.stages) - 1:
-    logging.warning(
-        'Stage %r is the newest, number %d of %d: these are figures of it.',
-        stage.name, index + 1, len(config.stages))
-  return {'workdir': str(workdir), 'stage': stage.name, 'step': step,
-          'stage_is_finished': finished,
-          'resolution': build.resolutions(config, stage)[-1],
-          'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
-          'jax': jax.__version__}
-
-
 def _count(config: ConfigDict, options: Options) -> int:
   return options.num_samples or config.eval.num_prompts
 
@@ -208,7 +195,7 @@ def _count(config: ConfigDict, options: Options) -> int:
 def _first_pictures(config: ConfigDict, workdir: str, options: Options,
                     settings: dict[str, Any]) -> Pictures:
   """Where those that are kept go."""
-  model = {name: settings[name] for name in ('stage', 'step')}
+  model = {name: settings[name] for name in ('stage', 'step', 'average')}
   count = _count(config, options)
   captions = inputs.make_prompts(
       config, count, range(min(count, _SHOWN))).captions

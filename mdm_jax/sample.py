@@ -36,6 +36,11 @@ _NEGATIVE = flags.DEFINE_string(
 _GUIDE = flags.DEFINE_string(
     'guide', None, 'Working directory of a worse model, smaller or trained for '
     'shorter, that guidance is to lead away from instead (autoguidance).')
+_WIDTH = flags.DEFINE_float(
+    'width', None, 'Of the average of the weights, where training has kept '
+    'snapshots: see docs/averages.md. Default: the decaying average.')
+_BEST = flags.DEFINE_boolean(
+    'best', False, 'Draw with the average that training has kept as the best.')
 _ANIMATE = flags.DEFINE_boolean(
     'animate', False, 'Also write how each picture comes about, a WebP with '
     'all levels side by side.')
@@ -94,25 +99,21 @@ def main(argv: list[str]) -> None:
     checks.check(config, mesh)
     text = inputs.encode_prompts(config, prompts)
     (negative,) = inputs.encode_prompts(config, [_NEGATIVE.value])
-    index, params = trained.restore_average(config, _WORKDIR.value, mesh)
-    params |= build.load_frozen(config, mesh)
+    average = trained.restore_average(
+        config, _WORKDIR.value, mesh, width=_WIDTH.value, best=_BEST.value)
+    params = average.params | build.load_frozen(config, mesh)
     guide = None
     if _GUIDE.value:
       if _NEGATIVE.value:
         raise ValueError('guidance leads away from one thing: give --guide or '
                          '--negative_prompt.')
       guide, params['guide'] = trained.restore_guide(
-          _GUIDE.value, config, index, mesh)
+          _GUIDE.value, config, average.index, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
-  stage = config.stages[index]
-  model = {'stage': stage.name, 'step': checkpoint.latest_step(
-      build.stage_directory(_WORKDIR.value, config, index))}
-  if model['step'] < stage.steps or index + 1 < len(config.stages):
-    logging.warning(
-        "Training has not ended: stage %d/%d '%s' at step %d of %d draws.",
-        index + 1, len(config.stages), stage.name, model['step'], stage.steps)
+  model = trained.describe(
+      config, average, width=_WIDTH.value, best=_BEST.value)
   settings = {**config.sampler.to_dict(), 'negative_prompt': _NEGATIVE.value}
   if _GUIDE.value:
     settings['guide'] = _GUIDE.value
@@ -128,7 +129,8 @@ def main(argv: list[str]) -> None:
     logging.info('%d of %d pictures are there already.', count - len(rows),
                  count)
   draw_batches = draw.make_draw_batches(
-      build.make_painter(config, stage, mesh, guide), negative, batch_size,
+      build.make_painter(config, config.stages[average.index], mesh, guide),
+      negative, batch_size,
       jax.tree.map(lambda x: x.sharding, params), path=_ANIMATE.value)
   begin = time.monotonic()
   batches = draw_batches(params, text[rows // _NUM_SAMPLES.value],

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -30,9 +31,22 @@ GRID_PROMPTS = 16
 _EVAL_SEED = 1
 
 
+class Average(NamedTuple):
+  """Averaged parameters.
+
+  Attributes:
+    index: of the stage.
+    step: of the stage.
+    params: sharded over a mesh, or in host memory.
+  """
+  index: int
+  step: int
+  params: Params
+
+
 def restore_average(
     config: ConfigDict, workdir: str, mesh: Mesh | None = None, *,
-    width: float | None = None, best: bool = False) -> tuple[int, Params]:
+    width: float | None = None, best: bool = False) -> Average:
   """The averaged parameters of the newest stage that has any.
 
   Args:
@@ -42,9 +56,6 @@ def restore_average(
     width: sigma_rel of the average, made of the snapshots that were kept, up
       to the newest of them; see `averages`. None for the decaying average.
     best: of the step that was best by `eval.best_metric`, not the last one.
-
-  Returns:
-    The stage's index, and the parameters.
 
   Raises:
     FileNotFoundError: nothing (of that kind) has been saved yet.
@@ -66,19 +77,49 @@ def restore_average(
   else:
     raise FileNotFoundError(f'{workdir} has no {kind} yet: {remedy}.')
   if width is not None:
-    params = _reconstruct(directory, width)
+    step, params = _reconstruct(directory, width)
     if mesh:
       params = sharding.place(params, sharding.tree_shardings(
           params, mesh, config.sharding_rules))
-    return index, params
+    return Average(index, step, params)
+  step = checkpoint.require_step(directory)
   shardings = mesh and sharding.tree_shardings(
-      checkpoint.abstract_item(directory, None, 'ema'), mesh,
+      checkpoint.abstract_item(directory, step, 'ema'), mesh,
       config.sharding_rules)
-  return index, checkpoint.restore_item(directory, None, 'ema', shardings)
+  return Average(index, step, checkpoint.restore_item(
+      directory, step, 'ema', shardings))
 
 
-def _reconstruct(directory: pathlib.Path, width: float) -> Params:
-  """An average of the newest snapshot's time and any width, in host memory."""
+def describe(config: ConfigDict, average: Average, *,
+             width: float | None = None,
+             best: bool = False) -> dict[str, str | int | float]:
+  """What an average is, for those who look at its pictures or figures.
+
+  Warns if the run is not finished.
+
+  Args:
+    config: of the run.
+    average: as `restore_average` gave it.
+    width: that was asked for.
+    best: likewise.
+  """
+  stage = config.stages[average.index]
+  is_last = average.index + 1 == len(config.stages)
+  if not is_last or (average.step < stage.steps and not best):
+    logging.warning(
+        "The run is not finished: this is stage %d/%d '%s' at step %d of %d.",
+        average.index + 1, len(config.stages), stage.name, average.step,
+        stage.steps)
+  return {'stage': stage.name, 'step': average.step,
+          'average': 'best' if best else width or 'decaying'}
+
+
+def _reconstruct(directory: pathlib.Path,
+                 width: float) -> tuple[int, Params]:
+  """An average of the newest snapshot's time, its step, and any width.
+
+  The parameters are in host memory.
+  """
   averages.exponent(width)  # Before anything is read.
   snapshots = {}
   for step in checkpoint.good_steps(directory):
@@ -100,7 +141,7 @@ def _reconstruct(directory: pathlib.Path, width: float) -> Params:
     average = jax.tree.map(np.add, average, part) if average else part
   logging.info('An average of width %g after %d updates, made of %d snapshots.',
                width, max(counts), len(snapshots))
-  return jax.tree.map(np.float32, average)
+  return max(snapshots.values()), jax.tree.map(np.float32, average)
 
 
 def restore_guide(config: ConfigDict, index: int, workdir: str,
@@ -122,8 +163,8 @@ def restore_guide(config: ConfigDict, index: int, workdir: str,
   """
   guide = build.reading_prompts(
       build.load_config(checkpoint.read_config(workdir)))
-  guide_index, params = restore_average(guide, workdir, mesh)
-  guide_stage = guide.stages[guide_index]
+  index_of_guide, _, params = restore_average(guide, workdir, mesh)
+  guide_stage = guide.stages[index_of_guide]
 
   def compared(config, stage):
     return {
@@ -173,7 +214,7 @@ def evaluate(config: ConfigDict, workdir: str, mesh: Mesh,
   if path.exists():
     values = json.loads(path.read_text())
   else:
-    index, params = restore_average(config, workdir, mesh)
+    index, _, params = restore_average(config, workdir, mesh)
     values = measure(config, index, params | frozen, mesh)
     write_figures(config, workdir, values)
   logging.info('Held out:\n%s', metrics.table(

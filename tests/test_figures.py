@@ -120,7 +120,7 @@ def test_all_figures_of_drawn_pictures(
 
   assert json.loads(json.dumps(settings))['step'] == 3
   expected = {
-      'stage': '8', 'step': 3, 'stage_is_finished': False, 'resolution': 8,
+      'stage': '8', 'step': 3, 'average': 'decaying', 'resolution': 8,
       'seed': 7, 'num_samples': COUNT, 'num_reference': 13,
       'prompts': 'held_out', 'rows': [COUNT, 13]}
   assert {name: settings[name] for name in expected} == expected
@@ -143,9 +143,9 @@ def test_figures_of_training(config, run, mesh, monkeypatch, caplog):
   """By default, they are what training measures at its end."""
   monkeypatch.undo()  # The sampler draws.
   found, _ = figures.of_model(config, run, figures.Options(), mesh)
-  assert "Stage '8' is not finished: these are figures of its step 3 of 20" in (
+  assert "is not finished: this is stage 1/2 '8' at step 3 of 20" in (
       caplog.text)
-  index, params = trained.restore_average(config, run, mesh)
+  index, _, params = trained.restore_average(config, run, mesh)
   measured = trained.measure(config, index, params, mesh)
   assert {name: found[name] for name in measured} == pytest.approx(
       measured, rel=1e-5)

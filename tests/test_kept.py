@@ -81,13 +81,13 @@ def test_snapshots_do_not_count_as_checkpoints(config, workdir):
 @pytest.mark.parametrize('width, far', [
     (0.05, 1e-6), (0.1, 1e-6), (0.08, 5e-4), (0.07, 5e-4)])
 def test_any_width_is_restored(config, workdir, width, far):
-  index, found = trained.restore_average(config, workdir, width=width)
+  index, _, found = trained.restore_average(config, workdir, width=width)
   assert index == 0
   assert found['bias'].dtype == np.float32
   np.testing.assert_allclose(flat(found), brute_force(width), rtol=0, atol=far)
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 4, 'spatial': 1},
                             jax.devices()[:4])
-  _, placed = trained.restore_average(config, workdir, mesh, width=width)
+  *_, placed = trained.restore_average(config, workdir, mesh, width=width)
   assert 'fsdp' in placed['down_0']['kernel'].sharding.spec
   np.testing.assert_array_equal(flat(placed), flat(found))
 
@@ -97,7 +97,7 @@ def test_a_damaged_snapshot_is_done_without(config, workdir, tmp_path, caplog):
   directory = build.stage_directory(copy, config, 0, 'averages')
   for path in (directory / '8' / 'state' / 'd').iterdir():
     path.write_bytes(path.read_bytes()[:-1])
-  _, found = trained.restore_average(config, copy, width=0.1)
+  *_, found = trained.restore_average(config, copy, width=0.1)
   np.testing.assert_allclose(flat(found), brute_force(0.1), rtol=0, atol=1e-6)
   assert '8 is damaged: state/d/' in caplog.text
 
@@ -137,7 +137,7 @@ def test_the_best_stays_until_there_is_a_better_one(config, tmp_path):
   # A run that was killed continues from step 4, on other devices.
   assert offer(config, tmp_path, 'accuracy_shape', {
       5: 0.62, 6: 0.6, 7: 0.1, 8: 0.61}) == [6, 6, 6, 8]
-  _, params = trained.restore_average(config, tmp_path, best=True)
+  *_, params = trained.restore_average(config, tmp_path, best=True)
   assert params['bias'].tolist() == [8.0] * 3
   # Losses are the better the lower.
   assert offer(config, tmp_path, 'held_out_loss_8', {

@@ -167,13 +167,13 @@ def test_averages_and_the_best_are_kept(finished):
   last = build.stage_directory(finished, config, 1)
   params, lags = (checkpoint.restore_item(last, None, name)
                   for name in ('params', 'lags'))
-  _, found = trained.restore_average(config, finished, width=0.1)
+  *_, found = trained.restore_average(config, finished, width=0.1)
   jax.tree.map(
       lambda x, p, lag: np.testing.assert_allclose(x, p + lag, atol=1e-6),
       found, params, lags['0.1'])
   # The figures are of what is kept.
   mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-  _, found = trained.restore_average(config, finished, mesh, best=True)
+  *_, found = trained.restore_average(config, finished, mesh, best=True)
   assert trained.measure(config, 1, found, mesh) == (
       evaluations(finished)['16', best])
 

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     for name, steps in cases:
       config.sampler.update(name=name, num_steps=steps)
       checks.check(config, mesh)
-    index, params = trained.restore_average(config, _WORKDIR.value, mesh)
+    index, _, params = trained.restore_average(config, _WORKDIR.value, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 

@@ -53,7 +53,7 @@ def export(workdir: str, output: str, names: str) -> None:
         f'--output={output} must end in {" or ".join(suffixes)} with '
         f'--names={names}.')
   config = build.load_config(checkpoint.read_config(workdir))
-  index, params = trained.restore_average(config, workdir)
+  index, _, params = trained.restore_average(config, workdir)
   if names == 'ours':
     tensors = traverse_util.flatten_dict(params, sep='.')
   else:

@@ -260,7 +260,7 @@ def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   config = build.reading_prompts(build.load_config(
       checkpoint.read_config(tmp_path / 'stored')))
   mesh = mesh_of(config)
-  index, params = trained.restore_average(config, tmp_path / 'stored', mesh)
+  index, _, params = trained.restore_average(config, tmp_path / 'stored', mesh)
   params |= build.load_frozen(config, mesh)
   (pictures,) = trained.make_draw(config, index, mesh, params)(
       params, inputs.encode_prompts(config, ['a blue cross']), [0])
