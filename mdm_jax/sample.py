@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         raise ValueError('guidance leads away from one thing: give --guide or '
                          '--negative_prompt.')
       guide, params['guide'] = trained.restore_guide(
-          _GUIDE.value, config, average.index, mesh)
+          config, average.index, _GUIDE.value, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 

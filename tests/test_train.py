@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -364,13 +365,17 @@ def test_every_key_but_those_named_must_stay(tmp_path):
   assert len(refused) > 80
 
 
+# Compiled faster than for eight; several are for tests/test_draw.py.
+ONE_DEVICE = os.environ | {'XLA_FLAGS': ''}
+
+
 def run_sample(**options):
   """Runs the command in a process of its own: commands share flags' names."""
   flags = [f'--{name}={value}' for name, values in options.items()
            for value in (values if isinstance(values, list) else [values])]
   return subprocess.run(
       [sys.executable, '-m', 'mdm_jax.sample', *flags], capture_output=True,
-      text=True)
+      text=True, env=ONE_DEVICE)
 
 
 def test_sample_command(finished, tmp_path):
@@ -427,7 +432,8 @@ def test_samplers_are_compared(finished, tmp_path):
         [sys.executable, '-m', 'mdm_jax.tools.compare_samplers',
          f'--workdir={finished}', '--samplers=ddim', f'--steps={steps}',
          '--num_images=8', '--classifier_images=64', '--classifier_steps=1',
-         f'--output={output}'], capture_output=True, text=True)
+         f'--output={output}'], capture_output=True, text=True,
+        env=ONE_DEVICE)
     assert result.returncode == 0, result.stderr
     return result
   compare('2')
