@@ -8,6 +8,7 @@ It needs Gradio: pip install -r requirements-demo.txt
 import base64
 from collections.abc import Iterator
 import html
+import importlib.util
 import io
 import ipaddress
 import os
@@ -43,11 +44,10 @@ _NUM_EXAMPLES = 5
 # What Gradio's page itself asks for.
 _PATHS = {
     '/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/login',
-    '/login/', '/logout', '/logout/', '/robots.txt', '/pwa_icon'} | {
-        f'/gradio_api/{name}' for name in (
-            'app_id', 'cancel', 'login_check', 'login_check/', 'queue/data',
-            'queue/join', 'startup-events', 'theme.css', 'token', 'user')}
-_FOLDERS = ('/assets/', '/static/', '/svelte/', '/gradio_api/heartbeat/')
+    '/logout', '/gradio_api/app_id', '/gradio_api/cancel',
+    '/gradio_api/queue/data', '/gradio_api/queue/join',
+    '/gradio_api/startup-events'}
+_FOLDERS = ('/assets/', '/static/', '/gradio_api/heartbeat/')
 
 _CSS = '''
 .gradio-container {max-width: 1280px !important; margin: 0 auto !important}
@@ -64,12 +64,12 @@ footer {display: none !important}
 .mdm-figures {display: flex; flex-wrap: wrap; gap: 16px; margin-top: 8px}
 .mdm-figures figure {margin: 0; max-width: 100%}
 .mdm-levels {display: flex; gap: 3px}
-.mdm-levels img {width: 144px; height: 144px; margin: 0; border-radius: 3px;
+.mdm-levels img {width: 128px; height: 128px; margin: 0; border-radius: 3px;
   background: var(--border-color-primary)}
 .mdm-levels img.mdm-pixels {image-rendering: pixelated}
 .mdm-figures a {margin-right: 10px; text-decoration: underline}
 .mdm-figures code {display: block; user-select: all; white-space: pre-wrap;
-  overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 291px;
+  overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 259px;
   max-width: 100%; background: var(--background-fill-secondary)}
 '''
 
@@ -78,6 +78,8 @@ def main(argv: list[str]) -> None:
   """Restores, serves the page, compiles meanwhile."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  # Gradio tells nobody that it is used. It reads this as it is imported.
+  os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
   try:
     users = _read_passwords(_PASSWORDS.value) if _PASSWORDS.value else None
     if not users and not _is_loopback(_HOST.value):
@@ -86,11 +88,7 @@ def main(argv: list[str]) -> None:
           'with a line NAME:PASSWORD for each user, or keep 127.0.0.1.')
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  # Nothing is told to others. Before it is imported.
-  os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
-  try:
-    import gradio
-  except ImportError:
+  if importlib.util.find_spec('gradio') is None:
     sys.exit('error: the demo needs Gradio: '
              'pip install -r requirements-demo.txt')
   # Slow to import, and not needed for --help.
@@ -99,7 +97,6 @@ def main(argv: list[str]) -> None:
     checkpoint,
     checks,
     compilation_cache,
-    inputs,
     interrupt,
     live,
     metrics,
@@ -218,9 +215,8 @@ def launch(page, host: str, port: int, users: list[tuple[str, str]] | None):
           font=['system-ui', 'sans-serif'],
           font_mono=['ui-monospace', 'monospace']),
       # Gradio's environment variables change none of these.
-      share=False, allowed_paths=[], blocked_paths=['/'], max_file_size=1,
-      enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False,
-      run_history=False, footer_links=[],
+      share=False, allowed_paths=[], enable_monitoring=False, ssr_mode=False,
+      mcp_server=False, pwa=False, run_history=False, footer_links=[],
       app_kwargs={'middleware': [
           Middleware(OnlyThePage, is_local=_is_loopback(host))]})
 

@@ -24,6 +24,7 @@ MAX_CHARACTERS = 1000  # of a prompt
 # Pictures drawn at once, on each device; fewer are filled up.
 _SIZES = (1, 4, 16)
 MAX_GUIDANCE = 50.0
+_SHORT = 60  # Characters of an example.
 # Compiled loops: pairs of a sampler and a threshold.
 _CACHED = 4
 
@@ -109,10 +110,11 @@ class Studio:
     step = checkpoint.latest_step(
         build.stage_directory(workdir, config, index))
     sides = ' and '.join(map(str, self._painter.model.resolutions))
-    self.about = f'{workdir}, stage {stage.name!r}, {sides} px'
-    if (index, step) != (len(config.stages) - 1, config.stages[-1].steps):
-      self.about += (f'; not finished: step {step} of {stage.steps}, stage '
-                     f'{index + 1} of {len(config.stages)}')
+    self.about = f'{workdir}, {sides} px'
+    if step < stage.steps or index + 1 < len(config.stages):
+      self.about += (
+          f'. Training has not ended: stage {index + 1}/{len(config.stages)} '
+          f'{stage.name!r} at step {step} of {stage.steps} draws')
 
   @property
   def usual(self) -> Order:
@@ -129,7 +131,10 @@ class Studio:
     config = self._config
     if config.data.name != 'shapes' and config.text.encoder != 'label':
       return []
-    return inputs.make_prompts(config, count).captions
+    captions = inputs.make_prompts(config, 20 * count).captions
+    # A button has room for so much.
+    short = [text for text in captions if len(text) <= _SHORT]
+    return list(dict.fromkeys(short))[:count]
 
   def warm_up(self) -> None:
     """Compiles what the usual order needs, in the studio's thread."""
@@ -188,15 +193,16 @@ class Studio:
 
   def command(self, order: Order, i: int = 0) -> str:
     """What draws picture i of an order again, for a shell."""
-    quoted = [
-        ('workdir', self._workdir), ('prompt', order.prompt),
-        ('negative_prompt', order.negative_prompt), ('guidance', order.guidance),
-        ('steps', order.steps), ('sampler', order.sampler),
-        ('threshold', order.threshold), ('seed', order.seed + i),
-        ('num_samples', 1)]
+    values = {
+        'workdir': self._workdir, 'prompt': order.prompt,
+        'negative_prompt': order.negative_prompt, 'guidance': order.guidance,
+        'steps': order.steps, 'sampler': order.sampler,
+        'threshold': order.threshold, 'seed': order.seed + i, 'num_samples': 1}
+    if not order.negative_prompt:
+      del values['negative_prompt']
     return ' '.join(['python -m mdm_jax.sample', *(
-        f'--{name}={shlex.quote(str(value))}' for name, value in quoted
-        if name != 'negative_prompt' or value)])
+        f'--{name}={shlex.quote(str(value))}'
+        for name, value in values.items())])
 
   def submit(self, order: Order) -> Job:
     """Puts an order in the line.
@@ -226,11 +232,12 @@ class Studio:
       jax.errors.JaxRuntimeError: the device failed, for want of memory say.
     """
     seen, done = None, False
+    def has_changed():
+      return job.future.done() or self._place(job) != seen
     try:
       while not done:
         with self._changed:
-          self._changed.wait_for(
-              lambda: job.future.done() or self._place(job) != seen)
+          self._changed.wait_for(has_changed)
           done, last, seen = job.future.done(), seen, self._place(job)
           pictures = job.pictures
         if seen != last:
