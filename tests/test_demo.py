@@ -49,7 +49,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
       [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('host', ['0.0.0.0', '::', '192.168.1.7', 'example.com'])
+@pytest.mark.parametrize(
+    'host', ['0.0.0.0', '::', '192.168.1.7', 'example.com'])
 def test_an_open_address_needs_a_password(host):
   result = run('-m', 'mdm_jax.demo', '--workdir=none', f'--host={host}')
   assert result.returncode == 1
@@ -161,7 +162,7 @@ class Page:
   def __init__(self, browser, address):
     self.browser = browser
     browser.get(address)
-    self.wait(lambda: self.all('#prompt textarea'))
+    self.wait(lambda: self.status())
 
   def all(self, selector):
     return self.browser.find_elements('css selector', selector)
@@ -178,13 +179,14 @@ class Page:
       time.sleep(0.05)
 
   def type(self, field, text):
-    (element,) = self.all(
-        f'#{field} textarea, #{field} input:not([type=range])')
+    selector = f'#{field} textarea, #{field} input:not([type=range])'
+    self.wait(lambda: self.all(selector))
+    (element,) = self.all(selector)
     element.clear()
     element.send_keys(text)
 
   def press(self, button):
-    self.wait(lambda: self.all(f'#{button}')[0].is_enabled())
+    self.wait(lambda: self.all(f'#{button}:enabled'))
     self.all(f'#{button}')[0].click()
 
   def status(self):
@@ -252,7 +254,7 @@ def test_cancel_stops_soon_and_leaves_the_page_usable(page):
   page.type('steps', '2')
   page.press('draw')
   page.wait(lambda: len(page.all('#gallery figure')) == 4)
-  assert not page.all('#cancel')[0].is_enabled()
+  page.wait(lambda: page.all('#cancel:disabled'))
 
 
 def test_who_leaves_the_page_cancels(page, address):
@@ -276,7 +278,7 @@ def test_bad_input_is_one_line(page, field, text, message):
   page.type(field, text)
   page.press('draw')
   page.wait(lambda: page.status() == message)
-  assert page.all('#draw')[0].is_enabled()
+  page.wait(lambda: page.all('#draw:enabled'))
 
 
 def test_nothing_is_asked_of_others(page, address):
