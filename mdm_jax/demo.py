@@ -37,8 +37,9 @@ _WAITING = flags.DEFINE_integer(
 _MIN_PASSWORD = 8  # characters
 _FRAME = 0.1  # Seconds between two looks at what is being drawn.
 _MAX_PREVIEW = 256  # px; larger levels are averaged down while they are drawn.
-_MAX_GALLERY = 2 ** 25  # Characters of HTML that a gallery may have.
-_MAX_BODY = 2 ** 16  # Bytes that a browser may send at once.
+_FEW = 4  # Pictures of an order; so many are shown larger.
+_MAX_GALLERY = 2 ** 24  # Characters of HTML that a gallery may have.
+_MAX_BODY = 2 ** 20  # Bytes that a browser may send at once.
 _NUM_EXAMPLES = 5
 
 # What Gradio's page itself asks for.
@@ -59,18 +60,20 @@ footer {display: none !important}
 .mdm-error {color: var(--error-text-color, #b91c1c)}
 .mdm-about, .mdm-small {color: var(--body-text-color-subdued);
   font-size: var(--text-sm)}
+#preview:not(:has(.mdm-card)), #gallery:not(:has(.mdm-card)) {display: none}
 .mdm-card {border-top: 1px solid var(--border-color-primary);
-  padding: 12px 0; margin-top: 12px}
+  padding: 12px 0}
 .mdm-figures {display: flex; flex-wrap: wrap; gap: 16px; margin-top: 8px}
 .mdm-figures figure {margin: 0; max-width: 100%}
 .mdm-levels {display: flex; gap: 3px}
 .mdm-levels img {width: 128px; height: 128px; margin: 0; border-radius: 3px;
   background: var(--border-color-primary)}
+.mdm-few img {width: 192px; height: 192px}
 .mdm-levels img.mdm-pixels {image-rendering: pixelated}
 .mdm-figures a {margin-right: 10px; text-decoration: underline}
 .mdm-figures code {display: block; user-select: all; white-space: pre-wrap;
-  overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 259px;
-  max-width: 100%; background: var(--background-fill-secondary)}
+  overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 0;
+  min-width: 100%; background: var(--background-fill-secondary)}
 '''
 
 
@@ -163,8 +166,8 @@ class OnlyThePage:
   """An ASGI middleware: what the page itself asks for, nothing else of Gradio.
 
   Gradio also takes uploads, reads files and addresses that a browser names,
-  and offers all as an API. And where a page is for this machine alone, no web
-  site may reach it by a name that it makes mean this machine.
+  and offers all as an API. And where the page is for this machine alone, and
+  asks for no password, no web site may reach it through a browser.
   """
 
   def __init__(self, app, is_local: bool):
@@ -178,13 +181,15 @@ class OnlyThePage:
     headers = {name: value.decode('latin-1')
                for name, value in scope['headers']}
     path = scope['path']
-    host = urllib.parse.urlsplit(f"//{headers.get(b'host', '')}").hostname
+    # Whose page asks, where a browser tells, and what this is called there.
+    names = [urllib.parse.urlsplit(address).hostname or '' for address in (
+        headers.get(b'origin', '//localhost'), f"//{headers.get(b'host', '')}")]
     length = headers.get(b'content-length', '')
     has_body = scope.get('method') == 'POST'
     if scope['type'] != 'http' or not (
         path in _PATHS or path.startswith(_FOLDERS)):
       status = 404
-    elif self._is_local and not _is_loopback(host or ''):
+    elif self._is_local and not all(map(_is_loopback, names)):
       status = 403
     elif has_body and not (length.isdecimal() and int(length) <= _MAX_BODY):
       status = 413
@@ -218,7 +223,8 @@ def launch(page, host: str, port: int, users: list[tuple[str, str]] | None):
       share=False, allowed_paths=[], enable_monitoring=False, ssr_mode=False,
       mcp_server=False, pwa=False, run_history=False, footer_links=[],
       app_kwargs={'middleware': [
-          Middleware(OnlyThePage, is_local=_is_loopback(host))]})
+          Middleware(
+              OnlyThePage, is_local=_is_loopback(host) and not users)]})
 
 
 def make_page(studio):
@@ -256,7 +262,8 @@ def make_page(studio):
         time.sleep(_FRAME)
     except jax.errors.JaxRuntimeError as error:
       yield {preview: '', status: _error(
-          f'The device failed, try fewer pictures: {error}')}
+          'The device failed, try fewer pictures: '
+          + str(error).partition('\n')[0])}
       return
     finally:
       jobs.pop(request.session_hash, None)
@@ -277,13 +284,13 @@ def make_page(studio):
 
   def show_readiness() -> Iterator[str]:
     if not studio.ready.is_set():
-      yield _about(studio, 'warming up: compiling for the first pictures …')
+      yield _about(studio, 'Warming up')
       studio.ready.wait()
-    yield _about(studio, 'ready')
+    yield _about(studio, 'Ready')
 
   hidden = {'api_visibility': 'private', 'show_progress': 'hidden'}
   with gr.Blocks(title='mdm_jax', analytics_enabled=False) as page:
-    about = gr.HTML(_about(studio, ''))
+    about = gr.HTML(_about(studio, 'Loading'))
     with gr.Row():
       with gr.Column(scale=2, min_width=320):
         prompt = gr.Textbox(
@@ -296,18 +303,20 @@ def make_page(studio):
           cancel_button = gr.Button(
               'Cancel', interactive=False, elem_id='cancel')
         negative_prompt = gr.Textbox(
-            label='Negative prompt', info='What guidance leads away from.',
-            elem_id='negative_prompt')
+            label='Negative prompt', lines=1, elem_id='negative_prompt',
+            placeholder='what guidance leads away from')
         guidance = gr.Slider(
-            0, 20, usual.guidance, step=0.1, label='Guidance',
-            info='Weight of the prompt; 1 is none.', elem_id='guidance')
+            0, 20, usual.guidance, step=0.1, label='Guidance (1 is none)',
+            elem_id='guidance')
         with gr.Row():
-          steps = gr.Number(
-              usual.steps, label='Steps', precision=0, min_width=90,
-              elem_id='steps')
-          num_pictures = gr.Number(
-              usual.num_pictures, label='Pictures', precision=0, min_width=90,
-              elem_id='num_pictures')
+          steps, num_pictures, seed = (
+              gr.Number(value, label=label, precision=0, min_width=70,
+                        elem_id=name)
+              for value, label, name in (
+                  (usual.steps, 'Steps', 'steps'),
+                  (usual.num_pictures, 'Pictures', 'num_pictures'),
+                  (usual.seed, 'First seed', 'seed')))
+        random = gr.Button('Random seed', size='sm', elem_id='random')
         with gr.Row():
           sampler = gr.Dropdown(
               list(samplers.SAMPLERS), value=usual.sampler, label='Sampler',
@@ -315,11 +324,6 @@ def make_page(studio):
           threshold = gr.Dropdown(
               list(samplers.THRESHOLDS), value=usual.threshold,
               label='Thresholding', min_width=90, elem_id='threshold')
-        with gr.Row(equal_height=True):
-          seed = gr.Number(
-              usual.seed, label='Seed of the first', precision=0, min_width=90,
-              elem_id='seed')
-          random = gr.Button('Random seed', min_width=90)
       with gr.Column(scale=5):
         status = gr.HTML(_line('Nothing has been drawn yet.'),
                          elem_id='status')
@@ -348,7 +352,7 @@ def make_page(studio):
 
 def _about(studio, state: str) -> str:
   return (f'<h1>mdm_jax</h1><div class="mdm-about" id="about">'
-          f'{html.escape(studio.about)} <b>{state}</b></div>')
+          f'<b>{state}</b>: {html.escape(studio.about)}</div>')
 
 
 def _line(text: str, kind: str = 'line') -> str:
@@ -422,11 +426,12 @@ def _card(order, pictures, studio=None) -> str:
               f'{order.guidance:g}, thresholding {order.threshold}')
   if order.negative_prompt:
     settings += f', away from: {order.negative_prompt}'
+  few = ' mdm-few' if order.num_pictures <= _FEW else ''
   title = html.escape(order.prompt) or '<i>the empty prompt</i>'
   return (
       f'<div class="mdm-card"><b>{title}</b>'
       f'<div class="mdm-small">{html.escape(settings)}</div>'
-      f'<div class="mdm-figures">{"".join(figures)}</div></div>')
+      f'<div class="mdm-figures{few}">{"".join(figures)}</div></div>')
 
 
 def _preview(image):

@@ -24,7 +24,7 @@ MAX_CHARACTERS = 1000  # of a prompt
 # Pictures drawn at once, on each device; fewer are filled up.
 _SIZES = (1, 4, 16)
 MAX_GUIDANCE = 50.0
-_SHORT = 60  # Characters of an example.
+_SHORT = 44  # Characters of an example.
 # Compiled loops: pairs of a sampler and a threshold.
 _CACHED = 4
 
@@ -139,10 +139,13 @@ class Studio:
   def warm_up(self) -> None:
     """Compiles what the usual order needs, in the studio's thread."""
     def compile_usual():
-      job = Job(dataclasses.replace(self.usual, steps=1))
-      self._draw(job)
-      self.ready.set()
+      try:
+        self._draw(Job(dataclasses.replace(self.usual, steps=1)))
+      except jax.errors.JaxRuntimeError as error:
+        # Fewer pictures may work.
+        logging.error('The usual settings cannot be drawn: %s', error)
       logging.info('Ready to draw.')
+      self.ready.set()
     logging.info('Warming up: compiling for the usual settings.')
     self._thread.submit(compile_usual)
 

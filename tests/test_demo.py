@@ -220,7 +220,7 @@ def test_a_picture_arrives_and_its_command_draws_it(
   assert {(image.size['width'], image.location['y'],
            image.value_of_css_property('image-rendering'))
           for image in images} == {
-              (128, images[0].location['y'], 'pixelated')}
+              (192, images[0].location['y'], 'pixelated')}
 
   links = page.all('#gallery figure:nth-child(2) a')
   assert [link.get_attribute('download') for link in links] == [
@@ -282,7 +282,7 @@ def test_bad_input_is_one_line(page, field, text, message):
 
 
 def test_nothing_is_asked_of_others(page, address):
-  page.wait(lambda: 'ready' in page.text('#about'))
+  page.wait(lambda: page.text('#about').startswith('Ready: '))
   loaded = page.browser.execute_script(
       'return performance.getEntriesByType("resource").map(x => x.name)')
   assert len(loaded) > 10
@@ -297,13 +297,19 @@ def test_only_the_page_is_served(address):
                'proxy=http://127.0.0.1/', 'info', 'runs', 'openapi.json',
                'call/draw', 'component_server', '../monitoring'):
     assert status_of(f'{address}/gradio_api/{path}') == 404, path
+  for folder in ('assets', 'static'):
+    path = f'{folder}/..%2f..%2f..%2f..%2frequirements.txt'
+    assert status_of(f'{address}/{path}') in (403, 404)
   assert status_of(f'{address}/gradio_api/upload', b'x') == 404
   assert status_of(f'{address}/gradio_api/run/predict', b'{}') == 404
   join = f'{address}/gradio_api/queue/join'
-  assert status_of(join, b'x' * (2 ** 16 + 1)) == 413
+  assert status_of(join, b'x' * (2 ** 20 + 1)) == 413
   assert status_of(join, b'{}') == 422
   # A name that somebody else made to mean this machine.
   assert status_of(address, Host='example.com') == 403
+  assert status_of(address, Origin='http://example.com') == 403
+  assert status_of(address, Origin='null') == 403
+  assert status_of(address, Origin=address) == 200
 
 
 def test_password(tmp_path):
@@ -316,6 +322,7 @@ def test_password(tmp_path):
       page, '127.0.0.1', free_port(), [('ann', 'long enough')])
   try:
     join = f'{address}gradio_api/queue/join'
+    assert status_of(address, Host='example.com') == 200
     assert status_of(f'{address}config') == 401
     assert status_of(join, b'{}', **{
         'Content-Type': 'application/json'}) == 401

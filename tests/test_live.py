@@ -142,6 +142,15 @@ def test_warm_up_compiles_for_the_usual_order(make_studio, monkeypatch):
   assert len(drawn(studio, order(studio))[0]) == 4
 
 
+def test_warm_up_that_fails_ends(make_studio, monkeypatch):
+  studio, *_ = make_studio()
+  def fail(*given):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED')
+  monkeypatch.setattr(studio, '_draw_steps', lambda *given: fail)
+  studio.warm_up()
+  assert studio.ready.wait(60)
+
+
 def test_one_at_a_time_and_few_wait(gated):
   studio, gate = gated
   jobs = [studio.submit(order(studio, steps=2, seed=i)) for i in range(3)]
@@ -273,7 +282,7 @@ def test_examples_are_captions_of_the_data_set(real):
   studio, *_ = real
   examples = studio.examples(5)
   assert len(set(examples)) == 5
-  assert all(' on ' in text or 'background' in text for text in examples)
+  assert all('on ' in text or 'background' in text for text in examples)
 
 
 @pytest.mark.parametrize('step, about', [
