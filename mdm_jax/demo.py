@@ -131,9 +131,9 @@ def main(argv: list[str]) -> None:
     signal.signal(number, lambda number, frame: stop.set())
   try:
     _, address, _ = launch(page, _HOST.value, _PORT.value, users)
-  except OSError as error:
-    sys.exit(f'error: no page at {_HOST.value}:{_PORT.value}, choose another '
-             f'--port: {error}')
+  except OSError:
+    sys.exit(f'error: {_HOST.value}:{_PORT.value} is taken, or not of this '
+             'machine: give another --port or --host.')
   logging.info('The page is at %s; Ctrl-C ends it.', address)
   studio.warm_up()
   stop.wait()
