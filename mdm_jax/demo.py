@@ -294,7 +294,8 @@ def make_page(studio):
     with gr.Row():
       with gr.Column(scale=2, min_width=320):
         prompt = gr.Textbox(
-            label='Prompt', lines=2, autofocus=True, elem_id='prompt')
+            label='Prompt', lines=1, max_lines=4, autofocus=True,
+            elem_id='prompt')
         if examples := studio.examples(_NUM_EXAMPLES):
           gr.Examples(examples, prompt, label='For example',
                       api_visibility='private')
@@ -303,7 +304,8 @@ def make_page(studio):
           cancel_button = gr.Button(
               'Cancel', interactive=False, elem_id='cancel')
         negative_prompt = gr.Textbox(
-            label='Negative prompt', lines=1, elem_id='negative_prompt',
+            label='Negative prompt', lines=1, max_lines=4,
+            elem_id='negative_prompt',
             placeholder='what guidance leads away from')
         guidance = gr.Slider(
             0, 20, usual.guidance, step=0.1, label='Guidance (1 is none)',
