@@ -215,13 +215,14 @@ def decode(source: str) -> np.ndarray:
 
 def test_a_picture_arrives_and_its_command_draws_it(
     page, environment, tmp_path):
-  page.type('prompt', "a 'red' ring <b>on</b> grey")
+  prompt = "a 'red' ring <b>on</b> ${1 + 1} {{value}} \\n"
+  page.type('prompt', prompt)
   page.type('num_pictures', '2')
   page.type('seed', '5')
   page.press('draw')
   page.wait(lambda: len(page.all('#gallery figure')) == 2)
   assert page.status().startswith('2 pictures in ')
-  assert page.all('#gallery b')[0].text == "a 'red' ring <b>on</b> grey"
+  assert page.all('#gallery b')[0].text == prompt
   # All levels side by side, as large as each other, in sharp pixels.
   images = page.all('#gallery figure:nth-child(2) img')
   assert [image.get_attribute('naturalWidth') for image in images] == [
