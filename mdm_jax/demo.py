@@ -300,9 +300,10 @@ def make_page(studio):
           gr.Examples(examples, prompt, label='For example',
                       api_visibility='private')
         with gr.Row():
-          draw_button = gr.Button('Draw', variant='primary', elem_id='draw')
+          draw_button = gr.Button(
+              'Draw', variant='primary', min_width=90, elem_id='draw')
           cancel_button = gr.Button(
-              'Cancel', interactive=False, elem_id='cancel')
+              'Cancel', interactive=False, min_width=90, elem_id='cancel')
         negative_prompt = gr.Textbox(
             label='Negative prompt', lines=1, max_lines=4,
             elem_id='negative_prompt',
