@@ -309,8 +309,8 @@ def make_page(studio):
             elem_id='negative_prompt',
             placeholder='what guidance leads away from')
         guidance = gr.Slider(
-            0, 20, usual.guidance, step=0.1, label='Guidance (1 is none)',
-            elem_id='guidance')
+            0, live.MAX_GUIDANCE, usual.guidance, step=0.1,
+            label='Guidance (1 is none)', elem_id='guidance')
         with gr.Row():
           steps, num_pictures, seed = (
               gr.Number(value, label=label, precision=0, min_width=70,

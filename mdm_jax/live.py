@@ -23,7 +23,7 @@ from mdm_jax.state import Params
 MAX_CHARACTERS = 1000  # of a prompt
 # Pictures drawn at once, on each device; fewer are filled up.
 _SIZES = (1, 4, 16)
-MAX_GUIDANCE = 50.0
+MAX_GUIDANCE = 20
 _SHORT = 44  # Characters of an example.
 # Compiled loops: pairs of a sampler and a threshold.
 _CACHED = 4

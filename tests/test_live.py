@@ -229,7 +229,7 @@ def test_a_failing_device_fails_one_order(gated, monkeypatch):
     ({'num_pictures': 0}, 'Pictures: 0; give a number from 1 to 8.'),
     ({'seed': -1}, 'Seed: -1; give a number from 0 to 4,294,967,288.'),
     ({'seed': 2 ** 32}, 'Seed: 4,294,967,296; give a number'),
-    ({'guidance': float('nan')}, 'Guidance: nan; give a number from 0 to 50'),
+    ({'guidance': float('nan')}, 'Guidance: nan; give a number from 0 to 20.'),
     ({'sampler': '../x'}, "Unknown sampler '../x': use one of ('ddim',"),
     ({'threshold': 'x'}, "Unknown threshold 'x': use one of ('none',"),
 ])
