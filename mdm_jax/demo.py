@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
     config.eval.batch_size = max(
         1, config.eval.batch_size // shards) * shards
     checks.check(config, mesh)
-    index, params = trained.restore_average(config, _WORKDIR.value, mesh)
+    index, _, params = trained.restore_average(config, _WORKDIR.value, mesh)
     params |= build.load_frozen(config, mesh)
     studio = live.Studio(
         config, index, params, mesh, _WORKDIR.value, _WAITING.value)
