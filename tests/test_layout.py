@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 ROWS = (
     {'main', 'sample', 'evaluate', 'demo', 'tools'},
     {'train', 'figures'},
-    {'trained', 'checks', 'kept'},
+    {'trained', 'checks', 'kept', 'live'},
     {'build', 'stages'},
     {'inputs'},
     {'step', 'draw', 'features'},

@@ -15,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
       [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('module', ['main', 'sample', 'evaluate'])
+@pytest.mark.parametrize('module', ['main', 'sample', 'evaluate', 'demo'])
 def test_nothing_slow_is_imported(module):
   result = run('-c', f'import sys, mdm_jax.{module}; print(*sys.modules)')
   loaded = set(result.stdout.split())

@@ -1,6 +1,9 @@
 """Runs of the real command on recipes that compile fast."""
 
+import json
 import subprocess
+
+from mdm_jax import build, checkpoint
 
 
 def recipe(num_stages: int, steps: int, **changes) -> str:
@@ -38,3 +41,13 @@ def pids(*command: str) -> list[int]:
   """What a command such as pgrep prints."""
   found = subprocess.run(command, capture_output=True, text=True)
   return [int(pid) for pid in found.stdout.split()]
+
+
+def save_run(workdir, config, index: int, step: int, params) -> None:
+  """What commands need of a run: its config and a stage's average."""
+  checkpoint.write_config(workdir, json.loads(config.to_json()))
+  checkpoints = checkpoint.Checkpoints(
+      build.stage_directory(workdir, config, index), save_interval=1,
+      max_to_keep=1)
+  checkpoints.save(step, {'ema': params}, {}, force=True)
+  checkpoints.close()

@@ -17,6 +17,7 @@ from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
 
 SAMPLERS = ('ddim', 'heun', 'dpm', 'ddpm', 'dpm_sde')
+THRESHOLDS = ('none', 'clip', 'dynamic', 'dynamic_if')
 
 
 def draws_noise(sampler: str, eta: float) -> bool:

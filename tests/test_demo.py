@@ -1,0 +1,358 @@
+"""The page of mdm_jax.demo: in a real browser, and what it refuses."""
+
+import base64
+import io
+import os
+import pathlib
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from mdm_jax import build, demo, live
+from tests import toy
+
+ROOT = pathlib.Path(__file__).parents[1]
+WAIT = 120  # Seconds until something is broken; nothing waits that long.
+ENTER = '\ue007'  # As Selenium types it.
+STEPS = 10_000  # At most; it takes a while.
+
+
+def free_port() -> int:
+  with socket.socket() as found:
+    found.bind(('127.0.0.1', 0))
+    return found.getsockname()[1]
+
+
+def status_of(address: str, data: bytes | None = None, **headers) -> int:
+  """Of a GET, or of a POST of some data."""
+  request = urllib.request.Request(address, data, headers)
+  try:
+    with urllib.request.urlopen(request, timeout=WAIT) as response:
+      return response.status
+  except urllib.error.HTTPError as error:
+    return error.code
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    'host', ['0.0.0.0', '::', '192.168.1.7', 'example.com'])
+def test_an_open_address_needs_a_password(host):
+  result = run('-m', 'mdm_jax.demo', '--workdir=none', f'--host={host}')
+  assert result.returncode == 1
+  assert result.stderr.startswith(
+      f'error: --host={host} is open to others: give --password_file')
+  assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', 'is empty: write a line NAME:PASSWORD.'),
+    ('ann:long enough\nben:short\n', 'line 2: write NAME:PASSWORD, with 8'),
+    ('ann\n', 'line 1: write NAME:PASSWORD'),
+    (':long enough\n', 'line 1: write NAME:PASSWORD'),
+])
+def test_bad_password_file(tmp_path, text, message):
+  path = tmp_path / 'passwords'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=message):
+    demo._read_passwords(str(path))
+
+
+def test_password_file(tmp_path):
+  path = tmp_path / 'passwords'
+  path.write_text('ann:with:colons\nben:and a space \n')
+  assert demo._read_passwords(str(path)) == [
+      ('ann', 'with:colons'), ('ben', 'and a space ')]
+
+
+def test_without_gradio_says_how_to_install_it():
+  result = run('-c', '''
+import sys
+sys.modules['gradio'] = None
+sys.argv = ['demo', '--workdir=none']
+from absl import app
+from mdm_jax import demo
+app.run(demo.main)''')
+  assert result.returncode == 1
+  assert result.stderr == ('error: the demo needs Gradio: '
+                           'pip install -r requirements-demo.txt\n')
+
+
+@pytest.fixture(scope='module')
+def workdir(make_config, random_params, tmp_path_factory):
+  """Of a run that ended."""
+  config = make_config()
+  config.diffusion.num_steps = STEPS
+  config.sampler.update(guidance=3.0, threshold='clip')
+  path = tmp_path_factory.mktemp('a run')
+  model = build.make_model(config, config.stages[1])
+  toy.save_run(path, config, 1, config.stages[1].steps,
+               random_params(model, config.text.max_length))
+  return path
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+  """For commands: one device, and nothing of the user's."""
+  return os.environ | {
+      'XLA_FLAGS': '', 'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache'))}
+
+
+@pytest.fixture(scope='module')
+def address(workdir, environment, tmp_path_factory):
+  """Of the page, served by the real command."""
+  pytest.importorskip('gradio', reason='Gradio is not installed')
+  log = tmp_path_factory.mktemp('log') / 'stderr'
+  port = free_port()
+  with log.open('w') as stderr:
+    server = subprocess.Popen(
+        [sys.executable, '-m', 'mdm_jax.demo', f'--workdir={workdir}',
+         f'--port={port}'], cwd=ROOT, env=environment, stderr=stderr)
+  try:
+    end = time.monotonic() + WAIT
+    while 'The page is at' not in log.read_text():
+      assert server.poll() is None and time.monotonic() < end, log.read_text()
+      time.sleep(0.1)
+    yield f'http://127.0.0.1:{port}'
+    server.terminate()
+    assert server.wait(WAIT) == 0
+    assert 'Traceback' not in log.read_text()
+  finally:
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope='module')
+def browser():
+  """A headless Chromium."""
+  webdriver = pytest.importorskip(
+      'selenium.webdriver', reason='Selenium is not installed')
+  chromium, driver = map(shutil.which, ('chromium', 'chromedriver'))
+  if not (chromium and driver):
+    pytest.skip('Chromium and its driver are not installed')
+  options = webdriver.ChromeOptions()
+  options.binary_location = chromium
+  for argument in ('headless=new', 'no-sandbox', 'disable-gpu',
+                   'disable-dev-shm-usage', 'window-size=1400,1200'):
+    options.add_argument(f'--{argument}')
+  opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+  try:
+    yield opened
+  finally:
+    opened.quit()
+
+
+class Page:
+  """What a user sees and does."""
+
+  def __init__(self, browser, address):
+    self.browser = browser
+    browser.get(address)
+    self.wait(lambda: self.status())
+
+  def all(self, selector):
+    return self.browser.find_elements('css selector', selector)
+
+  def text(self, selector):
+    return self.browser.execute_script(
+        'return document.querySelector(arguments[0])?.innerText ?? ""',
+        selector)
+
+  def wait(self, condition):
+    end = time.monotonic() + WAIT
+    while not condition():
+      assert time.monotonic() < end, self.text('body')
+      time.sleep(0.05)
+
+  def type(self, field, text):
+    selector = f'#{field} textarea, #{field} input:not([type=range])'
+    self.wait(lambda: self.all(selector))
+    (element,) = self.all(selector)
+    element.clear()
+    element.send_keys(text)
+
+  def paste(self, field, text):
+    self.wait(lambda: self.all(f'#{field} textarea'))
+    self.browser.execute_script("""
+        const area = document.querySelector(arguments[0])
+        area.value = arguments[1]
+        area.dispatchEvent(new Event('input', {bubbles: true}))""",
+        f'#{field} textarea', text)
+
+  def press(self, button):
+    self.wait(lambda: self.all(f'#{button}:enabled'))
+    self.all(f'#{button}')[0].click()
+
+  def status(self):
+    return self.text('#status')
+
+
+@pytest.fixture
+def page(browser, address):
+  return Page(browser, address)
+
+
+def decode(source: str) -> np.ndarray:
+  kind, _, data = source.partition(',')
+  assert kind == 'data:image/png;base64'
+  return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), int)
+
+
+def test_a_picture_arrives_and_its_command_draws_it(
+    page, environment, tmp_path):
+  prompt = "a 'red' ring <b>on</b> ${1 + 1} {{value}} \\n"
+  page.type('prompt', prompt)
+  page.type('num_pictures', '2')
+  page.type('seed', '5')
+  page.press('draw')
+  page.wait(lambda: len(page.all('#gallery figure')) == 2)
+  assert page.status().startswith('2 pictures in ')
+  assert page.all('#gallery b')[0].text == prompt
+  # All levels side by side, as large as each other, in sharp pixels.
+  images = page.all('#gallery figure:nth-child(2) img')
+  assert [image.get_attribute('naturalWidth') for image in images] == [
+      '8', '16']
+  assert {(image.size['width'], image.location['y'],
+           image.value_of_css_property('image-rendering'))
+          for image in images} == {
+              (192, images[0].location['y'], 'pixelated')}
+
+  links = page.all('#gallery figure:nth-child(2) a')
+  assert [link.get_attribute('download') for link in links] == [
+      'seed_6_8.png', 'seed_6_16.png']
+  python, *words = shlex.split(page.browser.execute_script(
+      'return document.querySelectorAll("#gallery code")[1].textContent'))
+  assert python == 'python'
+  result = subprocess.run(
+      [sys.executable, *words, f'--output={tmp_path}'], cwd=ROOT,
+      env=environment, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  for link, side in zip(links, (8, 16)):
+    shown = decode(link.get_attribute('href'))
+    assert shown.std() > 10
+    (file,) = tmp_path.rglob(f'*_{side}.png')
+    difference = np.abs(shown - np.asarray(Image.open(file), int))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
+
+
+def test_cancel_stops_soon_and_leaves_the_page_usable(page):
+  page.type('steps', str(STEPS))
+  page.press('draw')
+  page.wait(lambda: page.all('#preview img'))
+  assert len(page.all('#preview img')) == 4 * 2
+  page.press('cancel')
+  page.wait(lambda: page.status().startswith('Cancelled after step '))
+  last = int(page.status().split()[3])
+  assert last < STEPS
+  assert not page.all('#gallery img')
+  page.type('steps', '2')
+  page.wait(lambda: page.all('#draw:enabled'))
+  page.type('prompt', 'a cross' + ENTER)
+  page.wait(lambda: len(page.all('#gallery figure')) == 4)
+  page.wait(lambda: page.all('#cancel:disabled'))
+
+
+def test_who_leaves_the_page_cancels(page, address):
+  page.type('steps', str(STEPS))
+  page.press('draw')
+  page.wait(lambda: page.status().startswith('Step '))
+  page.browser.get('about:blank')
+  again = Page(page.browser, address)
+  again.press('draw')
+  # Not after thousands of steps.
+  again.wait(lambda: len(again.all('#gallery figure')) == 4)
+  assert float(again.status().split()[3]) < 20
+
+
+def test_bad_input_is_one_line(page):
+  page.type('steps', '0')
+  page.press('draw')
+  page.wait(lambda: page.status() ==
+            'Steps: 0; give a number from 1 to 10,000.')
+  page.type('num_pictures', '99')
+  page.type('steps', '3')
+  page.press('draw')
+  page.wait(lambda: page.status() ==
+            'Pictures: 99; give a number from 1 to 8.')
+  page.paste('prompt', '丸' * 10_000)
+  page.press('draw')
+  page.wait(lambda: page.status() ==
+            'The prompt has 10,000 characters: shorten it to 1,000.')
+  page.paste('prompt', '丸' * 1000)
+  page.type('num_pictures', '1')
+  page.press('draw')
+  page.wait(lambda: len(page.all('#gallery figure')) == 1)
+  assert page.status().endswith(' the rest was left out.')
+
+
+def test_nothing_is_asked_of_others(page, address):
+  page.wait(lambda: page.text('#about').startswith('Ready: '))
+  loaded = page.browser.execute_script(
+      'return performance.getEntriesByType("resource").map(x => x.name)')
+  assert len(loaded) > 10
+  assert {urllib.parse.urlsplit(name)[:2] for name in loaded} == {
+      ('http', address.removeprefix('http://'))}
+
+
+def test_only_the_page_is_served(address):
+  assert status_of(address) == 200
+  assert status_of(f'{address}/?deep_link=../../secret') == 200
+  for path in ('upload', 'file=/etc/passwd', 'file=requirements.txt',
+               'proxy=http://127.0.0.1/', 'info', 'runs', 'openapi.json',
+               'call/draw', 'component_server', '../monitoring'):
+    assert status_of(f'{address}/gradio_api/{path}') == 404, path
+  for folder in ('assets', 'static'):
+    path = f'{folder}/..%2f..%2f..%2f..%2frequirements.txt'
+    assert status_of(f'{address}/{path}') in (403, 404)
+  assert status_of(f'{address}/gradio_api/upload', b'x') == 404
+  assert status_of(f'{address}/gradio_api/run/predict', b'{}') == 404
+  join = f'{address}/gradio_api/queue/join'
+  # Refused before it is sent.
+  assert status_of(join, b'', **{'Content-Length': str(2 ** 20 + 1)}) == 413
+  assert status_of(join, b'{}') == 422
+  # A name that somebody else made to mean this machine.
+  assert status_of(address, Host='example.com') == 403
+  assert status_of(address, Origin='http://example.com') == 403
+  assert status_of(address, Origin='null') == 403
+  assert status_of(address, Origin=address) == 200
+
+
+def test_password(tmp_path):
+  pytest.importorskip('gradio', reason='Gradio is not installed')
+  studio = types.SimpleNamespace(
+      about='a run', ready=threading.Event(), examples=lambda count: [],
+      usual=live.Order('', '', 2.0, 5, 'ddim', 'clip', 0, 4))
+  page = demo.make_page(studio)
+  _, address, _ = demo.launch(
+      page, '127.0.0.1', free_port(), [('ann', 'long enough')])
+  try:
+    join = f'{address}gradio_api/queue/join'
+    assert status_of(address, Host='example.com') == 200
+    assert status_of(f'{address}config') == 401
+    assert status_of(join, b'{}', **{
+        'Content-Type': 'application/json'}) == 401
+    login = f'{address}login'
+    assert status_of(login, b'username=ann&password=long+enougH') == 400
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with opener.open(login, b'username=ann&password=long+enough') as response:
+      assert response.status == 200
+    with opener.open(f'{address}config') as response:
+      assert response.status == 200
+  finally:
+    page.close()
