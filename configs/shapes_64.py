@@ -33,7 +33,8 @@ def get_config(mode: str = ''):
   config.optimizer.update(
       name='muon', b2=0.99, weight_decay=0.01, clip_norm=1.0, decay='cosine',
       ema_decay=0.995)
-  config.sampler.update(num_steps=25, guidance=2.0, threshold='clip')
+  config.sampler.update(
+      name='dpm', num_steps=20, guidance=2.0, threshold='clip')
   config.log_every = 50
   config.sample_every = 1000
   config.checkpoint_every = 250
