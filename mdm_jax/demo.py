@@ -119,10 +119,11 @@ def main(argv: list[str]) -> None:
     config.eval.batch_size = max(
         1, config.eval.batch_size // shards) * shards
     checks.check(config, mesh)
-    index, _, params = trained.restore_average(config, _WORKDIR.value, mesh)
+    index, step, params = trained.restore_average(
+        config, _WORKDIR.value, mesh)
     params |= build.load_frozen(config, mesh)
     studio = live.Studio(
-        config, index, params, mesh, _WORKDIR.value, _WAITING.value)
+        config, index, step, params, mesh, _WORKDIR.value, _WAITING.value)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
   page = make_page(studio)

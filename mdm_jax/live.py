@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax import build, checkpoint, draw, inputs, sharding
+from mdm_jax import build, draw, inputs, sharding
 from mdm_jax.data.text import Tokenizer
 from mdm_jax.diffusion import samplers
 from mdm_jax.state import Params
@@ -79,13 +79,15 @@ class Job:
 class Studio:
   """Draws with a trained network, one order at a time, in its own thread."""
 
-  def __init__(self, config: ConfigDict, index: int, params: Params,
-               mesh: Mesh, workdir: str, max_waiting: int = 4):
+  def __init__(self, config: ConfigDict, index: int, step: int,
+               params: Params, mesh: Mesh, workdir: str,
+               max_waiting: int = 4):
     """Nothing is compiled before `warm_up` or an order.
 
     Args:
       config: of the run.
       index: of the stage whose network draws.
+      step: of that stage, the parameters'.
       params: all that it needs, on the mesh.
       mesh: the devices.
       workdir: of the run, for commands.
@@ -107,8 +109,6 @@ class Studio:
         1, thread_name_prefix='studio')
 
     stage = config.stages[index]
-    step = checkpoint.latest_step(
-        build.stage_directory(workdir, config, index))
     sides = ' and '.join(map(str, self._painter.model.resolutions))
     self.about = f'{workdir}, {sides} px'
     if step < stage.steps or index + 1 < len(config.stages):

@@ -30,7 +30,7 @@ def make_studio(make_config, random_params, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('a run')
     toy.save_run(workdir, config, 1, step, params)
     made.append(live.Studio(
-        config, 1, placed, mesh, str(workdir), max_waiting=2))
+        config, 1, step, placed, mesh, str(workdir), max_waiting=2))
     return made[-1], config, placed
   yield make
   for studio in made:
