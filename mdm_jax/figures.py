@@ -136,11 +136,14 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
   index = average.index
   params = average.params | build.load_frozen(config, mesh)
   stage = config.stages[index]
-  settings = {'workdir': str(workdir), **trained.describe(
-      config, average, width=options.width, best=options.best)} | {
-          'resolution': build.resolutions(config, stage)[-1],
-          'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
-          'jax': jax.__version__}
+  trained.warn_if_unfinished(config, average, options.best)
+  model = trained.describe(
+      config, workdir, average, width=options.width, best=options.best)
+  settings = {
+      'workdir': str(workdir), **model,
+      'resolution': build.resolutions(config, stage)[-1],
+      'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+      'jax': jax.__version__}
   figures = {}
   if 'loss' in names:
     figures, settings['loss'] = _losses(config, stage, params, mesh)
@@ -154,7 +157,7 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
         else _reference_split(config, stage, options, network))
   if clip:
     settings['clip'] = clip.fingerprint
-  shown = _first_pictures(config, workdir, options, settings)
+  shown = _first_pictures(config, workdir, options, model)
   found, about = _judge(
       config, names, options, trained.make_draw(config, index, mesh, params),
       params, network, clip, reference, shown)
@@ -193,9 +196,8 @@ def _count(config: ConfigDict, options: Options) -> int:
 
 
 def _first_pictures(config: ConfigDict, workdir: str, options: Options,
-                    settings: dict[str, Any]) -> Pictures:
+                    model: dict[str, Any]) -> Pictures:
   """Where those that are kept go."""
-  model = {name: settings[name] for name in ('stage', 'step', 'average')}
   count = _count(config, options)
   captions = inputs.make_prompts(
       config, count, range(min(count, _SHOWN))).captions

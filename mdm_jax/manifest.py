@@ -49,6 +49,14 @@ def problem(directory: epath.PathLike) -> str | None:
   return _problem(str(directory), text, _files(directory))
 
 
+def fingerprint(directory: epath.PathLike) -> str | None:
+  """Of all files, by the manifest's text; None without a manifest."""
+  directory = epath.Path(directory)
+  if not exists(directory):
+    return None
+  return xxhash.xxh3_128_hexdigest((directory / _NAME).read_bytes())
+
+
 def replace_text(path: epath.Path, text: str) -> None:
   """Writes a file so that it has the old or the new text, and nothing else."""
   temporary = path.with_name(f'{path.name}.tmp')

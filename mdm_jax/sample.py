@@ -102,21 +102,21 @@ def main(argv: list[str]) -> None:
     average = trained.restore_average(
         config, _WORKDIR.value, mesh, width=_WIDTH.value, best=_BEST.value)
     params = average.params | build.load_frozen(config, mesh)
+    settings = {
+        **config.sampler.to_dict(), 'negative_prompt': _NEGATIVE.value}
     guide = None
     if _GUIDE.value:
       if _NEGATIVE.value:
         raise ValueError('guidance leads away from one thing: give --guide or '
                          '--negative_prompt.')
-      guide, params['guide'] = trained.restore_guide(
+      guide, params['guide'], settings['guide'] = trained.restore_guide(
           config, average.index, _GUIDE.value, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
-  model = trained.describe(
-      config, average, width=_WIDTH.value, best=_BEST.value)
-  settings = {**config.sampler.to_dict(), 'negative_prompt': _NEGATIVE.value}
-  if _GUIDE.value:
-    settings['guide'] = _GUIDE.value
+  trained.warn_if_unfinished(config, average, _BEST.value)
+  model = trained.describe(config, _WORKDIR.value, average,
+                           width=_WIDTH.value, best=_BEST.value)
   pictures = Pictures(
       _OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'drawn', [
           # As JSON has it: sequences are lists there.

@@ -18,6 +18,7 @@ from mdm_jax import (
   checkpoint,
   draw,
   inputs,
+  manifest,
   metrics,
   sharding,
 )
@@ -29,6 +30,10 @@ from mdm_jax.state import Params
 # Of the grids that training draws.
 GRID_PROMPTS = 16
 _EVAL_SEED = 1
+_REMEDIES = {
+    'checkpoints': 'train longer first',
+    'best': 'set eval.every and eval.best_metric when training',
+    'averages': 'set averages.widths when training'}
 
 
 class Average(NamedTuple):
@@ -65,17 +70,13 @@ def restore_average(
   if best and width is not None:
     raise ValueError('The best average has the width that it was kept with: '
                      'ask for one of a width, or for the best.')
-  kind, remedy = 'checkpoints', 'train longer first'
-  if best:
-    kind, remedy = 'best', 'set eval.every and eval.best_metric when training'
-  elif width is not None:
-    kind, remedy = 'averages', 'set averages.widths when training'
+  kind = _kind(width, best)
   for index in reversed(range(len(config.stages))):
     directory = build.stage_directory(workdir, config, index, kind)
     if checkpoint.latest_step(directory) is not None:
       break
   else:
-    raise FileNotFoundError(f'{workdir} has no {kind} yet: {remedy}.')
+    raise FileNotFoundError(f'{workdir} has no {kind} yet: {_REMEDIES[kind]}.')
   if width is not None:
     step, params = _reconstruct(directory, width)
     if mesh:
@@ -90,18 +91,37 @@ def restore_average(
       directory, step, 'ema', shardings))
 
 
-def describe(config: ConfigDict, average: Average, *,
-             width: float | None = None,
-             best: bool = False) -> dict[str, str | int | float]:
-  """What an average is, for those who look at its pictures or figures.
+def describe(
+    config: ConfigDict, workdir: str | pathlib.Path, average: Average, *,
+    width: float | None = None,
+    best: bool = False) -> dict[str, str | int | float | None]:
+  """What tells the pictures and figures of an average from those of others.
 
-  Warns if the run is not finished.
+  Args:
+    config: of the run.
+    workdir: of the run.
+    average: as `restore_average` gave it.
+    width: that was asked for.
+    best: likewise.
+
+  Returns:
+    JSON, with the 'fingerprint' of the files that it was read from.
+  """
+  directory = build.stage_directory(
+      workdir, config, average.index, _kind(width, best))
+  return {'stage': config.stages[average.index].name, 'step': average.step,
+          'average': 'best' if best else width or 'decaying',
+          'fingerprint': manifest.fingerprint(directory / str(average.step))}
+
+
+def warn_if_unfinished(config: ConfigDict, average: Average,
+                       best: bool = False) -> None:
+  """Says how far a run is that has not come to its end.
 
   Args:
     config: of the run.
     average: as `restore_average` gave it.
-    width: that was asked for.
-    best: likewise.
+    best: that was asked for, which need not be the last.
   """
   stage = config.stages[average.index]
   is_last = average.index + 1 == len(config.stages)
@@ -110,8 +130,13 @@ def describe(config: ConfigDict, average: Average, *,
         "The run is not finished: this is stage %d/%d '%s' at step %d of %d.",
         average.index + 1, len(config.stages), stage.name, average.step,
         stage.steps)
-  return {'stage': stage.name, 'step': average.step,
-          'average': 'best' if best else width or 'decaying'}
+
+
+def _kind(width: float | None, best: bool) -> str:
+  """Which of a stage's directories."""
+  if best:
+    return 'best'
+  return 'checkpoints' if width is None else 'averages'
 
 
 def _reconstruct(directory: pathlib.Path,
@@ -145,7 +170,7 @@ def _reconstruct(directory: pathlib.Path,
 
 
 def restore_guide(config: ConfigDict, index: int, workdir: str,
-                  mesh: Mesh) -> tuple[Matryoshka, Params]:
+                  mesh: Mesh) -> tuple[Matryoshka, Params, dict]:
   """A worse model that guidance can lead away from.
 
   Args:
@@ -155,7 +180,7 @@ def restore_guide(config: ConfigDict, index: int, workdir: str,
     mesh: the devices.
 
   Returns:
-    The network and all its parameters.
+    The network, all its parameters, and what `describe` says of them.
 
   Raises:
     FileNotFoundError: nothing has been saved there yet.
@@ -163,8 +188,8 @@ def restore_guide(config: ConfigDict, index: int, workdir: str,
   """
   guide = build.reading_prompts(
       build.load_config(checkpoint.read_config(workdir)))
-  index_of_guide, _, params = restore_average(guide, workdir, mesh)
-  guide_stage = guide.stages[index_of_guide]
+  average = restore_average(guide, workdir, mesh)
+  guide_stage = guide.stages[average.index]
 
   def compared(config, stage):
     return {
@@ -178,7 +203,8 @@ def restore_guide(config: ConfigDict, index: int, workdir: str,
     raise ValueError(f'{workdir} cannot be the guide: '
                      + '; '.join(differences) + '.')
   return (build.make_model(guide, guide_stage),
-          params | build.load_frozen(guide, mesh))
+          average.params | build.load_frozen(guide, mesh),
+          describe(guide, workdir, average))
 
 
 def make_draw(config: ConfigDict, index: int, mesh: Mesh, params: Params,

@@ -22,6 +22,7 @@ from mdm_jax import (
   guard,
   inputs,
   ledger,
+  manifest,
   replicas,
   sharding,
   train,
@@ -389,6 +390,9 @@ def test_sample_command(finished, tmp_path):
       prompts[0], prompts[0], prompts[1], prompts[1]]
   assert [line['seed'] for line in lines] == [5, 6, 5, 6]
   assert lines[0]['num_steps'] == 2
+  # Those of another model are not taken for its pictures.
+  last = build.stage_directory(finished, toy_config(), 1) / '6'
+  assert lines[0]['fingerprint'] == manifest.fingerprint(last)
   for line in lines:
     for resolution, name in line['files'].items():
       with Image.open(tmp_path / name) as image:
@@ -444,6 +448,10 @@ def test_samplers_are_compared(finished, tmp_path):
   found = json.loads(output.read_text())
   assert [one['steps'] for one in found] == [2, 1]
   assert found[0] == first
+  # Nor are figures of another model its own.
+  output.write_text(json.dumps([first | {'fingerprint': 'other'}]))
+  assert 'ddim, 2 steps' in compare('2').stderr
+  assert len(json.loads(output.read_text())) == 2
   assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
       ['ddim', '1'], ['ddim', '2']]
 

@@ -141,7 +141,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
   lines, rest = [], ' '.join(text.split())
   while rest:
     is_last = len(lines) == _MAX_LINES - 1
-    line = rest
+    line = rest[:width]  # No character is narrower than a pixel.
     while font.getlength(line) > width and len(line) > 1:
       # At the last space if there is one, else within the word.
       body = line.removesuffix('…')

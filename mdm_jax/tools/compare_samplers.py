@@ -29,8 +29,9 @@ _CLASSIFIER_IMAGES = flags.DEFINE_integer(
 _CLASSIFIER_STEPS = flags.DEFINE_integer(
     'classifier_steps', 1500, 'Of training the classifier.', lower_bound=1)
 _OUTPUT = flags.DEFINE_string(
-    'output', None, 'Receives the figures. What it has already is not '
-    'measured again. Default: WORKDIR/samplers.json.')
+    'output', None, 'Receives the figures. What it has already, of the same '
+    'model and settings, is not measured again. Default: '
+    'WORKDIR/samplers.json.')
 _PLOT = flags.DEFINE_string(
     'plot', None, 'Receives a picture of them, .svg or .png.')
 
@@ -72,34 +73,45 @@ def main(argv: list[str]) -> None:
     for name, steps in cases:
       config.sampler.update(name=name, num_steps=steps)
       checks.check(config, mesh)
-    index, _, params = trained.restore_average(config, _WORKDIR.value, mesh)
+    average = trained.restore_average(config, _WORKDIR.value, mesh)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
   path = pathlib.Path(
       _OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'samplers.json')
-  found = json.loads(path.read_text()) if path.exists() else []
+  # As JSON has it: sequences are lists there.
+  settings = {
+      **trained.describe(config, _WORKDIR.value, average),
+      'images': _NUM_IMAGES.value,
+      'classifier': [_CLASSIFIER_IMAGES.value, _CLASSIFIER_STEPS.value],
+      **{name: list(value) if isinstance(value, tuple) else value
+         for name, value in config.sampler.items()
+         if name not in ('name', 'num_steps')}}
+  found, others = [], []
+  for one in json.loads(path.read_text()) if path.exists() else ():
+    (found if one | settings == one else others).append(one)
   done = {(one['sampler'], one['steps']) for one in found}
   prompts = inputs.make_prompts(config, _NUM_IMAGES.value)
   reference, distance = _make_distance(
-      build.resolutions(config, config.stages[index])[-1], config.seed)
+      build.resolutions(config, config.stages[average.index])[-1], config.seed)
   logging.info('Between two halves of the held-out images: %.2f.', reference)
   for name, steps in cases:
     if (name, steps) in done:
       continue
     config.sampler.update(name=name, num_steps=steps)
-    draw = trained.make_draw(config, index, mesh, params)
+    params = average.params
+    draw = trained.make_draw(config, average.index, mesh, params)
     draw(params, prompts.text[:config.eval.batch_size],
          range(config.eval.batch_size))  # Compiles.
     begin = time.monotonic()
     pictures = draw(params, prompts.text, range(_NUM_IMAGES.value))[-1]
     seconds = (time.monotonic() - begin) / _NUM_IMAGES.value
     found.append({
-        'sampler': name, 'steps': steps, 'images': _NUM_IMAGES.value,
-        'guidance': config.sampler.guidance, 'seconds_per_image': seconds,
+        'sampler': name, 'steps': steps, **settings,
+        'seconds_per_image': seconds,
         'frechet': distance(pictures), **_accuracy(pictures, prompts)})
     # After each, as the whole takes long.
-    path.write_text(json.dumps(found, indent=1) + '\n')
+    path.write_text(json.dumps(others + found, indent=1) + '\n')
     logging.info('%s, %d steps: accuracy %.1f %%, distance %.2f, %.2f s an '
                  'image.', name, steps, 100 * found[-1]['accuracy'],
                  found[-1]['frechet'], seconds)
