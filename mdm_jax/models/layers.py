@@ -58,7 +58,7 @@ class Conv3x3(nn.Module):
     features: D.
     dtype: of the products.
     stride: 1 or 2.
-    upsample: 2 doubles the input first, each pixel repeated.
+    upsample: 1 or 2; 2 doubles the input first, each pixel repeated.
     zero: starts as zero.
   """
   features: int
@@ -82,25 +82,55 @@ class Conv3x3(nn.Module):
     kernel = self.param(
         'kernel', kernel_init, (3, 3, sum(channels), self.features))
     bias = self.param('bias', zeros, (self.features,))
-    upsample = self.upsample
-    if upsample > min(patch):
-      # An output patch has to hold whole input pixels.
-      inputs = [_repeat(x.as_patch((1, 1)), upsample) for x in inputs]
-      upsample = 1
-    inner = tuple(
-        min(ours * self.stride // upsample, theirs)
+    # An output patch has to hold whole input pixels.
+    pixels = self.upsample > min(patch)
+    inner = (1, 1) if pixels else tuple(
+        min(ours * self.stride // self.upsample, theirs)
         for ours, theirs in zip(patch, inputs[0].patch))
     x = jnp.concatenate([x.as_patch(inner).x for x in inputs], axis=-1)
-    packed = [
-        packing.pack_kernel(part, inner, patch, self.stride, upsample)
-        for part in jnp.split(kernel, _borders(channels), axis=2)]
-    kernel = jnp.concatenate([part for part, _, _ in packed], axis=2)
-    _, strides, padding = packed[0]
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    out = jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    out = Features(out, patch)
+    x = x.astype(self.dtype)
+    if pixels:
+      out = Features(_doubled_conv(x, kernel)).as_patch(patch)
+    else:
+      packed = [
+          packing.pack_kernel(part, inner, patch, self.stride, self.upsample)
+          for part in jnp.split(kernel, _borders(channels), axis=2)]
+      kernel = jnp.concatenate([part for part, _, _ in packed], axis=2)
+      _, strides, padding = packed[0]
+      out = Features(_conv(x, kernel, strides, padding), patch)
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
+
+
+def _conv(x, kernel, strides, padding) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+      x, kernel.astype(x.dtype), strides, padding,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def _doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The 3x3 convolution of an image whose pixels are doubled first.
+
+  Of three taps two read the same pixel, so it is four 2x2 convolutions of the
+  image as it is, one for each pixel of a doubled one: 16 products for 36.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: [3, 3, C, D].
+
+  Returns:
+    [B, 2H, 2W, D].
+  """
+  def halves(kernel, axis):  # What the first and the second of a pair read.
+    before, here, after = jnp.split(kernel, 3, axis)
+    return (jnp.concatenate([before, here + after], axis),
+            jnp.concatenate([before + here, after], axis))
+  rows = []
+  for i, row in enumerate(halves(kernel, 0)):
+    columns = [_conv(x, pixel, (1, 1), ((1 - i, i), (1 - j, j)))
+               for j, pixel in enumerate(halves(row, 1))]
+    rows.append(jnp.stack(columns, axis=3))  # [B, H, W, 2, D]
+  batch, height, width, _ = x.shape
+  return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
 
 
 def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
@@ -122,11 +152,6 @@ def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
 def _borders(channels: Sequence[int]) -> list[int]:
   """Where parts of so many channels meet."""
   return np.cumsum(channels)[:-1].tolist()
-
-
-def _repeat(features: Features, times: int) -> Features:
-  x = features.x.repeat(times, axis=1).repeat(times, axis=2)
-  return Features(x)
 
 
 class Pointwise(nn.Module):
