@@ -78,26 +78,24 @@ class Conv3x3(nn.Module):
     """
     patch = patch or inputs[0].patch
     kernel_init = zeros if self.zero else nn.initializers.lecun_normal()
-    channels = [x.channels for x in inputs]
+    channels = sum(x.channels for x in inputs)
     kernel = self.param(
-        'kernel', kernel_init, (3, 3, sum(channels), self.features))
+        'kernel', kernel_init, (3, 3, channels, self.features))
     bias = self.param('bias', zeros, (self.features,))
     # An output patch has to hold whole input pixels.
     pixels = self.upsample > min(patch)
     inner = (1, 1) if pixels else tuple(
         min(ours * self.stride // self.upsample, theirs)
         for ours, theirs in zip(patch, inputs[0].patch))
-    x = jnp.concatenate([x.as_patch(inner).x for x in inputs], axis=-1)
-    x = x.astype(self.dtype)
-    if pixels:
-      out = Features(_doubled_conv(x, kernel)).as_patch(patch)
-    else:
-      packed = [
-          packing.pack_kernel(part, inner, patch, self.stride, self.upsample)
-          for part in jnp.split(kernel, _borders(channels), axis=2)]
-      kernel = jnp.concatenate([part for part, _, _ in packed], axis=2)
-      _, strides, padding = packed[0]
-      out = Features(_conv(x, kernel, strides, padding), patch)
+
+    def convolve(features, kernel):
+      x = features.as_patch(inner).x.astype(self.dtype)
+      if pixels:
+        return Features(_doubled_conv(x, kernel)).as_patch(patch).x
+      return _conv(x, *packing.pack_kernel(
+          kernel, inner, patch, self.stride, self.upsample))
+    # A sum of convolutions: concatenated features would be written once more.
+    out = Features(sum(map(convolve, inputs, _split(kernel, inputs, 2))), patch)
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
@@ -149,9 +147,11 @@ def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
   return value
 
 
-def _borders(channels: Sequence[int]) -> list[int]:
-  """Where parts of so many channels meet."""
-  return np.cumsum(channels)[:-1].tolist()
+def _split(x: jax.Array, inputs: Sequence[Features],
+           axis: int) -> list[jax.Array]:
+  """What belongs to each of `inputs`, whose channels lie along the axis."""
+  borders = np.cumsum([features.channels for features in inputs])
+  return jnp.split(x, borders[:-1].tolist(), axis)
 
 
 class Pointwise(nn.Module):
@@ -162,17 +162,14 @@ class Pointwise(nn.Module):
   @nn.compact
   def __call__(self, *inputs: Features) -> Features:
     """Features of one size and patch, to be concatenated -> Features."""
-    channels = [x.channels for x in inputs]
+    channels = sum(x.channels for x in inputs)
     kernel = self.param('kernel', nn.initializers.lecun_normal(),
-                        (sum(channels), self.features))
+                        (channels, self.features))
     bias = self.param('bias', zeros, (self.features,))
-    pixels = inputs[0].pixels
-    kernel = jnp.concatenate([
-        jnp.kron(jnp.eye(pixels, dtype=kernel.dtype), part)
-        for part in jnp.split(kernel, _borders(channels))])
-    x = jnp.concatenate([x.x for x in inputs], axis=-1)
-    out = x.astype(self.dtype) @ kernel.astype(self.dtype)
-    out = inputs[0].replace(x=out)
+    pixels = jnp.eye(inputs[0].pixels, dtype=kernel.dtype)
+    out = inputs[0].replace(x=sum(
+        features.x.astype(self.dtype) @ jnp.kron(pixels, part).astype(self.dtype)
+        for features, part in zip(inputs, _split(kernel, inputs, 0))))
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
@@ -183,15 +180,8 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, *inputs: Features) -> list[Features]:
-    """Normalises features of one size as if they were concatenated.
-
-    Returns:
-      What is to be concatenated: of pixels it is already, of patches not.
-    """
-    if inputs[0].pixels == 1:
-      inputs = [Features(jnp.concatenate([x.x for x in inputs], axis=-1))]
-    channels = [x.channels for x in inputs]
-    total = sum(channels)
+    """Normalises features of one size as if they were concatenated."""
+    total = sum(x.channels for x in inputs)
     scale = self.param('scale', nn.initializers.ones_init(), (total,))
     bias = self.param('bias', zeros, (total,))
 
@@ -200,13 +190,12 @@ class GroupNorm(nn.Module):
       for features in inputs:
         # Not kept: XLA computes it on the way into the sum.
         x = features.x.astype(jnp.float32) ** power
-        if features.pixels == 1:
-          # XLA sums this up in one order, wherever it stands: a level alone
-          # has the numbers that it has inside of another.
-          x = x.reshape(*x.shape[:3], self.num_groups, -1)
-          return x.mean(axis=(1, 2, 4))
-        x = x.mean(axis=(1, 2)).reshape(len(x), features.pixels, -1)
-        means.append(x.mean(axis=1))
+        x = x.reshape(len(x), -1, x.shape[-1])
+        # A product, as its order of summation does not depend on what it is
+        # fused with: a level alone has the numbers it has inside of another.
+        x = jnp.einsum('n,bnc->bc', jnp.full(x.shape[1], 1 / x.shape[1]), x,
+                       precision='highest')
+        means.append(x.reshape(len(x), features.pixels, -1).mean(axis=1))
       means = jnp.concatenate(means, axis=-1)
       return means.reshape(len(means), self.num_groups, -1).mean(axis=-1)
 
@@ -217,8 +206,8 @@ class GroupNorm(nn.Module):
         jnp.repeat(x, total // self.num_groups, axis=-1)[:, None, None]
         for x in (mean, factor))
     factor *= scale
-    parts = zip(inputs, *(jnp.split(x, _borders(channels), axis=-1)
-                          for x in (mean, factor, bias)))
+    parts = zip(inputs, *(
+        _split(x, inputs, -1) for x in (mean, factor, bias)))
     out = []
     for features, *parameters in parts:
       mean, factor, bias = map(features.per_channel, parameters)
@@ -227,9 +216,23 @@ class GroupNorm(nn.Module):
     return out
 
 
+@jax.custom_jvp
+def _silu(x: jax.Array) -> jax.Array:
+  return x * nn.sigmoid(x)
+
+
+@_silu.defjvp
+def _silu_jvp(primals, tangents):
+  # Of x alone, and of another exponential: else XLA keeps sigmoid(x), one more
+  # array of all features, for the backward pass.
+  (x,), (tangent,) = primals, tangents
+  rest = nn.sigmoid(-x)
+  return _silu(x), tangent * (1 - rest) * (1 + x * rest)
+
+
 def silu(features: Features) -> Features:
   """x * sigmoid(x)."""
-  return features.replace(x=nn.silu(features.x))
+  return features.replace(x=_silu(features.x))
 
 
 class ResidualBlock(nn.Module):

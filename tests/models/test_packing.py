@@ -128,7 +128,7 @@ def network(make_config):
       model.init(0, 8))['unet']
   x_t = [rng.standard_normal((2, r, r, 3), np.float32) for r in (8, 16)]
   text = rng.standard_normal((2, 8, 16), np.float32)
-  weight = [rng.standard_normal(x.shape, np.float32) for x in x_t]
+  target = [rng.standard_normal(x.shape, np.float32) for x in x_t]
 
   def run(**options):
     unet = dataclasses.replace(model.unet, levels=tuple(
@@ -137,7 +137,7 @@ def network(make_config):
     def loss(params):
       out = unet.apply({'params': params}, x_t, np.array([3., 700.]),
                        Cond(text, np.ones((2, 8), bool)))
-      return sum((x * w).sum() for x, w in zip(out, weight))
+      return sum(((x - w) ** 2).sum() for x, w in zip(out, target))
     program = jax.jit(jax.value_and_grad(loss)).lower(params)
     return program.as_text(), program.compile()(params)
   return run
@@ -156,8 +156,9 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
   text, (loss, grads) = network(**options)
   _, (expected_loss, expected_grads) = plain
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  # Either is up to 2e-5 from what float64 gives.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      x, y, rtol=0, atol=1e-5 * (1 + np.abs(y).max())), grads, expected_grads)
+      x, y, rtol=0, atol=4e-5 * (1 + np.abs(y).max())), grads, expected_grads)
   # And they are at work.
   assert ('optimization_barrier' in text) == ('remat' in options)
   # 16 px of 4 channels: 4 of them side by side, or 8.
