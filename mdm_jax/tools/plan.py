@@ -3,14 +3,14 @@
   python -m mdm_jax.tools.plan --config=configs/cc12m_1024.py \
       --topology=v5e:4x4 --config.mesh.fsdp=16
   python -m mdm_jax.tools.plan … --stage=2 --batch_per_chip=8
-  python -m mdm_jax.tools.plan … --stage=2 --search
+  python -m mdm_jax.tools.plan … --stage=2 --search --quick
   python -m mdm_jax.tools.plan … --price=1.2
 
 Works on any x86 machine with `pip install libtpu`: the TPU's own compiler says
 how much memory, arithmetic and traffic the very step takes that training would
 run. Steps are bounded from below by the roofline: arithmetic, memory and links
-at their peaks, all at once. A big step takes minutes to compile; results are
-kept.
+at their peaks, all at once. A big step takes many minutes to compile, with
+--quick a third of them; results are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -337,7 +337,9 @@ def measure(config: ConfigDict, topology: str, step: str,
   # Where T5's description lies does not matter.
   asked = json.loads(config.to_json())
   asked['text']['path'] = ''
-  return cached(directory, [asked, topology, step, _versions()], answer)
+  question = [
+      asked, topology, step, jax.config.jax_optimization_level, _versions()]
+  return cached(directory, question, answer)
 
 
 def report(measured: Mapping[str, Any], chip: Chip, images: int,
@@ -481,6 +483,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   # The arrays that are not compiled for the slice.
   jax.config.update('jax_platforms', 'cpu')
+  if values.quick:
+    jax.config.update('jax_optimization_level', 'O1')
   metrics.setup_logging()
   cache = pathlib.Path(values.cache)
   config = values.config
@@ -505,6 +509,9 @@ if __name__ == '__main__':
   flags.DEFINE_enum('step', 'train', ['train', 'sample'], 'Which to compile.')
   flags.DEFINE_bool(
       'search', False, 'Try meshes, rematerialisation and batches.')
+  flags.DEFINE_bool(
+      'quick', False, "Compile at XLA's level O1, with less search for the "
+      'best windows of convolutions: for a look round, not the last word.')
   flags.DEFINE_float('price', None, 'Of a chip for an hour.')
   flags.DEFINE_string('cache', str(_CACHE), 'Where results are kept.')
   flags.mark_flags_as_required(['config', 'topology'])

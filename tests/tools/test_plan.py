@@ -166,6 +166,13 @@ def test_plan_compiles_once(config, slice_of_cpus, tmp_path, capsys,
   assert remembered['memory'] == (
       remembered['arguments'] + remembered['activations'])
   assert remembered['arguments'] > sum(remembered['state'].values())
+  # Of another level of optimisation nothing is known yet.
+  jax.config.update('jax_optimization_level', 'O1')
+  try:
+    with pytest.raises(TypeError, match='not callable'):
+      plan.plan(*ask)
+  finally:
+    jax.config.update('jax_optimization_level', 'UNKNOWN')
 
 
 def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
