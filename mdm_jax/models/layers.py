@@ -193,7 +193,7 @@ class GroupNorm(nn.Module):
         x = x.reshape(len(x), -1, x.shape[-1])
         # A product, as its order of summation does not depend on what it is
         # fused with: a level alone has the numbers it has inside of another.
-        x = jnp.einsum('n,bnc->bc', jnp.full(x.shape[1], 1 / x.shape[1]), x,
+        x = jnp.einsum('bn,bnc->bc', jnp.full(x.shape[:2], 1 / x.shape[1]), x,
                        precision='highest')
         means.append(x.reshape(len(x), features.pixels, -1).mean(axis=1))
       means = jnp.concatenate(means, axis=-1)
