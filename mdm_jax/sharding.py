@@ -146,15 +146,20 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-  """What XLA is to do otherwise than by default.
+  """What XLA is to do otherwise than by default, on a TPU.
 
-  For a TPU and fewer than 8 images it splits their width into a batch, and
-  copies the borders around every convolution: five times the bytes.
+  For fewer than 8 images it splits their width into a batch, and copies the
+  borders around every convolution: five times the bytes. And it multiplies by
+  sharded kernels in a ring, as their parts arrive: more memory and traffic for
+  features than gathering them takes (docs/tpu_memory.md).
   """
   if mesh.devices.flat[0].platform != 'tpu':
     return {}
-  return {'xla_tpu_run_space_to_batch': False,
-          'xla_tpu_run_space_to_batch_on_new_platforms': False}
+  return dict.fromkeys((
+      'xla_tpu_run_space_to_batch',
+      'xla_tpu_run_space_to_batch_on_new_platforms',
+      'xla_tpu_enable_windowed_einsum_for_all_gather',
+      'xla_tpu_enable_windowed_einsum_for_reduce_scatter'), False)
 
 
 def place(tree: Any, shardings: Any) -> Any:
