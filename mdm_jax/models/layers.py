@@ -168,8 +168,8 @@ class Pointwise(nn.Module):
     bias = self.param('bias', zeros, (self.features,))
     pixels = jnp.eye(inputs[0].pixels, dtype=kernel.dtype)
     out = inputs[0].replace(x=sum(
-        features.x.astype(self.dtype) @ jnp.kron(pixels, part).astype(self.dtype)
-        for features, part in zip(inputs, _split(kernel, inputs, 0))))
+        x.x.astype(self.dtype) @ jnp.kron(pixels, part).astype(self.dtype)
+        for x, part in zip(inputs, _split(kernel, inputs, 0))))
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
