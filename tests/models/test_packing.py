@@ -156,7 +156,7 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
   text, (loss, grads) = network(**options)
   _, (expected_loss, expected_grads) = plain
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-  # Either is up to 2e-5 from what float64 gives.
+  # Either is some 1e-5 from what float64 gives.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(
       x, y, rtol=0, atol=4e-5 * (1 + np.abs(y).max())), grads, expected_grads)
   # And they are at work.
