@@ -162,29 +162,27 @@ def make_train_step(
       (total, levels), grads = _mean_over_parts(
           differentiate, mixed_batch.split(
               (batch, t, eps), accumulate, _repeats(objective, batch)))
-    updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params)
     grad_norm = optax.global_norm(grads)
     good, guard_state = guards.judge(guard, state.guard, total, grad_norm)
 
-    def select(new, old):  # Leaf by leaf, which XLA fuses into the update.
-      return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
-    opt_state = select(opt_state, state.opt_state)
-    params = select(
-        optax.apply_updates(state.params, updates), state.params)
-    ema = select(optim.update_average(
-        state.ema, params, state.step, ema_decay), state.ema)
-    lags = select(averages.update_lags(
-        state.lags, state.params, params, state.guard.accepted + 1),
-        state.lags)
+    def update(state):
+      updates, opt_state = optimizer.update(
+          grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      return state._replace(
+          params=params, opt_state=opt_state,
+          ema=optim.update_average(state.ema, params, state.step, ema_decay),
+          lags=averages.update_lags(
+              state.lags, state.params, params, state.guard.accepted + 1))
+    # A choice of each leaf, new or old, would read the old after the new is
+    # there: XLA would copy parameters and moments first.
+    state = jax.lax.cond(good, update, lambda state: state, state)
     metrics = {'loss': total, 'level_losses': levels, 'grad_norm': grad_norm,
                'bad_records': batch['bad'].sum(),
                'stop': batch['stop'].any(),
                'skipped': guard_state.skipped,
                'skipped_in_a_row': guard_state.in_a_row}
-    return TrainState(
-        state.step + 1, params, ema, opt_state, guard_state,
-        lags), metrics
+    return state._replace(step=state.step + 1, guard=guard_state), metrics
   return train_step
 
 
