@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
     checkpoint,
     checks,
     compilation_cache,
+    cpu,
     figures,
     metrics,
     sharding,
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
                         if value is not None})
       # Whatever it was trained on, here there may be other devices.
       config.mesh.update(data=-1, fsdp=1, spatial=1)
-      sharding.use_cpu_cores(checks.parts_of_batches(config))
+      cpu.prepare(checks.parts_of_batches(config))
       mesh = sharding.make_mesh(config.mesh)
       config.eval.batch_size = _whole_shards(config.eval.batch_size, mesh)
       checks.check(config, mesh)

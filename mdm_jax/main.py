@@ -51,11 +51,11 @@ def main(argv: list[str]) -> None:
     checkpoint,
     checks,
     compilation_cache,
+    cpu,
     guard,
     metrics,
     processes,
     replicas,
-    sharding,
     train,
   )
   from mdm_jax.data.pipeline import DataError
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
   metrics.setup_logging()
   compilation_cache.enable()
   try:
-    sharding.use_cpu_cores(checks.parts_of_batches(config))
+    cpu.prepare(checks.parts_of_batches(config))
     if _DISTRIBUTED.value:
       processes.join(
           _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,

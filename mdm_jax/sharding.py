@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import math
-import os
 import re
 from typing import Any
 
@@ -16,24 +15,6 @@ BATCH_AXES = ('data', 'fsdp')
 
 # First match wins. A rule's axes stand for the parameter's last dimensions.
 Rules = Sequence[tuple[str, Sequence[str | None]]]
-
-
-def use_cpu_cores(parts: Sequence[int]) -> None:
-  """Makes JAX see a CPU's cores as devices, as many as divide every batch.
-
-  A small network has few operations that are worth spreading over cores, but
-  the examples of a batch always are. Call it before JAX is used; it changes
-  nothing for accelerators, or where XLA_FLAGS sets the number.
-
-  Args:
-    parts: that each batch can be divided into.
-  """
-  if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
-    return
-  count = os.cpu_count() or 1
-  while any(number % count for number in parts):
-    count -= 1
-  jax.config.update('jax_num_cpu_devices', count)
 
 
 def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:

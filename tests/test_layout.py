@@ -15,7 +15,7 @@ ROWS = (
     {'step', 'draw', 'features'},
     {'sharding', 'state', 'optim', 'averages', 'guard', 'checkpoint',
      'metrics', 'ledger', 'watchdog', 'replicas', 'processes',
-     'compilation_cache', 'hugging_face', 'torch_files', 'hlo'},
+     'compilation_cache', 'cpu', 'hugging_face', 'torch_files', 'hlo'},
     {'diffusion', 'models', 'data', 'eval', 'manifest', 'background',
      'interrupt'},
     {'mixed_batch'},

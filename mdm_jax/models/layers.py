@@ -185,6 +185,12 @@ class GroupNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones_init(), (total,))
     bias = self.param('bias', zeros, (total,))
 
+    # From channels to groups and back by products: repeated values would be
+    # looked up again for each pixel, which keeps a CPU from using vectors.
+    size = total // self.num_groups
+    groups = jnp.kron(jnp.eye(self.num_groups), jnp.ones((1, size)))
+    product = functools.partial(jnp.matmul, precision='highest')
+
     def group_means(power):  # [B, groups]
       means = []
       for features in inputs:
@@ -196,15 +202,12 @@ class GroupNorm(nn.Module):
         x = jnp.einsum('bn,bnc->bc', jnp.full(x.shape[:2], 1 / x.shape[1]), x,
                        precision='highest')
         means.append(x.reshape(len(x), features.pixels, -1).mean(axis=1))
-      means = jnp.concatenate(means, axis=-1)
-      return means.reshape(len(means), self.num_groups, -1).mean(axis=-1)
+      return product(jnp.concatenate(means, axis=-1), groups.T) / size
 
     mean = group_means(1)
     variance = jnp.maximum(group_means(2) - mean ** 2, 0)
     factor = jax.lax.rsqrt(variance + EPSILON)
-    mean, factor = (
-        jnp.repeat(x, total // self.num_groups, axis=-1)[:, None, None]
-        for x in (mean, factor))
+    mean, factor = (product(x, groups) for x in (mean, factor))
     factor *= scale
     parts = zip(inputs, *(
         _split(x, inputs, -1) for x in (mean, factor, bias)))
@@ -255,8 +258,7 @@ class ResidualBlock(nn.Module):
     h = conv('conv_in')(*map(silu, norm('norm_in')(*inputs)))
     modulation = nn.Dense(
         2 * self.features, dtype=self.dtype, name='time')(nn.silu(temb))
-    scale, shift = map(h.per_channel, jnp.split(
-        modulation[:, None, None, :], 2, axis=-1))
+    scale, shift = map(h.per_channel, jnp.split(modulation, 2, axis=-1))
     h, = norm('norm_out')(h)
     h = silu(h.replace(x=h.x * (1 + scale) + shift))
     h = conv('conv_out', zero=True)(h)

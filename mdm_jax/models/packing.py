@@ -52,8 +52,11 @@ class Features:
     return Features(fold(unfold(self.x, self.patch), patch), patch)
 
   def per_channel(self, values: jax.Array) -> jax.Array:
-    """Values [..., C] for each channel of a patch: [..., pixels * C]."""
-    return jnp.tile(values, self.pixels)
+    """Values [C] or [B, C], to be used with `x`."""
+    # Not sooner: a CPU's loop over channels uses no vectors if XLA finds
+    # anything between a product or parameter and its use but arithmetic.
+    values = jnp.tile(values, self.pixels)
+    return values if values.ndim == 1 else values[:, None, None]
 
 
 def best_patch(channels: int, lanes: int, size: Sequence[int]) -> Patch:

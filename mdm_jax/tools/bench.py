@@ -29,6 +29,7 @@ from mdm_jax import (
   build,
   checks,
   compilation_cache,
+  cpu,
   draw,
   inputs,
   metrics,
@@ -344,7 +345,7 @@ def main(argv: list[str]) -> None:
     if values.batch_size:
       stage.batch_size = config.eval.batch_size = values.batch_size
     config.stages = [stage]
-    sharding.use_cpu_cores(checks.parts_of_batches(config))
+    cpu.prepare(checks.parts_of_batches(config))
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
     found = measure(
