@@ -3,9 +3,7 @@
     python -m mdm_jax.main --config=configs/cc12m_1024.py \
         --config.data.path=DIR --config.text.path=T5
 
-The fine levels are laid out for a TPU; on a GPU add
-'--config.model.levels[1].lanes=1' '--config.model.levels[2].lanes=1'. What a
-TPU slice takes is in docs/tpu_memory.md.
+What a TPU slice takes is in docs/tpu_memory.md.
 """
 
 from configs import cc12m_256, common
@@ -17,7 +15,7 @@ def get_config(mode: str = ''):
   # As in the released 1024 model.
   config.model.levels[1].normalize_input = True
   config.model.levels.append(common.level(
-      1024, channels=(32, 32, 64), lanes=128, remat='block'))
+      1024, channels=(32, 32, 64), remat='block'))
   config.stages.append(common.stage(
       '1024', 3, steps=100_000, batch_size=256, shift_power=2.0,
       loss_weights=(1.0, 4.0, 16.0)))

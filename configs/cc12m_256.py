@@ -2,9 +2,6 @@
 
     python -m mdm_jax.main --config=configs/cc12m_256.py \
         --config.data.path=DIR --config.text.path=T5
-
-The fine level is laid out for a TPU; on a GPU add
-'--config.model.levels[1].lanes=1'.
 """
 
 from configs import cc12m_64, common
@@ -13,7 +10,7 @@ from configs import cc12m_64, common
 def get_config(mode: str = ''):
   """The recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = cc12m_64.get_config()
-  config.model.levels.append(common.level(256, lanes=128, remat='block'))
+  config.model.levels.append(common.level(256, remat='block'))
   # Two of three examples are trained at 256 px, all of them at 64 px.
   config.stages.append(common.stage(
       '256', 2, steps=400_000, batch_size=768, mixed_ratio=(1.0, 2.0)))

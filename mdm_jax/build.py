@@ -34,6 +34,7 @@ from mdm_jax.models.conditioning import (
 )
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
+from mdm_jax.models.packing import TPU_LANES
 from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.models.unet import LevelSpec
 
@@ -81,6 +82,8 @@ def level_spec(level: ConfigDict) -> LevelSpec:
   """
   fields = dict(level)
   fields.pop('resolution')
+  if not fields['lanes']:
+    fields['lanes'] = TPU_LANES if jax.default_backend() == 'tpu' else 1
   return LevelSpec(**fields)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Patch = tuple[int, int]  # height and width in pixels, powers of two
+TPU_LANES = 128  # of a vector
 
 
 @struct.dataclass

@@ -39,6 +39,7 @@ import numpy as np
 from mdm_jax import build, checks, draw, hlo, metrics, sharding
 from mdm_jax import step as steps
 from mdm_jax.data.text import CAPTIONS_MODEL
+from mdm_jax.models.packing import TPU_LANES
 from mdm_jax.models.unet import REMAT
 
 _GIB = 2 ** 30
@@ -121,6 +122,8 @@ def prepare(config: ConfigDict, stage: int, batch_per_chip: int | None,
   config.stages = [config.stages[stage]]
   if batch_per_chip is not None:
     config.stages[0].batch_size = batch_per_chip * num_chips
+  for level in config.model.levels:
+    level.lanes = level.lanes or TPU_LANES
   shards = math.prod(
       sharding.mesh_sizes(config.mesh, num_chips)[axis]
       for axis in sharding.BATCH_AXES)

@@ -166,6 +166,18 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
   assert shape is None or f'tensor<{shape}xf32>' in text
 
 
+@pytest.mark.parametrize('backend, lanes, expected', [
+    ('tpu', 0, 128), ('gpu', 0, 1), ('cpu', 0, 1), ('tpu', 1, 1),
+    ('cpu', 16, 16)])
+def test_lanes_are_the_devices_unless_given(
+    monkeypatch, make_config, backend, lanes, expected):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  config = make_config()
+  config.model.levels[0].lanes = lanes
+  level = build.make_levels(config, config.stages[0])[0]
+  assert level.lanes == expected
+
+
 def test_levels_reject_what_they_do_not_know(make_config):
   level = build.make_levels(make_config(), make_config().stages[0])[0]
   with pytest.raises(ValueError, match="remat='all'.*block"):
