@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from mdm_jax.models.packing import TPU_LANES
 from mdm_jax.models.unet import REMAT
 
 _GIB = 2 ** 30
+_WORTH = 1.05  # times the images/s, for twice the images a chip
 _CACHE = pathlib.Path.home() / '.cache' / 'mdm_jax' / 'plan'
 
 
@@ -446,36 +448,43 @@ def search(config: ConfigDict, topology: str, index: int,
            directory: pathlib.Path) -> None:
   """Tries meshes, rematerialisation and batches, and recommends the fastest.
 
-  For each mesh and policy the batch a chip doubles until it does not fit.
+  For each mesh and policy the batch a chip doubles until it does not fit or
+  brings little. Policies and meshes that save memory are for where it is
+  short: the search ends at the first that it is not for.
   """
   chip, devices = find_devices(topology)
   count = len(devices)
   best = None
-  for fsdp in sorted({1, min(16, count), count}):
-    for remat in REMAT:
-      batch = 1
-      while True:
-        tried = config.copy_and_resolve_references()
-        tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
-        for level in tried.model.levels:
-          level.remat = remat
-        what = (f'--config.mesh.fsdp={fsdp} remat={remat} '
-                f'--batch_per_chip={batch}')
-        try:
-          with tempfile.TemporaryDirectory() as scratch:
-            prepared, _ = prepare(tried, index, batch, count, scratch)
-            measured = measure(prepared, topology, 'train', directory)
-        except ValueError as error:  # Such as an indivisible parameter.
-          print(f'{what}: {error}', flush=True)
-          break
-        rows, rate = report(measured, chip, batch * count, count)
-        print(f'{what}: {rows[0][1]}'
-              + (f'; at most {rate:.1f} images/s' if rate else ''), flush=True)
-        if not rate:
-          break
-        if best is None or rate > best[0]:
-          best = rate, what
-        batch *= 2
+  for fsdp, remat in itertools.product(
+      sorted({1, min(16, count), count}), REMAT):
+    rate, ended = 0, False
+    batch = int(sum(config.stages[index].mixed_ratio))  # Once its pattern.
+    while not ended:
+      tried = config.copy_and_resolve_references()
+      tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
+      for level in tried.model.levels:
+        level.remat = remat
+      what = (f'--config.mesh.fsdp={fsdp} remat={remat} '
+              f'--batch_per_chip={batch}')
+      try:
+        with tempfile.TemporaryDirectory() as scratch:
+          prepared, _ = prepare(tried, index, batch, count, scratch)
+          measured = measure(prepared, topology, 'train', directory)
+      except ValueError as error:  # Such as an indivisible parameter.
+        print(f'{what}: {error}', flush=True)
+        break
+      before = rate
+      rows, rate = report(measured, chip, batch * count, count)
+      print(f'{what}: {rows[0][1]}'
+            + (f'; at most {rate:.1f} images/s' if rate else ''), flush=True)
+      if not rate:
+        break
+      if best is None or rate > best[0]:
+        best = rate, what
+      ended = rate < _WORTH * before
+      batch *= 2
+    if ended:
+      break
   print('Nothing fits.' if best is None else f'Best: {best[1]}')
 
 

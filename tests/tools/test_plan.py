@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,25 @@ def test_search_recommends_the_fastest_that_fits(
   assert out[-1] == ('Best: --config.mesh.fsdp=1 remat=block '
                      '--batch_per_chip=4')
   assert sum('too much' in line for line in out) == 6
+
+
+def test_search_ends_where_memory_is_not_short(
+    config, slice_of_cpus, tmp_path, capsys, monkeypatch):
+  def measure(config, topology, step, directory):
+    per_chip = config.stages[0].batch_size // 8
+    return {'state': {}, 'memory': 0, 'activations': 0, 'bytes': 0,
+            'collectives': {}, 'flops': 100 + per_chip}
+  monkeypatch.setattr(plan, 'measure', measure)
+  config.stages[1].mixed_ratio = (1.0, 2.0)
+  plan.search(config, 'v5e:2x4', 1, tmp_path)
+  out = capsys.readouterr().out.splitlines()
+  batches = [int(re.search(r'batch_per_chip=(\d+): yes', line)[1])
+             for line in out[:-1]]
+  assert batches == [3 * 2 ** i for i in range(len(batches))]
+  gains = [2 * (100 + b) / (100 + 2 * b) for b in batches[:-1]]
+  assert all(gain >= 1.05 for gain in gains[:-1]) and gains[-1] < 1.05
+  assert out[-1] == ('Best: --config.mesh.fsdp=1 remat=none '
+                     f'--batch_per_chip={batches[-1]}')
 
 
 def test_precomputed_features_are_read_as_they_are():
