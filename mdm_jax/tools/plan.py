@@ -14,6 +14,7 @@ at their peaks, all at once. A big step takes many minutes to compile, with
 """
 
 from collections.abc import Mapping, Sequence
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -116,7 +117,7 @@ def prepare(config: ConfigDict, stage: int, batch_per_chip: int | None,
   Returns:
     The config, and what is not as in the one given, a line each.
   """
-  config = config.copy_and_resolve_references()
+  config = copy.deepcopy(config)  # Its stages and levels too.
   if not 0 <= stage < len(config.stages):
     raise ValueError(f'--stage={stage}: the config has '
                      f'{len(config.stages)}, counted from 0.')
@@ -460,7 +461,7 @@ def search(config: ConfigDict, topology: str, index: int,
     rate, ended = 0, False
     batch = int(sum(config.stages[index].mixed_ratio))  # Once its pattern.
     while not ended:
-      tried = config.copy_and_resolve_references()
+      tried = copy.deepcopy(config)
       tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
       for level in tried.model.levels:
         level.remat = remat
