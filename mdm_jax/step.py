@@ -162,7 +162,7 @@ def make_train_step(
       (total, levels), grads = _mean_over_parts(
           differentiate, mixed_batch.split(
               (batch, t, eps), accumulate, _repeats(objective, batch)))
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     good, guard_state = guards.judge(guard, state.guard, total, grad_norm)
 
     def update(state):
