@@ -122,6 +122,7 @@ class Painter:
 
     The arguments are those of `prepare`.
     """
+    params = self._gather(params)
     request, spec = self.prepare(params, text, negative, seeds), self.spec
     images = samplers.sample(
         self._denoise_fn(params, request, spec.guidance), self.start(request),
@@ -130,6 +131,17 @@ class Painter:
         parameterization=self.parameterization,
         noise_fn=lambda index: self._noise(request, index))
     return tuple(map(pyramid.to_uint8, images))
+
+  def _gather(self, params):
+    # The networks whole on every device, once; text encoders stay as they lie.
+    # XLA would else gather the features of few images, at each step.
+    def gather(params):
+      return params | {'unet': jax.lax.with_sharding_constraint(
+          params['unet'], sharding.replicated(self.mesh))}
+    whole = gather(params)
+    if self.guide:
+      whole['guide'] = gather(params['guide'])
+    return whole
 
   def _denoise_fn(self, params, request: Request,
                   w: float | jax.Array) -> DenoiseFn:

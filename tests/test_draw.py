@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 import numpy as np
 import pytest
 
-from mdm_jax import build, draw, inputs, sharding
+from mdm_jax import build, draw, hlo, inputs, sharding
 from mdm_jax.diffusion import samplers
 
 PROMPTS = ['a red ring', 'a small blue star', 'two green circles', 'a cross',
@@ -126,6 +126,24 @@ def test_no_picture_changes_its_device(config, made):
   assert set(re.findall(
       r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
       r'(?:-start)?\(', text)) == {'all-gather'}
+
+
+def test_parameters_are_gathered_once(config, made):
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'spatial': 1})
+  painter, params, shardings = made(mesh)
+  inputs_ = [jax.ShapeDtypeStruct((8, *shape), dtype) for shape, dtype in (
+      ((config.text.max_length,), np.int32),
+      ((config.text.max_length,), np.int32), ((), np.uint32))]
+
+  def gathered(num_steps):
+    spec = dataclasses.replace(painter.spec, num_steps=num_steps)
+    program = draw.jit_sample(
+        dataclasses.replace(painter, spec=spec), shardings).lower(
+            params, *inputs_).compile()
+    return hlo.collective_bytes(program.as_text())
+  few, many = gathered(2), gathered(6)
+  size = sum(x.nbytes for x in jax.tree.leaves(params['unet']))
+  assert few == many and few['all-gather'] > 0.9 * size
 
 
 def test_step_by_step_it_is_the_same_picture(
