@@ -24,15 +24,15 @@ def _shape_bytes(name: str, dimensions: str) -> int:
   return size
 
 
-def collective_bytes(text: str) -> dict[str, int]:
+def collective_bytes(text: str, turns: int = 1) -> dict[str, int]:
   """Bytes that one device receives, by the kind of collective operation.
 
   They are those of the results; of a reduce-scatter, whose result is a part,
-  those of what is reduced. A loop's count as often as it turns, where the
-  compiler knows how often.
+  those of what is reduced. A loop's count as often as it turns.
 
   Args:
     text: an optimised program, as `Compiled.as_text()` gives it.
+    turns: of loops of which the compiler does not say how often they turn.
   """
   computations, entry, lines = {}, None, []
   for line in text.splitlines():
@@ -46,12 +46,12 @@ def collective_bytes(text: str) -> dict[str, int]:
 
   def total(name: str) -> collections.Counter:
     if name not in known:
-      known[name] = _total(computations.get(name, ()), total)
+      known[name] = _total(computations.get(name, ()), total, turns)
     return known[name]
   return dict(total(entry))
 
 
-def _total(lines, total) -> collections.Counter:
+def _total(lines, total, turns) -> collections.Counter:
   counted, shapes = collections.Counter(), {}
   for line in lines:
     found = _INSTRUCTION.match(line)
@@ -65,8 +65,9 @@ def _total(lines, total) -> collections.Counter:
       counted[started] += _moved(started, kind, result, rest, shapes)
     elif not kind.endswith(('-done', '-update')):
       times = 1
-      if kind == 'while' and (trips := _TRIPS.search(line)):
-        times = int(trips[1])
+      if kind == 'while':
+        trips = _TRIPS.search(line)
+        times = int(trips[1]) if trips else turns
       called = _CALLED.findall(line)
       for pair in _BRANCHES.findall(line):
         called += re.findall(r'[\w.\-]+', ' '.join(pair))

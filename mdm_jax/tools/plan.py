@@ -238,7 +238,7 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
       'memory': arguments + temporary,
       'flops': counted['flops'] * turns,
       'bytes': counted['bytes accessed'] * turns,
-      'collectives': hlo.collective_bytes(compiled.as_text())}
+      'collectives': hlo.collective_bytes(compiled.as_text(), turns)}
 
 
 def needed_memory(message: str) -> float | None:
@@ -322,10 +322,12 @@ def measure(config: ConfigDict, topology: str, step: str,
 
   def answer():
     state = abstract_state(config, mesh)
-    sizes = {'parameters': bytes_per_chip(state.params),
-             'optimizer': bytes_per_chip(state.opt_state),
-             'average': bytes_per_chip((state.ema, state.lags)),
-             'text encoder': bytes_per_chip(build.frozen_shapes(config, mesh))}
+    kept = {'average': state.ema,  # All that is drawn with.
+            'text encoder': build.frozen_shapes(config, mesh)}
+    if step == 'train':
+      kept = {'parameters': state.params, 'optimizer': state.opt_state,
+              **kept, 'average': (state.ema, state.lags)}
+    sizes = {kind: bytes_per_chip(tree) for kind, tree in kept.items()}
     begin = time.monotonic()
     turns = (config.stages[0].accumulate if step == 'train'
              else config.sampler.num_steps)
