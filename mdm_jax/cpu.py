@@ -1,26 +1,28 @@
 """Makes the most of a CPU. For before JAX is used."""
 
 from collections.abc import Sequence
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import sys
 
-import jax
-
-# Of mallopt, in glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TUNABLES = 'GLIBC_TUNABLES'
 
 
-def prepare(parts: Sequence[int]) -> None:
-  """Makes every core work, and work with memory that is there already.
+def use_huge_pages() -> None:
+  """Starts this program anew, once, with huge pages for what it allocates.
 
-  Args:
-    parts: that each batch can be divided into.
+  XLA's CPU client allocates all that a step computes, and frees it after the
+  step; the system then clears it page by page, a sixth of a training step. It
+  is glibc that can ask for pages of 2 MiB, if its environment says so when the
+  process begins. Nothing happens where JAX may use anything but a CPU, where
+  the variable is set already, or without Linux.
   """
-  use_cores(parts)
-  if not _may_have_accelerators():
-    keep_memory()
+  if (sys.platform != 'linux' or _TUNABLES in os.environ
+      or _may_have_accelerators()):
+    return
+  os.environ[_TUNABLES] = 'glibc.malloc.hugetlb=1'
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def use_cores(parts: Sequence[int]) -> None:
@@ -33,6 +35,7 @@ def use_cores(parts: Sequence[int]) -> None:
   Args:
     parts: that each batch can be divided into.
   """
+  import jax  # Slow, and not needed to begin anew.
   if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
   count = os.cpu_count() or 1
@@ -41,23 +44,9 @@ def use_cores(parts: Sequence[int]) -> None:
   jax.config.update('jax_num_cpu_devices', count)
 
 
-def keep_memory() -> None:
-  """Lets this process keep what it frees; without glibc it does nothing.
-
-  XLA's CPU client allocates all that a step computes, and frees it after the
-  step. glibc would ask the system for it each time, which clears it page by
-  page: a sixth of a training step. One arena, as only the first can do this.
-  """
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt is not None:
-    mallopt(_ARENA_MAX, 1)
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, -1)  # As an unsigned number, the largest.
-
-
 def _may_have_accelerators() -> bool:
   """Whether JAX is installed for, and allowed, more than a CPU."""
-  if jax.config.jax_platforms:
-    return jax.config.jax_platforms != 'cpu'
+  if platforms := os.environ.get('JAX_PLATFORMS'):
+    return platforms != 'cpu'
   return bool(importlib.metadata.entry_points(group='jax_plugins')
               or importlib.util.find_spec('libtpu'))

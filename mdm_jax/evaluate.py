@@ -16,6 +16,8 @@ import sys
 
 from absl import app, flags, logging
 
+from mdm_jax import cpu
+
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the training run.')
 _METRICS = flags.DEFINE_list(
     'metrics', None, 'Some of loss, prompt_accuracy, fid, kid, '
@@ -80,7 +82,6 @@ def main(argv: list[str]) -> None:
     checkpoint,
     checks,
     compilation_cache,
-    cpu,
     figures,
     metrics,
     sharding,
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
                         if value is not None})
       # Whatever it was trained on, here there may be other devices.
       config.mesh.update(data=-1, fsdp=1, spatial=1)
-      cpu.prepare(checks.parts_of_batches(config))
+      cpu.use_cores(checks.parts_of_batches(config))
       mesh = sharding.make_mesh(config.mesh)
       config.eval.batch_size = _whole_shards(config.eval.batch_size, mesh)
       checks.check(config, mesh)
@@ -154,4 +155,5 @@ def _whole_shards(batch_size: int, mesh) -> int:
 
 
 if __name__ == '__main__':
+  cpu.use_huge_pages()
   app.run(main)

@@ -11,6 +11,8 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mdm_jax import cpu
+
 _BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A recipe, such as configs/shapes_64.py; ":smoke" appended '
@@ -51,7 +53,6 @@ def main(argv: list[str]) -> None:
     checkpoint,
     checks,
     compilation_cache,
-    cpu,
     guard,
     metrics,
     processes,
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
   metrics.setup_logging()
   compilation_cache.enable()
   try:
-    cpu.prepare(checks.parts_of_batches(config))
+    cpu.use_cores(checks.parts_of_batches(config))
     if _DISTRIBUTED.value:
       processes.join(
           _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
@@ -108,5 +109,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == '__main__':
+  cpu.use_huge_pages()
   flags.mark_flag_as_required('config')
   app.run(main, flags_parser=_parse_flags)

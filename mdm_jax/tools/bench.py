@@ -345,7 +345,7 @@ def main(argv: list[str]) -> None:
     if values.batch_size:
       stage.batch_size = config.eval.batch_size = values.batch_size
     config.stages = [stage]
-    cpu.prepare(checks.parts_of_batches(config))
+    cpu.use_cores(checks.parts_of_batches(config))
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
     found = measure(
@@ -368,6 +368,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  cpu.use_huge_pages()
   # Here, so that importing this module leaves other programs' flags alone.
   config_flags.DEFINE_config_file(
       'config', None, 'A recipe, as for mdm_jax.main.', lock_config=True)
