@@ -1,6 +1,7 @@
 """What a process does to make the most of a CPU."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from mdm_jax import cpu
 
+ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items()
                if key not in ('XLA_FLAGS', 'GLIBC_TUNABLES', 'JAX_PLATFORMS')}
 
@@ -40,7 +42,7 @@ cpu.use_huge_pages()
 print(os.environ.get('GLIBC_TUNABLES', ''), sys.argv[1:])
 ''')
   out = output_of(
-      str(program), '--flag', 'two words', PYTHONPATH=os.getcwd(),
+      str(program), '--flag', 'two words', PYTHONPATH=str(ROOT),
       **environment).splitlines()
   times = 2 if expected.endswith('hugetlb=1') else 1
   assert out == ['begun'] * times + [f"{expected} ['--flag', 'two words']"]
