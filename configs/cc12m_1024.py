@@ -3,7 +3,7 @@
     python -m mdm_jax.main --config=configs/cc12m_1024.py \
         --config.data.path=DIR --config.text.path=T5
 
-What a TPU slice takes is in docs/tpu_memory.md.
+What a TPU slice takes is in docs/tpu_slices.md.
 """
 
 from configs import cc12m_256, common

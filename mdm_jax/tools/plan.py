@@ -322,11 +322,12 @@ def measure(config: ConfigDict, topology: str, step: str,
 
   def answer():
     state = abstract_state(config, mesh)
-    kept = {'average': state.ema,  # All that is drawn with.
-            'text encoder': build.frozen_shapes(config, mesh)}
     if step == 'train':
       kept = {'parameters': state.params, 'optimizer': state.opt_state,
-              **kept, 'average': (state.ema, state.lags)}
+              'average': (state.ema, state.lags)}
+    else:
+      kept = {'average': state.ema}
+    kept['text encoder'] = build.frozen_shapes(config, mesh)
     sizes = {kind: bytes_per_chip(tree) for kind, tree in kept.items()}
     begin = time.monotonic()
     turns = (config.stages[0].accumulate if step == 'train'
