@@ -20,16 +20,27 @@ def get_config(mode: str = ''):
   config.text.update(max_length=128, width=256, num_layers=4, num_heads=8)
   config.model.text.width = 256
   config.model.levels = [
-      common.level(64, channels=(128, 256, 384), num_blocks=(2, 2, 2),
-                   attention_layers=(0, 1, 2), temporal_dim=512),
-      common.level(256, channels=(64, 64, 128), num_blocks=(1, 2, 1),
-                   temporal_dim=512),
+    common.level(
+      64,
+      channels=(128, 256, 384),
+      num_blocks=(2, 2, 2),
+      attention_layers=(0, 1, 2),
+      temporal_dim=512,
+    ),
+    common.level(
+      256, channels=(64, 64, 128), num_blocks=(1, 2, 1), temporal_dim=512
+    ),
   ]
   config.stages = [
-      common.stage('64', 1, steps=50_000, learning_rate=1e-4,
-                   warmup_steps=1000),
-      common.stage('256', 2, steps=50_000, learning_rate=1e-4,
-                   warmup_steps=1000, mixed_ratio=(1.0, 1.0)),
+    common.stage('64', 1, steps=50_000, learning_rate=1e-4, warmup_steps=1000),
+    common.stage(
+      '256',
+      2,
+      steps=50_000,
+      learning_rate=1e-4,
+      warmup_steps=1000,
+      mixed_ratio=(1.0, 1.0),
+    ),
   ]
   return common.in_mode(config, mode, memorize=_memorize)
 
@@ -40,14 +51,27 @@ def _memorize(config):
   config.text.update(max_length=64, width=64, num_layers=1, num_heads=4)
   config.model.text.width = 64
   config.model.levels = [
-      common.level(16, channels=(32, 64), num_blocks=(1, 1),
-                   attention_layers=(0, 1), temporal_dim=128, num_groups=8),
-      common.level(64, channels=(16, 32, 32), num_blocks=(1, 1, 1),
-                   temporal_dim=128, num_groups=8),
+    common.level(
+      16,
+      channels=(32, 64),
+      num_blocks=(1, 1),
+      attention_layers=(0, 1),
+      temporal_dim=128,
+      num_groups=8,
+    ),
+    common.level(
+      64,
+      channels=(16, 32, 32),
+      num_blocks=(1, 1, 1),
+      temporal_dim=128,
+      num_groups=8,
+    ),
   ]
   training = {'batch_size': 8, 'learning_rate': 0.02, 'warmup_steps': 20}
-  config.stages = [common.stage('16', 1, steps=500, **training),
-                   common.stage('64', 2, steps=700, **training)]
+  config.stages = [
+    common.stage('16', 1, steps=500, **training),
+    common.stage('64', 2, steps=700, **training),
+  ]
   config.optimizer.update(name='muon', decay='cosine', ema_decay=0.99)
   config.diffusion.loss_space = 'v'
   config.sampler.update(num_steps=25, guidance=1.0, threshold='clip')

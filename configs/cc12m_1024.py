@@ -14,10 +14,18 @@ def get_config(mode: str = ''):
   config = cc12m_256.get_config()
   # As in the released 1024 model.
   config.model.levels[1].normalize_input = True
-  config.model.levels.append(common.level(
-      1024, channels=(32, 32, 64), remat='block'))
-  config.stages.append(common.stage(
-      '1024', 3, steps=100_000, batch_size=256, shift_power=2.0,
-      loss_weights=(1.0, 4.0, 16.0)))
+  config.model.levels.append(
+    common.level(1024, channels=(32, 32, 64), remat='block')
+  )
+  config.stages.append(
+    common.stage(
+      '1024',
+      3,
+      steps=100_000,
+      batch_size=256,
+      shift_power=2.0,
+      loss_weights=(1.0, 4.0, 16.0),
+    )
+  )
   config.sampler.update(num_steps=250, eta=1.0)
   return common.in_mode(config, mode)

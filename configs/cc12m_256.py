@@ -12,7 +12,10 @@ def get_config(mode: str = ''):
   config = cc12m_64.get_config()
   config.model.levels.append(common.level(256, remat='block'))
   # Two of three examples are trained at 256 px, all of them at 64 px.
-  config.stages.append(common.stage(
-      '256', 2, steps=400_000, batch_size=768, mixed_ratio=(1.0, 2.0)))
+  config.stages.append(
+    common.stage(
+      '256', 2, steps=400_000, batch_size=768, mixed_ratio=(1.0, 2.0)
+    )
+  )
   config.sampler.num_steps = 100
   return common.in_mode(config, mode)

@@ -16,12 +16,16 @@ def get_config(mode: str = ''):
   config = common.get_config()
   config.dtype = 'bfloat16'
   config.data.update(name='captioned_images', num_workers=8)
-  config.text.update(
-      encoder='t5', max_length=128, long_captions='leave_out')
+  config.text.update(encoder='t5', max_length=128, long_captions='leave_out')
   config.model.text.update(width=2048, masked_attention=False)
-  config.model.levels = [common.level(
-      64, channels=(256, 512, 768), num_blocks=(2, 2, 2),
-      attention_layers=(0, 1, 5))]
+  config.model.levels = [
+    common.level(
+      64,
+      channels=(256, 512, 768),
+      num_blocks=(2, 2, 2),
+      attention_layers=(0, 1, 5),
+    )
+  ]
   config.stages = [common.stage('64', 1, steps=1_000_000, batch_size=1024)]
   config.log_every = 100
   config.sample_every = config.checkpoint_every = 5000

@@ -26,10 +26,17 @@ def get_config(mode: str = ''):
   config.model.text.width = 1024
   training = {'learning_rate': 1e-4, 'warmup_steps': 10_000}
   config.stages = [
-      common.stage('64', 1, steps=400_000, batch_size=512, **training),
-      # As in cc12m_256, two of three examples are trained at 256 px.
-      common.stage('256', 2, steps=300_000, batch_size=384,
-                   mixed_ratio=(1.0, 2.0), **training)]
+    common.stage('64', 1, steps=400_000, batch_size=512, **training),
+    # As in cc12m_256, two of three examples are trained at 256 px.
+    common.stage(
+      '256',
+      2,
+      steps=300_000,
+      batch_size=384,
+      mixed_ratio=(1.0, 2.0),
+      **training,
+    ),
+  ]
   config.sampler.guidance = 2.0
   return common.in_mode(config, mode, smoke=_smoke)
 

@@ -27,21 +27,36 @@ MAX_PAUSE = 300.0  # seconds
 def progress(workdir: pathlib.Path) -> tuple[int, int]:
   """The newest (stage, step) that has a checkpoint; (-1, -1) for none."""
   found = [
-      (int(path.parent.name.split('_')[0]), int(path.name))
-      for path in workdir.glob('checkpoints/*_*/*') if path.name.isdigit()]
+    (int(path.parent.name.split('_')[0]), int(path.name))
+    for path in workdir.glob('checkpoints/*_*/*')
+    if path.name.isdigit()
+  ]
   return max(found, default=(-1, -1))
 
 
 def main() -> int:
   """Supervises; returns the exit code."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True,
-                      help='--workdir of the command')
-  parser.add_argument('--attempts', type=int, default=5,
-                      help='in a row without progress (default: 5)')
-  parser.add_argument('--pause', type=float, default=5.0,
-                      help='seconds after a first crash (default: 5)')
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument(
+    '--workdir',
+    type=pathlib.Path,
+    required=True,
+    help='--workdir of the command',
+  )
+  parser.add_argument(
+    '--attempts',
+    type=int,
+    default=5,
+    help='in a row without progress (default: 5)',
+  )
+  parser.add_argument(
+    '--pause',
+    type=float,
+    default=5.0,
+    help='seconds after a first crash (default: 5)',
+  )
   parser.add_argument('command', nargs='+', help='after --')
   args = parser.parse_args()
 
@@ -51,6 +66,7 @@ def main() -> int:
     stopped.set()
     if child and child.poll() is None:
       child.send_signal(number)
+
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 
@@ -71,15 +87,21 @@ def main() -> int:
     else:
       failures += 1
     if failures >= args.attempts:
-      print(f'supervise: exit code {code}, and no newer checkpoint after '
-            f'{failures} attempts: giving up.', file=sys.stderr)
+      print(
+        f'supervise: exit code {code}, and no newer checkpoint after '
+        f'{failures} attempts: giving up.',
+        file=sys.stderr,
+      )
       return code
     crashes += code != os.EX_TEMPFAIL
     pause = 0.0
     if code != os.EX_TEMPFAIL:
       pause = min(args.pause * 2 ** (crashes - 1), MAX_PAUSE)
-    print(f'supervise: exit code {code}, starting again in {pause:g} s.',
-          file=sys.stderr, flush=True)
+    print(
+      f'supervise: exit code {code}, starting again in {pause:g} s.',
+      file=sys.stderr,
+      flush=True,
+    )
     if stopped.wait(pause):
       return os.EX_TEMPFAIL
 

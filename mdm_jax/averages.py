@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Of gamma = 0, the plain mean of all that there was.
-MAX_WIDTH = 12 ** -0.5
+MAX_WIDTH = 12**-0.5
 
 
 def exponent(width: float) -> float:
@@ -30,9 +30,10 @@ def exponent(width: float) -> float:
   """
   if not 0 < width < MAX_WIDTH:
     raise ValueError(
-        f'an average of width {width}: it must be more than 0 and less than '
-        f'{MAX_WIDTH:.4f}, the width of the plain mean.')
-  inverse = width ** -2
+      f'an average of width {width}: it must be more than 0 and less than '
+      f'{MAX_WIDTH:.4f}, the width of the plain mean.'
+    )
+  inverse = width**-2
   return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
@@ -41,8 +42,9 @@ def new_lags(params: Any, widths: Sequence[float]) -> dict[str, Any]:
   return {str(width): jax.tree.map(jnp.zeros_like, params) for width in widths}
 
 
-def update_lags(lags: dict[str, Any], old: Any, new: Any,
-                count: jax.Array) -> dict[str, Any]:
+def update_lags(
+  lags: dict[str, Any], old: Any, new: Any, count: jax.Array
+) -> dict[str, Any]:
   """One step of each average (Karras et al., section 3.1).
 
   After any number of updates t, the parameters after update s have the share
@@ -58,26 +60,30 @@ def update_lags(lags: dict[str, Any], old: Any, new: Any,
     new: parameters after it.
     count: scalar, updates with this one.
   """
+
   def step(width, lag):
     # 1 - (1 - 1 / t) ** (gamma + 1), of which float32 would lose most digits.
-    share = -jnp.expm1(
-        (exponent(float(width)) + 1) * jnp.log1p(-1 / count))
+    share = -jnp.expm1((exponent(float(width)) + 1) * jnp.log1p(-1 / count))
 
     def leaf(lag, old, new):
       lag += old - new
       return lag - share * lag
+
     return jax.tree.map(leaf, lag, old, new)
+
   return {width: step(width, lag) for width, lag in lags.items()}
 
 
 def from_lags(lags: dict[str, Any], params: Any) -> dict[str, Any]:
   """The averages, by their widths."""
-  return {width: jax.tree.map(jnp.add, params, lag)
-          for width, lag in lags.items()}
+  return {
+    width: jax.tree.map(jnp.add, params, lag) for width, lag in lags.items()
+  }
 
 
-def coefficients(widths: Sequence[float], counts: Sequence[int],
-                 width: float, count: int) -> np.ndarray:
+def coefficients(
+  widths: Sequence[float], counts: Sequence[int], width: float, count: int
+) -> np.ndarray:
   """How snapshots of averages add up to an average of another width.
 
   The squared distance between the profiles is the least that there is
@@ -100,20 +106,31 @@ def coefficients(widths: Sequence[float], counts: Sequence[int],
   ones = np.ones((len(wanted), 1))
   # The last unknown is Lagrange's multiplier.
   return np.linalg.solve(
-      np.block([[products, ones], [ones.T, np.zeros((1, 1))]]),
-      np.append(wanted, 1))[:-1]
+    np.block([[products, ones], [ones.T, np.zeros((1, 1))]]),
+    np.append(wanted, 1),
+  )[:-1]
 
 
-def _inner_products(widths: Sequence[float], times: Sequence[float],
-                    other_widths: Sequence[float],
-                    other_times: Sequence[float]) -> np.ndarray:
+def _inner_products(
+  widths: Sequence[float],
+  times: Sequence[float],
+  other_widths: Sequence[float],
+  other_times: Sequence[float],
+) -> np.ndarray:
   """Integrals of the products of profiles [N, M], float64.
 
   A profile is (gamma + 1) s ** gamma / t ** (gamma + 1) for s up to t.
   """
-  a, b = (np.array(list(map(exponent, each)))
-          for each in (widths, other_widths))
+  a, b = (
+    np.array(list(map(exponent, each))) for each in (widths, other_widths)
+  )
   a, s, t = a[:, None], np.array(times)[:, None], np.array(other_times)
   first = np.minimum(s, t)
-  return ((a + 1) * (b + 1) / (a + b + 1) / np.maximum(s, t)
-          * (first / s) ** a * (first / t) ** b)
+  return (
+    (a + 1)
+    * (b + 1)
+    / (a + b + 1)
+    / np.maximum(s, t)
+    * (first / s) ** a
+    * (first / t) ** b
+  )

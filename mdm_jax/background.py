@@ -32,8 +32,7 @@ class Background:
     self._what = what
     self._queue = queue.Queue(_CAPACITY)
     self._lost, self._failing = 0, False
-    self._thread = threading.Thread(
-        target=self._work, daemon=True, name=what)
+    self._thread = threading.Thread(target=self._work, daemon=True, name=what)
     self._thread.start()
 
   def submit(self, function: Callable[..., None], *args: Any) -> None:
@@ -50,7 +49,8 @@ class Background:
     """Waits so long at most; whether all has been done."""
     with self._queue.all_tasks_done:
       return self._queue.all_tasks_done.wait_for(
-          lambda: not self._queue.unfinished_tasks, seconds)
+        lambda: not self._queue.unfinished_tasks, seconds
+      )
 
   def close(self) -> None:
     """Waits some seconds for what is left, and says what was lost."""
@@ -77,8 +77,11 @@ class Background:
   def _lose(self, reason: Any) -> None:
     self._lost += 1
     if not self._failing:
-      logging.error('%s cannot be written: %s. Training goes on without.',
-                    self._what, reason)
+      logging.error(
+        '%s cannot be written: %s. Training goes on without.',
+        self._what,
+        reason,
+      )
     self._failing = True
 
 

@@ -43,15 +43,18 @@ TRAINED_ENCODERS = ('learned', 'label')
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:
   """The configuration that was written as JSON, where tuples are lists."""
+
   def restore(value):
     if isinstance(value, Mapping):
-      return ConfigDict({
-          key: restore(child) for key, child in value.items()}).lock()
+      return ConfigDict(
+        {key: restore(child) for key, child in value.items()}
+      ).lock()
     if isinstance(value, list):
       children = [restore(child) for child in value]
       is_sections = any(isinstance(child, ConfigDict) for child in children)
       return children if is_sections else tuple(children)
     return value
+
   return restore(values)
 
 
@@ -70,8 +73,7 @@ def batch_sizes(stage: ConfigDict) -> tuple[int, ...]:
   Raises:
     ValueError: `mixed_ratio` does not divide the batch into whole examples.
   """
-  return level_batch_sizes(
-      stage.batch_size, batch_fractions(stage.mixed_ratio))
+  return level_batch_sizes(stage.batch_size, batch_fractions(stage.mixed_ratio))
 
 
 def level_spec(level: ConfigDict) -> LevelSpec:
@@ -89,7 +91,7 @@ def level_spec(level: ConfigDict) -> LevelSpec:
 
 def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
   """The stage's resolutions in pixels, coarse to fine."""
-  levels = config.model.levels[:stage.num_levels]
+  levels = config.model.levels[: stage.num_levels]
   return tuple(level.resolution for level in levels)
 
 
@@ -105,17 +107,18 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
     raise ValueError(f'dtype={config.dtype!r}: use float32 or bfloat16.')
   dtype = jnp.dtype(config.dtype)
   return Matryoshka(
-      unet=NestedUNet(
-          make_levels(config, stage), TextSpec(**config.model.text), dtype),
-      text_encoder=make_text_encoder(config),
-      resolutions=resolutions(config, stage),
-      frozen_text=config.text.encoder not in TRAINED_ENCODERS)
+    unet=NestedUNet(
+      make_levels(config, stage), TextSpec(**config.model.text), dtype
+    ),
+    text_encoder=make_text_encoder(config),
+    resolutions=resolutions(config, stage),
+    frozen_text=config.text.encoder not in TRAINED_ENCODERS,
+  )
 
 
-def make_levels(config: ConfigDict,
-                stage: ConfigDict) -> tuple[LevelSpec, ...]:
+def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
   """The stage's levels, coarse to fine."""
-  return tuple(map(level_spec, config.model.levels[:stage.num_levels]))
+  return tuple(map(level_spec, config.model.levels[: stage.num_levels]))
 
 
 def make_text_encoder(config: ConfigDict) -> nn.Module:
@@ -132,13 +135,15 @@ def make_text_encoder(config: ConfigDict) -> nn.Module:
   if text.encoder == 'learned':
     _check_heads('text', text)
     return LearnedTextEncoder(
-        num_pieces, text.width, text.num_layers, text.num_heads, dtype)
+      num_pieces, text.width, text.num_layers, text.num_heads, dtype
+    )
   with naming(f'text.path={text.path!r}'):
     spec = T5Spec.from_hugging_face(hugging_face.read_config(text.path))
     if num_pieces > spec.vocab_size:
       raise ValueError(
-          f'the tokenizer has {num_pieces} pieces, this encoder knows '
-          f'{spec.vocab_size}: leave text.tokenizer empty for its own.')
+        f'the tokenizer has {num_pieces} pieces, this encoder knows '
+        f'{spec.vocab_size}: leave text.tokenizer empty for its own.'
+      )
   if text.encoder == 'precomputed':
     return PrecomputedTextEncoder(spec.width, dtype)
   return T5Encoder(spec, dtype)
@@ -158,20 +163,26 @@ def reading_prompts(config: ConfigDict) -> ConfigDict:
 
 def _frozen_shapes(config: ConfigDict) -> dict:
   return jax.eval_shape(
-      make_text_encoder(reading_prompts(config)).init, jax.random.key(0),
-      jnp.ones((1, config.text.max_length), jnp.int32))['params']
+    make_text_encoder(reading_prompts(config)).init,
+    jax.random.key(0),
+    jnp.ones((1, config.text.max_length), jnp.int32),
+  )['params']
 
 
 def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
   """What decides on the text features of a caption, by name."""
   with naming(f'text.path={config.text.path!r}'):
-    names = map(hugging_face_name,
-                traverse_util.flatten_dict(_frozen_shapes(config)))
+    names = map(
+      hugging_face_name, traverse_util.flatten_dict(_frozen_shapes(config))
+    )
     encoder = hugging_face.fingerprint(
-        hugging_face.open_tensors(config.text.path), names)
-  return {'encoder': encoder,
-          'tokenizer': inputs.make_tokenizer(config).fingerprint(),
-          'max_length': config.text.max_length}
+      hugging_face.open_tensors(config.text.path), names
+    )
+  return {
+    'encoder': encoder,
+    'tokenizer': inputs.make_tokenizer(config).fingerprint(),
+    'max_length': config.text.max_length,
+  }
 
 
 def frozen_shapes(config: ConfigDict, mesh: Mesh) -> dict:
@@ -180,9 +191,12 @@ def frozen_shapes(config: ConfigDict, mesh: Mesh) -> dict:
     return {}
   shapes = {'text_encoder': _frozen_shapes(config)}
   return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(
-          x.shape, jnp.dtype(config.dtype), sharding=place),
-      shapes, sharding.tree_shardings(shapes, mesh, config.sharding_rules))
+    lambda x, place: jax.ShapeDtypeStruct(
+      x.shape, jnp.dtype(config.dtype), sharding=place
+    ),
+    shapes,
+    sharding.tree_shardings(shapes, mesh, config.sharding_rules),
+  )
 
 
 def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
@@ -202,23 +216,30 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
   shapes = shapes['text_encoder']
   with naming(f'text.path={config.text.path!r}'):
     params = hugging_face.load(
-        hugging_face.open_tensors(config.text.path), shapes,
-        jax.tree.map(lambda x: x.sharding, shapes), hugging_face_name)
+      hugging_face.open_tensors(config.text.path),
+      shapes,
+      jax.tree.map(lambda x: x.sharding, shapes),
+      hugging_face_name,
+    )
   return {'text_encoder': params}
 
 
 def _check_heads(name: str, section: ConfigDict) -> None:
   if section.width % section.num_heads:
     raise ValueError(
-        f'{name}.num_heads={section.num_heads} does not divide '
-        f'{name}.width={section.width}.')
+      f'{name}.num_heads={section.num_heads} does not divide '
+      f'{name}.width={section.width}.'
+    )
 
 
 def make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
   """The stage's noise schedule, a row for each level."""
   return make_schedule(
-      config.diffusion.schedule, resolutions(config, stage),
-      stage.shift_power, config.diffusion.num_steps)
+    config.diffusion.schedule,
+    resolutions(config, stage),
+    stage.shift_power,
+    config.diffusion.num_steps,
+  )
 
 
 def make_objective(config: ConfigDict, stage: ConfigDict) -> steps.Objective:
@@ -230,55 +251,78 @@ def make_objective(config: ConfigDict, stage: ConfigDict) -> steps.Objective:
   for key in ('parameterization', 'loss_space'):
     if config.diffusion[key] not in ('v', 'eps', 'x0'):
       raise ValueError(
-          f'diffusion.{key}={config.diffusion[key]!r}: use v, eps or x0.')
+        f'diffusion.{key}={config.diffusion[key]!r}: use v, eps or x0.'
+      )
   if config.diffusion.time_weights not in ('none', 'vdm'):
     raise ValueError(
-        f'diffusion.time_weights={config.diffusion.time_weights!r}: use none '
-        'or vdm.')
+      f'diffusion.time_weights={config.diffusion.time_weights!r}: use none '
+      'or vdm.'
+    )
   schedule = make_noise_schedule(config, stage)
   weighted = config.diffusion.time_weights == 'vdm'
   return steps.Objective(
-      schedule=schedule,
-      parameterization=config.diffusion.parameterization,
-      loss_space=config.diffusion.loss_space,
-      weights=tuple(stage.loss_weights),
-      fractions=batch_fractions(stage.mixed_ratio),
-      time_weights=vdm_weights(schedule.gammas[0]) if weighted else None)
+    schedule=schedule,
+    parameterization=config.diffusion.parameterization,
+    loss_space=config.diffusion.loss_space,
+    weights=tuple(stage.loss_weights),
+    fractions=batch_fractions(stage.mixed_ratio),
+    time_weights=vdm_weights(schedule.gammas[0]) if weighted else None,
+  )
 
 
 def make_optimizer(
-    config: ConfigDict, stage: ConfigDict,
+  config: ConfigDict,
+  stage: ConfigDict,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The stage's optimizer and its learning rate at each step."""
   options = dict(config.optimizer)
   options.pop('ema_decay')
   learning_rate = optim.learning_rate_schedule(
-      stage.learning_rate, warmup_steps=stage.warmup_steps,
-      decay=options.pop('decay'), num_steps=stage.steps)
+    stage.learning_rate,
+    warmup_steps=stage.warmup_steps,
+    decay=options.pop('decay'),
+    num_steps=stage.steps,
+  )
   return optim.make_optimizer(learning_rate, **options), learning_rate
 
 
-def make_train_step(config: ConfigDict, stage: ConfigDict,
-                    empty_text: np.ndarray, seed: int) -> Callable:
+def make_train_step(
+  config: ConfigDict, stage: ConfigDict, empty_text: np.ndarray, seed: int
+) -> Callable:
   """The stage's training step, see `step.make_train_step`."""
   return steps.make_train_step(
-      make_model(config, stage), make_objective(config, stage),
-      make_optimizer(config, stage)[0], guard=make_guard(config),
-      ema_decay=config.optimizer.ema_decay,
-      caption_dropout=config.text.caption_dropout, empty_text=empty_text,
-      seed=seed, accumulate=stage.accumulate)
+    make_model(config, stage),
+    make_objective(config, stage),
+    make_optimizer(config, stage)[0],
+    guard=make_guard(config),
+    ema_decay=config.optimizer.ema_decay,
+    caption_dropout=config.text.caption_dropout,
+    empty_text=empty_text,
+    seed=seed,
+    accumulate=stage.accumulate,
+  )
 
 
-def make_painter(config: ConfigDict, stage: ConfigDict, mesh: Mesh,
-                 guide: Matryoshka | None = None) -> draw.Painter:
+def make_painter(
+  config: ConfigDict,
+  stage: ConfigDict,
+  mesh: Mesh,
+  guide: Matryoshka | None = None,
+) -> draw.Painter:
   """What draws with the stage's network, see `draw.Painter`."""
   return draw.Painter(
-      make_model(config, stage), make_noise_schedule(config, stage),
-      make_sampler(config), mesh, config.diffusion.parameterization, guide)
+    make_model(config, stage),
+    make_noise_schedule(config, stage),
+    make_sampler(config),
+    mesh,
+    config.diffusion.parameterization,
+    guide,
+  )
 
 
-def batch_shapes(config: ConfigDict, stage: ConfigDict,
-                 text: jax.ShapeDtypeStruct) -> dict[str, Any]:
+def batch_shapes(
+  config: ConfigDict, stage: ConfigDict, text: jax.ShapeDtypeStruct
+) -> dict[str, Any]:
   """The stage's training batch of all processes together, as shapes.
 
   Args:
@@ -292,10 +336,12 @@ def batch_shapes(config: ConfigDict, stage: ConfigDict,
     shapes[name] = jax.ShapeDtypeStruct(sizes[:1], bool)
   # Each example has one image, of the finest level that sees it.
   for name, side, seen, finer in zip(
-      mixed_batch.image_names(sides), sides, sizes, (*sizes[1:], 0)):
+    mixed_batch.image_names(sides), sides, sizes, (*sizes[1:], 0)
+  ):
     if seen > finer:
       shapes[name] = jax.ShapeDtypeStruct(
-          (seen - finer, side, side, 3), jnp.uint8)
+        (seen - finer, side, side, 3), jnp.uint8
+      )
   return shapes
 
 
@@ -314,8 +360,12 @@ def make_sampler(config: ConfigDict) -> draw.SamplerSpec:
   return draw.SamplerSpec(**config.sampler)
 
 
-def stage_directory(workdir: str | pathlib.Path, config: ConfigDict,
-                    index: int, kind: str = 'checkpoints') -> pathlib.Path:
+def stage_directory(
+  workdir: str | pathlib.Path,
+  config: ConfigDict,
+  index: int,
+  kind: str = 'checkpoints',
+) -> pathlib.Path:
   """Where a stage's checkpoints are, or its 'averages' or 'best'."""
   name = f'{index}_{config.stages[index].name}'
   return pathlib.Path(workdir) / kind / name

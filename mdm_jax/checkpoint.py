@@ -42,8 +42,12 @@ class Checkpoints:
   """The checkpoints of one stage, written while training goes on."""
 
   def __init__(
-      self, directory: epath.PathLike, *, save_interval: int,
-      max_to_keep: int | None, save_failures: int = 1,
+    self,
+    directory: epath.PathLike,
+    *,
+    save_interval: int,
+    max_to_keep: int | None,
+    save_failures: int = 1,
   ):
     """Opens a directory for training, and creates it if it does not exist.
 
@@ -66,11 +70,13 @@ class Checkpoints:
     # Unlike save_interval_steps, this does not also save the first step it is
     # asked about.
     self._options = dict(
-        should_save_fn=lambda step, _: step % save_interval == 0,
-        max_to_keep=max_to_keep, cleanup_tmp_directories=True,
-        # Several directories may save the same step at the same time.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])),
+      should_save_fn=lambda step, _: step % save_interval == 0,
+      max_to_keep=max_to_keep,
+      cleanup_tmp_directories=True,
+      # Several directories may save the same step at the same time.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])
+      ),
     )
     self._save_failures = save_failures
     self._failures = 0
@@ -80,8 +86,11 @@ class Checkpoints:
     self._open()
 
   def save(
-      self, step: int, state: PyTree, extra: Mapping[str, Any],
-      force: bool = False,
+    self,
+    step: int,
+    state: PyTree,
+    extra: Mapping[str, Any],
+    force: bool = False,
   ) -> bool:
     """Saves if the step is due, or if forced.
 
@@ -112,12 +121,12 @@ class Checkpoints:
     self._saving_step = step
     try:
       self._manager.save(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardSave(state),
-              extra=ocp.args.JsonSave(dict(extra)),
-          ),
-          force=True,
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          extra=ocp.args.JsonSave(dict(extra)),
+        ),
+        force=True,
       )
     except OSError as error:  # Orbax makes some files before it returns.
       self._saving = concurrent.futures.Future()
@@ -127,7 +136,7 @@ class Checkpoints:
     return True
 
   def restore(
-      self, abstract_state: PyTree, step: int | None = None
+    self, abstract_state: PyTree, step: int | None = None
   ) -> tuple[PyTree, dict[str, Any]]:
     """Restores a state into given shardings, on any number of devices.
 
@@ -152,11 +161,11 @@ class Checkpoints:
     step = require_step(self._directory, step)
     _require_same_leaves(self._directory / str(step), abstract_state)
     restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state),
-            extra=ocp.args.JsonRestore(),
-        ),
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state),
+        extra=ocp.args.JsonRestore(),
+      ),
     )
     return restored['state'], restored['extra']
 
@@ -202,12 +211,12 @@ class Checkpoints:
   def _open(self) -> None:
     self._set_aside()
     self._manager = ocp.CheckpointManager(
-        self._directory,
-        options=ocp.CheckpointManagerOptions(**self._options),
-        item_handlers={
-            'state': ocp.StandardCheckpointHandler(),
-            'extra': ocp.JsonCheckpointHandler(),
-        },
+      self._directory,
+      options=ocp.CheckpointManagerOptions(**self._options),
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'extra': ocp.JsonCheckpointHandler(),
+      },
     )
 
   def _set_aside(self) -> None:
@@ -240,8 +249,8 @@ class Checkpoints:
     self._failures += 1
     reason = ' '.join(str(error or 'on another process').split())[:300]
     message = (
-        f'{self._directory}: saving step {self._saving_step} failed '
-        f'({self._failures} of {self._save_failures} in a row): {reason}'
+      f'{self._directory}: saving step {self._saving_step} failed '
+      f'({self._failures} of {self._save_failures} in a row): {reason}'
     )
     logging.error('%s', message)
     # A new manager removes what the failed save has left. The old one raises
@@ -251,8 +260,8 @@ class Checkpoints:
     self._open()
     if last or self._failures >= self._save_failures:
       raise CheckpointError(
-          f'{message}. Older checkpoints are intact: see to the disk, and the '
-          'same command continues from them.'
+        f'{message}. Older checkpoints are intact: see to the disk, and the '
+        'same command continues from them.'
       ) from error
 
 
@@ -272,7 +281,7 @@ def latest_step(directory: epath.PathLike) -> int | None:
 
 
 def abstract_item(
-    directory: epath.PathLike, step: int | None, key: str
+  directory: epath.PathLike, step: int | None, key: str
 ) -> PyTree:
   """Shapes and dtypes of one part of a checkpointed state.
 
@@ -294,16 +303,18 @@ def abstract_item(
   tree = _metadata(step_directory)
   if key not in tree:
     raise ValueError(
-        f'{step_directory} has no {key!r}, only {", ".join(sorted(tree))}.'
+      f'{step_directory} has no {key!r}, only {", ".join(sorted(tree))}.'
     )
   return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[key]
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[key]
   )
 
 
 def restore_item(
-    directory: epath.PathLike, step: int | None, key: str,
-    shardings: PyTree = None,
+  directory: epath.PathLike,
+  step: int | None,
+  key: str,
+  shardings: PyTree = None,
 ) -> PyTree:
   """Restores one part of a state, reading no other part.
 
@@ -327,28 +338,29 @@ def restore_item(
   item = abstract_item(directory, step, key)
   if shardings is None:
     restore_args = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
     )
   else:
     if isinstance(shardings, jax.sharding.Sharding):
       shardings = jax.tree.map(lambda _: shardings, item)
     restore_args = jax.tree.map(
-        lambda _, sharding: ocp.ArrayRestoreArgs(sharding=sharding),
-        item, shardings,
+      lambda _, sharding: ocp.ArrayRestoreArgs(sharding=sharding),
+      item,
+      shardings,
     )
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     return checkpointer.restore(
-        directory / str(step) / 'state',
-        args=ocp.args.PyTreeRestore(
-            item={key: item},
-            restore_args={key: restore_args},
-            partial_restore=True,
-        ),
+      directory / str(step) / 'state',
+      args=ocp.args.PyTreeRestore(
+        item={key: item},
+        restore_args={key: restore_args},
+        partial_restore=True,
+      ),
     )[key]
 
 
 def read_extra(
-    directory: epath.PathLike, step: int | None = None
+  directory: epath.PathLike, step: int | None = None
 ) -> dict[str, Any]:
   """What was saved beside a state.
 
@@ -364,7 +376,8 @@ def read_extra(
   step = require_step(directory, step)
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     return checkpointer.restore(
-        directory / str(step) / 'extra', args=ocp.args.JsonRestore())
+      directory / str(step) / 'extra', args=ocp.args.JsonRestore()
+    )
 
 
 def require_step(directory: epath.PathLike, step: int | None = None) -> int:
@@ -388,8 +401,8 @@ def require_step(directory: epath.PathLike, step: int | None = None) -> int:
       raise CheckpointError(f'{directory / str(step)} is damaged: {problem}.')
   if step not in committed:
     raise FileNotFoundError(
-        f'{directory} has no checkpoint{"" if step is None else f" {step}"}:'
-        f' committed steps are {committed}.'
+      f'{directory} has no checkpoint{"" if step is None else f" {step}"}:'
+      f' committed steps are {committed}.'
     )
   return step
 
@@ -443,8 +456,13 @@ def finished_step(directory: epath.PathLike) -> int | None:
   newest = _newest_good_step(directory)
   if newest in (None, step):
     return step
-  logging.warning('%s was finished at step %d, but its newest good checkpoint '
-                  'is %d: it is not finished.', directory, step, newest)
+  logging.warning(
+    '%s was finished at step %d, but its newest good checkpoint '
+    'is %d: it is not finished.',
+    directory,
+    step,
+    newest,
+  )
   return None
 
 
@@ -462,7 +480,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
   path = epath.Path(workdir) / _CONFIG
   if not path.exists():
     raise FileNotFoundError(
-        f'{path} does not exist: is this the directory of a training run?'
+      f'{path} does not exist: is this the directory of a training run?'
     )
   return json.loads(path.read_text())
 
@@ -480,9 +498,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """
   old, new = (_leaves(json.loads(json.dumps(tree)), '') for tree in (old, new))
   return [
-      f'{path}: {old.get(path, _ABSENT)} -> {new.get(path, _ABSENT)}'
-      for path in dict.fromkeys([*old, *new])
-      if old.get(path) != new.get(path)
+    f'{path}: {old.get(path, _ABSENT)} -> {new.get(path, _ABSENT)}'
+    for path in dict.fromkeys([*old, *new])
+    if old.get(path) != new.get(path)
   ]
 
 
@@ -514,8 +532,8 @@ def _step_directories(directory: epath.Path) -> dict[int, bool]:
     return {}
   found = ocp.path.step.standard_name_format().find_all(directory)
   return {
-      s.step: manifest.exists(s.path) or s.commit_timestamp_nsecs is not None
-      for s in found
+    s.step: manifest.exists(s.path) or s.commit_timestamp_nsecs is not None
+    for s in found
   }
 
 
@@ -537,7 +555,7 @@ def _set_uncommitted_aside(directory: epath.Path) -> None:
 
 
 def _newest_good_step(
-    directory: epath.Path, set_aside: bool = False
+  directory: epath.Path, set_aside: bool = False
 ) -> int | None:
   """The newest step that is as it was written, None if there was never any.
 
@@ -562,8 +580,10 @@ def _newest_good_step(
     logging.warning('%s is damaged: %s.', path, problem)
   if newest is None and unknown:
     newest = unknown[0]
-    logging.warning('%s has no manifest, nor has a better one: it is used '
-                    'without a check.', directory / str(newest))
+    logging.warning(
+      '%s has no manifest, nor has a better one: it is used without a check.',
+      directory / str(newest),
+    )
   if set_aside:
     for step in problems:
       _rename(directory / str(step), 'corrupt')
@@ -576,20 +596,21 @@ def _newest_good_step(
 
 
 def _require_none_damaged(
-    directory: epath.Path, problems: Mapping[int, str] | None = None
+  directory: epath.Path, problems: Mapping[int, str] | None = None
 ) -> None:
   """Raises if there have been checkpoints that are damaged."""
   damaged = [f'{step}: {problem}' for step, problem in (problems or {}).items()]
   if directory.exists() and not damaged:
     damaged = [
-        path.name for path in directory.iterdir()
-        if '.corrupt' in path.name or (
-            path.name.isdigit() and not any(path.iterdir()))
+      path.name
+      for path in directory.iterdir()
+      if '.corrupt' in path.name
+      or (path.name.isdigit() and not any(path.iterdir()))
     ]
   if damaged:
     raise CheckpointError(
-        f'{directory} has checkpoints, but none is good ({"; ".join(damaged)})'
-        ': put back a copy of one, or remove the directory to begin it anew.'
+      f'{directory} has checkpoints, but none is good ({"; ".join(damaged)})'
+      ': put back a copy of one, or remove the directory to begin it anew.'
     )
 
 
@@ -609,26 +630,28 @@ def _metadata(step_directory: epath.Path) -> PyTree:
 
 
 def _require_same_leaves(
-    step_directory: epath.Path, abstract_state: PyTree
+  step_directory: epath.Path, abstract_state: PyTree
 ) -> None:
   # Orbax raises for shapes and keys, one at a time, but casts dtypes silently.
   def describe(tree: PyTree) -> dict[str, str]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator='/'):
-        f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+      jax.tree_util.keystr(
+        path, simple=True, separator='/'
+      ): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
 
   saved = describe(_metadata(step_directory))
   wanted = describe(abstract_state)
   different = [
-      f'{path} is {saved.get(path, _ABSENT)}, not {wanted.get(path, _ABSENT)}'
-      for path in dict.fromkeys([*wanted, *saved])
-      if saved.get(path) != wanted.get(path)
+    f'{path} is {saved.get(path, _ABSENT)}, not {wanted.get(path, _ABSENT)}'
+    for path in dict.fromkeys([*wanted, *saved])
+    if saved.get(path) != wanted.get(path)
   ]
   if different:
     more = f'; and {len(different) - 8} more' if len(different) > 8 else ''
     raise ValueError(
-        f'{step_directory} was saved by another model or optimizer: '
-        + '; '.join(different[:8]) + more
+      f'{step_directory} was saved by another model or optimizer: '
+      + '; '.join(different[:8])
+      + more
     )

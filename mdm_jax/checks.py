@@ -26,22 +26,27 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
   _check_evaluation(config)
   build.make_guard(config)
   for key, value in [
-      ('averages.snapshot_every', config.averages.snapshot_every),
-      *((key, config[key])
-        for key in ('log_every', 'sample_every', 'checkpoint_every'))]:
+    ('averages.snapshot_every', config.averages.snapshot_every),
+    *(
+      (key, config[key])
+      for key in ('log_every', 'sample_every', 'checkpoint_every')
+    ),
+  ]:
     if value < 1:
       raise ValueError(f'{key}={value}: give a number of steps.')
-  for key, value in [('replicas_every', config.replicas_every),
-                     ('eval.every', config.eval.every), *(
-      (f'watchdog.{phase}', limit)
-      for phase, limit in config.watchdog.items())]:
+  for key, value in [
+    ('replicas_every', config.replicas_every),
+    ('eval.every', config.eval.every),
+    *((f'watchdog.{phase}', limit) for phase, limit in config.watchdog.items()),
+  ]:
     if value < 0:
       raise ValueError(f'{key}={value}: must not be negative; 0 is never.')
   least = max(config.eval.num_prompts, config.eval.batch_size)
   if config.data.name == 'shapes' and config.data.size < least:
     raise ValueError(
-        f'data.size={config.data.size}: the evaluation draws {least} of them; '
-        'use more, or lower eval.num_prompts.')
+      f'data.size={config.data.size}: the evaluation draws {least} of them; '
+      'use more, or lower eval.num_prompts.'
+    )
   check_stages(config, mesh)
 
 
@@ -61,17 +66,22 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> None:
   heights = [level.resolution for level in config.model.levels]
   if any(height % mesh.shape['spatial'] for height in heights):
     raise ValueError(
-        f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
-        f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.')
+      f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
+      f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.'
+    )
   shards = sharding.batch_shards(mesh)
   for key, size in [
-      ('eval.batch_size', config.eval.batch_size),
-      *((f'stages[{i}].batch_size', stage.batch_size)
-        for i, stage in enumerate(config.stages))]:
+    ('eval.batch_size', config.eval.batch_size),
+    *(
+      (f'stages[{i}].batch_size', stage.batch_size)
+      for i, stage in enumerate(config.stages)
+    ),
+  ]:
     if size < 1 or size % shards:
       raise ValueError(
-          f'{key}={size} is not divided by the {shards} devices that the mesh '
-          f'spreads a batch over: use a multiple of {shards}.')
+        f'{key}={size} is not divided by the {shards} devices that the mesh '
+        f'spreads a batch over: use a multiple of {shards}.'
+      )
   for i, stage in enumerate(config.stages):
     _check_stage(config, i, stage, shards)
     build.make_model(config, stage)
@@ -83,26 +93,33 @@ def _check_text(config: ConfigDict) -> None:
   text = config.text
   if text.encoder not in _TEXT_ENCODERS:
     raise ValueError(
-        f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.')
+      f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.'
+    )
   if text.encoder not in build.TRAINED_ENCODERS and not text.path:
     raise ValueError(
-        'text.path is empty: name the directory of a T5 encoder, downloaded '
-        'from google/flan-t5-xl for example, --config.text.path=DIR.')
+      'text.path is empty: name the directory of a T5 encoder, downloaded '
+      'from google/flan-t5-xl for example, --config.text.path=DIR.'
+    )
   if text.long_captions not in ('cut', 'leave_out'):
     raise ValueError(
-        f'text.long_captions={text.long_captions!r}: use cut or leave_out.')
+      f'text.long_captions={text.long_captions!r}: use cut or leave_out.'
+    )
   if not 0 <= text.caption_dropout <= 1:
     raise ValueError(
-        f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.')
+      f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.'
+    )
   inputs.make_tokenizer(config)
   if text.encoder == 'precomputed':
     if config.data.name != 'captioned_images':
       raise ValueError(
-          f"text.encoder='precomputed' with data.name={config.data.name!r}: "
-          'only a prepared data set can have text features beside it.')
+        f"text.encoder='precomputed' with data.name={config.data.name!r}: "
+        'only a prepared data set can have text features beside it.'
+      )
     precomputed.require_same(
-        config.data.path, precomputed.read_info(config.data.path),
-        build.text_fingerprint(config))
+      config.data.path,
+      precomputed.read_info(config.data.path),
+      build.text_fingerprint(config),
+    )
 
 
 def _check_sampler(config: ConfigDict) -> None:
@@ -111,18 +128,20 @@ def _check_sampler(config: ConfigDict) -> None:
   samplers.time_steps(sampler.num_steps, config.diffusion.num_steps)
   if sampler.name not in samplers.SAMPLERS:
     raise ValueError(
-        f'sampler.name={sampler.name!r}: use one of {samplers.SAMPLERS}.')
+      f'sampler.name={sampler.name!r}: use one of {samplers.SAMPLERS}.'
+    )
   if not 0 <= sampler.eta <= 1:
     raise ValueError(f'sampler.eta={sampler.eta}: must be in 0..1.')
   if not 0 <= sampler.guidance_rescale <= 1:
     raise ValueError(
-        f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in '
-        '0..1.')
+      f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in 0..1.'
+    )
   low, high = sampler.guidance_interval
   if not 0 <= low < high <= 1:
     raise ValueError(
-        f'sampler.guidance_interval={sampler.guidance_interval}: give two '
-        'rising shares, from 0 to 1.')
+      f'sampler.guidance_interval={sampler.guidance_interval}: give two '
+      'rising shares, from 0 to 1.'
+    )
 
 
 def _check_averages(config: ConfigDict) -> None:
@@ -140,10 +159,13 @@ def _check_evaluation(config: ConfigDict) -> None:
     return
   if not every:
     raise ValueError(
-        f'eval.best_metric={metric!r} with eval.every={every}: give the steps '
-        'between two evaluations.')
-  names = [f'held_out_loss_{resolution}' for resolution in
-           build.resolutions(config, config.stages[-1])]
+      f'eval.best_metric={metric!r} with eval.every={every}: give the steps '
+      'between two evaluations.'
+    )
+  names = [
+    f'held_out_loss_{resolution}'
+    for resolution in build.resolutions(config, config.stages[-1])
+  ]
   if inputs.states_what_is_seen(config):
     names += [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
   if metric not in names:
@@ -157,43 +179,51 @@ def _check_resolutions(config: ConfigDict) -> None:
       spec = build.level_spec(level)
     if not i and spec.channels[-1] % spec.num_heads:
       raise ValueError(
-          f'model.levels[0].num_heads={spec.num_heads} does not divide the '
-          f'{spec.channels[-1]} channels of its middle.')
+        f'model.levels[0].num_heads={spec.num_heads} does not divide the '
+        f'{spec.channels[-1]} channels of its middle.'
+      )
     if level.temporal_dim != levels[0].temporal_dim:
       raise ValueError(
-          f'model.levels[{i}].temporal_dim={level.temporal_dim}: it must be '
-          f'that of level 0, {levels[0].temporal_dim}.')
+        f'model.levels[{i}].temporal_dim={level.temporal_dim}: it must be '
+        f'that of level 0, {levels[0].temporal_dim}.'
+      )
     bottom, odd = divmod(level.resolution, spec.downsampling)
     if odd:
       raise ValueError(
-          f'model.levels[{i}].resolution={level.resolution} cannot be halved '
-          f'{len(spec.channels) - 1} times over patches of {spec.patch_size} '
-          f'px: use a multiple of {spec.downsampling}, or fewer channels.')
+        f'model.levels[{i}].resolution={level.resolution} cannot be halved '
+        f'{len(spec.channels) - 1} times over patches of {spec.patch_size} '
+        f'px: use a multiple of {spec.downsampling}, or fewer channels.'
+      )
     if i:
       inner = levels[i - 1].resolution // levels[i - 1].patch_size
       if bottom != inner:
         raise ValueError(
-            f'model.levels[{i}].resolution={level.resolution} over '
-            f'{len(spec.channels)} channels and patches of {spec.patch_size} '
-            f'px meets {bottom} px, but level {i - 1} has {inner}: change '
-            'either.')
+          f'model.levels[{i}].resolution={level.resolution} over '
+          f'{len(spec.channels)} channels and patches of {spec.patch_size} '
+          f'px meets {bottom} px, but level {i - 1} has {inner}: change '
+          'either.'
+        )
 
 
-def _check_stage(config: ConfigDict, i: int, stage: ConfigDict,
-                 shards: int) -> None:
+def _check_stage(
+  config: ConfigDict, i: int, stage: ConfigDict, shards: int
+) -> None:
   if not 1 <= stage.num_levels <= len(config.model.levels):
     raise ValueError(
-        f'stages[{i}].num_levels={stage.num_levels}: model.levels has '
-        f'{len(config.model.levels)}.')
+      f'stages[{i}].num_levels={stage.num_levels}: model.levels has '
+      f'{len(config.model.levels)}.'
+    )
   if i and stage.num_levels < config.stages[i - 1].num_levels:
     raise ValueError(
-        f'stages[{i}].num_levels={stage.num_levels} is fewer than the stage '
-        'before has: stages only grow.')
+      f'stages[{i}].num_levels={stage.num_levels} is fewer than the stage '
+      'before has: stages only grow.'
+    )
   for key in ('loss_weights', 'mixed_ratio'):
     if len(stage[key]) != stage.num_levels:
       raise ValueError(
-          f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
-          f'of its {stage.num_levels} levels, coarse to fine.')
+        f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
+        f'of its {stage.num_levels} levels, coarse to fine.'
+      )
   if stage.steps < 1:
     raise ValueError(f'stages[{i}].steps={stage.steps}: must be 1 or more.')
   repeats = _num_repeats(i, stage)
@@ -201,11 +231,12 @@ def _check_stage(config: ConfigDict, i: int, stage: ConfigDict,
   if repeats % shards:
     parts = f' in {stage.accumulate} parts' if stage.accumulate > 1 else ''
     raise ValueError(
-        f'stages[{i}].batch_size={stage.batch_size}{parts}: the pattern of '
-        f'its mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is '
-        f'not whole on each of the {shards} devices that the mesh spreads a '
-        'batch over: use a multiple of '
-        f'{period * shards * stage.accumulate}.')
+      f'stages[{i}].batch_size={stage.batch_size}{parts}: the pattern of '
+      f'its mixed_ratio={tuple(stage.mixed_ratio)}, {period} examples, is '
+      f'not whole on each of the {shards} devices that the mesh spreads a '
+      'batch over: use a multiple of '
+      f'{period * shards * stage.accumulate}.'
+    )
 
 
 def _num_repeats(i: int, stage: ConfigDict) -> int:
@@ -214,8 +245,9 @@ def _num_repeats(i: int, stage: ConfigDict) -> int:
     repeats = mixed_batch.num_repeats(build.batch_sizes(stage))
   if stage.accumulate < 1 or repeats % stage.accumulate:
     raise ValueError(
-        f'stages[{i}].accumulate={stage.accumulate} does not divide the '
-        f'{repeats} patterns of its batch: use a divisor of {repeats}.')
+      f'stages[{i}].accumulate={stage.accumulate} does not divide the '
+      f'{repeats} patterns of its batch: use a divisor of {repeats}.'
+    )
   return repeats // stage.accumulate
 
 
@@ -227,5 +259,7 @@ def parts_of_batches(config: ConfigDict) -> list[int]:
   Raises:
     ValueError: as `batch_sizes`, or `accumulate` does not divide the batch.
   """
-  return [config.eval.batch_size,
-          *(_num_repeats(i, stage) for i, stage in enumerate(config.stages))]
+  return [
+    config.eval.batch_size,
+    *(_num_repeats(i, stage) for i, stage in enumerate(config.stages)),
+  ]

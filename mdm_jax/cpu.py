@@ -18,8 +18,11 @@ def use_huge_pages() -> None:
   process begins. Nothing happens where JAX may use anything but a CPU, where
   the variable is set already, or without Linux.
   """
-  if (sys.platform != 'linux' or _TUNABLES in os.environ
-      or _may_have_accelerators()):
+  if (
+    sys.platform != 'linux'
+    or _TUNABLES in os.environ
+    or _may_have_accelerators()
+  ):
     return
   os.environ[_TUNABLES] = 'glibc.malloc.hugetlb=1'
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -36,6 +39,7 @@ def use_cores(parts: Sequence[int]) -> None:
     parts: that each batch can be divided into.
   """
   import jax  # Slow, and not needed to begin anew.
+
   if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
   count = os.cpu_count() or 1
@@ -48,5 +52,7 @@ def _may_have_accelerators() -> bool:
   """Whether JAX is installed for, and allowed, more than a CPU."""
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms != 'cpu'
-  return bool(importlib.metadata.entry_points(group='jax_plugins')
-              or importlib.util.find_spec('libtpu'))
+  return bool(
+    importlib.metadata.entry_points(group='jax_plugins')
+    or importlib.util.find_spec('libtpu')
+  )

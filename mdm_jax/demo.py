@@ -22,35 +22,53 @@ import urllib.parse
 from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Of the training run.', required=True)
+  'workdir', None, 'Of the training run.', required=True
+)
 _PORT = flags.DEFINE_integer(
-    'port', 7860, 'Of the page.', lower_bound=1, upper_bound=65535)
+  'port', 7860, 'Of the page.', lower_bound=1, upper_bound=65535
+)
 _HOST = flags.DEFINE_string(
-    'host', '127.0.0.1', 'Address to listen at; any but those of this machine '
-    'itself needs --password_file.')
+  'host',
+  '127.0.0.1',
+  'Address to listen at; any but those of this machine '
+  'itself needs --password_file.',
+)
 _PASSWORDS = flags.DEFINE_string(
-    'password_file', None, 'Has a line NAME:PASSWORD for each user.')
+  'password_file', None, 'Has a line NAME:PASSWORD for each user.'
+)
 _WAITING = flags.DEFINE_integer(
-    'max_waiting', 4, 'Orders that may wait for the one that is drawn.',
-    lower_bound=0)
+  'max_waiting',
+  4,
+  'Orders that may wait for the one that is drawn.',
+  lower_bound=0,
+)
 
 _MIN_PASSWORD = 8  # characters
 _FRAME = 0.1  # Seconds between two looks at what is being drawn.
 _MAX_PREVIEW = 256  # px; larger levels are averaged down while they are drawn.
 _FEW = 4  # Pictures of an order; so many are shown larger.
-_MAX_GALLERY = 2 ** 24  # Characters of HTML that a gallery may have.
-_MAX_BODY = 2 ** 20  # Bytes that a browser may send at once.
+_MAX_GALLERY = 2**24  # Characters of HTML that a gallery may have.
+_MAX_BODY = 2**20  # Bytes that a browser may send at once.
 _NUM_EXAMPLES = 5
 
 # What Gradio's page itself asks for.
 _PATHS = {
-    '/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/login',
-    '/logout', '/gradio_api/app_id', '/gradio_api/cancel',
-    '/gradio_api/queue/data', '/gradio_api/queue/join',
-    '/gradio_api/startup-events'}
+  '/',
+  '/config',
+  '/theme.css',
+  '/favicon.ico',
+  '/manifest.json',
+  '/login',
+  '/logout',
+  '/gradio_api/app_id',
+  '/gradio_api/cancel',
+  '/gradio_api/queue/data',
+  '/gradio_api/queue/join',
+  '/gradio_api/startup-events',
+}
 _FOLDERS = ('/assets/', '/static/', '/gradio_api/heartbeat/')
 
-_CSS = '''
+_CSS = """
 .gradio-container {max-width: 1280px !important; margin: 0 auto !important}
 footer {display: none !important}
 .mdm-bar {height: 4px; border-radius: 2px; margin-top: 6px;
@@ -74,7 +92,7 @@ footer {display: none !important}
 .mdm-figures code {display: block; user-select: all; white-space: pre-wrap;
   overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 0;
   min-width: 100%; background: var(--background-fill-secondary)}
-'''
+"""
 
 
 def main(argv: list[str]) -> None:
@@ -87,13 +105,15 @@ def main(argv: list[str]) -> None:
     users = _read_passwords(_PASSWORDS.value) if _PASSWORDS.value else None
     if not users and not _is_loopback(_HOST.value):
       raise ValueError(
-          f'--host={_HOST.value} is open to others: give --password_file=FILE '
-          'with a line NAME:PASSWORD for each user, or keep 127.0.0.1.')
+        f'--host={_HOST.value} is open to others: give --password_file=FILE '
+        'with a line NAME:PASSWORD for each user, or keep 127.0.0.1.'
+      )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   if importlib.util.find_spec('gradio') is None:
-    sys.exit('error: the demo needs Gradio: '
-             'pip install -r requirements-demo.txt')
+    sys.exit(
+      'error: the demo needs Gradio: pip install -r requirements-demo.txt'
+    )
   # Slow to import, and not needed for --help.
   from mdm_jax import (
     build,
@@ -111,19 +131,19 @@ def main(argv: list[str]) -> None:
   compilation_cache.enable()
   try:
     config = build.reading_prompts(
-        build.load_config(checkpoint.read_config(_WORKDIR.value)))
+      build.load_config(checkpoint.read_config(_WORKDIR.value))
+    )
     # Whatever it was trained on, here there may be other devices.
     config.mesh.update(data=-1, fsdp=1, spatial=1)
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.batch_shards(mesh)
-    config.eval.batch_size = max(
-        1, config.eval.batch_size // shards) * shards
+    config.eval.batch_size = max(1, config.eval.batch_size // shards) * shards
     checks.check(config, mesh)
-    index, step, params = trained.restore_average(
-        config, _WORKDIR.value, mesh)
+    index, step, params = trained.restore_average(config, _WORKDIR.value, mesh)
     params |= build.load_frozen(config, mesh)
     studio = live.Studio(
-        config, index, step, params, mesh, _WORKDIR.value, _WAITING.value)
+      config, index, step, params, mesh, _WORKDIR.value, _WAITING.value
+    )
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
   page = make_page(studio)
@@ -133,8 +153,10 @@ def main(argv: list[str]) -> None:
   try:
     _, address, _ = launch(page, _HOST.value, _PORT.value, users)
   except OSError:
-    sys.exit(f'error: {_HOST.value}:{_PORT.value} is taken, or not of this '
-             'machine: give another --port or --host.')
+    sys.exit(
+      f'error: {_HOST.value}:{_PORT.value} is taken, or not of this '
+      'machine: give another --port or --host.'
+    )
   logging.info('The page is at %s; Ctrl-C ends it.', address)
   studio.warm_up()
   stop.wait()
@@ -155,8 +177,9 @@ def _read_passwords(path: str) -> list[tuple[str, str]]:
     name, colon, password = line.partition(':')
     if not (name and colon and len(password) >= _MIN_PASSWORD):
       raise ValueError(
-          f'{path}, line {len(users) + 1}: write NAME:PASSWORD, with '
-          f'{_MIN_PASSWORD} characters or more as the password.')
+        f'{path}, line {len(users) + 1}: write NAME:PASSWORD, with '
+        f'{_MIN_PASSWORD} characters or more as the password.'
+      )
     users.append((name, password))
   if not users:
     raise ValueError(f'{path} is empty: write a line NAME:PASSWORD.')
@@ -179,16 +202,23 @@ class OnlyThePage:
     if scope['type'] == 'lifespan':
       await self._app(scope, receive, send)
       return
-    headers = {name: value.decode('latin-1')
-               for name, value in scope['headers']}
+    headers = {
+      name: value.decode('latin-1') for name, value in scope['headers']
+    }
     path = scope['path']
     # Whose page asks, where a browser tells, and what this is called there.
-    names = [urllib.parse.urlsplit(address).hostname or '' for address in (
-        headers.get(b'origin', '//localhost'), f"//{headers.get(b'host', '')}")]
+    names = [
+      urllib.parse.urlsplit(address).hostname or ''
+      for address in (
+        headers.get(b'origin', '//localhost'),
+        f'//{headers.get(b"host", "")}',
+      )
+    ]
     length = headers.get(b'content-length', '')
     has_body = scope.get('method') == 'POST'
     if scope['type'] != 'http' or not (
-        path in _PATHS or path.startswith(_FOLDERS)):
+      path in _PATHS or path.startswith(_FOLDERS)
+    ):
       status = 404
     elif self._is_local and not all(map(_is_loopback, names)):
       status = 403
@@ -199,8 +229,13 @@ class OnlyThePage:
       query = scope['query_string'] if path.startswith('/gradio_api/') else b''
       await self._app(scope | {'query_string': query}, receive, send)
       return
-    await send({'type': 'http.response.start', 'status': status,
-                'headers': [(b'content-length', b'0')]})
+    await send(
+      {
+        'type': 'http.response.start',
+        'status': status,
+        'headers': [(b'content-length', b'0')],
+      }
+    )
     await send({'type': 'http.response.body', 'body': b''})
 
 
@@ -214,18 +249,32 @@ def launch(page, host: str, port: int, users: list[tuple[str, str]] | None):
   from starlette.middleware import Middleware
 
   return page.launch(
-      server_name=host, server_port=port, auth=users, quiet=True,
-      prevent_thread_lock=True, state_session_capacity=20, css=_CSS,
-      # Others' fonts would tell others.
-      theme=gr.themes.Default(
-          font=['system-ui', 'sans-serif'],
-          font_mono=['ui-monospace', 'monospace']),
-      # Gradio's environment variables change none of these.
-      share=False, allowed_paths=[], enable_monitoring=False, ssr_mode=False,
-      mcp_server=False, pwa=False, run_history=False, footer_links=[],
-      app_kwargs={'middleware': [
-          Middleware(
-              OnlyThePage, is_local=_is_loopback(host) and not users)]})
+    server_name=host,
+    server_port=port,
+    auth=users,
+    quiet=True,
+    prevent_thread_lock=True,
+    state_session_capacity=20,
+    css=_CSS,
+    # Others' fonts would tell others.
+    theme=gr.themes.Default(
+      font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']
+    ),
+    # Gradio's environment variables change none of these.
+    share=False,
+    allowed_paths=[],
+    enable_monitoring=False,
+    ssr_mode=False,
+    mcp_server=False,
+    pwa=False,
+    run_history=False,
+    footer_links=[],
+    app_kwargs={
+      'middleware': [
+        Middleware(OnlyThePage, is_local=_is_loopback(host) and not users)
+      ]
+    },
+  )
 
 
 def make_page(studio):
@@ -239,12 +288,29 @@ def make_page(studio):
   usual = studio.usual
   jobs: dict[str, live.Job] = {}  # of the browsers that wait for one
 
-  def draw(prompt, negative_prompt, guidance, steps, sampler, threshold, seed,
-           num_pictures, cards, request: gr.Request):
+  def draw(
+    prompt,
+    negative_prompt,
+    guidance,
+    steps,
+    sampler,
+    threshold,
+    seed,
+    num_pictures,
+    cards,
+    request: gr.Request,
+  ):
     # A line break in a prompt is a space, as in captions.
     order = live.Order(
-        ' '.join(prompt.split()), ' '.join(negative_prompt.split()), guidance,
-        steps, sampler, threshold, seed, num_pictures)
+      ' '.join(prompt.split()),
+      ' '.join(negative_prompt.split()),
+      guidance,
+      steps,
+      sampler,
+      threshold,
+      seed,
+      num_pictures,
+    )
     try:
       job = studio.submit(order)
     except ValueError as error:
@@ -253,31 +319,45 @@ def make_page(studio):
     jobs[request.session_hash] = job
     begin = time.monotonic()
     buttons = {
-        draw_button: gr.update(interactive=False),
-        cancel_button: gr.update(interactive=True)}
+      draw_button: gr.update(interactive=False),
+      cancel_button: gr.update(interactive=True),
+    }
     try:
       for progress in studio.watch(job):
         yield buttons | {
-            status: _progress(studio, order, progress),
-            preview: _card(order, progress.pictures)}
+          status: _progress(studio, order, progress),
+          preview: _card(order, progress.pictures),
+        }
         time.sleep(_FRAME)
     except jax.errors.JaxRuntimeError as error:
-      yield {preview: '', status: _error(
+      yield {
+        preview: '',
+        status: _error(
           'The device failed, try fewer pictures: '
-          + str(error).partition('\n')[0])}
+          + str(error).partition('\n')[0]
+        ),
+      }
       return
     finally:
       jobs.pop(request.session_hash, None)
     if progress.step < order.steps:  # Cancelled.
-      yield {preview: '', status: _line(
-          f'Cancelled after step {progress.step} of {order.steps}.')}
+      yield {
+        preview: '',
+        status: _line(
+          f'Cancelled after step {progress.step} of {order.steps}.'
+        ),
+      }
       return
     cards = _kept([_card(order, progress.pictures, studio), *cards])
     yield {
-        preview: '', state: cards, gallery: ''.join(cards),
-        status: _line(f'{_count(order.num_pictures)} in '
-                      f'{time.monotonic() - begin:.1f} s. '
-                      + studio.note(order))}
+      preview: '',
+      state: cards,
+      gallery: ''.join(cards),
+      status: _line(
+        f'{_count(order.num_pictures)} in '
+        f'{time.monotonic() - begin:.1f} s. ' + studio.note(order)
+      ),
+    }
 
   def cancel(request: gr.Request):
     if job := jobs.get(request.session_hash):
@@ -295,68 +375,110 @@ def make_page(studio):
     with gr.Row():
       with gr.Column(scale=2, min_width=320):
         prompt = gr.Textbox(
-            label='Prompt', lines=1, max_lines=4, autofocus=True,
-            elem_id='prompt')
+          label='Prompt', lines=1, max_lines=4, autofocus=True, elem_id='prompt'
+        )
         if examples := studio.examples(_NUM_EXAMPLES):
-          gr.Examples(examples, prompt, label='For example',
-                      api_visibility='private')
+          gr.Examples(
+            examples, prompt, label='For example', api_visibility='private'
+          )
         with gr.Row():
           draw_button = gr.Button(
-              'Draw', variant='primary', min_width=90, elem_id='draw')
+            'Draw', variant='primary', min_width=90, elem_id='draw'
+          )
           cancel_button = gr.Button(
-              'Cancel', interactive=False, min_width=90, elem_id='cancel')
+            'Cancel', interactive=False, min_width=90, elem_id='cancel'
+          )
         negative_prompt = gr.Textbox(
-            label='Negative prompt', lines=1, max_lines=4,
-            elem_id='negative_prompt',
-            placeholder='what guidance leads away from')
+          label='Negative prompt',
+          lines=1,
+          max_lines=4,
+          elem_id='negative_prompt',
+          placeholder='what guidance leads away from',
+        )
         guidance = gr.Slider(
-            0, live.MAX_GUIDANCE, usual.guidance, step=0.1,
-            label='Guidance (1 is none)', elem_id='guidance')
+          0,
+          live.MAX_GUIDANCE,
+          usual.guidance,
+          step=0.1,
+          label='Guidance (1 is none)',
+          elem_id='guidance',
+        )
         with gr.Row():
           steps, num_pictures, seed = (
-              gr.Number(value, label=label, precision=0, min_width=70,
-                        elem_id=name)
-              for value, label, name in (
-                  (usual.steps, 'Steps', 'steps'),
-                  (usual.num_pictures, 'Pictures', 'num_pictures'),
-                  (usual.seed, 'First seed', 'seed')))
+            gr.Number(
+              value, label=label, precision=0, min_width=70, elem_id=name
+            )
+            for value, label, name in (
+              (usual.steps, 'Steps', 'steps'),
+              (usual.num_pictures, 'Pictures', 'num_pictures'),
+              (usual.seed, 'First seed', 'seed'),
+            )
+          )
         random = gr.Button('Random seed', size='sm', elem_id='random')
         with gr.Row():
           sampler = gr.Dropdown(
-              list(samplers.SAMPLERS), value=usual.sampler, label='Sampler',
-              min_width=90, elem_id='sampler')
+            list(samplers.SAMPLERS),
+            value=usual.sampler,
+            label='Sampler',
+            min_width=90,
+            elem_id='sampler',
+          )
           threshold = gr.Dropdown(
-              list(samplers.THRESHOLDS), value=usual.threshold,
-              label='Thresholding', min_width=90, elem_id='threshold')
+            list(samplers.THRESHOLDS),
+            value=usual.threshold,
+            label='Thresholding',
+            min_width=90,
+            elem_id='threshold',
+          )
       with gr.Column(scale=5):
-        status = gr.HTML(_line('Nothing has been drawn yet.'),
-                         elem_id='status')
+        status = gr.HTML(_line('Nothing has been drawn yet.'), elem_id='status')
         preview = gr.HTML(elem_id='preview')
         gallery = gr.HTML(elem_id='gallery')
     state = gr.State([])
 
     gr.on(
-        [draw_button.click, prompt.submit, negative_prompt.submit], draw,
-        [prompt, negative_prompt, guidance, steps, sampler, threshold, seed,
-         num_pictures, state],
-        [status, preview, gallery, state, draw_button, cancel_button],
-        # The studio has a line, and says where one stands in it.
-        concurrency_limit=None, trigger_mode='once', **hidden,
+      [draw_button.click, prompt.submit, negative_prompt.submit],
+      draw,
+      [
+        prompt,
+        negative_prompt,
+        guidance,
+        steps,
+        sampler,
+        threshold,
+        seed,
+        num_pictures,
+        state,
+      ],
+      [status, preview, gallery, state, draw_button, cancel_button],
+      # The studio has a line, and says where one stands in it.
+      concurrency_limit=None,
+      trigger_mode='once',
+      **hidden,
     ).then(
-        lambda: (gr.update(interactive=True), gr.update(interactive=False)),
-        None, [draw_button, cancel_button], **hidden)
+      lambda: (gr.update(interactive=True), gr.update(interactive=False)),
+      None,
+      [draw_button, cancel_button],
+      **hidden,
+    )
     cancel_button.click(cancel, concurrency_limit=None, **hidden)
     random.click(
-        None, None, seed, api_visibility='private',
-        js='() => Math.floor(Math.random() * 1000000)')
+      None,
+      None,
+      seed,
+      api_visibility='private',
+      js='() => Math.floor(Math.random() * 1000000)',
+    )
     page.load(show_readiness, None, about, concurrency_limit=None, **hidden)
     page.unload(cancel)
   return page.queue(api_open=False, max_size=64)
 
 
 def _about(studio, state: str) -> str:
-  return (f'<h1>mdm_jax</h1><div class="mdm-about" id="about">'
-          f'<b>{state}</b>: {html.escape(studio.about)}</div>')
+  return (
+    f'<h1>mdm_jax</h1><div class="mdm-about" id="about">'
+    f'<b>{state}</b>: {html.escape(studio.about)}</div>'
+  )
 
 
 def _line(text: str, kind: str = 'line') -> str:
@@ -376,12 +498,16 @@ def _progress(studio, order, progress) -> str:
     return _line(f'Waiting: {progress.ahead} before you.')
   if not progress.step:
     return _line(
-        'Starting. The first pictures by a sampler, a thresholding or in a '
-        'number take some seconds longer.'
-        if studio.ready.is_set() else 'Warming up: compiling …')
-  return (_line(f'Step {progress.step} of {order.steps}') +
-          '<div class="mdm-bar"><div style="width: '
-          f'{100 * progress.step / order.steps:.0f}%"></div></div>')
+      'Starting. The first pictures by a sampler, a thresholding or in a '
+      'number take some seconds longer.'
+      if studio.ready.is_set()
+      else 'Warming up: compiling …'
+    )
+  return (
+    _line(f'Step {progress.step} of {order.steps}')
+    + '<div class="mdm-bar"><div style="width: '
+    f'{100 * progress.step / order.steps:.0f}%"></div></div>'
+  )
 
 
 def _kept(cards: list[str]) -> list[str]:
@@ -411,40 +537,50 @@ def _card(order, pictures, studio=None) -> str:
     if studio:
       sources = [_png(tile) for _, tile in tiles]
       below = ''.join(
-          f'<a download="seed_{seed}_{level.shape[1]}.png" href="{source}">'
-          f'{name}</a>'
-          for (name, _), level, source in zip(tiles, pictures, sources))
+        f'<a download="seed_{seed}_{level.shape[1]}.png" href="{source}">'
+        f'{name}</a>'
+        for (name, _), level, source in zip(tiles, pictures, sources)
+      )
       below = (
-          f'{below}<details><summary>command</summary>'
-          f'<code>{html.escape(studio.command(order, i))}</code></details>')
+        f'{below}<details><summary>command</summary>'
+        f'<code>{html.escape(studio.command(order, i))}</code></details>'
+      )
     else:
       sources = [_png(_preview(tile)) for _, tile in tiles]
     images = ''.join(
-        f'<img alt="{name}" title="{name}" src="{source}"'
-        f'{pixels}>' for (name, tile), source in zip(tiles, sources)
-        for pixels in [' class="mdm-pixels"' if len(tile) <= 256 else ''])
+      f'<img alt="{name}" title="{name}" src="{source}"{pixels}>'
+      for (name, tile), source in zip(tiles, sources)
+      for pixels in [' class="mdm-pixels"' if len(tile) <= 256 else '']
+    )
     figures.append(
-        f'<figure><div class="mdm-levels">{images}</div><figcaption '
-        f'class="mdm-small">seed {seed} &nbsp; {below}</figcaption></figure>')
-  settings = (f'{order.sampler}, {order.steps} steps, guidance '
-              f'{order.guidance:g}, thresholding {order.threshold}')
+      f'<figure><div class="mdm-levels">{images}</div><figcaption '
+      f'class="mdm-small">seed {seed} &nbsp; {below}</figcaption></figure>'
+    )
+  settings = (
+    f'{order.sampler}, {order.steps} steps, guidance '
+    f'{order.guidance:g}, thresholding {order.threshold}'
+  )
   if order.negative_prompt:
     settings += f', away from: {order.negative_prompt}'
   few = ' mdm-few' if order.num_pictures <= _FEW else ''
   title = html.escape(order.prompt) or '<i>the empty prompt</i>'
   return (
-      f'<div class="mdm-card"><b>{title}</b>'
-      f'<div class="mdm-small">{html.escape(settings)}</div>'
-      f'<div class="mdm-figures{few}">{"".join(figures)}</div></div>')
+    f'<div class="mdm-card"><b>{title}</b>'
+    f'<div class="mdm-small">{html.escape(settings)}</div>'
+    f'<div class="mdm-figures{few}">{"".join(figures)}</div></div>'
+  )
 
 
 def _preview(image):
   """Averaged down if it is large, [H, H, 3]."""
   factor = -(-len(image) // _MAX_PREVIEW)
   side = len(image) // factor * factor
-  return image[:side, :side].reshape(
-      side // factor, factor, side // factor, factor, 3).mean(
-      (1, 3)).astype('uint8')
+  return (
+    image[:side, :side]
+    .reshape(side // factor, factor, side // factor, factor, 3)
+    .mean((1, 3))
+    .astype('uint8')
+  )
 
 
 def _png(image) -> str:

@@ -24,6 +24,7 @@ DrawFn = Callable[[Any, np.ndarray, Sequence[int]], tuple[np.ndarray, ...]]
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
   """How pictures are drawn; see `samplers.sample`."""
+
   name: str
   num_steps: int
   eta: float
@@ -42,6 +43,7 @@ class Request(NamedTuple):
       itself, for a guide.
     keys: [B] random keys.
   """
+
   cond: Cond
   away: Cond
   keys: jax.Array
@@ -63,6 +65,7 @@ class Painter:
       from instead of from the negative text. `params['guide']` are its
       parameters.
   """
+
   model: Matryoshka
   schedule: Schedule
   spec: SamplerSpec
@@ -80,21 +83,30 @@ class Painter:
         training knows.
       seeds: [B] uint32.
     """
+
     def encode(model, params, text):
       return model.prepare(params, model.encode(params, text))
+
     return Request(
-        encode(self.model, params, text),
-        encode(self.guide, params['guide'], text) if self.guide else
-        encode(self.model, params, negative),
-        jax.vmap(jax.random.key)(seeds))
+      encode(self.model, params, text),
+      encode(self.guide, params['guide'], text)
+      if self.guide
+      else encode(self.model, params, negative),
+      jax.vmap(jax.random.key)(seeds),
+    )
 
   def start(self, request: Request) -> Pyramid:
     """Noise to start from: the same for any number of steps."""
     return self._noise(request, self.schedule.num_steps)
 
-  def step(self, params, request: Request, state: tuple[Pyramid, Pyramid],
-           step: tuple[jax.Array, ...],
-           w: jax.Array) -> tuple[Pyramid, Pyramid]:
+  def step(
+    self,
+    params,
+    request: Request,
+    state: tuple[Pyramid, Pyramid],
+    step: tuple[jax.Array, ...],
+    w: jax.Array,
+  ) -> tuple[Pyramid, Pyramid]:
     """One step of all pictures.
 
     Args:
@@ -112,10 +124,18 @@ class Painter:
     spec = self.spec
     needs_noise = samplers.draws_noise(spec.name, spec.eta)
     return samplers.sample_step(
-        self._denoise_fn(params, request, w), x_t, self.schedule, t, s,
-        self._noise(request, index) if needs_noise else None, (r, x0),
-        sampler=spec.name, eta=spec.eta, threshold=spec.threshold,
-        parameterization=self.parameterization)
+      self._denoise_fn(params, request, w),
+      x_t,
+      self.schedule,
+      t,
+      s,
+      self._noise(request, index) if needs_noise else None,
+      (r, x0),
+      sampler=spec.name,
+      eta=spec.eta,
+      threshold=spec.threshold,
+      parameterization=self.parameterization,
+    )
 
   def sample(self, params, text, negative, seeds) -> tuple[jax.Array, ...]:
     """All steps in one loop: uint8 images, coarse to fine.
@@ -125,51 +145,69 @@ class Painter:
     params = self._gather(params)
     request, spec = self.prepare(params, text, negative, seeds), self.spec
     images = samplers.sample(
-        self._denoise_fn(params, request, spec.guidance), self.start(request),
-        self.schedule, request.keys[0], num_steps=spec.num_steps,
-        sampler=spec.name, eta=spec.eta, threshold=spec.threshold,
-        parameterization=self.parameterization,
-        noise_fn=lambda index: self._noise(request, index))
+      self._denoise_fn(params, request, spec.guidance),
+      self.start(request),
+      self.schedule,
+      request.keys[0],
+      num_steps=spec.num_steps,
+      sampler=spec.name,
+      eta=spec.eta,
+      threshold=spec.threshold,
+      parameterization=self.parameterization,
+      noise_fn=lambda index: self._noise(request, index),
+    )
     return tuple(map(pyramid.to_uint8, images))
 
   def _gather(self, params):
     # The networks whole on every device, once; text encoders stay as they lie.
     # XLA would else gather the features of few images, at each step.
     def gather(params):
-      return params | {'unet': jax.lax.with_sharding_constraint(
-          params['unet'], sharding.replicated(self.mesh))}
+      return params | {
+        'unet': jax.lax.with_sharding_constraint(
+          params['unet'], sharding.replicated(self.mesh)
+        )
+      }
+
     whole = gather(params)
     if self.guide:
       whole['guide'] = gather(params['guide'])
     return whole
 
-  def _denoise_fn(self, params, request: Request,
-                  w: float | jax.Array) -> DenoiseFn:
+  def _denoise_fn(
+    self, params, request: Request, w: float | jax.Array
+  ) -> DenoiseFn:
     spec, total = self.spec, self.schedule.num_steps
     low, high = spec.guidance_interval
     # Nothing is asked at each step where all are guided.
     interval = None if (low, high) == (0, 1) else (low * total, high * total)
+
     def denoise(x_t, t, cond):
       return self.model.denoise(params, x_t, t, cond)
+
     if self.guide is None:
       return guidance.guided_denoise_fn(
-          denoise, request.cond, request.away, w, spec.guidance_rescale,
-          interval)
+        denoise, request.cond, request.away, w, spec.guidance_rescale, interval
+      )
     return guidance.autoguided_denoise_fn(
-        lambda x_t, t: denoise(x_t, t, request.cond),
-        lambda x_t, t: self.guide.denoise(
-            params['guide'], x_t, t, request.away),
-        w, spec.guidance_rescale, interval)
+      lambda x_t, t: denoise(x_t, t, request.cond),
+      lambda x_t, t: self.guide.denoise(params['guide'], x_t, t, request.away),
+      w,
+      spec.guidance_rescale,
+      interval,
+    )
 
   def _noise(self, request: Request, index: int | jax.Array) -> Pyramid:
     @jax.vmap
     def noise_of(key):
       one = samplers.start_noise(
-          jax.random.fold_in(key, index), self.model.resolutions, 1)
+        jax.random.fold_in(key, index), self.model.resolutions, 1
+      )
       return tuple(level[0] for level in one)
+
     # Nothing else in the program says where rows lie.
     return jax.lax.with_sharding_constraint(
-        noise_of(request.keys), sharding.batch_sharding(self.mesh, 4))
+      noise_of(request.keys), sharding.batch_sharding(self.mesh, 4)
+    )
 
 
 def jit_sample(painter: Painter, param_shardings: Any) -> Callable:
@@ -177,23 +215,35 @@ def jit_sample(painter: Painter, param_shardings: Any) -> Callable:
   # Those of a batch, whatever its rank.
   batch = sharding.batch_sharding(painter.mesh, 1)
   return jax.jit(
-      painter.sample, in_shardings=(param_shardings, batch, batch, batch),
-      out_shardings=sharding.replicated(painter.mesh),
-      compiler_options=sharding.compiler_options(painter.mesh))
+    painter.sample,
+    in_shardings=(param_shardings, batch, batch, batch),
+    out_shardings=sharding.replicated(painter.mesh),
+    compiler_options=sharding.compiler_options(painter.mesh),
+  )
 
 
-def _place(mesh: Mesh, text: np.ndarray, negative: np.ndarray,
-           seeds: Sequence[int]) -> tuple[jax.Array, ...]:
+def _place(
+  mesh: Mesh, text: np.ndarray, negative: np.ndarray, seeds: Sequence[int]
+) -> tuple[jax.Array, ...]:
   """One batch, or this process's part of it, on the devices."""
-  placed = sharding.shard_batch({
-      'text': text, 'negative': negative.astype(text.dtype),
-      'seeds': np.asarray(seeds, np.uint32)}, mesh)
+  placed = sharding.shard_batch(
+    {
+      'text': text,
+      'negative': negative.astype(text.dtype),
+      'seeds': np.asarray(seeds, np.uint32),
+    },
+    mesh,
+  )
   return placed['text'], placed['negative'], placed['seeds']
 
 
 def make_draw_batches(
-    painter: Painter, negative: np.ndarray, batch_size: int,
-    param_shardings: Any, *, path: bool = False,
+  painter: Painter,
+  negative: np.ndarray,
+  batch_size: int,
+  param_shardings: Any,
+  *,
+  path: bool = False,
 ) -> Callable[..., Iterator[list[tuple[np.ndarray, ...]]]]:
   """Jits a painter for batches of one size, spread over its mesh.
 
@@ -212,12 +262,15 @@ def make_draw_batches(
   spec, mesh = painter.spec, painter.mesh
   if path:
     draw_steps = make_draw_steps(painter, param_shardings)
+
     def draw_batch(params, *inputs):
       return draw_steps(params, *inputs, spec.num_steps, spec.guidance)
   else:
     jitted = jit_sample(painter, param_shardings)
+
     def draw_batch(params, *inputs):
       return [jitted(params, *_place(mesh, *inputs))]
+
   local = batch_size // jax.process_count()
 
   def draw_batches(params, text, seeds):
@@ -225,27 +278,37 @@ def make_draw_batches(
       first = start + jax.process_index() * local
       rows = np.arange(first, first + local) % len(text)
       kept = len(text) - start
-      yield [tuple(np.asarray(level)[:kept] for level in images)
-             for images in draw_batch(
-                 params, text[rows],
-                 np.broadcast_to(negative, (local, *negative.shape)),
-                 np.asarray(seeds)[rows])]
+      yield [
+        tuple(np.asarray(level)[:kept] for level in images)
+        for images in draw_batch(
+          params,
+          text[rows],
+          np.broadcast_to(negative, (local, *negative.shape)),
+          np.asarray(seeds)[rows],
+        )
+      ]
+
   return draw_batches
 
 
-def make_draw(painter: Painter, negative: np.ndarray, batch_size: int,
-              param_shardings: Any) -> DrawFn:
+def make_draw(
+  painter: Painter, negative: np.ndarray, batch_size: int, param_shardings: Any
+) -> DrawFn:
   """Like `make_draw_batches`, for all pictures together."""
   draw_batches = make_draw_batches(
-      painter, negative, batch_size, param_shardings)
+    painter, negative, batch_size, param_shardings
+  )
+
   def draw(params, text, seeds):
     pictures = [batch[-1] for batch in draw_batches(params, text, seeds)]
     return tuple(map(np.concatenate, zip(*pictures)))
+
   return draw
 
 
 def make_draw_steps(
-    painter: Painter, param_shardings: Any,
+  painter: Painter,
+  param_shardings: Any,
 ) -> Callable[..., Iterator[tuple[jax.Array, ...]]]:
   """Jits a painter for single steps, to look on while it draws.
 
@@ -258,13 +321,16 @@ def make_draw_steps(
   batch = sharding.batch_sharding(painter.mesh, 1)
   options = sharding.compiler_options(painter.mesh)
   prepare = jax.jit(
-      painter.prepare, in_shardings=(param_shardings, batch, batch, batch),
-      compiler_options=options)
+    painter.prepare,
+    in_shardings=(param_shardings, batch, batch, batch),
+    compiler_options=options,
+  )
   start = jax.jit(painter.start, compiler_options=options)
   step = jax.jit(painter.step, donate_argnums=2, compiler_options=options)
   to_uint8 = jax.jit(
-      lambda images: tuple(map(pyramid.to_uint8, images)),
-      out_shardings=sharding.replicated(painter.mesh))
+    lambda images: tuple(map(pyramid.to_uint8, images)),
+    out_shardings=sharding.replicated(painter.mesh),
+  )
 
   def draw_steps(params, text, negative, seeds, num_steps, w):
     request = prepare(params, *_place(painter.mesh, text, negative, seeds))
@@ -274,4 +340,5 @@ def make_draw_steps(
     for one in steps:
       x_t, x0 = state = step(params, request, state, one, np.float32(w))
       yield to_uint8(x_t if one is steps[-1] else x0)
+
   return draw_steps

@@ -26,17 +26,21 @@ _REPORT_EVERY = 10  # seconds
 KEPT = 10_000
 
 
-def _jit(function: Callable, params: Any, batch_size: int,
-         mesh: Mesh) -> Callable[[np.ndarray], np.ndarray]:
+def _jit(
+  function: Callable, params: Any, batch_size: int, mesh: Mesh
+) -> Callable[[np.ndarray], np.ndarray]:
   """A network over at most so many rows, which it fills up."""
   jitted = jax.jit(
-      function, out_shardings=sharding.replicated(mesh),
-      compiler_options=sharding.compiler_options(mesh))
+    function,
+    out_shardings=sharding.replicated(mesh),
+    compiler_options=sharding.compiler_options(mesh),
+  )
 
   def apply(rows):
     filled = rows[np.arange(batch_size) % len(rows)]
     batch = sharding.shard_batch({'rows': filled}, mesh)
-    return np.asarray(jitted(params, batch['rows']))[:len(rows)]
+    return np.asarray(jitted(params, batch['rows']))[: len(rows)]
+
   return apply
 
 
@@ -47,6 +51,7 @@ class Inception:
     width: of the features.
     fingerprint: of its weights, as JSON.
   """
+
   width = inception.NUM_FEATURES
 
   def __init__(self, path: str, batch_size: int, mesh: Mesh):
@@ -66,14 +71,20 @@ class Inception:
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
     digest = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=8)
-    self.fingerprint = {'weights': digest.hexdigest(),
-                        'resize': inception.RESIZE}
+    self.fingerprint = {
+      'weights': digest.hexdigest(),
+      'resize': inception.RESIZE,
+    }
     params = jax.device_put(params, sharding.replicated(mesh))
     model = inception.Inception()
     self.encode = _jit(
-        lambda params, images: model.apply(
-            {'params': params}, inception.preprocess(images)),
-        params, batch_size, mesh)
+      lambda params, images: model.apply(
+        {'params': params}, inception.preprocess(images)
+      ),
+      params,
+      batch_size,
+      mesh,
+    )
 
 
 class Clip:
@@ -99,51 +110,71 @@ class Clip:
     folder = pathlib.Path(directory)
     try:
       self._spec = spec = clip.ClipSpec.from_hugging_face(
-          hugging_face.read_config(directory))
+        hugging_face.read_config(directory)
+      )
       model = clip.Clip(spec)
       shapes = jax.eval_shape(
-          model.init, jax.random.key(0),
-          jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
-          jnp.zeros((1, spec.max_length), jnp.int32))['params']
+        model.init,
+        jax.random.key(0),
+        jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
+        jnp.zeros((1, spec.max_length), jnp.int32),
+      )['params']
       tensors = hugging_face.open_tensors(directory)
       params = hugging_face.load(
-          tensors, shapes,
-          jax.tree.map(lambda _: sharding.replicated(mesh), shapes),
-          clip.hugging_face_name)
+        tensors,
+        shapes,
+        jax.tree.map(lambda _: sharding.replicated(mesh), shapes),
+        clip.hugging_face_name,
+      )
       vocabulary = hugging_face.read_json(folder / 'vocab.json')
       if len(vocabulary) > spec.vocab_size:
-        raise ValueError(f'vocab.json has {len(vocabulary)} tokens, the '
-                         f'network knows {spec.vocab_size}')
+        raise ValueError(
+          f'vocab.json has {len(vocabulary)} tokens, the '
+          f'network knows {spec.vocab_size}'
+        )
       if not (merges := folder / 'merges.txt').exists():
         raise FileNotFoundError(f'{merges} does not exist: download it too.')
       self._tokenizer = tokenizer = ClipTokenizer(
-          vocabulary, merges.read_text(encoding='utf-8').splitlines(),
-          spec.max_length)
+        vocabulary,
+        merges.read_text(encoding='utf-8').splitlines(),
+        spec.max_length,
+      )
     except ValueError as error:
       raise ValueError(f'{directory}: {error}') from None
     self.fingerprint = {
-        'weights': hugging_face.fingerprint(tensors, map(
-            clip.hugging_face_name, traverse_util.flatten_dict(shapes))),
-        'image_size': spec.image_size, 'patch_size': spec.patch_size}
+      'weights': hugging_face.fingerprint(
+        tensors, map(clip.hugging_face_name, traverse_util.flatten_dict(shapes))
+      ),
+      'image_size': spec.image_size,
+      'patch_size': spec.patch_size,
+    }
     self._images = _jit(
-        lambda params, images: model.apply(
-            {'params': params}, images, method='encode_images'),
-        params, batch_size, mesh)
+      lambda params, images: model.apply(
+        {'params': params}, images, method='encode_images'
+      ),
+      params,
+      batch_size,
+      mesh,
+    )
     self._text = _jit(
-        lambda params, tokens: model.apply(
-            {'params': params}, tokens, tokenizer.end, method='encode_text'),
-        params, batch_size, mesh)
+      lambda params, tokens: model.apply(
+        {'params': params}, tokens, tokenizer.end, method='encode_text'
+      ),
+      params,
+      batch_size,
+      mesh,
+    )
 
   def scores(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
     """`clip.scores` of uint8 `[B, H, W, 3]` and B captions, `[B]`."""
-    resized = np.stack([
-        clip.resize(image, self._spec.image_size) for image in images])
+    resized = np.stack(
+      [clip.resize(image, self._spec.image_size) for image in images]
+    )
     tokens = np.stack(list(map(self._tokenizer.encode, captions)))
     return clip.scores(self._images(resized), self._text(tokens))
 
 
-def reported(batches: Iterable[Any], total: int,
-             what: str) -> Iterator[Any]:
+def reported(batches: Iterable[Any], total: int, what: str) -> Iterator[Any]:
   """The same batches; logs now and then how far they are.
 
   Args:
@@ -159,13 +190,19 @@ def reported(batches: Iterable[Any], total: int,
     now = time.monotonic()
     if now > last + _REPORT_EVERY or done == total:
       last = now
-      logging.info('%s: %d of %d, %.1f/s, %s left', what, done, total,
-                   done / (now - begin), metrics.duration(
-                       (total - done) * (now - begin) / done))
+      logging.info(
+        '%s: %d of %d, %.1f/s, %s left',
+        what,
+        done,
+        total,
+        done / (now - begin),
+        metrics.duration((total - done) * (now - begin) / done),
+      )
 
 
-def collect(network: Inception, batches: Iterable[np.ndarray],
-            total: int) -> fid.Sample:
+def collect(
+  network: Inception, batches: Iterable[np.ndarray], total: int
+) -> fid.Sample:
   """Features of at most `total` pictures, given in batches."""
   sample = fid.Sample(network.width, total, KEPT)
   for batch in batches:
@@ -173,8 +210,11 @@ def collect(network: Inception, batches: Iterable[np.ndarray],
   return sample
 
 
-def cached(directory: pathlib.Path, fingerprint: Mapping[str, Any],
-           make: Callable[[], fid.Sample]) -> fid.Sample:
+def cached(
+  directory: pathlib.Path,
+  fingerprint: Mapping[str, Any],
+  make: Callable[[], fid.Sample],
+) -> fid.Sample:
   """What `make` returns, or has returned before for the same fingerprint.
 
   Args:
@@ -195,7 +235,7 @@ def cached(directory: pathlib.Path, fingerprint: Mapping[str, Any],
         return fid.Sample.from_arrays(file)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
       raise ValueError(
-          f'{path} is damaged ({error}): delete it, and it is made anew.'
+        f'{path} is damaged ({error}): delete it, and it is made anew.'
       ) from None
   sample = make()
   directory.mkdir(parents=True, exist_ok=True)
@@ -217,11 +257,14 @@ class Folder:
       FileNotFoundError: there are none.
     """
     self._paths = sorted(
-        path for path in pathlib.Path(directory).glob('*')
-        if path.suffix.lower() in _SUFFIXES)
+      path
+      for path in pathlib.Path(directory).glob('*')
+      if path.suffix.lower() in _SUFFIXES
+    )
     if not self._paths:
       raise FileNotFoundError(
-          f'{directory} has no pictures ({", ".join(_SUFFIXES)}).')
+        f'{directory} has no pictures ({", ".join(_SUFFIXES)}).'
+      )
 
   def __len__(self) -> int:
     """The number of pictures."""
@@ -243,7 +286,7 @@ class Folder:
     shape = None
     for start in range(0, len(self), size):
       images = []
-      for path in self._paths[start:start + size]:
+      for path in self._paths[start : start + size]:
         try:
           with Image.open(path) as image:
             images.append(np.asarray(image.convert('RGB')))
@@ -252,6 +295,7 @@ class Folder:
         shape = shape or images[-1].shape
         if images[-1].shape != shape:
           raise ValueError(
-              f'{path} has {images[-1].shape[:2]} pixels, the first picture '
-              f'{shape[:2]}: give pictures of one size.')
+            f'{path} has {images[-1].shape[:2]} pixels, the first picture '
+            f'{shape[:2]}: give pictures of one size.'
+          )
       yield np.stack(images)

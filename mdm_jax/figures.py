@@ -55,6 +55,7 @@ class Options:
     width: of the parameters' average, see `trained.restore_average`.
     best: the average that is kept as the best, see there.
   """
+
   metrics: Sequence[str] | None = None
   num_samples: int | None = None
   seed: int = trained.GRID_PROMPTS  # As at the end of training.
@@ -75,12 +76,14 @@ class Result(NamedTuple):
     figures: by name; a dict is a table, a list a column.
     settings: JSON.
   """
+
   figures: dict[str, Any]
   settings: dict[str, Any]
 
 
-def of_folders(images: str, options: Options, batch_size: int,
-               mesh: Mesh) -> Result:
+def of_folders(
+  images: str, options: Options, batch_size: int, mesh: Mesh
+) -> Result:
   """Of a directory of pictures against `options.reference`.
 
   Raises:
@@ -93,16 +96,25 @@ def of_folders(images: str, options: Options, batch_size: int,
   network = features.Inception(options.inception, batch_size, mesh)
   pictures = features.Folder(images)
   reference, about = _reference_folder(options, network, batch_size)
-  sample = features.collect(network, features.reported(
-      pictures.batches(batch_size), len(pictures), images), len(pictures))
+  sample = features.collect(
+    network,
+    features.reported(pictures.batches(batch_size), len(pictures), images),
+    len(pictures),
+  )
   figures, settings = _compare(names, sample, reference)
-  return Result(figures, settings | {
+  return Result(
+    figures,
+    settings
+    | {
       'images': {'directory': images, 'files': pictures.fingerprint()},
-      'reference': about})
+      'reference': about,
+    },
+  )
 
 
-def of_model(config: ConfigDict, workdir: str, options: Options,
-             mesh: Mesh) -> Result:
+def of_model(
+  config: ConfigDict, workdir: str, options: Options, mesh: Mesh
+) -> Result:
   """Of the newest stage of a run.
 
   The first pictures that were drawn are in `eval/<stage>_<step>/index.html`.
@@ -119,31 +131,45 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
   """
   has_marks = inputs.states_what_is_seen(config)
   without_files = ('loss', 'prompt_accuracy') if has_marks else ('loss',)
-  names = _wanted(options, tuple(
-      name for name in METRICS if has_marks or name != 'prompt_accuracy'),
-      without_files)
-  if 'clip' in names and config.text.encoder == 'label' and (
-      not config.text.class_names):
-    raise ValueError('--metrics=clip needs words, but text.class_names is '
-                     'empty: the captions are numbers.')
+  names = _wanted(
+    options,
+    tuple(name for name in METRICS if has_marks or name != 'prompt_accuracy'),
+    without_files,
+  )
+  if (
+    'clip' in names
+    and config.text.encoder == 'label'
+    and (not config.text.class_names)
+  ):
+    raise ValueError(
+      '--metrics=clip needs words, but text.class_names is '
+      'empty: the captions are numbers.'
+    )
   size = config.eval.batch_size
-  network = features.Inception(options.inception, size, mesh) if (
-      set(names) & set(OF_SETS)) else None
+  network = (
+    features.Inception(options.inception, size, mesh)
+    if (set(names) & set(OF_SETS))
+    else None
+  )
   clip = features.Clip(options.clip, size, mesh) if 'clip' in names else None
 
   average = trained.restore_average(
-      config, workdir, mesh, width=options.width, best=options.best)
+    config, workdir, mesh, width=options.width, best=options.best
+  )
   index = average.index
   params = average.params | build.load_frozen(config, mesh)
   stage = config.stages[index]
   trained.warn_if_unfinished(config, average, options.best)
   model = trained.describe(
-      config, workdir, average, width=options.width, best=options.best)
+    config, workdir, average, width=options.width, best=options.best
+  )
   settings = {
-      'workdir': str(workdir), **model,
-      'resolution': build.resolutions(config, stage)[-1],
-      'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
-      'jax': jax.__version__}
+    'workdir': str(workdir),
+    **model,
+    'resolution': build.resolutions(config, stage)[-1],
+    'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+    'jax': jax.__version__,
+  }
   figures = {}
   if 'loss' in names:
     figures, settings['loss'] = _losses(config, stage, params, mesh)
@@ -153,41 +179,63 @@ def of_model(config: ConfigDict, workdir: str, options: Options,
   reference = None
   if network:
     reference, settings['reference'] = (
-        _reference_folder(options, network, size) if options.reference
-        else _reference_split(config, stage, options, network))
+      _reference_folder(options, network, size)
+      if options.reference
+      else _reference_split(config, stage, options, network)
+    )
   if clip:
     settings['clip'] = clip.fingerprint
   shown = _first_pictures(config, workdir, options, model)
   found, about = _judge(
-      config, names, options, trained.make_draw(config, index, mesh, params),
-      params, network, clip, reference, shown)
+    config,
+    names,
+    options,
+    trained.make_draw(config, index, mesh, params),
+    params,
+    network,
+    clip,
+    reference,
+    shown,
+  )
   figures |= found
   settings |= about | {
-      'seed': options.seed, 'prompts': inputs.held_out_split(config),
-      'sampler': config.sampler.to_dict()}
-  shown.finish({
-      'Figures': {name: f'{value:.4g}' for name, value in figures.items()
-                  if not isinstance(value, dict)},
-      'Settings': settings})
+    'seed': options.seed,
+    'prompts': inputs.held_out_split(config),
+    'sampler': config.sampler.to_dict(),
+  }
+  shown.finish(
+    {
+      'Figures': {
+        name: f'{value:.4g}'
+        for name, value in figures.items()
+        if not isinstance(value, dict)
+      },
+      'Settings': settings,
+    }
+  )
   return Result(figures, settings)
 
 
-def _wanted(options: Options, possible: Sequence[str],
-            default: Sequence[str]) -> Sequence[str]:
+def _wanted(
+  options: Options, possible: Sequence[str], default: Sequence[str]
+) -> Sequence[str]:
   """The metrics, all of them possible and with the weights that they need."""
   names = default if options.metrics is None else options.metrics
   for name in names:
     if name not in possible:
       raise ValueError(
-          f'--metrics={name}: here they are some of {",".join(possible)}.')
+        f'--metrics={name}: here they are some of {",".join(possible)}.'
+      )
   if set(names) & set(OF_SETS) and not options.inception:
     raise ValueError(
-        f'--metrics={",".join(names)} needs --inception=FILE, '
-        'pt_inception-2015-12-05-6726825d.pth: see docs/evaluation.md.')
+      f'--metrics={",".join(names)} needs --inception=FILE, '
+      'pt_inception-2015-12-05-6726825d.pth: see docs/evaluation.md.'
+    )
   if 'clip' in names and not options.clip:
     raise ValueError(
-        '--metrics=clip needs --clip=DIR, such as a download of '
-        'openai/clip-vit-base-patch16: see docs/evaluation.md.')
+      '--metrics=clip needs --clip=DIR, such as a download of '
+      'openai/clip-vit-base-patch16: see docs/evaluation.md.'
+    )
   return names
 
 
@@ -195,68 +243,105 @@ def _count(config: ConfigDict, options: Options) -> int:
   return options.num_samples or config.eval.num_prompts
 
 
-def _first_pictures(config: ConfigDict, workdir: str, options: Options,
-                    model: dict[str, Any]) -> Pictures:
+def _first_pictures(
+  config: ConfigDict, workdir: str, options: Options, model: dict[str, Any]
+) -> Pictures:
   """Where those that are kept go."""
   count = _count(config, options)
   captions = inputs.make_prompts(
-      config, count, range(min(count, _SHOWN))).captions
+    config, count, range(min(count, _SHOWN))
+  ).captions
   # As JSON has it: sequences are lists there.
-  sampler = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in config.sampler.to_dict().items()}
+  sampler = {
+    name: list(value) if isinstance(value, tuple) else value
+    for name, value in config.sampler.to_dict().items()
+  }
   return Pictures(
-      pathlib.Path(workdir, 'eval', '{stage}_{step}'.format(**model)),
-      [{'prompt': caption, 'seed': options.seed + i, **model, **sampler}
-       for i, caption in enumerate(captions)])
+    pathlib.Path(workdir, 'eval', '{stage}_{step}'.format(**model)),
+    [
+      {'prompt': caption, 'seed': options.seed + i, **model, **sampler}
+      for i, caption in enumerate(captions)
+    ],
+  )
 
 
-def _losses(config: ConfigDict, stage: ConfigDict, params: Params,
-            mesh: Mesh) -> tuple[dict, dict]:
+def _losses(
+  config: ConfigDict, stage: ConfigDict, params: Params, mesh: Mesh
+) -> tuple[dict, dict]:
   """Held-out losses of each level, of all noise and by bands."""
   model = build.make_model(config, stage)
   split = inputs.held_out_split(config)
   if split == 'train':
     logging.warning('No validation split: losses are of training images.')
-  band_step = jax.jit(steps.make_band_step(
-      model, build.make_objective(config, stage), _LOSS_SEED, _NUM_BANDS))
+  band_step = jax.jit(
+    steps.make_band_step(
+      model, build.make_objective(config, stage), _LOSS_SEED, _NUM_BANDS
+    )
+  )
   batches = inputs.make_dataset(
-      config, split, model.resolutions, build.batch_sizes(stage),
-      process_index=0, process_count=1, num_batches=config.eval.loss_batches)
-  sums, counts = np.sum([
+    config,
+    split,
+    model.resolutions,
+    build.batch_sizes(stage),
+    process_index=0,
+    process_count=1,
+    num_batches=config.eval.loss_batches,
+  )
+  sums, counts = np.sum(
+    [
       band_step(params, sharding.shard_batch(batch, mesh), i)
-      for i, batch in enumerate(batches)], axis=0, dtype=np.float64)
+      for i, batch in enumerate(batches)
+    ],
+    axis=0,
+    dtype=np.float64,
+  )
   names = [f'held_out_loss_{pixels}' for pixels in model.resolutions]
   bands = {'noise': [f'{10 * i} to {10 * i + 10} %' for i in range(_NUM_BANDS)]}
   for name, row, number in zip(names, sums, counts):
     bands[name] = [
-        float(each / n) if n else None for each, n in zip(row, number)]
+      float(each / n) if n else None for each, n in zip(row, number)
+    ]
   bands['examples'] = [int(n) for n in counts[0]]
   totals = sums.sum(1) / counts.sum(1)
   return dict(zip(names, map(float, totals))) | {'losses_by_noise': bands}, {
-      'split': split, 'batches': config.eval.loss_batches,
-      'batch_size': stage.batch_size, 'seed': _LOSS_SEED,
-      'loss_space': config.diffusion.loss_space}
+    'split': split,
+    'batches': config.eval.loss_batches,
+    'batch_size': stage.batch_size,
+    'seed': _LOSS_SEED,
+    'loss_space': config.diffusion.loss_space,
+  }
 
 
 def _cache(options: Options) -> pathlib.Path:
   return pathlib.Path(
-      options.cache or compilation_cache.directory('references'))
+    options.cache or compilation_cache.directory('references')
+  )
 
 
-def _reference_folder(options: Options, network: features.Inception,
-                      batch_size: int) -> tuple[fid.Sample, dict]:
+def _reference_folder(
+  options: Options, network: features.Inception, batch_size: int
+) -> tuple[fid.Sample, dict]:
   """Of the pictures in a directory; and what they are."""
   folder = features.Folder(options.reference)
   about = {'files': folder.fingerprint(), 'inception': network.fingerprint}
-  sample = features.cached(_cache(options), about, lambda: features.collect(
-      network, features.reported(
-          folder.batches(batch_size), len(folder), 'reference'), len(folder)))
+  sample = features.cached(
+    _cache(options),
+    about,
+    lambda: features.collect(
+      network,
+      features.reported(folder.batches(batch_size), len(folder), 'reference'),
+      len(folder),
+    ),
+  )
   return sample, about | {'directory': options.reference}
 
 
 def _reference_split(
-    config: ConfigDict, stage: ConfigDict, options: Options,
-    network: features.Inception) -> tuple[fid.Sample, dict]:
+  config: ConfigDict,
+  stage: ConfigDict,
+  options: Options,
+  network: features.Inception,
+) -> tuple[fid.Sample, dict]:
   """Of a split of the data set, as the stage sees it; and what it is."""
   split = options.reference_split or inputs.held_out_split(config)
   resolution = build.resolutions(config, stage)[-1]
@@ -265,29 +350,45 @@ def _reference_split(
   count = min(options.num_reference, len(source))
   is_drawn = config.data.name == 'shapes'
   about = {
-      'data': config.data.name, 'split': split, 'resolution': resolution,
-      'count': count, 'inception': network.fingerprint,
-      'fingerprint': inputs.data_fingerprint(config),
-      'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
-      'long_captions': config.text.long_captions}
+    'data': config.data.name,
+    'split': split,
+    'resolution': resolution,
+    'count': count,
+    'inception': network.fingerprint,
+    'fingerprint': inputs.data_fingerprint(config),
+    'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
+    'long_captions': config.text.long_captions,
+  }
 
   def batches() -> Iterator[np.ndarray]:
     left = count
     for batch in inputs.make_dataset(
-        config, split, (resolution,), (size,), process_index=0,
-        process_count=1, num_batches=-(-count // size)):
+      config,
+      split,
+      (resolution,),
+      (size,),
+      process_index=0,
+      process_count=1,
+      num_batches=-(-count // size),
+    ):
       images, is_bad = batch['image'][:left], batch['bad'][:left]
       left -= len(images)
       # What replaces an unusable record is there in its own place too.
       if not is_bad.all():
         yield images[~is_bad]
-  return features.cached(_cache(options), about, lambda: features.collect(
-      network, features.reported(batches(), count, 'reference'),
-      count)), about
+
+  return features.cached(
+    _cache(options),
+    about,
+    lambda: features.collect(
+      network, features.reported(batches(), count, 'reference'), count
+    ),
+  ), about
 
 
-def _compare(names: Sequence[str], sample: fid.Sample,
-             reference: fid.Sample) -> tuple[dict, dict]:
+def _compare(
+  names: Sequence[str], sample: fid.Sample, reference: fid.Sample
+) -> tuple[dict, dict]:
   counts = sample.statistics.count, reference.statistics.count
   figures = {}
   settings = {'num_samples': counts[0], 'num_reference': counts[1]}
@@ -295,18 +396,24 @@ def _compare(names: Sequence[str], sample: fid.Sample,
     width = len(reference.statistics.mean)
     if min(counts) <= width:
       logging.warning(
-          'FID of %d pictures against %d: no more than its %d features, so a '
-          'covariance is singular and the figure is too high. Compare it with '
-          'figures of the same numbers only, or use KID.', *counts, width)
+        'FID of %d pictures against %d: no more than its %d features, so a '
+        'covariance is singular and the figure is too high. Compare it with '
+        'figures of the same numbers only, or use KID.',
+        *counts,
+        width,
+      )
     figures['fid'] = fid.frechet_distance(
-        sample.statistics, reference.statistics)
+      sample.statistics, reference.statistics
+    )
   if 'kid' in names:
     figures['kid'], figures['kid_standard_deviation'] = fid.kernel_distance(
-        sample.rows, reference.rows, **_SUBSETS)
+      sample.rows, reference.rows, **_SUBSETS
+    )
     settings['kid'] = _SUBSETS
   if 'precision_recall' in names:
     figures['precision'], figures['recall'] = fid.precision_recall(
-        sample.rows, reference.rows, _NEIGHBOURS)
+      sample.rows, reference.rows, _NEIGHBOURS
+    )
     settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
   if {'kid', 'precision_recall'} & set(names):
     settings['rows'] = [len(sample.rows), len(reference.rows)]
@@ -314,10 +421,15 @@ def _compare(names: Sequence[str], sample: fid.Sample,
 
 
 def _judge(
-    config: ConfigDict, names: Sequence[str], options: Options,
-    draw_fn: DrawFn, params: Params, network: features.Inception | None,
-    clip: features.Clip | None, reference: fid.Sample | None,
-    shown: Pictures,
+  config: ConfigDict,
+  names: Sequence[str],
+  options: Options,
+  draw_fn: DrawFn,
+  params: Params,
+  network: features.Inception | None,
+  clip: features.Clip | None,
+  reference: fid.Sample | None,
+  shown: Pictures,
 ) -> tuple[dict, dict]:
   """Draws batch by batch; keeps features, scores, marks and what is shown."""
   count = _count(config, options)
@@ -331,16 +443,18 @@ def _judge(
       prompts = inputs.make_prompts(config, count, rows)
       for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        levels = draw_fn(params, prompts.text[part],
-                         [options.seed + row for row in rows[part]])
+        levels = draw_fn(
+          params, prompts.text[part], [options.seed + row for row in rows[part]]
+        )
         for row, *picture in zip(rows[part], *levels):
           if row in missing:
             shown.add(row, picture)
         pictures = levels[-1]
         if 'prompt_accuracy' in names:
           marks.extend(
-              prompt_accuracy.score(picture, stated, vocabulary)
-              for picture, stated in zip(pictures, prompts.statements[part]))
+            prompt_accuracy.score(picture, stated, vocabulary)
+            for picture, stated in zip(pictures, prompts.statements[part])
+          )
         if clip:
           scores.append(clip.scores(pictures, prompts.captions[part]))
         yield pictures
@@ -349,7 +463,8 @@ def _judge(
   figures, settings = {}, {'num_samples': count}
   if network:
     figures, settings = _compare(
-        names, features.collect(network, pictures, count), reference)
+      names, features.collect(network, pictures, count), reference
+    )
   else:
     for _ in pictures:
       pass

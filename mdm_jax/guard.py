@@ -27,6 +27,7 @@ class Guard:
   Raises:
     ValueError: one of them is out of range.
   """
+
   spike_factor: float
   window: int
   max_skipped: int
@@ -35,11 +36,13 @@ class Guard:
     """Checks the ranges."""
     if self.spike_factor and not self.spike_factor > 1:
       raise ValueError(
-          f'spike_factor={self.spike_factor}: more than 1, or 0 for none.')
+        f'spike_factor={self.spike_factor}: more than 1, or 0 for none.'
+      )
     for name in ('window', 'max_skipped'):
       if getattr(self, name) < 1:
         raise ValueError(
-            f'{name}={getattr(self, name)}: give a number of steps.')
+          f'{name}={getattr(self, name)}: give a number of steps.'
+        )
 
 
 class GuardState(NamedTuple):
@@ -51,6 +54,7 @@ class GuardState(NamedTuple):
     skipped: int32 scalar, steps that were left out.
     in_a_row: int32 scalar, those of them since the last good step.
   """
+
   mean: jax.Array
   accepted: jax.Array
   skipped: jax.Array
@@ -59,12 +63,12 @@ class GuardState(NamedTuple):
 
 def new_state() -> GuardState:
   """The state before the first step."""
-  return GuardState(
-      jnp.zeros(2), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+  return GuardState(jnp.zeros(2), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
-def judge(guard: Guard, state: GuardState, loss: jax.Array,
-          grad_norm: jax.Array) -> tuple[jax.Array, GuardState]:
+def judge(
+  guard: Guard, state: GuardState, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, GuardState]:
   """Whether a step is good (a bool scalar), and the state after it."""
   values = jnp.stack([loss, grad_norm])
   good = jnp.isfinite(values).all()
@@ -75,7 +79,8 @@ def judge(guard: Guard, state: GuardState, loss: jax.Array,
   weight = 1 / jnp.minimum(state.accepted + 1, guard.window)
   mean = state.mean + weight * (values - state.mean)
   return good, GuardState(
-      mean=jnp.where(good, mean, state.mean),
-      accepted=state.accepted + good,
-      skipped=state.skipped + ~good,
-      in_a_row=jnp.where(good, 0, state.in_a_row + 1))
+    mean=jnp.where(good, mean, state.mean),
+    accepted=state.accepted + good,
+    skipped=state.skipped + ~good,
+    in_a_row=jnp.where(good, 0, state.in_a_row + 1),
+  )

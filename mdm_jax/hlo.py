@@ -3,16 +3,24 @@
 import collections
 import re
 
-_COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
-                'collective-permute')
+_COLLECTIVES = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
 _ITEM_BITS = re.compile(r'^[a-z]+?(\d+)')
 _SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _INSTRUCTION = re.compile(
-    r'^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
+  r'^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$'
+)
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _CALLED = re.compile(r'(?:calls|body|condition|to_apply)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'(?:true|false)_computation=%?([\w.\-]+)'
-                       r'|branch_computations=\{([^}]*)\}')
+_BRANCHES = re.compile(
+  r'(?:true|false)_computation=%?([\w.\-]+)'
+  r'|branch_computations=\{([^}]*)\}'
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -48,6 +56,7 @@ def collective_bytes(text: str, turns: int = 1) -> dict[str, int]:
     if name not in known:
       known[name] = _total(computations.get(name, ()), total, turns)
     return known[name]
+
   return dict(total(entry))
 
 
@@ -80,12 +89,15 @@ def _total(lines, total, turns) -> collections.Counter:
 def _moved(kind, written, result, rest, shapes) -> int:
   if kind == 'reduce-scatter':
     operands = re.findall(r'%?([\w.\-]+)', rest.split(')')[0])
-    return sum(_shape_bytes(*shape) for operand in operands
-               for shape in _SHAPE.findall(shapes.get(operand, '')))
+    return sum(
+      _shape_bytes(*shape)
+      for operand in operands
+      for shape in _SHAPE.findall(shapes.get(operand, ''))
+    )
   found = _SHAPE.findall(result)
   # What is started yields its operands, its results and, a permutation, two
   # flags.
   if written.endswith('-start') and kind != 'all-reduce':
     found = [shape for shape in found if shape[0] != 'u32' or shape[1]]
-    found = found[len(found) // 2:]
+    found = found[len(found) // 2 :]
   return sum(_shape_bytes(*shape) for shape in found)

@@ -33,13 +33,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   if not path.exists():
     raise FileNotFoundError(
-        f"{path} does not exist: give a model's directory as Hugging Face "
-        'lays it out.')
+      f"{path} does not exist: give a model's directory as Hugging Face "
+      'lays it out.'
+    )
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(f'{path} is no JSON ({error}): download it again.'
-                     ) from None
+    raise ValueError(
+      f'{path} is no JSON ({error}): download it again.'
+    ) from None
 
 
 def open_tensors(directory: str) -> dict[str, Any]:
@@ -65,10 +67,12 @@ def open_tensors(directory: str) -> dict[str, Any]:
   for tensor, name in places.items():
     if tensor not in held[name]:
       raise ValueError(
-          f'{directory / name} lacks {tensor}, which {_INDEX} says it has: '
-          'download both again.')
-  return {tensor: files[name].get_slice(tensor)
-          for tensor, name in places.items()}
+        f'{directory / name} lacks {tensor}, which {_INDEX} says it has: '
+        'download both again.'
+      )
+  return {
+    tensor: files[name].get_slice(tensor) for tensor, name in places.items()
+  }
 
 
 def fingerprint(tensors: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -102,8 +106,10 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def load(
-    tensors: Mapping[str, Any], shapes: Any, shardings: Any,
-    name_of: Callable[[Sequence[str]], str],
+  tensors: Mapping[str, Any],
+  shapes: Any,
+  shardings: Any,
+  name_of: Callable[[Sequence[str]], str],
 ) -> dict:
   """Fills parameters from opened tensors; a device reads its own part only.
 
@@ -133,30 +139,36 @@ def load(
       problems.append(f'{names[path]} is {found}, not {wanted}')
   if problems:
     more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
-    raise ValueError('The weights do not fit: ' + '; '.join(problems[:5])
-                     + more)
+    raise ValueError(
+      'The weights do not fit: ' + '; '.join(problems[:5]) + more
+    )
 
   def make(path, leaf):
     tensor = tensors[names[path]]
 
     def read(index):
       # Safetensors' slices want numbers for both ends.
-      index = tuple(slice(*part.indices(size)[:2])
-                    for part, size in zip(index, leaf.shape))
+      index = tuple(
+        slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape)
+      )
       part = tensor[index[::-1]].T if path[-1] == 'kernel' else tensor[index]
       return part.astype(leaf.dtype)
+
     return jax.make_array_from_callback(leaf.shape, shardings[path], read)
+
   return traverse_util.unflatten_dict(
-      {path: make(path, leaf) for path, leaf in shapes.items()})
+    {path: make(path, leaf) for path, leaf in shapes.items()}
+  )
 
 
 def _open(path: pathlib.Path):
   if not path.exists():
     raise FileNotFoundError(
-        f'{path} does not exist: download every file of the model.')
+      f'{path} does not exist: download every file of the model.'
+    )
   try:
     return safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
     raise ValueError(
-        f'{path} is damaged or half downloaded ({error}): download it again.'
+      f'{path} is damaged or half downloaded ({error}): download it again.'
     ) from None

@@ -88,8 +88,9 @@ class Interrupt:
     # C code writes there whatever the main thread does.
     self._wakeup = signal.set_wakeup_fd(self._writer)
     self._handlers = {
-        number: signal.signal(number, lambda number, frame: None)
-        for number in SIGNALS}
+      number: signal.signal(number, lambda number, frame: None)
+      for number in SIGNALS
+    }
     self._closed = threading.Event()
     self._threads = [threading.Thread(target=self._watch, daemon=True)]
     if peers:
@@ -149,8 +150,10 @@ class Interrupt:
         continue
       with self._lock:
         self.requested, held = True, self._held
-      logging.info('Stopping %s; a second signal stops at once.',
-                   'after this step' if held else 'now')
+      logging.info(
+        'Stopping %s; a second signal stops at once.',
+        'after this step' if held else 'now',
+      )
       if not held:
         threading.Thread(target=self._leave, daemon=True).start()
 

@@ -25,8 +25,9 @@ class Kept:
     checkpoints: of the stage.
   """
 
-  def __init__(self, config: ConfigDict, workdir: str | pathlib.Path,
-               index: int):
+  def __init__(
+    self, config: ConfigDict, workdir: str | pathlib.Path, index: int
+  ):
     """Opens what the config asks for.
 
     Raises:
@@ -41,15 +42,22 @@ class Kept:
       return build.stage_directory(workdir, config, index, kind)
 
     def opened(kind, **options):
-      return self._open.enter_context(checkpoint.Checkpoints(
-          directory(kind), save_failures=config.save_failures, **options))
+      return self._open.enter_context(
+        checkpoint.Checkpoints(
+          directory(kind), save_failures=config.save_failures, **options
+        )
+      )
+
     self.checkpoints = opened(
-        'checkpoints', save_interval=config.checkpoint_every,
-        max_to_keep=config.checkpoints_to_keep)
+      'checkpoints',
+      save_interval=config.checkpoint_every,
+      max_to_keep=config.checkpoints_to_keep,
+    )
     self._snapshots = self._best = None
     if config.averages.widths:
       self._snapshots = opened(
-          'averages', save_interval=self._every, max_to_keep=None)
+        'averages', save_interval=self._every, max_to_keep=None
+      )
     if self._metric:
       self._best = opened('best', save_interval=1, max_to_keep=1)
       if self._best.latest_step() is not None:
@@ -65,17 +73,20 @@ class Kept:
     ends = step == self._last_step
     if self._snapshots and step and (ends or step % self._every == 0):
       self._snapshots.save(
-          step, jax.jit(averages.from_lags)(state.lags, state.params),
-          {'updates': int(state.guard.accepted), 'widths': [*state.lags]},
-          force=True)
+        step,
+        jax.jit(averages.from_lags)(state.lags, state.params),
+        {'updates': int(state.guard.accepted), 'widths': [*state.lags]},
+        force=True,
+      )
 
   def offer(self, step: int, ema: Params, values: Mapping[str, float]) -> None:
     """Keeps an average in the place of the best one, if it is better."""
     if not self._best:
       return
     if self._metric not in values:
-      logging.info('Step %d has no %s: it is not kept for it.', step,
-                   self._metric)
+      logging.info(
+        'Step %d has no %s: it is not kept for it.', step, self._metric
+      )
       return
     score = self._score(values[self._metric])
     # What a run that was stopped has kept of later steps is no worse than
@@ -84,10 +95,17 @@ class Kept:
     if processes.any_of(score > self._best_value and not again):
       self._best_value = score
       self._best.save(
-          step, {'ema': ema},
-          {'metric': self._metric, 'value': values[self._metric]}, force=True)
-      logging.info('Step %d is the best by %s, %.4g.', step, self._metric,
-                   values[self._metric])
+        step,
+        {'ema': ema},
+        {'metric': self._metric, 'value': values[self._metric]},
+        force=True,
+      )
+      logging.info(
+        'Step %d is the best by %s, %.4g.',
+        step,
+        self._metric,
+        values[self._metric],
+      )
 
   def drain(self) -> None:
     """As `Checkpoints.drain`, of all."""

@@ -33,8 +33,12 @@ class Ledger:
   Only process 0 writes.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, began: float | None = None,
-               listener: Callable[[str], None] = lambda bucket: None):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    began: float | None = None,
+    listener: Callable[[str], None] = lambda bucket: None,
+  ):
     """The time goes to 'start_up'.
 
     Args:
@@ -107,11 +111,15 @@ class Ledger:
     self._since = self._written = now
     seconds, self._seconds = self._seconds, Counter()
     if self._lines:
-      self._lines.append({
-          'time': round(time.time(), 3), 'session': self._session,
-          'stage': self._stage, 'step': self._step,
+      self._lines.append(
+        {
+          'time': round(time.time(), 3),
+          'session': self._session,
+          'stage': self._stage,
+          'step': self._step,
           'seconds': {name: round(value, 4) for name, value in seconds.items()},
-      })
+        }
+      )
 
 
 def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
@@ -129,8 +137,11 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
   seconds = Counter()
   for line in lines:
     repeated = any(
-        session > line['session'] and stage == line['stage']
-        and step < line['step'] for (session, stage), step in begun.items())
+      session > line['session']
+      and stage == line['stage']
+      and step < line['step']
+      for (session, stage), step in begun.items()
+    )
     for name, value in line['seconds'].items():
       lost = repeated and name in _REPEATED
       seconds[_LOST if lost else name] += value

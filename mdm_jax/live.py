@@ -36,6 +36,7 @@ class Busy(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Order:
   """What somebody wants drawn; picture i has `seed` + i."""
+
   prompt: str
   negative_prompt: str
   guidance: float
@@ -55,6 +56,7 @@ class Progress(NamedTuple):
     pictures: what the network expects after that step, uint8
       [num_pictures, H_r, H_r, 3], coarse to fine; none before the first.
   """
+
   ahead: int
   step: int
   pictures: tuple[np.ndarray, ...]
@@ -79,9 +81,16 @@ class Job:
 class Studio:
   """Draws with a trained network, one order at a time, in its own thread."""
 
-  def __init__(self, config: ConfigDict, index: int, step: int,
-               params: Params, mesh: Mesh, workdir: str,
-               max_waiting: int = 4):
+  def __init__(
+    self,
+    config: ConfigDict,
+    index: int,
+    step: int,
+    params: Params,
+    mesh: Mesh,
+    workdir: str,
+    max_waiting: int = 4,
+  ):
     """Nothing is compiled before `warm_up` or an order.
 
     Args:
@@ -106,25 +115,32 @@ class Studio:
     self._changed = threading.Condition()
     self._line: list[Job] = []  # The first is being drawn.
     self._thread = concurrent.futures.ThreadPoolExecutor(
-        1, thread_name_prefix='studio')
+      1, thread_name_prefix='studio'
+    )
 
     stage = config.stages[index]
     sides = ' and '.join(map(str, self._painter.model.resolutions))
     self.about = f'{workdir}, {sides} px'
     if step < stage.steps or index + 1 < len(config.stages):
       self.about += (
-          f'. Training has not ended: stage {index + 1}/{len(config.stages)} '
-          f'{stage.name!r} at step {step} of {stage.steps} draws')
+        f'. Training has not ended: stage {index + 1}/{len(config.stages)} '
+        f'{stage.name!r} at step {step} of {stage.steps} draws'
+      )
 
   @property
   def usual(self) -> Order:
     """What the run's config says, for four pictures."""
     sampler = self._config.sampler
     return Order(
-        prompt='', negative_prompt='', guidance=sampler.guidance,
-        steps=sampler.num_steps, sampler=sampler.name,
-        threshold=sampler.threshold, seed=0,
-        num_pictures=min(4, self.max_pictures))
+      prompt='',
+      negative_prompt='',
+      guidance=sampler.guidance,
+      steps=sampler.num_steps,
+      sampler=sampler.name,
+      threshold=sampler.threshold,
+      seed=0,
+      num_pictures=min(4, self.max_pictures),
+    )
 
   def examples(self, count: int) -> list[str]:
     """Prompts that the network was trained for, where none need files."""
@@ -138,6 +154,7 @@ class Studio:
 
   def warm_up(self) -> None:
     """Compiles what the usual order needs, in the studio's thread."""
+
     def compile_usual():
       try:
         self._draw(Job(dataclasses.replace(self.usual, steps=1)))
@@ -146,6 +163,7 @@ class Studio:
         logging.error('The usual settings cannot be drawn: %s', error)
       logging.info('Ready to draw.')
       self.ready.set()
+
     logging.info('Warming up: compiling for the usual settings.')
     self._thread.submit(compile_usual)
 
@@ -155,31 +173,38 @@ class Studio:
     Raises:
       ValueError: one line for who ordered it.
     """
-    for name, text in (('prompt', order.prompt),
-                       ('negative prompt', order.negative_prompt)):
+    for name, text in (
+      ('prompt', order.prompt),
+      ('negative prompt', order.negative_prompt),
+    ):
       if len(text) > MAX_CHARACTERS:
         raise ValueError(
-            f'The {name} has {len(text):,} characters: shorten it to '
-            f'{MAX_CHARACTERS:,}.')
+          f'The {name} has {len(text):,} characters: shorten it to '
+          f'{MAX_CHARACTERS:,}.'
+        )
       for letter in text:
         # A command could not be written with them.
         if unicodedata.category(letter) in ('Cc', 'Cs'):
           raise ValueError(
-              f'The {name} contains U+{ord(letter):04X}, which is no text: '
-              'leave it out.')
+            f'The {name} contains U+{ord(letter):04X}, which is no text: '
+            'leave it out.'
+          )
     for name, value, low, high in (
-        ('Guidance', order.guidance, 0, MAX_GUIDANCE),
-        ('Steps', order.steps, 1, self._config.diffusion.num_steps),
-        ('Pictures', order.num_pictures, 1, self.max_pictures),
-        ('Seed', order.seed, 0, 2 ** 32 - self.max_pictures)):
+      ('Guidance', order.guidance, 0, MAX_GUIDANCE),
+      ('Steps', order.steps, 1, self._config.diffusion.num_steps),
+      ('Pictures', order.num_pictures, 1, self.max_pictures),
+      ('Seed', order.seed, 0, 2**32 - self.max_pictures),
+    ):
       # NaN is in no range.
       if value is None or not low <= value <= high:
         given = 'empty' if value is None else f'{value:,}'
         raise ValueError(
-            f'{name}: {given}; give a number from {low:,} to {high:,}.')
+          f'{name}: {given}; give a number from {low:,} to {high:,}.'
+        )
     for name, value, known in (
-        ('sampler', order.sampler, samplers.SAMPLERS),
-        ('threshold', order.threshold, samplers.THRESHOLDS)):
+      ('sampler', order.sampler, samplers.SAMPLERS),
+      ('threshold', order.threshold, samplers.THRESHOLDS),
+    ):
       if value not in known:
         raise ValueError(f'Unknown {name} {value!r}: use one of {known}.')
     self._encode(order)  # There may be no such class.
@@ -190,22 +215,39 @@ class Studio:
     if not isinstance(tokenizer, Tokenizer):
       return ''
     tokens, most = tokenizer.count(order.prompt), tokenizer.max_length
-    return '' if tokens <= most else (
+    return (
+      ''
+      if tokens <= most
+      else (
         f'The prompt has {tokens} tokens, and the network reads {most}: the '
-        'rest was left out.')
+        'rest was left out.'
+      )
+    )
 
   def command(self, order: Order, i: int = 0) -> str:
     """What draws picture i of an order again, for a shell."""
     values = {
-        'workdir': self._workdir, 'prompt': order.prompt,
-        'negative_prompt': order.negative_prompt, 'guidance': order.guidance,
-        'steps': order.steps, 'sampler': order.sampler,
-        'threshold': order.threshold, 'seed': order.seed + i, 'num_samples': 1}
+      'workdir': self._workdir,
+      'prompt': order.prompt,
+      'negative_prompt': order.negative_prompt,
+      'guidance': order.guidance,
+      'steps': order.steps,
+      'sampler': order.sampler,
+      'threshold': order.threshold,
+      'seed': order.seed + i,
+      'num_samples': 1,
+    }
     if not order.negative_prompt:
       del values['negative_prompt']
-    return ' '.join(['python -m mdm_jax.sample', *(
-        f'--{name}={shlex.quote(str(value))}'
-        for name, value in values.items())])
+    return ' '.join(
+      [
+        'python -m mdm_jax.sample',
+        *(
+          f'--{name}={shlex.quote(str(value))}'
+          for name, value in values.items()
+        ),
+      ]
+    )
 
   def submit(self, order: Order) -> Job:
     """Puts an order in the line.
@@ -218,8 +260,10 @@ class Studio:
     job = Job(order)
     with self._changed:
       if len(self._line) > self._max_waiting:
-        raise Busy(f'{self._max_waiting} others are waiting already: try '
-                   'again in a moment.')
+        raise Busy(
+          f'{self._max_waiting} others are waiting already: try '
+          'again in a moment.'
+        )
       self._line.append(job)
       job.future = self._thread.submit(self._draw, job)
     job.future.add_done_callback(lambda _: self._leave(job))
@@ -235,8 +279,10 @@ class Studio:
       jax.errors.JaxRuntimeError: the device failed, for want of memory say.
     """
     seen, done = None, False
+
     def has_changed():
       return job.future.done() or self._place(job) != seen
+
     try:
       while not done:
         with self._changed:
@@ -268,24 +314,33 @@ class Studio:
 
   def _encode(self, order: Order) -> tuple[np.ndarray, np.ndarray]:
     return tuple(
-        inputs.encode_prompts(self._config, [text])
-        for text in (order.prompt, order.negative_prompt))
+      inputs.encode_prompts(self._config, [text])
+      for text in (order.prompt, order.negative_prompt)
+    )
 
   def _make_draw_steps(self, sampler: str, threshold: str):
     spec = dataclasses.replace(
-        self._painter.spec, name=sampler, threshold=threshold)
+      self._painter.spec, name=sampler, threshold=threshold
+    )
     return draw.make_draw_steps(
-        dataclasses.replace(self._painter, spec=spec),
-        jax.tree.map(lambda x: x.sharding, self._params))
+      dataclasses.replace(self._painter, spec=spec),
+      jax.tree.map(lambda x: x.sharding, self._params),
+    )
 
   def _draw(self, job: Job) -> None:
     order, count = job.order, job.order.num_pictures
     size = next(size for size in self._sizes if size >= count)
     text, negative = (
-        np.repeat(one, size, axis=0) for one in self._encode(order))
+      np.repeat(one, size, axis=0) for one in self._encode(order)
+    )
     steps = self._draw_steps(order.sampler, order.threshold)(
-        self._params, text, negative, order.seed + np.arange(size),
-        order.steps, order.guidance)
+      self._params,
+      text,
+      negative,
+      order.seed + np.arange(size),
+      order.steps,
+      order.guidance,
+    )
     for step, images in enumerate(steps, 1):
       # Waits for the step, so that none is taken after a cancellation.
       pictures = tuple(np.asarray(level)[:count] for level in images)

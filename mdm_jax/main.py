@@ -1,6 +1,6 @@
 """Trains a Matryoshka diffusion model, stage by stage.
 
-  python -m mdm_jax.main --config=configs/shapes_64.py
+python -m mdm_jax.main --config=configs/shapes_64.py
 """
 
 import pathlib
@@ -15,28 +15,48 @@ from mdm_jax import cpu
 
 _BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'A recipe, such as configs/shapes_64.py; ":smoke" appended '
-    'to it makes a toy-sized run. --config.KEY=VALUE changes one key.',
-    lock_config=True)
+  'config',
+  None,
+  'A recipe, such as configs/shapes_64.py; ":smoke" appended '
+  'to it makes a toy-sized run. --config.KEY=VALUE changes one key.',
+  lock_config=True,
+)
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Receives checkpoints, samples and metrics; the same one '
-    'continues a run. Default: runs/<name of the config>.')
+  'workdir',
+  None,
+  'Receives checkpoints, samples and metrics; the same one '
+  'continues a run. Default: runs/<name of the config>.',
+)
 _DISTRIBUTED = flags.DEFINE_boolean(
-    'distributed', False, 'This is one of several processes that train '
-    'together. Cloud TPU, GKE, Slurm and Open MPI say which one; elsewhere '
-    'give the next three.')
+  'distributed',
+  False,
+  'This is one of several processes that train '
+  'together. Cloud TPU, GKE, Slurm and Open MPI say which one; elsewhere '
+  'give the next three.',
+)
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0.')
+  'coordinator', None, 'HOST:PORT of process 0.'
+)
 _NUM_PROCESSES = flags.DEFINE_integer(
-    'num_processes', None, 'All of them.', lower_bound=1)
+  'num_processes', None, 'All of them.', lower_bound=1
+)
 _PROCESS_ID = flags.DEFINE_integer(
-    'process_id', None, 'Of this one, from 0.', lower_bound=0)
+  'process_id', None, 'Of this one, from 0.', lower_bound=0
+)
 _ARRIVAL = flags.DEFINE_integer(
-    'arrival', 300, 'Seconds to wait for the other processes. Those that are '
-    'missing are named every 30 s, and when it ends.', lower_bound=1)
+  'arrival',
+  300,
+  'Seconds to wait for the other processes. Those that are '
+  'missing are named every 30 s, and when it ends.',
+  lower_bound=1,
+)
 _HEARTBEAT = flags.DEFINE_integer(
-    'heartbeat', 100, 'Seconds without a sign of life after which a process '
-    'counts as dead and the others end.', lower_bound=1)
+  'heartbeat',
+  100,
+  'Seconds without a sign of life after which a process '
+  'counts as dead and the others end.',
+  lower_bound=1,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -65,15 +85,20 @@ def main(argv: list[str]) -> None:
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, mode = name.partition(':')
   workdir = _WORKDIR.value or 'runs/' + '_'.join(
-      filter(None, [pathlib.Path(path).stem, mode]))
+    filter(None, [pathlib.Path(path).stem, mode])
+  )
   metrics.setup_logging()
   compilation_cache.enable()
   try:
     cpu.use_cores(checks.parts_of_batches(config))
     if _DISTRIBUTED.value:
       processes.join(
-          _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
-          arrival=_ARRIVAL.value, heartbeat=_HEARTBEAT.value)
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        arrival=_ARRIVAL.value,
+        heartbeat=_HEARTBEAT.value,
+      )
       if jax.process_index():  # One of them tells.
         logging.set_verbosity(logging.WARNING)
     mesh, frozen = train.setup(config, workdir)
@@ -82,8 +107,12 @@ def main(argv: list[str]) -> None:
   with processes.ending_together(_HEARTBEAT.value):
     try:
       finished = train.train(config, workdir, mesh, frozen, _BEGAN)
-    except (checkpoint.CheckpointError, guard.Diverged, DataError,
-            replicas.ReplicasDiffer) as error:
+    except (
+      checkpoint.CheckpointError,
+      guard.Diverged,
+      DataError,
+      replicas.ReplicasDiffer,
+    ) as error:
       processes.end(f'error: {error}')
   interrupt.ignore_signals()
   processes.end(0 if finished else interrupt.EXIT_CODE)
@@ -104,8 +133,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # Config dictionaries wrap the name in quotes, twice.
     reason = str(error).strip('"\'')
     changes = [word for word in argv if word.startswith('--config.')]
-    sys.exit(f'error: {" ".join(changes)}: no such key ({reason}); '
-             'configs/common.py has all keys.')
+    sys.exit(
+      f'error: {" ".join(changes)}: no such key ({reason}); '
+      'configs/common.py has all keys.'
+    )
 
 
 if __name__ == '__main__':

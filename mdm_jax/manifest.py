@@ -66,8 +66,7 @@ def replace_text(path: epath.Path, text: str) -> None:
 
 # What is read again in one process has mostly been read just before.
 @functools.lru_cache(maxsize=64)
-def _problem(
-    directory: str, text: bytes, files: Files) -> str | None:
+def _problem(directory: str, text: bytes, files: Files) -> str | None:
   try:
     expected = json.loads(text)
   except ValueError:
@@ -79,8 +78,9 @@ def _problem(
     return f'{_NAME} is damaged'
   problems = [f'{name} is missing' for name in expected if name not in found]
   problems += [
-      f'{name} has changed' if name in expected else f'{name} is extra'
-      for name in found if found[name] != expected.get(name)
+    f'{name} has changed' if name in expected else f'{name} is extra'
+    for name in found
+    if found[name] != expected.get(name)
   ]
   more = f', and {len(problems) - 1} more' if len(problems) > 1 else ''
   return (problems or [f'{_NAME} is damaged'])[0] + more
@@ -100,13 +100,15 @@ def _files(directory: epath.Path) -> Files:
 def _hashes(directory: epath.Path, files: Files) -> dict[str, list[str]]:
   """Hash of each block of each file; an empty file has one empty block."""
   blocks = [
-      (name, offset) for name, length, _ in files
-      for offset in range(0, max(1, length), _BLOCK)
+    (name, offset)
+    for name, length, _ in files
+    for offset in range(0, max(1, length), _BLOCK)
   ]
   hashes = {name: [] for name, *_ in files}
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     digests = pool.map(
-        lambda block: _hash(directory / block[0], block[1]), blocks)
+      lambda block: _hash(directory / block[0], block[1]), blocks
+    )
     for (name, _), digest in zip(blocks, digests):
       hashes[name].append(digest)
   return hashes
@@ -118,7 +120,7 @@ def _hash(path: epath.Path, offset: int) -> str:
   with path.open('rb') as file:
     file.seek(offset)
     for _ in range(_BLOCK // _READ):
-      found.update(buffer[:file.readinto(buffer)])
+      found.update(buffer[: file.readinto(buffer)])
   return found.hexdigest()
 
 

@@ -31,17 +31,17 @@ with epy.lazy_imports():  # 0.3 s and 0.4 s, which no --help should pay.
 # v5p, v6e) and the data sheets of NVIDIA, whose figures with sparsity are
 # twice these.
 _PEAK_FLOPS = (
-    ('TPU v4', 275e12),
-    ('TPU v5 lite', 197e12),
-    ('TPU v5e', 197e12),
-    ('TPU v5', 459e12),
-    ('TPU v6', 918e12),
-    ('NVIDIA A100', 312e12),
-    ('NVIDIA H100 PCIe', 756e12),
-    ('NVIDIA H100', 989e12),
-    ('NVIDIA H200', 989e12),
-    ('NVIDIA L40S', 362e12),
-    ('NVIDIA L4', 121e12),
+  ('TPU v4', 275e12),
+  ('TPU v5 lite', 197e12),
+  ('TPU v5e', 197e12),
+  ('TPU v5', 459e12),
+  ('TPU v6', 918e12),
+  ('NVIDIA A100', 312e12),
+  ('NVIDIA H100 PCIe', 756e12),
+  ('NVIDIA H100', 989e12),
+  ('NVIDIA H200', 989e12),
+  ('NVIDIA L40S', 362e12),
+  ('NVIDIA L4', 121e12),
 )
 
 # Seconds for what is being written, before the process leaves.
@@ -73,10 +73,14 @@ class MetricWriter:
       self._tensorboard = background.Background('TensorBoard')
       self._directory, self._events = workdir / 'tensorboard', None
       self._parts = (
-          self._lines, self._skipped, self._pictures, self._tensorboard)
+        self._lines,
+        self._skipped,
+        self._pictures,
+        self._tensorboard,
+      )
 
   def scalars(
-      self, step: int, values: Mapping[str, float], *, stage: str
+    self, step: int, values: Mapping[str, float], *, stage: str
   ) -> None:
     """Writes numbers; in TensorBoard they are named `<stage>/<name>`.
 
@@ -92,13 +96,20 @@ class MetricWriter:
     now = time.time()
     values = {name: float(value) for name, value in values.items()}
     self._lines.append(
-        {'time': round(now, 3), 'stage': stage, 'step': int(step)} | {
-            name: value if math.isfinite(value) else str(value)
-            for name, value in values.items()})
-    summary = tensorboardX.summary.Summary(value=[
+      {'time': round(now, 3), 'stage': stage, 'step': int(step)}
+      | {
+        name: value if math.isfinite(value) else str(value)
+        for name, value in values.items()
+      }
+    )
+    summary = tensorboardX.summary.Summary(
+      value=[
         tensorboardX.summary.Summary.Value(
-            tag=f'{stage}/{name}', simple_value=value)
-        for name, value in values.items()])
+          tag=f'{stage}/{name}', simple_value=value
+        )
+        for name, value in values.items()
+      ]
+    )
     self._tensorboard.submit(self._write_event, summary, step, now)
 
   def skipped(self, line: Mapping[str, Any]) -> None:
@@ -110,9 +121,11 @@ class MetricWriter:
     """Writes a picture to TensorBoard: uint8 `[H, W, 3]`."""
     now = time.time()
     if self._lines:
-      self._tensorboard.submit(lambda: self._write_event(
-          tensorboardX.summary.image(name, image, dataformats='HWC'), step,
-          now))
+      self._tensorboard.submit(
+        lambda: self._write_event(
+          tensorboardX.summary.image(name, image, dataformats='HWC'), step, now
+        )
+      )
 
   def submit(self, save: Callable[..., None], *args: Any) -> None:
     """Has `save(*args)`, which writes a picture, called in the background."""
@@ -136,9 +149,13 @@ class MetricWriter:
       # The usual SummaryWriter has a thread of its own, which a full disk ends
       # without a word, and after which nothing ends.
       self._events = tensorboardX.event_file_writer.EventsWriter(
-          str(self._directory / 'events'))
-    self._events.write_event(tensorboardX.event_file_writer.event_pb2.Event(
-        summary=summary, step=step, wall_time=now))
+        str(self._directory / 'events')
+      )
+    self._events.write_event(
+      tensorboardX.event_file_writer.event_pb2.Event(
+        summary=summary, step=step, wall_time=now
+      )
+    )
     self._events.flush()
 
 
@@ -149,7 +166,7 @@ class Progress:
   """
 
   def __init__(
-      self, stage: str, *, first_step: int, last_step: int, batch_size: int
+    self, stage: str, *, first_step: int, last_step: int, batch_size: int
   ):
     """Starts the clock.
 
@@ -176,8 +193,13 @@ class Progress:
       self._paused += time.monotonic() - begin
 
   def report(
-      self, step: int, *, loss: float, levels: Mapping[str, float],
-      grad_norm: float, learning_rate: float,
+    self,
+    step: int,
+    *,
+    loss: float,
+    levels: Mapping[str, float],
+    grad_norm: float,
+    learning_rate: float,
   ) -> dict[str, float]:
     """Logs a line about the steps since the last report.
 
@@ -197,17 +219,24 @@ class Progress:
     pace = (now - self._start_time) / (step - self._start_step)
     self._step, self._time, self._paused = step, now, 0.0
     rates = {
-        'images_per_second': self._batch_size / seconds,
-        'seconds_per_step': seconds,
-        'eta_seconds': pace * (self._last_step - step),
+      'images_per_second': self._batch_size / seconds,
+      'seconds_per_step': seconds,
+      'eta_seconds': pace * (self._last_step - step),
     }
     each = ', '.join(f'{name}: {value:.4f}' for name, value in levels.items())
     logging.info(
-        '%s  step %d/%d (%d %%)  %.1f images/s  eta %s  loss %.4f%s  grad %.2f'
-        '  lr %.1e',
-        self._stage, step, self._last_step, 100 * step // self._last_step,
-        rates['images_per_second'], duration(rates['eta_seconds']),
-        loss, f' ({each})' if len(levels) > 1 else '', grad_norm, learning_rate,
+      '%s  step %d/%d (%d %%)  %.1f images/s  eta %s  loss %.4f%s  grad %.2f'
+      '  lr %.1e',
+      self._stage,
+      step,
+      self._last_step,
+      100 * step // self._last_step,
+      rates['images_per_second'],
+      duration(rates['eta_seconds']),
+      loss,
+      f' ({each})' if len(levels) > 1 else '',
+      grad_norm,
+      learning_rate,
     )
     return rates
 
@@ -234,8 +263,9 @@ def setup_logging() -> None:
 
   def is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
     return (
-        record.levelno >= python_logging.WARNING and not record.exc_info
-        or record.pathname.startswith(package)
+      record.levelno >= python_logging.WARNING
+      and not record.exc_info
+      or record.pathname.startswith(package)
     )
 
   logging.set_verbosity(logging.INFO)
@@ -248,6 +278,7 @@ def setup_logging() -> None:
   def report_others(unraisable):
     if str(unraisable.exc_value) != 'Event loop is closed':
       report(unraisable)
+
   sys.unraisablehook = report_others
 
 
@@ -269,10 +300,9 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def measure_matmul_flops(
-    device: jax.Device, size: int = 1024, seconds: float = 0.2
+  device: jax.Device, size: int = 1024, seconds: float = 0.2
 ) -> float:
-  """Best FLOP/s of a float32 matrix product of `[size, size]` in some seconds.
-  """
+  """Best FLOP/s of a float32 product of `[size, size]` matrices, timed."""
   x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
   matmul = jax.jit(jnp.matmul)
   matmul(x, x).block_until_ready()
@@ -285,7 +315,7 @@ def measure_matmul_flops(
 
 
 def flops_per_step(
-    compiled: jax.stages.Compiled, rounds: int = 1
+  compiled: jax.stages.Compiled, rounds: int = 1
 ) -> float | None:
   """XLA's count of one call's FLOPs on one device, None if it has none.
 
@@ -322,8 +352,9 @@ def log_parameter_overview(params: Mapping[str, Any]) -> None:
     row.parameters += math.prod(leaf.shape)
   total = sum(row.parameters for row in rows.values())
   logging.info(
-      '%s parameters\n%s',
-      f'{total:,}', parameter_overview.make_table(list(rows.values())),
+    '%s parameters\n%s',
+    f'{total:,}',
+    parameter_overview.make_table(list(rows.values())),
   )
 
 
@@ -349,12 +380,12 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
   widths = [max(map(len, column)) for column in zip(*lines)]
   lines.insert(1, ['-' * width for width in widths])
   is_text = [
-      any(isinstance(value, str) for value in column) for column in zip(*rows)
+    any(isinstance(value, str) for value in column) for column in zip(*rows)
   ] or [True] * len(widths)
   return '\n'.join(
-      '  '.join(
-          text.ljust(width) if left else text.rjust(width)
-          for text, width, left in zip(line, widths, is_text)
-      ).rstrip()
-      for line in lines
+    '  '.join(
+      text.ljust(width) if left else text.rjust(width)
+      for text, width, left in zip(line, widths, is_text)
+    ).rstrip()
+    for line in lines
   )

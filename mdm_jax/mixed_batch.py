@@ -33,8 +33,9 @@ def finest_levels(sizes: Sequence[int]) -> tuple[int, ...]:
   """
   repeats = num_repeats(sizes)
   return tuple(
-      sum(row < size // repeats for size in sizes) - 1
-      for row in range(sizes[0] // repeats))
+    sum(row < size // repeats for size in sizes) - 1
+    for row in range(sizes[0] // repeats)
+  )
 
 
 def image_names(resolutions: Sequence[int]) -> tuple[str, ...]:
@@ -48,11 +49,13 @@ def image_names(resolutions: Sequence[int]) -> tuple[str, ...]:
 
 def take(tree: Any, count: int, repeats: int) -> Any:
   """The examples that a level sees, of arrays [B, ...] -> [count, ...]."""
+
   def take_leaf(x):
     if count == len(x):
       return x
     periods = x.reshape(repeats, -1, *x.shape[1:])
-    return periods[:, :count // repeats].reshape(count, *x.shape[1:])
+    return periods[:, : count // repeats].reshape(count, *x.shape[1:])
+
   return jax.tree.map(take_leaf, tree)
 
 
@@ -67,9 +70,11 @@ def split(tree: Any, parts: int, repeats: int) -> Any:
     parts: divides `repeats`.
     repeats: of the pattern.
   """
+
   def split_leaf(x):
     dealt = x.reshape(repeats // parts, parts, len(x) // repeats, *x.shape[1:])
     return dealt.swapaxes(0, 1).reshape(parts, len(x) // parts, *x.shape[1:])
+
   return jax.tree.map(split_leaf, tree)
 
 

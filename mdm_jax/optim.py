@@ -8,8 +8,9 @@ import optax
 import optax.contrib
 
 
-def learning_rate_schedule(peak: float, *, warmup_steps: int, decay: str,
-                           num_steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+  peak: float, *, warmup_steps: int, decay: str, num_steps: int
+) -> optax.Schedule:
   """Linear warm-up from 0, then constant, or cosine to 0 at `num_steps`.
 
   Raises:
@@ -20,20 +21,28 @@ def learning_rate_schedule(peak: float, *, warmup_steps: int, decay: str,
     case 'constant':
       rest = optax.constant_schedule(peak)
     case 'cosine':
-      rest = optax.cosine_decay_schedule(
-          peak, max(num_steps - warmup_steps, 1))
+      rest = optax.cosine_decay_schedule(peak, max(num_steps - warmup_steps, 1))
     case _:
       raise ValueError(
-          f'Unknown learning rate decay {decay!r}: use constant or cosine.')
+        f'Unknown learning rate decay {decay!r}: use constant or cosine.'
+      )
   # Shifted by one: the first update is not wasted on a rate of 0.
   return optax.join_schedules(
-      [lambda step: warmup(step + 1), rest], [warmup_steps])
+    [lambda step: warmup(step + 1), rest], [warmup_steps]
+  )
 
 
-def make_optimizer(learning_rate: optax.Schedule, *, name: str, b1: float,
-                   b2: float, epsilon: float, weight_decay: float,
-                   clip_norm: float,
-                   adam_scale: float) -> optax.GradientTransformation:
+def make_optimizer(
+  learning_rate: optax.Schedule,
+  *,
+  name: str,
+  b1: float,
+  b2: float,
+  epsilon: float,
+  weight_decay: float,
+  clip_norm: float,
+  adam_scale: float,
+) -> optax.GradientTransformation:
   """Clipping by the global norm, then AdamW or Muon.
 
   Args:
@@ -53,15 +62,20 @@ def make_optimizer(learning_rate: optax.Schedule, *, name: str, b1: float,
   """
   match name:
     case 'adamw':
-      update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=epsilon,
-                           weight_decay=weight_decay)
+      update = optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay
+      )
     case 'muon':
       update = optax.contrib.muon(
-          learning_rate, weight_decay=weight_decay, eps=epsilon,
-          adam_b1=b1, adam_b2=b2,
-          adam_weight_decay=weight_decay,
-          adam_learning_rate=lambda step: adam_scale * learning_rate(step),
-          muon_weight_dimension_numbers=_hidden_kernels)
+        learning_rate,
+        weight_decay=weight_decay,
+        eps=epsilon,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        adam_learning_rate=lambda step: adam_scale * learning_rate(step),
+        muon_weight_dimension_numbers=_hidden_kernels,
+      )
     case _:
       raise ValueError(f'Unknown optimizer {name!r}: use adamw or muon.')
   return optax.chain(optax.clip_by_global_norm(clip_norm), update)
@@ -69,18 +83,20 @@ def make_optimizer(learning_rate: optax.Schedule, *, name: str, b1: float,
 
 def _hidden_kernels(params: Any) -> Any:
   """For Muon: kernels as matrices, from all other axes to the last."""
+
   def dimensions(path, leaf):
     keys = [key.key for key in path]
     at_the_ends = len(keys) == 4 and keys[2] in ('conv_in', 'conv_out')
     if keys[-1] != 'kernel' or at_the_ends:
       return None
     return optax.contrib.MuonDimensionNumbers(
-        tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+      tuple(range(leaf.ndim - 1)), leaf.ndim - 1
+    )
+
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def update_average(ema: Any, params: Any, step: jax.Array,
-                   decay: float) -> Any:
+def update_average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
   """One step of the exponential moving average.
 
   Early on the decay is (1 + step) / (10 + step), so that the average forgets

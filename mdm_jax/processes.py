@@ -26,22 +26,33 @@ with epy.lazy_imports():  # 0.7 s, which only several processes need.
   import orbax.checkpoint as ocp
 
 _REMIND = 30.0  # seconds between two lines about who is missing
-_RETRY = 0.5    # seconds between two tries to reach process 0
-_GRACE = 10.0   # seconds for an answer to arrive
+_RETRY = 0.5  # seconds between two tries to reach process 0
+_GRACE = 10.0  # seconds for an answer to arrive
 # What a process tells the others: it was asked to stop; it is on its way out,
 # and no step can be taken with it; it has nothing left to do; nor have any, as
 # all agreed; it ends in this moment.
 _STOP, _LEAVING, _READY, _DONE, _GONE = (
-    'stop', 'leaving', 'ready', 'done', 'gone')
+  'stop',
+  'leaving',
+  'ready',
+  'done',
+  'gone',
+)
 _KEY = 'mdm_jax/word'
-_POLL = 0.2      # seconds between two looks at the words of others
-_ANSWER = 1.0    # seconds in which the coordinator answers, or hangs
+_POLL = 0.2  # seconds between two looks at the words of others
+_ANSWER = 1.0  # seconds in which the coordinator answers, or hangs
 _PATIENCE = 8.0  # seconds to wait for others that leave too
 _FAREWELL = 1.0  # seconds within which a process ends that says so
 
 
-def join(coordinator: str | None, num_processes: int | None,
-         process_id: int | None, *, arrival: float, heartbeat: int) -> None:
+def join(
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  arrival: float,
+  heartbeat: int,
+) -> None:
   """Makes this one of several processes that compute together.
 
   If one of them dies, the others end with a message. Call it before JAX is
@@ -60,34 +71,42 @@ def join(coordinator: str | None, num_processes: int | None,
   """
   try:
     coordinator, num_processes, process_id, _ = (
-        ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator, num_processes, process_id, None, None, arrival))
+      ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, num_processes, process_id, None, None, arrival
+      )
+    )
     if None in (coordinator, num_processes, process_id):
       raise ValueError('no cluster says who they are')
     if not 0 <= process_id < num_processes:
-      raise ValueError(f'process {process_id} is none of 0 to '
-                       f'{num_processes - 1}')
+      raise ValueError(
+        f'process {process_id} is none of 0 to {num_processes - 1}'
+      )
     host, _, port = coordinator.rpartition(':')
     if not (host and port.isdigit()):
       raise ValueError(f'{coordinator} is not HOST:PORT')
   # JAX and the clients of clusters have no error of their own for it.
   except (ValueError, RuntimeError, OSError) as error:
     raise ValueError(
-        'The other processes cannot be joined ('
-        f'{str(error).splitlines()[0]}): give --coordinator=HOST:PORT, '
-        '--num_processes=N and --process_id=0 to N-1.') from error
+      'The other processes cannot be joined ('
+      f'{str(error).splitlines()[0]}): give --coordinator=HOST:PORT, '
+      '--num_processes=N and --process_id=0 to N-1.'
+    ) from error
   # JAX would wait, too, but then abort, and name none.
   meet(host.strip('[]'), int(port), num_processes, process_id, arrival)
   # Its handler of SIGTERM would take the place of ours.
   jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
-      coordinator, num_processes, process_id,
-      initialization_timeout=int(arrival) + 1,
-      heartbeat_timeout_seconds=heartbeat)
+    coordinator,
+    num_processes,
+    process_id,
+    initialization_timeout=int(arrival) + 1,
+    heartbeat_timeout_seconds=heartbeat,
+  )
 
 
-def meet(host: str, port: int, count: int, process: int,
-         seconds: float) -> None:
+def meet(
+  host: str, port: int, count: int, process: int, seconds: float
+) -> None:
   """Waits until every process has come.
 
   Args:
@@ -108,9 +127,10 @@ def meet(host: str, port: int, count: int, process: int,
     names = ', '.join(map(str, missing))
     where = f', on {host} port {port},' if missing == [0] else ''
     raise ValueError(
-        f'Of {count} processes, {names}{where} did not arrive within '
-        f'{seconds:g} s: see their own logs, or give more time with '
-        '--arrival.')
+      f'Of {count} processes, {names}{where} did not arrive within '
+      f'{seconds:g} s: see their own logs, or give more time with '
+      '--arrival.'
+    )
 
 
 async def _gather(port: int, count: int, seconds: float) -> list[int]:
@@ -137,8 +157,9 @@ async def _gather(port: int, count: int, seconds: float) -> list[int]:
   try:
     server = await asyncio.start_server(greet, port=port)
   except OSError as error:
-    raise ValueError(f'Process 0 cannot listen ({error}): choose another '
-                     'port.') from error
+    raise ValueError(
+      f'Process 0 cannot listen ({error}): choose another port.'
+    ) from error
   begin = time.monotonic()
   while missing() and (left := begin + seconds - time.monotonic()) > 0:
     with contextlib.suppress(TimeoutError):
@@ -146,8 +167,11 @@ async def _gather(port: int, count: int, seconds: float) -> list[int]:
       break
     if left > _REMIND:
       logging.warning(
-          'Waiting, since %.0f s. Of %d processes these have not come: %s.',
-          time.monotonic() - begin, count, ', '.join(map(str, missing())))
+        'Waiting, since %.0f s. Of %d processes these have not come: %s.',
+        time.monotonic() - begin,
+        count,
+        ', '.join(map(str, missing())),
+      )
   server.close()
   result = missing()
   for writer in list(there.values()):
@@ -158,8 +182,9 @@ async def _gather(port: int, count: int, seconds: float) -> list[int]:
   return result
 
 
-async def _report(host: str, port: int, process: int,
-                  seconds: float) -> list[int]:
+async def _report(
+  host: str, port: int, process: int, seconds: float
+) -> list[int]:
   """Any other: reports to process 0, and waits for its answer."""
   begin = said = time.monotonic()
   while (now := time.monotonic()) < begin + seconds:
@@ -167,18 +192,24 @@ async def _report(host: str, port: int, process: int,
     # still another program's.
     with contextlib.suppress(OSError, ValueError, asyncio.LimitOverrunError):
       reader, writer = await asyncio.wait_for(
-          asyncio.open_connection(host, port), begin + seconds - now)
+        asyncio.open_connection(host, port), begin + seconds - now
+      )
       writer.write(b'%d\n' % process)
       # It may have begun to wait later than this one.
       answer = json.loads(
-          await asyncio.wait_for(reader.readline(), seconds + _GRACE))
+        await asyncio.wait_for(reader.readline(), seconds + _GRACE)
+      )
       writer.close()
       if isinstance(answer, list):  # Not its own line, sent to itself.
         return answer
     if now - said > _REMIND:
       said = now
-      logging.warning('Waiting, since %.0f s, for process 0 on %s port %d.',
-                      now - begin, host, port)
+      logging.warning(
+        'Waiting, since %.0f s, for process 0 on %s port %d.',
+        now - begin,
+        host,
+        port,
+      )
     await asyncio.sleep(_RETRY)
   return [0]
 
@@ -245,7 +276,8 @@ class Peers:
   def _tell(self, word: str) -> None:
     key = f'{_KEY}/{self._index}'
     self._call(
-        lambda: self._client.key_value_set(key, word, allow_overwrite=True))
+      lambda: self._client.key_value_set(key, word, allow_overwrite=True)
+    )
 
   def _words(self) -> list[str]:
     found = self._call(lambda: self._client.key_value_dir_get(_KEY))
@@ -258,6 +290,7 @@ class Peers:
     def answer():
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         answers.put(function())
+
     threading.Thread(target=answer, daemon=True).start()
     with contextlib.suppress(queue.Empty):
       return answers.get(timeout=_ANSWER)
@@ -301,7 +334,9 @@ def ending_together(heartbeat: float) -> Iterator[None]:
       traceback.print_exception(error)
       if isinstance(error, jax.errors.JaxRuntimeError):
         # Most often another has died, and the step came to know it first.
-        logging.error('Waiting up to %g s for JAX to say whether another '
-                      'process has died.', heartbeat + _GRACE)
+        logging.error(
+          'Waiting up to %g s for JAX to say whether another process has died.',
+          heartbeat + _GRACE,
+        )
         time.sleep(heartbeat + _GRACE)
       end(1)

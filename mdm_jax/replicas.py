@@ -18,8 +18,7 @@ class ReplicasDiffer(RuntimeError):
   """Devices disagree about an array that they all should have the same of."""
 
 
-def make_check(tree: Any, shardings: Any,
-               mesh: Mesh) -> Callable[[Any], None]:
+def make_check(tree: Any, shardings: Any, mesh: Mesh) -> Callable[[Any], None]:
   """Makes the comparison of all copies of every shard of a tree.
 
   Each device sums the bits of its own shards, so that what travels is one
@@ -36,21 +35,29 @@ def make_check(tree: Any, shardings: Any,
   """
   paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree)
   flat_shardings = jax.tree.leaves(shardings)
-  names = [jax.tree_util.keystr(path, simple=True, separator='/')
-           for path, _ in paths_and_leaves]
+  names = [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in paths_and_leaves
+  ]
   devices = list(mesh.devices.flat)
   holders = [
-      _holders(sharding.devices_indices_map(leaf.shape), devices)
-      for sharding, (_, leaf) in zip(flat_shardings, paths_and_leaves)]
+    _holders(sharding.devices_indices_map(leaf.shape), devices)
+    for sharding, (_, leaf) in zip(flat_shardings, paths_and_leaves)
+  ]
 
   def local_digests(*leaves):
     return jnp.stack([_digest(leaf) for leaf in leaves])[None]
+
   digests = jax.jit(
-      jax.shard_map(
-          local_digests, mesh=mesh,
-          in_specs=tuple(sharding.spec for sharding in flat_shardings),
-          out_specs=PartitionSpec(mesh.axis_names), check_vma=False),
-      out_shardings=jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    jax.shard_map(
+      local_digests,
+      mesh=mesh,
+      in_specs=tuple(sharding.spec for sharding in flat_shardings),
+      out_specs=PartitionSpec(mesh.axis_names),
+      check_vma=False,
+    ),
+    out_shardings=jax.sharding.NamedSharding(mesh, PartitionSpec()),
+  )
 
   def check(tree):
     found = np.asarray(digests(*jax.tree.leaves(tree)))  # [devices, arrays]
@@ -60,19 +67,24 @@ def make_check(tree: Any, shardings: Any,
         for place in _odd_ones(column[group]):
           odd.setdefault(devices[group[place]], []).append(name)
     if odd:
-      raise ReplicasDiffer('; '.join(
+      raise ReplicasDiffer(
+        '; '.join(
           f'{device} of process {device.process_index} has another copy of '
-          f'{names[0]}' + (f' and {len(names) - 1} more arrays'
-                           if len(names) > 1 else '')
-          for device, names in odd.items())
-          + ': nothing was saved since all copies were the same, and the same '
-          'command continues from there. Leave the device out if it happens '
-          'again.')
+          f'{names[0]}'
+          + (f' and {len(names) - 1} more arrays' if len(names) > 1 else '')
+          for device, names in odd.items()
+        )
+        + ': nothing was saved since all copies were the same, and the same '
+        'command continues from there. Leave the device out if it happens '
+        'again.'
+      )
+
   return check
 
 
-def _holders(indices: dict[jax.Device, Any],
-             devices: list[jax.Device]) -> list[np.ndarray]:
+def _holders(
+  indices: dict[jax.Device, Any], devices: list[jax.Device]
+) -> list[np.ndarray]:
   """For each shard, the places in `devices` of those that hold a copy."""
   groups = {}
   for place, device in enumerate(devices):
@@ -84,7 +96,8 @@ def _holders(indices: dict[jax.Device, Any],
 def _odd_ones(digests: np.ndarray) -> np.ndarray:
   """Places of those that are not the most frequent; all if none is."""
   values, inverse, counts = np.unique(
-      digests, return_inverse=True, return_counts=True)
+    digests, return_inverse=True, return_counts=True
+  )
   if len(values) == 1:
     return np.array([], int)
   is_best = counts == counts.max()
@@ -102,7 +115,8 @@ def _digest(x: jax.Array) -> jax.Array:
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
   bits = jax.lax.bitcast_convert_type(
-      x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+    x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')
+  )
   words = bits.astype(jnp.uint32).reshape(-1)
   weights = 2 * jax.lax.iota(jnp.uint32, math.prod(x.shape)) + 1
   return (words * weights).sum(dtype=jnp.uint32)

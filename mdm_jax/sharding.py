@@ -29,13 +29,15 @@ def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
     sizes[sizes.index(-1)] = count // known if known > 0 else 0
   if min(sizes) < 1 or math.prod(sizes) != count:
     raise ValueError(
-        f'mesh {dict(axes)} does not arrange {count} devices: sizes must '
-        f'multiply to {count} (one may be -1).')
+      f'mesh {dict(axes)} does not arrange {count} devices: sizes must '
+      f'multiply to {count} (one may be -1).'
+    )
   return dict(zip(AXES, sizes))
 
 
-def make_mesh(axes: Mapping[str, int],
-              devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+  axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """Arranges devices in a mesh.
 
   Args:
@@ -47,8 +49,8 @@ def make_mesh(axes: Mapping[str, int],
   """
   sizes = mesh_sizes(axes, len(devices or jax.devices())).values()
   return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices)
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+  )
 
 
 def check_images_stay_in_processes(mesh: Mesh) -> None:
@@ -62,9 +64,10 @@ def check_images_stay_in_processes(mesh: Mesh) -> None:
     processes = {device.process_index for device in devices}
     if len(processes) > 1:
       raise ValueError(
-          f'mesh.spatial={spatial} divides the rows of an image among '
-          f'processes {sorted(processes)}, which read whole images: use fewer, '
-          "at most a process's own devices.")
+        f'mesh.spatial={spatial} divides the rows of an image among '
+        f'processes {sorted(processes)}, which read whole images: use fewer, '
+        "at most a process's own devices."
+      )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -83,13 +86,16 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *height))
 
 
-def shard_batch(batch: Mapping[str, np.ndarray],
-                mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
   """This process's slices of a global batch -> global arrays on the mesh."""
   return {
-      name: jax.make_array_from_process_local_data(
-          batch_sharding(mesh, value.ndim), value)
-      for name, value in batch.items()}
+    name: jax.make_array_from_process_local_data(
+      batch_sharding(mesh, value.ndim), value
+    )
+    for name, value in batch.items()
+  }
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -109,20 +115,24 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   Raises:
     ValueError: if an axis does not divide the dimension it is to shard.
   """
+
   def sharding(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     axes = next(
-        (axes for pattern, axes in rules if re.search(pattern, name)), ())
+      (axes for pattern, axes in rules if re.search(pattern, name)), ()
+    )
     if len(axes) > len(leaf.shape):
       axes = ()
     spec = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
     for size, axis in zip(leaf.shape, spec):
       if axis is not None and size % mesh.shape[axis]:
         raise ValueError(
-            f'{name} {leaf.shape}: the {mesh.shape[axis]} devices of mesh '
-            f'axis {axis!r} do not divide {size}; exempt it by an earlier '
-            'rule in sharding_rules.')
+          f'{name} {leaf.shape}: the {mesh.shape[axis]} devices of mesh '
+          f'axis {axis!r} do not divide {size}; exempt it by an earlier '
+          'rule in sharding_rules.'
+        )
     return NamedSharding(mesh, PartitionSpec(*spec))
+
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
@@ -136,15 +146,23 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
   """
   if mesh.devices.flat[0].platform != 'tpu':
     return {}
-  return dict.fromkeys((
+  return dict.fromkeys(
+    (
       'xla_tpu_run_space_to_batch',
       'xla_tpu_run_space_to_batch_on_new_platforms',
       'xla_tpu_enable_windowed_einsum_for_all_gather',
-      'xla_tpu_enable_windowed_einsum_for_reduce_scatter'), False)
+      'xla_tpu_enable_windowed_einsum_for_reduce_scatter',
+    ),
+    False,
+  )
 
 
 def place(tree: Any, shardings: Any) -> Any:
   """Arrays that every process has whole -> global arrays in their shards."""
   return jax.tree.map(
-      lambda x, sharding: jax.make_array_from_callback(
-          x.shape, sharding, lambda index: x[index]), tree, shardings)
+    lambda x, sharding: jax.make_array_from_callback(
+      x.shape, sharding, lambda index: x[index]
+    ),
+    tree,
+    shardings,
+  )

@@ -45,17 +45,21 @@ def grow(fresh: Any, trained: Any) -> Any:
   trained = traverse_util.flatten_dict(trained, sep='/')
   problems = [f'{name} has no place' for name in trained.keys() - fresh.keys()]
   problems += [
-      f'{name} is {trained[name].shape}, not {fresh[name].shape}'
-      for name in trained.keys() & fresh.keys()
-      if trained[name].shape != fresh[name].shape]
+    f'{name} is {trained[name].shape}, not {fresh[name].shape}'
+    for name in trained.keys() & fresh.keys()
+    if trained[name].shape != fresh[name].shape
+  ]
   blocks = {_block(name) for name in trained}
   problems += [
-      f'{name} is missing' for name in fresh.keys() - trained.keys()
-      if _block(name) in blocks]
+    f'{name} is missing'
+    for name in fresh.keys() - trained.keys()
+    if _block(name) in blocks
+  ]
   if problems:
     raise ValueError(
-        'The last stage does not fit into this one: '
-        + '; '.join(sorted(problems)))
+      'The last stage does not fit into this one: '
+      + '; '.join(sorted(problems))
+    )
   return traverse_util.unflatten_dict({**fresh, **trained}, sep='/')
 
 

@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
     guard: `guard.GuardState`, over the steps so far.
     lags: how far further averages are from `params`, see `averages`.
   """
+
   step: jax.Array
   params: Params
   ema: Params

@@ -18,20 +18,28 @@ import numpy as np
 
 _MAX_PICKLE = 64 * 2**20  # bytes; those of released models have 0.1 MB
 _DTYPES = {
-    'DoubleStorage': np.float64, 'FloatStorage': np.float32,
-    'HalfStorage': np.float16, 'BFloat16Storage': ml_dtypes.bfloat16,
-    'LongStorage': np.int64, 'IntStorage': np.int32,
-    'ShortStorage': np.int16, 'CharStorage': np.int8,
-    'ByteStorage': np.uint8, 'BoolStorage': np.bool_}
+  'DoubleStorage': np.float64,
+  'FloatStorage': np.float32,
+  'HalfStorage': np.float16,
+  'BFloat16Storage': ml_dtypes.bfloat16,
+  'LongStorage': np.int64,
+  'IntStorage': np.int32,
+  'ShortStorage': np.int16,
+  'CharStorage': np.int8,
+  'ByteStorage': np.uint8,
+  'BoolStorage': np.bool_,
+}
 
 
 class _Kind(NamedTuple):
   """Of a storage. Unlike a dtype, it has no state that a file could set."""
+
   name: str
 
 
 class _Storage(NamedTuple):
   """Bytes of the zip that tensors look into."""
+
   key: str
   dtype: np.dtype
   size: int  # elements
@@ -39,6 +47,7 @@ class _Storage(NamedTuple):
 
 class _Tensor(NamedTuple):
   """A view of a storage; lengths and strides in elements."""
+
   storage: _Storage
   offset: int
   shape: tuple[int, ...]
@@ -86,10 +95,11 @@ def _rebuild_parameter(tensor, *unused) -> _Tensor:
 
 
 _KNOWN = {
-    ('collections', 'OrderedDict'): _Dict,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
-    **{('torch', name): _Kind(name) for name in _DTYPES}}
+  ('collections', 'OrderedDict'): _Dict,
+  ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+  ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
+  **{('torch', name): _Kind(name) for name in _DTYPES},
+}
 
 
 class _Named:
@@ -122,7 +132,6 @@ class _Pickler(pickle._Pickler):
 
 # The one in Python: C's sizes its memo by a number that the file gives.
 class _Unpickler(pickle._Unpickler):
-
   def find_class(self, module, name):
     return _KNOWN.get((module, name), _Inert)
 
@@ -152,13 +161,15 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
       return _read(archive, os.path.getsize(path))
   except FileNotFoundError:
     raise FileNotFoundError(
-        f'{path} does not exist: give a .pth file.') from None
+      f'{path} does not exist: give a .pth file.'
+    ) from None
   # A hostile pickle can raise nearly anything.
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else repr(error)
     raise ValueError(
-        f'{path} is no usable PyTorch checkpoint ({reason}): download it '
-        'again, or save it with torch.save.') from error
+      f'{path} is no usable PyTorch checkpoint ({reason}): download it '
+      'again, or save it with torch.save.'
+    ) from error
 
 
 def _read(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndarray]:
@@ -177,12 +188,14 @@ def _read(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndarray]:
   if members[pickles[0]].file_size > _MAX_PICKLE:
     raise ValueError(f'its pickle is larger than {_MAX_PICKLE} bytes')
   if f'{root}byteorder' in members and (
-      archive.read(f'{root}byteorder') != b'little'):
+    archive.read(f'{root}byteorder') != b'little'
+  ):
     raise ValueError('it was written on a big-endian machine')
 
   ##### What the pickle says.
   loaded = _Unpickler(
-      io.BytesIO(archive.read(pickles[0])), encoding='utf-8').load()
+    io.BytesIO(archive.read(pickles[0])), encoding='utf-8'
+  ).load()
   if isinstance(loaded, dict) and 'state_dict' in loaded:
     loaded = loaded['state_dict']
   if not isinstance(loaded, dict) or not loaded:
@@ -201,9 +214,11 @@ def _read(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndarray]:
         raise ValueError(f'{name} has {len(data)} bytes')
       storages[storage] = np.frombuffer(data, storage.dtype)
     tensors[str(name)] = np.lib.stride_tricks.as_strided(
-        storages[storage][tensor.offset:], tensor.shape,
-        [stride * storage.dtype.itemsize for stride in tensor.strides],
-        writeable=False)
+      storages[storage][tensor.offset :],
+      tensor.shape,
+      [stride * storage.dtype.itemsize for stride in tensor.strides],
+      writeable=False,
+    )
   return tensors
 
 
@@ -211,18 +226,23 @@ def _check(name: str, tensor: _Tensor) -> None:
   """Raises ValueError if a view leaves its storage or repeats its elements."""
   storage, offset, shape, strides = tensor
   numbers = (offset, *shape, *strides)
-  if not isinstance(storage, _Storage) or len(shape) != len(strides) or any(
-      not isinstance(number, int) or number < 0 for number in numbers):
+  if (
+    not isinstance(storage, _Storage)
+    or len(shape) != len(strides)
+    or any(not isinstance(number, int) or number < 0 for number in numbers)
+  ):
     raise ValueError(f'{name} is malformed')
   count = math.prod(shape)
   last = offset + sum(
-      (size - 1) * stride for size, stride in zip(shape, strides))
+    (size - 1) * stride for size, stride in zip(shape, strides)
+  )
   if count and (count > storage.size or last >= storage.size):
     raise ValueError(f'{name} reaches beyond its {storage.size} numbers')
 
 
-def write_state_dict(path: str | os.PathLike,
-                     tensors: Mapping[str, np.ndarray]) -> None:
+def write_state_dict(
+  path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
+) -> None:
   """Writes {'state_dict': tensors} as `torch.save` does.
 
   Args:
@@ -236,8 +256,8 @@ def write_state_dict(path: str | os.PathLike,
       archive.writestr(f'archive/data/{i}', value.tobytes())
       strides = tuple(stride // value.itemsize for stride in value.strides)
       views[name] = _pickled_tensor(
-          _Storage(str(i), 'FloatStorage', value.size), 0, value.shape,
-          strides)
+        _Storage(str(i), 'FloatStorage', value.size), 0, value.shape, strides
+      )
     pickled = io.BytesIO()
     _Pickler(pickled, 2).dump({'state_dict': views})
     archive.writestr('archive/data.pkl', pickled.getvalue())
@@ -245,8 +265,15 @@ def write_state_dict(path: str | os.PathLike,
     archive.writestr('archive/version', '3\n')
 
 
-def _pickled_tensor(storage: _Storage, offset: int, shape: tuple[int, ...],
-                    strides: tuple[int, ...]) -> _Named:
+def _pickled_tensor(
+  storage: _Storage,
+  offset: int,
+  shape: tuple[int, ...],
+  strides: tuple[int, ...],
+) -> _Named:
   no_hooks = _Named('collections', 'OrderedDict', ())
-  return _Named('torch._utils', '_rebuild_tensor_v2', (
-      storage, offset, shape, strides, False, no_hooks))
+  return _Named(
+    'torch._utils',
+    '_rebuild_tensor_v2',
+    (storage, offset, shape, strides, False, no_hooks),
+  )

@@ -24,8 +24,7 @@ class Watchdog:
   process leaves, by `EXIT_CODE`, or by 1 if the interpreter itself is stuck.
   """
 
-  def __init__(self, limits: Mapping[str, float],
-               leave: Callable[[int], None]):
+  def __init__(self, limits: Mapping[str, float], leave: Callable[[int], None]):
     """Starts to watch the time until `watch` is first called, for nothing.
 
     Args:
@@ -37,7 +36,8 @@ class Watchdog:
     self._phase, self._deadline = '', math.inf
     self._closed = threading.Event()
     self._thread = threading.Thread(
-        target=self._run, daemon=True, name='watchdog')
+      target=self._run, daemon=True, name='watchdog'
+    )
     self._thread.start()
 
   def watch(self, phase: str) -> None:
@@ -57,7 +57,8 @@ class Watchdog:
         self._bite()
       elif left < math.inf:
         faulthandler.dump_traceback_later(
-            left + _GRACE, exit=True, file=sys.__stderr__)
+          left + _GRACE, exit=True, file=sys.__stderr__
+        )
       else:
         faulthandler.cancel_dump_traceback_later()
     faulthandler.cancel_dump_traceback_later()
@@ -65,8 +66,11 @@ class Watchdog:
   def _bite(self) -> None:
     phase = self._phase
     logging.error(
-        'watchdog: %s has not ended in %g s, watchdog.%s; the stacks follow. '
-        'The same command continues from the last checkpoint.',
-        phase, self._limits[phase], phase)
+      'watchdog: %s has not ended in %g s, watchdog.%s; the stacks follow. '
+      'The same command continues from the last checkpoint.',
+      phase,
+      self._limits[phase],
+      phase,
+    )
     faulthandler.dump_traceback(file=sys.__stderr__)
     self._leave(EXIT_CODE)

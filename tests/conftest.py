@@ -3,9 +3,9 @@
 import os
 
 # Before JAX is first imported.
-os.environ['XLA_FLAGS'] = ' '.join([
-    os.environ.get('XLA_FLAGS', ''),
-    '--xla_force_host_platform_device_count=8'])
+os.environ['XLA_FLAGS'] = ' '.join(
+  [os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8']
+)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Compiling is what the tests spend their time on.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
@@ -44,10 +44,13 @@ def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:
   """The release's configuration -> levels, coarse to fine, and the text's."""
   levels, outer = [], config
   while True:
-    layers = [n if i in outer['attention_levels'] else 0
-              for i, n in enumerate(outer['num_attention_layers'])]
+    layers = [
+      n if i in outer['attention_levels'] else 0
+      for i, n in enumerate(outer['num_attention_layers'])
+    ]
     channels = outer['resolution_channels']
-    levels.append(LevelSpec(
+    levels.append(
+      LevelSpec(
         channels=tuple(channels),
         num_blocks=tuple(outer['num_resnets_per_resolution']),
         attention_layers=tuple(layers),
@@ -55,14 +58,17 @@ def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:
         scale_condition=int(outer['micro_conditioning'].split(':')[1]),
         # Only an outer level may divide its input.
         normalize_input=not outer.get('skip_normalization', True),
-        attention_ffn=outer['resnet_config']['use_attention_ffn']))
+        attention_ffn=outer['resnet_config']['use_attention_ffn'],
+      )
+    )
     if 'inner_config' not in outer:
       break
     outer = outer['inner_config']
   text = TextSpec(
-      width=outer['conditioning_feature_proj_dim'],
-      num_layers=outer['num_lm_head_layers'],
-      masked_attention=bool(outer['masked_cross_attention']))
+    width=outer['conditioning_feature_proj_dim'],
+    num_layers=outer['num_lm_head_layers'],
+    masked_attention=bool(outer['masked_cross_attention']),
+  )
   return tuple(reversed(levels)), text
 
 
@@ -92,16 +98,20 @@ def golden_model(golden_state_dict):
     for r, spec in enumerate(levels):
       size *= spec.downsampling if r else 1
       x_t.append(np.zeros((1, size, size, 3), np.float32))
-    cond = Cond(np.zeros((1, 3, model['lm_dim']), np.float32),
-                np.ones((1, 3), bool))
+    cond = Cond(
+      np.zeros((1, 3, model['lm_dim']), np.float32), np.ones((1, 3), bool)
+    )
     shapes = jax.eval_shape(
-        network.init, jax.random.key(0), x_t, np.zeros(1), cond)['params']
+      network.init, jax.random.key(0), x_t, np.zeros(1), cond
+    )['params']
     params = from_release(shapes, levels, golden_state_dict(name))
 
     @functools.partial(jax.jit, static_argnames='repeats')
     def denoise_fn(x_t, t, text, text_mask, scale=None, repeats=1):
       return network.apply(
-          {'params': params}, x_t, t, Cond(text, text_mask, scale), repeats)
+        {'params': params}, x_t, t, Cond(text, text_mask, scale), repeats
+      )
+
     return denoise_fn
 
   return build
@@ -112,51 +122,74 @@ def golden_state_dict():
   """name -> a small model's weights under the release's names."""
   models = json.loads((GOLDEN / 'small_models.json').read_text())
   return lambda name: {
-      key: _golden_weight(key, tuple(shape))
-      for key, shape in models[name]['state_dict'].items()}
+    key: _golden_weight(key, tuple(shape))
+    for key, shape in models[name]['state_dict'].items()
+  }
 
 
 @pytest.fixture(scope='session')
 def golden():
   """name -> the golden file's arrays, images NHWC as in this project."""
+
   def load(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f'{name}.npz') as file:
-      return {key: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
-              for key, value in file.items()}
+      return {
+        key: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
+        for key, value in file.items()
+      }
+
   return load
 
 
 @pytest.fixture(scope='session')
 def make_config():
   """() -> a fresh, unlocked config: 8 px, then 8+16 px, as small as can be."""
+
   def make():
     config = common.get_config()
     config.text.update(max_length=8, width=16, num_layers=0, num_heads=2)
     config.model.text.update(width=16, num_heads=2)
     shared = {'temporal_dim': 16, 'num_heads': 2, 'num_groups': 4}
     config.model.levels = [
-        common.level(8, channels=(8,), num_blocks=(0,),
-                     attention_layers=(0,), **shared),
-        common.level(16, channels=(8, 8), num_blocks=(0, 0),
-                     attention_layers=(0, 0), **shared)]
-    training = {'steps': 20, 'batch_size': 16, 'learning_rate': 1e-3,
-                'warmup_steps': 0}
-    config.stages = [common.stage('8', 1, **training),
-                     common.stage('16', 2, **training)]
+      common.level(
+        8, channels=(8,), num_blocks=(0,), attention_layers=(0,), **shared
+      ),
+      common.level(
+        16,
+        channels=(8, 8),
+        num_blocks=(0, 0),
+        attention_layers=(0, 0),
+        **shared,
+      ),
+    ]
+    training = {
+      'steps': 20,
+      'batch_size': 16,
+      'learning_rate': 1e-3,
+      'warmup_steps': 0,
+    }
+    config.stages = [
+      common.stage('8', 1, **training),
+      common.stage('16', 2, **training),
+    ]
     config.sampler.num_steps = 3
     config.eval.batch_size = 8
     return config
+
   return make
 
 
 @pytest.fixture(scope='session')
 def random_params():
   """(model, number of tokens) -> parameters of which none is zero."""
+
   def draw(model, num_tokens: int):
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
-        model.init(0, num_tokens))
+      lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+      model.init(0, num_tokens),
+    )
+
   return draw
 
 
@@ -173,24 +206,35 @@ def t5_directory(tmp_path_factory):
   path = tmp_path_factory.mktemp('t5')
   (path / 'config.json').write_text(json.dumps(description['config']))
   safetensors.numpy.save_file(
-      {name: _golden_weight(name, tuple(shape))
-       for name, shape in description['shapes'].items()},
-      path / 'model.safetensors')
+    {
+      name: _golden_weight(name, tuple(shape))
+      for name, shape in description['shapes'].items()
+    },
+    path / 'model.safetensors',
+  )
   shutil.copy(CAPTIONS_MODEL, path / 'spiece.model')
   spec = t5.T5Spec.from_hugging_face(description['config'])
   encoder = t5.T5Encoder(spec, jnp.float32)
   shapes = jax.eval_shape(
-      encoder.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))['params']
+    encoder.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32)
+  )['params']
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = hugging_face.load(
-      hugging_face.open_tensors(path), shapes,
-      jax.tree.map(lambda _: here, shapes), t5.hugging_face_name)
+    hugging_face.open_tensors(path),
+    shapes,
+    jax.tree.map(lambda _: here, shapes),
+    t5.hugging_face_name,
+  )
   golden = np.load(data / 'encoder.npz')
   return types.SimpleNamespace(
-      path=path, config=description['config'], spec=spec, params=params,
-      encode=jax.jit(
-          lambda tokens: encoder.apply({'params': params}, tokens)),
-      tokens=golden['tokens'].astype(np.int32), text=golden['text'])
+    path=path,
+    config=description['config'],
+    spec=spec,
+    params=params,
+    encode=jax.jit(lambda tokens: encoder.apply({'params': params}, tokens)),
+    tokens=golden['tokens'].astype(np.int32),
+    text=golden['text'],
+  )
 
 
 @pytest.fixture(scope='session')
@@ -200,21 +244,27 @@ def inception_weights():
   `tests/data/eval/inception.npz` is what pytorch-fid 0.3.0 made of them, with
   PyTorch 2.13 on a CPU.
   """
+
   def make(name, shape):
     x = _golden_weight(name, shape)
     if name.endswith('running_var'):
       return 1 + np.abs(x)  # x is a tenth of a normal one.
     # What ReLU halves.
     return x * np.float32(np.sqrt(2)) if len(shape) > 1 else x
+
   shapes = json.loads((_EVAL / 'inception_shapes.json').read_text())
   return {name: make(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def _vocabulary(merges: list[str]) -> dict[str, int]:
   signs = sorted(clip_tokenizer._BYTES)  # As OpenAI's is ordered.
-  tokens = [*signs, *(sign + '</w>' for sign in signs),
-            *(''.join(line.split()) for line in merges[1:]),
-            '<|startoftext|>', '<|endoftext|>']
+  tokens = [
+    *signs,
+    *(sign + '</w>' for sign in signs),
+    *(''.join(line.split()) for line in merges[1:]),
+    '<|startoftext|>',
+    '<|endoftext|>',
+  ]
   return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
@@ -237,39 +287,60 @@ def clip_directory(tmp_path_factory):
   (path / 'vocab.json').write_text(json.dumps(vocabulary))
   (path / 'merges.txt').write_text('\n'.join(merges))
   safetensors.numpy.save_file(
-      {name: np.asarray(_golden_weight(name, tuple(shape)))
-       for name, shape in description['shapes'].items()},
-      path / 'model.safetensors')
+    {
+      name: np.asarray(_golden_weight(name, tuple(shape)))
+      for name, shape in description['shapes'].items()
+    },
+    path / 'model.safetensors',
+  )
   spec = clip.ClipSpec.from_hugging_face(description['config'])
   shapes = jax.eval_shape(
-      clip.Clip(spec).init, jax.random.key(0),
-      jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
-      jnp.zeros((1, spec.max_length), jnp.int32))['params']
+    clip.Clip(spec).init,
+    jax.random.key(0),
+    jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
+    jnp.zeros((1, spec.max_length), jnp.int32),
+  )['params']
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = hugging_face.load(
-      hugging_face.open_tensors(path), shapes,
-      jax.tree.map(lambda _: here, shapes), clip.hugging_face_name)
+    hugging_face.open_tensors(path),
+    shapes,
+    jax.tree.map(lambda _: here, shapes),
+    clip.hugging_face_name,
+  )
   return types.SimpleNamespace(
-      path=path, config=description['config'], spec=spec, params=params,
-      tokenizer=clip_tokenizer.ClipTokenizer(
-          vocabulary, merges, spec.max_length),
-      vocabulary=vocabulary, merges=merges, captions=description['captions'],
-      **np.load(_EVAL / 'clip.npz'))
+    path=path,
+    config=description['config'],
+    spec=spec,
+    params=params,
+    tokenizer=clip_tokenizer.ClipTokenizer(vocabulary, merges, spec.max_length),
+    vocabulary=vocabulary,
+    merges=merges,
+    captions=description['captions'],
+    **np.load(_EVAL / 'clip.npz'),
+  )
 
 
-def _write_tfds(data_dir, name: str, features: dict, splits: dict,
-                config: str = '') -> pathlib.Path:
+def _write_tfds(
+  data_dir, name: str, features: dict, splits: dict, config: str = ''
+) -> pathlib.Path:
   import tensorflow_datasets as tfds
 
   directory = pathlib.Path(data_dir) / name / config / '1.0.0'
   directory.mkdir(parents=True)
   writer = tfds.core.SequentialWriter(
-      tfds.core.DatasetInfo(
-          builder=tfds.core.DatasetIdentity(
-              name=name, version=tfds.core.Version('1.0.0'), module_name='',
-              data_dir=str(directory), config_name=config or None),
-          features=tfds.features.FeaturesDict(features)),
-      max_examples_per_shard=1000, file_format='array_record')
+    tfds.core.DatasetInfo(
+      builder=tfds.core.DatasetIdentity(
+        name=name,
+        version=tfds.core.Version('1.0.0'),
+        module_name='',
+        data_dir=str(directory),
+        config_name=config or None,
+      ),
+      features=tfds.features.FeaturesDict(features),
+    ),
+    max_examples_per_shard=1000,
+    file_format='array_record',
+  )
   writer.initialize_splits(list(splits))
   writer.add_examples(splits)
   writer.close_all()
@@ -278,8 +349,7 @@ def _write_tfds(data_dir, name: str, features: dict, splits: dict,
 
 @pytest.fixture(scope='session')
 def write_tfds():
-  """(data_dir, name, features, splits, config='') -> where they were written.
-  """
+  """(data_dir, name, features, splits, config='') -> their directory."""
   return _write_tfds
 
 
@@ -305,10 +375,19 @@ def flowers(tmp_path, write_tfds, image_file):
   import tensorflow_datasets as tfds
 
   features = {
-      'image': tfds.features.Image(),
-      'label': tfds.features.ClassLabel(names=['rose', 'tulip', 'daisy'])}
-  write_tfds(tmp_path / 'tfds', 'flowers', features, {
+    'image': tfds.features.Image(),
+    'label': tfds.features.ClassLabel(names=['rose', 'tulip', 'daisy']),
+  }
+  write_tfds(
+    tmp_path / 'tfds',
+    'flowers',
+    features,
+    {
       'train': [{'image': image_file(i), 'label': i % 3} for i in range(7)],
-      'test': [{'image': image_file(i), 'label': label}
-               for i, label in enumerate((2, 2, -1))]})
+      'test': [
+        {'image': image_file(i), 'label': label}
+        for i, label in enumerate((2, 2, -1))
+      ],
+    },
+  )
   return tmp_path / 'tfds'

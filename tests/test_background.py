@@ -45,11 +45,13 @@ def test_what_never_ends_is_given_up(monkeypatch, caplog):
   assert 'log: 2 writes were lost' in caplog.text
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadException'
-                            'Warning')
+@pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
 def test_a_defect_of_the_program_ends_it_without_delay(caplog):
   def fail():
     raise ValueError('a defect')
+
   writer = background.Background('log')
   writer.submit(fail)
   writer._thread.join(30)
@@ -65,6 +67,7 @@ def test_a_defect_of_the_program_ends_it_without_delay(caplog):
 def test_failures_in_a_row_are_one_line(caplog):
   def fail():
     raise OSError('disk is gone')
+
   writer, done = background.Background('log'), []
   for function in (fail, fail, lambda: done.append(0), fail):
     writer.submit(function)
@@ -85,5 +88,7 @@ def test_lines_follow_what_is_there(tmp_path, torn):
   lines.append({'step': 3})
   lines.close()
   assert list(map(json.loads, path.read_text().splitlines()[-2:])) == [
-      {'step': 2}, {'step': 3}]
+    {'step': 2},
+    {'step': 3},
+  ]
   assert path.read_text().startswith(torn)

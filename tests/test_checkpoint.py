@@ -29,44 +29,47 @@ class State:
 
 def make_mesh(num_devices):
   return jax.make_mesh(
-      (num_devices,), ('fsdp',), axis_types=(AxisType.Auto,),
-      devices=jax.devices()[:num_devices],
+    (num_devices,),
+    ('fsdp',),
+    axis_types=(AxisType.Auto,),
+    devices=jax.devices()[:num_devices],
   )
 
 
 def shardings_of(state, num_devices):
   mesh = make_mesh(num_devices)
   return jax.tree.map(
-      lambda leaf: NamedSharding(
-          mesh,
-          PartitionSpec('fsdp') if leaf.ndim == 2 else PartitionSpec(),
-      ),
-      state,
+    lambda leaf: NamedSharding(
+      mesh,
+      PartitionSpec('fsdp') if leaf.ndim == 2 else PartitionSpec(),
+    ),
+    state,
   )
 
 
 def make_state(num_devices=8, seed=0):
   keys = jax.random.split(jax.random.key(seed), 2)
   params = {
-      'down_0': {'kernel': jax.random.normal(keys[0], (16, 4))},
-      'out': {'bias': jnp.ones(4, jnp.bfloat16)},
+    'down_0': {'kernel': jax.random.normal(keys[0], (16, 4))},
+    'out': {'bias': jnp.ones(4, jnp.bfloat16)},
   }
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   state = State(
-      step=jnp.int32(seed),
-      params=params,
-      ema=jax.tree.map(lambda leaf: leaf * 2, params),
-      opt_state=optimizer.init(params),
+    step=jnp.int32(seed),
+    params=params,
+    ema=jax.tree.map(lambda leaf: leaf * 2, params),
+    opt_state=optimizer.init(params),
   )
   return jax.device_put(state, shardings_of(state, num_devices))
 
 
 def abstract(state, num_devices=8):
   return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      state, shardings_of(state, num_devices),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    state,
+    shardings_of(state, num_devices),
   )
 
 
@@ -80,7 +83,7 @@ def assert_same_bytes(tree, expected):
 @pytest.fixture
 def opened(tmp_path):
   checkpoints = checkpoint.Checkpoints(
-      tmp_path / '0_32', save_interval=5, max_to_keep=2
+    tmp_path / '0_32', save_interval=5, max_to_keep=2
   )
   yield checkpoints
   checkpoints.close()
@@ -105,7 +108,7 @@ def test_restores_the_same_bytes_on_any_device_count(opened, num_devices):
 def test_saves_when_due_and_keeps_the_newest(tmp_path, opened):
   state = make_state()
   saved = [
-      step for step in range(1, 17) if opened.save(step, state, {'at': step})
+    step for step in range(1, 17) if opened.save(step, state, {'at': step})
   ]
   assert saved == [5, 10, 15]
   assert opened.save(16, state, {'at': 16}, force=True)
@@ -131,7 +134,7 @@ def test_a_saved_state_may_be_donated(opened):
   np.testing.assert_array_equal(np.asarray(state['w']), values + 2)
   opened.wait()
   restored, _ = opened.restore(
-      {'w': jax.ShapeDtypeStruct((2**20,), np.float32, sharding=sharding)}
+    {'w': jax.ShapeDtypeStruct((2**20,), np.float32, sharding=sharding)}
   )
   np.testing.assert_array_equal(np.asarray(restored['w']), values)
 
@@ -241,7 +244,8 @@ def two(tmp_path):
   """A directory with the steps 5 and 10, of the seeds 5 and 10."""
   directory = tmp_path / '0_32'
   checkpoints = checkpoint.Checkpoints(
-      directory, save_interval=5, max_to_keep=2)
+    directory, save_interval=5, max_to_keep=2
+  )
   for step in (5, 10):
     checkpoints.save(step, make_state(seed=step), {'at': step})
   checkpoints.close()
@@ -310,7 +314,8 @@ def empty(step):
 
 
 @pytest.mark.parametrize(
-    'harm', [truncate, remove, remove_metadata, add, empty])
+  'harm', [truncate, remove, remove_metadata, add, empty]
+)
 def test_a_damaged_step_is_named_and_set_aside(two, caplog, harm):
   expected = harm(two / '10')
   left = sorted(path.name for path in (two / '10').rglob('*'))
@@ -322,8 +327,10 @@ def test_a_damaged_step_is_named_and_set_aside(two, caplog, harm):
   # Training sets it aside, and deletes nothing of it.
   checkpoints = checkpoint.Checkpoints(two, save_interval=5, max_to_keep=2)
   messages = [record.getMessage() for record in caplog.records]
-  assert any(re.search(rf'0_32/10 .*{re.escape(expected)}', message)
-             for message in messages), messages
+  assert any(
+    re.search(rf'0_32/10 .*{re.escape(expected)}', message)
+    for message in messages
+  ), messages
   assert checkpoints.latest_step() == 5
   restored, extra = checkpoints.restore(abstract(make_state()))
   assert_same_bytes(restored, make_state(seed=5))
@@ -362,7 +369,9 @@ def test_no_good_step_is_an_error_whenever_asked(two):
     with pytest.raises(checkpoint.CheckpointError, match='none is good'):
       read(two)
   assert sorted(path.name for path in two.iterdir()) == [
-      '10.corrupt', '5.corrupt']
+    '10.corrupt',
+    '5.corrupt',
+  ]
 
 
 def test_a_step_without_a_manifest_is_the_last_resort(two, caplog):
@@ -394,7 +403,8 @@ def test_a_stage_with_a_damaged_last_step_is_not_finished(two, caplog):
   truncate(two / '10')
   assert checkpoint.finished_step(two) is None
   assert 'finished at step 10, but its newest good checkpoint is 5' in (
-      caplog.text)
+    caplog.text
+  )
   truncate(two / '5')
   with pytest.raises(checkpoint.CheckpointError):
     checkpoint.finished_step(two)
@@ -409,24 +419,29 @@ def disk(request, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fail(now):
-      resource.setrlimit(
-          resource.RLIMIT_FSIZE, (10_000 if now else soft, hard))
+      resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if now else soft, hard))
+
     yield path, fail
     fail(False)
     return
   mounted = subprocess.run(
-      ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', path],
-      capture_output=True, text=True)
+    ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', path],
+    capture_output=True,
+    text=True,
+  )
   if mounted.returncode:
     pytest.skip(f'may not mount: {mounted.stderr}')
 
   def fail(now):
     (path / 'ballast').unlink(missing_ok=True)
     if now:
-      with pytest.raises(OSError, match='No space'), (
-          path / 'ballast').open('wb', buffering=0) as file:
+      with (
+        pytest.raises(OSError, match='No space'),
+        (path / 'ballast').open('wb', buffering=0) as file,
+      ):
         while True:
           file.write(bytes(4096))
+
   yield path, fail
   subprocess.run(['umount', path], check=True)
 
@@ -436,13 +451,18 @@ def test_failed_saves_are_retried_then_end_the_run(disk, caplog):
   directory = path / '0_32'
   # No smaller than either limit when compressed.
   state = lambda seed: {
-      'w': jax.random.normal(jax.random.key(seed), (512, 512))}
+    'w': jax.random.normal(jax.random.key(seed), (512, 512))
+  }
   checkpoints = checkpoint.Checkpoints(
-      directory, save_interval=2, max_to_keep=2, save_failures=2)
+    directory, save_interval=2, max_to_keep=2, save_failures=2
+  )
 
   def failures():
-    return [record.getMessage() for record in caplog.records
-            if 'saving step' in record.getMessage()]
+    return [
+      record.getMessage()
+      for record in caplog.records
+      if 'saving step' in record.getMessage()
+    ]
 
   def save(step):
     """Saves, and waits as a long step does."""
@@ -456,16 +476,19 @@ def test_failed_saves_are_retried_then_end_the_run(disk, caplog):
   save(4)
   assert failures() == []
   save(5)
-  line, = failures()
+  (line,) = failures()
   assert re.search(r'0_32: saving step 4 failed \(1 of 2 in a row\): .+', line)
   assert '\n' not in line
   fail(False)
   save(6)
   save(7)
   assert len(failures()) == 1
-  restored, extra = checkpoints.restore(jax.tree.map(
+  restored, extra = checkpoints.restore(
+    jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state(0)))
+      state(0),
+    )
+  )
   assert_same_bytes(restored, state(6))
   assert extra == {'at': 6}
   # What the failed save has left is gone.
@@ -480,7 +503,8 @@ def test_failed_saves_are_retried_then_end_the_run(disk, caplog):
   with pytest.raises(checkpoint.CheckpointError, match='2 of 2 in a row'):
     save(11)
   assert checkpoint.restore_item(directory, None, 'w').tobytes() == (
-      np.asarray(state(6)['w']).tobytes())
+    np.asarray(state(6)['w']).tobytes()
+  )
 
   save(12)
   with pytest.raises(checkpoint.CheckpointError, match='saving step 12'):
@@ -506,20 +530,24 @@ def test_config_round_trip(tmp_path):
 
 def test_differences_name_every_change():
   old = {
-      'seed': 0, 'data': {'name': 'shapes', 'flip': True},
-      'stages': [{'steps': 100, 'sizes': [64]}, {'steps': 100}],
-      'rules': [], 'old': {'a': 1},
+    'seed': 0,
+    'data': {'name': 'shapes', 'flip': True},
+    'stages': [{'steps': 100, 'sizes': [64]}, {'steps': 100}],
+    'rules': [],
+    'old': {'a': 1},
   }
   new = {
-      'seed': 0, 'data': {'name': 'cc12m', 'flip': 1},
-      'stages': [{'steps': 100, 'sizes': (64, 256)}, {'steps': 200}],
-      'rules': [], 'new': None,
+    'seed': 0,
+    'data': {'name': 'cc12m', 'flip': 1},
+    'stages': [{'steps': 100, 'sizes': (64, 256)}, {'steps': 200}],
+    'rules': [],
+    'new': None,
   }
   assert checkpoint.differences(old, new) == [
-      "data.name: 'shapes' -> 'cc12m'",
-      'data.flip: True -> 1',
-      'stages[1].steps: 100 -> 200',
-      'old.a: 1 -> absent',
-      'stages[0].sizes[1]: absent -> 256',
-      'new: absent -> None',
+    "data.name: 'shapes' -> 'cc12m'",
+    'data.flip: True -> 1',
+    'stages[1].steps: 100 -> 200',
+    'old.a: 1 -> absent',
+    'stages[0].sizes[1]: absent -> 256',
+    'new: absent -> None',
   ]

@@ -11,9 +11,10 @@ from configs import common
 from mdm_jax import build, checks, inputs, sharding
 
 RECIPES = sorted(
-    path.stem for path in
-    (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
-    if path.stem not in ('__init__', 'common'))
+  path.stem
+  for path in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
+  if path.stem not in ('__init__', 'common')
+)
 
 
 @pytest.fixture(scope='module')
@@ -59,111 +60,177 @@ def test_rows_that_devices_do_not_divide_are_named(make_config):
   checks.check(config, mesh)
   config.model.levels[0].update(resolution=4, scale_condition=4)
   config.model.levels[1].resolution = 8
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(
+    ValueError,
+    match=(
       r'mesh.spatial=8 does not divide the height of the levels, \[4, 8\] px: '
-      'use a divisor of 4')):
+      'use a divisor of 4'
+    ),
+  ):
     checks.check(config, mesh)
 
 
 BAD = [
-    ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
-    ({'stages[0].batch_size': 12},
-     r'stages\[0\].batch_size=12 is not divided by the 8 devices'),
-    ({'stages[1].batch_size': 0}, r'stages\[1\].batch_size=0'),
-    ({'eval.batch_size': 4}, 'eval.batch_size=4 is not divided by the 8'),
-    ({'model.levels[0].resolution': 7, 'model.levels[0].channels': (8, 8),
+  ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
+  (
+    {'stages[0].batch_size': 12},
+    r'stages\[0\].batch_size=12 is not divided by the 8 devices',
+  ),
+  ({'stages[1].batch_size': 0}, r'stages\[1\].batch_size=0'),
+  ({'eval.batch_size': 4}, 'eval.batch_size=4 is not divided by the 8'),
+  (
+    {
+      'model.levels[0].resolution': 7,
+      'model.levels[0].channels': (8, 8),
       'model.levels[0].num_blocks': (1, 1),
-      'model.levels[0].attention_layers': (0, 0)},
-     r'model.levels\[0\].resolution=7 cannot be halved 1 times'),
-    ({'model.levels[1].resolution': 32},
-     r'model.levels\[1\].resolution=32 .* meets 16 px, but level 0 has 8'),
-    ({'model.levels[0].patch_size': 0}, r'levels\[0\].*patch_size=0'),
-    ({'model.levels[0].patch_size': 3},
-     r'resolution=8 cannot be halved 0 times over patches of 3 px'),
-    ({'model.levels[0].patch_size': 2},
-     r'levels\[1\].* meets 8 px, but level 0 has 4'),
-    ({'model.levels[1].channels': (8, 8, 8)},
-     r'model.levels\[1\].*channels, num_blocks and attention_layers must'),
-    ({'model.levels[0].num_groups': 3},
-     r'model.levels\[0\].*num_groups=3 does not divide the 8 channels'),
-    ({'model.levels[0].num_heads': 3, 'model.levels[0].attention_layers': (1,)},
-     r'model.levels\[0\].*num_heads=3 does not divide the 8 channels'),
-    # The middle of the innermost level has attention at any rate.
-    ({'model.levels[0].num_heads': 3},
-     r'model.levels\[0\].*num_heads=3 does not divide the 8 channels'),
-    ({'model.levels[1].temporal_dim': 32}, 'temporal_dim'),
-    ({'model.levels': []}, 'at least one stage and one level'),
-    ({'text.num_heads': 3}, 'text.num_heads=3 does not divide text.width=16'),
-    ({'model.text.num_heads': 3, 'model.text.num_layers': 1},
-     'model.text.num_heads=3 does not divide model.text.width=16'),
-    ({'text.encoder': 'clip'}, "text.encoder='clip': use one of"),
-    ({'text.encoder': 't5'}, 'text.path is empty: name the directory of a T5'),
-    ({'text.encoder': 't5', 'text.path': 'nowhere'},
-     'no tokenizer at .nowhere.spiece.model'),
-    ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
-    ({'text.max_length': 1}, 'max_length 1'),
-    ({'text.encoder': 'label'}, 'text.num_classes=0: give the number'),
-    ({'text.encoder': 'label', 'text.num_classes': 3,
-      'text.class_names': 'no/such'}, "class_names='no/such' does not exist"),
-    ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
-    ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
-    ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
-    ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
-    ({'sampler.name': 'euler'}, "sampler.name='euler'"),
-    ({'sampler.threshold': 'hard'}, "threshold 'hard': use none"),
-    ({'sampler.num_steps': 1001}, 'num_steps is 1001'),
-    ({'sampler.eta': 2.0}, 'eta.*2.0'),
-    ({'sampler.guidance_rescale': -0.5}, 'guidance_rescale=-0.5: must be in'),
-    ({'sampler.guidance_interval': (0.5, 0.5)},
-     r'guidance_interval=\(0.5, 0.5\): give two rising shares'),
-    ({'optimizer.decay': 'linear'}, "decay 'linear': use constant or cosine"),
-    ({'optimizer.name': 'sgd'}, "optimizer 'sgd': use adamw"),
-    ({'stages': []}, 'at least one stage and one level'),
-    ({'stages[1].name': '8'}, r"stages have names \['8', '8'\]"),
-    ({'stages[1].steps': 0}, r'stages\[1\].steps=0'),
-    ({'stages[1].num_levels': 3}, r'stages\[1\].num_levels=3: model.levels'),
-    ({'stages[0].num_levels': 2, 'stages[1].num_levels': 1,
+      'model.levels[0].attention_layers': (0, 0),
+    },
+    r'model.levels\[0\].resolution=7 cannot be halved 1 times',
+  ),
+  (
+    {'model.levels[1].resolution': 32},
+    r'model.levels\[1\].resolution=32 .* meets 16 px, but level 0 has 8',
+  ),
+  ({'model.levels[0].patch_size': 0}, r'levels\[0\].*patch_size=0'),
+  (
+    {'model.levels[0].patch_size': 3},
+    r'resolution=8 cannot be halved 0 times over patches of 3 px',
+  ),
+  (
+    {'model.levels[0].patch_size': 2},
+    r'levels\[1\].* meets 8 px, but level 0 has 4',
+  ),
+  (
+    {'model.levels[1].channels': (8, 8, 8)},
+    r'model.levels\[1\].*channels, num_blocks and attention_layers must',
+  ),
+  (
+    {'model.levels[0].num_groups': 3},
+    r'model.levels\[0\].*num_groups=3 does not divide the 8 channels',
+  ),
+  (
+    {'model.levels[0].num_heads': 3, 'model.levels[0].attention_layers': (1,)},
+    r'model.levels\[0\].*num_heads=3 does not divide the 8 channels',
+  ),
+  # The middle of the innermost level has attention at any rate.
+  (
+    {'model.levels[0].num_heads': 3},
+    r'model.levels\[0\].*num_heads=3 does not divide the 8 channels',
+  ),
+  ({'model.levels[1].temporal_dim': 32}, 'temporal_dim'),
+  ({'model.levels': []}, 'at least one stage and one level'),
+  ({'text.num_heads': 3}, 'text.num_heads=3 does not divide text.width=16'),
+  (
+    {'model.text.num_heads': 3, 'model.text.num_layers': 1},
+    'model.text.num_heads=3 does not divide model.text.width=16',
+  ),
+  ({'text.encoder': 'clip'}, "text.encoder='clip': use one of"),
+  ({'text.encoder': 't5'}, 'text.path is empty: name the directory of a T5'),
+  (
+    {'text.encoder': 't5', 'text.path': 'nowhere'},
+    'no tokenizer at .nowhere.spiece.model',
+  ),
+  ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
+  ({'text.max_length': 1}, 'max_length 1'),
+  ({'text.encoder': 'label'}, 'text.num_classes=0: give the number'),
+  (
+    {
+      'text.encoder': 'label',
+      'text.num_classes': 3,
+      'text.class_names': 'no/such',
+    },
+    "class_names='no/such' does not exist",
+  ),
+  ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
+  ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
+  ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
+  ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
+  ({'sampler.name': 'euler'}, "sampler.name='euler'"),
+  ({'sampler.threshold': 'hard'}, "threshold 'hard': use none"),
+  ({'sampler.num_steps': 1001}, 'num_steps is 1001'),
+  ({'sampler.eta': 2.0}, 'eta.*2.0'),
+  ({'sampler.guidance_rescale': -0.5}, 'guidance_rescale=-0.5: must be in'),
+  (
+    {'sampler.guidance_interval': (0.5, 0.5)},
+    r'guidance_interval=\(0.5, 0.5\): give two rising shares',
+  ),
+  ({'optimizer.decay': 'linear'}, "decay 'linear': use constant or cosine"),
+  ({'optimizer.name': 'sgd'}, "optimizer 'sgd': use adamw"),
+  ({'stages': []}, 'at least one stage and one level'),
+  ({'stages[1].name': '8'}, r"stages have names \['8', '8'\]"),
+  ({'stages[1].steps': 0}, r'stages\[1\].steps=0'),
+  ({'stages[1].num_levels': 3}, r'stages\[1\].num_levels=3: model.levels'),
+  (
+    {
+      'stages[0].num_levels': 2,
+      'stages[1].num_levels': 1,
       'stages[0].loss_weights': (1.0, 1.0),
-      'stages[0].mixed_ratio': (0.0, 1.0)},
-     r'stages\[1\].num_levels=1 is fewer'),
-    ({'stages[1].loss_weights': (1.0,)},
-     r'stages\[1\].loss_weights=\(1.0,\): give one number for each of its 2'),
-    ({'stages[1].mixed_ratio': (1.0, 1.0, 1.0)},
-     r'stages\[1\].mixed_ratio=\(1.0, 1.0, 1.0\): give one number'),
-    ({'stages[1].mixed_ratio': (1.0, 2.0)}, r'stages\[1\].*16 examples do not'),
-    ({'stages[1].mixed_ratio': (1.0, 0.0)}, r'stages\[1\].*mixed_ratio'),
-    ({'stages[1].mixed_ratio': (1.0, 1.0), 'stages[1].batch_size': 24},
-     r'stages\[1\].batch_size=24: .*mixed_ratio=\(1.0, 1.0\), 2 examples,'
-     r'.* 8 devices .* use a multiple of 16'),
-    ({'stages[1].accumulate': 3},
-     r'stages\[1\].accumulate=3 does not divide the 16 patterns of its batch'),
-    ({'stages[1].accumulate': 0}, r'stages\[1\].accumulate=0'),
-    ({'stages[1].accumulate': 4},
-     r'stages\[1\].batch_size=16 in 4 parts: .* use a multiple of 32'),
-    ({'guard.spike_factor': 0.5}, 'guard: spike_factor=0.5: more than 1'),
-    ({'guard.window': 0}, 'guard: window=0'),
-    ({'guard.max_skipped': 0}, 'guard: max_skipped=0'),
-    ({'averages.widths': (0.05, 0.3)},
-     r'averages.widths=\(0.05, 0.3\): an average of width 0.3: it must be '),
-    ({'averages.widths': (0.05, 0.05)}, 'averages.widths=.*they must differ'),
-    ({'averages.snapshot_every': 0}, 'averages.snapshot_every=0: give a num'),
-    ({'eval.every': -1}, 'eval.every=-1: must not be negative'),
-    ({'eval.best_metric': 'held_out_loss_8'},
-     "eval.best_metric='held_out_loss_8' with eval.every=0: give the steps"),
-    ({'eval.best_metric': 'loss', 'eval.every': 10},
-     r"best_metric='loss': use one of \['held_out_loss_8', 'held_out_loss_16',"
-     " 'accuracy_background'"),
-    ({'eval.best_metric': 'accuracy_all', 'eval.every': 10,
-      'text.encoder': 'label', 'text.num_classes': 8, 'text.width': 16},
-     r"best_metric='accuracy_all': use one of \['held_out_loss_8', "),
-    ({'log_every': 0}, 'log_every=0'),
-    ({'sample_every': 0}, 'sample_every=0'),
-    ({'checkpoint_every': -1}, 'checkpoint_every=-1'),
+      'stages[0].mixed_ratio': (0.0, 1.0),
+    },
+    r'stages\[1\].num_levels=1 is fewer',
+  ),
+  (
+    {'stages[1].loss_weights': (1.0,)},
+    r'stages\[1\].loss_weights=\(1.0,\): give one number for each of its 2',
+  ),
+  (
+    {'stages[1].mixed_ratio': (1.0, 1.0, 1.0)},
+    r'stages\[1\].mixed_ratio=\(1.0, 1.0, 1.0\): give one number',
+  ),
+  ({'stages[1].mixed_ratio': (1.0, 2.0)}, r'stages\[1\].*16 examples do not'),
+  ({'stages[1].mixed_ratio': (1.0, 0.0)}, r'stages\[1\].*mixed_ratio'),
+  (
+    {'stages[1].mixed_ratio': (1.0, 1.0), 'stages[1].batch_size': 24},
+    r'stages\[1\].batch_size=24: .*mixed_ratio=\(1.0, 1.0\), 2 examples,'
+    r'.* 8 devices .* use a multiple of 16',
+  ),
+  (
+    {'stages[1].accumulate': 3},
+    r'stages\[1\].accumulate=3 does not divide the 16 patterns of its batch',
+  ),
+  ({'stages[1].accumulate': 0}, r'stages\[1\].accumulate=0'),
+  (
+    {'stages[1].accumulate': 4},
+    r'stages\[1\].batch_size=16 in 4 parts: .* use a multiple of 32',
+  ),
+  ({'guard.spike_factor': 0.5}, 'guard: spike_factor=0.5: more than 1'),
+  ({'guard.window': 0}, 'guard: window=0'),
+  ({'guard.max_skipped': 0}, 'guard: max_skipped=0'),
+  (
+    {'averages.widths': (0.05, 0.3)},
+    r'averages.widths=\(0.05, 0.3\): an average of width 0.3: it must be ',
+  ),
+  ({'averages.widths': (0.05, 0.05)}, 'averages.widths=.*they must differ'),
+  ({'averages.snapshot_every': 0}, 'averages.snapshot_every=0: give a num'),
+  ({'eval.every': -1}, 'eval.every=-1: must not be negative'),
+  (
+    {'eval.best_metric': 'held_out_loss_8'},
+    "eval.best_metric='held_out_loss_8' with eval.every=0: give the steps",
+  ),
+  (
+    {'eval.best_metric': 'loss', 'eval.every': 10},
+    r"best_metric='loss': use one of \['held_out_loss_8', 'held_out_loss_16',"
+    " 'accuracy_background'",
+  ),
+  (
+    {
+      'eval.best_metric': 'accuracy_all',
+      'eval.every': 10,
+      'text.encoder': 'label',
+      'text.num_classes': 8,
+      'text.width': 16,
+    },
+    r"best_metric='accuracy_all': use one of \['held_out_loss_8', ",
+  ),
+  ({'log_every': 0}, 'log_every=0'),
+  ({'sample_every': 0}, 'sample_every=0'),
+  ({'checkpoint_every': -1}, 'checkpoint_every=-1'),
 ]
 
 
 @pytest.mark.parametrize(
-    'changes, message', BAD, ids=[','.join(changes) for changes, _ in BAD])
+  'changes, message', BAD, ids=[','.join(changes) for changes, _ in BAD]
+)
 def test_bad_config_is_named(make_config, mesh, changes, message):
   config = changed(make_config(), changes)
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
@@ -171,13 +238,18 @@ def test_bad_config_is_named(make_config, mesh, changes, message):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     ({'data.name': 'captioned_images'}, 'data.path is empty'),
     ({'data.name': 'captioned_images', 'data.path': 'no/such'}, 'no/such'),
     ({'data.name': 'cc12m'}, "data.name='cc12m': use one of"),
-    ({'data.name': 'tfds:no_such', 'data.path': 'nowhere'},
-     "TFDS has no data set 'no_such' in nowhere"),
-])
+    (
+      {'data.name': 'tfds:no_such', 'data.path': 'nowhere'},
+      "TFDS has no data set 'no_such' in nowhere",
+    ),
+  ],
+)
 def test_bad_data_is_named(make_config, changes, message):
   config = changed(make_config(), changes)
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
@@ -185,9 +257,15 @@ def test_bad_data_is_named(make_config, changes, message):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('path', [
-    'nonsense', 'data.nonsense', 'stages[0].nonsense',
-    'model.levels[1].nonsense'])
+@pytest.mark.parametrize(
+  'path',
+  [
+    'nonsense',
+    'data.nonsense',
+    'stages[0].nonsense',
+    'model.levels[1].nonsense',
+  ],
+)
 def test_locked_config_rejects_unknown_keys(make_config, path):
   with pytest.raises(KeyError, match='nonsense'):
     changed(make_config().lock(), {path: 1})
@@ -198,8 +276,10 @@ def recipe(name: str, mode: str) -> ConfigDict:
 
 
 def keys(section: ConfigDict) -> dict:
-  return {key: keys(value) if isinstance(value, ConfigDict) else None
-          for key, value in section.items()}
+  return {
+    key: keys(value) if isinstance(value, ConfigDict) else None
+    for key, value in section.items()
+  }
 
 
 @pytest.mark.parametrize('mode', ['', 'smoke'])

@@ -6,8 +6,9 @@ import pytest
 from mdm_jax import compilation_cache
 
 
-@pytest.mark.parametrize('named, found', [
-    (None, '/cache/mdm_jax/xla'), ('/elsewhere', '/elsewhere')])
+@pytest.mark.parametrize(
+  'named, found', [(None, '/cache/mdm_jax/xla'), ('/elsewhere', '/elsewhere')]
+)
 def test_place(monkeypatch, named, found):
   monkeypatch.setenv('XDG_CACHE_HOME', '/cache')
   before = jax.config.jax_compilation_cache_dir

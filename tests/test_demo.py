@@ -47,25 +47,31 @@ def status_of(address: str, data: bytes | None = None, **headers) -> int:
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-      [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+  )
 
 
 @pytest.mark.parametrize(
-    'host', ['0.0.0.0', '::', '192.168.1.7', 'example.com'])
+  'host', ['0.0.0.0', '::', '192.168.1.7', 'example.com']
+)
 def test_an_open_address_needs_a_password(host):
   result = run('-m', 'mdm_jax.demo', '--workdir=none', f'--host={host}')
   assert result.returncode == 1
   assert result.stderr.startswith(
-      f'error: --host={host} is open to others: give --password_file')
+    f'error: --host={host} is open to others: give --password_file'
+  )
   assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize('text, message', [
+@pytest.mark.parametrize(
+  'text, message',
+  [
     ('', 'is empty: write a line NAME:PASSWORD.'),
     ('ann:long enough\nben:short\n', 'line 2: write NAME:PASSWORD, with 8'),
     ('ann\n', 'line 1: write NAME:PASSWORD'),
     (':long enough\n', 'line 1: write NAME:PASSWORD'),
-])
+  ],
+)
 def test_bad_password_file(tmp_path, text, message):
   path = tmp_path / 'passwords'
   path.write_text(text)
@@ -77,20 +83,26 @@ def test_password_file(tmp_path):
   path = tmp_path / 'passwords'
   path.write_text('ann:with:colons\nben:and a space \n')
   assert demo._read_passwords(str(path)) == [
-      ('ann', 'with:colons'), ('ben', 'and a space ')]
+    ('ann', 'with:colons'),
+    ('ben', 'and a space '),
+  ]
 
 
 def test_without_gradio_says_how_to_install_it():
-  result = run('-c', '''
+  result = run(
+    '-c',
+    """
 import sys
 sys.modules['gradio'] = None
 sys.argv = ['demo', '--workdir=none']
 from absl import app
 from mdm_jax import demo
-app.run(demo.main)''')
+app.run(demo.main)""",
+  )
   assert result.returncode == 1
-  assert result.stderr == ('error: the demo needs Gradio: '
-                           'pip install -r requirements-demo.txt\n')
+  assert result.stderr == (
+    'error: the demo needs Gradio: pip install -r requirements-demo.txt\n'
+  )
 
 
 @pytest.fixture(scope='module')
@@ -101,8 +113,13 @@ def workdir(make_config, random_params, tmp_path_factory):
   config.sampler.update(guidance=3.0, threshold='clip')
   path = tmp_path_factory.mktemp('a run')
   model = build.make_model(config, config.stages[1])
-  toy.save_run(path, config, 1, config.stages[1].steps,
-               random_params(model, config.text.max_length))
+  toy.save_run(
+    path,
+    config,
+    1,
+    config.stages[1].steps,
+    random_params(model, config.text.max_length),
+  )
   return path
 
 
@@ -110,7 +127,9 @@ def workdir(make_config, random_params, tmp_path_factory):
 def environment(tmp_path_factory):
   """For commands: one device, and nothing of the user's."""
   return os.environ | {
-      'XLA_FLAGS': '', 'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache'))}
+    'XLA_FLAGS': '',
+    'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache')),
+  }
 
 
 @pytest.fixture(scope='module')
@@ -121,8 +140,17 @@ def address(workdir, environment, tmp_path_factory):
   port = free_port()
   with log.open('w') as stderr:
     server = subprocess.Popen(
-        [sys.executable, '-m', 'mdm_jax.demo', f'--workdir={workdir}',
-         f'--port={port}'], cwd=ROOT, env=environment, stderr=stderr)
+      [
+        sys.executable,
+        '-m',
+        'mdm_jax.demo',
+        f'--workdir={workdir}',
+        f'--port={port}',
+      ],
+      cwd=ROOT,
+      env=environment,
+      stderr=stderr,
+    )
   try:
     end = time.monotonic() + WAIT
     while 'The page is at' not in log.read_text():
@@ -141,14 +169,20 @@ def address(workdir, environment, tmp_path_factory):
 def browser():
   """A headless Chromium."""
   webdriver = pytest.importorskip(
-      'selenium.webdriver', reason='Selenium is not installed')
+    'selenium.webdriver', reason='Selenium is not installed'
+  )
   chromium, driver = map(shutil.which, ('chromium', 'chromedriver'))
   if not (chromium and driver):
     pytest.skip('Chromium and its driver are not installed')
   options = webdriver.ChromeOptions()
   options.binary_location = chromium
-  for argument in ('headless=new', 'no-sandbox', 'disable-gpu',
-                   'disable-dev-shm-usage', 'window-size=1400,1200'):
+  for argument in (
+    'headless=new',
+    'no-sandbox',
+    'disable-gpu',
+    'disable-dev-shm-usage',
+    'window-size=1400,1200',
+  ):
     options.add_argument(f'--{argument}')
   opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
   try:
@@ -170,8 +204,8 @@ class Page:
 
   def text(self, selector):
     return self.browser.execute_script(
-        'return document.querySelector(arguments[0])?.innerText ?? ""',
-        selector)
+      'return document.querySelector(arguments[0])?.innerText ?? ""', selector
+    )
 
   def wait(self, condition):
     end = time.monotonic() + WAIT
@@ -188,11 +222,14 @@ class Page:
 
   def paste(self, field, text):
     self.wait(lambda: self.all(f'#{field} textarea'))
-    self.browser.execute_script("""
+    self.browser.execute_script(
+      """
         const area = document.querySelector(arguments[0])
         area.value = arguments[1]
         area.dispatchEvent(new Event('input', {bubbles: true}))""",
-        f'#{field} textarea', text)
+      f'#{field} textarea',
+      text,
+    )
 
   def press(self, button):
     self.wait(lambda: self.all(f'#{button}:enabled'))
@@ -214,7 +251,8 @@ def decode(source: str) -> np.ndarray:
 
 
 def test_a_picture_arrives_and_its_command_draws_it(
-    page, environment, tmp_path):
+  page, environment, tmp_path
+):
   prompt = "a 'red' ring <b>on</b> ${1 + 1} {{value}} \\n"
   page.type('prompt', prompt)
   page.type('num_pictures', '2')
@@ -226,21 +264,36 @@ def test_a_picture_arrives_and_its_command_draws_it(
   # All levels side by side, as large as each other, in sharp pixels.
   images = page.all('#gallery figure:nth-child(2) img')
   assert [image.get_attribute('naturalWidth') for image in images] == [
-      '8', '16']
-  assert {(image.size['width'], image.location['y'],
-           image.value_of_css_property('image-rendering'))
-          for image in images} == {
-              (192, images[0].location['y'], 'pixelated')}
+    '8',
+    '16',
+  ]
+  assert {
+    (
+      image.size['width'],
+      image.location['y'],
+      image.value_of_css_property('image-rendering'),
+    )
+    for image in images
+  } == {(192, images[0].location['y'], 'pixelated')}
 
   links = page.all('#gallery figure:nth-child(2) a')
   assert [link.get_attribute('download') for link in links] == [
-      'seed_6_8.png', 'seed_6_16.png']
-  python, *words = shlex.split(page.browser.execute_script(
-      'return document.querySelectorAll("#gallery code")[1].textContent'))
+    'seed_6_8.png',
+    'seed_6_16.png',
+  ]
+  python, *words = shlex.split(
+    page.browser.execute_script(
+      'return document.querySelectorAll("#gallery code")[1].textContent'
+    )
+  )
   assert python == 'python'
   result = subprocess.run(
-      [sys.executable, *words, f'--output={tmp_path}'], cwd=ROOT,
-      env=environment, capture_output=True, text=True)
+    [sys.executable, *words, f'--output={tmp_path}'],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
   assert result.returncode == 0, result.stderr
   for link, side in zip(links, (8, 16)):
     shown = decode(link.get_attribute('href'))
@@ -283,17 +336,20 @@ def test_who_leaves_the_page_cancels(page, address):
 def test_bad_input_is_one_line(page):
   page.type('steps', '0')
   page.press('draw')
-  page.wait(lambda: page.status() ==
-            'Steps: 0; give a number from 1 to 10,000.')
+  page.wait(
+    lambda: page.status() == 'Steps: 0; give a number from 1 to 10,000.'
+  )
   page.type('num_pictures', '99')
   page.type('steps', '3')
   page.press('draw')
-  page.wait(lambda: page.status() ==
-            'Pictures: 99; give a number from 1 to 8.')
+  page.wait(lambda: page.status() == 'Pictures: 99; give a number from 1 to 8.')
   page.paste('prompt', '丸' * 10_000)
   page.press('draw')
-  page.wait(lambda: page.status() ==
-            'The prompt has 10,000 characters: shorten it to 1,000.')
+  page.wait(
+    lambda: (
+      page.status() == 'The prompt has 10,000 characters: shorten it to 1,000.'
+    )
+  )
   page.paste('prompt', '丸' * 1000)
   page.type('num_pictures', '1')
   page.press('draw')
@@ -304,18 +360,29 @@ def test_bad_input_is_one_line(page):
 def test_nothing_is_asked_of_others(page, address):
   page.wait(lambda: page.text('#about').startswith('Ready: '))
   loaded = page.browser.execute_script(
-      'return performance.getEntriesByType("resource").map(x => x.name)')
+    'return performance.getEntriesByType("resource").map(x => x.name)'
+  )
   assert len(loaded) > 10
   assert {urllib.parse.urlsplit(name)[:2] for name in loaded} == {
-      ('http', address.removeprefix('http://'))}
+    ('http', address.removeprefix('http://'))
+  }
 
 
 def test_only_the_page_is_served(address):
   assert status_of(address) == 200
   assert status_of(f'{address}/?deep_link=../../secret') == 200
-  for path in ('upload', 'file=/etc/passwd', 'file=requirements.txt',
-               'proxy=http://127.0.0.1/', 'info', 'runs', 'openapi.json',
-               'call/draw', 'component_server', '../monitoring'):
+  for path in (
+    'upload',
+    'file=/etc/passwd',
+    'file=requirements.txt',
+    'proxy=http://127.0.0.1/',
+    'info',
+    'runs',
+    'openapi.json',
+    'call/draw',
+    'component_server',
+    '../monitoring',
+  ):
     assert status_of(f'{address}/gradio_api/{path}') == 404, path
   for folder in ('assets', 'static'):
     path = f'{folder}/..%2f..%2f..%2f..%2frequirements.txt'
@@ -324,7 +391,7 @@ def test_only_the_page_is_served(address):
   assert status_of(f'{address}/gradio_api/run/predict', b'{}') == 404
   join = f'{address}/gradio_api/queue/join'
   # Refused before it is sent.
-  assert status_of(join, b'', **{'Content-Length': str(2 ** 20 + 1)}) == 413
+  assert status_of(join, b'', **{'Content-Length': str(2**20 + 1)}) == 413
   assert status_of(join, b'{}') == 422
   # A name that somebody else made to mean this machine.
   assert status_of(address, Host='example.com') == 403
@@ -336,17 +403,20 @@ def test_only_the_page_is_served(address):
 def test_password(tmp_path):
   pytest.importorskip('gradio', reason='Gradio is not installed')
   studio = types.SimpleNamespace(
-      about='a run', ready=threading.Event(), examples=lambda count: [],
-      usual=live.Order('', '', 2.0, 5, 'ddim', 'clip', 0, 4))
+    about='a run',
+    ready=threading.Event(),
+    examples=lambda count: [],
+    usual=live.Order('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
+  )
   page = demo.make_page(studio)
   _, address, _ = demo.launch(
-      page, '127.0.0.1', free_port(), [('ann', 'long enough')])
+    page, '127.0.0.1', free_port(), [('ann', 'long enough')]
+  )
   try:
     join = f'{address}gradio_api/queue/join'
     assert status_of(address, Host='example.com') == 200
     assert status_of(f'{address}config') == 401
-    assert status_of(join, b'{}', **{
-        'Content-Type': 'application/json'}) == 401
+    assert status_of(join, b'{}', **{'Content-Type': 'application/json'}) == 401
     login = f'{address}login'
     assert status_of(login, b'username=ann&password=long+enougH') == 400
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())

@@ -21,14 +21,28 @@ from tests.toy import pids
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEEPING = dict(
-    averages__widths=(0.05, 0.1), averages__snapshot_every=10,
-    eval__best_metric='held_out_loss_8')
+  averages__widths=(0.05, 0.1),
+  averages__snapshot_every=10,
+  eval__best_metric='held_out_loss_8',
+)
 CONFIG = toy.recipe(
-    1, 60, log_every=1, sample_every=60, checkpoint_every=10, eval__every=30,
-    **KEEPING)
+  1,
+  60,
+  log_every=1,
+  sample_every=60,
+  checkpoint_every=10,
+  eval__every=30,
+  **KEEPING,
+)
 TWO_STAGES = toy.recipe(
-    2, 40, log_every=1, sample_every=40, checkpoint_every=10, eval__every=40,
-    **KEEPING)
+  2,
+  40,
+  log_every=1,
+  sample_every=40,
+  checkpoint_every=10,
+  eval__every=40,
+  **KEEPING,
+)
 
 # JAX's, of the process that it misses.
 MESSAGE = r'Task 2 heartbeat timeout|sending heartbeats\):\s+2'
@@ -40,8 +54,16 @@ class Processes:
   Those in `absent` are not started. With `slurm`, Slurm says who is who.
   """
 
-  def __init__(self, directory, workdir, count, *flags, absent=(),
-               slurm=False, config=CONFIG):
+  def __init__(
+    self,
+    directory,
+    workdir,
+    count,
+    *flags,
+    absent=(),
+    slurm=False,
+    config=CONFIG,
+  ):
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
@@ -58,19 +80,38 @@ class Processes:
         joined = ('--distributed',)
       if slurm:
         variables |= {
-            'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost,other',
-            'SLURM_NTASKS': str(count), 'SLURM_PROCID': str(i),
-            'SLURM_LOCALID': str(i), 'JAX_COORDINATOR_PORT': str(port)}
+          'SLURM_JOB_ID': '1',
+          'SLURM_STEP_NODELIST': 'localhost,other',
+          'SLURM_NTASKS': str(count),
+          'SLURM_PROCID': str(i),
+          'SLURM_LOCALID': str(i),
+          'JAX_COORDINATOR_PORT': str(port),
+        }
       elif count > 1:
-        joined += (f'--coordinator=127.0.0.1:{port}',
-                   f'--num_processes={count}', f'--process_id={i}')
+        joined += (
+          f'--coordinator=127.0.0.1:{port}',
+          f'--num_processes={count}',
+          f'--process_id={i}',
+        )
       self.outputs.append(directory / f'{workdir.name}_{i}.log')
       with self.outputs[-1].open('w') as file:
-        self.all.append(subprocess.Popen(
-            [sys.executable, '-m', 'mdm_jax.main', f'--config={recipe}',
-             f'--workdir={workdir}', *joined, *flags],
-            cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env=os.environ | variables))
+        self.all.append(
+          subprocess.Popen(
+            [
+              sys.executable,
+              '-m',
+              'mdm_jax.main',
+              f'--config={recipe}',
+              f'--workdir={workdir}',
+              *joined,
+              *flags,
+            ],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | variables,
+          )
+        )
 
   def wait(self, seconds=240):
     """Their exit codes."""
@@ -88,7 +129,8 @@ class Processes:
     path = self.workdir / 'metrics.jsonl'
     for _ in range(2400):
       if words in self.outputs[0].read_text() or (
-          path.exists() and words in path.read_text()):
+        path.exists() and words in path.read_text()
+      ):
         return
       assert self.all[0].poll() is None, self.text()
       time.sleep(0.1)
@@ -111,8 +153,10 @@ def digest(directory, step):
 
 
 def losses(workdir):
-  lines = [json.loads(line) for line in
-           (workdir / 'metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(line)
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+  ]
   return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
@@ -135,24 +179,26 @@ def two_stages(tmp_path_factory):
 
 
 def digests(workdir):
-  return [digest(workdir / 'checkpoints' / name, 40)
-          for name in ('0_8', '1_16')]
+  return [
+    digest(workdir / 'checkpoints' / name, 40) for name in ('0_8', '1_16')
+  ]
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_stopped_anywhere_it_ends_as_if_left_alone(
-    two_stages, tmp_path, count):
+def test_stopped_anywhere_it_ends_as_if_left_alone(two_stages, tmp_path, count):
   workdir = tmp_path / 'run'
 
   def begin():
     return Processes(tmp_path, workdir, count, config=TWO_STAGES)
+
   last, first, both = [-1], [0], range(count)
   for words, receivers, stage in [
-      ('px, 40 steps', last, None),  # It compiles.
-      ('"stage": "8", "step": 20,', last, '0_8'),
-      ('"stage": "8", "step": 40,', first, None),  # It is about to draw.
-      ('"stage": "16", "step": 20,', both, '1_16'),
-      ('Drawing 8 held-out prompts', last, None)]:  # At the stage's end.
+    ('px, 40 steps', last, None),  # It compiles.
+    ('"stage": "8", "step": 20,', last, '0_8'),
+    ('"stage": "8", "step": 40,', first, None),  # It is about to draw.
+    ('"stage": "16", "step": 20,', both, '1_16'),
+    ('Drawing 8 held-out prompts', last, None),
+  ]:  # At the stage's end.
     processes = begin()
     processes.wait_for(words)
     for receiver in receivers:
@@ -165,8 +211,10 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(
     if stage:
       step = checkpoint.latest_step(workdir / 'checkpoints' / stage)
       assert 20 <= step < 40
-      assert f'"stage": "{stage[2:]}", "step": {step + 1},' not in (
-          workdir / 'metrics.jsonl').read_text()
+      assert (
+        f'"stage": "{stage[2:]}", "step": {step + 1},'
+        not in (workdir / 'metrics.jsonl').read_text()
+      )
   processes = begin()
   assert processes.wait() == [0] * count, processes.text()
   for name in ('8_40', '16_40'):
@@ -174,7 +222,11 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(
   assert digests(workdir) == two_stages
   for name in ('0_8', '1_16'):
     assert checkpoint.good_steps(workdir / 'averages' / name) == [
-        10, 20, 30, 40]
+      10,
+      20,
+      30,
+      40,
+    ]
     assert checkpoint.good_steps(workdir / 'best' / name) == [40]
 
 
@@ -193,25 +245,33 @@ def test_when_one_dies_the_other_ends_and_one_goes_on(straight, tmp_path):
   assert 'continuing from step 20' in again.text()
   expected, found = losses(straight), losses(workdir)
   np.testing.assert_allclose(
-      [found[step] for step in range(21, 61)],
-      [expected[step] for step in range(21, 61)], rtol=1e-6)
+    [found[step] for step in range(21, 61)],
+    [expected[step] for step in range(21, 61)],
+    rtol=1e-6,
+  )
   assert kept_beside(straight)[0] == [*range(10, 70, 10)]
   jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-      kept_beside(workdir), kept_beside(straight))
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+    kept_beside(workdir),
+    kept_beside(straight),
+  )
 
 
 def kept_beside(workdir):
   """Steps of the snapshots, the last one, the best step, and its figure."""
   averages, best = workdir / 'averages' / '0_8', workdir / 'best' / '0_8'
-  return (checkpoint.good_steps(averages),
-          checkpoint.restore_item(averages, 60, '0.1'),
-          checkpoint.good_steps(best), checkpoint.read_extra(best)['value'])
+  return (
+    checkpoint.good_steps(averages),
+    checkpoint.restore_item(averages, 60, '0.1'),
+    checkpoint.good_steps(best),
+    checkpoint.read_extra(best)['value'],
+  )
 
 
 def test_an_error_in_one_stops_the_other(tmp_path):
   processes = Processes(
-      tmp_path, tmp_path / 'run', 2, '--config.data.num_workers=1')
+    tmp_path, tmp_path / 'run', 2, '--config.data.num_workers=1'
+  )
   processes.wait_for_step(13)
   [worker] = pids('pgrep', '-P', str(processes.all[1].pid), '-f', 'spawn_main')
   os.kill(worker, signal.SIGKILL)
@@ -225,7 +285,8 @@ def test_an_error_in_one_stops_the_other(tmp_path):
 
 def test_a_hanging_peer_is_not_waited_for(tmp_path):
   processes = Processes(
-      tmp_path, tmp_path / 'run', 2, '--config.watchdog.step=20')
+    tmp_path, tmp_path / 'run', 2, '--config.watchdog.step=20'
+  )
   processes.wait_for_step(13)
   processes.all[1].send_signal(signal.SIGSTOP)
   begin = time.monotonic()
@@ -237,11 +298,9 @@ def test_a_hanging_peer_is_not_waited_for(tmp_path):
   assert 'in train_stage' in text
 
 
-def test_of_four_one_dies_and_the_others_end_with_a_message(
-    straight, tmp_path):
+def test_of_four_one_dies_and_the_others_end_with_a_message(straight, tmp_path):
   workdir = tmp_path / 'run'
-  processes = Processes(
-      tmp_path, workdir, 4, '--heartbeat=10', slurm=True)
+  processes = Processes(tmp_path, workdir, 4, '--heartbeat=10', slurm=True)
   processes.wait_for_step(13)
   processes.all[2].kill()
   begin = time.monotonic()
@@ -254,30 +313,47 @@ def test_of_four_one_dies_and_the_others_end_with_a_message(
     assert re.search(MESSAGE, text), text
   # Process 0 alone tells and writes.
   assert [' step 9/60 ' in path.read_text() for path in processes.outputs] == [
-      True, False, False, False]
+    True,
+    False,
+    False,
+    False,
+  ]
   found, expected = losses(workdir), losses(straight)
   assert len(found) >= 13
   np.testing.assert_allclose(
-      list(found.values()), [expected[step] for step in found], rtol=1e-5)
+    list(found.values()), [expected[step] for step in found], rtol=1e-5
+  )
 
 
 def test_of_three_one_never_comes(tmp_path):
   processes = Processes(
-      tmp_path, tmp_path / 'run', 3, '--arrival=20', absent=(1,))
+    tmp_path, tmp_path / 'run', 3, '--arrival=20', absent=(1,)
+  )
   assert processes.wait() == [1, 1], processes.text()
   for path in processes.outputs:
     assert path.read_text().splitlines()[-1] == (
-        'error: Of 3 processes, 1 did not arrive within 20 s: see their own '
-        'logs, or give more time with --arrival.')
+      'error: Of 3 processes, 1 did not arrive within 20 s: see their own '
+      'logs, or give more time with --arrival.'
+    )
     assert 'Traceback' not in path.read_text()
 
 
 def test_who_cannot_be_joined_is_named(tmp_path):
   (tmp_path / 'toy.py').write_text(CONFIG)
   done = subprocess.run(
-      [sys.executable, '-m', 'mdm_jax.main', '--distributed',
-       f'--config={tmp_path}/toy.py', f'--workdir={tmp_path}/run'],
-      cwd=ROOT, capture_output=True, text=True, timeout=120)
+    [
+      sys.executable,
+      '-m',
+      'mdm_jax.main',
+      '--distributed',
+      f'--config={tmp_path}/toy.py',
+      f'--workdir={tmp_path}/run',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 1
   assert 'error: The other processes cannot be joined' in done.stderr
   assert '--coordinator=HOST:PORT' in done.stderr

@@ -12,9 +12,18 @@ import pytest
 from mdm_jax import build, draw, hlo, inputs, sharding
 from mdm_jax.diffusion import samplers
 
-PROMPTS = ['a red ring', 'a small blue star', 'two green circles', 'a cross',
-           'a yellow square', 'a large pink triangle', '', 'a black dot',
-           'a cyan ring', 'a purple star above a white cross']
+PROMPTS = [
+  'a red ring',
+  'a small blue star',
+  'two green circles',
+  'a cross',
+  'a yellow square',
+  'a large pink triangle',
+  '',
+  'a black dot',
+  'a cyan ring',
+  'a purple star above a white cross',
+]
 
 
 @pytest.fixture(scope='module')
@@ -27,6 +36,7 @@ def config(make_config):
 @pytest.fixture(scope='module')
 def made(config, random_params):
   """mesh -> what draws with an untrained network, and its parameters."""
+
   def make(mesh):
     stage = config.stages[1]
     model = build.make_model(config, stage)
@@ -34,6 +44,7 @@ def made(config, random_params):
     params = random_params(model, config.text.max_length)
     shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
     return painter, sharding.place(params, shardings), shardings
+
   return make
 
 
@@ -47,8 +58,10 @@ def draw_fn(config, made):
   def make(negative):
     (text,) = inputs.encode_prompts(config, [negative or ''])
     return draw.make_draw(painter, text, 8, shardings)
+
   return lambda prompts, seeds, negative=None: make(negative)(
-      params, inputs.encode_prompts(config, prompts), seeds)
+    params, inputs.encode_prompts(config, prompts), seeds
+  )
 
 
 @pytest.fixture(scope='module')
@@ -58,15 +71,15 @@ def drawn(draw_fn):
 
 
 def test_shapes(drawn):
-  assert [level.shape for level in drawn] == [
-      (10, 8, 8, 3), (10, 16, 16, 3)]
+  assert [level.shape for level in drawn] == [(10, 8, 8, 3), (10, 16, 16, 3)]
   assert all(level.dtype == np.uint8 for level in drawn)
   # Neither flat nor all clipped.
   assert all(20 < level.std() < 120 for level in drawn)
 
 
 @pytest.mark.parametrize(
-    'picked', [[9], [3, 9, 0], [5] * 8, [*range(9, -1, -1)]])
+  'picked', [[9], [3, 9, 0], [5] * 8, [*range(9, -1, -1)]]
+)
 def test_independent_of_the_batch(draw_fn, drawn, picked):
   again = draw_fn([PROMPTS[i] for i in picked], picked)
   for level, expected in zip(again, drawn, strict=True):
@@ -85,7 +98,8 @@ def test_prompt_and_seed_matter(draw_fn, drawn):
 def test_guidance_leads_away_from_a_negative_prompt(draw_fn, drawn):
   both = [PROMPTS[0], PROMPTS[3]]
   first, second = (
-      draw_fn(both, [0, 0], negative=prompt)[1] for prompt in (None, both[1]))
+    draw_fn(both, [0, 0], negative=prompt)[1] for prompt in (None, both[1])
+  )
   for i in range(2):
     assert np.abs(first[i].astype(int) - second[i]).mean() > 0.1
 
@@ -93,18 +107,23 @@ def test_guidance_leads_away_from_a_negative_prompt(draw_fn, drawn):
 def test_devices_draw_a_picture_together(config, made, drawn):
   """Each has an eighth of the rows, and of the work."""
   text, negative = (
-      inputs.encode_prompts(config, [prompt]) for prompt in (PROMPTS[1], ''))
+    inputs.encode_prompts(config, [prompt]) for prompt in (PROMPTS[1], '')
+  )
   seeds, flops = np.array([1], np.uint32), []
   for spatial in (1, 8):
     mesh = sharding.make_mesh(
-        {'data': 1, 'fsdp': 1, 'spatial': spatial}, jax.devices()[:spatial])
+      {'data': 1, 'fsdp': 1, 'spatial': spatial}, jax.devices()[:spatial]
+    )
     painter, params, _ = made(mesh)
-    compiled = jax.jit(
-        painter.sample, out_shardings=sharding.replicated(mesh)
-    ).lower(params, text, negative, seeds).compile()
+    compiled = (
+      jax.jit(painter.sample, out_shardings=sharding.replicated(mesh))
+      .lower(params, text, negative, seeds)
+      .compile()
+    )
     flops.append(compiled.cost_analysis()['flops'])
     for level, expected in zip(
-        compiled(params, text, negative, seeds), drawn, strict=True):
+      compiled(params, text, negative, seeds), drawn, strict=True
+    ):
       # Sums in another order may round a pixel to its neighbour.
       difference = np.abs(np.asarray(level[0], int) - expected[1])
       assert difference.max() <= 1
@@ -116,42 +135,64 @@ def test_no_picture_changes_its_device(config, made):
   """Guidance pairs what it compares; only the result is gathered."""
   mesh = sharding.make_mesh(config.mesh)
   painter, params, _ = made(mesh)
-  batch = sharding.shard_batch({
+  batch = sharding.shard_batch(
+    {
       'text': inputs.encode_prompts(config, PROMPTS[:8]),
-      'seeds': np.arange(8, dtype=np.uint32)}, mesh)
-  text = jax.jit(
-      painter.sample, out_shardings=sharding.replicated(mesh)).lower(
-      params, batch['text'], batch['text'], batch['seeds']
-  ).compile().as_text()
-  assert set(re.findall(
+      'seeds': np.arange(8, dtype=np.uint32),
+    },
+    mesh,
+  )
+  text = (
+    jax.jit(painter.sample, out_shardings=sharding.replicated(mesh))
+    .lower(params, batch['text'], batch['text'], batch['seeds'])
+    .compile()
+    .as_text()
+  )
+  assert set(
+    re.findall(
       r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
-      r'(?:-start)?\(', text)) == {'all-gather'}
+      r'(?:-start)?\(',
+      text,
+    )
+  ) == {'all-gather'}
 
 
 def test_parameters_are_gathered_once(config, made):
   mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'spatial': 1})
   painter, params, shardings = made(mesh)
-  inputs_ = [jax.ShapeDtypeStruct((8, *shape), dtype) for shape, dtype in (
+  inputs_ = [
+    jax.ShapeDtypeStruct((8, *shape), dtype)
+    for shape, dtype in (
       ((config.text.max_length,), np.int32),
-      ((config.text.max_length,), np.int32), ((), np.uint32))]
+      ((config.text.max_length,), np.int32),
+      ((), np.uint32),
+    )
+  ]
 
   def gathered(num_steps):
     spec = dataclasses.replace(painter.spec, num_steps=num_steps)
-    program = draw.jit_sample(
-        dataclasses.replace(painter, spec=spec), shardings).lower(
-            params, *inputs_).compile()
+    program = (
+      draw.jit_sample(dataclasses.replace(painter, spec=spec), shardings)
+      .lower(params, *inputs_)
+      .compile()
+    )
     return hlo.collective_bytes(program.as_text())
+
   few, many = gathered(2), gathered(6)
   size = sum(x.nbytes for x in jax.tree.leaves(params['unet']))
   assert few == many and few['all-gather'] > 0.9 * size
 
 
-def test_step_by_step_it_is_the_same_picture(
-    config, made, drawn, monkeypatch):
+def test_step_by_step_it_is_the_same_picture(config, made, drawn, monkeypatch):
   traced = []
   one_step = samplers.sample_step
-  monkeypatch.setattr(samplers, 'sample_step', lambda *given, **options: (
-      traced.append(1), one_step(*given, **options))[1])
+  monkeypatch.setattr(
+    samplers,
+    'sample_step',
+    lambda *given, **options: (traced.append(1), one_step(*given, **options))[
+      1
+    ],
+  )
   mesh = sharding.make_mesh(config.mesh)
   painter, params, shardings = made(mesh)
   draw_steps = draw.make_draw_steps(painter, shardings)
@@ -172,8 +213,9 @@ def text_keys(jaxpr, in_loop=False):
   """How often a traced program makes a text's keys: outside, inside loops."""
   found = np.zeros(2, int)
   for equation in jaxpr.eqns:
-    if (equation.primitive.name == 'dot_general' and
-        'text_kv' in str(equation.source_info.name_stack)):
+    if equation.primitive.name == 'dot_general' and 'text_kv' in str(
+      equation.source_info.name_stack
+    ):
       found[int(in_loop)] += 1
     for inner in jaxprs_in_params(equation.params):
       found += text_keys(inner, in_loop or equation.primitive.name == 'scan')
@@ -183,11 +225,13 @@ def text_keys(jaxpr, in_loop=False):
 @pytest.mark.parametrize('interval', [(0.0, 1.0), (0.2, 0.8)])
 def test_keys_of_the_text_are_made_once(config, made, interval):
   painter, params, _ = made(sharding.make_mesh(config.mesh))
-  painter = dataclasses.replace(painter, spec=dataclasses.replace(
-      painter.spec, guidance_interval=interval))
+  painter = dataclasses.replace(
+    painter, spec=dataclasses.replace(painter.spec, guidance_interval=interval)
+  )
   text = inputs.encode_prompts(config, PROMPTS[:8])
   traced = jax.make_jaxpr(painter.sample)(
-      params, text, text, np.arange(8, dtype=np.uint32))
+    params, text, text, np.arange(8, dtype=np.uint32)
+  )
   # Of one layer, with the prompts and with the negative ones.
   assert text_keys(traced.jaxpr).tolist() == [2, 0]
 
@@ -200,8 +244,10 @@ def test_a_guided_step_costs_two_plain_ones(config, made):
   def flops(weight):  # XLA counts a loop's body once.
     spec = dataclasses.replace(painter.spec, name='ddim', guidance=weight)
     sample = dataclasses.replace(painter, spec=spec).sample
-    return jax.jit(sample).lower(
-        params, text, text, seeds).cost_analysis()['flops']
+    return (
+      jax.jit(sample).lower(params, text, text, seeds).cost_analysis()['flops']
+    )
+
   assert flops(3.0) < 2.05 * flops(1.0)
 
 
@@ -209,17 +255,19 @@ def test_the_network_as_its_own_guide_changes_nothing(config, made):
   mesh = sharding.make_mesh(config.mesh)
   painter, params, shardings = made(mesh)
   guided = dataclasses.replace(painter, guide=painter.model)
-  plain = dataclasses.replace(painter, spec=dataclasses.replace(
-      painter.spec, guidance=1.0))
+  plain = dataclasses.replace(
+    painter, spec=dataclasses.replace(painter.spec, guidance=1.0)
+  )
   weaker = jax.tree.map(lambda x: x * 0.9, params)
   text = inputs.encode_prompts(config, PROMPTS[:8])
 
   plain, guided = (
-      draw.make_draw(painter, text[0], 8, shardings | {'guide': shardings})
-      for painter in (plain, guided))
+    draw.make_draw(painter, text[0], 8, shardings | {'guide': shardings})
+    for painter in (plain, guided)
+  )
   expected, same, better = (
-      drawer(params | {'guide': guide}, text, range(8))[1].astype(int)
-      for drawer, guide in (
-          (plain, params), (guided, params), (guided, weaker)))
+    drawer(params | {'guide': guide}, text, range(8))[1].astype(int)
+    for drawer, guide in ((plain, params), (guided, params), (guided, weaker))
+  )
   assert np.abs(same - expected).max() <= 1
   assert np.abs(better - expected).mean() > 1

@@ -16,28 +16,36 @@ DATA = pathlib.Path(__file__).parent / 'data' / 'eval'
 @pytest.fixture(scope='module')
 def mesh():
   return sharding.make_mesh(
-      {'data': 2, 'fsdp': 1, 'spatial': 1}, jax.devices()[:2])
+    {'data': 2, 'fsdp': 1, 'spatial': 1}, jax.devices()[:2]
+  )
 
 
 def test_inception_equals_pytorch(tmp_path, mesh, inception_weights):
-  images = np.random.default_rng(0).integers(
-      0, 256, (2, 4, 5, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+  images = (
+    np.random.default_rng(0)
+    .integers(0, 256, (2, 4, 5, 3), np.uint8)
+    .repeat(8, 1)
+    .repeat(8, 2)
+  )
   path = tmp_path / 'inception.pth'
   torch_files.write_state_dict(path, inception_weights)
   network = features.Inception(path, 2, mesh)
   with np.load(DATA / 'inception.npz') as golden:
     # They are 0.28 on average, and differ by 0.03 between the two.
     np.testing.assert_allclose(
-        network.encode(images), golden['features'], rtol=0, atol=1e-5)
+      network.encode(images), golden['features'], rtol=0, atol=1e-5
+    )
   np.testing.assert_allclose(
-      network.encode(images[1:]), network.encode(images)[1:], atol=1e-6)
+    network.encode(images[1:]), network.encode(images)[1:], atol=1e-6
+  )
 
 
 def test_other_weights_are_named(tmp_path, mesh):
   path = tmp_path / 'resnet.pth'
   torch_files.write_state_dict(path, {'layer1.weight': np.zeros(3)})
-  with pytest.raises(ValueError, match='resnet.pth: .* another network: '
-                     'fc.weight is missing'):
+  with pytest.raises(
+    ValueError, match='resnet.pth: .* another network: fc.weight is missing'
+  ):
     features.Inception(path, 2, mesh)
 
 
@@ -45,31 +53,42 @@ def test_clip_scores_equal_pytorch(clip_directory, mesh):
   """Of pictures wider, higher and smaller than its 24 px."""
   rng = np.random.default_rng(0)
   pictures = [
-      rng.integers(0, 256, (*size, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-      for size in ((9, 13), (16, 11), (3, 3))]
+    rng.integers(0, 256, (*size, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    for size in ((9, 13), (16, 11), (3, 3))
+  ]
   captions = clip_directory.captions[:3]
   expected = clip.scores(clip_directory.images, clip_directory.text[:3])
   assert expected.max() > 1 and expected.std() > 1
   # Fewer than its batch, which is filled up.
   network = features.Clip(clip_directory.path, 4, mesh)
-  found = [network.scores(picture[None], [caption])
-           for picture, caption in zip(pictures, captions)]
+  found = [
+    network.scores(picture[None], [caption])
+    for picture, caption in zip(pictures, captions)
+  ]
   np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-3)
   np.testing.assert_allclose(
-      network.scores(np.stack([pictures[2]] * 2), captions[1:]),
-      clip.scores(clip_directory.images[[2, 2]], clip_directory.text[1:3]),
-      atol=1e-3)
+    network.scores(np.stack([pictures[2]] * 2), captions[1:]),
+    clip.scores(clip_directory.images[[2, 2]], clip_directory.text[1:3]),
+    atol=1e-3,
+  )
 
 
-@pytest.mark.parametrize('file, content, message', [
+@pytest.mark.parametrize(
+  'file, content, message',
+  [
     ('config.json', '{"model_type": "t5"}', "model_type is 't5': give a CLIP"),
-    ('config.json', '{"model_type": "clip"}',
-     r'weights do not fit: text_model.* is \(24,\), not \(2048,\)'),
+    (
+      'config.json',
+      '{"model_type": "clip"}',
+      r'weights do not fit: text_model.* is \(24,\), not \(2048,\)',
+    ),
     ('vocab.json', '{"a": 0}', 'not those of CLIP'),
     ('merges.txt', None, 'merges.txt does not exist'),
-])
+  ],
+)
 def test_another_model_is_named(
-    clip_directory, tmp_path, mesh, file, content, message):
+  clip_directory, tmp_path, mesh, file, content, message
+):
   for path in clip_directory.path.iterdir():
     if path.name != file:
       (tmp_path / path.name).symlink_to(path)
@@ -86,12 +105,14 @@ def test_cache_makes_each_sample_once(tmp_path):
     made.append(fid.Sample(3, 5, 2))
     made[-1].add(np.random.default_rng(len(made)).standard_normal((5, 3)))
     return made[-1]
+
   first = features.cached(tmp_path / 'new', {'seed': 1}, make)
   again = features.cached(tmp_path / 'new', {'seed': 1}, make)
   assert len(made) == 1
   np.testing.assert_array_equal(again.rows, first.rows)
   np.testing.assert_array_equal(
-      again.statistics.scatter, first.statistics.scatter)
+    again.statistics.scatter, first.statistics.scatter
+  )
   features.cached(tmp_path / 'new', {'seed': 2}, make)
   assert len(made) == 2
 
@@ -101,6 +122,7 @@ def test_damaged_cache_is_named(tmp_path):
     sample = fid.Sample(3, 5, 2)
     sample.add(np.ones((5, 3)))
     return sample
+
   features.cached(tmp_path, {}, make)
   (path,) = tmp_path.iterdir()
   path.write_bytes(path.read_bytes()[:-100])

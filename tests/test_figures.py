@@ -27,6 +27,7 @@ COUNT = 21
 
 class Colors:
   """In the place of the Inception: means and spreads, quickly computed."""
+
   width = 6
   fingerprint = {'weights': 'none'}
   seen = 0
@@ -44,8 +45,9 @@ class Colors:
 def paint(params, text, seeds):
   """In the place of the sampler: what depends on all that it is given."""
   pictures = [
-      np.random.default_rng([seed, *row]).integers(
-          seed, 256, (8, 8, 3), np.uint8) for row, seed in zip(text, seeds)]
+    np.random.default_rng([seed, *row]).integers(seed, 256, (8, 8, 3), np.uint8)
+    for row, seed in zip(text, seeds)
+  ]
   return (np.stack(pictures),)
 
 
@@ -59,7 +61,8 @@ def quick(monkeypatch):
 @pytest.fixture(scope='module')
 def mesh():
   return sharding.make_mesh(
-      {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices()[:1])
+    {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices()[:1]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -78,8 +81,8 @@ def run(config, random_params, tmp_path_factory):
   params = random_params(model, config.text.max_length)
   checkpoint.write_config(workdir, json.loads(config.to_json()))
   with checkpoint.Checkpoints(
-      build.stage_directory(workdir, config, 0), save_interval=1,
-      max_to_keep=1) as checkpoints:
+    build.stage_directory(workdir, config, 0), save_interval=1, max_to_keep=1
+  ) as checkpoints:
     checkpoints.save(3, {'ema': jax.tree.map(jax.numpy.asarray, params)}, {})
   return workdir
 
@@ -91,38 +94,57 @@ def statistics(images):
 
 
 def test_all_figures_of_drawn_pictures(
-    config, run, mesh, clip_directory, tmp_path, monkeypatch):
+  config, run, mesh, clip_directory, tmp_path, monkeypatch
+):
   """Drawn in batches of 8 and prompts of 10, past the data set's end."""
   monkeypatch.setattr(figures, '_PROMPTS_AT_ONCE', 10)
   monkeypatch.setattr(figures, '_SHOWN', 2)
   options = figures.Options(
-      metrics=figures.METRICS[1:], num_samples=COUNT, seed=7, num_reference=13,
-      inception='inception.pth', clip=clip_directory.path, cache=tmp_path)
+    metrics=figures.METRICS[1:],
+    num_samples=COUNT,
+    seed=7,
+    num_reference=13,
+    inception='inception.pth',
+    clip=clip_directory.path,
+    cache=tmp_path,
+  )
   found, settings = figures.of_model(config, run, options, mesh)
 
   parts = [inputs.make_prompts(config, 18), inputs.make_prompts(config, 3)]
   captions = [name for part in parts for name in part.captions]
-  (pictures,) = paint(None, np.concatenate([part.text for part in parts]),
-                      range(7, 7 + COUNT))
+  (pictures,) = paint(
+    None, np.concatenate([part.text for part in parts]), range(7, 7 + COUNT)
+  )
   source = inputs.make_source(config, 'held_out', 8)
   reference = statistics(np.stack([source[i]['image'] for i in range(13)]))
   sample = statistics(pictures)
-  assert found['fid'] == pytest.approx(fid.frechet_distance(
-      sample.statistics, reference.statistics), rel=1e-6)
-  assert found['kid'] == pytest.approx(fid.kernel_distance(
-      sample.rows, reference.rows)[0], rel=1e-6)
+  assert found['fid'] == pytest.approx(
+    fid.frechet_distance(sample.statistics, reference.statistics), rel=1e-6
+  )
+  assert found['kid'] == pytest.approx(
+    fid.kernel_distance(sample.rows, reference.rows)[0], rel=1e-6
+  )
   assert (found['precision'], found['recall']) == fid.precision_recall(
-      sample.rows, reference.rows)
+    sample.rows, reference.rows
+  )
   clip = features.Clip(clip_directory.path, COUNT, mesh)
   assert found['clip_score'] == pytest.approx(
-      clip.scores(pictures, captions).mean(), rel=1e-5)
+    clip.scores(pictures, captions).mean(), rel=1e-5
+  )
   assert 0 <= found['accuracy_background'] <= 1
 
   assert json.loads(json.dumps(settings))['step'] == 3
   expected = {
-      'stage': '8', 'step': 3, 'average': 'decaying', 'resolution': 8,
-      'seed': 7, 'num_samples': COUNT, 'num_reference': 13,
-      'prompts': 'held_out', 'rows': [COUNT, 13]}
+    'stage': '8',
+    'step': 3,
+    'average': 'decaying',
+    'resolution': 8,
+    'seed': 7,
+    'num_samples': COUNT,
+    'num_reference': 13,
+    'prompts': 'held_out',
+    'rows': [COUNT, 13],
+  }
   assert {name: settings[name] for name in expected} == expected
   assert settings['sampler']['num_steps'] == config.sampler.num_steps
   assert settings['reference']['inception'] == {'weights': 'none'}
@@ -144,28 +166,37 @@ def test_figures_of_training(config, run, mesh, monkeypatch, caplog):
   monkeypatch.undo()  # The sampler draws.
   found, _ = figures.of_model(config, run, figures.Options(), mesh)
   assert "is not finished: this is stage 1/2 '8' at step 3 of 20" in (
-      caplog.text)
+    caplog.text
+  )
   index, _, params = trained.restore_average(config, run, mesh)
   measured = trained.measure(config, index, params, mesh)
   assert {name: found[name] for name in measured} == pytest.approx(
-      measured, rel=1e-5)
+    measured, rel=1e-5
+  )
   assert measured.keys() >= {'held_out_loss_8', 'accuracy_all'}
   table = found['losses_by_noise']
   count = np.array(table['examples'])
   assert count.sum() == 2 * config.stages[0].batch_size
   losses = [loss or 0 for loss in table['held_out_loss_8']]
-  assert count @ losses / count.sum() == pytest.approx(
-      found['held_out_loss_8'])
+  assert count @ losses / count.sum() == pytest.approx(found['held_out_loss_8'])
 
 
 def test_reference_is_read_once(config, run, mesh, tmp_path):
   def judge(**changes):
     before = Colors.seen
-    options = figures.Options(**{
-        'metrics': ['fid'], 'num_samples': 9, 'num_reference': 11,
-        'inception': 'inception.pth', 'cache': tmp_path, **changes})
+    options = figures.Options(
+      **{
+        'metrics': ['fid'],
+        'num_samples': 9,
+        'num_reference': 11,
+        'inception': 'inception.pth',
+        'cache': tmp_path,
+        **changes,
+      }
+    )
     value = figures.of_model(config, run, options, mesh).figures['fid']
     return value, Colors.seen - before
+
   first, count = judge()
   assert count == 9 + 11
   assert judge() == (first, 9)
@@ -176,13 +207,15 @@ def test_reference_is_read_once(config, run, mesh, tmp_path):
 
 def test_warns_of_singular_covariances(caplog):
   rng = np.random.default_rng(0)
-  six, seven = (statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8))
-                for n in (6, 7))
+  six, seven = (
+    statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8)) for n in (6, 7)
+  )
   figures._compare(['fid'], seven, seven)
   assert not caplog.text
   figures._compare(['fid'], seven, six)
   assert 'FID of 7 pictures against 6: no more than its 6 features' in (
-      caplog.text)
+    caplog.text
+  )
 
 
 def test_folders(tmp_path, mesh):
@@ -191,48 +224,66 @@ def test_folders(tmp_path, mesh):
     (tmp_path / name).mkdir()
     for i in range(9):
       Image.fromarray(rng.integers(low, 256, (5, 4, 3), np.uint8)).save(
-          tmp_path / name / f'{i}.png')
+        tmp_path / name / f'{i}.png'
+      )
 
   def judge(images, reference):
     options = figures.Options(
-        inception='inception.pth', reference=str(tmp_path / reference),
-        cache=tmp_path / 'cache')
+      inception='inception.pth',
+      reference=str(tmp_path / reference),
+      cache=tmp_path / 'cache',
+    )
     return figures.of_folders(str(tmp_path / images), options, 4, mesh)
+
   itself, near, far = (judge('a', name) for name in 'abc')
   assert itself.figures['fid'] == pytest.approx(0, abs=1e-6)
   assert 0.01 < near.figures['fid'] < 0.3 * far.figures['fid']
   assert near.figures['kid'] < far.figures['kid']
   assert itself.figures['precision'] == itself.figures['recall'] == 1
   assert near.settings['num_reference'] == 9
-  assert near.settings['reference']['files'] != (
-      near.settings['images']['files'])
+  assert (
+    near.settings['reference']['files'] != (near.settings['images']['files'])
+  )
 
 
-@pytest.mark.parametrize('options, message', [
+@pytest.mark.parametrize(
+  'options, message',
+  [
     ({'metrics': ['loss', 'fidd']}, '--metrics=fidd: here they are some of'),
     ({'metrics': ['kid']}, '--metrics=kid needs --inception=FILE'),
     ({'metrics': ['clip']}, '--metrics=clip needs --clip=DIR'),
     ({'metrics': ['fid'], 'inception': 'missing.pth'}, 'missing.pth'),
-    ({'metrics': ['fid'], 'inception': 'x', 'reference_split': 'test'},
-     "split 'test': choose one of"),
-    ({'metrics': ['fid'], 'inception': 'x', 'reference': 'nowhere'},
-     'nowhere has no pictures'),
-])
+    (
+      {'metrics': ['fid'], 'inception': 'x', 'reference_split': 'test'},
+      "split 'test': choose one of",
+    ),
+    (
+      {'metrics': ['fid'], 'inception': 'x', 'reference': 'nowhere'},
+      'nowhere has no pictures',
+    ),
+  ],
+)
 def test_wrong_options(config, run, mesh, options, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     figures.of_model(config, run, figures.Options(**options), mesh)
 
 
 def test_classes_have_no_marks_and_need_names_for_clip(
-    config, run, mesh, clip_directory):
+  config, run, mesh, clip_directory
+):
   config = config.copy_and_resolve_references()
   config.text.update(encoder='label', num_classes=8)
   with pytest.raises(ValueError, match='--metrics=prompt_accuracy: here'):
     figures.of_model(
-        config, run, figures.Options(metrics=['prompt_accuracy']), mesh)
+      config, run, figures.Options(metrics=['prompt_accuracy']), mesh
+    )
   with pytest.raises(ValueError, match='needs words, but text.class_names'):
-    figures.of_model(config, run, figures.Options(
-        metrics=['clip'], clip=clip_directory.path), mesh)
+    figures.of_model(
+      config,
+      run,
+      figures.Options(metrics=['clip'], clip=clip_directory.path),
+      mesh,
+    )
 
 
 def test_command(run):
@@ -241,9 +292,21 @@ def test_command(run):
   path.parent.mkdir(exist_ok=True)
   path.write_text('{}\n')
   result = subprocess.run(
-      [sys.executable, '-m', 'mdm_jax.evaluate', f'--workdir={run}',
-       '--num_samples=3', '--steps=2', '--seed=5', '--sampler=dpm',
-       '--loss_batches=1'], cwd=ROOT, capture_output=True, text=True)
+    [
+      sys.executable,
+      '-m',
+      'mdm_jax.evaluate',
+      f'--workdir={run}',
+      '--num_samples=3',
+      '--steps=2',
+      '--seed=5',
+      '--sampler=dpm',
+      '--loss_batches=1',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert not result.returncode, result.stderr
   assert 'held out loss 8' in result.stderr
   _, line = map(json.loads, path.read_text().splitlines())
@@ -255,14 +318,20 @@ def test_command(run):
   assert settings['loss']['batches'] == 1
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     ([], 'give either --workdir, or --images and --reference'),
     (['--workdir=nowhere'], 'nowhere/config.json does not exist'),
-])
+  ],
+)
 def test_command_ends_in_one_line(arguments, message):
   result = subprocess.run(
-      [sys.executable, '-m', 'mdm_jax.evaluate', *arguments],
-      cwd=ROOT, capture_output=True, text=True)
+    [sys.executable, '-m', 'mdm_jax.evaluate', *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith('error: ')
   assert message in result.stderr.splitlines()[-1]

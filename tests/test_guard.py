@@ -13,7 +13,8 @@ NAN, INF = float('nan'), float('inf')
 def judge(values, **changes):
   """[(loss, gradient norm)] -> whether each was good, the last state."""
   spec = guard.Guard(
-      **{'spike_factor': 10.0, 'window': 4, 'max_skipped': 3} | changes)
+    **{'spike_factor': 10.0, 'window': 4, 'max_skipped': 3} | changes
+  )
   step = jax.jit(lambda state, pair: guard.judge(spec, state, *pair))
   state, verdicts = guard.new_state(), []
   for pair in values:
@@ -22,17 +23,28 @@ def judge(values, **changes):
   return verdicts, state
 
 
-@pytest.mark.parametrize('bad', [
-    (NAN, 2.0), (1.0, NAN), (INF, 2.0), (1.0, INF), (-INF, 2.0),
-    (12.6, 2.0), (1.0, 25.1)])
+@pytest.mark.parametrize(
+  'bad',
+  [
+    (NAN, 2.0),
+    (1.0, NAN),
+    (INF, 2.0),
+    (1.0, INF),
+    (-INF, 2.0),
+    (12.6, 2.0),
+    (1.0, 25.1),
+  ],
+)
 def test_bad_steps_only_count(bad):
   verdicts, state = judge([(1.0, 2.0)] * 4 + [bad, bad, (2.0, 4.0), bad])
   assert verdicts == [True] * 4 + [False, False, True, False]
   # The mean over four, then over about four, all of them good ones.
-  np.testing.assert_allclose(
-      state.mean, [1.25, 2.5], rtol=1e-6)
+  np.testing.assert_allclose(state.mean, [1.25, 2.5], rtol=1e-6)
   assert (int(state.accepted), int(state.skipped), int(state.in_a_row)) == (
-      5, 3, 1)
+    5,
+    3,
+    1,
+  )
 
 
 def test_no_spike_before_the_window_is_full():
@@ -46,9 +58,16 @@ def test_factor_0_lets_spikes_pass():
   assert judge(values, spike_factor=0)[0] == [True] * 6 + [False]
 
 
-@pytest.mark.parametrize('name, value', [
-    ('spike_factor', 1.0), ('spike_factor', -3.0), ('spike_factor', NAN),
-    ('window', 0), ('max_skipped', 0)])
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('spike_factor', 1.0),
+    ('spike_factor', -3.0),
+    ('spike_factor', NAN),
+    ('window', 0),
+    ('max_skipped', 0),
+  ],
+)
 def test_bad_value_is_named(name, value):
   with pytest.raises(ValueError, match=f'{name}={value}'):
     judge([], **{name: value})

@@ -11,11 +11,15 @@ import safetensors.numpy
 
 from mdm_jax import hugging_face, sharding
 
-WEIGHTS = {'a.weight': np.arange(32, dtype=np.float32).reshape(4, 8),
-           'b.weight': np.arange(6, dtype=np.float16),
-           'unused': np.zeros(3, np.float32)}
-SHAPES = {'a': {'kernel': jax.ShapeDtypeStruct((8, 4), np.float32)},
-          'b': {'scale': jax.ShapeDtypeStruct((6,), np.float32)}}
+WEIGHTS = {
+  'a.weight': np.arange(32, dtype=np.float32).reshape(4, 8),
+  'b.weight': np.arange(6, dtype=np.float16),
+  'unused': np.zeros(3, np.float32),
+}
+SHAPES = {
+  'a': {'kernel': jax.ShapeDtypeStruct((8, 4), np.float32)},
+  'b': {'scale': jax.ShapeDtypeStruct((6,), np.float32)},
+}
 
 
 def name_of(path):
@@ -29,8 +33,10 @@ def mesh():
 
 @pytest.fixture
 def shardings(mesh):
-  return {'a': {'kernel': jax.NamedSharding(mesh, PartitionSpec(None, 'fsdp'))},
-          'b': {'scale': sharding.replicated(mesh)}}
+  return {
+    'a': {'kernel': jax.NamedSharding(mesh, PartitionSpec(None, 'fsdp'))},
+    'b': {'scale': sharding.replicated(mesh)},
+  }
 
 
 @pytest.fixture(params=['one file', 'two files'])
@@ -43,16 +49,19 @@ def directory(request, tmp_path):
     places[name] = f'model-{i % 2}.safetensors'
   for file in set(places.values()):
     safetensors.numpy.save_file(
-        {name: WEIGHTS[name] for name in places if places[name] == file},
-        tmp_path / file)
+      {name: WEIGHTS[name] for name in places if places[name] == file},
+      tmp_path / file,
+    )
   (tmp_path / 'model.safetensors.index.json').write_text(
-      json.dumps({'weight_map': places}))
+    json.dumps({'weight_map': places})
+  )
   return tmp_path
 
 
 def test_loads_into_shards(directory, shardings):
   loaded = hugging_face.load(
-      hugging_face.open_tensors(directory), SHAPES, shardings, name_of)
+    hugging_face.open_tensors(directory), SHAPES, shardings, name_of
+  )
   kernel, scale = loaded['a']['kernel'], loaded['b']['scale']
   np.testing.assert_array_equal(kernel, WEIGHTS['a.weight'].T)
   np.testing.assert_array_equal(scale, WEIGHTS['b.weight'])
@@ -61,22 +70,30 @@ def test_loads_into_shards(directory, shardings):
 
 
 def test_reads_bfloat16(tmp_path, shardings):
-  weights = {name: value.astype(ml_dtypes.bfloat16)
-             for name, value in WEIGHTS.items()}
+  weights = {
+    name: value.astype(ml_dtypes.bfloat16) for name, value in WEIGHTS.items()
+  }
   safetensors.numpy.save_file(weights, tmp_path / 'model.safetensors')
   loaded = hugging_face.load(
-      hugging_face.open_tensors(tmp_path), SHAPES, shardings, name_of)
-  np.testing.assert_array_equal(
-      loaded['a']['kernel'], WEIGHTS['a.weight'].T)
+    hugging_face.open_tensors(tmp_path), SHAPES, shardings, name_of
+  )
+  np.testing.assert_array_equal(loaded['a']['kernel'], WEIGHTS['a.weight'].T)
 
 
 def test_misfits_are_named(directory, shardings):
-  shapes = {'a': {'kernel': jax.ShapeDtypeStruct((4, 8), np.float32)},
-            'c': {'scale': jax.ShapeDtypeStruct((6,), np.float32)}}
-  with pytest.raises(ValueError, match=(
-      r'do not fit: a.weight is \(4, 8\), not \(8, 4\); c.weight is missing')):
+  shapes = {
+    'a': {'kernel': jax.ShapeDtypeStruct((4, 8), np.float32)},
+    'c': {'scale': jax.ShapeDtypeStruct((6,), np.float32)},
+  }
+  with pytest.raises(
+    ValueError,
+    match=(
+      r'do not fit: a.weight is \(4, 8\), not \(8, 4\); c.weight is missing'
+    ),
+  ):
     hugging_face.load(
-        hugging_face.open_tensors(directory), shapes, shardings, name_of)
+      hugging_face.open_tensors(directory), shapes, shardings, name_of
+    )
 
 
 @pytest.mark.parametrize('size', [0, 5, 60, -1])
@@ -84,8 +101,10 @@ def test_half_a_file_is_named(tmp_path, size):
   path = tmp_path / 'model.safetensors'
   safetensors.numpy.save_file(WEIGHTS, path)
   path.write_bytes(path.read_bytes()[:size])
-  with pytest.raises(ValueError, match=(
-      'model.safetensors is damaged or half downloaded .* again')):
+  with pytest.raises(
+    ValueError,
+    match=('model.safetensors is damaged or half downloaded .* again'),
+  ):
     hugging_face.open_tensors(tmp_path)
 
 

@@ -12,15 +12,22 @@ def config(make_config, flowers):
   """Of a run on three classes of flowers."""
   config = make_config()
   config.data.update(
-      name='tfds:flowers', path=str(flowers), validation_split='test')
+    name='tfds:flowers', path=str(flowers), validation_split='test'
+  )
   config.text.update(encoder='label', num_classes=3)
   return config
 
 
 def one_batch(config, resolutions, batch_sizes, split='train'):
   (batch,) = inputs.make_dataset(
-      config, split, resolutions, batch_sizes, process_index=0,
-      process_count=1, num_batches=1)
+    config,
+    split,
+    resolutions,
+    batch_sizes,
+    process_index=0,
+    process_count=1,
+    num_batches=1,
+  )
   return batch
 
 
@@ -53,9 +60,12 @@ def test_classes_of_shapes(config):
   for i in range(50):
     scene, _, _ = source.source.scene(i)
     first, *rest = scene.objects
-    assert source[i]['text'] == [2 + [
-        'circle', 'square', 'triangle', 'star', 'ring', 'cross'
-    ].index(first.shape)]
+    assert source[i]['text'] == [
+      2
+      + ['circle', 'square', 'triangle', 'star', 'ring', 'cross'].index(
+        first.shape
+      )
+    ]
     assert all(first.x < other.x or first.y < other.y for other in rest)
 
 
@@ -66,14 +76,22 @@ def test_captions_of_a_tfds_data_set(config):
     inputs.make_source(config, 'train', 8)
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'num_classes': 4}, 'text.num_classes=4, but tfds:flowers has 3 classes: '
-     'set --config.text.num_classes=3'),
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'num_classes': 4},
+      'text.num_classes=4, but tfds:flowers has 3 classes: '
+      'set --config.text.num_classes=3',
+    ),
     ({'name': 'shapes'}, 'text.num_classes=3, but shapes has 6 classes'),
     ({'label': 'kind'}, "data.label='kind': flowers has no such label, only"),
-    ({'train_split': 'training'},
-     "flowers has no split 'training', only: train, test"),
-])
+    (
+      {'train_split': 'training'},
+      "flowers has no split 'training', only: train, test",
+    ),
+  ],
+)
 def test_what_does_not_fit_is_named(config, changes, message):
   for key, value in changes.items():
     (config.data if key in config.data else config.text)[key] = value
@@ -92,7 +110,10 @@ def test_prompts_are_all_classes_and_need_no_data_set(config, tmp_path):
   config.text.class_names = str(tmp_path / 'names')
   assert inputs.make_prompts(config, 2).captions == ['rose', 'tulip']
   assert inputs.encode_prompts(config, ['daisy', '0', '']).tolist() == [
-      [4], [2], [1]]
+    [4],
+    [2],
+    [1],
+  ]
 
 
 def test_more_classes_than_prompts(config):
@@ -103,13 +124,16 @@ def test_more_classes_than_prompts(config):
 
 
 def test_a_mixed_batch_is_drawn_no_finer_than_it_is_seen(
-    make_config, monkeypatch):
+  make_config, monkeypatch
+):
   config = make_config()
   drawn = []
   draw = shapes.draw
+
   def count(scene, resolution):
     drawn.append(resolution)
     return draw(scene, resolution)
+
   monkeypatch.setattr(shapes, 'draw', count)
   # Of four neighbours, two end at 32 px, one at 16 and one at 8.
   batch = one_batch(config, (8, 16, 32), (8, 6, 4))

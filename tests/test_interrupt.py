@@ -13,7 +13,7 @@ from tests import toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 # In C code for minutes, as when it compiles.
-BUSY = '''
+BUSY = """
 import hashlib, os, time
 from absl import logging
 from mdm_jax import interrupt
@@ -23,7 +23,7 @@ def say(word):
 def work(rounds=10**9):
   hashlib.pbkdf2_hmac('sha256', b'', b'', rounds)
 stop = interrupt.Interrupt(lambda: say('finish'))
-'''
+"""
 
 
 @pytest.fixture
@@ -32,10 +32,17 @@ def start():
   started = []
 
   def start(*arguments):
-    started.append(subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    started.append(
+      subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+      )
+    )
     return started[-1]
+
   yield start
   for process in started:
     process.kill()
@@ -70,7 +77,10 @@ def test_at_once_from_within_c_code(start, number):
 
 
 def test_held_until_it_is_asked(start):
-  process = start('-c', BUSY + '''
+  process = start(
+    '-c',
+    BUSY
+    + """
 stop.hold()
 say('ready')
 while not stop.requested:
@@ -78,7 +88,8 @@ while not stop.requested:
 say('saved')
 stop.let_go()
 say('never')
-''')
+""",
+  )
   read_until(process, 'ready')
   code, output, _ = end(process)
   assert code == 75
@@ -97,12 +108,16 @@ def test_second_signal_does_not_wait(start):
 
 
 def test_waits_for_what_is_being_saved(start):
-  process = start('-c', BUSY + '''
+  process = start(
+    '-c',
+    BUSY
+    + """
 stop.hold(wait=lambda: (time.sleep(0.5), say('saved')))
 stop.let_go()
 say('ready')
 work()
-''')
+""",
+  )
   read_until(process, 'ready')
   code, output, _ = end(process)
   assert code == 75
@@ -116,7 +131,8 @@ def test_closed_leaves_signals_as_they_were(start):
 
 
 RECIPE = toy.recipe(
-    1, 300, log_every=1, sample_every=1000, checkpoint_every=1000)
+  1, 300, log_every=1, sample_every=1000, checkpoint_every=1000
+)
 
 
 def test_a_run_stopped_anywhere_goes_on(start, tmp_path):
@@ -125,14 +141,19 @@ def test_a_run_stopped_anywhere_goes_on(start, tmp_path):
   checkpoints = workdir / 'checkpoints' / '0_8'
 
   def run(stop_at):
-    process = start('-m', 'mdm_jax.main', f'--config={tmp_path / "toy.py"}',
-                    f'--workdir={workdir}')
+    process = start(
+      '-m',
+      'mdm_jax.main',
+      f'--config={tmp_path / "toy.py"}',
+      f'--workdir={workdir}',
+    )
     read_until(process, stop_at)
     return end(process) if stop_at != 'Finished' else (process.wait(), '', 0)
 
   def steps():
-    return sorted(int(path.name) for path in checkpoints.glob('*')
-                  if path.name.isdigit())
+    return sorted(
+      int(path.name) for path in checkpoints.glob('*') if path.name.isdigit()
+    )
 
   # While it compiles.
   code, output, seconds = run('8 px, 300 steps')
@@ -152,23 +173,31 @@ def test_a_run_stopped_anywhere_goes_on(start, tmp_path):
   assert 'Held out' not in output
   assert seconds < 5
   assert run('Finished')[0] == 0
-  lines = [json.loads(line) for line in
-           (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['step'] for line in lines if 'loss' in line] == [
-      *range(1, 301)]
-  sessions = {json.loads(line)['session'] for line in
-              (workdir / 'goodput.jsonl').read_text().splitlines()}
+  lines = [
+    json.loads(line)
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+  ]
+  assert [line['step'] for line in lines if 'loss' in line] == [*range(1, 301)]
+  sessions = {
+    json.loads(line)['session']
+    for line in (workdir / 'goodput.jsonl').read_text().splitlines()
+  }
   assert len(sessions) == 4
 
 
 def test_divergence_ends_in_one_line(start, tmp_path):
   (tmp_path / 'toy.py').write_text(RECIPE)
   process = start(
-      '-m', 'mdm_jax.main', f'--config={tmp_path / "toy.py"}',
-      f'--workdir={tmp_path / "run"}', '--config.guard.max_skipped=2',
-      '--config.stages[0].learning_rate=1e30')
+    '-m',
+    'mdm_jax.main',
+    f'--config={tmp_path / "toy.py"}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.guard.max_skipped=2',
+    '--config.stages[0].learning_rate=1e30',
+  )
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 1
   assert output.splitlines()[-1].startswith(
-      "error: stage 1/1 '8': 2 steps in a row were left out")
+    "error: stage 1/1 '8': 2 steps in a row were left out"
+  )
   assert 'Traceback' not in output

@@ -34,13 +34,20 @@ def history() -> list[TrainState]:
     if step not in LEFT_OUT:
       count += 1
       new = jax.tree.map(
-          lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32),
-          params)
+        lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), params
+      )
       lags = averages.update_lags(lags, params, new, jnp.int32(count))
       params = new
-    states.append(TrainState(
-        jnp.int32(step), params, params, (),
-        guard.new_state()._replace(accepted=jnp.int32(count)), lags))
+    states.append(
+      TrainState(
+        jnp.int32(step),
+        params,
+        params,
+        (),
+        guard.new_state()._replace(accepted=jnp.int32(count)),
+        lags,
+      )
+    )
   return states
 
 
@@ -50,8 +57,13 @@ def flat(tree) -> np.ndarray:
 
 def brute_force(width: float) -> np.ndarray:
   """Over the parameters after each step that was made, in float64."""
-  made = np.float64([flat(state.params) for state in history()
-                     if int(state.step) not in LEFT_OUT])
+  made = np.float64(
+    [
+      flat(state.params)
+      for state in history()
+      if int(state.step) not in LEFT_OUT
+    ]
+  )
   power = averages.exponent(width) + 1
   return np.diff((np.arange(len(made) + 1) / len(made)) ** power) @ made
 
@@ -62,7 +74,7 @@ def workdir(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
   for first, last in ((1, 9), (5, STEPS)):
     with Kept(config, workdir, 0) as kept:
-      for state in history()[first - 1:last]:
+      for state in history()[first - 1 : last]:
         kept.snapshot(int(state.step), state)
   return workdir
 
@@ -70,23 +82,28 @@ def workdir(config, tmp_path_factory):
 def test_snapshots_do_not_count_as_checkpoints(config, workdir):
   directory = build.stage_directory(workdir, config, 0, 'averages')
   assert checkpoint.good_steps(directory) == [2, 4, 6, 8, 10, 12]
-  assert [checkpoint.read_extra(directory, step)['updates']
-          for step in (2, 4, 6, 8, 10, 12)] == [2, 3, 4, 6, 8, 10]
-  assert checkpoint.latest_step(
-      build.stage_directory(workdir, config, 0)) is None
+  assert [
+    checkpoint.read_extra(directory, step)['updates']
+    for step in (2, 4, 6, 8, 10, 12)
+  ] == [2, 3, 4, 6, 8, 10]
+  assert (
+    checkpoint.latest_step(build.stage_directory(workdir, config, 0)) is None
+  )
   with pytest.raises(FileNotFoundError, match='no checkpoints yet: train long'):
     trained.restore_average(config, workdir)
 
 
-@pytest.mark.parametrize('width, far', [
-    (0.05, 1e-6), (0.1, 1e-6), (0.08, 5e-4), (0.07, 5e-4)])
+@pytest.mark.parametrize(
+  'width, far', [(0.05, 1e-6), (0.1, 1e-6), (0.08, 5e-4), (0.07, 5e-4)]
+)
 def test_any_width_is_restored(config, workdir, width, far):
   index, _, found = trained.restore_average(config, workdir, width=width)
   assert index == 0
   assert found['bias'].dtype == np.float32
   np.testing.assert_allclose(flat(found), brute_force(width), rtol=0, atol=far)
-  mesh = sharding.make_mesh({'data': 1, 'fsdp': 4, 'spatial': 1},
-                            jax.devices()[:4])
+  mesh = sharding.make_mesh(
+    {'data': 1, 'fsdp': 4, 'spatial': 1}, jax.devices()[:4]
+  )
   *_, placed = trained.restore_average(config, workdir, mesh, width=width)
   assert 'fsdp' in placed['down_0']['kernel'].sharding.spec
   np.testing.assert_array_equal(flat(placed), flat(found))
@@ -131,16 +148,21 @@ def offer(config, workdir, metric, values):
 
 def test_the_best_stays_until_there_is_a_better_one(config, tmp_path):
   nan = float('nan')
-  assert offer(config, tmp_path, 'accuracy_shape', {
-      1: nan, 2: 0.5, 3: 0.4, 4: nan, 5: 0.5, 6: 0.6, 7: 0.1}) == [
-          None, 2, 2, 2, 2, 6, 6]
+  assert offer(
+    config,
+    tmp_path,
+    'accuracy_shape',
+    {1: nan, 2: 0.5, 3: 0.4, 4: nan, 5: 0.5, 6: 0.6, 7: 0.1},
+  ) == [None, 2, 2, 2, 2, 6, 6]
   # A run that was killed continues from step 4, on other devices.
-  assert offer(config, tmp_path, 'accuracy_shape', {
-      5: 0.62, 6: 0.6, 7: 0.1, 8: 0.61}) == [6, 6, 6, 8]
+  assert offer(
+    config, tmp_path, 'accuracy_shape', {5: 0.62, 6: 0.6, 7: 0.1, 8: 0.61}
+  ) == [6, 6, 6, 8]
   *_, params = trained.restore_average(config, tmp_path, best=True)
   assert params['bias'].tolist() == [8.0] * 3
   # Losses are the better the lower.
-  assert offer(config, tmp_path, 'held_out_loss_8', {
-      9: 0.5, 10: 0.6, 11: 0.4}) == [9, 9, 11]
+  assert offer(
+    config, tmp_path, 'held_out_loss_8', {9: 0.5, 10: 0.6, 11: 0.4}
+  ) == [9, 9, 11]
   with Kept(config, tmp_path, 0) as kept:
     kept.offer(12, {}, {'held_out_loss_8': 0.1})  # No such metric.

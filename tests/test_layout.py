@@ -7,24 +7,52 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 ROWS = (
-    {'main', 'sample', 'evaluate', 'demo', 'tools'},
-    {'train', 'figures'},
-    {'trained', 'checks', 'kept', 'live'},
-    {'build', 'stages'},
-    {'inputs'},
-    {'step', 'draw', 'features'},
-    {'sharding', 'state', 'optim', 'averages', 'guard', 'checkpoint',
-     'metrics', 'ledger', 'watchdog', 'replicas', 'processes',
-     'compilation_cache', 'cpu', 'hugging_face', 'torch_files', 'hlo'},
-    {'diffusion', 'models', 'data', 'eval', 'manifest', 'background',
-     'interrupt'},
-    {'mixed_batch'},
-    {'__init__'},
+  {'main', 'sample', 'evaluate', 'demo', 'tools'},
+  {'train', 'figures'},
+  {'trained', 'checks', 'kept', 'live'},
+  {'build', 'stages'},
+  {'inputs'},
+  {'step', 'draw', 'features'},
+  {
+    'sharding',
+    'state',
+    'optim',
+    'averages',
+    'guard',
+    'checkpoint',
+    'metrics',
+    'ledger',
+    'watchdog',
+    'replicas',
+    'processes',
+    'compilation_cache',
+    'cpu',
+    'hugging_face',
+    'torch_files',
+    'hlo',
+  },
+  {
+    'diffusion',
+    'models',
+    'data',
+    'eval',
+    'manifest',
+    'background',
+    'interrupt',
+  },
+  {'mixed_batch'},
+  {'__init__'},
 )
 LEAVES = 7
 FORBIDDEN = (
-    'configs', 'tensorflow', 'torch', 'transformers', 'clu.metric_writers',
-    'clu.periodic_actions', 'clu.checkpoint')
+  'configs',
+  'tensorflow',
+  'torch',
+  'transformers',
+  'clu.metric_writers',
+  'clu.periodic_actions',
+  'clu.checkpoint',
+)
 FILES = sorted(ROOT.rglob('*.py'))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -57,15 +85,20 @@ def row(part: str) -> int:
 
 
 def test_imports_are_found():
-  assert imports('''
+  assert imports("""
 import jax.numpy as jnp
 from mdm_jax import step as steps, train
 def f():
   from mdm_jax.data import shapes
   with lazy():
     import clu.metric_writers
-''') == {'jax.numpy', 'mdm_jax.step', 'mdm_jax.train', 'mdm_jax.data.shapes',
-         'clu.metric_writers'}
+""") == {
+    'jax.numpy',
+    'mdm_jax.step',
+    'mdm_jax.train',
+    'mdm_jax.data.shapes',
+    'clu.metric_writers',
+  }
   assert len(FILES) > 30
 
 

@@ -15,6 +15,7 @@ def clock(monkeypatch):
   def append_now(self, line):
     append(self, line)
     assert self.settle(30)
+
   monkeypatch.setattr(background.Lines, 'append', append_now)
   now = [1000.0]
   monkeypatch.setattr(ledger.time, 'monotonic', lambda: now[0])
@@ -41,8 +42,10 @@ def test_buckets_nest_and_add_up(tmp_path, clock):
   spend(times, clock, 'data', 32)
   clock[0] += 64
   times.close()
-  assert ledger.totals(tmp_path) == (1, {
-      'step': 8 + 16 + 64, 'data': 32, 'evaluate': 5, 'start_up': 3, 'save': 2})
+  assert ledger.totals(tmp_path) == (
+    1,
+    {'step': 8 + 16 + 64, 'data': 32, 'evaluate': 5, 'start_up': 3, 'save': 2},
+  )
 
 
 def test_a_line_every_two_seconds_or_when_forced(tmp_path, clock):
@@ -51,14 +54,21 @@ def test_a_line_every_two_seconds_or_when_forced(tmp_path, clock):
   def number_of_lines():
     path = tmp_path / 'goodput.jsonl'
     return path.read_text().count('\n') if path.exists() else 0
-  for step, (seconds, force, expected) in enumerate([
-      (1, False, 0), (1.5, False, 1), (1, True, 2), (0, False, 2)]):
+
+  for step, (seconds, force, expected) in enumerate(
+    [(1, False, 0), (1.5, False, 1), (1, True, 2), (0, False, 2)]
+  ):
     clock[0] += seconds
     times.write('8', step, force)
     assert number_of_lines() == expected
   last = json.loads((tmp_path / 'goodput.jsonl').read_text().splitlines()[1])
-  assert last == {'time': 501003.5, 'session': 501000.0, 'stage': '8',
-                  'step': 2, 'seconds': {'start_up': 1.0}}
+  assert last == {
+    'time': 501003.5,
+    'session': 501000.0,
+    'stage': '8',
+    'step': 2,
+    'seconds': {'start_up': 1.0},
+  }
 
 
 def train(tmp_path, clock, first, last):
@@ -95,5 +105,4 @@ def test_steps_that_are_done_again_are_lost(tmp_path, clock):
   train(tmp_path, clock, 12, 16)
   sessions, seconds = ledger.totals(tmp_path)
   assert sessions == 3
-  assert seconds == {
-      'start_up': 30.0, 'step': 12.0, 'lost': 7.0, 'data': 4.0}
+  assert seconds == {'start_up': 30.0, 'step': 12.0, 'lost': 7.0, 'data': 4.0}

@@ -21,7 +21,8 @@ def make_studio(make_config, random_params, tmp_path_factory):
   config.sampler.update(name='ddpm', guidance=3.0, threshold='clip')
   stage = config.stages[1]
   params = random_params(
-      build.make_model(config, stage), config.text.max_length)
+    build.make_model(config, stage), config.text.max_length
+  )
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   placed = jax.device_put(params, sharding.replicated(mesh))
   made = []
@@ -29,9 +30,11 @@ def make_studio(make_config, random_params, tmp_path_factory):
   def make(step=20):
     workdir = tmp_path_factory.mktemp('a run')
     toy.save_run(workdir, config, 1, step, params)
-    made.append(live.Studio(
-        config, 1, step, placed, mesh, str(workdir), max_waiting=2))
+    made.append(
+      live.Studio(config, 1, step, placed, mesh, str(workdir), max_waiting=2)
+    )
     return made[-1], config, placed
+
   yield make
   for studio in made:
     studio.close()
@@ -54,7 +57,8 @@ class Gate:
     self._open = threading.Semaphore(0)
     self.begun = []
     monkeypatch.setattr(
-        studio, '_draw_steps', lambda sampler, threshold: self._steps)
+      studio, '_draw_steps', lambda sampler, threshold: self._steps
+    )
 
   def _steps(self, params, text, negative, seeds, num_steps, w):
     self.begun.append(int(seeds[0]))
@@ -77,7 +81,8 @@ def gated(real, monkeypatch):
 
 def order(studio, **changes):
   return dataclasses.replace(
-      studio.usual, **{'prompt': 'a red ring', 'seed': 7} | changes)
+    studio.usual, **{'prompt': 'a red ring', 'seed': 7} | changes
+  )
 
 
 def drawn(studio, given):
@@ -94,7 +99,8 @@ def test_draws_what_was_ordered(real):
   text = inputs.encode_prompts(config, [given.prompt] * 4)
   empty = inputs.encode_prompts(config, [''] * 4)
   *_, expected = studio._draw_steps('ddpm', 'clip')(
-      params, text, empty, [7, 8, 9, 10], 3, 3.0)
+    params, text, empty, [7, 8, 9, 10], 3, 3.0
+  )
   for level, others in zip(pictures, expected, strict=True):
     np.testing.assert_array_equal(level, others[:3])
   # Alone it is the same.
@@ -106,29 +112,36 @@ def test_draws_what_was_ordered(real):
     assert difference.mean() < 0.01
 
 
-def test_sampler_and_threshold_are_those_of_the_order(
-    make_studio, monkeypatch):
+def test_sampler_and_threshold_are_those_of_the_order(make_studio, monkeypatch):
   studio, *_ = make_studio()
   specs = []
+
   def record(painter, shardings):
     specs.append(painter.spec)
     return lambda *given: [(np.zeros((4, 8, 8, 3), np.uint8),)]
+
   monkeypatch.setattr(draw, 'make_draw_steps', record)
   for sampler, threshold in [('heun', 'none'), ('dpm', 'dynamic')]:
-    drawn(studio, order(
-        studio, sampler=sampler, threshold=threshold, steps=1))
+    drawn(studio, order(studio, sampler=sampler, threshold=threshold, steps=1))
   usual = studio._painter.spec
   assert specs == [
-      dataclasses.replace(usual, name='heun', threshold='none'),
-      dataclasses.replace(usual, name='dpm', threshold='dynamic')]
+    dataclasses.replace(usual, name='heun', threshold='none'),
+    dataclasses.replace(usual, name='dpm', threshold='dynamic'),
+  ]
 
 
 def test_nothing_is_compiled_after_the_warm_up(real, monkeypatch):
   studio, *_ = real
   monkeypatch.setattr(samplers, 'sample_step', None)
   usual = order(studio)
-  for changes in ({}, {'steps': 7}, {'guidance': 1.5}, {'num_pictures': 3},
-                  {'prompt': ''}, {'negative_prompt': 'a cross'}):
+  for changes in (
+    {},
+    {'steps': 7},
+    {'guidance': 1.5},
+    {'num_pictures': 3},
+    {'prompt': ''},
+    {'negative_prompt': 'a cross'},
+  ):
     drawn(studio, dataclasses.replace(usual, **changes))
   with pytest.raises(TypeError, match='not callable'):
     drawn(studio, order(studio, sampler='dpm'))
@@ -136,8 +149,10 @@ def test_nothing_is_compiled_after_the_warm_up(real, monkeypatch):
 
 def test_warm_up_that_fails_ends(make_studio, monkeypatch):
   studio, *_ = make_studio()
+
   def fail(*given):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED')
+
   monkeypatch.setattr(studio, '_draw_steps', lambda *given: fail)
   studio.warm_up()
   assert studio.ready.wait(60)
@@ -180,7 +195,8 @@ def test_cancelled_while_it_is_drawn(gated):
 def test_cancelled_while_it_waits(gated):
   studio, gate = gated
   first, second, third = (
-      studio.submit(order(studio, steps=1, seed=i)) for i in range(3))
+    studio.submit(order(studio, steps=1, seed=i)) for i in range(3)
+  )
   second.cancel()
   assert [progress.step for progress in studio.watch(second)] == [0]
   view = studio.watch(third)
@@ -205,8 +221,10 @@ def test_who_looks_away_cancels(gated):
 
 def test_a_failing_device_fails_one_order(gated, monkeypatch):
   studio, gate = gated
+
   def fail(*given):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED')
+
   with monkeypatch.context() as patch:
     patch.setattr(studio, '_draw_steps', lambda *given: fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match='EXHAUSTED'):
@@ -215,11 +233,17 @@ def test_a_failing_device_fails_one_order(gated, monkeypatch):
   drawn(studio, order(studio, steps=1))
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'prompt': 'a' * 10_000},
-     'The prompt has 10,000 characters: shorten it to 1,000.'),
-    ({'negative_prompt': 'b' * 1001},
-     'The negative prompt has 1,001 characters: shorten it to 1,000.'),
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'prompt': 'a' * 10_000},
+      'The prompt has 10,000 characters: shorten it to 1,000.',
+    ),
+    (
+      {'negative_prompt': 'b' * 1001},
+      'The negative prompt has 1,001 characters: shorten it to 1,000.',
+    ),
     ({'prompt': 'a\0b'}, 'The prompt contains U+0000'),
     ({'prompt': '\ud800'}, 'The prompt contains U+D800'),
     ({'steps': 0}, 'Steps: 0; give a number from 1 to 1,000.'),
@@ -228,11 +252,12 @@ def test_a_failing_device_fails_one_order(gated, monkeypatch):
     ({'num_pictures': 9}, 'Pictures: 9; give a number from 1 to 8.'),
     ({'num_pictures': 0}, 'Pictures: 0; give a number from 1 to 8.'),
     ({'seed': -1}, 'Seed: -1; give a number from 0 to 4,294,967,288.'),
-    ({'seed': 2 ** 32}, 'Seed: 4,294,967,296; give a number'),
+    ({'seed': 2**32}, 'Seed: 4,294,967,296; give a number'),
     ({'guidance': float('nan')}, 'Guidance: nan; give a number from 0 to 20.'),
     ({'sampler': '../x'}, "Unknown sampler '../x': use one of ('ddim',"),
     ({'threshold': 'x'}, "Unknown threshold 'x': use one of ('none',"),
-])
+  ],
+)
 def test_bad_order(real, changes, message):
   studio, *_ = real
   with pytest.raises(ValueError) as error:
@@ -252,19 +277,27 @@ def test_says_what_was_not_read(real):
   studio, *_ = real
   assert studio.note(order(studio, prompt='a ring')) == ''
   assert studio.note(order(studio, prompt='a ring, ' * 9)).endswith(
-      'and the network reads 8: the rest was left out.')
+    'and the network reads 8: the rest was left out.'
+  )
 
 
-@pytest.mark.parametrize('prompt', [
-    'a red ring', '', "it's $(HOME) `x` \"y\"; --seed=3 #", '赤い丸'])
+@pytest.mark.parametrize(
+  'prompt', ['a red ring', '', 'it\'s $(HOME) `x` "y"; --seed=3 #', '赤い丸']
+)
 def test_command(real, prompt):
   studio, *_ = real
   given = order(studio, prompt=prompt, guidance=2.5)
   words = shlex.split(studio.command(given, 2))
   assert words[:3] == ['python', '-m', 'mdm_jax.sample']
   assert words[4:] == [
-      f'--prompt={prompt}', '--guidance=2.5', '--steps=3', '--sampler=ddpm',
-      '--threshold=clip', '--seed=9', '--num_samples=1']
+    f'--prompt={prompt}',
+    '--guidance=2.5',
+    '--steps=3',
+    '--sampler=ddpm',
+    '--threshold=clip',
+    '--seed=9',
+    '--num_samples=1',
+  ]
   assert words[3].startswith('--workdir=/') and 'a run' in words[3]
   away = studio.command(dataclasses.replace(given, negative_prompt='a b'))
   assert "--negative_prompt='a b' " in away
@@ -277,9 +310,16 @@ def test_examples_are_captions_of_the_data_set(real):
   assert all('on ' in text or 'background' in text for text in examples)
 
 
-@pytest.mark.parametrize('step, about', [
+@pytest.mark.parametrize(
+  'step, about',
+  [
     (20, '8 and 16 px'),
-    (5, "8 and 16 px. Training has not ended: stage 2/2 '16' at step 5 of 20 "
-        'draws')])
+    (
+      5,
+      "8 and 16 px. Training has not ended: stage 2/2 '16' at step 5 of 20 "
+      'draws',
+    ),
+  ],
+)
 def test_says_whether_training_has_ended(make_studio, step, about):
   assert make_studio(step)[0].about.endswith(', ' + about)

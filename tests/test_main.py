@@ -12,7 +12,8 @@ SMOKE = '--config=configs/shapes_64.py:smoke'
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-      [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+  )
 
 
 @pytest.mark.parametrize('module', ['main', 'sample', 'evaluate', 'demo'])
@@ -21,23 +22,41 @@ def test_nothing_slow_is_imported(module):
   loaded = set(result.stdout.split())
   assert 'absl.flags' in loaded
   assert not loaded & {
-      'jax', 'flax', 'optax', 'orbax', 'grain', 'tensorflow_datasets', 'clu'}
+    'jax',
+    'flax',
+    'optax',
+    'orbax',
+    'grain',
+    'tensorflow_datasets',
+    'clu',
+  }
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ([SMOKE, '--config.nonsense=1'],
-     '--config.nonsense=1: no such key (nonsense)'),
-    ([SMOKE, '--config.data.nonsense=1'],
-     '--config.data.nonsense=1: no such key (nonsense)'),
-    ([SMOKE, '--config.stages[9].steps=1'],
-     '--config.stages[9].steps=1: no such key'),
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (
+      [SMOKE, '--config.nonsense=1'],
+      '--config.nonsense=1: no such key (nonsense)',
+    ),
+    (
+      [SMOKE, '--config.data.nonsense=1'],
+      '--config.data.nonsense=1: no such key (nonsense)',
+    ),
+    (
+      [SMOKE, '--config.stages[9].steps=1'],
+      '--config.stages[9].steps=1: no such key',
+    ),
     ([SMOKE, '--config.seed=abc'], 'flag --config.seed=abc'),
     ([SMOKE, '--nonsense=1'], "Unknown command line flag 'nonsense'"),
     (['--config=configs/nonsense.py'], 'configs/nonsense.py'),
-    (['--config=configs/nonsense.py', '--config.seed=1'],
-     'configs/nonsense.py'),
+    (
+      ['--config=configs/nonsense.py', '--config.seed=1'],
+      'configs/nonsense.py',
+    ),
     ([], 'Flag --config must have a value'),
-])
+  ],
+)
 def test_bad_flag(arguments, message):
   result = run('-m', 'mdm_jax.main', *arguments)
   assert result.returncode == 1
@@ -48,9 +67,11 @@ def test_bad_flag(arguments, message):
 
 def test_mistake_in_a_recipe_is_traced(tmp_path):
   path = tmp_path / 'recipe.py'
-  path.write_text('from configs import common\n'
-                  'def get_config():\n'
-                  '  return common.get_config().sampeler\n')
+  path.write_text(
+    'from configs import common\n'
+    'def get_config():\n'
+    '  return common.get_config().sampeler\n'
+  )
   result = run('-m', 'mdm_jax.main', f'--config={path}')
   assert result.returncode == 1
   assert f'"{path}", line 3' in result.stderr
@@ -58,17 +79,27 @@ def test_mistake_in_a_recipe_is_traced(tmp_path):
 
 
 def test_bad_value_ends_in_one_line(tmp_path):
-  result = run('-m', 'mdm_jax.main', SMOKE, f'--workdir={tmp_path}',
-               '--config.dtype=float8')
+  result = run(
+    '-m',
+    'mdm_jax.main',
+    SMOKE,
+    f'--workdir={tmp_path}',
+    '--config.dtype=float8',
+  )
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith("error: dtype='float8'")
   assert 'Traceback' not in result.stderr
 
 
 def test_sample_without_a_workdir(tmp_path):
-  result = run('-m', 'mdm_jax.sample', f'--workdir={tmp_path}/nonsense',
-               '--prompt=a red ring')
+  result = run(
+    '-m',
+    'mdm_jax.sample',
+    f'--workdir={tmp_path}/nonsense',
+    '--prompt=a red ring',
+  )
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith(
-      f'error: {tmp_path}/nonsense/config.json does not exist')
+    f'error: {tmp_path}/nonsense/config.json does not exist'
+  )
   assert 'Traceback' not in result.stderr

@@ -35,8 +35,9 @@ def read_events(workdir):
       events.append(Event.FromString(data[12 : 12 + length]))
       data = data[16 + length :]
   return {
-      value.tag: (event.step, value)
-      for event in events for value in event.summary.value
+    value.tag: (event.step, value)
+    for event in events
+    for value in event.summary.value
   }
 
 
@@ -80,8 +81,8 @@ def test_a_kill_loses_no_line(tmp_path):
   """)
   root = str(pathlib.Path(metrics.__file__).parents[1])
   process = subprocess.run(
-      [sys.executable, '-c', program, str(tmp_path)],
-      env=os.environ | {'PYTHONPATH': root},
+    [sys.executable, '-c', program, str(tmp_path)],
+    env=os.environ | {'PYTHONPATH': root},
   )
   assert process.returncode == -signal.SIGKILL
   assert [line['loss'] for line in read_lines(tmp_path)] == [0, 1, 2, 3, 4]
@@ -91,8 +92,10 @@ def test_a_slow_tensorboard_holds_up_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(background, '_CLOSING', 0.1)
   free = threading.Event()
   monkeypatch.setattr(
-      metrics.tensorboardX.event_file_writer.EventsWriter, 'write_event',
-      lambda *args: free.wait())
+    metrics.tensorboardX.event_file_writer.EventsWriter,
+    'write_event',
+    lambda *args: free.wait(),
+  )
   writer = metrics.MetricWriter(tmp_path)
   for step in range(100):  # Would never return.
     writer.scalars(step, {'loss': step}, stage='a')
@@ -117,8 +120,12 @@ def test_a_disk_that_fills_up_ends_nothing(tmp_path):
       writer.close()
   """)
   result = subprocess.run(
-      [sys.executable, '-c', program, str(tmp_path)], capture_output=True,
-      text=True, timeout=60, cwd=pathlib.Path(metrics.__file__).parents[1])
+    [sys.executable, '-c', program, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    cwd=pathlib.Path(metrics.__file__).parents[1],
+  )
   assert result.returncode == 0
   assert 'TensorBoard cannot be written' in result.stderr
   assert 'Traceback' not in result.stderr
@@ -146,23 +153,27 @@ def test_broken_files_end_nothing(tmp_path, caplog):
 def test_progress_leaves_pauses_out_of_the_rate(monkeypatch):
   now = 0.0
   monkeypatch.setattr(
-      metrics, 'time', types.SimpleNamespace(monotonic=lambda: now)
+    metrics, 'time', types.SimpleNamespace(monotonic=lambda: now)
   )
   lines = []
   monkeypatch.setattr(
-      logging, 'info', lambda text, *args: lines.append(text % args)
+    logging, 'info', lambda text, *args: lines.append(text % args)
   )
   progress = metrics.Progress(
-      "stage 1/2 '32'", first_step=100, last_step=1100, batch_size=8
+    "stage 1/2 '32'", first_step=100, last_step=1100, batch_size=8
   )
   values = dict(
-      loss=0.123, levels={'32': 0.05, '64': 0.073}, grad_norm=0.31,
-      learning_rate=1e-3,
+    loss=0.123,
+    levels={'32': 0.05, '64': 0.073},
+    grad_norm=0.31,
+    learning_rate=1e-3,
   )
   now = 50.0
   rates = progress.report(200, **values)
   assert rates == {
-      'images_per_second': 16.0, 'seconds_per_step': 0.5, 'eta_seconds': 450.0
+    'images_per_second': 16.0,
+    'seconds_per_step': 0.5,
+    'eta_seconds': 450.0,
   }
   with pytest.raises(KeyError), progress.pause():
     now += 30
@@ -172,29 +183,45 @@ def test_progress_leaves_pauses_out_of_the_rate(monkeypatch):
   assert rates['images_per_second'] == 40.0  # 20 s for 100 steps of 8
   assert rates['eta_seconds'] == 400.0  # 100 s for 200 steps, 800 to go
   assert lines[1] == (
-      "stage 1/2 '32'  step 300/1100 (27 %)  40.0 images/s  eta 6m40s  "
-      'loss 0.1230 (32: 0.0500, 64: 0.0730)  grad 0.31  lr 1.0e-03'
+    "stage 1/2 '32'  step 300/1100 (27 %)  40.0 images/s  eta 6m40s  "
+    'loss 0.1230 (32: 0.0500, 64: 0.0730)  grad 0.31  lr 1.0e-03'
   )
   now += 1
   progress.report(301, **values | {'levels': {'32': 0.123}})
   assert 'loss 0.1230  grad' in lines[2]
 
 
-@pytest.mark.parametrize('seconds,expected', [
-    (0.4, '0s'), (59.6, '1m00s'), (252, '4m12s'), (3900, '1h05m'),
+@pytest.mark.parametrize(
+  'seconds,expected',
+  [
+    (0.4, '0s'),
+    (59.6, '1m00s'),
+    (252, '4m12s'),
+    (3900, '1h05m'),
     (183600, '2d03h'),
-])
+  ],
+)
 def test_duration(seconds, expected):
   assert metrics.duration(seconds) == expected
 
 
-@pytest.mark.parametrize('kind,expected', [
-    ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5p', 459e12),
-    ('TPU v5', 459e12), ('TPU v6 lite', 918e12),
-    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12),
-    ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989e12),
-    ('NVIDIA L4', 121e12), ('NVIDIA L40S', 362e12), ('GeForce 256', None),
-])
+@pytest.mark.parametrize(
+  'kind,expected',
+  [
+    ('TPU v4', 275e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5p', 459e12),
+    ('TPU v5', 459e12),
+    ('TPU v6 lite', 918e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H200', 989e12),
+    ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12),
+    ('GeForce 256', None),
+  ],
+)
 def test_peak_flops_by_device_kind(kind, expected):
   device = types.SimpleNamespace(platform='gpu', device_kind=kind)
   assert metrics.peak_flops(device) == expected
@@ -222,13 +249,15 @@ def test_flops_of_a_matrix_product():
 def test_parameter_overview_sums_up_blocks(monkeypatch):
   lines = []
   monkeypatch.setattr(
-      logging, 'info', lambda text, *args: lines.append(text % args)
+    logging, 'info', lambda text, *args: lines.append(text % args)
   )
   shape = jax.ShapeDtypeStruct((10, 20), jnp.float32)
-  metrics.log_parameter_overview({
+  metrics.log_parameter_overview(
+    {
       'inner': {'down_0': {'conv': {'kernel': shape, 'bias': jnp.ones(20)}}},
       'out': {'bias': jnp.ones(3)},
-  })
+    }
+  )
   assert lines[0].startswith('223 parameters\n')
   assert '| inner/down_0 | 220        |' in lines[0]
   assert '| out/bias     | 3          |' in lines[0]
@@ -241,8 +270,9 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   monkeypatch.setattr(logger, 'handlers', [handler])
   verbosity = logging.get_verbosity()
   seen = []
-  monkeypatch.setattr(handler.python_handler, 'emit',
-                      lambda record: seen.append(record.msg))
+  monkeypatch.setattr(
+    handler.python_handler, 'emit', lambda record: seen.append(record.msg)
+  )
   metrics.setup_logging()
   logging.info('of a library')
   logging.warning('its warning')
@@ -253,10 +283,12 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
 
 def test_table_is_aligned():
   rows = [('32', 1.23456, 1000, None), ('64 px', 0.1, 20, 3)]
-  assert metrics.table(rows, ('level', 'loss', 'steps', 'fid')) == '\n'.join([
+  assert metrics.table(rows, ('level', 'loss', 'steps', 'fid')) == '\n'.join(
+    [
       'level   loss  steps  fid',
       '-----  -----  -----  ---',
       '32     1.235  1,000    -',
       '64 px    0.1     20    3',
-  ])
+    ]
+  )
   assert metrics.table([], ('level', 'loss')) == 'level  loss\n-----  ----'

@@ -6,20 +6,24 @@ from mdm_jax import mixed_batch
 LETTERS = np.array(list('abcdefghijkl'))
 
 
-@pytest.mark.parametrize('sizes, repeats, levels', [
+@pytest.mark.parametrize(
+  'sizes, repeats, levels',
+  [
     ((12, 8), 4, (1, 1, 0)),
     ((8, 6, 4), 2, (2, 2, 1, 0)),
     ((6, 6, 3), 3, (2, 1)),
     ((8, 8), 8, (1,)),
     ((8,), 8, (0,)),
-])
+  ],
+)
 def test_shortest_pattern(sizes, repeats, levels):
   assert mixed_batch.num_repeats(sizes) == repeats
   assert mixed_batch.finest_levels(sizes) == levels
 
 
-@pytest.mark.parametrize('repeats, seen', [
-    (1, 'abcdefgh'), (2, 'abcdghij'), (4, 'abdeghjk')])
+@pytest.mark.parametrize(
+  'repeats, seen', [(1, 'abcdefgh'), (2, 'abcdghij'), (4, 'abdeghjk')]
+)
 def test_a_level_sees_the_first_of_each_period(repeats, seen):
   x = np.arange(24, dtype=np.float32).reshape(12, 2)
   rows = [LETTERS.tolist().index(letter) for letter in seen]
@@ -27,12 +31,12 @@ def test_a_level_sees_the_first_of_each_period(repeats, seen):
   assert taken['none'] is None
   np.testing.assert_array_equal(taken['x'], x[rows])
   rest = np.delete(x, rows, axis=0)
-  np.testing.assert_array_equal(
-      mixed_batch.join(taken['x'], rest, repeats), x)
+  np.testing.assert_array_equal(mixed_batch.join(taken['x'], rest, repeats), x)
   padded = np.zeros_like(x)
   padded[rows] = x[rows]
   np.testing.assert_array_equal(
-      mixed_batch.pad(taken['x'], 12, repeats), padded)
+    mixed_batch.pad(taken['x'], 12, repeats), padded
+  )
 
 
 def test_devices_keep_their_share_of_every_part():
@@ -45,4 +49,7 @@ def test_devices_keep_their_share_of_every_part():
 
 def test_names_of_images():
   assert mixed_batch.image_names((16, 64, 256)) == (
-      'image_16', 'image_64', 'image')
+    'image_16',
+    'image_64',
+    'image',
+  )

@@ -32,8 +32,10 @@ def meet(port, monkeypatch):
 
   def meet(count, who, seconds=60):
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-      return list(pool.map(
-          lambda process: outcome(process, count, seconds), who))
+      return list(
+        pool.map(lambda process: outcome(process, count, seconds), who)
+      )
+
   return meet
 
 
@@ -46,17 +48,27 @@ def test_all_come(meet, port):
 def test_the_missing_are_named_everywhere(meet, caplog):
   with caplog.at_level(logging.WARNING):
     told = meet(5, [0, 1, 3], 3)
-  assert told == [
+  assert (
+    told
+    == [
       'Of 5 processes, 2, 4 did not arrive within 3 s: see their own logs, or '
-      'give more time with --arrival.'] * 3
+      'give more time with --arrival.'
+    ]
+    * 3
+  )
   # Before the time is over.
   assert 'Of 5 processes these have not come: 2, 4.' in caplog.text
 
 
 def test_process_0_is_named(meet, port):
-  assert meet(3, [1, 2], 1) == [
+  assert (
+    meet(3, [1, 2], 1)
+    == [
       f'Of 3 processes, 0, on 127.0.0.1 port {port}, did not arrive within 1 '
-      's: see their own logs, or give more time with --arrival.'] * 2
+      's: see their own logs, or give more time with --arrival.'
+    ]
+    * 2
+  )
 
 
 def talk(port, line):
@@ -75,17 +87,21 @@ def test_who_left_again_counts_as_missing(meet, port):
     talk(port, b'1\n').close()
     with talk(port, b'GET / HTTP/1.1\r\n\r\n') as stranger:
       assert stranger.recv(100) == b''
+
   visitor = threading.Thread(target=visit)
   visitor.start()
   assert 'Of 3 processes, 1 did not' in meet(3, [0, 2], 3)[0]
   visitor.join()
 
 
-@pytest.mark.parametrize('changes, error', [
+@pytest.mark.parametrize(
+  'changes, error',
+  [
     ({}, 'no cluster says who they are'),
     ({'process_id': 2}, 'process 2 is none of 0 to 1'),
     ({'coordinator': 'here'}, 'here is not HOST:PORT'),
-])
+  ],
+)
 def test_what_cannot_be(monkeypatch, changes, error):
   given = {'coordinator': '127.0.0.1:1', 'num_processes': 2, 'process_id': 0}
   given = given | changes if changes else dict.fromkeys(given)
@@ -103,14 +119,20 @@ def test_a_port_that_is_taken():
 
 def test_what_slurm_says(monkeypatch):
   for name, value in {
-      'SLURM_JOB_ID': '77', 'SLURM_STEP_NODELIST': 'node[007-009],other',
-      'SLURM_NTASKS': '3', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0',
-      'JAX_COORDINATOR_PORT': '1234'}.items():
+    'SLURM_JOB_ID': '77',
+    'SLURM_STEP_NODELIST': 'node[007-009],other',
+    'SLURM_NTASKS': '3',
+    'SLURM_PROCID': '2',
+    'SLURM_LOCALID': '0',
+    'JAX_COORDINATOR_PORT': '1234',
+  }.items():
     monkeypatch.setenv(name, value)
   seen = []
   monkeypatch.setattr(processes, 'meet', lambda *given: seen.append(given))
   monkeypatch.setattr(
-      processes.jax.distributed, 'initialize',
-      lambda *given, **_: seen.append(given))
+    processes.jax.distributed,
+    'initialize',
+    lambda *given, **_: seen.append(given),
+  )
   processes.join(None, None, None, arrival=9, heartbeat=1)
   assert seen == [('node007', 1234, 3, 2, 9), ('node007:1234', 3, 2)]

@@ -13,18 +13,27 @@ def test_every_cell_runs(tmp_path):
   cells = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())['cells']
   # As in Jupyter, what the last line of a cell is worth is looked at.
   code = '\n\n'.join(
-      ''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
-  code += '''
+    ''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code'
+  )
+  code += """
 assert [level.shape for level in pictures] == [(2, 8, 8, 3), (2, 16, 16, 3)]
 assert len(frames) == 8
 assert abs(coarse[0] - both[0]).max() == 0
-'''
+"""
   result = subprocess.run(
-      [sys.executable, '-c', code], cwd=ROOT / 'docs', capture_output=True,
-      text=True, env=os.environ | {
-          'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path),
-          'XLA_FLAGS': ''})  # One device, as on a laptop.
+    [sys.executable, '-c', code],
+    cwd=ROOT / 'docs',
+    capture_output=True,
+    text=True,
+    env=os.environ
+    | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path), 'XLA_FLAGS': ''},
+  )  # One device, as on a laptop.
   assert result.returncode == 0, result.stderr
-  shown = [output for cell in cells if cell['cell_type'] == 'code'
-           for output in cell['outputs'] if 'data' in output]
+  shown = [
+    output
+    for cell in cells
+    if cell['cell_type'] == 'code'
+    for output in cell['outputs']
+    if 'data' in output
+  ]
   assert sum('image/png' in output['data'] for output in shown) == 4

@@ -9,10 +9,11 @@ import pytest
 from mdm_jax import replicas, sharding
 
 TREE = {
-    'params': {'kernel': jnp.float32, 'bias': jnp.bfloat16},
-    'step': jnp.int32, 'done': bool}
-SHAPES = {'params': {'kernel': (4, 6), 'bias': (8,)}, 'step': (),
-          'done': (3,)}
+  'params': {'kernel': jnp.float32, 'bias': jnp.bfloat16},
+  'step': jnp.int32,
+  'done': bool,
+}
+SHAPES = {'params': {'kernel': (4, 6), 'bias': (8,)}, 'step': (), 'done': (3,)}
 AXES = {'params': {'kernel': ('fsdp',), 'bias': ()}, 'step': (), 'done': ()}
 
 
@@ -23,14 +24,22 @@ def setting(request):
   mesh = sharding.make_mesh({'data': data, 'fsdp': fsdp, 'spatial': 1})
   rng = np.random.default_rng(0)
   shardings = jax.tree.map(
-      lambda axes: NamedSharding(mesh, PartitionSpec(*axes)), AXES,
-      is_leaf=lambda x: isinstance(x, tuple))
+    lambda axes: NamedSharding(mesh, PartitionSpec(*axes)),
+    AXES,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
   tree = jax.tree.map(
-      lambda dtype, shape, place: jax.device_put(
-          (8 * rng.standard_normal(shape)).astype(dtype), place),
-      TREE, SHAPES, shardings, is_leaf=lambda x: isinstance(x, type))
+    lambda dtype, shape, place: jax.device_put(
+      (8 * rng.standard_normal(shape)).astype(dtype), place
+    ),
+    TREE,
+    SHAPES,
+    shardings,
+    is_leaf=lambda x: isinstance(x, type),
+  )
   abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree
+  )
   return mesh, tree, replicas.make_check(abstract, shardings, mesh)
 
 
@@ -50,9 +59,17 @@ def test_equal_copies_pass(setting):
   check(tree)
 
 
-@pytest.mark.parametrize('name, bit', [
-    ('kernel', 0), ('kernel', 31), ('kernel', 100), ('bias', 127),
-    ('step', 7), ('done', 0)])
+@pytest.mark.parametrize(
+  'name, bit',
+  [
+    ('kernel', 0),
+    ('kernel', 31),
+    ('kernel', 100),
+    ('bias', 127),
+    ('step', 7),
+    ('done', 0),
+  ],
+)
 def test_one_flipped_bit_names_its_device(setting, name, bit):
   mesh, tree, check = setting
   device = mesh.devices.flat[5]
@@ -60,7 +77,8 @@ def test_one_flipped_bit_names_its_device(setting, name, bit):
   branch[name] = flip(branch[name], device, bit)
   harmed = branch if name in tree else tree | {'params': branch}
   copies = len(mesh.devices.flat) // (
-      mesh.shape['fsdp'] if name == 'kernel' else 1)
+    mesh.shape['fsdp'] if name == 'kernel' else 1
+  )
   with pytest.raises(replicas.ReplicasDiffer) as error:
     check(harmed)
   message = str(error.value)
@@ -75,9 +93,11 @@ def test_exchanged_values_are_found(setting):
   bias = tree['params']['bias']
   swapped = np.asarray(bias)[[1, 0, *range(2, 8)]]
   shards = [
-      jax.device_put(swapped if i == 2 else np.asarray(bias), device)
-      for i, device in enumerate(mesh.devices.flat)]
+    jax.device_put(swapped if i == 2 else np.asarray(bias), device)
+    for i, device in enumerate(mesh.devices.flat)
+  ]
   bias = jax.make_array_from_single_device_arrays(
-      bias.shape, bias.sharding, shards)
+    bias.shape, bias.sharding, shards
+  )
   with pytest.raises(replicas.ReplicasDiffer, match='params/bias'):
     check(tree | {'params': tree['params'] | {'bias': bias}})

@@ -13,15 +13,19 @@ from mdm_jax import sharding
 
 def mesh_of(data, fsdp=1, spatial=1, devices=None):
   return sharding.make_mesh(
-      {'data': data, 'fsdp': fsdp, 'spatial': spatial}, devices)
+    {'data': data, 'fsdp': fsdp, 'spatial': spatial}, devices
+  )
 
 
-@pytest.mark.parametrize('sizes, expected', [
+@pytest.mark.parametrize(
+  'sizes, expected',
+  [
     ((-1, 1, 1), (8, 1, 1)),
     ((2, -1, 1), (2, 4, 1)),
     ((2, 2, -1), (2, 2, 2)),
     ((1, 8, 1), (1, 8, 1)),
-])
+  ],
+)
 def test_make_mesh(sizes, expected):
   mesh = mesh_of(*sizes)
   assert mesh.axis_names == ('data', 'fsdp', 'spatial')
@@ -36,52 +40,69 @@ def test_make_mesh_of_some_devices():
 
 
 @pytest.mark.parametrize(
-    'sizes', [(4, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, -1, 1), (-2, -4, 1),
-              (-1, 16, 1)])
+  'sizes',
+  [(4, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, -1, 1), (-2, -4, 1), (-1, 16, 1)],
+)
 def test_make_mesh_rejects(sizes):
   with pytest.raises(ValueError, match='does not arrange 8 devices'):
     mesh_of(*sizes)
 
 
-@pytest.mark.parametrize('processes, accepted', [
-    ((0, 0, 1, 1), True), ((0, 1, 0, 1), False)])
+@pytest.mark.parametrize(
+  'processes, accepted', [((0, 0, 1, 1), True), ((0, 1, 0, 1), False)]
+)
 def test_rows_of_an_image_stay_in_a_process(processes, accepted):
-  devices = np.array([
-      types.SimpleNamespace(process_index=index) for index in processes])
+  devices = np.array(
+    [types.SimpleNamespace(process_index=index) for index in processes]
+  )
   mesh = types.SimpleNamespace(
-      shape={'spatial': 2}, devices=devices.reshape(2, 1, 2))
-  with contextlib.nullcontext() if accepted else pytest.raises(
-      ValueError, match=r'spatial=2 .* among processes \[0, 1\]'):
+    shape={'spatial': 2}, devices=devices.reshape(2, 1, 2)
+  )
+  with (
+    contextlib.nullcontext()
+    if accepted
+    else pytest.raises(
+      ValueError, match=r'spatial=2 .* among processes \[0, 1\]'
+    )
+  ):
     sharding.check_images_stay_in_processes(mesh)
 
 
-@pytest.mark.parametrize('sizes, expected', [
-    ((8, 1, 1), 8), ((2, 2, 2), 4), ((1, 1, 8), 1)])
+@pytest.mark.parametrize(
+  'sizes, expected', [((8, 1, 1), 8), ((2, 2, 2), 4), ((1, 1, 8), 1)]
+)
 def test_batch_shards(sizes, expected):
   assert sharding.batch_shards(mesh_of(*sizes)) == expected
 
 
 def test_tree_shardings():
   tree = {
-      'level_0': {'conv_in': {'kernel': np.zeros((3, 3, 3, 8))},
-                  'dense': {'kernel': np.zeros((6, 8)),
-                            'bias': np.zeros(8)}},
-      'opt_state': [{'dense': {'kernel': np.zeros((6, 8))}}],
-      'kernel': np.zeros(8),
-      'step': np.zeros(()),
+    'level_0': {
+      'conv_in': {'kernel': np.zeros((3, 3, 3, 8))},
+      'dense': {'kernel': np.zeros((6, 8)), 'bias': np.zeros(8)},
+    },
+    'opt_state': [{'dense': {'kernel': np.zeros((6, 8))}}],
+    'kernel': np.zeros(8),
+    'step': np.zeros(()),
   }
-  rules = (('level_0/conv_in/', ()), ('dense/kernel$', ('data', 'fsdp')),
-           ('kernel$', ('data', 'fsdp')), ('level_0', ('fsdp',)))
+  rules = (
+    ('level_0/conv_in/', ()),
+    ('dense/kernel$', ('data', 'fsdp')),
+    ('kernel$', ('data', 'fsdp')),
+    ('level_0', ('fsdp',)),
+  )
   found = sharding.tree_shardings(tree, mesh_of(2, 4), rules)
   assert jax.tree.map(lambda x: x.spec, found) == {
-      # The first rule that matches, though a later one does too.
-      'level_0': {'conv_in': {'kernel': P(None, None, None, None)},
-                  'dense': {'kernel': P('data', 'fsdp'), 'bias': P('fsdp')}},
-      # One rule places a parameter and its moments.
-      'opt_state': [{'dense': {'kernel': P('data', 'fsdp')}}],
-      # Fewer dimensions than the rule, and no match: replicated.
-      'kernel': P(None),
-      'step': P(),
+    # The first rule that matches, though a later one does too.
+    'level_0': {
+      'conv_in': {'kernel': P(None, None, None, None)},
+      'dense': {'kernel': P('data', 'fsdp'), 'bias': P('fsdp')},
+    },
+    # One rule places a parameter and its moments.
+    'opt_state': [{'dense': {'kernel': P('data', 'fsdp')}}],
+    # Fewer dimensions than the rule, and no match: replicated.
+    'kernel': P(None),
+    'step': P(),
   }
 
 
@@ -98,19 +119,23 @@ def test_rule_stands_for_the_last_dimensions():
 def test_indivisible_parameter_is_named():
   tree = {'level_1': {'conv_out': {'kernel': np.zeros((3, 3, 8, 3))}}}
   with pytest.raises(
-      ValueError, match=r"^level_1/conv_out/kernel \(3, 3, 8, 3\).*'fsdp' do "
-      'not divide 3.*sharding_rules'):
+    ValueError,
+    match=r"^level_1/conv_out/kernel \(3, 3, 8, 3\).*'fsdp' do "
+    'not divide 3.*sharding_rules',
+  ):
     sharding.tree_shardings(tree, mesh_of(2, 4), [('kernel', ('fsdp',))])
 
 
 def test_shard_batch():
-  batch = {'image': np.arange(8 * 4 * 4 * 3, dtype=np.uint8).reshape(
-               8, 4, 4, 3),
-           'text': np.arange(16, dtype=np.int32).reshape(8, 2),
-           'scale': np.arange(8, dtype=np.float32)}
+  batch = {
+    'image': np.arange(8 * 4 * 4 * 3, dtype=np.uint8).reshape(8, 4, 4, 3),
+    'text': np.arange(16, dtype=np.int32).reshape(8, 2),
+    'scale': np.arange(8, dtype=np.float32),
+  }
   sharded = sharding.shard_batch(batch, mesh_of(2, 2, 2))
-  shards = {name: x.sharding.shard_shape(x.shape)
-            for name, x in sharded.items()}
+  shards = {
+    name: x.sharding.shard_shape(x.shape) for name, x in sharded.items()
+  }
   assert shards == {'image': (2, 2, 4, 3), 'text': (2, 2), 'scale': (2,)}
   for name, value in batch.items():
     np.testing.assert_array_equal(sharded[name], value)
@@ -119,8 +144,10 @@ def test_shard_batch():
 
 def test_place():
   mesh = mesh_of(2, 4)
-  tree = {'kernel': np.arange(48, dtype=np.float32).reshape(6, 8),
-          'step': np.int32(7)}
+  tree = {
+    'kernel': np.arange(48, dtype=np.float32).reshape(6, 8),
+    'step': np.int32(7),
+  }
   shardings = sharding.tree_shardings(tree, mesh, [('kernel', ('fsdp',))])
   placed = sharding.place(tree, shardings)
   assert placed['kernel'].sharding == shardings['kernel']

@@ -25,24 +25,35 @@ from tests.toy import pids
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = int(os.environ.get('SOAK_STEPS', 20_000))
 RECIPE = toy.recipe(
-    2, STEPS, data__num_workers=1, log_every=100, sample_every=1000,
-    checkpoint_every=50)
+  2,
+  STEPS,
+  data__num_workers=1,
+  log_every=100,
+  sample_every=1000,
+  checkpoint_every=50,
+)
 HARMS = ('kill', 'terminate', 'kill a worker', 'flip a bit')
 
 
 def good_steps(workdir):
   """Committed steps of the newest stage that has any, newest first."""
   for stage in sorted((workdir / 'checkpoints').glob('*_*'), reverse=True):
-    steps = [path for path in stage.iterdir()
-             if path.name.isdigit() and (path / 'manifest.json').exists()]
+    steps = [
+      path
+      for path in stage.iterdir()
+      if path.name.isdigit() and (path / 'manifest.json').exists()
+    ]
     if steps:
       return sorted(steps, key=lambda path: int(path.name), reverse=True)
   return []
 
 
 def flip_a_bit(step, rng):
-  path = rng.choice(sorted(path for path in step.rglob('*')
-                           if path.is_file() and path.stat().st_size))
+  path = rng.choice(
+    sorted(
+      path for path in step.rglob('*') if path.is_file() and path.stat().st_size
+    )
+  )
   content = bytearray(path.read_bytes())
   content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
   path.write_bytes(content)
@@ -62,8 +73,10 @@ def harm(how, supervisor, workdir, rng, flipped):
     flip_a_bit(steps[0], rng)
     flipped.add(steps[0])
   try:
-    os.kill(workers[0] if how == 'kill a worker' else runs[0],
-            signal.SIGTERM if how == 'terminate' else signal.SIGKILL)
+    os.kill(
+      workers[0] if how == 'kill a worker' else runs[0],
+      signal.SIGTERM if how == 'terminate' else signal.SIGKILL,
+    )
   except ProcessLookupError:  # It has just ended.
     return False
   return True
@@ -77,10 +90,23 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
   def start(workdir):
     with (tmp_path / f'{workdir.name}.log').open('w') as log:
       return subprocess.Popen(
-          [sys.executable, 'launch/supervise.py', f'--workdir={workdir}',
-           '--attempts=30', '--pause=0.1', '--', sys.executable, '-m',
-           'mdm_jax.main', f'--config={recipe}', f'--workdir={workdir}'],
-          cwd=ROOT, stdout=log, stderr=log)
+        [
+          sys.executable,
+          'launch/supervise.py',
+          f'--workdir={workdir}',
+          '--attempts=30',
+          '--pause=0.1',
+          '--',
+          sys.executable,
+          '-m',
+          'mdm_jax.main',
+          f'--config={recipe}',
+          f'--workdir={workdir}',
+        ],
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+      )
 
   begin = time.monotonic()
   undisturbed, harmed = tmp_path / 'undisturbed', tmp_path / 'harmed'
@@ -102,4 +128,5 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
   assert min(done[how] for how in HARMS) > 0
   for stage in ('0_8', '1_16'):
     assert digest(harmed / 'checkpoints' / stage, STEPS) == (
-        digest(undisturbed / 'checkpoints' / stage, STEPS))
+      digest(undisturbed / 'checkpoints' / stage, STEPS)
+    )

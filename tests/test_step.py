@@ -22,20 +22,27 @@ BATCH = 32
 CAPTIONS = ('a red ring', 'a small blue star', 'two green circles', 'a cross')
 # Devices along data, fsdp and spatial.
 MESHES = {
-    'one': (1, 1, 1), 'data': (8, 1, 1), 'fsdp': (1, 8, 1),
-    'all': (2, 2, 2), 'spatial': (1, 1, 8), 'both': (2, 4, 1),
-    'four': (1, 4, 1), 'two': (2, 1, 1)}
+  'one': (1, 1, 1),
+  'data': (8, 1, 1),
+  'fsdp': (1, 8, 1),
+  'all': (2, 2, 2),
+  'spatial': (1, 1, 8),
+  'both': (2, 4, 1),
+  'four': (1, 4, 1),
+  'two': (2, 1, 1),
+}
 GUARDED = ('one', 'data', 'fsdp')
 
 
 class Training(NamedTuple):
   """A step on a mesh, jitted as the training loop does it."""
+
   model: Matryoshka
   new_state: Callable  # parameters -> a state in its shards
   # (state, batch, caption dropout, factor of the loss); donates the state
   run: Callable
-  compiled: Callable   # () -> the compiled step
-  traces: list         # one entry for each time that the step was traced
+  compiled: Callable  # () -> the compiled step
+  traces: list  # one entry for each time that the step was traced
   shardings: TrainState
 
 
@@ -45,6 +52,7 @@ def training(make_config, batch):
 
   On a mixed batch: level 1 sees its half.
   """
+
   @functools.cache
   def make(mesh_name, accumulate):
     config = make_config()
@@ -53,8 +61,8 @@ def training(make_config, batch):
     stage.learning_rate = 1e-2
     sizes = MESHES[mesh_name]
     mesh = sharding.make_mesh(
-        dict(zip(sharding.AXES, sizes)),
-        devices=jax.devices()[:math.prod(sizes)])
+      dict(zip(sharding.AXES, sizes)), devices=jax.devices()[: math.prod(sizes)]
+    )
     model = build.make_model(config, stage)
     objective = build.make_objective(config, stage)
     optimizer, _ = build.make_optimizer(config, stage)
@@ -65,38 +73,67 @@ def training(make_config, batch):
       traces.append(None)
       weights = tuple(factor * weight for weight in objective.weights)
       return steps.make_train_step(
-          model, dataclasses.replace(objective, weights=weights), optimizer,
-          guard=Guard(spike_factor=10.0, window=3, max_skipped=9),
-          ema_decay=0.99, caption_dropout=caption_dropout,
-          empty_text=inputs.empty_text(config), seed=3,
-          accumulate=accumulate)(state, batch, {})
+        model,
+        dataclasses.replace(objective, weights=weights),
+        optimizer,
+        guard=Guard(spike_factor=10.0, window=3, max_skipped=9),
+        ema_decay=0.99,
+        caption_dropout=caption_dropout,
+        empty_text=inputs.empty_text(config),
+        seed=3,
+        accumulate=accumulate,
+      )(state, batch, {})
 
     def make_state(params):
       return steps.new_state(params, optimizer, (0.05, 0.25))
+
     shardings = sharding.tree_shardings(
-        jax.eval_shape(make_state, model.shapes(config.text.max_length)),
-        mesh, config.sharding_rules)
+      jax.eval_shape(make_state, model.shapes(config.text.max_length)),
+      mesh,
+      config.sharding_rules,
+    )
     init = jax.jit(make_state, out_shardings=shardings)
     replicated = sharding.replicated(mesh)
     jitted = jax.jit(
-        train_step, donate_argnums=0,
-        in_shardings=(shardings, {
-            name: sharding.batch_sharding(mesh, ndim) for name, ndim in
-            (('image', 4), ('image_8', 4), ('text', 2), ('scale', 1),
-             ('bad', 1), ('stop', 1))}, replicated, replicated),
-        out_shardings=(shardings, replicated))
+      train_step,
+      donate_argnums=0,
+      in_shardings=(
+        shardings,
+        {
+          name: sharding.batch_sharding(mesh, ndim)
+          for name, ndim in (
+            ('image', 4),
+            ('image_8', 4),
+            ('text', 2),
+            ('scale', 1),
+            ('bad', 1),
+            ('stop', 1),
+          )
+        },
+        replicated,
+        replicated,
+      ),
+      out_shardings=(shardings, replicated),
+    )
 
     @functools.cache
     def compiled():
       state = jax.eval_shape(make_state, model.shapes(config.text.max_length))
       return jitted.lower(
-          state, sharding.shard_batch(batch, mesh), 0.5, 1.0).compile()
+        state, sharding.shard_batch(batch, mesh), 0.5, 1.0
+      ).compile()
+
     return Training(
-        model,
-        lambda params: init(sharding.place(params, shardings.params)),
-        lambda state, batch, dropout=0.5, factor=1.0: compiled()(
-            state, sharding.shard_batch(batch, mesh), dropout, factor),
-        compiled, traces, shardings)
+      model,
+      lambda params: init(sharding.place(params, shardings.params)),
+      lambda state, batch, dropout=0.5, factor=1.0: compiled()(
+        state, sharding.shard_batch(batch, mesh), dropout, factor
+      ),
+      compiled,
+      traces,
+      shardings,
+    )
+
   return lambda mesh_name, accumulate=1: make(mesh_name, accumulate)
 
 
@@ -106,20 +143,24 @@ def batch(make_config):
   rng = np.random.default_rng(0)
   colors = rng.integers(0, 256, (BATCH, 1, 1, 3), np.uint8)
   encode = inputs.make_tokenizer(make_config()).encode
+
   def plain(colors, side):
     return np.broadcast_to(colors, (len(colors), side, side, 3)).copy()
+
   return {
-      'image': plain(colors[::2], 16),
-      'image_8': plain(colors[1::2], 8),
-      'text': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
-      'scale': np.linspace(6, 20, BATCH, dtype=np.float32),
-      'bad': np.zeros(BATCH, bool),
-      'stop': np.zeros(BATCH, bool)}
+    'image': plain(colors[::2], 16),
+    'image_8': plain(colors[1::2], 8),
+    'text': np.stack([encode(CAPTIONS[i % 4]) for i in range(BATCH)]),
+    'scale': np.linspace(6, 20, BATCH, dtype=np.float32),
+    'bad': np.zeros(BATCH, bool),
+    'stop': np.zeros(BATCH, bool),
+  }
 
 
 @pytest.fixture(scope='module')
 def losses(training, batch, random_params):
   """Five steps -> [5, 1 + levels]: the loss and its part at each level."""
+
   @functools.cache
   def run(mesh_name, accumulate=1):
     made = training(mesh_name, accumulate)
@@ -128,17 +169,27 @@ def losses(training, batch, random_params):
       state, metrics = made.run(state, batch)
       values.append([metrics['loss'], *metrics['level_losses']])
     return np.array(values)
+
   return run
 
 
-@pytest.mark.parametrize('mesh_name, accumulate', [
-    ('data', 1), ('fsdp', 1), ('all', 1), ('spatial', 1), ('both', 1),
-    ('one', 4), ('data', 2), ('all', 4)])
+@pytest.mark.parametrize(
+  'mesh_name, accumulate',
+  [
+    ('data', 1),
+    ('fsdp', 1),
+    ('all', 1),
+    ('spatial', 1),
+    ('both', 1),
+    ('one', 4),
+    ('data', 2),
+    ('all', 4),
+  ],
+)
 def test_equals_one_device_and_the_whole_batch(losses, mesh_name, accumulate):
   expected = losses('one')
   assert np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(
-      losses(mesh_name, accumulate), expected, rtol=1e-5)
+  np.testing.assert_allclose(losses(mesh_name, accumulate), expected, rtol=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -149,7 +200,8 @@ def half_way(training, batch, random_params, tmp_path_factory):
   for _ in range(5):
     state, _ = made.run(state, batch)
   checkpoints = checkpoint.Checkpoints(
-      tmp_path_factory.mktemp('half_way'), save_interval=1, max_to_keep=1)
+    tmp_path_factory.mktemp('half_way'), save_interval=1, max_to_keep=1
+  )
   checkpoints.save(5, state, {})
   checkpoints.wait()
   saved, losses = jax.device_get(state), []
@@ -164,9 +216,13 @@ def half_way(training, batch, random_params, tmp_path_factory):
 def test_goes_on_on_fewer_devices(training, batch, half_way, mesh_name):
   checkpoints, saved, expected = half_way
   made = training(mesh_name)
-  state, _ = checkpoints.restore(jax.tree.map(
+  state, _ = checkpoints.restore(
+    jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      saved, made.shardings))
+      saved,
+      made.shardings,
+    )
+  )
   for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(saved)):
     assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
   losses = []
@@ -191,9 +247,14 @@ def test_one_wish_to_stop_reaches_all(training, batch, random_params):
 def test_fsdp_divides_the_state(training):
   shardings = training('fsdp').shardings
   params, ema, opt_state, lags = (
-      sum('fsdp' in leaf.spec for leaf in jax.tree.leaves(tree))
-      for tree in (shardings.params, shardings.ema, shardings.opt_state,
-                   shardings.lags))
+    sum('fsdp' in leaf.spec for leaf in jax.tree.leaves(tree))
+    for tree in (
+      shardings.params,
+      shardings.ema,
+      shardings.opt_state,
+      shardings.lags,
+    )
+  )
   assert params > 20
   assert (ema, opt_state, lags) == (params, 2 * params, 2 * params)
 
@@ -212,6 +273,7 @@ def test_traced_once(training, losses, mesh_name):
 @pytest.fixture(scope='module')
 def poisoned(training, batch, random_params):
   """Ten steps, three of them bad -> [10] of (loss, learned, guard's state)."""
+
   @functools.cache
   def run(mesh_name):
     made = training(mesh_name)
@@ -222,18 +284,25 @@ def poisoned(training, batch, random_params):
       if step == 3:
         scale[5] = np.nan
       factor = {5: np.inf, 7: 1000.0}.get(step, 1.0)
-      state, metrics = made.run(
-          state, batch | {'scale': scale}, factor=factor)
+      state, metrics = made.run(state, batch | {'scale': scale}, factor=factor)
       after = jax.device_get(state)
       learned = {
-          name: not all(map(np.array_equal, *map(
-              jax.tree.leaves, (getattr(before, name), getattr(after, name)))))
-          for name in ('params', 'ema', 'opt_state')}
+        name: not all(
+          map(
+            np.array_equal,
+            *map(
+              jax.tree.leaves, (getattr(before, name), getattr(after, name))
+            ),
+          )
+        )
+        for name in ('params', 'ema', 'opt_state')
+      }
       assert int(after.step) == step + 1
       assert int(metrics['skipped']) == int(after.guard.skipped)
       assert int(metrics['skipped_in_a_row']) == int(after.guard.in_a_row)
       seen.append((float(metrics['loss']), learned, after.guard))
     return seen
+
   return run
 
 
@@ -247,19 +316,19 @@ def test_bad_steps_change_nothing(poisoned, mesh_name):
     assert np.isfinite(loss) == (step not in (3, 5))
   assert int(seen[-1][2].skipped) == 3
   assert int(seen[-1][2].accepted) == 7
-  good = [loss for step, (loss, *_) in enumerate(seen)
-          if step not in (3, 5, 7)]
+  good = [loss for step, (loss, *_) in enumerate(seen) if step not in (3, 5, 7)]
   assert seen[7][0] > 100 * max(good)
   expected = [loss for loss, *_ in poisoned('one')]
+  np.testing.assert_allclose([loss for loss, *_ in seen], expected, rtol=1e-5)
   np.testing.assert_allclose(
-      [loss for loss, *_ in seen], expected, rtol=1e-5)
-  np.testing.assert_allclose(
-      seen[-1][2].mean, poisoned('one')[-1][2].mean, rtol=1e-5)
+    seen[-1][2].mean, poisoned('one')[-1][2].mean, rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize('mesh_name', ['one', 'fsdp'])
 def test_averages_are_of_the_steps_that_were_made(
-    training, batch, random_params, mesh_name):
+  training, batch, random_params, mesh_name
+):
   made = training(mesh_name)
   state, history = made.new_state(random_params(made.model, 8)), []
   for step in range(9):
@@ -270,7 +339,8 @@ def test_averages_are_of_the_steps_that_were_made(
       history.append(jax.device_get(state.params))
     else:
       jax.tree.map(
-          np.testing.assert_array_equal, before, jax.device_get(state.lags))
+        np.testing.assert_array_equal, before, jax.device_get(state.lags)
+      )
   found = averages.from_lags(state.lags, state.params)
   assert [*found] == ['0.05', '0.25']
   for width, average in found.items():
@@ -279,9 +349,12 @@ def test_averages_are_of_the_steps_that_were_made(
 
     def brute_force(*leaves, shares=shares):
       return np.tensordot(shares, np.float64(leaves), 1)
+
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6),
-        jax.device_get(average), jax.tree.map(brute_force, *history))
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6),
+      jax.device_get(average),
+      jax.tree.map(brute_force, *history),
+    )
   lag = max(abs(leaf).max() for leaf in jax.tree.leaves(state.lags['0.25']))
   assert lag > 1e-2
 
@@ -307,11 +380,11 @@ def test_learns(training, batch):
 
 
 def test_dropped_captions_are_the_empty_caption(
-    training, batch, random_params, make_config):
+  training, batch, random_params, make_config
+):
   made = training('one')
   empty = inputs.make_tokenizer(make_config()).encode('')
-  empty_batch = batch | {
-      'text': np.broadcast_to(empty, batch['text'].shape)}
+  empty_batch = batch | {'text': np.broadcast_to(empty, batch['text'].shape)}
 
   def loss(batch, dropout):
     state = made.new_state(random_params(made.model, 8))
@@ -340,24 +413,29 @@ def test_mixed_batch(training, batch, random_params):
 
 
 def test_all_images_may_be_at_the_finest_resolution(
-    training, batch, random_params, make_config):
+  training, batch, random_params, make_config
+):
   """Rows keep their text: 8 px images are among their finer neighbours."""
   made = training('one')
   config = make_config()
   config.stages[1].mixed_ratio = (1.0, 1.0)
   eval_step = steps.make_eval_step(
-      made.model, build.make_objective(config, config.stages[1]), 0)
+    made.model, build.make_objective(config, config.stages[1]), 0
+  )
   params = random_params(made.model, 8)
-  whole = batch | {'image': np.stack(
-      [batch['image'], batch['image_8'].repeat(2, 1).repeat(2, 2)], axis=1,
-  ).reshape(BATCH, 16, 16, 3)}
+  whole = batch | {
+    'image': np.stack(
+      [batch['image'], batch['image_8'].repeat(2, 1).repeat(2, 2)],
+      axis=1,
+    ).reshape(BATCH, 16, 16, 3)
+  }
   del whole['image_8']
   np.testing.assert_allclose(
-      eval_step(params, whole, 0), eval_step(params, batch, 0), rtol=1e-5)
+    eval_step(params, whole, 0), eval_step(params, batch, 0), rtol=1e-5
+  )
 
 
-def test_losses_by_bands_of_noise(
-    training, batch, random_params, make_config):
+def test_losses_by_bands_of_noise(training, batch, random_params, make_config):
   """Of a mixed batch, whose finer level sees half of the examples."""
   made = training('one')
   config = make_config()
@@ -368,28 +446,41 @@ def test_losses_by_bands_of_noise(
   @jax.jit
   def measure(params, batch):
     model = made.model
-    t, eps = steps._draw(objective, model.resolutions, batch,
-                         jax.random.fold_in(jax.random.key(0), 5))
-    return (steps.make_band_step(model, objective, 0, 4)(params, batch, 5),
-            steps.make_eval_step(model, objective, 0)(params, batch, 5),
-            t, steps._losses(model, coarse, params, batch, t, eps)[0])
+    t, eps = steps._draw(
+      objective,
+      model.resolutions,
+      batch,
+      jax.random.fold_in(jax.random.key(0), 5),
+    )
+    return (
+      steps.make_band_step(model, objective, 0, 4)(params, batch, 5),
+      steps.make_eval_step(model, objective, 0)(params, batch, 5),
+      t,
+      steps._losses(model, coarse, params, batch, t, eps)[0],
+    )
+
   (sums, counts), means, t, coarse_losses = measure(
-      random_params(made.model, 8), batch)
+    random_params(made.model, 8), batch
+  )
   np.testing.assert_allclose(sums.sum(1) / counts.sum(1), means, rtol=1e-5)
   bands = np.asarray(t) // 250
   for seen, row in ((bands, counts[0]), (bands[::2], counts[1])):
     np.testing.assert_array_equal(row, np.bincount(seen, minlength=4))
   np.testing.assert_allclose(
-      sums[0], np.bincount(bands, coarse_losses, 4), rtol=1e-5)
+    sums[0], np.bincount(bands, coarse_losses, 4), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_no_example_of_a_mixed_batch_changes_its_device(
-    training, accumulate):
+def test_no_example_of_a_mixed_batch_changes_its_device(training, accumulate):
   text = training('data', accumulate).compiled().as_text()
-  collectives = set(re.findall(
+  collectives = set(
+    re.findall(
       r'(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)'
-      r'(?:-start)?\(', text))
+      r'(?:-start)?\(',
+      text,
+    )
+  )
   assert collectives == {'all-reduce'}
 
 
@@ -402,8 +493,11 @@ def test_spatial_divides_rows(training):
   assert not re.findall(whole, eight.as_text())
   assert re.search(r' f32\[32,2,8,64\]', eight.as_text())
   flops, memory = (
-      [measure(compiled) for compiled in (one, eight)] for measure in (
-          lambda compiled: compiled.cost_analysis()['flops'],
-          lambda compiled: compiled.memory_analysis().temp_size_in_bytes))
+    [measure(compiled) for compiled in (one, eight)]
+    for measure in (
+      lambda compiled: compiled.cost_analysis()['flops'],
+      lambda compiled: compiled.memory_analysis().temp_size_in_bytes,
+    )
+  )
   assert flops[1] < flops[0] / 6
   assert memory[1] < memory[0] / 5

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Restores, says which step, then saves every step. Each line of its input
 # forks a writer, so that JAX is imported once.
-_WRITER = '''
+_WRITER = """
 import os, sys
 from absl import logging
 import jax
@@ -59,17 +59,21 @@ for _ in sys.stdin:
   print('writer', child, flush=True)
   os.waitpid(child, 0)
   print('killed', flush=True)
-'''
+"""
 
 
-@pytest.mark.parametrize('kills', [
-    8, pytest.param(25, marks=pytest.mark.soak)])
+@pytest.mark.parametrize('kills', [8, pytest.param(25, marks=pytest.mark.soak)])
 def test_kills_at_random_moments(tmp_path, kills):
   directory = tmp_path / '0_32'
   rng = random.Random(kills)
   process = subprocess.Popen(
-      [sys.executable, '-c', _WRITER, directory], cwd=ROOT, text=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
+    [sys.executable, '-c', _WRITER, directory],
+    cwd=ROOT,
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    bufsize=1,
+  )
   too_long = threading.Timer(10 * kills, process.kill)
   too_long.start()
   last, interrupted = 0, 0
@@ -85,8 +89,7 @@ def test_kills_at_random_moments(tmp_path, kills):
     while (line := process.stdout.readline()) != 'killed\n':
       last = int(line.removeprefix('committed '))
     steps = [path for path in directory.iterdir() if path.name != str(last)]
-    interrupted += any(
-        not (path / 'manifest.json').exists() for path in steps)
+    interrupted += any(not (path / 'manifest.json').exists() for path in steps)
   process.stdin.close()
   assert process.wait() == 0
   too_long.cancel()
@@ -99,24 +102,38 @@ def test_a_disk_that_stays_full_ends_the_command(tmp_path):
   disk = tmp_path / 'run' / 'checkpoints'
   disk.mkdir(parents=True)
   mounted = subprocess.run(
-      ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk],
-      capture_output=True, text=True)
+    ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk],
+    capture_output=True,
+    text=True,
+  )
   if mounted.returncode:
     pytest.skip(f'may not mount: {mounted.stderr}')
   recipe = tmp_path / 'recipe.py'
-  recipe.write_text(toy.recipe(
-      1, 8, log_every=100, sample_every=100, checkpoint_every=1,
-      save_failures=2))
+  recipe.write_text(
+    toy.recipe(
+      1, 8, log_every=100, sample_every=100, checkpoint_every=1, save_failures=2
+    )
+  )
 
   try:
-    with pytest.raises(OSError, match='No space'), (
-        (disk / 'ballast').open('wb', buffering=0)) as file:
+    with (
+      pytest.raises(OSError, match='No space'),
+      (disk / 'ballast').open('wb', buffering=0) as file,
+    ):
       while True:
         file.write(bytes(4096))
     result = subprocess.run(
-        [sys.executable, '-m', 'mdm_jax.main', f'--config={recipe}',
-         f'--workdir={tmp_path / "run"}'],
-        cwd=ROOT, capture_output=True, text=True)
+      [
+        sys.executable,
+        '-m',
+        'mdm_jax.main',
+        f'--config={recipe}',
+        f'--workdir={tmp_path / "run"}',
+      ],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
   finally:
     subprocess.run(['umount', disk], check=True)
   assert result.returncode == 1
@@ -133,16 +150,32 @@ def test_a_disk_that_stays_full_ends_the_command(tmp_path):
 def test_no_worker_outlives_its_run(tmp_path, victim):
   """Nor does a run outlive a worker; a broken TensorBoard harms neither."""
   recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
-  recipe.write_text(toy.recipe(
-      1, 100_000, data__num_workers=2, log_every=1, sample_every=100_000,
-      checkpoint_every=100_000))
+  recipe.write_text(
+    toy.recipe(
+      1,
+      100_000,
+      data__num_workers=2,
+      log_every=1,
+      sample_every=100_000,
+      checkpoint_every=100_000,
+    )
+  )
   workdir.mkdir()
   (workdir / 'tensorboard').write_text('no directory')
   lines = workdir / 'metrics.jsonl'
   with (tmp_path / 'log').open('w') as log:
     run = subprocess.Popen(
-        [sys.executable, '-m', 'mdm_jax.main', f'--config={recipe}',
-         f'--workdir={workdir}'], cwd=ROOT, stdout=log, stderr=log)
+      [
+        sys.executable,
+        '-m',
+        'mdm_jax.main',
+        f'--config={recipe}',
+        f'--workdir={workdir}',
+      ],
+      cwd=ROOT,
+      stdout=log,
+      stderr=log,
+    )
   while not (lines.exists() and '"step": 20,' in lines.read_text()):
     assert run.poll() is None, (tmp_path / 'log').read_text()
     time.sleep(0.05)

@@ -18,14 +18,22 @@ VALUES = np.arange(12, dtype=np.float32)
 
 def good(path):
   return write(
-      path, {'state_dict': {
-          'a': tensor('0', 12, shape=(3, 4), strides=(4, 1)),
-          'a.T': tensor('0', 12, shape=(4, 3), strides=(1, 4)),
-          'tail': tensor('0', 12, offset=10, shape=(2,)),
-          'number': tensor('1', 1, shape=(), strides=(), kind='Long'),
-          'half': tensor('2', 4, kind='BFloat16')}},
-      {'0': VALUES.tobytes(), '1': np.int64(7).tobytes(),
-       '2': np.arange(4).astype(ml_dtypes.bfloat16).tobytes()})
+    path,
+    {
+      'state_dict': {
+        'a': tensor('0', 12, shape=(3, 4), strides=(4, 1)),
+        'a.T': tensor('0', 12, shape=(4, 3), strides=(1, 4)),
+        'tail': tensor('0', 12, offset=10, shape=(2,)),
+        'number': tensor('1', 1, shape=(), strides=(), kind='Long'),
+        'half': tensor('2', 4, kind='BFloat16'),
+      }
+    },
+    {
+      '0': VALUES.tobytes(),
+      '1': np.int64(7).tobytes(),
+      '2': np.arange(4).astype(ml_dtypes.bfloat16).tobytes(),
+    },
+  )
 
 
 def test_reads_tensors(tmp_path):
@@ -43,21 +51,25 @@ def test_reads_tensors(tmp_path):
 def test_other_objects_are_inert(tmp_path):
   marker = tmp_path / 'executed'
   hostile = [
-      named('os', 'system', f'touch {marker}'),
-      named('builtins', 'eval', f'open({str(marker)!r}, "w")'),
-      named('builtins', 'getattr', torch_files._Named('os', 'path'), 'join'),
-      argparse.Namespace(lr=1e-4, nested=argparse.Namespace(x=[1, 2])),
-      types.SimpleNamespace(y=1)]
+    named('os', 'system', f'touch {marker}'),
+    named('builtins', 'eval', f'open({str(marker)!r}, "w")'),
+    named('builtins', 'getattr', torch_files._Named('os', 'path'), 'join'),
+    argparse.Namespace(lr=1e-4, nested=argparse.Namespace(x=[1, 2])),
+    types.SimpleNamespace(y=1),
+  ]
   path = write(
-      tmp_path / 'a.pth',
-      {'args': hostile, 'state_dict': {'a': tensor('0', 12)}},
-      {'0': VALUES.tobytes()})
+    tmp_path / 'a.pth',
+    {'args': hostile, 'state_dict': {'a': tensor('0', 12)}},
+    {'0': VALUES.tobytes()},
+  )
   read = torch_files.read_state_dict(path)
   np.testing.assert_array_equal(read['a'], VALUES)
   assert not marker.exists()
 
 
-@pytest.mark.parametrize('bad, message', [
+@pytest.mark.parametrize(
+  'bad, message',
+  [
     (tensor('0', 12, strides=(2,)), 'a reaches beyond its 12 numbers'),
     (tensor('0', 12, offset=1), 'a reaches beyond'),
     (tensor('0', 12, shape=(10**9,), strides=(0,)), 'a reaches beyond'),
@@ -69,7 +81,8 @@ def test_other_objects_are_inert(tmp_path):
     (tensor('0', 12, kind='Complex'), 'unknown storage'),
     (named('os', 'system', 'true'), 'a is no tensor'),
     (1, 'a is no tensor'),
-])
+  ],
+)
 def test_lies_are_named(tmp_path, bad, message):
   path = write(tmp_path / 'a.pth', {'a': bad}, {'0': VALUES.tobytes()})
   with pytest.raises(ValueError, match='a.pth is no usable .*' + message):
@@ -80,8 +93,7 @@ def test_lies_are_named(tmp_path, bad, message):
 def test_half_a_file_is_named(tmp_path, keep):
   path = good(tmp_path / 'a.pth')
   content = path.read_bytes()
-  path.write_bytes(content[:int(
-      keep * len(content)) if keep < 1 else keep])
+  path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
   with pytest.raises(ValueError, match='a.pth is no usable PyTorch checkp'):
     torch_files.read_state_dict(path)
 
@@ -96,14 +108,19 @@ def test_changed_bytes_are_found(tmp_path):
 
 
 def test_bombs_are_refused(tmp_path):
-  path = write(tmp_path / 'a.pth', {'a': tensor('0', 10**7)},
-               {'0': bytes(4 * 10**7)}, compression=zipfile.ZIP_DEFLATED)
+  path = write(
+    tmp_path / 'a.pth',
+    {'a': tensor('0', 10**7)},
+    {'0': bytes(4 * 10**7)},
+    compression=zipfile.ZIP_DEFLATED,
+  )
   assert os.path.getsize(path) < 10**5
   with pytest.raises(ValueError, match='is compressed'):
     torch_files.read_state_dict(path)
   # Many names for the same bytes.
-  path = write(tmp_path / 'b.pth', {'a': tensor('0', 10**5)},
-               {'0': bytes(4 * 10**5)})
+  path = write(
+    tmp_path / 'b.pth', {'a': tensor('0', 10**5)}, {'0': bytes(4 * 10**5)}
+  )
   with zipfile.ZipFile(path, 'a') as archive:
     one = archive.getinfo('model/data/0')
     for key in range(1000):
@@ -114,9 +131,17 @@ def test_bombs_are_refused(tmp_path):
     torch_files.read_state_dict(path)
 
 
-@pytest.mark.parametrize('content', [
-    b'', b'\x80\x02K\x01.', b'\x80\x02]', b'\x80\x02\x8a\xffx', b'garbage',
-    b'\x80\x04\x96' + (2**50).to_bytes(8, 'little') + b'x'])
+@pytest.mark.parametrize(
+  'content',
+  [
+    b'',
+    b'\x80\x02K\x01.',
+    b'\x80\x02]',
+    b'\x80\x02\x8a\xffx',
+    b'garbage',
+    b'\x80\x04\x96' + (2**50).to_bytes(8, 'little') + b'x',
+  ],
+)
 def test_bad_pickles_are_named(tmp_path, content):
   path = tmp_path / 'a.pth'
   with zipfile.ZipFile(path, 'w') as archive:

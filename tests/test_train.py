@@ -102,14 +102,22 @@ def test_writes_what_it_promises(finished):
   for name in ('8_3', '8_6', '16_3', '16_6'):
     with Image.open(finished / 'samples' / f'{name}.png') as image:
       assert min(image.size) > 100
-  lines = [json.loads(line)
-           for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(line)
+    for line in (finished / 'metrics.jsonl').read_text().splitlines()
+  ]
   losses = [line for line in lines if 'loss_16' in line]
   assert [line['step'] for line in losses] == [2, 4, 6]
   assert losses[0]['loss'] == pytest.approx(
-      losses[0]['loss_8'] + losses[0]['loss_16'], rel=1e-5)
-  for key in ('grad_norm', 'learning_rate', 'images_per_second',
-              'flops_per_second', 'mfu'):
+    losses[0]['loss_8'] + losses[0]['loss_16'], rel=1e-5
+  )
+  for key in (
+    'grad_norm',
+    'learning_rate',
+    'images_per_second',
+    'flops_per_second',
+    'mfu',
+  ):
     assert losses[0][key] > 0
   events = read_events(finished)
   for name in ('8/samples', '16/samples'):
@@ -120,8 +128,9 @@ def test_writes_what_it_promises(finished):
   assert [*figures] == [('8', 3), ('8', 6), ('16', 3), ('16', 6)]
   assert figures['16', 6] == values
   assert set(figures['8', 3]) == set(values) - {'held_out_loss_16'}
-  assert figures['8', 3]['held_out_loss_8'] != figures['8', 6][
-      'held_out_loss_8']
+  assert (
+    figures['8', 3]['held_out_loss_8'] != figures['8', 6]['held_out_loss_8']
+  )
   step, value = events['16/held_out_loss_16']
   assert step == 6
   assert value.simple_value == pytest.approx(values['held_out_loss_16'])
@@ -132,11 +141,14 @@ def test_writes_what_it_promises(finished):
 def evaluations(workdir) -> dict[tuple[str, int], dict[str, float]]:
   """What was measured, by stage and step."""
   return {
-      (line['stage'], line['step']): {
-          name: value for name, value in line.items()
-          if name.startswith(('held_out', 'accuracy'))}
-      for line in lines_of(workdir / 'metrics.jsonl')
-      if 'held_out_loss_8' in line}
+    (line['stage'], line['step']): {
+      name: value
+      for name, value in line.items()
+      if name.startswith(('held_out', 'accuracy'))
+    }
+    for line in lines_of(workdir / 'metrics.jsonl')
+    if 'held_out_loss_8' in line
+  }
 
 
 def kept_beside(workdir, config) -> dict[str, dict]:
@@ -148,8 +160,9 @@ def kept_beside(workdir, config) -> dict[str, dict]:
       for step in checkpoint.good_steps(directory):
         extra = checkpoint.read_extra(directory, step)
         found[f'{kind}/{index}/{step}'] = extra | {
-            name: checkpoint.restore_item(directory, step, name)
-            for name in extra.get('widths', ['ema'])}
+          name: checkpoint.restore_item(directory, step, name)
+          for name in extra.get('widths', ['ema'])
+        }
   return found
 
 
@@ -157,27 +170,36 @@ def test_averages_and_the_best_are_kept(finished):
   config = toy_config()
   kept = kept_beside(finished, config)
   assert {name for name in kept if name.startswith('averages')} == {
-      f'averages/{index}/{step}' for index in range(2) for step in (2, 4, 6)}
+    f'averages/{index}/{step}' for index in range(2) for step in (2, 4, 6)
+  }
   assert kept['averages/1/4']['updates'] == 4
   for index, stage in enumerate(('8', '16')):
-    losses = {step: evaluations(finished)[stage, step]['held_out_loss_8']
-              for step in (3, 6)}
+    losses = {
+      step: evaluations(finished)[stage, step]['held_out_loss_8']
+      for step in (3, 6)
+    }
     best = min(losses, key=losses.get)
     assert kept[f'best/{index}/{best}']['value'] == losses[best]
     assert f'best/{index}/{9 - best}' not in kept
 
   last = build.stage_directory(finished, config, 1)
-  params, lags = (checkpoint.restore_item(last, None, name)
-                  for name in ('params', 'lags'))
+  params, lags = (
+    checkpoint.restore_item(last, None, name) for name in ('params', 'lags')
+  )
   *_, found = trained.restore_average(config, finished, width=0.1)
   jax.tree.map(
-      lambda x, p, lag: np.testing.assert_allclose(x, p + lag, atol=1e-6),
-      found, params, lags['0.1'])
+    lambda x, p, lag: np.testing.assert_allclose(x, p + lag, atol=1e-6),
+    found,
+    params,
+    lags['0.1'],
+  )
   # The figures are of what is kept.
   mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
   *_, found = trained.restore_average(config, finished, mesh, best=True)
-  assert trained.measure(config, 1, found, mesh) == (
-      evaluations(finished)['16', best])
+  assert (
+    trained.measure(config, 1, found, mesh)
+    == (evaluations(finished)['16', best])
+  )
 
 
 def test_finished_run_trains_no_more(finished):
@@ -196,13 +218,13 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, stage, step):
     assert digest(tmp_path, config, index) == digest(finished, config, index)
   assert evaluations(tmp_path) == evaluations(finished)
   found, expected = (
-      kept_beside(workdir, config) for workdir in (tmp_path, finished))
+    kept_beside(workdir, config) for workdir in (tmp_path, finished)
+  )
   assert [*found] == [*expected]
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_a_damaged_last_checkpoint_is_trained_again(
-    finished, tmp_path, caplog):
+def test_a_damaged_last_checkpoint_is_trained_again(finished, tmp_path, caplog):
   config = toy_config()
   workdir = shutil.copytree(finished, tmp_path / 'run')
   directory = build.stage_directory(workdir, config, 1)
@@ -210,7 +232,8 @@ def test_a_damaged_last_checkpoint_is_trained_again(
     path.write_bytes(path.read_bytes()[:-1])
   run(config, workdir)
   assert 'finished at step 6, but its newest good checkpoint is 4' in (
-      caplog.text)
+    caplog.text
+  )
   assert (directory / '6.corrupt').exists()
   assert digest(workdir, config, 1) == digest(finished, config, 1)
 
@@ -224,6 +247,7 @@ def poison(monkeypatch, key):
     if record['key'] == key:
       example['scale'] = np.float32(np.nan)
     return example
+
   monkeypatch.setattr(Transform, '__call__', poisoned)
 
 
@@ -248,13 +272,19 @@ def test_poisoned_step_is_left_out_also_when_resumed(tmp_path, monkeypatch):
   run(config, once)
   stop_at(3, config, twice)
   run(config, twice)
-  line = {'stage': '8', 'step': 3, 'loss': 'nan', 'grad_norm': 'nan',
-          'keys': keys}
+  line = {
+    'stage': '8',
+    'step': 3,
+    'loss': 'nan',
+    'grad_norm': 'nan',
+    'keys': keys,
+  }
   assert lines_of(once / 'skipped.jsonl') == [line]
   assert lines_of(twice / 'skipped.jsonl') == [line, line]
   assert digest(once, config, 0) == digest(twice, config, 0)
   state = checkpoint.restore_item(
-      build.stage_directory(once, config, 0), None, 'guard')
+    build.stage_directory(once, config, 0), None, 'guard'
+  )
   assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
   # Steps 3 and 4 were trained twice.
   sessions, seconds = ledger.totals(twice)
@@ -263,10 +293,12 @@ def test_poisoned_step_is_left_out_also_when_resumed(tmp_path, monkeypatch):
   for bucket in ('start_up', 'compile', 'step', 'save', 'sample', 'evaluate'):
     assert seconds[bucket] > 0
   for session, lines in itertools.groupby(
-      lines_of(twice / 'goodput.jsonl'), lambda line: line['session']):
+    lines_of(twice / 'goodput.jsonl'), lambda line: line['session']
+  ):
     lines = list(lines)
     assert sum(sum(line['seconds'].values()) for line in lines) == (
-        pytest.approx(lines[-1]['time'] - session, rel=0.01))
+      pytest.approx(lines[-1]['time'] - session, rel=0.01)
+    )
 
 
 def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
@@ -297,18 +329,26 @@ def test_a_device_with_another_copy_is_named(tmp_path, monkeypatch):
     copies = [np.array(shard.data) for shard in shards]
     copies[6].view(np.uint8).flat[2] ^= 1
     conv['kernel'] = jax.make_array_from_single_device_arrays(
-        copies[0].shape, conv['kernel'].sharding,
-        [jax.device_put(copy, shard.device)
-         for copy, shard in zip(copies, shards)])
+      copies[0].shape,
+      conv['kernel'].sharding,
+      [
+        jax.device_put(copy, shard.device)
+        for copy, shard in zip(copies, shards)
+      ],
+    )
     return placed
+
   monkeypatch.setattr(sharding, 'place', harm)
   mesh = sharding.make_mesh(config.mesh)
-  with pytest.raises(replicas.ReplicasDiffer, match=(
-      'cpu:6 of process 0 has another copy of params.*conv_in.kernel')):
+  with pytest.raises(
+    replicas.ReplicasDiffer,
+    match=('cpu:6 of process 0 has another copy of params.*conv_in.kernel'),
+  ):
     train.train(config.lock(), tmp_path, mesh, {})
   # Before it was saved.
-  assert checkpoint.latest_step(
-      build.stage_directory(tmp_path, config, 0)) is None
+  assert (
+    checkpoint.latest_step(build.stage_directory(tmp_path, config, 0)) is None
+  )
 
 
 def test_another_config_is_refused(finished):
@@ -346,23 +386,52 @@ def test_every_key_but_those_named_must_stay(tmp_path):
       assert f'another config ({name}: ' in str(error)
       refused.append(name)
     container[key] = value
-  allowed = [
-      name for name, *_ in places(written) if name not in refused]
+  allowed = [name for name, *_ in places(written) if name not in refused]
   assert {re.split(r'[.[]', name)[0] for name in allowed} == {
-      'mesh', 'sharding_rules', 'data', 'log_every', 'sample_every',
-      'checkpoint_every', 'checkpoints_to_keep', 'save_failures', 'averages',
-      'replicas_every', 'text', 'sampler', 'eval', 'guard', 'watchdog',
-      'model', 'stages'}
+    'mesh',
+    'sharding_rules',
+    'data',
+    'log_every',
+    'sample_every',
+    'checkpoint_every',
+    'checkpoints_to_keep',
+    'save_failures',
+    'averages',
+    'replicas_every',
+    'text',
+    'sampler',
+    'eval',
+    'guard',
+    'watchdog',
+    'model',
+    'stages',
+  }
   assert {name for name in allowed if name.startswith(('data.', 'text.'))} == {
-      'data.num_workers', 'data.num_threads', 'data.prefetch',
-      'data.max_bad_fraction', 'data.may_change', 'text.class_names'}
+    'data.num_workers',
+    'data.num_threads',
+    'data.prefetch',
+    'data.max_bad_fraction',
+    'data.may_change',
+    'text.class_names',
+  }
   assert {name for name in allowed if name.startswith(('model', 'stages'))} == {
-      f'{name}[{i}].{key}' for i in range(2) for name, key in (
-          ('model.levels', 'lanes'), ('model.levels', 'remat'),
-          ('stages', 'accumulate'))}
-  assert {'dtype', 'seed', 'model.levels[1].channels[0]', 'data.name',
-          'stages[0].learning_rate', 'optimizer.ema_decay',
-          'averages.widths[0]'} < set(refused)
+    f'{name}[{i}].{key}'
+    for i in range(2)
+    for name, key in (
+      ('model.levels', 'lanes'),
+      ('model.levels', 'remat'),
+      ('stages', 'accumulate'),
+    )
+  }
+  assert {
+    'dtype',
+    'seed',
+    'model.levels[1].channels[0]',
+    'data.name',
+    'stages[0].learning_rate',
+    'optimizer.ema_decay',
+    'averages.widths[0]',
+  } < set(refused)
   assert len(refused) > 80
 
 
@@ -372,22 +441,40 @@ ONE_DEVICE = os.environ | {'XLA_FLAGS': ''}
 
 def run_sample(**options):
   """Runs the command in a process of its own: commands share flags' names."""
-  flags = [f'--{name}={value}' for name, values in options.items()
-           for value in (values if isinstance(values, list) else [values])]
+  flags = [
+    f'--{name}={value}'
+    for name, values in options.items()
+    for value in (values if isinstance(values, list) else [values])
+  ]
   return subprocess.run(
-      [sys.executable, '-m', 'mdm_jax.sample', *flags], capture_output=True,
-      text=True, env=ONE_DEVICE)
+    [sys.executable, '-m', 'mdm_jax.sample', *flags],
+    capture_output=True,
+    text=True,
+    env=ONE_DEVICE,
+  )
 
 
 def test_sample_command(finished, tmp_path):
   prompts = ['a red ring, on grey', 'a small blue star, on white']
-  result = run_sample(workdir=finished, prompt=prompts, num_samples=2,
-                      steps=2, output=tmp_path, seed=5)
+  result = run_sample(
+    workdir=finished,
+    prompt=prompts,
+    num_samples=2,
+    steps=2,
+    output=tmp_path,
+    seed=5,
+  )
   assert result.returncode == 0, result.stderr
-  lines = [json.loads(line)
-           for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(line)
+    for line in (tmp_path / 'samples.jsonl').read_text().splitlines()
+  ]
   assert [line['prompt'] for line in lines] == [
-      prompts[0], prompts[0], prompts[1], prompts[1]]
+    prompts[0],
+    prompts[0],
+    prompts[1],
+    prompts[1],
+  ]
   assert [line['seed'] for line in lines] == [5, 6, 5, 6]
   assert lines[0]['num_steps'] == 2
   # Those of another model are not taken for its pictures.
@@ -401,11 +488,19 @@ def test_sample_command(finished, tmp_path):
   listed = tmp_path / 'prompts.txt'
   listed.write_text(f'{prompts[0]}\n\n' + 'a star ' * 1000, encoding='utf-8')
   # One more of each; the others are there.
-  result = run_sample(workdir=finished, prompts_file=listed, num_samples=2,
-                      steps=2, output=tmp_path, seed=5, animate=True)
+  result = run_sample(
+    workdir=finished,
+    prompts_file=listed,
+    num_samples=2,
+    steps=2,
+    output=tmp_path,
+    seed=5,
+    animate=True,
+  )
   assert '2 of 4 pictures are there already' in result.stderr
   assert 'Only the first 31 tokens are read of 1 of the 2 prompts' in (
-      result.stderr)
+    result.stderr
+  )
   with Image.open(tmp_path / '0003.webp') as animation:
     assert animation.n_frames == 2
 
@@ -414,16 +509,23 @@ def test_sample_with_a_guide(finished, tmp_path):
   prompt = 'a red ring, on grey'
   pictures = []
   for options in ({}, {'guide': finished}, {'guidance': 1}):
-    result = run_sample(workdir=finished, prompt=prompt, num_samples=1,
-                        steps=2, output=tmp_path, **options)
+    result = run_sample(
+      workdir=finished,
+      prompt=prompt,
+      num_samples=1,
+      steps=2,
+      output=tmp_path,
+      **options,
+    )
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / '0000_16.png') as image:
       pictures.append(np.asarray(image, int))
   # By itself it is guided nowhere.
   assert np.abs(pictures[1] - pictures[2]).max() <= 1
   assert np.abs(pictures[0] - pictures[2]).max() > 1
-  result = run_sample(workdir=finished, prompt=prompt, guide=finished,
-                      negative_prompt='a star')
+  result = run_sample(
+    workdir=finished, prompt=prompt, guide=finished, negative_prompt='a star'
+  )
   assert result.returncode == 1
   assert 'error: guidance leads away from one thing' in result.stderr
 
@@ -433,13 +535,25 @@ def test_samplers_are_compared(finished, tmp_path):
 
   def compare(steps):
     result = subprocess.run(
-        [sys.executable, '-m', 'mdm_jax.tools.compare_samplers',
-         f'--workdir={finished}', '--samplers=ddim', f'--steps={steps}',
-         '--num_images=8', '--classifier_images=64', '--classifier_steps=1',
-         f'--output={output}'], capture_output=True, text=True,
-        env=ONE_DEVICE)
+      [
+        sys.executable,
+        '-m',
+        'mdm_jax.tools.compare_samplers',
+        f'--workdir={finished}',
+        '--samplers=ddim',
+        f'--steps={steps}',
+        '--num_images=8',
+        '--classifier_images=64',
+        '--classifier_steps=1',
+        f'--output={output}',
+      ],
+      capture_output=True,
+      text=True,
+      env=ONE_DEVICE,
+    )
     assert result.returncode == 0, result.stderr
     return result
+
   compare('2')
   (first,) = json.loads(output.read_text())
   assert first['frechet'] > 0
@@ -453,7 +567,9 @@ def test_samplers_are_compared(finished, tmp_path):
   assert 'ddim, 2 steps' in compare('2').stderr
   assert len(json.loads(output.read_text())) == 2
   assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
-      ['ddim', '1'], ['ddim', '2']]
+    ['ddim', '1'],
+    ['ddim', '2'],
+  ]
 
 
 def test_sample_without_a_run_names_the_directory(tmp_path):
@@ -501,8 +617,10 @@ def images(tmp_path):
 def test_bad_records_are_counted_or_end_the_run(images, tmp_path, monkeypatch):
   config = image_config(images)
   run(config, tmp_path / 'run')
-  lines = [json.loads(line) for line in
-           (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(line)
+    for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+  ]
   found = [line['bad_records'] for line in lines if 'bad_records' in line]
   # 48 examples are two epochs of 20 and 8 more.
   assert found == sorted(found) and found[-1] in (2, 3)
@@ -519,9 +637,13 @@ def test_another_data_set_is_refused(images, tmp_path):
   write_tar(tar, good_files(21))
   shutil.rmtree(images)
   tar_index.write_index([tar], str(images), 0.0)
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(
+    ValueError,
+    match=(
       'not those of the last checkpoint .*records: .20. -> .21.; files: .* '
-      'bring them back')):
+      'bring them back'
+    ),
+  ):
     run(config, tmp_path / 'run')
   config.data.may_change = True
   run(config, tmp_path / 'run')
@@ -534,10 +656,14 @@ def test_classes_of_a_tfds_data_set(flowers, tmp_path):
   config.stages = [common.stage('8', 1)]
   config = common.smoke(config)
   config.data.update(
-      name='tfds:flowers', path=str(flowers), validation_split='test')
+    name='tfds:flowers', path=str(flowers), validation_split='test'
+  )
   config.text.update(
-      encoder='label', num_classes=3, caption_dropout=0.0,
-      class_names=str(flowers / 'flowers/1.0.0/label.labels.txt'))
+    encoder='label',
+    num_classes=3,
+    caption_dropout=0.0,
+    class_names=str(flowers / 'flowers/1.0.0/label.labels.txt'),
+  )
   # The first two pass zero-initialised layers to reach the text encoder.
   config.stages[0].update(steps=4, batch_size=8)
   config.eval.update(num_prompts=8, batch_size=8)
@@ -545,11 +671,14 @@ def test_classes_of_a_tfds_data_set(flowers, tmp_path):
   directory = build.stage_directory(tmp_path, config, 0)
   fresh = build.make_model(config, config.stages[0]).init(0, 1)
   trained = checkpoint.restore_item(directory, None, 'params')
-  before, after = (params['text_encoder']['embedding']['embedding']
-                   for params in (fresh, trained))
+  before, after = (
+    params['text_encoder']['embedding']['embedding']
+    for params in (fresh, trained)
+  )
   # Padding and the empty label were never seen, every class was.
-  assert np.equal(before, after).all(axis=1).tolist() == [True] * 2 + [
-      False] * 3
+  assert (
+    np.equal(before, after).all(axis=1).tolist() == [True] * 2 + [False] * 3
+  )
   assert (tmp_path / 'samples' / '8_4.png').exists()
   values = json.loads((tmp_path / 'eval' / '4.json').read_text())
   assert set(values) == {'held_out_loss_8'}
@@ -557,11 +686,17 @@ def test_classes_of_a_tfds_data_set(flowers, tmp_path):
   # The names are all that drawing needs of the data set.
   for path in flowers.glob('flowers/1.0.0/*record*'):
     path.unlink()
-  result = run_sample(workdir=tmp_path, prompt=['tulip', '1', '0'], steps=1,
-                      num_samples=1, output=tmp_path / 'drawn')
+  result = run_sample(
+    workdir=tmp_path,
+    prompt=['tulip', '1', '0'],
+    steps=1,
+    num_samples=1,
+    output=tmp_path / 'drawn',
+  )
   assert result.returncode == 0, result.stderr
-  pictures = [np.asarray(Image.open(tmp_path / f'drawn/000{i}_8.png'))
-              for i in range(3)]
+  pictures = [
+    np.asarray(Image.open(tmp_path / f'drawn/000{i}_8.png')) for i in range(3)
+  ]
   np.testing.assert_array_equal(pictures[0], pictures[1])
   assert not np.array_equal(pictures[0], pictures[2])
   result = run_sample(workdir=tmp_path, prompt='rosehip')

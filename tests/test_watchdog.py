@@ -10,7 +10,7 @@ import pytest
 from mdm_jax import watchdog
 
 ROOT = pathlib.Path(__file__).parents[1]
-_HANGS = '''
+_HANGS = """
 import ctypes, threading, time
 from absl import logging
 from mdm_jax import interrupt, watchdog
@@ -27,13 +27,17 @@ def hang_here():
   %s
 
 hang_here()
-'''
+"""
 
 
 def hang(how):
   return subprocess.run(
-      [sys.executable, '-c', _HANGS % how], cwd=ROOT, capture_output=True,
-      text=True, timeout=120)
+    [sys.executable, '-c', _HANGS % how],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
 
 
 def test_a_hanging_phase_ends_with_all_stacks():
@@ -45,7 +49,7 @@ def test_a_hanging_phase_ends_with_all_stacks():
 
 
 def test_no_limit_is_none():
-  result = hang('''dog.watch('idle'); time.sleep(4)''')
+  result = hang("""dog.watch('idle'); time.sleep(4)""")
   assert result.returncode == 0, result.stderr
 
 
@@ -68,9 +72,15 @@ def test_each_phase_has_its_own_limit_from_its_begin(clock):
   def leave(code):
     codes.append(code)
     left.set()
+
   dog = watchdog.Watchdog({'step': 10, 'save': 20, 'evaluate': 0}, leave)
   for phase, seconds in [
-      ('step', 9), ('step', 9), ('save', 19), ('evaluate', 1e6), ('step', 9)]:
+    ('step', 9),
+    ('step', 9),
+    ('save', 19),
+    ('evaluate', 1e6),
+    ('step', 9),
+  ]:
     dog.watch(phase)
     clock[0] += seconds
     assert not left.wait(2 * watchdog._POLL)

@@ -14,8 +14,11 @@ def named(module, name, *args):
 def tensor(key, size, *, offset=0, shape=None, strides=(1,), kind='Float'):
   """A view of the storage `key` of `size` numbers."""
   return torch_files._pickled_tensor(
-      torch_files._Storage(key, f'{kind}Storage', size), offset,
-      (size,) if shape is None else shape, strides)
+    torch_files._Storage(key, f'{kind}Storage', size),
+    offset,
+    (size,) if shape is None else shape,
+    strides,
+  )
 
 
 def write(path, obj, data, *, compression=zipfile.ZIP_STORED):

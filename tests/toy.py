@@ -15,7 +15,7 @@ def recipe(num_stages: int, steps: int, **changes) -> str:
     changes: values of keys; a dot in a key is two underscores.
   """
   changes = {key.replace('__', '.'): value for key, value in changes.items()}
-  return f'''
+  return f"""
 from configs import common
 
 def get_config():
@@ -34,7 +34,7 @@ def get_config():
   config.eval.num_prompts = 8
   config.update_from_flattened_dict({changes!r})
   return config
-'''
+"""
 
 
 def pids(*command: str) -> list[int]:
@@ -47,7 +47,9 @@ def save_run(workdir, config, index: int, step: int, params) -> None:
   """What commands need of a run: its config and a stage's average."""
   checkpoint.write_config(workdir, json.loads(config.to_json()))
   checkpoints = checkpoint.Checkpoints(
-      build.stage_directory(workdir, config, index), save_interval=1,
-      max_to_keep=1)
+    build.stage_directory(workdir, config, index),
+    save_interval=1,
+    max_to_keep=1,
+  )
   checkpoints.save(step, {'ema': params}, {}, force=True)
   checkpoints.close()

@@ -26,14 +26,14 @@ class Labels:
     """Raises ValueError: no classes, or not as many as names."""
     if self.num_classes < 1:
       raise ValueError(
-          f'text.num_classes={self.num_classes}: give the number of classes '
-          'that the labels have.'
+        f'text.num_classes={self.num_classes}: give the number of classes '
+        'that the labels have.'
       )
     if self.names and len(self.names) != self.num_classes:
       raise ValueError(
-          f'text.class_names has {len(self.names)} names for '
-          f'text.num_classes={self.num_classes}: give one a line for each '
-          'class.'
+        f'text.class_names has {len(self.names)} names for '
+        f'text.num_classes={self.num_classes}: give one a line for each '
+        'class.'
       )
 
   @property
@@ -56,8 +56,8 @@ class Labels:
     if len(found) != 1:
       names = ', or a name of text.class_names' if self.names else ''
       raise ValueError(
-          f'{len(found) or "no"} classes are {prompt!r}: give a number from 0 '
-          f'to {self.num_classes - 1}{names}.'
+        f'{len(found) or "no"} classes are {prompt!r}: give a number from 0 '
+        f'to {self.num_classes - 1}{names}.'
       )
     return np.array([_FIRST + found[0]], np.int32)
 
@@ -78,8 +78,8 @@ def read_names(path: str) -> tuple[str, ...]:
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
-        f'text.class_names={path!r} does not exist: give a file with a name '
-        'a line, or leave it empty.'
+      f'text.class_names={path!r} does not exist: give a file with a name '
+      'a line, or leave it empty.'
     )
   lines = pathlib.Path(path).read_text().splitlines()
   return tuple(line.strip() for line in lines if line.strip())

@@ -73,7 +73,7 @@ def _permutation(num_records: int, epoch_seed: int) -> np.ndarray:
 
 
 def record_index(
-    position: int, num_records: int, seed: int, shuffle: bool
+  position: int, num_records: int, seed: int, shuffle: bool
 ) -> int:
   """Returns the index in the source of a position of the endless stream.
 
@@ -90,10 +90,10 @@ def record_index(
   if num_records < _MIN_INDEX_SHUFFLE or is_power_of_two:
     return int(_permutation(num_records, epoch_seed)[offset])
   return grain.experimental.index_shuffle(
-      index=offset,
-      max_index=max_index,
-      seed=epoch_seed,
-      rounds=_SHUFFLE_ROUNDS,
+    index=offset,
+    max_index=max_index,
+    seed=epoch_seed,
+    rounds=_SHUFFLE_ROUNDS,
   )
 
 
@@ -113,13 +113,13 @@ class _Examples:
     local_batch_size = self.batch_size // self.process_count
     batch, row = divmod(local_position, local_batch_size)
     position = (
-        batch * self.batch_size + self.process_index * local_batch_size + row
+      batch * self.batch_size + self.process_index * local_batch_size + row
     )
     # By the place in the global batch, which no process or worker changes.
     source, transform = self.rows[position % self.batch_size % len(self.rows)]
     for replacement in range(_MAX_REPLACEMENTS):
       index = record_index(
-          position + replacement, len(source), self.seed, self.shuffle
+        position + replacement, len(source), self.seed, self.shuffle
       )
       rng = np.random.default_rng((self.seed, _EXAMPLE_STREAM, position))
       try:
@@ -130,8 +130,8 @@ class _Examples:
         continue
       return {**example, 'bad': np.bool_(replacement > 0)}
     raise DataError(
-        f'{_MAX_REPLACEMENTS} records in a row are unusable, the last: '
-        f'{last_error}. Check the data set.'
+      f'{_MAX_REPLACEMENTS} records in a row are unusable, the last: '
+      f'{last_error}. Check the data set.'
     )
 
   def _report(self, error: BadRecord) -> None:
@@ -144,13 +144,12 @@ def _stack(examples: Sequence[Example]) -> Example:
   """Stacks what goes by each name, of the examples that have it."""
   names = {name: None for example in examples for name in example}
   return {
-      name: np.stack([x[name] for x in examples if name in x])
-      for name in names
+    name: np.stack([x[name] for x in examples if name in x]) for name in names
   }
 
 
 def batch_keys(
-    source: Source, batch: int, *, batch_size: int, seed: int, shuffle: bool
+  source: Source, batch: int, *, batch_size: int, seed: int, shuffle: bool
 ) -> list[str]:
   """The keys of the records at the positions of a global batch.
 
@@ -164,6 +163,7 @@ def batch_keys(
     seed: non-negative.
     shuffle: a new order each epoch.
   """
+
   def key(position: int) -> str:
     index = record_index(position, len(source), seed, shuffle)
     try:
@@ -181,32 +181,35 @@ def _begin_worker(worker_index: int, worker_count: int) -> None:
   clears them page by page when they are asked for again: a third of the time
   of decoding a photograph.
   """
+
   def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
+
   # A parent that is killed cannot end its workers.
   threading.Thread(target=end_with_parent, daemon=True).start()
   if sys.platform == 'linux' and (
-      mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)):
+    mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)
+  ):
     for parameter, value in _GLIBC_OPTIONS.items():
       mallopt(parameter, value)
 
 
 def make_dataset(
-    source: Source,
-    *,
-    transform: Transform,
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
-    further_rows: Sequence[tuple[Source, Transform]] = (),
-    start_batch: int = 0,
-    num_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_workers: int = 0,
-    num_threads: int = 1,
-    prefetch: int = 2,
+  source: Source,
+  *,
+  transform: Transform,
+  batch_size: int,
+  seed: int,
+  shuffle: bool,
+  further_rows: Sequence[tuple[Source, Transform]] = (),
+  start_batch: int = 0,
+  num_batches: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_workers: int = 0,
+  num_threads: int = 1,
+  prefetch: int = 2,
 ) -> grain.IterDataset:
   """Returns this process's slice of every global batch, as NumPy dicts.
 
@@ -246,38 +249,42 @@ def make_dataset(
   rows = ((source, transform), *further_rows)
   if batch_size < 1 or batch_size % (process_count * len(rows)):
     raise ValueError(
-        f'batch_size={batch_size} must be a positive multiple of the '
-        f'{process_count} processes, times {len(rows)} rows of a pattern.'
+      f'batch_size={batch_size} must be a positive multiple of the '
+      f'{process_count} processes, times {len(rows)} rows of a pattern.'
     )
   examples = _Examples(
-      rows, seed, shuffle, batch_size, process_index,
-      process_count,
+    rows,
+    seed,
+    shuffle,
+    batch_size,
+    process_index,
+    process_count,
   )
   local_batch_size = batch_size // process_count
   if num_batches is None:
     num_batches = _ENDLESS
   dataset = (
-      grain.MapDataset.range(
-          start_batch * local_batch_size,
-          (start_batch + num_batches) * local_batch_size,
+    grain.MapDataset.range(
+      start_batch * local_batch_size,
+      (start_batch + num_batches) * local_batch_size,
+    )
+    .map(examples)
+    # Batching after to_iter_dataset would deal single examples out to the
+    # workers and make the order depend on how many there are.
+    .batch(local_batch_size, batch_fn=_stack if further_rows else None)
+    .to_iter_dataset(
+      grain.ReadOptions(
+        num_threads=num_threads,
+        prefetch_buffer_size=max(prefetch, num_threads),
       )
-      .map(examples)
-      # Batching after to_iter_dataset would deal single examples out to the
-      # workers and make the order depend on how many there are.
-      .batch(local_batch_size, batch_fn=_stack if further_rows else None)
-      .to_iter_dataset(
-          grain.ReadOptions(
-              num_threads=num_threads,
-              prefetch_buffer_size=max(prefetch, num_threads),
-          )
-      )
+    )
   )
   if num_workers:
     dataset = dataset.mp_prefetch(
-        grain.MultiprocessingOptions(
-            num_workers=num_workers, per_worker_buffer_size=max(prefetch, 1)
-        ),
-        worker_init_fn=_begin_worker,
+      grain.MultiprocessingOptions(
+        num_workers=num_workers, per_worker_buffer_size=max(prefetch, 1)
+      ),
+      worker_init_fn=_begin_worker,
     )
   return dataset
 
@@ -296,8 +303,9 @@ def iterate(dataset: Iterable[Example]) -> Iterator[Example]:
       if not str(error).startswith('Worker process'):
         raise
       raise DataError(
-          f'{error} Exit code -9 may mean too little memory: lower '
-          'data.num_workers or data.prefetch.') from error
+        f'{error} Exit code -9 may mean too little memory: lower '
+        'data.num_workers or data.prefetch.'
+      ) from error
     if batch is None:
       return
     yield batch

@@ -21,8 +21,10 @@ import numpy as np
 
 from mdm_jax.data.transforms import BadRecord, too_long
 
-DTYPES = {'float16': np.dtype(np.float16),
-          'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+  'float16': np.dtype(np.float16),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
 _HEADER = struct.Struct('<8sI')
 _COMMAND = 'python -m mdm_jax.tools.precompute_text'
 
@@ -39,6 +41,7 @@ class TextInfo:
     shard_size: captions a file.
     splits: split -> number of captions.
   """
+
   made_with: Mapping[str, Any]
   dtype: str
   width: int
@@ -48,8 +51,9 @@ class TextInfo:
   def files(self, split: str) -> list[str]:
     """The names of a split's files, in order."""
     count = -(-self.splits[split] // self.shard_size)
-    return [f'{split}-{i:05d}-of-{count:05d}.array_record'
-            for i in range(count)]
+    return [
+      f'{split}-{i:05d}-of-{count:05d}.array_record' for i in range(count)
+    ]
 
 
 def text_directory(data_path: str) -> pathlib.Path:
@@ -67,32 +71,41 @@ def read_info(data_path: str) -> TextInfo:
   path = directory / 'info.json'
   if not path.exists():
     raise FileNotFoundError(
-        f'There are no text features in {directory}: make them with '
-        f'{_COMMAND}, or read captions with text.encoder=t5.')
+      f'There are no text features in {directory}: make them with '
+      f'{_COMMAND}, or read captions with text.encoder=t5.'
+    )
   info = TextInfo(**json.loads(path.read_text()))
-  missing = [name for split in info.splits for name in info.files(split)
-             if not (directory / name).exists()]
+  missing = [
+    name
+    for split in info.splits
+    for name in info.files(split)
+    if not (directory / name).exists()
+  ]
   if missing or not (directory / 'empty.npy').exists():
     raise FileNotFoundError(
-        f'{directory} lacks {len(missing)} of its files, such as '
-        f'{(missing or ["empty.npy"])[0]}: run {_COMMAND} again, it makes '
-        'what is missing.')
+      f'{directory} lacks {len(missing)} of its files, such as '
+      f'{(missing or ["empty.npy"])[0]}: run {_COMMAND} again, it makes '
+      'what is missing.'
+    )
   return info
 
 
-def require_same(data_path: str, info: TextInfo,
-                 made_with: Mapping[str, Any]) -> None:
+def require_same(
+  data_path: str, info: TextInfo, made_with: Mapping[str, Any]
+) -> None:
   """Raises ValueError if features were made with something else."""
   different = [
-      f'{name} {info.made_with.get(name)} instead of {value}'
-      for name, value in made_with.items()
-      if info.made_with.get(name) != value]
+    f'{name} {info.made_with.get(name)} instead of {value}'
+    for name, value in made_with.items()
+    if info.made_with.get(name) != value
+  ]
   if different:
     raise ValueError(
-        f'{text_directory(data_path)} was made with another text encoder: '
-        + ', '.join(different)
-        + f'. Remove it and run {_COMMAND}, or set text.path and '
-        'text.max_length to what it was made with.')
+      f'{text_directory(data_path)} was made with another text encoder: '
+      + ', '.join(different)
+      + f'. Remove it and run {_COMMAND}, or set text.path and '
+      'text.max_length to what it was made with.'
+    )
 
 
 def read_empty(data_path: str) -> np.ndarray:
@@ -126,6 +139,7 @@ class PrecomputedText:
     max_length: L, tokens that 'text' [L, D] is padded to.
     leave_out: a caption that had more is a bad record, rather than cut.
   """
+
   source: Any
   data_path: str
   split: str
@@ -139,7 +153,8 @@ class PrecomputedText:
 
     directory = text_directory(self.data_path)
     return grain.sources.ArrayRecordDataSource(
-        [str(directory / name) for name in self.info.files(self.split)])
+      [str(directory / name) for name in self.info.files(self.split)]
+    )
 
   def fingerprint(self) -> str:
     """The images'; the features are checked against their captions."""
@@ -148,7 +163,8 @@ class PrecomputedText:
   def __reduce__(self):
     """Worker processes open the files for themselves."""
     return type(self), tuple(
-        getattr(self, field.name) for field in dataclasses.fields(self))
+      getattr(self, field.name) for field in dataclasses.fields(self)
+    )
 
   def __len__(self) -> int:
     """The number of records."""
@@ -170,11 +186,11 @@ class PrecomputedText:
     digest, num_tokens = _HEADER.unpack_from(data)
     if digest != _digest(record['caption']):
       raise ValueError(
-          f'{text_directory(self.data_path)} has the features of another '
-          f'caption for {key}: remove it and run {_COMMAND}.')
+        f'{text_directory(self.data_path)} has the features of another '
+        f'caption for {key}: remove it and run {_COMMAND}.'
+      )
     if self.leave_out and num_tokens > self.max_length:
       raise too_long(key, num_tokens, self.max_length)
-    features = np.frombuffer(
-        data, DTYPES[self.info.dtype], offset=_HEADER.size)
+    features = np.frombuffer(data, DTYPES[self.info.dtype], offset=_HEADER.size)
     features = features.reshape(-1, self.info.width)
     return record | {'text': pad(features, self.max_length)}

@@ -12,23 +12,23 @@ import itertools
 import numpy as np
 
 COLORS = {
-    'red': (225, 30, 35),
-    'orange': (250, 135, 15),
-    'yellow': (250, 225, 40),
-    'green': (40, 170, 50),
-    'cyan': (60, 210, 255),
-    'blue': (45, 100, 255),
-    'purple': (150, 50, 215),
-    'pink': (255, 120, 190),
+  'red': (225, 30, 35),
+  'orange': (250, 135, 15),
+  'yellow': (250, 225, 40),
+  'green': (40, 170, 50),
+  'cyan': (60, 210, 255),
+  'blue': (45, 100, 255),
+  'purple': (150, 50, 215),
+  'pink': (255, 120, 190),
 }
 # Neither 0 nor 255, so that the grain can go both ways.
 BACKGROUNDS = {
-    'white': (246, 246, 246),
-    'grey': (128, 128, 128),
-    'black': (10, 10, 10),
-    'beige': (232, 216, 182),
-    'navy': (10, 12, 54),
-    'teal': (10, 135, 105),
+  'white': (246, 246, 246),
+  'grey': (128, 128, 128),
+  'black': (10, 10, 10),
+  'beige': (232, 216, 182),
+  'navy': (10, 12, 54),
+  'teal': (10, 135, 105),
 }
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 PATTERNS = ('solid', 'striped', 'dotted', 'checked')
@@ -39,20 +39,20 @@ PLACES = (
     'bottom left', 'bottom', 'bottom right',
 )  # fmt: skip
 INVERSE = {
-    'left of': 'right of',
-    'right of': 'left of',
-    'above': 'below',
-    'below': 'above',
+  'left of': 'right of',
+  'right of': 'left of',
+  'above': 'below',
+  'below': 'above',
 }
 _TEMPLATES = (
-    '{subject}, on {ground}',
-    '{subject} on a {ground} background',
-    '{subject}, {ground} background',
-    '{subject} against a {ground} background',
-    'on a {ground} background, {subject}',
-    'on {ground}, {subject}',
-    'a picture of {subject}, on {ground}',
-    'a drawing of {subject} on a {ground} background',
+  '{subject}, on {ground}',
+  '{subject} on a {ground} background',
+  '{subject}, {ground} background',
+  '{subject} against a {ground} background',
+  'on a {ground} background, {subject}',
+  'on {ground}, {subject}',
+  'a picture of {subject}, on {ground}',
+  'a drawing of {subject} on a {ground} background',
 )
 SPLITS = ('train', 'validation', 'held_out')
 
@@ -60,19 +60,19 @@ SPLITS = ('train', 'validation', 'held_out')
 # misses one background, so that no colour tells the shape, or of two objects
 # in a caption training would tell which colour is whose.
 HELD_OUT = {
-    background: tuple(
-        (shape, color)
-        for i, shape in enumerate(SHAPES)
-        for j, color in enumerate(COLORS)
-        if (i + j) % len(BACKGROUNDS) == k
-    )
-    for k, background in enumerate(BACKGROUNDS)
+  background: tuple(
+    (shape, color)
+    for i, shape in enumerate(SHAPES)
+    for j, color in enumerate(COLORS)
+    if (i + j) % len(BACKGROUNDS) == k
+  )
+  for k, background in enumerate(BACKGROUNDS)
 }
 SEEN = {
-    background: tuple(
-        pair for pair in itertools.product(SHAPES, COLORS) if pair not in missed
-    )
-    for background, missed in HELD_OUT.items()
+  background: tuple(
+    pair for pair in itertools.product(SHAPES, COLORS) if pair not in missed
+  )
+  for background, missed in HELD_OUT.items()
 }
 
 PERIOD = 0.1  # of the patterns
@@ -205,11 +205,11 @@ def _paint(canvas, item: Object) -> None:
   resolution = canvas.shape[0]
   reach = item.radius + 1 / resolution
   columns, rows = (
-      slice(
-          max(int((center - reach) * resolution), 0),
-          min(int((center + reach) * resolution) + 1, resolution),
-      )
-      for center in (item.x, item.y)
+    slice(
+      max(int((center - reach) * resolution), 0),
+      min(int((center + reach) * resolution) + 1, resolution),
+    )
+    for center in (item.x, item.y)
   )
   scale = np.float32(1 / resolution)
   x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * scale
@@ -312,7 +312,8 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
   radii = [look[-1] for look in looks]
   slack = 1 - 2 * sum(radii) - 2 * _MARGIN - _GAP
   before, between = (
-      slack * (third + _between(rng, -0.1, 0.1)) for third in (1 / 3, 2 / 3))
+    slack * (third + _between(rng, -0.1, 0.1)) for third in (1 / 3, 2 / 3)
+  )
   first = _MARGIN + before + radii[0]
   second = _MARGIN + between + _GAP + 2 * radii[0] + radii[1]
   across = [_between(rng, -0.06, 0.06) + 0.5 for _ in radii]
@@ -320,8 +321,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
   sideways = bool(rng.integers(2))
   xs, ys = (along, across) if sideways else (across, along)
   objects = tuple(
-      Object(*look[:-1], x, y, look[-1])
-      for look, x, y in zip(looks, xs, ys)
+    Object(*look[:-1], x, y, look[-1]) for look, x, y in zip(looks, xs, ys)
   )
   return Scene(objects, background, 'left of' if sideways else 'above')
 
@@ -333,9 +333,9 @@ def _noun_phrase(rng: np.random.Generator, item: Object) -> tuple[str, dict]:
   if rng.random() < 0.85:
     stated['size'] = item.size
   words = [
-      stated[key]
-      for key in ('size', 'pattern', 'color', 'shape')
-      if key in stated
+    stated[key]
+    for key in ('size', 'pattern', 'color', 'shape')
+    if key in stated
   ]
   article = 'an' if words[0][0] in 'aeiou' else 'a'
   return ' '.join([article, *words]), stated
@@ -433,9 +433,9 @@ class ShapesSource:
     """
     scene, caption, _ = self.scene(index)
     return {
-        'image': draw(scene, self.resolution),
-        'caption': caption,
-        'label': SHAPES.index(scene.objects[0].shape),
-        'key': f'{self.split}/{index}',
-        'size': self.resolution,
+      'image': draw(scene, self.resolution),
+      'caption': caption,
+      'label': SHAPES.index(scene.objects[0].shape),
+      'key': f'{self.split}/{index}',
+      'size': self.resolution,
     }

@@ -8,8 +8,8 @@ from mdm_jax.data import tfds_source
 def _builder(path: str):
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
     raise FileNotFoundError(
-        f'There is no prepared data set in {path}: make one with python -m '
-        f"mdm_jax.tools.prepare_data --input='…/*.tar' --output={path}"
+      f'There is no prepared data set in {path}: make one with python -m '
+      f"mdm_jax.tools.prepare_data --input='…/*.tar' --output={path}"
     )
   # Slow to import, so only programs that read such a data set pay for it.
   import tensorflow_datasets as tfds
@@ -35,6 +35,10 @@ def open_source(path: str, split: str) -> tfds_source.TfdsSource:
     ValueError: if the data set has no such split.
   """
   return tfds_source.open_builder(
-      _builder(path), split, path,
-      tfds_source.Features(caption='caption', key='key', width='width',
-                           height='height'))
+    _builder(path),
+    split,
+    path,
+    tfds_source.Features(
+      caption='caption', key='key', width='width', height='height'
+    ),
+  )

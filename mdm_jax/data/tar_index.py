@@ -23,14 +23,22 @@ from mdm_jax.data.transforms import BadRecord
 
 # Members of a tar begin at multiples of its blocks.
 _BLOCK = 512
-_ROW = np.dtype([
-    ('tar', '<u4'), ('image_block', '<u4'), ('image_size', '<u4'),
-    ('caption_block', '<u4'), ('caption_size', '<u2'), ('is_json', '?')])
+_ROW = np.dtype(
+  [
+    ('tar', '<u4'),
+    ('image_block', '<u4'),
+    ('image_size', '<u4'),
+    ('caption_block', '<u4'),
+    ('caption_size', '<u2'),
+    ('is_json', '?'),
+  ]
+)
 _COMMAND = 'python -m mdm_jax.tools.index_tars'
 
 
-def write_index(paths: Sequence[str], output: str,
-                validation_fraction: float) -> dict[str, int]:
+def write_index(
+  paths: Sequence[str], output: str, validation_fraction: float
+) -> dict[str, int]:
   """Indexes tars, reading their headers alone.
 
   Args:
@@ -48,7 +56,8 @@ def write_index(paths: Sequence[str], output: str,
   target = pathlib.Path(output)
   if target.exists():
     raise ValueError(
-        f'--output={output} exists: remove it or choose another directory.')
+      f'--output={output} exists: remove it or choose another directory.'
+    )
   parts = {'train': [], 'validation': []}
   for number, path in enumerate(paths):
     rows = {split: [] for split in parts}
@@ -65,10 +74,16 @@ def write_index(paths: Sequence[str], output: str,
   partial.mkdir(parents=True, exist_ok=True)
   for split, table in tables.items():
     np.save(partial / f'{split}.npy', table)
-  (partial / 'index.json').write_text(json.dumps({
-      'tars': [[os.path.abspath(path), os.path.getsize(path)]
-               for path in paths],
-      'splits': counts}))
+  (partial / 'index.json').write_text(
+    json.dumps(
+      {
+        'tars': [
+          [os.path.abspath(path), os.path.getsize(path)] for path in paths
+        ],
+        'splits': counts,
+      }
+    )
+  )
   partial.rename(target)
   return counts
 
@@ -83,26 +98,40 @@ def _rows(path: str, number: int):
         if parts := tars.member_parts(member):
           name, suffix = parts
           if suffix in groups.setdefault(name, {}):
-            logging.warning('%s has two files for %s.%s: the first counts.',
-                            path, name, suffix)
+            logging.warning(
+              '%s has two files for %s.%s: the first counts.',
+              path,
+              name,
+              suffix,
+            )
           groups[name].setdefault(suffix, member)
   except tars.DAMAGED as error:
     raise ValueError(
-        f'{path} cannot be indexed ({error}): only whole, uncompressed tars '
-        'can be read in place; prepare_data takes others.') from error
+      f'{path} cannot be indexed ({error}): only whole, uncompressed tars '
+      'can be read in place; prepare_data takes others.'
+    ) from error
   for name, members in groups.items():
     image, caption = (
-        next((members[s] for s in suffixes if s in members), None)
-        for suffixes in (tars.IMAGE_SUFFIXES, tars.CAPTION_SUFFIXES))
+      next((members[s] for s in suffixes if s in members), None)
+      for suffixes in (tars.IMAGE_SUFFIXES, tars.CAPTION_SUFFIXES)
+    )
     # Captions of 64 kB are left out, here as anywhere.
     if image is None or caption is None or caption.size >= 2**16:
-      logging.warning('%s/%s has no image, or no caption: left out.', stem,
-                      name)
+      logging.warning(
+        '%s/%s has no image, or no caption: left out.', stem, name
+      )
       continue
-    yield f'{stem}/{name}', (
-        number, image.offset_data // _BLOCK, image.size,
-        caption.offset_data // _BLOCK, caption.size,
-        caption.name.lower().endswith('.json'))
+    yield (
+      f'{stem}/{name}',
+      (
+        number,
+        image.offset_data // _BLOCK,
+        image.size,
+        caption.offset_data // _BLOCK,
+        caption.size,
+        caption.name.lower().endswith('.json'),
+      ),
+    )
 
 
 def read_index(path: str) -> dict[str, Any]:
@@ -115,18 +144,21 @@ def read_index(path: str) -> dict[str, Any]:
   file = pathlib.Path(path) / 'index.json'
   if not file.exists():
     raise FileNotFoundError(
-        f"There is no index in {path}: make one with {_COMMAND} --input='…/"
-        f"*.tar' --output={path}")
+      f"There is no index in {path}: make one with {_COMMAND} --input='…/"
+      f"*.tar' --output={path}"
+    )
   index = json.loads(file.read_text())
   for tar, size in index['tars']:
     if not os.path.exists(tar):
       raise FileNotFoundError(
-          f'{tar}, which {path} lists, is missing: bring it back, or index '
-          'the others anew.')
+        f'{tar}, which {path} lists, is missing: bring it back, or index '
+        'the others anew.'
+      )
     if (found := os.path.getsize(tar)) != size:
       raise ValueError(
-          f'{tar} has {found} bytes, {size} when {path} was made: index the '
-          'tars anew.')
+        f'{tar} has {found} bytes, {size} when {path} was made: index the '
+        'tars anew.'
+      )
   return index
 
 
@@ -138,6 +170,7 @@ class TarSource:
     path: of the index.
     split: its split.
   """
+
   path: str
   split: str
 
@@ -175,8 +208,9 @@ class TarSource:
     try:
       with open(path, 'rb') as file:
         image = _read(file, start, int(row['image_size']))
-        caption = _read(file, int(row['caption_block']) * _BLOCK,
-                        int(row['caption_size']))
+        caption = _read(
+          file, int(row['caption_block']) * _BLOCK, int(row['caption_size'])
+        )
     except OSError as error:
       raise BadRecord(key, 'unreadable tar', str(error)) from error
     suffix = 'json' if row['is_json'] else 'txt'
@@ -210,5 +244,6 @@ def open_source(path: str, split: str) -> TarSource:
   splits = available_splits(path)
   if split not in splits:
     raise ValueError(
-        f'{path} has no split {split!r}, only: {", ".join(splits)}.')
+      f'{path} has no split {split!r}, only: {", ".join(splits)}.'
+    )
   return TarSource(path, split)

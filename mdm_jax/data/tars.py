@@ -40,16 +40,18 @@ def find(patterns: Sequence[str]) -> list[str]:
   for pattern in patterns:
     # Globs are of a directory: of the last part without a wildcard.
     parts = pattern.split('/')
-    wild = next((i for i, part in enumerate(parts[:-1])
-                 if re.search(r'[*?[]', part)), len(parts) - 1)
+    wild = next(
+      (i for i, part in enumerate(parts[:-1]) if re.search(r'[*?[]', part)),
+      len(parts) - 1,
+    )
     directory = '/'.join(parts[:wild]) or ('/' if wild else '.')
     try:
-      found = sorted(map(os.fspath, epath.Path(directory).glob(
-          '/'.join(parts[wild:]))))
+      found = sorted(
+        map(os.fspath, epath.Path(directory).glob('/'.join(parts[wild:])))
+      )
     # ImportError: fsspec says what to install for a bucket.
     except (OSError, ImportError, ValueError) as error:
-      raise ValueError(
-          f'--input={pattern} cannot be read: {error}.') from error
+      raise ValueError(f'--input={pattern} cannot be read: {error}.') from error
     if not found:
       raise ValueError(f'--input={pattern} matches no file.')
     paths += found
@@ -59,8 +61,9 @@ def find(patterns: Sequence[str]) -> list[str]:
   for same in by_stem.values():
     if len(same) > 1:
       raise ValueError(
-          f'{same[0]} and {same[1]} would give their records the same keys: '
-          'rename one.')
+        f'{same[0]} and {same[1]} would give their records the same keys: '
+        'rename one.'
+      )
   return paths
 
 
@@ -72,7 +75,7 @@ def split_of(key: str, validation_fraction: float) -> str:
 
 
 def read_records(
-    path: epath.PathLike, rejects: list[BadRecord]
+  path: epath.PathLike, rejects: list[BadRecord]
 ) -> Iterator[tuple[str, bytes, str]]:
   """Yields the key, the image file and the caption of a tar's records.
 
@@ -109,8 +112,9 @@ def _parse_caption(data: bytes, suffix: str, key: str) -> str:
     caption = text if suffix == 'txt' else json.loads(text)['caption']
   # A hostile JSON file may be nested too deeply.
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise BadRecord(key, 'unreadable caption',
-                    f'{type(error).__name__}: {error}') from error
+    raise BadRecord(
+      key, 'unreadable caption', f'{type(error).__name__}: {error}'
+    ) from error
   caption = ' '.join(str(caption or '').split())
   if not caption:
     raise BadRecord(key, 'empty caption')
@@ -127,7 +131,7 @@ def member_parts(member: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 def _groups(
-    path: epath.PathLike, rejects: list[BadRecord]
+  path: epath.PathLike, rejects: list[BadRecord]
 ) -> Iterator[tuple[str, Files]]:
   """Yields the files of each name; neighbours as soon as they are complete."""
   stem = epath.Path(path).stem
@@ -143,9 +147,14 @@ def _groups(
       yield f'{stem}/{name}', files
 
   for name, suffix, data in _members(path, rejects):
-    if name != last and last in pending and (
+    if (
+      name != last
+      and last in pending
+      and (
         {*IMAGE_SUFFIXES} & {*pending[last]}
-        and {*CAPTION_SUFFIXES} & {*pending[last]}):
+        and {*CAPTION_SUFFIXES} & {*pending[last]}
+      )
+    ):
       yield from take(last)
     last = name
     if (name, suffix) in seen:
@@ -165,13 +174,15 @@ def _groups(
 
 
 def _members(
-    path: epath.PathLike, rejects: list[BadRecord]
+  path: epath.PathLike, rejects: list[BadRecord]
 ) -> Iterator[tuple[str, str, bytes | None]]:
   """Yields name, suffix and contents; None for what is rejected."""
   stem, key, opened = epath.Path(path).stem, None, False
   try:
-    with (epath.Path(path).open('rb') as file,
-          tarfile.open(fileobj=file, mode='r|*') as tar):
+    with (
+      epath.Path(path).open('rb') as file,
+      tarfile.open(fileobj=file, mode='r|*') as tar,
+    ):
       opened = True
       for count, member in enumerate(tar):
         # A stream's members are remembered otherwise.
@@ -185,8 +196,9 @@ def _members(
         key = f'{stem}/{name}'
         limit = _MAX_IMAGE if suffix in IMAGE_SUFFIXES else _MAX_CAPTION
         if member.size > limit:
-          rejects.append(BadRecord(
-              key, 'file too large', f'{suffix} of {member.size} bytes'))
+          rejects.append(
+            BadRecord(key, 'file too large', f'{suffix} of {member.size} bytes')
+          )
           yield name, suffix, None
           continue
         data = tar.extractfile(member).read()

@@ -31,9 +31,9 @@ class Tokenizer:
     """
     if not os.path.isfile(path):
       raise FileNotFoundError(
-          f'no tokenizer at {path!r}: give the path of a spiece.model (of'
-          ' google/flan-t5-xl, say), or train one with'
-          ' python -m mdm_jax.tools.train_tokenizer --output=FILE'
+        f'no tokenizer at {path!r}: give the path of a spiece.model (of'
+        ' google/flan-t5-xl, say), or train one with'
+        ' python -m mdm_jax.tools.train_tokenizer --output=FILE'
       )
     if max_length < 2:
       raise ValueError(f'max_length {max_length}: must be 2 or more')
@@ -42,8 +42,8 @@ class Tokenizer:
     found = self._processor.pad_id(), self._processor.eos_id()
     if found != (_PAD, _EOS):
       raise ValueError(
-          f'{path!r} has pad and </s> ids {found}: use a model trained with'
-          f' pad_id={_PAD}, eos_id={_EOS}'
+        f'{path!r} has pad and </s> ids {found}: use a model trained with'
+        f' pad_id={_PAD}, eos_id={_EOS}'
       )
 
   def __reduce__(self):

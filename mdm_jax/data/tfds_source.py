@@ -24,8 +24,8 @@ class Features:
 
   image: str = 'image'
   caption: str | None = None  # a text, or a sequence of them
-  label: str | None = None    # a ClassLabel
-  key: str | None = None      # a text
+  label: str | None = None  # a ClassLabel
+  key: str | None = None  # a text
   # Of the original image in pixels, where the file may hold a smaller one.
   width: str | None = None
   height: str | None = None
@@ -33,8 +33,9 @@ class Features:
   def used(self) -> dict[str, str]:
     """Those that are read: image, caption, … -> its name."""
     return {
-        kind: name for kind, name in dataclasses.asdict(self).items()
-        if name is not None
+      kind: name
+      for kind, name in dataclasses.asdict(self).items()
+      if name is not None
     }
 
 
@@ -65,7 +66,7 @@ class TfdsSource:
     import tensorflow_datasets as tfds
 
     return self._builder.as_data_source(
-        self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+      self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
 
   @functools.cached_property
@@ -81,7 +82,7 @@ class TfdsSource:
     # The others may be costly, or need TensorFlow.
     every = self._builder.info.features
     some = tfds.features.FeaturesDict(
-        {keys[0]: every[keys[0]] for keys, _ in self._leaves.values()}
+      {keys[0]: every[keys[0]] for keys, _ in self._leaves.values()}
     )
     decoders = tfds.decode.SkipDecoding()
     for name in reversed(self._leaves['image'][0]):
@@ -178,7 +179,7 @@ def _is_number(feature) -> bool:
 
 
 def open_builder(
-    builder, split: str, name: str, features: Features
+  builder, split: str, name: str, features: Features
 ) -> TfdsSource:
   """Opens a split of what a TFDS builder has written; see `open_by_name`."""
   import tensorflow_datasets as tfds
@@ -186,15 +187,15 @@ def open_builder(
   info = builder.info
   if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
     raise ValueError(
-        f'{builder.data_dir} is in {info.file_format.value} format, which '
-        'cannot be read at random: build it in another data_dir with tfds '
-        f'build {name} --file_format=array_record --data_dir=DIR'
+      f'{builder.data_dir} is in {info.file_format.value} format, which '
+      'cannot be read at random: build it in another data_dir with tfds '
+      f'build {name} --file_format=array_record --data_dir=DIR'
     )
   try:
     files = info.splits[split].filepaths
   except ValueError as error:
     raise ValueError(
-        f'{name} has no split {split!r}, only: {", ".join(info.splits)}.'
+      f'{name} has no split {split!r}, only: {", ".join(info.splits)}.'
     ) from error
   for file in files:
     if not file.is_file():
@@ -202,23 +203,24 @@ def open_builder(
   leaves = leaf_features(info.features)
   for kind, wanted in features.used().items():
     is_kind = {
-        'image': lambda feature: isinstance(feature, tfds.features.Image),
-        'label': lambda feature: isinstance(feature, tfds.features.ClassLabel),
-        'width': _is_number, 'height': _is_number,
+      'image': lambda feature: isinstance(feature, tfds.features.Image),
+      'label': lambda feature: isinstance(feature, tfds.features.ClassLabel),
+      'width': _is_number,
+      'height': _is_number,
     }.get(kind, _is_text)
     if wanted not in leaves or not is_kind(leaves[wanted][1]):
       there = ', '.join(
-          f'{path} ({type(feature).__name__})'
-          for path, (_, feature) in sorted(leaves.items())
+        f'{path} ({type(feature).__name__})'
+        for path, (_, feature) in sorted(leaves.items())
       )
       raise ValueError(
-          f'data.{kind}={wanted!r}: {name} has no such {kind}, only: {there}.'
+        f'data.{kind}={wanted!r}: {name} has no such {kind}, only: {there}.'
       )
   return TfdsSource(str(builder.data_dir), split, name, features)
 
 
 def open_by_name(
-    name: str, data_dir: str, split: str, features: Features
+  name: str, data_dir: str, split: str, features: Features
 ) -> TfdsSource:
   """Opens a split of a data set that TFDS has built.
 
@@ -239,13 +241,13 @@ def open_by_name(
   try:
     # From its files: for many data sets TFDS's code needs TensorFlow.
     builder = tfds.core.read_only_builder.builder_from_files(
-        name, data_dir=data_dir or None
+      name, data_dir=data_dir or None
     )
   except ValueError as error:
     where = f' --data_dir={data_dir}' if data_dir else ''
     raise FileNotFoundError(
-        f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: name '
-        f'its config too, NAME/CONFIG, if it has several, or run tfds build '
-        f'{name} --file_format=array_record{where}'
+      f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: name '
+      f'its config too, NAME/CONFIG, if it has several, or run tfds build '
+      f'{name} --file_format=array_record{where}'
     ) from error
   return open_builder(builder, split, name, features)

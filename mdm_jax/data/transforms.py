@@ -20,15 +20,15 @@ _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
 _SIDEWAYS = (5, 6, 7, 8)
 # What Pillow's decoders raise for damaged files.
 _DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    zlib.error,
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  IndexError,
+  KeyError,
+  TypeError,
+  struct.error,
+  zlib.error,
 )
 # The warning counts when a program has turned warnings into errors.
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -63,8 +63,9 @@ class BadRecord(ValueError):
 
 def too_long(key: str, num_tokens: int, max_length: int) -> BadRecord:
   """What a record is whose caption has too many tokens."""
-  return BadRecord(key, 'caption too long',
-                   f'{num_tokens} tokens, the limit is {max_length}')
+  return BadRecord(
+    key, 'caption too long', f'{num_tokens} tokens, the limit is {max_length}'
+  )
 
 
 class Tokenizer(Protocol):
@@ -94,7 +95,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(
-    data: bytes, shorter_side: int, key: str = 'image'
+  data: bytes, shorter_side: int, key: str = 'image'
 ) -> tuple[Image.Image, tuple[int, int]]:
   """Decodes an image file: upright, in RGB, and maybe already reduced.
 
@@ -117,7 +118,7 @@ def load_image(
       width, height = image.size
       if width * height > MAX_PIXELS:
         raise Image.DecompressionBombError(
-            f'{width} x {height}, the limit is {MAX_PIXELS}'
+          f'{width} x {height}, the limit is {MAX_PIXELS}'
         )
       reduction = min(width, height) / (_REDUCING_GAP * shorter_side)
       if reduction > 1:
@@ -134,13 +135,15 @@ def load_image(
     raise BadRecord(key, 'too many pixels', str(error)) from error
   except _DAMAGED as error:
     raise BadRecord(
-        key, 'damaged image', f'{type(error).__name__}: {error}'
+      key, 'damaged image', f'{type(error).__name__}: {error}'
     ) from error
 
 
 def decode_image(
-    data: bytes, resolution: int, key: str = 'image',
-    crop: tuple[float, float] = (0.5, 0.5),
+  data: bytes,
+  resolution: int,
+  key: str = 'image',
+  crop: tuple[float, float] = (0.5, 0.5),
 ) -> tuple[np.ndarray, int]:
   """Decodes an image file to a square of its shorter side.
 
@@ -158,13 +161,12 @@ def decode_image(
   """
   image, size = load_image(data, resolution, key)
   side = min(image.size)
-  left, top = (
-      (size - side) * where for size, where in zip(image.size, crop))
+  left, top = ((size - side) * where for size, where in zip(image.size, crop))
   image = image.resize(
-      (resolution, resolution),
-      Image.Resampling.LANCZOS,
-      box=(left, top, left + side, top + side),
-      reducing_gap=_REDUCING_GAP,
+    (resolution, resolution),
+    Image.Resampling.LANCZOS,
+    box=(left, top, left + side, top + side),
+    reducing_gap=_REDUCING_GAP,
   )
   return np.array(image), min(size)
 
@@ -191,7 +193,7 @@ class Transform:
   image_name: str = 'image'
 
   def __call__(
-      self, record: dict[str, Any], rng: np.random.Generator
+    self, record: dict[str, Any], rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
     """Returns `image` uint8 [R, R, 3], `text`, and `scale` float32 [].
 
@@ -216,19 +218,19 @@ class Transform:
       side = self.resolution
     if image.shape != (self.resolution, self.resolution, 3):
       raise ValueError(
-          f'{record["key"]}: the image has shape {image.shape} but the '
-          f'resolution is {self.resolution}; make the source with it.'
+        f'{record["key"]}: the image has shape {image.shape} but the '
+        f'resolution is {self.resolution}; make the source with it.'
       )
     if self.flip and rng.random() < 0.5:
       image = image[:, ::-1]
     return {
-        self.image_name: image,
-        'text': text,
-        'scale': np.float32(record.get('size', side)),
+      self.image_name: image,
+      'text': text,
+      'scale': np.float32(record.get('size', side)),
     }
 
   def _tokens(
-      self, record: dict[str, Any], rng: np.random.Generator
+    self, record: dict[str, Any], rng: np.random.Generator
   ) -> np.ndarray:
     caption = record['caption']
     if len(record.get('captions', ())) > 1:

@@ -1,5 +1,4 @@
-"""Guidance: away from what is predicted without the text, or by a worse model.
-"""
+"""Classifier-free guidance, and guidance by a worse model (autoguidance)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -42,6 +41,7 @@ def guided_denoise_fn(
   Returns:
     A function (x_t pyramid, t [B]) -> predictions.
   """
+
   def plain(x_t, t):
     return denoise_fn(x_t, t, cond)
 
@@ -105,6 +105,7 @@ def _guided(
   interval: tuple[float, float] | None,
 ) -> DenoiseFn:
   """`pairs` gives, of each level, what leads away and what leads on."""
+
   def combine(away, on):
     output = away + w * (on - away)
     if not rescale:

@@ -29,10 +29,13 @@ def start_noise(
   rng: jax.Array, resolutions: Sequence[int], batch: int
 ) -> Pyramid:
   """Noise to start from, coarse to fine, float32 [batch, H_r, H_r, 3]."""
-  return process.draw_noise(rng, [
-    jax.ShapeDtypeStruct((batch, resolution, resolution, 3), jnp.float32)
-    for resolution in resolutions
-  ])
+  return process.draw_noise(
+    rng,
+    [
+      jax.ShapeDtypeStruct((batch, resolution, resolution, 3), jnp.float32)
+      for resolution in resolutions
+    ],
+  )
 
 
 def time_steps(num_steps: int, total_steps: int) -> np.ndarray:
@@ -104,8 +107,7 @@ def ddpm_step(
   """x_s drawn from its posterior given x_t and x0 (Ho et al., eqs. 6, 7)."""
   alpha = gamma / gamma_s
   mean = (
-    jnp.sqrt(gamma_s) * (1 - alpha) * x0
-    + jnp.sqrt(alpha) * (1 - gamma_s) * x_t
+    jnp.sqrt(gamma_s) * (1 - alpha) * x0 + jnp.sqrt(alpha) * (1 - gamma_s) * x_t
   ) / (1 - gamma)
   return mean + jnp.sqrt(posterior_variance(gamma, gamma_s)) * noise
 
@@ -130,13 +132,14 @@ def ddim_step(
   variance = eta**2 * posterior_variance(gamma, gamma_s)
   # Rounding may leave the difference below zero when it should be zero.
   direction = jnp.sqrt(jnp.maximum(1 - gamma_s - variance, 0))
-  return (
-    jnp.sqrt(gamma_s) * x0 + direction * eps + jnp.sqrt(variance) * noise
-  )
+  return jnp.sqrt(gamma_s) * x0 + direction * eps + jnp.sqrt(variance) * noise
 
 
 def heun_step(
-  eps: jax.Array, eps_s: jax.Array, x_t: jax.Array, gamma: jax.Array,
+  eps: jax.Array,
+  eps_s: jax.Array,
+  x_t: jax.Array,
+  gamma: jax.Array,
   gamma_s: jax.Array,
 ) -> jax.Array:
   """x_s along the mean of the slopes at t and at s.
@@ -147,8 +150,9 @@ def heun_step(
   """
   ratio = jnp.sqrt(gamma_s / gamma)
   slope = (eps + eps_s) / 2
-  return ratio * x_t + (
-    jnp.sqrt(1 - gamma_s) - ratio * jnp.sqrt(1 - gamma)) * slope
+  return (
+    ratio * x_t + (jnp.sqrt(1 - gamma_s) - ratio * jnp.sqrt(1 - gamma)) * slope
+  )
 
 
 def half_logsnr(gamma: jax.Array) -> jax.Array:
@@ -157,7 +161,10 @@ def half_logsnr(gamma: jax.Array) -> jax.Array:
 
 
 def extrapolate_x0(
-  x0: jax.Array, gamma: jax.Array, gamma_s: jax.Array, x0_r: jax.Array,
+  x0: jax.Array,
+  gamma: jax.Array,
+  gamma_s: jax.Array,
+  x0_r: jax.Array,
   gamma_r: jax.Array,
 ) -> jax.Array:
   """x0 half way from t to s, on the line through those at r and at t.
@@ -169,7 +176,8 @@ def extrapolate_x0(
   """
   step, last = (
     half_logsnr(end) - half_logsnr(start)
-    for start, end in ((gamma, gamma_s), (gamma_r, gamma)))
+    for start, end in ((gamma, gamma_s), (gamma_r, gamma))
+  )
   is_first_order = (last == 0) | (gamma_s == 1)
   slope = jnp.where(is_first_order, 0, step / jnp.where(last == 0, 1, last))
   return x0 + slope / 2 * (x0 - x0_r)
@@ -202,8 +210,9 @@ def sample_step(
   batch = len(x_t[0])
 
   def gammas(step):
-    return tuple(schedule.gamma(level, jnp.full(batch, step))
-                 for level in range(len(x_t)))
+    return tuple(
+      schedule.gamma(level, jnp.full(batch, step)) for level in range(len(x_t))
+    )
 
   def predict(x_t, step):
     return tuple(
@@ -214,8 +223,12 @@ def sample_step(
         threshold,
       )
       for prediction, x, gamma in zip(
-        denoise_fn(x_t, jnp.full(batch, step - 1)), x_t, gammas(step),
-        strict=True))
+        denoise_fn(x_t, jnp.full(batch, step - 1)),
+        x_t,
+        gammas(step),
+        strict=True,
+      )
+    )
 
   x0, gamma, gamma_s = predict(x_t, t), gammas(t), gammas(s)
   target = x0
@@ -226,18 +239,24 @@ def sample_step(
     case 'ddpm' | 'dpm_sde':
       x_s = tuple(map(ddpm_step, target, x_t, gamma, gamma_s, noise))
     case 'ddim' if eta:
-      x_s = tuple(map(functools.partial(ddim_step, eta=eta),
-                      x0, x_t, gamma, gamma_s, noise))
+      x_s = tuple(
+        map(
+          functools.partial(ddim_step, eta=eta), x0, x_t, gamma, gamma_s, noise
+        )
+      )
     case 'ddim' | 'dpm' | 'heun':
       x_s = tuple(map(ddim_step, target, x_t, gamma, gamma_s))
     case _:
       raise ValueError(f'Unknown sampler {sampler!r}: use one of {SAMPLERS}.')
   if sampler == 'heun':
+
     def correct(x_s):
       slopes, slopes_s = (
         tuple(process.predict_eps(*level, 'x0') for level in zip(*at))
-        for at in ((x0, x_t, gamma), (predict(x_s, s), x_s, gamma_s)))
+        for at in ((x0, x_t, gamma), (predict(x_s, s), x_s, gamma_s))
+      )
       return tuple(map(heun_step, slopes, slopes_s, x_t, gamma, gamma_s))
+
     # The network knows no images without noise.
     x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
   return x_s, x0
@@ -256,8 +275,12 @@ def steps(num_steps: int, total_steps: int) -> tuple[np.ndarray, ...]:
     is t.
   """
   times = time_steps(num_steps, total_steps)
-  return (np.arange(num_steps), np.append(times[0], times[:-2]), times[:-1],
-          times[1:])
+  return (
+    np.arange(num_steps),
+    np.append(times[0], times[:-2]),
+    times[:-1],
+    times[1:],
+  )
 
 
 def sample(
@@ -299,6 +322,7 @@ def sample(
   if not 0 <= eta <= 1:
     raise ValueError(f'eta is {eta}: it must be in 0..1.')
   if noise_fn is None:
+
     def noise_fn(index):
       return process.draw_noise(jax.random.fold_in(rng, index), x_t)
 
@@ -308,13 +332,21 @@ def sample(
     x, x0 = state
     index, r, t, s = step
     return sample_step(
-      denoise_fn, x, schedule, t, s,
-      noise_fn(index) if needs_noise else None, (r, x0),
-      sampler=sampler, eta=eta, parameterization=parameterization,
+      denoise_fn,
+      x,
+      schedule,
+      t,
+      s,
+      noise_fn(index) if needs_noise else None,
+      (r, x0),
+      sampler=sampler,
+      eta=eta,
+      parameterization=parameterization,
       threshold=threshold,
     ), None
 
   x_t = tuple(x_t)
   (images, _), _ = jax.lax.scan(
-    advance, (x_t, x_t), steps(num_steps, schedule.num_steps))
+    advance, (x_t, x_t), steps(num_steps, schedule.num_steps)
+  )
   return tuple(jnp.clip(level, -1, 1) for level in images)

@@ -50,8 +50,10 @@ def make_gammas(name: str, num_steps: int = 1000) -> np.ndarray:
   """
   step = np.arange(num_steps, dtype=np.float64)
   if name == 'deepfloyd':
+
     def signal(time):
       return np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+
     betas = 1 - signal((step + 1) / num_steps) / signal(step / num_steps)
     gammas = np.cumprod(1 - np.minimum(betas, 0.999))
   elif name == 'ddpm':
@@ -128,7 +130,11 @@ def make_schedule(
     A schedule with one row of gammas for each resolution.
   """
   gammas = make_gammas(name, num_steps)
-  return Schedule(np.stack([
-    shift_gammas(gammas, resolution / resolutions[0], shift_power)
-    for resolution in resolutions
-  ]))
+  return Schedule(
+    np.stack(
+      [
+        shift_gammas(gammas, resolution / resolutions[0], shift_power)
+        for resolution in resolutions
+      ]
+    )
+  )

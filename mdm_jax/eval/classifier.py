@@ -21,11 +21,13 @@ class Classifier(nn.Module):
   Attributes:
     classes: how many values each attribute has.
   """
+
   classes: Mapping[str, int]
 
   @nn.compact
   def __call__(
-      self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    self, images: jax.Array
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """uint8 [B, H, W, 3] -> features [B, FEATURES], logits [B, n] by name."""
     h = images.astype(jnp.float32) / 127.5 - 1
     for width in _WIDTHS:
@@ -33,13 +35,20 @@ class Classifier(nn.Module):
     # Where things are matters, too.
     features = nn.Dense(FEATURES)(h.reshape(len(h), -1))
     h = nn.relu(features)
-    return features, {name: nn.Dense(number, name=name)(h)
-                      for name, number in self.classes.items()}
+    return features, {
+      name: nn.Dense(number, name=name)(h)
+      for name, number in self.classes.items()
+    }
 
 
-def train(images: np.ndarray, labels: Mapping[str, np.ndarray], *,
-          num_steps: int, batch_size: int = 64,
-          seed: int = 0) -> tuple[Classifier, dict]:
+def train(
+  images: np.ndarray,
+  labels: Mapping[str, np.ndarray],
+  *,
+  num_steps: int,
+  batch_size: int = 64,
+  seed: int = 0,
+) -> tuple[Classifier, dict]:
   """Trains a classifier on all of its attributes.
 
   Args:
@@ -53,26 +62,34 @@ def train(images: np.ndarray, labels: Mapping[str, np.ndarray], *,
     The classifier and its parameters.
   """
   classifier = Classifier(
-      {name: int(values.max()) + 1 for name, values in labels.items()})
+    {name: int(values.max()) + 1 for name, values in labels.items()}
+  )
   params = classifier.init(jax.random.key(seed), images[:1])['params']
   optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
 
   def loss(params, images, labels):
     _, logits = classifier.apply({'params': params}, images)
     return sum(
-        optax.softmax_cross_entropy_with_integer_labels(
-            logits[name], labels[name]).mean() for name in labels)
+      optax.softmax_cross_entropy_with_integer_labels(
+        logits[name], labels[name]
+      ).mean()
+      for name in labels
+    )
 
   @jax.jit
   def step(params, state, images, labels):
     updates, state = optimizer.update(
-        jax.grad(loss)(params, images, labels), state)
+      jax.grad(loss)(params, images, labels), state
+    )
     return optax.apply_updates(params, updates), state
 
   state, rng = optimizer.init(params), np.random.default_rng(seed)
   for _ in range(num_steps):
     rows = rng.integers(len(images), size=batch_size)
     params, state = step(
-        params, state, images[rows],
-        {name: values[rows] for name, values in labels.items()})
+      params,
+      state,
+      images[rows],
+      {name: values[rows] for name, values in labels.items()},
+    )
   return classifier, params

@@ -20,22 +20,35 @@ _FAMILY = 'give a CLIP model with a ViT, such as openai/clip-vit-base-patch16'
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 # config.json leaves out what is as in Hugging Face's CLIPConfig.
-_TOWER = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
-          'num_hidden_layers': 12}
+_TOWER = {
+  'hidden_act': 'quick_gelu',
+  'layer_norm_eps': 1e-5,
+  'num_hidden_layers': 12,
+}
 _TEXT = _TOWER | {
-    'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8,
-    'vocab_size': 49408, 'max_position_embeddings': 77}
+  'hidden_size': 512,
+  'intermediate_size': 2048,
+  'num_attention_heads': 8,
+  'vocab_size': 49408,
+  'max_position_embeddings': 77,
+}
 _VISION = _TOWER | {
-    'hidden_size': 768, 'intermediate_size': 3072, 'num_attention_heads': 12,
-    'image_size': 224, 'patch_size': 32}
+  'hidden_size': 768,
+  'intermediate_size': 3072,
+  'num_attention_heads': 12,
+  'image_size': 224,
+  'patch_size': 32,
+}
 _ACTIVATIONS = {
-    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
-    'gelu': lambda x: nn.gelu(x, approximate=False)}
+  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+  'gelu': lambda x: nn.gelu(x, approximate=False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerSpec:
   """One of the two transformers."""
+
   width: int
   ffn_width: int
   num_layers: int
@@ -47,13 +60,14 @@ class TowerSpec:
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
   """The architecture."""
+
   vision: TowerSpec
   text: TowerSpec
-  image_size: int   # pixels
+  image_size: int  # pixels
   patch_size: int
   vocab_size: int
-  max_length: int   # tokens
-  width: int        # of the common space
+  max_length: int  # tokens
+  width: int  # of the common space
 
   @classmethod
   def from_hugging_face(cls, config: Mapping[str, Any]) -> 'ClipSpec':
@@ -64,29 +78,41 @@ class ClipSpec:
     """
     if config.get('model_type') != 'clip':
       raise ValueError(
-          f"model_type is {config.get('model_type')!r}: {_FAMILY}.")
-    config = {'projection_dim': 512, 'text_config': {}, 'vision_config': {},
-              **config}
+        f'model_type is {config.get("model_type")!r}: {_FAMILY}.'
+      )
+    config = {
+      'projection_dim': 512,
+      'text_config': {},
+      'vision_config': {},
+      **config,
+    }
     vision = _VISION | config['vision_config']
     text = _TEXT | config['text_config']
     return cls(
-        vision=_tower(vision), text=_tower(text),
-        image_size=vision['image_size'], patch_size=vision['patch_size'],
-        vocab_size=text['vocab_size'],
-        max_length=text['max_position_embeddings'],
-        width=config['projection_dim'])
+      vision=_tower(vision),
+      text=_tower(text),
+      image_size=vision['image_size'],
+      patch_size=vision['patch_size'],
+      vocab_size=text['vocab_size'],
+      max_length=text['max_position_embeddings'],
+      width=config['projection_dim'],
+    )
 
 
 def _tower(config: Mapping[str, Any]) -> TowerSpec:
   if config['hidden_act'] not in _ACTIVATIONS:
     raise ValueError(
-        f"hidden_act is {config['hidden_act']!r}, known are "
-        f'{sorted(_ACTIVATIONS)}: {_FAMILY}.')
+      f'hidden_act is {config["hidden_act"]!r}, known are '
+      f'{sorted(_ACTIVATIONS)}: {_FAMILY}.'
+    )
   return TowerSpec(
-      width=config['hidden_size'], ffn_width=config['intermediate_size'],
-      num_layers=config['num_hidden_layers'],
-      num_heads=config['num_attention_heads'],
-      activation=config['hidden_act'], epsilon=config['layer_norm_eps'])
+    width=config['hidden_size'],
+    ffn_width=config['intermediate_size'],
+    num_layers=config['num_hidden_layers'],
+    num_heads=config['num_attention_heads'],
+    activation=config['hidden_act'],
+    epsilon=config['layer_norm_eps'],
+  )
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -102,14 +128,16 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
   height, width = image.shape[:2]
   shorter = min(height, width)
   height, width = size * height // shorter, size * width // shorter
-  resized = np.asarray(Image.fromarray(image).resize(
-      (width, height), Image.Resampling.BICUBIC))
+  resized = np.asarray(
+    Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+  )
   top, left = (height - size) // 2, (width - size) // 2
-  return resized[top:top + size, left:left + size]
+  return resized[top : top + size, left : left + size]
 
 
 class Clip(nn.Module):
   """Both towers; use the methods."""
+
   spec: ClipSpec
 
   def setup(self):
@@ -137,15 +165,19 @@ class _ImageTower(nn.Module):
     x = images.astype(jnp.float32) / 255
     x = (x - jnp.array(_MEAN)) / jnp.array(_STD)
     side, patch = spec.image_size // spec.patch_size, spec.patch_size
-    x = x[:, :side * patch, :side * patch].reshape(
-        len(x), side, patch, side, patch, 3)
+    x = x[:, : side * patch, : side * patch].reshape(
+      len(x), side, patch, side, patch, 3
+    )
     x = _Patches(tower.width, patch, name='patch')(x).reshape(
-        len(x), -1, tower.width)
+      len(x), -1, tower.width
+    )
     token = self.param('class_embedding', nn.initializers.zeros, (tower.width,))
     x = jnp.concatenate(
-        [jnp.broadcast_to(token, (len(x), 1, tower.width)), x], axis=1)
+      [jnp.broadcast_to(token, (len(x), 1, tower.width)), x], axis=1
+    )
     x += nn.Embed(x.shape[1], tower.width, name='position')(
-        jnp.arange(x.shape[1]))
+      jnp.arange(x.shape[1])
+    )
     x = _norm(tower, 'norm_in')(x)
     x = _layers(tower, x, is_causal=False)
     x = _norm(tower, 'norm_out')(x[:, 0])
@@ -154,14 +186,18 @@ class _ImageTower(nn.Module):
 
 class _Patches(nn.Module):
   """[B, rows, P, columns, P, 3] -> [B, rows, columns, width]."""
+
   width: int
   size: int
 
   @nn.compact
   def __call__(self, x):
     # Transposed as a whole in the files, so columns come first.
-    kernel = self.param('kernel', nn.initializers.lecun_normal(),
-                        (self.size, self.size, 3, self.width))
+    kernel = self.param(
+      'kernel',
+      nn.initializers.lecun_normal(),
+      (self.size, self.size, 3, self.width),
+    )
     return jnp.einsum('brpcqi,qpio->brco', x, kernel)
 
 
@@ -173,7 +209,8 @@ class _TextTower(nn.Module):
     spec, tower = self.spec, self.spec.text
     x = nn.Embed(spec.vocab_size, tower.width, name='token')(tokens)
     x += nn.Embed(spec.max_length, tower.width, name='position')(
-        jnp.arange(tokens.shape[1]))
+      jnp.arange(tokens.shape[1])
+    )
     x = _layers(tower, x, is_causal=True)
     x = _norm(tower, 'norm_out')(x)
     last = jnp.argmax(tokens == end, axis=1)  # The first of them.
@@ -189,6 +226,7 @@ def _layers(tower: TowerSpec, x: jax.Array, is_causal: bool) -> jax.Array:
 
 class _Layer(nn.Module):
   """Self-attention and MLP, each behind a norm and a residual."""
+
   tower: TowerSpec
   is_causal: bool
 
@@ -197,11 +235,14 @@ class _Layer(nn.Module):
     tower = self.tower
     h = _norm(tower, 'norm_1')(x)
     query, key, value = (
-        nn.Dense(tower.width, name=name)(h).reshape(
-            *h.shape[:2], tower.num_heads, -1)
-        for name in ('query', 'key', 'value'))
+      nn.Dense(tower.width, name=name)(h).reshape(
+        *h.shape[:2], tower.num_heads, -1
+      )
+      for name in ('query', 'key', 'value')
+    )
     h = jax.nn.dot_product_attention(
-        query, key, value, is_causal=self.is_causal)
+      query, key, value, is_causal=self.is_causal
+    )
     x += nn.Dense(tower.width, name='out')(h.reshape(x.shape))
     h = nn.Dense(tower.ffn_width, name='ffn_in')(_norm(tower, 'norm_2')(x))
     h = _ACTIVATIONS[tower.activation](h)
@@ -214,20 +255,26 @@ def _norm(tower: TowerSpec, name: str) -> nn.LayerNorm:
 
 _TOWER_NAMES = {'vision': 'vision_model', 'text': 'text_model'}
 _LAYER_NAMES = {
-    'norm_1': 'layer_norm1', 'query': 'self_attn.q_proj',
-    'key': 'self_attn.k_proj', 'value': 'self_attn.v_proj',
-    'out': 'self_attn.out_proj', 'norm_2': 'layer_norm2',
-    'ffn_in': 'mlp.fc1', 'ffn_out': 'mlp.fc2'}
+  'norm_1': 'layer_norm1',
+  'query': 'self_attn.q_proj',
+  'key': 'self_attn.k_proj',
+  'value': 'self_attn.v_proj',
+  'out': 'self_attn.out_proj',
+  'norm_2': 'layer_norm2',
+  'ffn_in': 'mlp.fc1',
+  'ffn_out': 'mlp.fc2',
+}
 _NAMES = {
-    ('vision', 'patch'): 'vision_model.embeddings.patch_embedding',
-    ('vision', 'position'): 'vision_model.embeddings.position_embedding',
-    ('vision', 'norm_in'): 'vision_model.pre_layrnorm',  # so in the files
-    ('vision', 'norm_out'): 'vision_model.post_layernorm',
-    ('vision', 'project'): 'visual_projection',
-    ('text', 'token'): 'text_model.embeddings.token_embedding',
-    ('text', 'position'): 'text_model.embeddings.position_embedding',
-    ('text', 'norm_out'): 'text_model.final_layer_norm',
-    ('text', 'project'): 'text_projection'}
+  ('vision', 'patch'): 'vision_model.embeddings.patch_embedding',
+  ('vision', 'position'): 'vision_model.embeddings.position_embedding',
+  ('vision', 'norm_in'): 'vision_model.pre_layrnorm',  # so in the files
+  ('vision', 'norm_out'): 'vision_model.post_layernorm',
+  ('vision', 'project'): 'visual_projection',
+  ('text', 'token'): 'text_model.embeddings.token_embedding',
+  ('text', 'position'): 'text_model.embeddings.position_embedding',
+  ('text', 'norm_out'): 'text_model.final_layer_norm',
+  ('text', 'project'): 'text_projection',
+}
 
 
 def hugging_face_name(path: Sequence[str]) -> str:
@@ -241,8 +288,10 @@ def hugging_face_name(path: Sequence[str]) -> str:
   suffix = 'bias' if field[-1] == 'bias' else 'weight'
   if part.startswith('layer_'):
     layer = part.removeprefix('layer_')
-    return (f'{_TOWER_NAMES[tower]}.encoder.layers.{layer}.'
-            f'{_LAYER_NAMES[field[0]]}.{suffix}')
+    return (
+      f'{_TOWER_NAMES[tower]}.encoder.layers.{layer}.'
+      f'{_LAYER_NAMES[field[0]]}.{suffix}'
+    )
   return f'{_NAMES[tower, part]}.{suffix}'
 
 

@@ -24,8 +24,9 @@ class ClipTokenizer:
     end: the token after the last one, and the padding.
   """
 
-  def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[str],
-               max_length: int):
+  def __init__(
+    self, vocabulary: Mapping[str, int], merges: Sequence[str], max_length: int
+  ):
     """From the content of the files.
 
     Args:
@@ -36,15 +37,24 @@ class ClipTokenizer:
     Raises:
       ValueError: it is no vocabulary of CLIP's.
     """
-    pairs = [tuple(line.split()) for line in merges
-             if line.strip() and not line.startswith('#version')]
-    needed = [_BEGIN, _END, *_BYTES, *(sign + _WORD_END for sign in _BYTES),
-              *map(''.join, pairs)]
+    pairs = [
+      tuple(line.split())
+      for line in merges
+      if line.strip() and not line.startswith('#version')
+    ]
+    needed = [
+      _BEGIN,
+      _END,
+      *_BYTES,
+      *(sign + _WORD_END for sign in _BYTES),
+      *map(''.join, pairs),
+    ]
     missing = [token for token in needed if token not in vocabulary]
     if missing or any(len(pair) != 2 for pair in pairs):
       raise ValueError(
-          f'vocab.json and merges.txt are not those of CLIP: {len(missing)} '
-          f'tokens are missing, such as {missing[:3]}.')
+        f'vocab.json and merges.txt are not those of CLIP: {len(missing)} '
+        f'tokens are missing, such as {missing[:3]}.'
+      )
     self._vocabulary = vocabulary
     self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
     self._max_length = max_length
@@ -56,19 +66,20 @@ class ClipTokenizer:
     tokens = [self._vocabulary[_BEGIN]]
     for word in _words(caption):
       tokens.extend(self._tokens(word))
-    tokens = tokens[:self._max_length - 1]
+    tokens = tokens[: self._max_length - 1]
     padding = [self.end] * (self._max_length - len(tokens))
     return np.array(tokens + padding, np.int32)
 
   def _tokens_of_word(self, word: str) -> list[int]:
     parts = [_BYTES[byte] for byte in word.encode('utf-8')]
     parts[-1] += _WORD_END
-    while known := [pair for pair in zip(parts, parts[1:])
-                    if pair in self._ranks]:
+    while known := [
+      pair for pair in zip(parts, parts[1:]) if pair in self._ranks
+    ]:
       best = min(known, key=self._ranks.__getitem__)
       merged, i = [], 0
       while i < len(parts):
-        if tuple(parts[i:i + 2]) == best:
+        if tuple(parts[i : i + 2]) == best:
           merged.append(''.join(best))
           i += 2
         else:
@@ -107,6 +118,6 @@ def _words(text: str) -> list[str]:
   while position < len(text):
     match = _ENDINGS.match(text, position) or _RUNS.match(kinds, position)
     if match:
-      words.append(text[match.start():match.end()])
+      words.append(text[match.start() : match.end()])
     position = match.end() if match else position + 1
   return words

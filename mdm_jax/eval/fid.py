@@ -63,7 +63,8 @@ class Statistics:
     """
     if self.count < 2:
       raise ValueError(
-          f'{self.count} pictures have no covariance: give at least 2.')
+        f'{self.count} pictures have no covariance: give at least 2.'
+      )
     return self.scatter / (self.count - 1)
 
 
@@ -94,7 +95,7 @@ class Sample:
   def add(self, features: np.ndarray) -> None:
     """Adds features `[N, D]`; raises as `Statistics.update` does."""
     self.statistics.update(features)
-    is_kept = self._is_kept[self._added:self._added + len(features)]
+    is_kept = self._is_kept[self._added : self._added + len(features)]
     self._kept.append(np.asarray(features, np.float32)[is_kept])
     self._added += len(features)
 
@@ -104,9 +105,12 @@ class Sample:
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """What `from_arrays` needs, by name."""
-    return {'count': np.array(self.statistics.count),
-            'mean': self.statistics.mean, 'scatter': self.statistics.scatter,
-            'rows': self.rows}
+    return {
+      'count': np.array(self.statistics.count),
+      'mean': self.statistics.mean,
+      'scatter': self.statistics.scatter,
+      'rows': self.rows,
+    }
 
   @classmethod
   def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> 'Sample':
@@ -133,13 +137,20 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
   root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
   values = scipy.linalg.eigvalsh(root @ covariances[1] @ root)
   step = first.mean - second.mean
-  return float(step @ step + sum(map(np.trace, covariances))
-               - 2 * np.sqrt(np.maximum(values, 0)).sum())
+  return float(
+    step @ step
+    + sum(map(np.trace, covariances))
+    - 2 * np.sqrt(np.maximum(values, 0)).sum()
+  )
 
 
 def kernel_distance(
-    first: np.ndarray, second: np.ndarray, *, subset_size: int = 1000,
-    num_subsets: int = 100, seed: int = 0,
+  first: np.ndarray,
+  second: np.ndarray,
+  *,
+  subset_size: int = 1000,
+  num_subsets: int = 100,
+  seed: int = 0,
 ) -> tuple[float, float]:
   """KID: the unbiased squared MMD of (x.y / D + 1)^3 (arXiv 1801.01401).
 
@@ -164,11 +175,13 @@ def kernel_distance(
   values = []
   for _ in range(num_subsets):
     x, y = (
-        np.asarray(each[rng.choice(len(each), size, replace=False)],
-                   np.float64) for each in (first, second))
+      np.asarray(each[rng.choice(len(each), size, replace=False)], np.float64)
+      for each in (first, second)
+    )
     same = sum(
-        kernel.sum() - np.trace(kernel) for kernel in (_kernel(x, x),
-                                                       _kernel(y, y)))
+      kernel.sum() - np.trace(kernel)
+      for kernel in (_kernel(x, x), _kernel(y, y))
+    )
     values.append(same / (size * (size - 1)) - 2 * _kernel(x, y).mean())
   return float(np.mean(values)), float(np.std(values))
 
@@ -178,7 +191,9 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def precision_recall(
-    first: np.ndarray, second: np.ndarray, neighbours: int = 3,
+  first: np.ndarray,
+  second: np.ndarray,
+  neighbours: int = 3,
 ) -> tuple[float, float]:
   """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
 
@@ -198,33 +213,43 @@ def precision_recall(
   """
   if min(len(first), len(second)) <= neighbours:
     raise ValueError(
-        f'Precision and recall need more than {neighbours} pictures on either '
-        'side.')
+      f'Precision and recall need more than {neighbours} pictures on either '
+      'side.'
+    )
   first, second = (np.asarray(x, np.float64) for x in (first, second))
-  return (_covered(first, second, _radii(second, neighbours)),
-          _covered(second, first, _radii(first, neighbours)))
+  return (
+    _covered(first, second, _radii(second, neighbours)),
+    _covered(second, first, _radii(first, neighbours)),
+  )
 
 
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
   """Squared distance of each to that neighbour, `[N]`."""
-  return np.concatenate([
+  return np.concatenate(
+    [
       # The nearest is the feature itself.
       np.partition(distances, neighbours, axis=1)[:, neighbours]
-      for distances in _distances(features, features)])
+      for distances in _distances(features, features)
+    ]
+  )
 
 
-def _covered(points: np.ndarray, centers: np.ndarray,
-             radii: np.ndarray) -> float:
+def _covered(
+  points: np.ndarray, centers: np.ndarray, radii: np.ndarray
+) -> float:
   """The share of points in any ball."""
-  return float(np.concatenate([
-      (distances <= radii).any(1)
-      for distances in _distances(points, centers)]).mean())
+  return float(
+    np.concatenate(
+      [(distances <= radii).any(1) for distances in _distances(points, centers)]
+    ).mean()
+  )
 
 
 def _distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
   """Squared distances, `[<= _BLOCK, len(y)]` at a time."""
   squares = (y * y).sum(1)
   for start in range(0, len(x), _BLOCK):
-    rows = x[start:start + _BLOCK]
+    rows = x[start : start + _BLOCK]
     yield np.maximum(
-        (rows * rows).sum(1)[:, None] + squares - 2 * rows @ y.T, 0)
+      (rows * rows).sum(1)[:, None] + squares - 2 * rows @ y.T, 0
+    )

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 _THUMBNAIL = 256  # pixels; smaller levels are shown enlarged
-_PAGE = '''<!DOCTYPE html>
+_PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
@@ -35,7 +35,7 @@ td {{ padding-right: 1.5em; vertical-align: top; }}
 {figures}
 </main>
 </html>
-'''
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +48,19 @@ class Entry:
     links: where the files of the levels lie, as seen from the page.
     details: what else sets it apart, such as its seed.
   """
+
   caption: str
   levels: tuple[np.ndarray, ...]
   links: tuple[str, ...]
   details: Mapping[str, Any]
 
 
-def save(path: str | os.PathLike, title: str,
-         tables: Mapping[str, Mapping[str, Any]],
-         entries: Iterable[Entry]) -> None:
+def save(
+  path: str | os.PathLike,
+  title: str,
+  tables: Mapping[str, Mapping[str, Any]],
+  entries: Iterable[Entry],
+) -> None:
   """Writes a page that needs no other file but those it links to.
 
   Args:
@@ -69,8 +73,11 @@ def save(path: str | os.PathLike, title: str,
   figures = list(map(_figure, entries))
   width = max((164 * figure.count('<img') for figure in figures), default=164)
   text = _PAGE.format(
-      title=html.escape(title), width=width, figures='\n'.join(figures),
-      tables='\n'.join(map(_table, tables, tables.values())))
+    title=html.escape(title),
+    width=width,
+    figures='\n'.join(figures),
+    tables='\n'.join(map(_table, tables, tables.values())),
+  )
   temporary = path.with_name(f'{path.name}.tmp')
   temporary.write_text(text, encoding='utf-8')
   temporary.replace(path)
@@ -78,23 +85,30 @@ def save(path: str | os.PathLike, title: str,
 
 def _table(heading: str, values: Mapping[str, Any]) -> str:
   rows = ''.join(
-      f'<tr><td>{html.escape(str(name))}</td>'
-      f'<td>{html.escape(str(value))}</td></tr>'
-      for name, value in values.items())
-  return (f'<details open><summary>{html.escape(heading)}</summary>'
-          f'<table>{rows}</table></details>')
+    f'<tr><td>{html.escape(str(name))}</td>'
+    f'<td>{html.escape(str(value))}</td></tr>'
+    for name, value in values.items()
+  )
+  return (
+    f'<details open><summary>{html.escape(heading)}</summary>'
+    f'<table>{rows}</table></details>'
+  )
 
 
 def _figure(entry: Entry) -> str:
   images = ''.join(
-      f'<a href="{html.escape(link)}"><img src="{_thumbnail(level)}" '
-      f'alt="{len(level)} pixels"></a>'
-      for level, link in zip(entry.levels, entry.links, strict=True))
-  details = ', '.join(f'{name} {value}' for name, value in
-                      entry.details.items())
-  return (f'<figure><div>{images}</div>'
-          f'<figcaption>{html.escape(entry.caption)} '
-          f'<small>{html.escape(details)}</small></figcaption></figure>')
+    f'<a href="{html.escape(link)}"><img src="{_thumbnail(level)}" '
+    f'alt="{len(level)} pixels"></a>'
+    for level, link in zip(entry.levels, entry.links, strict=True)
+  )
+  details = ', '.join(
+    f'{name} {value}' for name, value in entry.details.items()
+  )
+  return (
+    f'<figure><div>{images}</div>'
+    f'<figcaption>{html.escape(entry.caption)} '
+    f'<small>{html.escape(details)}</small></figcaption></figure>'
+  )
 
 
 def _thumbnail(image: np.ndarray) -> str:

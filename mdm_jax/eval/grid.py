@@ -16,8 +16,10 @@ _MAX_LINES = 3  # of a caption; what does not fit ends in an ellipsis
 
 
 def grid(
-    pyramids: Sequence[np.ndarray], prompts: Sequence[str], *,
-    tile: int | None = None,
+  pyramids: Sequence[np.ndarray],
+  prompts: Sequence[str],
+  *,
+  tile: int | None = None,
 ) -> np.ndarray:
   """Lays samples out on a white page that is about square.
 
@@ -42,8 +44,8 @@ def grid(
   for level, edge in zip(pyramids, edges):
     if level.shape != (len(prompts), edge, edge, 3) or level.dtype != np.uint8:
       raise ValueError(
-          f'A level is {level.dtype}{list(level.shape)}: give uint8'
-          f' [B, R, R, 3] with B = {len(prompts)}, the number of prompts.'
+        f'A level is {level.dtype}{list(level.shape)}: give uint8'
+        f' [B, R, R, 3] with B = {len(prompts)}, the number of prompts.'
       )
   if edges != sorted(edges):
     raise ValueError(f'Levels have edges {edges}: give them coarse to fine.')
@@ -51,8 +53,8 @@ def grid(
     tile = edges[-1] * math.ceil(_MIN_TILE / edges[-1])
   if any(tile % edge and edge % tile for edge in edges):
     raise ValueError(
-        f'Levels have edges {edges}: give a tile that is a multiple or a'
-        f' divisor of each, not {tile}.'
+      f'Levels have edges {edges}: give a tile that is a multiple or a'
+      f' divisor of each, not {tile}.'
     )
 
   gap = max(2, tile // 64)  # between the levels of a sample
@@ -65,12 +67,12 @@ def grid(
   columns = _columns(len(prompts), width / height)
   rows = math.ceil(len(prompts) / columns)
   page = Image.new(
-      'RGB',
-      (
-          margin + columns * (width + margin),
-          margin + rows * (height + margin),
-      ),
-      _BACKGROUND,
+    'RGB',
+    (
+      margin + columns * (width + margin),
+      margin + rows * (height + margin),
+    ),
+    _BACKGROUND,
   )
   draw = ImageDraw.Draw(page)
   for i, caption in enumerate(captions):
@@ -78,8 +80,8 @@ def grid(
     top = margin + i // columns * (height + margin)
     for r, (level, edge) in enumerate(zip(pyramids, edges)):
       picture = Image.fromarray(level[i]).resize(
-          (tile, tile), Image.Resampling.BOX if edge > tile
-          else Image.Resampling.NEAREST
+        (tile, tile),
+        Image.Resampling.BOX if edge > tile else Image.Resampling.NEAREST,
       )
       page.paste(picture, (left + r * (tile + gap), top))
     for k, line in enumerate(caption):
@@ -106,13 +108,18 @@ def side_by_side(levels: Sequence[np.ndarray]) -> np.ndarray:
     uint8 [H, levels * W, 3].
   """
   edge = len(levels[-1])
-  return np.concatenate([
+  return np.concatenate(
+    [
       level.repeat(edge // len(level), 0).repeat(edge // len(level), 1)
-      for level in levels], axis=1)
+      for level in levels
+    ],
+    axis=1,
+  )
 
 
-def save_animation(path: str | os.PathLike,
-                   frames: Sequence[np.ndarray]) -> None:
+def save_animation(
+  path: str | os.PathLike, frames: Sequence[np.ndarray]
+) -> None:
   """Writes uint8 [H, W, 3] frames as a WebP that plays for some seconds."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +127,15 @@ def save_animation(path: str | os.PathLike,
   durations = [max(40, _ANIMATION // len(frames))] * len(frames)
   durations[-1] += _LAST_FRAME
   temporary = path.with_name(f'{path.name}.tmp')
-  first.save(temporary, format='WebP', save_all=True, append_images=rest,
-             duration=durations, loop=0, quality=85)
+  first.save(
+    temporary,
+    format='WebP',
+    save_all=True,
+    append_images=rest,
+    duration=durations,
+    loop=0,
+    quality=85,
+  )
   temporary.replace(path)
 
 
@@ -150,5 +164,5 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines.append(line)
     if is_last:
       break
-    rest = rest[len(line):].lstrip()
+    rest = rest[len(line) :].lstrip()
   return lines

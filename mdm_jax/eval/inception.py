@@ -16,8 +16,9 @@ import numpy as np
 
 NUM_FEATURES = 2048
 RESOLUTION = 299
-RESIZE = ('pytorch-fid: bilinear to 299 px without antialiasing, from uint8 / '
-          '255')
+RESIZE = (
+  'pytorch-fid: bilinear to 299 px without antialiasing, from uint8 / 255'
+)
 _NUM_CLASSES = 1008  # torchvision's network has 1000
 _EPSILON = 1e-3
 _FAMILY = 'give pt_inception-2015-12-05-6726825d.pth'
@@ -61,6 +62,7 @@ class Inception(nn.Module):
 
 class _Convolution(nn.Module):
   """Convolution, bias and ReLU; a batch norm is part of the first two."""
+
   features: int
   size: tuple[int, int]
   stride: int = 1
@@ -68,9 +70,15 @@ class _Convolution(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return nn.relu(nn.Conv(
-        self.features, self.size, (self.stride, self.stride), self.padding,
-        name='conv')(x))
+    return nn.relu(
+      nn.Conv(
+        self.features,
+        self.size,
+        (self.stride, self.stride),
+        self.padding,
+        name='conv',
+      )(x)
+    )
 
 
 def _conv(features, size, name, **options) -> _Convolution:
@@ -105,26 +113,33 @@ class _Block35(nn.Module):
   @nn.compact
   def __call__(self, x):
     return _join(
-        _conv(64, (1, 1), 'branch1x1')(x),
-        _chain(x, _conv(48, (1, 1), 'branch5x5_1'),
-               _conv(64, (5, 5), 'branch5x5_2')),
-        _chain(x, _conv(64, (1, 1), 'branch3x3dbl_1'),
-               _conv(96, (3, 3), 'branch3x3dbl_2'),
-               _conv(96, (3, 3), 'branch3x3dbl_3')),
-        _conv(self.pool_features, (1, 1), 'branch_pool')(_average(x)))
+      _conv(64, (1, 1), 'branch1x1')(x),
+      _chain(
+        x, _conv(48, (1, 1), 'branch5x5_1'), _conv(64, (5, 5), 'branch5x5_2')
+      ),
+      _chain(
+        x,
+        _conv(64, (1, 1), 'branch3x3dbl_1'),
+        _conv(96, (3, 3), 'branch3x3dbl_2'),
+        _conv(96, (3, 3), 'branch3x3dbl_3'),
+      ),
+      _conv(self.pool_features, (1, 1), 'branch_pool')(_average(x)),
+    )
 
 
 class _To17(nn.Module):
-
   @nn.compact
   def __call__(self, x):
     return _join(
-        _conv(384, (3, 3), 'branch3x3', stride=2, padding='VALID')(x),
-        _chain(x, _conv(64, (1, 1), 'branch3x3dbl_1'),
-               _conv(96, (3, 3), 'branch3x3dbl_2'),
-               _conv(96, (3, 3), 'branch3x3dbl_3', stride=2,
-                     padding='VALID')),
-        _shrink(x))
+      _conv(384, (3, 3), 'branch3x3', stride=2, padding='VALID')(x),
+      _chain(
+        x,
+        _conv(64, (1, 1), 'branch3x3dbl_1'),
+        _conv(96, (3, 3), 'branch3x3dbl_2'),
+        _conv(96, (3, 3), 'branch3x3dbl_3', stride=2, padding='VALID'),
+      ),
+      _shrink(x),
+    )
 
 
 class _Block17(nn.Module):
@@ -134,31 +149,43 @@ class _Block17(nn.Module):
   def __call__(self, x):
     width, row, column = self.width, (1, 7), (7, 1)
     return _join(
-        _conv(192, (1, 1), 'branch1x1')(x),
-        _chain(x, _conv(width, (1, 1), 'branch7x7_1'),
-               _conv(width, row, 'branch7x7_2'),
-               _conv(192, column, 'branch7x7_3')),
-        _chain(x, _conv(width, (1, 1), 'branch7x7dbl_1'),
-               _conv(width, column, 'branch7x7dbl_2'),
-               _conv(width, row, 'branch7x7dbl_3'),
-               _conv(width, column, 'branch7x7dbl_4'),
-               _conv(192, row, 'branch7x7dbl_5')),
-        _conv(192, (1, 1), 'branch_pool')(_average(x)))
+      _conv(192, (1, 1), 'branch1x1')(x),
+      _chain(
+        x,
+        _conv(width, (1, 1), 'branch7x7_1'),
+        _conv(width, row, 'branch7x7_2'),
+        _conv(192, column, 'branch7x7_3'),
+      ),
+      _chain(
+        x,
+        _conv(width, (1, 1), 'branch7x7dbl_1'),
+        _conv(width, column, 'branch7x7dbl_2'),
+        _conv(width, row, 'branch7x7dbl_3'),
+        _conv(width, column, 'branch7x7dbl_4'),
+        _conv(192, row, 'branch7x7dbl_5'),
+      ),
+      _conv(192, (1, 1), 'branch_pool')(_average(x)),
+    )
 
 
 class _To8(nn.Module):
-
   @nn.compact
   def __call__(self, x):
     return _join(
-        _chain(x, _conv(192, (1, 1), 'branch3x3_1'),
-               _conv(320, (3, 3), 'branch3x3_2', stride=2, padding='VALID')),
-        _chain(x, _conv(192, (1, 1), 'branch7x7x3_1'),
-               _conv(192, (1, 7), 'branch7x7x3_2'),
-               _conv(192, (7, 1), 'branch7x7x3_3'),
-               _conv(192, (3, 3), 'branch7x7x3_4', stride=2,
-                     padding='VALID')),
-        _shrink(x))
+      _chain(
+        x,
+        _conv(192, (1, 1), 'branch3x3_1'),
+        _conv(320, (3, 3), 'branch3x3_2', stride=2, padding='VALID'),
+      ),
+      _chain(
+        x,
+        _conv(192, (1, 1), 'branch7x7x3_1'),
+        _conv(192, (1, 7), 'branch7x7x3_2'),
+        _conv(192, (7, 1), 'branch7x7x3_3'),
+        _conv(192, (3, 3), 'branch7x7x3_4', stride=2, padding='VALID'),
+      ),
+      _shrink(x),
+    )
 
 
 class _Block8(nn.Module):
@@ -168,15 +195,19 @@ class _Block8(nn.Module):
   def __call__(self, x):
     row, column = (1, 3), (3, 1)
     branch3x3 = _conv(384, (1, 1), 'branch3x3_1')(x)
-    branch3x3dbl = _chain(x, _conv(448, (1, 1), 'branch3x3dbl_1'),
-                          _conv(384, (3, 3), 'branch3x3dbl_2'))
+    branch3x3dbl = _chain(
+      x,
+      _conv(448, (1, 1), 'branch3x3dbl_1'),
+      _conv(384, (3, 3), 'branch3x3dbl_2'),
+    )
     return _join(
-        _conv(320, (1, 1), 'branch1x1')(x),
-        _conv(384, row, 'branch3x3_2a')(branch3x3),
-        _conv(384, column, 'branch3x3_2b')(branch3x3),
-        _conv(384, row, 'branch3x3dbl_3a')(branch3x3dbl),
-        _conv(384, column, 'branch3x3dbl_3b')(branch3x3dbl),
-        _conv(192, (1, 1), 'branch_pool')(self.pool(x)))
+      _conv(320, (1, 1), 'branch1x1')(x),
+      _conv(384, row, 'branch3x3_2a')(branch3x3),
+      _conv(384, column, 'branch3x3_2b')(branch3x3),
+      _conv(384, row, 'branch3x3dbl_3a')(branch3x3dbl),
+      _conv(384, column, 'branch3x3dbl_3b')(branch3x3dbl),
+      _conv(192, (1, 1), 'branch_pool')(self.pool(x)),
+    )
 
 
 def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict:
@@ -194,45 +225,65 @@ def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict:
     ValueError: tensors are missing, unexpected or of other shapes: it is
       another network. The message names them.
   """
-  shapes = traverse_util.flatten_dict(jax.eval_shape(
-      Inception().init, jax.random.key(0),
-      jnp.zeros((1, RESOLUTION, RESOLUTION, 3)))['params'])
+  shapes = traverse_util.flatten_dict(
+    jax.eval_shape(
+      Inception().init,
+      jax.random.key(0),
+      jnp.zeros((1, RESOLUTION, RESOLUTION, 3)),
+    )['params']
+  )
   kernels = {
-      '.'.join(path[:-2]): leaf.shape for path, leaf in shapes.items()
-      if path[-1] == 'kernel'}
+    '.'.join(path[:-2]): leaf.shape
+    for path, leaf in shapes.items()
+    if path[-1] == 'kernel'
+  }
   _check(tensors, kernels)
 
   params = {}
   for name in kernels:
     weight, bias, mean, variance = (
-        np.asarray(tensors[f'{name}.bn.{field}'], np.float64)
-        for field in ('weight', 'bias', 'running_mean', 'running_var'))
+      np.asarray(tensors[f'{name}.bn.{field}'], np.float64)
+      for field in ('weight', 'bias', 'running_mean', 'running_var')
+    )
     scale = weight / np.sqrt(variance + _EPSILON)
     kernel = np.asarray(tensors[f'{name}.conv.weight'], np.float64)
     path = (*name.split('.'), 'conv')
-    params[*path, 'kernel'] = (
-        kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32)
+    params[*path, 'kernel'] = (kernel.transpose(2, 3, 1, 0) * scale).astype(
+      np.float32
+    )
     params[*path, 'bias'] = (bias - mean * scale).astype(np.float32)
   return traverse_util.unflatten_dict(params)
 
 
-def _check(tensors: Mapping[str, np.ndarray],
-           kernels: Mapping[str, tuple[int, ...]]) -> None:
+def _check(
+  tensors: Mapping[str, np.ndarray], kernels: Mapping[str, tuple[int, ...]]
+) -> None:
   # The classifier is unused, but it tells networks apart.
-  wanted = {'fc.weight': (_NUM_CLASSES, NUM_FEATURES),
-            'fc.bias': (_NUM_CLASSES,)}
+  wanted = {
+    'fc.weight': (_NUM_CLASSES, NUM_FEATURES),
+    'fc.bias': (_NUM_CLASSES,),
+  }
   for name, (height, width, channels, features) in kernels.items():
     wanted[f'{name}.conv.weight'] = (features, channels, height, width)
     for field in ('weight', 'bias', 'running_mean', 'running_var'):
       wanted[f'{name}.bn.{field}'] = (features,)
-  found = {name: tuple(value.shape) for name, value in tensors.items()
-           if not name.endswith('.num_batches_tracked')}
+  found = {
+    name: tuple(value.shape)
+    for name, value in tensors.items()
+    if not name.endswith('.num_batches_tracked')
+  }
   problems = [
-      f'{name} is {found[name]}, not {shape}' if name in found
-      else f'{name} is missing'
-      for name, shape in wanted.items() if found.get(name) != shape]
+    f'{name} is {found[name]}, not {shape}'
+    if name in found
+    else f'{name} is missing'
+    for name, shape in wanted.items()
+    if found.get(name) != shape
+  ]
   problems += [f'{name} has no place' for name in found if name not in wanted]
   if problems:
     more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
-    raise ValueError('These are weights of another network: '
-                     + '; '.join(problems[:5]) + f'{more}: {_FAMILY}.')
+    raise ValueError(
+      'These are weights of another network: '
+      + '; '.join(problems[:5])
+      + f'{more}: {_FAMILY}.'
+    )

@@ -26,8 +26,9 @@ class Pictures:
   replaced.
   """
 
-  def __init__(self, directory: str | os.PathLike,
-               records: Sequence[Mapping[str, Any]]):
+  def __init__(
+    self, directory: str | os.PathLike, records: Sequence[Mapping[str, Any]]
+  ):
     """Looks at what is there.
 
     Args:
@@ -51,8 +52,12 @@ class Pictures:
     """Indices of the pictures to draw."""
     return [i for i in range(len(self._records)) if i not in self._files]
 
-  def add(self, index: int, levels: Sequence[np.ndarray],
-          path: Sequence[Sequence[np.ndarray]] | None = None) -> None:
+  def add(
+    self,
+    index: int,
+    levels: Sequence[np.ndarray],
+    path: Sequence[Sequence[np.ndarray]] | None = None,
+  ) -> None:
     """Writes a picture.
 
     Args:
@@ -69,8 +74,10 @@ class Pictures:
       grid.save_png(self.directory / name, level)
     if path:
       files['path'] = f'{stem}.webp'
-      grid.save_animation(self.directory / files['path'], [
-          grid.side_by_side(step) for step in path])
+      grid.save_animation(
+        self.directory / files['path'],
+        [grid.side_by_side(step) for step in path],
+      )
     self._files[index] = files
     self._lines.write(self._line(index))
     self._lines.flush()
@@ -85,15 +92,23 @@ class Pictures:
     self._write_lines()
     first = range(min(_IN_GRID, len(self._records)))
     read = [self._read(i) for i in first]
-    grid.save_png(self.directory / 'grid.png', grid.grid(
+    grid.save_png(
+      self.directory / 'grid.png',
+      grid.grid(
         [np.stack(level) for level in zip(*read)],
-        [self._records[i]['prompt'] for i in first]))
+        [self._records[i]['prompt'] for i in first],
+      ),
+    )
     shown = min(len(self._records), _IN_GALLERY)
     title = f'{len(self._records)} pictures'
     if shown < len(self._records):
       title += f', of which the first {shown} are here'
-    gallery.save(self.directory / 'index.html', title, tables, map(
-        self._entry, range(shown)))
+    gallery.save(
+      self.directory / 'index.html',
+      title,
+      tables,
+      map(self._entry, range(shown)),
+    )
 
   def _find(self, line: str) -> None:
     try:
@@ -101,20 +116,28 @@ class Pictures:
     except ValueError:
       return  # The process was killed in the middle of it.
     index, files = record.pop('index', None), record.pop('files', {})
-    if (index in range(len(self._records)) and
-        record == self._records[index] and
-        all((self.directory / name).exists() for name in files.values())):
+    if (
+      index in range(len(self._records))
+      and record == self._records[index]
+      and all((self.directory / name).exists() for name in files.values())
+    ):
       self._files[index] = files
 
   def _line(self, index: int) -> str:
-    return json.dumps({'index': index, **self._records[index],
-                       'files': self._files[index]}, ensure_ascii=False) + '\n'
+    return (
+      json.dumps(
+        {'index': index, **self._records[index], 'files': self._files[index]},
+        ensure_ascii=False,
+      )
+      + '\n'
+    )
 
   def _write_lines(self) -> None:
     path = self.directory / _LINES
     temporary = path.with_suffix('.tmp')
     temporary.write_text(
-        ''.join(map(self._line, sorted(self._files))), encoding='utf-8')
+      ''.join(map(self._line, sorted(self._files))), encoding='utf-8'
+    )
     temporary.replace(path)
 
   def _names(self, index: int) -> list[str]:
@@ -130,5 +153,8 @@ class Pictures:
   def _entry(self, index: int) -> gallery.Entry:
     record = self._records[index]
     return gallery.Entry(
-        record['prompt'], self._read(index), tuple(self._names(index)),
-        {'seed': record['seed']})
+      record['prompt'],
+      self._read(index),
+      tuple(self._names(index)),
+      {'seed': record['seed']},
+    )

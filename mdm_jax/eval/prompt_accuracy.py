@@ -84,8 +84,7 @@ def _background(image: np.ndarray, vocabulary: Vocabulary):
   return names[winner], np.median(border[nearest == winner], axis=0)
 
 
-def _sharpen(
-    mask: np.ndarray, contrast: np.ndarray, cut: float) -> np.ndarray:
+def _sharpen(mask: np.ndarray, contrast: np.ndarray, cut: float) -> np.ndarray:
   """Cuts soft edges off, or they would fill holes and corners."""
   sharp = mask & (contrast > cut)
   holes, _ = ndimage.label(ndimage.binary_fill_holes(sharp) & ~sharp)
@@ -98,8 +97,8 @@ def _crop(mask: np.ndarray) -> np.ndarray:
   rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
   # Linear interpolation between pixel centres, a blank pixel all round.
   axes = [
-      (np.arange(_GRID) + 0.5) * ((i[-1] - i[0] + 1) / _GRID) - 0.5 + i[0] + 1
-      for i in (rows, columns)
+    (np.arange(_GRID) + 0.5) * ((i[-1] - i[0] + 1) / _GRID) - 0.5 + i[0] + 1
+    for i in (rows, columns)
   ]
   padded = np.pad(mask.astype(np.float32), 1)
   grid = np.meshgrid(*axes, indexing='ij')
@@ -107,7 +106,7 @@ def _crop(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape(
-    mask: np.ndarray, contrast: np.ndarray, vocabulary: Vocabulary
+  mask: np.ndarray, contrast: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[str, np.ndarray]:
   """The silhouette with the largest intersection over union, and the mask.
 
@@ -121,7 +120,8 @@ def _shape(
     found = _crop(sharp)
     for name, template in vocabulary.templates:
       overlap = (
-          np.minimum(found, template).sum() / np.maximum(found, template).sum())
+        np.minimum(found, template).sum() / np.maximum(found, template).sum()
+      )
       if overlap > best_overlap:
         best, best_overlap = (name, sharp), overlap
   return best
@@ -130,8 +130,8 @@ def _shape(
 def _radius(mask: np.ndarray, silhouette: np.ndarray) -> float:
   """Half the side of the square that a shape fills, in pixels."""
   ratios = [
-      np.count_nonzero(mask.any(axis)) / np.count_nonzero(silhouette.any(axis))
-      for axis in (0, 1)
+    np.count_nonzero(mask.any(axis)) / np.count_nonzero(silhouette.any(axis))
+    for axis in (0, 1)
   ]
   return float(np.mean(ratios)) * silhouette.shape[0] / 2
 
@@ -178,8 +178,7 @@ def _pattern(brightness, weight, rows, columns, vocabulary, resolution) -> str:
     phase = correlation.argmax()
     darkening = covariance.flat[phase] / spread.flat[phase] / brightness.mean()
     if (
-        correlation.flat[phase] > best_correlation
-        and darkening > _MIN_DARKENING
+      correlation.flat[phase] > best_correlation and darkening > _MIN_DARKENING
     ):
       best, best_correlation = name, correlation.flat[phase]
   return best or plain
@@ -195,23 +194,23 @@ def _found(image, shape, mask, vocabulary) -> Found:
   weight = np.clip(depth[mask] - 1, 0.01, 1)
   pixels = image[mask]
   return Found(
-      shape=shape,
-      color=_color(pixels[weight >= min(weight.max(), 0.4)], vocabulary),
-      pattern=_pattern(
-          pixels.max(-1), weight, rows, columns, vocabulary, resolution
-      ),
-      size=min(
-          vocabulary.sizes,
-          key=lambda name: abs(vocabulary.sizes[name] - radius),
-      ),
-      x=float(columns.min() + columns.max() + 1) / (2 * resolution),
-      y=float(rows.min() + rows.max() + 1) / (2 * resolution),
-      radius=radius,
+    shape=shape,
+    color=_color(pixels[weight >= min(weight.max(), 0.4)], vocabulary),
+    pattern=_pattern(
+      pixels.max(-1), weight, rows, columns, vocabulary, resolution
+    ),
+    size=min(
+      vocabulary.sizes,
+      key=lambda name: abs(vocabulary.sizes[name] - radius),
+    ),
+    x=float(columns.min() + columns.max() + 1) / (2 * resolution),
+    y=float(rows.min() + rows.max() + 1) / (2 * resolution),
+    radius=radius,
   )
 
 
 def analyze(
-    image: np.ndarray, vocabulary: Vocabulary
+  image: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[str, tuple[Found, ...]]:
   """Reads a picture: its background, and its objects, the largest first.
 
@@ -264,12 +263,12 @@ def _related(first: Found, relation: str, second: Found) -> bool:
 def _marks(stated: dict, objects: tuple[Found | None, ...]) -> dict:
   """Marks for one assignment of what was found to what was asked."""
   marks = {
-      attribute: [
-          item is not None and getattr(item, attribute) == asked[attribute]
-          for asked, item in zip(stated['objects'], objects)
-          if attribute in asked
-      ]
-      for attribute in OBJECT_ATTRIBUTES
+    attribute: [
+      item is not None and getattr(item, attribute) == asked[attribute]
+      for asked, item in zip(stated['objects'], objects)
+      if attribute in asked
+    ]
+    for attribute in OBJECT_ATTRIBUTES
   }
   marks['position'] = []
   if 'position' in stated:
@@ -278,13 +277,13 @@ def _marks(stated: dict, objects: tuple[Found | None, ...]) -> dict:
   elif 'relation' in stated:
     first, second = objects
     marks['position'] = [
-        None not in objects and _related(first, stated['relation'], second)
+      None not in objects and _related(first, stated['relation'], second)
     ]
   return marks
 
 
 def score(
-    image: np.ndarray, stated: dict, vocabulary: Vocabulary
+  image: np.ndarray, stated: dict, vocabulary: Vocabulary
 ) -> dict[str, list[bool]]:
   """Marks a picture; found objects are assigned to the asked ones at best.
 
@@ -304,23 +303,23 @@ def score(
   count = len(stated['objects'])
   candidates = (*objects, *[None] * count)
   marks = max(
-      (
-          _marks(stated, assigned)
-          for assigned in itertools.permutations(candidates, count)
-      ),
-      key=lambda marks: sum(map(sum, marks.values())),
+    (
+      _marks(stated, assigned)
+      for assigned in itertools.permutations(candidates, count)
+    ),
+    key=lambda marks: sum(map(sum, marks.values())),
   )
   return {
-      'background': [background == stated['background']],
-      'count': [len(objects) == count],
-      **marks,
+    'background': [background == stated['background']],
+    'count': [len(objects) == count],
+    **marks,
   }
 
 
 def accuracy(
-    images: Iterable[np.ndarray],
-    statements: Iterable[dict],
-    vocabulary: Vocabulary,
+  images: Iterable[np.ndarray],
+  statements: Iterable[dict],
+  vocabulary: Vocabulary,
 ) -> dict[str, float]:
   """Mean marks (0..1) of each attribute, over every time it was stated.
 
@@ -337,12 +336,12 @@ def accuracy(
     ValueError: if there are not as many images as statements.
   """
   return mean_marks(
-      score(image, stated, vocabulary)
-      for image, stated in zip(images, statements, strict=True))
+    score(image, stated, vocabulary)
+    for image, stated in zip(images, statements, strict=True)
+  )
 
 
-def mean_marks(
-    marks: Iterable[dict[str, list[bool]]]) -> dict[str, float]:
+def mean_marks(marks: Iterable[dict[str, list[bool]]]) -> dict[str, float]:
   """What `accuracy` returns, of the images' marks as `score` gives them."""
   totals: dict[str, list[bool]] = {}
   for each in marks:

@@ -13,8 +13,14 @@ import jax
 import numpy as np
 
 # Modules that start as zero, so that their block or adapter changes nothing.
-_ZERO = ('conv_out', 'proj', 'ffn_out', 'scale_out', 'in_adapter',
-         'out_adapter')
+_ZERO = (
+  'conv_out',
+  'proj',
+  'ffn_out',
+  'scale_out',
+  'in_adapter',
+  'out_adapter',
+)
 
 
 def initial_params(shapes: Any, seed: int) -> Any:
@@ -27,6 +33,7 @@ def initial_params(shapes: Any, seed: int) -> Any:
   Returns:
     Nested dicts of float32 NumPy arrays.
   """
+
   def draw(path, leaf):
     module, name = path[-2].key, path[-1].key
     if name == 'bias' or (name == 'kernel' and module in _ZERO):
@@ -43,4 +50,5 @@ def initial_params(shapes: Any, seed: int) -> Any:
     key = zlib.crc32(jax.tree_util.keystr(path).encode())
     rng = np.random.default_rng((seed, key))
     return np.float32(std) * rng.standard_normal(leaf.shape, np.float32)
+
   return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -23,8 +23,9 @@ EPSILON = 1e-5
 zeros = nn.initializers.zeros_init()
 
 
-def dense_layer(features: int, name: str | None = None, *, dtype,
-                zero: bool = False) -> nn.Dense:
+def dense_layer(
+  features: int, name: str | None = None, *, dtype, zero: bool = False
+) -> nn.Dense:
   """A linear map of the last axis (a 1x1 convolution on images)."""
   kernel_init = zeros if zero else nn.initializers.lecun_normal()
   return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
@@ -43,8 +44,7 @@ def position_features(shape: tuple[int, int], waves: int) -> jax.Array:
 
   Wave k = 0, 1, ... has (k + 1) / 2 periods across the image.
   """
-  rows, columns = (
-      jnp.pi * (jnp.arange(size) + 0.5) / size for size in shape)
+  rows, columns = (jnp.pi * (jnp.arange(size) + 0.5) / size for size in shape)
   grid = jnp.stack(jnp.meshgrid(rows, columns, indexing='ij'), axis=-1)
   angles = grid[..., None] * jnp.arange(1, waves + 1)
   angles = angles.reshape(*shape, -1)
@@ -61,6 +61,7 @@ class Conv3x3(nn.Module):
     upsample: 1 or 2; 2 doubles the input first, each pixel repeated.
     zero: starts as zero.
   """
+
   features: int
   dtype: jnp.dtype
   stride: int = 1
@@ -68,8 +69,7 @@ class Conv3x3(nn.Module):
   zero: bool = False
 
   @nn.compact
-  def __call__(self, *inputs: Features,
-               patch: Patch | None = None) -> Features:
+  def __call__(self, *inputs: Features, patch: Patch | None = None) -> Features:
     """A convolution of the concatenated inputs.
 
     Args:
@@ -79,21 +79,28 @@ class Conv3x3(nn.Module):
     patch = patch or inputs[0].patch
     kernel_init = zeros if self.zero else nn.initializers.lecun_normal()
     channels = sum(x.channels for x in inputs)
-    kernel = self.param(
-        'kernel', kernel_init, (3, 3, channels, self.features))
+    kernel = self.param('kernel', kernel_init, (3, 3, channels, self.features))
     bias = self.param('bias', zeros, (self.features,))
     # An output patch has to hold whole input pixels.
     pixels = self.upsample > min(patch)
-    inner = (1, 1) if pixels else tuple(
+    inner = (
+      (1, 1)
+      if pixels
+      else tuple(
         min(ours * self.stride // self.upsample, theirs)
-        for ours, theirs in zip(patch, inputs[0].patch))
+        for ours, theirs in zip(patch, inputs[0].patch)
+      )
+    )
 
     def convolve(features, kernel):
       x = features.as_patch(inner).x.astype(self.dtype)
       if pixels:
         return Features(_doubled_conv(x, kernel)).as_patch(patch).x
-      return _conv(x, *packing.pack_kernel(
-          kernel, inner, patch, self.stride, self.upsample))
+      return _conv(
+        x,
+        *packing.pack_kernel(kernel, inner, patch, self.stride, self.upsample),
+      )
+
     # A sum of convolutions: concatenated features would be written once more.
     out = Features(sum(map(convolve, inputs, _split(kernel, inputs, 2))), patch)
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
@@ -101,8 +108,12 @@ class Conv3x3(nn.Module):
 
 def _conv(x, kernel, strides, padding) -> jax.Array:
   return jax.lax.conv_general_dilated(
-      x, kernel.astype(x.dtype), strides, padding,
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    x,
+    kernel.astype(x.dtype),
+    strides,
+    padding,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
 
 
 def _doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -118,14 +129,20 @@ def _doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   Returns:
     [B, 2H, 2W, D].
   """
+
   def halves(kernel, axis):  # What the first and the second of a pair read.
     before, here, after = jnp.split(kernel, 3, axis)
-    return (jnp.concatenate([before, here + after], axis),
-            jnp.concatenate([before + here, after], axis))
+    return (
+      jnp.concatenate([before, here + after], axis),
+      jnp.concatenate([before + here, after], axis),
+    )
+
   rows = []
   for i, row in enumerate(halves(kernel, 0)):
-    columns = [_conv(x, pixel, (1, 1), ((1 - i, i), (1 - j, j)))
-               for j, pixel in enumerate(halves(row, 1))]
+    columns = [
+      _conv(x, pixel, (1, 1), ((1 - i, i), (1 - j, j)))
+      for j, pixel in enumerate(halves(row, 1))
+    ]
     rows.append(jnp.stack(columns, axis=3))  # [B, H, W, 2, D]
   batch, height, width, _ = x.shape
   return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
@@ -147,8 +164,9 @@ def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
   return value
 
 
-def _split(x: jax.Array, inputs: Sequence[Features],
-           axis: int) -> list[jax.Array]:
+def _split(
+  x: jax.Array, inputs: Sequence[Features], axis: int
+) -> list[jax.Array]:
   """What belongs to each of `inputs`, whose channels lie along the axis."""
   borders = np.cumsum([features.channels for features in inputs])
   return jnp.split(x, borders[:-1].tolist(), axis)
@@ -156,6 +174,7 @@ def _split(x: jax.Array, inputs: Sequence[Features],
 
 class Pointwise(nn.Module):
   """A linear map of each pixel's channels: a 1x1 convolution."""
+
   features: int
   dtype: jnp.dtype
 
@@ -163,18 +182,23 @@ class Pointwise(nn.Module):
   def __call__(self, *inputs: Features) -> Features:
     """Features of one size and patch, to be concatenated -> Features."""
     channels = sum(x.channels for x in inputs)
-    kernel = self.param('kernel', nn.initializers.lecun_normal(),
-                        (channels, self.features))
+    kernel = self.param(
+      'kernel', nn.initializers.lecun_normal(), (channels, self.features)
+    )
     bias = self.param('bias', zeros, (self.features,))
     pixels = jnp.eye(inputs[0].pixels, dtype=kernel.dtype)
-    out = inputs[0].replace(x=sum(
+    out = inputs[0].replace(
+      x=sum(
         x.x.astype(self.dtype) @ jnp.kron(pixels, part).astype(self.dtype)
-        for x, part in zip(inputs, _split(kernel, inputs, 0))))
+        for x, part in zip(inputs, _split(kernel, inputs, 0))
+      )
+    )
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
 class GroupNorm(nn.Module):
   """Group normalisation, its statistics and arithmetic in float32."""
+
   num_groups: int
   dtype: jnp.dtype
 
@@ -199,18 +223,21 @@ class GroupNorm(nn.Module):
         x = x.reshape(len(x), -1, x.shape[-1])
         # A product, as its order of summation does not depend on what it is
         # fused with: a level alone has the numbers it has inside of another.
-        x = jnp.einsum('bn,bnc->bc', jnp.full(x.shape[:2], 1 / x.shape[1]), x,
-                       precision='highest')
+        x = jnp.einsum(
+          'bn,bnc->bc',
+          jnp.full(x.shape[:2], 1 / x.shape[1]),
+          x,
+          precision='highest',
+        )
         means.append(x.reshape(len(x), features.pixels, -1).mean(axis=1))
       return product(jnp.concatenate(means, axis=-1), groups.T) / size
 
     mean = group_means(1)
-    variance = jnp.maximum(group_means(2) - mean ** 2, 0)
+    variance = jnp.maximum(group_means(2) - mean**2, 0)
     factor = jax.lax.rsqrt(variance + EPSILON)
     mean, factor = (product(x, groups) for x in (mean, factor))
     factor *= scale
-    parts = zip(inputs, *(
-        _split(x, inputs, -1) for x in (mean, factor, bias)))
+    parts = zip(inputs, *(_split(x, inputs, -1) for x in (mean, factor, bias)))
     out = []
     for features, *parameters in parts:
       mean, factor, bias = map(features.per_channel, parameters)
@@ -240,15 +267,15 @@ def silu(features: Features) -> Features:
 
 class ResidualBlock(nn.Module):
   """GN, SiLU, conv; scale and shift by the time embedding; GN, SiLU, conv."""
+
   features: int
   num_groups: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, inputs: Sequence[Features],
-               temb: jax.Array) -> Features:
-    """Features to be concatenated, all of one patch, temb [B, D] -> Features.
-    """
+  def __call__(self, inputs: Sequence[Features], temb: jax.Array) -> Features:
+    """Features to concatenate, all of one patch, temb [B, D] -> Features."""
+
     def norm(name):
       return GroupNorm(self.num_groups, self.dtype, name=name)
 
@@ -256,21 +283,27 @@ class ResidualBlock(nn.Module):
       return Conv3x3(self.features, self.dtype, name=name, **options)
 
     h = conv('conv_in')(*map(silu, norm('norm_in')(*inputs)))
-    modulation = nn.Dense(
-        2 * self.features, dtype=self.dtype, name='time')(nn.silu(temb))
+    modulation = nn.Dense(2 * self.features, dtype=self.dtype, name='time')(
+      nn.silu(temb)
+    )
     scale, shift = map(h.per_channel, jnp.split(modulation, 2, axis=-1))
-    h, = norm('norm_out')(h)
+    (h,) = norm('norm_out')(h)
     h = silu(h.replace(x=h.x * (1 + scale) + shift))
     h = conv('conv_out', zero=True)(h)
     if sum(x.channels for x in inputs) != self.features:
       x = Pointwise(self.features, self.dtype, name='shortcut')(*inputs)
     else:
-      x, = inputs
+      (x,) = inputs
     return x.replace(x=x.x + h.x)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array,
-           num_heads: int, mask: jax.Array | None = None) -> jax.Array:
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  num_heads: int,
+  mask: jax.Array | None = None,
+) -> jax.Array:
   """Multi-head attention, softmax in float32.
 
   Args:
@@ -283,12 +316,15 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array,
   Returns:
     [B, N, C].
   """
+
   def heads(x):
     return x.reshape(*x.shape[:2], num_heads, -1)
+
   if mask is not None:
     mask = mask[:, None, None, :]
   out = jax.nn.dot_product_attention(
-      heads(query), heads(key), heads(value), mask=mask)
+    heads(query), heads(key), heads(value), mask=mask
+  )
   return out.reshape(query.shape)
 
 
@@ -298,17 +334,20 @@ class Attention(nn.Module):
   The two softmaxes are separate and their outputs added. `ffn` appends a
   pointwise feed-forward block.
   """
+
   num_heads: int
   num_groups: int
   ffn: bool
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, features: Features, text: jax.Array,
-               text_mask: jax.Array | None) -> Features:
+  def __call__(
+    self, features: Features, text: jax.Array, text_mask: jax.Array | None
+  ) -> Features:
     """Features, text [B, L, D], text_mask [B, L] or None -> Features."""
+
     def norm(name, x):
-      h, = GroupNorm(self.num_groups, self.dtype, name=name)(Features(x))
+      (h,) = GroupNorm(self.num_groups, self.dtype, name=name)(Features(x))
       return h.x
 
     dense = functools.partial(dense_layer, dtype=self.dtype)
@@ -319,8 +358,10 @@ class Attention(nn.Module):
 
     def keys_and_values():
       norm_text = nn.LayerNorm(
-          epsilon=EPSILON, dtype=self.dtype, name='norm_text')
+        epsilon=EPSILON, dtype=self.dtype, name='norm_text'
+      )
       return dense(2 * channels, 'text_kv')(norm_text(text))
+
     text_k, text_v = jnp.split(once(self, 'text_kv', keys_and_values), 2, -1)
     h = attend(q, k, v, self.num_heads)
     h += attend(q, text_k, text_v, self.num_heads, text_mask)
@@ -334,12 +375,14 @@ class Attention(nn.Module):
 
 class TransformerLayer(nn.Module):
   """Pre-LN transformer layer with exact GELU and zero-initialised outputs."""
+
   num_heads: int
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """x [B, L, D], mask [B, L] bool or None: [B, L, D]."""
+
     def norm(name):
       return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)
 
@@ -349,5 +392,4 @@ class TransformerLayer(nn.Module):
     h = attend(q, k, v, self.num_heads, mask)
     x += dense(width, 'proj', zero=True)(h)
     h = dense(4 * width, 'ffn_in')(norm('ffn_norm')(x))
-    return x + dense(width, 'ffn_out', zero=True)(
-        nn.gelu(h, approximate=False))
+    return x + dense(width, 'ffn_out', zero=True)(nn.gelu(h, approximate=False))

@@ -23,6 +23,7 @@ class Matryoshka:
     frozen_text: the text encoder is not trained. Its parameters are then no
       part of `shapes` and `init`; whoever applies the model adds them.
   """
+
   unet: NestedUNet
   text_encoder: nn.Module
   resolutions: tuple[int, ...]
@@ -34,23 +35,28 @@ class Matryoshka:
     Args:
       num_tokens: of the captions.
     """
+
     def init(rng):
-      cond = Cond(jnp.zeros((1, num_tokens, self.text_encoder.width)),
-                  jnp.ones((1, num_tokens), bool))
+      cond = Cond(
+        jnp.zeros((1, num_tokens, self.text_encoder.width)),
+        jnp.ones((1, num_tokens), bool),
+      )
       x_t = tuple(jnp.zeros((1, r, r, 3)) for r in self.resolutions)
       params = {'unet': self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']}
       if not self.frozen_text:
         tokens = jnp.ones((1, num_tokens), jnp.int32)
         params['text_encoder'] = self.text_encoder.init(rng, tokens)['params']
       return params
+
     return jax.eval_shape(init, jax.random.key(0))
 
   def init(self, seed: int, num_tokens: int) -> dict:
     """Fresh float32 parameters on the host."""
     return initial_params(self.shapes(num_tokens), seed)
 
-  def encode(self, params: dict, text: jax.Array,
-             scale: jax.Array | None = None) -> Cond:
+  def encode(
+    self, params: dict, text: jax.Array, scale: jax.Array | None = None
+  ) -> Cond:
     """What the network is conditioned on.
 
     Args:
@@ -59,7 +65,8 @@ class Matryoshka:
       scale: [B] original shorter sides in pixels, or None.
     """
     text, mask = self.text_encoder.apply(
-        {'params': params.get('text_encoder', {})}, text)
+      {'params': params.get('text_encoder', {})}, text
+    )
     return Cond(text, mask, scale)
 
   def prepare(self, params: dict, cond: Cond) -> Cond:
@@ -72,12 +79,18 @@ class Matryoshka:
     batch = len(cond.text)
     x_t = tuple(jnp.zeros((batch, r, r, 3)) for r in self.resolutions)
     _, variables = self.unet.apply(
-        {'params': params['unet']}, x_t, jnp.zeros(batch), cond,
-        mutable='context')
+      {'params': params['unet']}, x_t, jnp.zeros(batch), cond, mutable='context'
+    )
     return cond._replace(context=variables['context'])
 
-  def denoise(self, params: dict, x_t: tuple[jax.Array, ...], t: jax.Array,
-              cond: Cond, repeats: int = 1) -> tuple[jax.Array, ...]:
+  def denoise(
+    self,
+    params: dict,
+    x_t: tuple[jax.Array, ...],
+    t: jax.Array,
+    cond: Cond,
+    repeats: int = 1,
+  ) -> tuple[jax.Array, ...]:
     """The network's prediction at every level, see `NestedUNet`."""
     variables = {'params': params['unet']}
     if cond.context is not None:

@@ -22,6 +22,7 @@ class NestedUNet(nn.Module):
     text_spec: how text features enter.
     dtype: of activations and matrix products; parameters are float32.
   """
+
   levels: tuple[LevelSpec, ...]
   text_spec: TextSpec
   dtype: jnp.dtype = jnp.float32
@@ -30,14 +31,17 @@ class NestedUNet(nn.Module):
     dims = {spec.temporal_dim for spec in self.levels}
     if len(dims) > 1:
       raise ValueError(
-          f'All levels share one temporal_dim; got {sorted(dims)}.')
+        f'All levels share one temporal_dim; got {sorted(dims)}.'
+      )
     self.text = TextConditioning(self.text_spec, dims.pop(), self.dtype)
     self.level = [
-        UNet(spec, self.levels[r - 1].channels[0] if r else None, self.dtype)
-        for r, spec in enumerate(self.levels)]
+      UNet(spec, self.levels[r - 1].channels[0] if r else None, self.dtype)
+      for r, spec in enumerate(self.levels)
+    ]
 
-  def __call__(self, x_t: tuple[jax.Array, ...], t: jax.Array,
-               cond: Cond, repeats: int = 1) -> tuple[jax.Array, ...]:
+  def __call__(
+    self, x_t: tuple[jax.Array, ...], t: jax.Array, cond: Cond, repeats: int = 1
+  ) -> tuple[jax.Array, ...]:
     """Predicts for every level.
 
     Args:
@@ -50,13 +54,13 @@ class NestedUNet(nn.Module):
     Returns:
       A pyramid of predictions of the shapes of `x_t`, float32.
     """
-    text, mask, pooled = layers.once(
-        self, 'text', lambda: self.text(cond))
+    text, mask, pooled = layers.once(self, 'text', lambda: self.text(cond))
     # Down, fine to coarse. `outer` is what a finer level hands inwards.
     outer, states = None, []
     for level, x in zip(reversed(self.level), reversed(x_t)):
       t_r, scale, pooled_r, *context = mixed_batch.take(
-          (t, cond.scale, pooled, text, mask), len(x), repeats)
+        (t, cond.scale, pooled, text, mask), len(x), repeats
+      )
       context = (level.embed(t_r, scale, pooled_r), *context)
       if states:
         outer = outer.replace(x=mixed_batch.pad(outer.x, len(x), repeats))

@@ -27,6 +27,7 @@ class Features:
       stay together, pixels run along rows.
     patch: height and width of a patch.
   """
+
   x: jax.Array
   patch: Patch = struct.field(pytree_node=False, default=(1, 1))
 
@@ -43,8 +44,7 @@ class Features:
   @property
   def size(self) -> tuple[int, int]:
     """H and W."""
-    return tuple(
-        n * side for n, side in zip(self.x.shape[1:3], self.patch))
+    return tuple(n * side for n, side in zip(self.x.shape[1:3], self.patch))
 
   def as_patch(self, patch: Patch) -> 'Features':
     """The same features, packed by another patch."""
@@ -84,10 +84,12 @@ def fold(x: jax.Array, patch: Patch) -> jax.Array:
   rows, columns = patch
   if patch == (1, 1):
     return x
-  x = x.reshape(batch, height // rows, rows, width // columns, columns,
-                channels)
+  x = x.reshape(
+    batch, height // rows, rows, width // columns, columns, channels
+  )
   return x.swapaxes(2, 3).reshape(
-      batch, height // rows, width // columns, rows * columns * channels)
+    batch, height // rows, width // columns, rows * columns * channels
+  )
 
 
 def unfold(x: jax.Array, patch: Patch) -> jax.Array:
@@ -97,12 +99,12 @@ def unfold(x: jax.Array, patch: Patch) -> jax.Array:
   if patch == (1, 1):
     return x
   x = x.reshape(batch, height, width, rows, columns, -1)
-  return x.swapaxes(2, 3).reshape(
-      batch, height * rows, width * columns, -1)
+  return x.swapaxes(2, 3).reshape(batch, height * rows, width * columns, -1)
 
 
-def _taps(inner: int, outer: int, stride: int,
-          upsample: int) -> tuple[np.ndarray, int, int]:
+def _taps(
+  inner: int, outer: int, stride: int, upsample: int
+) -> tuple[np.ndarray, int, int]:
   """Along one axis, which pixel of which input patch a tap of 3 reads.
 
   Args:
@@ -116,8 +118,11 @@ def _taps(inner: int, outer: int, stride: int,
     input patch, and the stride in input patches.
   """
   # Output pixel i reads the upsampled input at stride * i - 1, + 0, + 1.
-  read = {(i, tap): divmod((stride * i + tap - 1) // upsample, inner)
-          for i in range(outer) for tap in range(3)}
+  read = {
+    (i, tap): divmod((stride * i + tap - 1) // upsample, inner)
+    for i in range(outer)
+    for tap in range(3)
+  }
   first = min(patch for patch, _ in read.values())
   last = max(patch for patch, _ in read.values())
   chosen = np.zeros((last - first + 1, inner, outer, 3), np.float32)
@@ -126,8 +131,9 @@ def _taps(inner: int, outer: int, stride: int,
   return chosen, first, stride * outer // (upsample * inner)
 
 
-def pack_kernel(kernel: jax.Array, inner: Patch, outer: Patch, stride: int,
-                upsample: int) -> tuple[jax.Array, list[int], list[Patch]]:
+def pack_kernel(
+  kernel: jax.Array, inner: Patch, outer: Patch, stride: int, upsample: int
+) -> tuple[jax.Array, list[int], list[Patch]]:
   """The 3x3 convolution of pixels as a convolution of patches.
 
   Args:
@@ -145,11 +151,12 @@ def pack_kernel(kernel: jax.Array, inner: Patch, outer: Patch, stride: int,
   (rows, _, _), (columns, _, _) = axes
   # A sum of one term each: exact.
   if max(inner + outer) > 1:
-    kernel = jnp.einsum('tiax,ujby,xycd->tuijcabd', rows, columns, kernel,
-                        precision='highest')
-    kernel = kernel.reshape(
-        *kernel.shape[:2], math.prod(kernel.shape[2:5]), -1)
+    kernel = jnp.einsum(
+      'tiax,ujby,xycd->tuijcabd', rows, columns, kernel, precision='highest'
+    )
+    kernel = kernel.reshape(*kernel.shape[:2], math.prod(kernel.shape[2:5]), -1)
   strides = [step for _, _, step in axes]
-  padding = [(-first, len(chosen) + first - step)
-             for chosen, first, step in axes]
+  padding = [
+    (-first, len(chosen) + first - step) for chosen, first, step in axes
+  ]
   return kernel, strides, padding

@@ -8,16 +8,38 @@ import numpy as np
 
 from mdm_jax.models.unet import LevelSpec
 
-_BLOCK = {'norm_in': 'norm1', 'conv_in': 'conv1', 'time': 'time_layer',
-          'norm_out': 'norm2', 'conv_out': 'conv2', 'shortcut': 'conv3'}
-_ATTENTION = {'norm': 'norm', 'qkv': 'qkv', 'norm_text': 'norm_cond',
-              'text_kv': 'kv_cond', 'proj': 'proj_out', 'ffn_norm': 'ffn.0',
-              'ffn_in': 'ffn.1', 'ffn_out': 'ffn.3'}
-_TEXT_LAYER = {'norm': 'attn.norm', 'qkv': 'attn.qkv',
-               'proj': 'attn.proj_out', 'ffn_norm': 'mlp.main.0',
-               'ffn_in': 'mlp.main.1', 'ffn_out': 'mlp.main.3'}
-_LEVEL = {'time_in': 'temb_layer1', 'time_out': 'temb_layer2',
-          'scale_in': 'cond_layers.scale.0', 'scale_out': 'cond_layers.scale.1'}
+_BLOCK = {
+  'norm_in': 'norm1',
+  'conv_in': 'conv1',
+  'time': 'time_layer',
+  'norm_out': 'norm2',
+  'conv_out': 'conv2',
+  'shortcut': 'conv3',
+}
+_ATTENTION = {
+  'norm': 'norm',
+  'qkv': 'qkv',
+  'norm_text': 'norm_cond',
+  'text_kv': 'kv_cond',
+  'proj': 'proj_out',
+  'ffn_norm': 'ffn.0',
+  'ffn_in': 'ffn.1',
+  'ffn_out': 'ffn.3',
+}
+_TEXT_LAYER = {
+  'norm': 'attn.norm',
+  'qkv': 'attn.qkv',
+  'proj': 'attn.proj_out',
+  'ffn_norm': 'mlp.main.0',
+  'ffn_in': 'mlp.main.1',
+  'ffn_out': 'mlp.main.3',
+}
+_LEVEL = {
+  'time_in': 'temb_layer1',
+  'time_out': 'temb_layer2',
+  'scale_in': 'cond_layers.scale.0',
+  'scale_out': 'cond_layers.scale.1',
+}
 _LEAF = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
 
 
@@ -48,13 +70,13 @@ def _module_name(path: tuple[str, ...], levels: tuple[LevelSpec, ...]) -> str:
   kind, *numbers = path[2].split('_')
   if kind == 'block':
     return f'{prefix}resnets.{numbers[0]}.{_BLOCK[path[3]]}'
-  layer = (int(numbers[0]) * spec.attention_layers[int(i)]
-           + int(numbers[1]))
+  layer = int(numbers[0]) * spec.attention_layers[int(i)] + int(numbers[1])
   return f'{prefix}attn.{layer}.{_ATTENTION[path[3]]}'
 
 
 def release_names(
-    params: Mapping, levels: tuple[LevelSpec, ...],
+  params: Mapping,
+  levels: tuple[LevelSpec, ...],
 ) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
   """Yields (our path, the release's name, its shape) for each parameter.
 
@@ -71,13 +93,17 @@ def release_names(
       shape = shape[::-1]
       # Pointwise maps of images are 1x1 convolutions in the release.
       if path[0] != 'text' and re.search(
-          r'\.(conv3|qkv|proj_out|ffn\.\d)\.', name):
+        r'\.(conv3|qkv|proj_out|ffn\.\d)\.', name
+      ):
         shape += (1, 1)
     yield path, name, shape
 
 
-def from_release(params: Mapping, levels: tuple[LevelSpec, ...],
-                 state_dict: Mapping[str, np.ndarray]) -> dict:
+def from_release(
+  params: Mapping,
+  levels: tuple[LevelSpec, ...],
+  state_dict: Mapping[str, np.ndarray],
+) -> dict:
   """The release's state dict as our parameters.
 
   Args:
@@ -112,8 +138,9 @@ def from_release(params: Mapping, levels: tuple[LevelSpec, ...],
   return traverse_util.unflatten_dict(flat)
 
 
-def to_release(params: Mapping,
-               levels: tuple[LevelSpec, ...]) -> dict[str, np.ndarray]:
+def to_release(
+  params: Mapping, levels: tuple[LevelSpec, ...]
+) -> dict[str, np.ndarray]:
   """Our parameters as the release's state dict; undoes `from_release`.
 
   Args:

@@ -21,14 +21,15 @@ _FAMILY = 'a T5 v1.1 or Flan-T5 model, such as google/flan-t5-xl'
 @dataclasses.dataclass(frozen=True)
 class T5Spec:
   """The architecture; the defaults are shared by every size."""
+
   vocab_size: int
-  width: int        # of the features
+  width: int  # of the features
   head_width: int
   ffn_width: int
   num_layers: int
   num_heads: int
-  num_buckets: int = 32     # of distances that have a bias of their own
-  max_distance: int = 128   # tokens; beyond, all distances share a bucket
+  num_buckets: int = 32  # of distances that have a bias of their own
+  max_distance: int = 128  # tokens; beyond, all distances share a bucket
   epsilon: float = 1e-6
 
   @classmethod
@@ -41,26 +42,36 @@ class T5Spec:
     kind = config.get('feed_forward_proj')
     if config.get('model_type') != 't5' or kind != 'gated-gelu':
       raise ValueError(
-          f"model_type {config.get('model_type')!r} with feed_forward_proj "
-          f'{kind!r}: give {_FAMILY}.')
+        f'model_type {config.get("model_type")!r} with feed_forward_proj '
+        f'{kind!r}: give {_FAMILY}.'
+      )
     names = {
-        'vocab_size': 'vocab_size', 'width': 'd_model', 'head_width': 'd_kv',
-        'ffn_width': 'd_ff', 'num_layers': 'num_layers',
-        'num_heads': 'num_heads',
-        'num_buckets': 'relative_attention_num_buckets',
-        'max_distance': 'relative_attention_max_distance',
-        'epsilon': 'layer_norm_epsilon'}
+      'vocab_size': 'vocab_size',
+      'width': 'd_model',
+      'head_width': 'd_kv',
+      'ffn_width': 'd_ff',
+      'num_layers': 'num_layers',
+      'num_heads': 'num_heads',
+      'num_buckets': 'relative_attention_num_buckets',
+      'max_distance': 'relative_attention_max_distance',
+      'epsilon': 'layer_norm_epsilon',
+    }
     try:
-      return cls(**{
-          ours: config[theirs] for ours, theirs in names.items()
+      return cls(
+        **{
+          ours: config[theirs]
+          for ours, theirs in names.items()
           # Older files lack it; it was never anything else.
-          if theirs in config or ours != 'max_distance'})
+          if theirs in config or ours != 'max_distance'
+        }
+      )
     except KeyError as error:
       raise ValueError(f'no {error} in it: give {_FAMILY}.') from None
 
 
-def distance_buckets(length: int, num_buckets: int,
-                     max_distance: int) -> jax.Array:
+def distance_buckets(
+  length: int, num_buckets: int, max_distance: int
+) -> jax.Array:
   """The bucket of every pair of positions, int32 [length, length].
 
   Half of the buckets are for keys behind the query. Of each half, one half
@@ -71,8 +82,9 @@ def distance_buckets(length: int, num_buckets: int,
   position = jnp.arange(length)
   offset = position[None, :] - position[:, None]  # key minus query
   distance = jnp.abs(offset)
-  growth = (jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
-            / math.log(max_distance / exact))
+  growth = jnp.log(
+    jnp.maximum(distance, 1).astype(jnp.float32) / exact
+  ) / math.log(max_distance / exact)
   far = exact + (growth * (half - exact)).astype(jnp.int32)
   bucket = jnp.where(distance < exact, distance, jnp.minimum(far, half - 1))
   return bucket + jnp.where(offset > 0, half, 0)
@@ -80,6 +92,7 @@ def distance_buckets(length: int, num_buckets: int,
 
 class T5Encoder(nn.Module):
   """tokens [B, L] int32, 0 is padding -> text [B, L, width], mask [B, L]."""
+
   spec: T5Spec
   dtype: jnp.dtype
 
@@ -92,14 +105,15 @@ class T5Encoder(nn.Module):
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     spec, length = self.spec, tokens.shape[1]
     mask = tokens != 0
-    x = nn.Embed(spec.vocab_size, spec.width, dtype=self.dtype,
-                 name='embedding')(tokens)
+    x = nn.Embed(
+      spec.vocab_size, spec.width, dtype=self.dtype, name='embedding'
+    )(tokens)
     bias = nn.Embed(spec.num_buckets, spec.num_heads, name='distance_bias')(
-        distance_buckets(length, spec.num_buckets, spec.max_distance))
+      distance_buckets(length, spec.num_buckets, spec.max_distance)
+    )
     bias = bias.transpose(2, 0, 1).astype(jnp.float32)  # [heads, L, L]
     # Not -inf: a row that is all padding would become NaN.
-    bias = jnp.where(
-        mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
+    bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
     for i in range(spec.num_layers):
       x = _Layer(spec, self.dtype, name=f'layer_{i}')(x, bias)
     x = _norm(spec, self.dtype, 'norm_out')(x)
@@ -108,6 +122,7 @@ class T5Encoder(nn.Module):
 
 class _Layer(nn.Module):
   """Self-attention and gated GELU, each behind a norm and a residual."""
+
   spec: T5Spec
   dtype: jnp.dtype
 
@@ -124,16 +139,19 @@ class _Layer(nn.Module):
     inner = spec.num_heads * spec.head_width
     h = _norm(spec, self.dtype, 'norm')(x)
     query, key, value = (
-        heads(dense(inner, name)(h)) for name in ('query', 'key', 'value'))
-    logits = jnp.einsum('bqhd,bkhd->bhqk', query, key,
-                        preferred_element_type=jnp.float32)
+      heads(dense(inner, name)(h)) for name in ('query', 'key', 'value')
+    )
+    logits = jnp.einsum(
+      'bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32
+    )
     weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
     h = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
     x += dense(spec.width, 'out')(h.reshape(*h.shape[:2], inner))
 
     h = _norm(spec, self.dtype, 'ffn_norm')(x)
     h = nn.gelu(dense(spec.ffn_width, 'ffn_gate')(h)) * dense(
-        spec.ffn_width, 'ffn_in')(h)
+      spec.ffn_width, 'ffn_in'
+    )(h)
     return x + dense(spec.width, 'ffn_out')(h)
 
 
@@ -142,16 +160,23 @@ def _norm(spec: T5Spec, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
 
 
 _LAYER_NAMES = {
-    'norm': 'layer.0.layer_norm', 'query': 'layer.0.SelfAttention.q',
-    'key': 'layer.0.SelfAttention.k', 'value': 'layer.0.SelfAttention.v',
-    'out': 'layer.0.SelfAttention.o', 'ffn_norm': 'layer.1.layer_norm',
-    'ffn_gate': 'layer.1.DenseReluDense.wi_0',
-    'ffn_in': 'layer.1.DenseReluDense.wi_1',
-    'ffn_out': 'layer.1.DenseReluDense.wo'}
+  'norm': 'layer.0.layer_norm',
+  'query': 'layer.0.SelfAttention.q',
+  'key': 'layer.0.SelfAttention.k',
+  'value': 'layer.0.SelfAttention.v',
+  'out': 'layer.0.SelfAttention.o',
+  'ffn_norm': 'layer.1.layer_norm',
+  'ffn_gate': 'layer.1.DenseReluDense.wi_0',
+  'ffn_in': 'layer.1.DenseReluDense.wi_1',
+  'ffn_out': 'layer.1.DenseReluDense.wo',
+}
 _NAMES = {
-    'embedding': 'shared', 'norm_out': 'encoder.final_layer_norm',
-    'distance_bias':
-        'encoder.block.0.layer.0.SelfAttention.relative_attention_bias'}
+  'embedding': 'shared',
+  'norm_out': 'encoder.final_layer_norm',
+  'distance_bias': (
+    'encoder.block.0.layer.0.SelfAttention.relative_attention_bias'
+  ),
+}
 
 
 def hugging_face_name(path: Sequence[str]) -> str:

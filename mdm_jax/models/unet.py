@@ -20,15 +20,16 @@ class LevelSpec:
 
   The defaults are those that all of the released models share.
   """
-  channels: tuple[int, ...]         # at each of the level's resolutions
-  num_blocks: tuple[int, ...]       # residual blocks, down; one more, up
+
+  channels: tuple[int, ...]  # at each of the level's resolutions
+  num_blocks: tuple[int, ...]  # residual blocks, down; one more, up
   attention_layers: tuple[int, ...]  # after each residual block; 0 is none
-  temporal_dim: int                 # width of the time embedding
-  scale_condition: int              # N of the micro-condition 'scale:N'
-  normalize_input: bool = False     # divide the noisy input by its std
-  attention_ffn: bool = True        # feed-forward block after attention
+  temporal_dim: int  # width of the time embedding
+  scale_condition: int  # N of the micro-condition 'scale:N'
+  normalize_input: bool = False  # divide the noisy input by its std
+  attention_ffn: bool = True  # feed-forward block after attention
   num_heads: int = 8
-  num_groups: int = 32              # of the group norms
+  num_groups: int = 32  # of the group norms
   # Waves across the image that tell a pixel where it is, added to `conv_in`;
   # 0 as in the release, which has to learn that from the padding.
   position_waves: int = 0
@@ -51,22 +52,28 @@ class LevelSpec:
       raise ValueError(f'lanes={self.lanes}: give a number of channels.')
     if self.patch_size < 1:
       raise ValueError(
-          f'patch_size={self.patch_size}: give a number of pixels, 1 for none.')
+        f'patch_size={self.patch_size}: give a number of pixels, 1 for none.'
+      )
     lengths = {
-        len(self.channels), len(self.num_blocks), len(self.attention_layers)}
+      len(self.channels),
+      len(self.num_blocks),
+      len(self.attention_layers),
+    }
     if len(lengths) != 1:
       raise ValueError(
-          'channels, num_blocks and attention_layers must have one entry a '
-          f'resolution: got {self.channels}, {self.num_blocks} and '
-          f'{self.attention_layers}.')
+        'channels, num_blocks and attention_layers must have one entry a '
+        f'resolution: got {self.channels}, {self.num_blocks} and '
+        f'{self.attention_layers}.'
+      )
     for channels in self.channels:
       for name in ('num_groups', 'num_heads'):
         if name == 'num_heads' and not any(self.attention_layers):
           continue
         if channels % getattr(self, name):
           raise ValueError(
-              f'{name}={getattr(self, name)} does not divide the '
-              f'{channels} channels of {self.channels}.')
+            f'{name}={getattr(self, name)} does not divide the '
+            f'{channels} channels of {self.channels}.'
+          )
 
   @property
   def downsampling(self) -> int:
@@ -80,6 +87,7 @@ class LevelSpec:
 
 class _Blocks(nn.Module):
   """The residual blocks and attention layers of one resolution, one way."""
+
   spec: LevelSpec
   index: int
   dtype: jnp.dtype
@@ -87,12 +95,16 @@ class _Blocks(nn.Module):
   def block(self, j, inputs, temb, text, mask):
     spec = self.spec
     h = _rematerialised(layers.ResidualBlock, spec)(
-        spec.channels[self.index], spec.num_groups, self.dtype,
-        name=f'block_{j}')(inputs, temb)
+      spec.channels[self.index], spec.num_groups, self.dtype, name=f'block_{j}'
+    )(inputs, temb)
     for k in range(spec.attention_layers[self.index]):
       h = _rematerialised(layers.Attention, spec)(
-          spec.num_heads, spec.num_groups, spec.attention_ffn, self.dtype,
-          name=f'attention_{j}_{k}')(h, text, mask)
+        spec.num_heads,
+        spec.num_groups,
+        spec.attention_ffn,
+        self.dtype,
+        name=f'attention_{j}_{k}',
+      )(h, text, mask)
     return h
 
 
@@ -112,9 +124,9 @@ class DownBlocks(_Blocks):
       skips.append(h)
     if self.index + 1 < len(self.spec.channels):
       size = [side // 2 for side in h.size]
-      h = layers.Conv3x3(
-          h.channels, self.dtype, stride=2, name='downsample')(
-              h, patch=self.spec.patch(self.index + 1, size))
+      h = layers.Conv3x3(h.channels, self.dtype, stride=2, name='downsample')(
+        h, patch=self.spec.patch(self.index + 1, size)
+      )
       skips.append(h)
     return h, skips
 
@@ -129,27 +141,35 @@ class UpBlocks(_Blocks):
       h = self.block(j, [h, skip], temb, text, mask)
     if self.index > 0:
       size = [side * 2 for side in h.size]
-      h = layers.Conv3x3(
-          h.channels, self.dtype, upsample=2, name='upsample')(
-              h, patch=self.spec.patch(self.index - 1, size))
+      h = layers.Conv3x3(h.channels, self.dtype, upsample=2, name='upsample')(
+        h, patch=self.spec.patch(self.index - 1, size)
+      )
     return h
 
 
 class Middle(nn.Module):
   """Block, attention, block."""
+
   spec: LevelSpec
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, h, temb, text, mask):
     spec = self.spec
+
     def block(name):
       return _rematerialised(layers.ResidualBlock, spec)(
-          spec.channels[-1], spec.num_groups, self.dtype, name=name)
+        spec.channels[-1], spec.num_groups, self.dtype, name=name
+      )
+
     h = block('block_0')([h], temb)
     h = _rematerialised(layers.Attention, spec)(
-        spec.num_heads, spec.num_groups, spec.attention_ffn, self.dtype,
-        name='attention')(h, text, mask)
+      spec.num_heads,
+      spec.num_groups,
+      spec.attention_ffn,
+      self.dtype,
+      name='attention',
+    )(h, text, mask)
     return block('block_1')([h], temb)
 
 
@@ -159,25 +179,32 @@ class UNet(nn.Module):
   `embed`, `descend`, then `middle` (or, in its place, a coarser level between
   `in_adapter` and `out_adapter`), `ascend`, `out`.
   """
+
   spec: LevelSpec
   inner_channels: int | None  # the next coarser level's first; None: innermost
   dtype: jnp.dtype
 
   def setup(self):
     spec, dtype = self.spec, self.dtype
+
     def dense(zero=False):
       return layers.dense_layer(spec.temporal_dim, dtype=dtype, zero=zero)
+
     self.time_in, self.time_out = dense(), dense()
     self.scale_in, self.scale_out = dense(), dense(zero=True)
+
     def conv(features, zero=False):
       return layers.Conv3x3(features, dtype, zero=zero)
+
     self.conv_in = conv(spec.channels[0])
     if spec.position_waves:
       self.position = layers.dense_layer(spec.channels[0], dtype=dtype)
+
     def resolutions(kind):
       if spec.remat == 'level':
         kind = nn.remat(kind)
       return [kind(spec, i, dtype) for i in range(len(spec.channels))]
+
     self.down, self.up = resolutions(DownBlocks), resolutions(UpBlocks)
     if self.inner_channels is None:
       self.middle = Middle(spec, dtype)
@@ -185,10 +212,11 @@ class UNet(nn.Module):
       self.in_adapter = conv(self.inner_channels, zero=True)
       self.out_adapter = conv(spec.channels[-1], zero=True)
     self.norm_out = layers.GroupNorm(spec.num_groups, dtype)
-    self.conv_out = conv(3 * spec.patch_size ** 2, zero=True)
+    self.conv_out = conv(3 * spec.patch_size**2, zero=True)
 
-  def embed(self, t: jax.Array, scale: jax.Array | None,
-            pooled_text: jax.Array) -> jax.Array:
+  def embed(
+    self, t: jax.Array, scale: jax.Array | None, pooled_text: jax.Array
+  ) -> jax.Array:
     """Time, micro-condition and pooled text, added: [B, temporal_dim].
 
     Args:
@@ -201,8 +229,10 @@ class UNet(nn.Module):
       scale = jnp.full(t.shape, limit, jnp.float32)
     scale = jnp.minimum(scale / limit, 1) * limit
     dim = self.spec.temporal_dim // 4
+
     def sinusoidal(value):
       return layers.sinusoidal_embedding(value, dim)
+
     temb = self.time_out(nn.silu(self.time_in(sinusoidal(t))))
     temb += self.scale_out(nn.silu(self.scale_in(sinusoidal(scale))))
     return temb + pooled_text
@@ -226,7 +256,8 @@ class UNet(nn.Module):
       h = h.replace(x=h.x + outer.as_patch(h.patch).x)
     if self.spec.position_waves:
       position = self.position(
-          layers.position_features(h.size, self.spec.position_waves))
+        layers.position_features(h.size, self.spec.position_waves)
+      )
       h = h.replace(x=h.x + packing.fold(position[None], h.patch))
     skips = [h]
     for blocks in self.down:
@@ -236,17 +267,18 @@ class UNet(nn.Module):
 
   def ascend(self, h, skips, temb, text, mask):
     """Bottom features -> the last ones, before `out`."""
-    for count, blocks in zip(
-        reversed(self.spec.num_blocks), reversed(self.up)):
-      skips, own = skips[:-count - 1], skips[-count - 1:]
+    for count, blocks in zip(reversed(self.spec.num_blocks), reversed(self.up)):
+      skips, own = skips[: -count - 1], skips[-count - 1 :]
       h = blocks(h, own[::-1], temb, text, mask)
     return h
 
   def out(self, h: Features) -> jax.Array:
     """Last features -> prediction [B, H, W, 3] in float32."""
+
     def last(self, h):
-      h, = self.norm_out(h)
+      (h,) = self.norm_out(h)
       return self.conv_out(layers.silu(h))
+
     if self.spec.remat != 'none':
       last = nn.remat(last)
     h = last(self, h).as_patch((1, 1)).x.astype(jnp.float32)

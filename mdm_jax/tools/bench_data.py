@@ -43,7 +43,8 @@ class SyntheticImages:
       image += rng.normal(0, 8, image.shape)
       buffer = io.BytesIO()
       Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(
-          buffer, 'JPEG', quality=90)
+        buffer, 'JPEG', quality=90
+      )
       self._files.append(buffer.getvalue())
 
   def __len__(self) -> int:
@@ -52,8 +53,11 @@ class SyntheticImages:
 
   def __getitem__(self, index: int) -> dict:
     """A record."""
-    return {'image': self._files[index % len(self._files)],
-            'caption': 'a photograph of nothing', 'key': str(index)}
+    return {
+      'image': self._files[index % len(self._files)],
+      'caption': 'a photograph of nothing',
+      'key': str(index),
+    }
 
 
 def pillow(data: bytes, resolution: int, draft: bool = True) -> np.ndarray:
@@ -65,14 +69,23 @@ def pillow(data: bytes, resolution: int, draft: bool = True) -> np.ndarray:
   image = image.convert('RGB')
   side = min(image.size)
   left, top = (image.width - side) / 2, (image.height - side) / 2
-  return np.array(image.resize(
-      (resolution, resolution), Image.Resampling.LANCZOS,
+  return np.array(
+    image.resize(
+      (resolution, resolution),
+      Image.Resampling.LANCZOS,
       box=(left, top, left + side, top + side),
-      reducing_gap=2.0 if draft else None))
+      reducing_gap=2.0 if draft else None,
+    )
+  )
 
 
-def measure(source, tokenizer: Tokenizer, resolution: int, seconds: float,
-            worker_counts: list[int]) -> dict[str, float]:
+def measure(
+  source,
+  tokenizer: Tokenizer,
+  resolution: int,
+  seconds: float,
+  worker_counts: list[int],
+) -> dict[str, float]:
   """Images/s of each way to read them.
 
   Args:
@@ -82,6 +95,7 @@ def measure(source, tokenizer: Tokenizer, resolution: int, seconds: float,
     seconds: that each measurement takes about.
     worker_counts: worker processes of the pipeline; 0 is this process.
   """
+
   def pillow_rate(draft):
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
@@ -91,10 +105,17 @@ def measure(source, tokenizer: Tokenizer, resolution: int, seconds: float,
 
   def pipeline_rate(num_workers):
     # Only this one exists now, or others would fill their buffers meanwhile.
-    batches = iter(pipeline.make_dataset(
-        source, transform=transforms.Transform(tokenizer, resolution),
-        batch_size=_BATCH_SIZE, seed=0, shuffle=True, num_workers=num_workers,
-        prefetch=1))
+    batches = iter(
+      pipeline.make_dataset(
+        source,
+        transform=transforms.Transform(tokenizer, resolution),
+        batch_size=_BATCH_SIZE,
+        seed=0,
+        shuffle=True,
+        num_workers=num_workers,
+        prefetch=1,
+      )
+    )
     # It starts, and what has come into its buffers meanwhile goes.
     for _ in range(4 * max(num_workers, 1)):
       next(batches)
@@ -108,12 +129,16 @@ def measure(source, tokenizer: Tokenizer, resolution: int, seconds: float,
 
   rates = {}
   for _ in range(_ROUNDS):
-    found = {'pillow': pillow_rate(True),
-             'pillow, full decode': pillow_rate(False)}
-    found |= {f'{count} workers': pipeline_rate(count)
-              for count in worker_counts}
-    rates = {name: max(rate, rates.get(name, 0))
-             for name, rate in found.items()}
+    found = {
+      'pillow': pillow_rate(True),
+      'pillow, full decode': pillow_rate(False),
+    }
+    found |= {
+      f'{count} workers': pipeline_rate(count) for count in worker_counts
+    }
+    rates = {
+      name: max(rate, rates.get(name, 0)) for name, rate in found.items()
+    }
   return rates
 
 
@@ -130,7 +155,8 @@ def main(argv: list[str]) -> None:
       resolutions = [level.resolution for level in config.model.levels]
       if not isinstance(source[0]['image'], bytes):
         raise ValueError(
-            f'data.name={config.data.name!r} has no image files to decode.')
+          f'data.name={config.data.name!r} has no image files to decode.'
+        )
     else:
       source = SyntheticImages()
       tokenizer = Tokenizer(CAPTIONS_MODEL, 32)
@@ -142,8 +168,10 @@ def main(argv: list[str]) -> None:
   for resolution in resolutions:
     rates = measure(source, tokenizer, resolution, values.seconds, counts)
     results[resolution] = rates
-    rows = [[name, round(rate, 1), round(rate / rates['pillow'], 2)]
-            for name, rate in rates.items()]
+    rows = [
+      [name, round(rate, 1), round(rate / rates['pillow'], 2)]
+      for name, rate in rates.items()
+    ]
     header = [f'{resolution} px', 'images/s', "of Pillow's"]
     if values.step_rate:
       header.append('of the step rate')
@@ -156,11 +184,14 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   config_flags.DEFINE_config_file(
-      'config', None, "Whose data set and resolutions to measure.")
+    'config', None, 'Whose data set and resolutions to measure.'
+  )
   flags.DEFINE_list(
-      'workers', '0,1,2', 'Numbers of worker processes; 0: in this one.')
+    'workers', '0,1,2', 'Numbers of worker processes; 0: in this one.'
+  )
   flags.DEFINE_float('seconds', 3.0, 'That each measurement takes.')
   flags.DEFINE_float(
-      'step_rate', None, 'Images/s that training takes, to compare with.')
+    'step_rate', None, 'Images/s that training takes, to compare with.'
+  )
   flags.DEFINE_string('output', None, 'A JSON file for the figures.')
   app.run(main)

@@ -46,12 +46,14 @@ def export(workdir: str, output: str, names: str) -> None:
   from mdm_jax.models import release
 
   output = pathlib.Path(output)
-  suffixes = ('.safetensors', '.pth') if names == 'release' else (
-      '.safetensors',)
+  suffixes = (
+    ('.safetensors', '.pth') if names == 'release' else ('.safetensors',)
+  )
   if output.suffix not in suffixes:
     raise ValueError(
-        f'--output={output} must end in {" or ".join(suffixes)} with '
-        f'--names={names}.')
+      f'--output={output} must end in {" or ".join(suffixes)} with '
+      f'--names={names}.'
+    )
   config = build.load_config(checkpoint.read_config(workdir))
   index, _, params = trained.restore_average(config, workdir)
   if names == 'ours':
@@ -60,8 +62,10 @@ def export(workdir: str, output: str, names: str) -> None:
     levels = build.make_levels(config, config.stages[index])
     tensors = release.to_release(params['unet'], levels)
     if 'text_encoder' in params:
-      logging.warning('The text encoder was trained along: ml-mdm has none '
-                      'like it, so it is left out.')
+      logging.warning(
+        'The text encoder was trained along: ml-mdm has none '
+        'like it, so it is left out.'
+      )
   output.parent.mkdir(parents=True, exist_ok=True)
   temporary = output.with_name(f'{output.name}.tmp')
   if output.suffix == '.pth':
@@ -69,18 +73,20 @@ def export(workdir: str, output: str, names: str) -> None:
   else:
     # It writes memory as it lies.
     safetensors.numpy.save_file(
-        {name: np.ascontiguousarray(value)
-         for name, value in tensors.items()}, temporary)
+      {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+      temporary,
+    )
   temporary.replace(output)
   logging.info('Wrote %d tensors to %s.', len(tensors), output)
 
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
+  flags.DEFINE_string('workdir', None, 'Of the training run.', required=True)
   flags.DEFINE_string(
-      'workdir', None, 'Of the training run.', required=True)
-  flags.DEFINE_string(
-      'output', None, 'The .safetensors or .pth file.', required=True)
+    'output', None, 'The .safetensors or .pth file.', required=True
+  )
   flags.DEFINE_enum(
-      'names', 'ours', ['ours', 'release'], "This project's, or ml-mdm's.")
+    'names', 'ours', ['ours', 'release'], "This project's, or ml-mdm's."
+  )
   app.run(main)

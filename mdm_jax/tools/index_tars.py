@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   try:
     counts = tar_index.write_index(
-        tars.find(values.input), values.output, values.validation_fraction)
+      tars.find(values.input), values.output, values.validation_fraction
+    )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   for split, count in counts.items():
@@ -31,8 +32,10 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   flags.DEFINE_multi_string(
-      'input', None, 'A glob of tars; may be repeated.', required=True)
+    'input', None, 'A glob of tars; may be repeated.', required=True
+  )
   flags.DEFINE_string('output', None, 'The directory to make.', required=True)
-  flags.DEFINE_float('validation_fraction', 0.01,
-                     'Of the records, held out of training.')
+  flags.DEFINE_float(
+    'validation_fraction', 0.01, 'Of the records, held out of training.'
+  )
   app.run(main)

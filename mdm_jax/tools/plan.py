@@ -44,7 +44,7 @@ from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.models.packing import TPU_LANES
 from mdm_jax.models.unet import REMAT
 
-_GIB = 2 ** 30
+_GIB = 2**30
 _WORTH = 1.05  # times the images/s, for twice the images a chip
 _CACHE = pathlib.Path.home() / '.cache' / 'mdm_jax' / 'plan'
 
@@ -55,28 +55,46 @@ class Chip:
 
   The memory is what the compiler leaves to a program.
   """
-  flops: float      # FLOP/s, bfloat16
-  memory: float     # GiB
+
+  flops: float  # FLOP/s, bfloat16
+  memory: float  # GiB
   bandwidth: float  # bytes/s of its memory
-  links: float      # bytes/s, of all links to other chips together
+  links: float  # bytes/s, of all links to other chips together
 
 
 _CHIPS = {
-    'v5e': Chip(197e12, 15.75, 819e9, 200e9),
-    'v5p': Chip(459e12, 95.74, 2765e9, 600e9),
-    'v6e': Chip(918e12, 31.25, 1640e9, 448e9),
+  'v5e': Chip(197e12, 15.75, 819e9, 200e9),
+  'v5p': Chip(459e12, 95.74, 2765e9, 600e9),
+  'v6e': Chip(918e12, 31.25, 1640e9, 448e9),
 }
 _PLANE = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_CUBE = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8',
-         '8x8x8', '8x8x16', '8x16x16')
+_CUBE = (
+  '2x2x1',
+  '2x2x2',
+  '2x2x4',
+  '2x4x4',
+  '4x4x4',
+  '4x4x8',
+  '4x8x8',
+  '8x8x8',
+  '8x8x16',
+  '8x16x16',
+)
 TOPOLOGIES = {'v5e': _PLANE, 'v5p': _CUBE, 'v6e': _PLANE}
 
 # google/flan-t5-xl's, for a config whose encoder is not on this machine.
 _T5_XL = {
-    'model_type': 't5', 'feed_forward_proj': 'gated-gelu', 'vocab_size': 32128,
-    'd_model': 2048, 'd_kv': 64, 'd_ff': 5120, 'num_layers': 24,
-    'num_heads': 32, 'relative_attention_num_buckets': 32,
-    'layer_norm_epsilon': 1e-6}
+  'model_type': 't5',
+  'feed_forward_proj': 'gated-gelu',
+  'vocab_size': 32128,
+  'd_model': 2048,
+  'd_kv': 64,
+  'd_ff': 5120,
+  'num_layers': 24,
+  'num_heads': 32,
+  'relative_attention_num_buckets': 32,
+  'layer_norm_epsilon': 1e-6,
+}
 
 
 def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
@@ -88,23 +106,33 @@ def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
   kind, _, shape = topology.partition(':')
   if shape not in TOPOLOGIES.get(kind, ()):
     raise ValueError(
-        f'--topology={topology}: there is none of this name. Use one of '
-        + '; '.join(f'{kind}:' + ', '.join(shapes)
-                    for kind, shapes in TOPOLOGIES.items()) + '.')
+      f'--topology={topology}: there is none of this name. Use one of '
+      + '; '.join(
+        f'{kind}:' + ', '.join(shapes) for kind, shapes in TOPOLOGIES.items()
+      )
+      + '.'
+    )
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
-        'libtpu, the TPU compiler, is not installed: pip install libtpu.')
+      'libtpu, the TPU compiler, is not installed: pip install libtpu.'
+    )
   # Or it asks the cloud's metadata server which TPU this machine has, and
   # lets no other program compile meanwhile.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   description = topologies.get_topology_desc(
-      platform='tpu', topology_name=topology)
+    platform='tpu', topology_name=topology
+  )
   return _CHIPS[kind], list(description.devices)
 
 
-def prepare(config: ConfigDict, stage: int, batch_per_chip: int | None,
-            num_chips: int, scratch: str) -> tuple[ConfigDict, list[str]]:
+def prepare(
+  config: ConfigDict,
+  stage: int,
+  batch_per_chip: int | None,
+  num_chips: int,
+  scratch: str,
+) -> tuple[ConfigDict, list[str]]:
   """The config to compile: one stage, and an encoder that need not be here.
 
   Args:
@@ -119,8 +147,9 @@ def prepare(config: ConfigDict, stage: int, batch_per_chip: int | None,
   """
   config = copy.deepcopy(config)  # Its stages and levels too.
   if not 0 <= stage < len(config.stages):
-    raise ValueError(f'--stage={stage}: the config has '
-                     f'{len(config.stages)}, counted from 0.')
+    raise ValueError(
+      f'--stage={stage}: the config has {len(config.stages)}, counted from 0.'
+    )
   notes = []
   config.stages = [config.stages[stage]]
   if batch_per_chip is not None:
@@ -128,8 +157,9 @@ def prepare(config: ConfigDict, stage: int, batch_per_chip: int | None,
   for level in config.model.levels:
     level.lanes = level.lanes or TPU_LANES
   shards = math.prod(
-      sharding.mesh_sizes(config.mesh, num_chips)[axis]
-      for axis in sharding.BATCH_AXES)
+    sharding.mesh_sizes(config.mesh, num_chips)[axis]
+    for axis in sharding.BATCH_AXES
+  )
   rounded = math.ceil(config.eval.batch_size / shards) * shards
   if rounded != config.eval.batch_size:
     notes.append(f'eval.batch_size is {rounded}, for so many chips.')
@@ -148,17 +178,20 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> Any:
   model = build.make_model(config, stage)
   optimizer, _ = build.make_optimizer(config, stage)
   shapes = jax.eval_shape(
-      lambda params: steps.new_state(
-          params, optimizer, config.averages.widths),
-      model.shapes(config.text.max_length))
-  return _place(shapes, sharding.tree_shardings(
-      shapes, mesh, config.sharding_rules))
+    lambda params: steps.new_state(params, optimizer, config.averages.widths),
+    model.shapes(config.text.max_length),
+  )
+  return _place(
+    shapes, sharding.tree_shardings(shapes, mesh, config.sharding_rules)
+  )
 
 
 def _place(shapes: Any, shardings: Any) -> Any:
   return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      shapes, shardings)
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    shardings,
+  )
 
 
 def _text(config: ConfigDict, count: int, width: int) -> jax.ShapeDtypeStruct:
@@ -175,10 +208,15 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
   stage = config.stages[0]
   width = build.make_text_encoder(config).width
   batch = build.batch_shapes(
-      config, stage, _text(config, stage.batch_size, width))
-  return _place(batch, {
+    config, stage, _text(config, stage.batch_size, width)
+  )
+  return _place(
+    batch,
+    {
       name: sharding.batch_sharding(mesh, len(x.shape))
-      for name, x in batch.items()})
+      for name, x in batch.items()
+    },
+  )
 
 
 def compile_train(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
@@ -186,32 +224,38 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
   stage = config.stages[0]
   text = _text(config, 1, build.make_text_encoder(config).width)
   train_step = build.make_train_step(
-      config, stage, np.zeros(text.shape[1:], text.dtype), config.seed)
-  arguments = (abstract_state(config, mesh), abstract_batch(config, mesh),
-               build.frozen_shapes(config, mesh))
-  return steps.jit_train_step(
-      train_step, *arguments).lower(*arguments).compile()
+    config, stage, np.zeros(text.shape[1:], text.dtype), config.seed
+  )
+  arguments = (
+    abstract_state(config, mesh),
+    abstract_batch(config, mesh),
+    build.frozen_shapes(config, mesh),
+  )
+  return (
+    steps.jit_train_step(train_step, *arguments).lower(*arguments).compile()
+  )
 
 
 def compile_sample(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
   """The sampling of one batch with the only stage's network."""
   stage = config.stages[0]
   painter = build.make_painter(config, stage, mesh)
-  params = (abstract_state(config, mesh).ema
-            | build.frozen_shapes(config, mesh))
+  params = abstract_state(config, mesh).ema | build.frozen_shapes(config, mesh)
   count = config.eval.batch_size
   text = _text(config, count, build.make_text_encoder(config).width)
-  return draw.jit_sample(
-      painter, jax.tree.map(lambda x: x.sharding, params)
-  ).lower(params, text, text,
-          jax.ShapeDtypeStruct((count,), jnp.uint32)).compile()
+  return (
+    draw.jit_sample(painter, jax.tree.map(lambda x: x.sharding, params))
+    .lower(params, text, text, jax.ShapeDtypeStruct((count,), jnp.uint32))
+    .compile()
+  )
 
 
 def bytes_per_chip(tree: Any) -> int:
   """Of sharded shapes, on one chip and without padding."""
   return sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(tree))
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
@@ -228,17 +272,21 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
     and from memory by the compiler's count; and `collectives`, bytes by kind.
   """
   memory = compiled.memory_analysis()
-  arguments = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-               - memory.alias_size_in_bytes)
-  temporary = (memory.temp_size_in_bytes
-               + memory.generated_code_size_in_bytes)
+  arguments = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   counted = compiled.cost_analysis()
   return {
-      'arguments': arguments, 'activations': temporary,
-      'memory': arguments + temporary,
-      'flops': counted['flops'] * turns,
-      'bytes': counted['bytes accessed'] * turns,
-      'collectives': hlo.collective_bytes(compiled.as_text(), turns)}
+    'arguments': arguments,
+    'activations': temporary,
+    'memory': arguments + temporary,
+    'flops': counted['flops'] * turns,
+    'bytes': counted['bytes accessed'] * turns,
+    'collectives': hlo.collective_bytes(compiled.as_text(), turns),
+  }
 
 
 def needed_memory(message: str) -> float | None:
@@ -256,24 +304,31 @@ def needed_memory(message: str) -> float | None:
 def roofline(weight: Mapping[str, Any], chip: Chip) -> dict[str, float]:
   """Seconds that each part takes at its peak; a step takes the longest."""
   return {
-      'arithmetic': weight['flops'] / chip.flops,
-      'memory': weight['bytes'] / chip.bandwidth,
-      'links': sum(weight['collectives'].values()) / chip.links}
+    'arithmetic': weight['flops'] / chip.flops,
+    'memory': weight['bytes'] / chip.bandwidth,
+    'links': sum(weight['collectives'].values()) / chip.links,
+  }
 
 
-def chip_hours(images: float, images_per_second: float,
-               num_chips: int) -> float:
+def chip_hours(
+  images: float, images_per_second: float, num_chips: int
+) -> float:
   """What a slice of chips takes for so many images."""
   return images / images_per_second * num_chips / 3600
 
 
 def _versions() -> dict[str, str]:
   root = pathlib.Path(__file__).parents[1]
-  source = hashlib.sha256(b''.join(
-      path.read_bytes() for path in sorted(root.rglob('*.py'))))
-  return {'mdm_jax': source.hexdigest(),
-          **{name: importlib.metadata.version(name)
-             for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')}}
+  source = hashlib.sha256(
+    b''.join(path.read_bytes() for path in sorted(root.rglob('*.py')))
+  )
+  return {
+    'mdm_jax': source.hexdigest(),
+    **{
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
+    },
+  }
 
 
 def cached(directory: pathlib.Path, question: Any, answer) -> Any:
@@ -285,22 +340,23 @@ def cached(directory: pathlib.Path, question: Any, answer) -> Any:
     answer: returns JSON's types.
   """
   key = hashlib.sha256(
-      json.dumps(question, sort_keys=True).encode()).hexdigest()
+    json.dumps(question, sort_keys=True).encode()
+  ).hexdigest()
   path = directory / f'{key[:32]}.json'
   if path.exists():
     return json.loads(path.read_text())
   result = answer()
   directory.mkdir(parents=True, exist_ok=True)
   # A name of its own: several may plan at once, and one may be stopped.
-  with tempfile.NamedTemporaryFile(
-      'w', dir=directory, delete=False) as file:
+  with tempfile.NamedTemporaryFile('w', dir=directory, delete=False) as file:
     json.dump(result, file)
   os.replace(file.name, path)
   return result
 
 
-def measure(config: ConfigDict, topology: str, step: str,
-            directory: pathlib.Path) -> dict[str, Any]:
+def measure(
+  config: ConfigDict, topology: str, step: str, directory: pathlib.Path
+) -> dict[str, Any]:
   """Compiles a step of a prepared config's only stage, or remembers it.
 
   Args:
@@ -323,36 +379,56 @@ def measure(config: ConfigDict, topology: str, step: str,
   def answer():
     state = abstract_state(config, mesh)
     if step == 'train':
-      kept = {'parameters': state.params, 'optimizer': state.opt_state,
-              'average': (state.ema, state.lags)}
+      kept = {
+        'parameters': state.params,
+        'optimizer': state.opt_state,
+        'average': (state.ema, state.lags),
+      }
     else:
       kept = {'average': state.ema}
     kept['text encoder'] = build.frozen_shapes(config, mesh)
     sizes = {kind: bytes_per_chip(tree) for kind, tree in kept.items()}
     begin = time.monotonic()
-    turns = (config.stages[0].accumulate if step == 'train'
-             else config.sampler.num_steps)
+    turns = (
+      config.stages[0].accumulate
+      if step == 'train'
+      else config.sampler.num_steps
+    )
     try:
       compiled = (compile_train if step == 'train' else compile_sample)(
-          config, mesh)
+        config, mesh
+      )
     except jax.errors.JaxRuntimeError as error:
       needed = needed_memory(str(error))
       if needed is None:
         raise
-      return {'state': sizes, 'needed': needed,
-              'seconds': time.monotonic() - begin}
-    return {'state': sizes, **weigh(compiled, turns),
-            'seconds': time.monotonic() - begin}
+      return {
+        'state': sizes,
+        'needed': needed,
+        'seconds': time.monotonic() - begin,
+      }
+    return {
+      'state': sizes,
+      **weigh(compiled, turns),
+      'seconds': time.monotonic() - begin,
+    }
+
   # Where T5's description lies does not matter.
   asked = json.loads(config.to_json())
   asked['text']['path'] = ''
   question = [
-      asked, topology, step, jax.config.jax_optimization_level, _versions()]
+    asked,
+    topology,
+    step,
+    jax.config.jax_optimization_level,
+    _versions(),
+  ]
   return cached(directory, question, answer)
 
 
-def report(measured: Mapping[str, Any], chip: Chip, images: int,
-           num_chips: int) -> tuple[list[list[str]], float | None]:
+def report(
+  measured: Mapping[str, Any], chip: Chip, images: int, num_chips: int
+) -> tuple[list[list[str]], float | None]:
   """A step's rows, and images/s of the slice; None if it does not fit.
 
   Args:
@@ -361,40 +437,74 @@ def report(measured: Mapping[str, Any], chip: Chip, images: int,
     images: a step, over all chips.
     num_chips: of the slice.
   """
+
   def gib(size):
     return f'{size / _GIB:.2f} GiB'
+
   if 'needed' in measured:
     needed = measured['needed']
-    return [['fits', f'no: {needed:.2f} of {chip.memory} GiB, '
-             f'{needed - chip.memory:.2f} too much']], None
+    return [
+      [
+        'fits',
+        f'no: {needed:.2f} of {chip.memory} GiB, '
+        f'{needed - chip.memory:.2f} too much',
+      ]
+    ], None
   left = chip.memory - measured['memory'] / _GIB
-  rows = [['fits', f"{'yes' if left >= 0 else 'no'}: "
-           f"{measured['memory'] / _GIB:.2f} of {chip.memory} GiB, "
-           f'{left:.2f} left']]
-  rows += [[f'memory: {kind}', gib(size)]
-           for kind, size in measured['state'].items() if size]
+  rows = [
+    [
+      'fits',
+      f'{"yes" if left >= 0 else "no"}: '
+      f'{measured["memory"] / _GIB:.2f} of {chip.memory} GiB, '
+      f'{left:.2f} left',
+    ]
+  ]
+  rows += [
+    [f'memory: {kind}', gib(size)]
+    for kind, size in measured['state'].items()
+    if size
+  ]
   per_chip = images / num_chips
   rows += [
-      ['memory: activations', gib(measured['activations'])],
-      ['arithmetic', f"{measured['flops'] / 1e12:.2f} TFLOP, "
-       f"{measured['flops'] / per_chip / 1e12:.2f} an image"],
-      ['memory moved', f"{measured['bytes'] / 1e9:.1f} GB, "
-       f"{measured['bytes'] / per_chip / 1e9:.1f} an image"]]
-  rows += [[f'{kind}', f'{size / 1e9:.3f} GB']
-           for kind, size in sorted(measured['collectives'].items())]
+    ['memory: activations', gib(measured['activations'])],
+    [
+      'arithmetic',
+      f'{measured["flops"] / 1e12:.2f} TFLOP, '
+      f'{measured["flops"] / per_chip / 1e12:.2f} an image',
+    ],
+    [
+      'memory moved',
+      f'{measured["bytes"] / 1e9:.1f} GB, '
+      f'{measured["bytes"] / per_chip / 1e9:.1f} an image',
+    ],
+  ]
+  rows += [
+    [f'{kind}', f'{size / 1e9:.3f} GB']
+    for kind, size in sorted(measured['collectives'].items())
+  ]
   parts = roofline(measured, chip)
   seconds = max(parts.values())
   rows += [
-      ['roofline', f'{seconds * 1e3:.0f} ms ('
-       + ', '.join(f'{name} {part * 1e3:.0f}' for name, part in parts.items())
-       + ')'],
-      ['images/s', f'at most {images / seconds:.1f}']]
+    [
+      'roofline',
+      f'{seconds * 1e3:.0f} ms ('
+      + ', '.join(f'{name} {part * 1e3:.0f}' for name, part in parts.items())
+      + ')',
+    ],
+    ['images/s', f'at most {images / seconds:.1f}'],
+  ]
   return rows, images / seconds
 
 
-def plan(config: ConfigDict, topology: str, stages: Sequence[int],
-         batch_per_chip: int | None, step: str, price: float | None,
-         directory: pathlib.Path) -> None:
+def plan(
+  config: ConfigDict,
+  topology: str,
+  stages: Sequence[int],
+  batch_per_chip: int | None,
+  step: str,
+  price: float | None,
+  directory: pathlib.Path,
+) -> None:
   """Prints a table a stage, and what the run costs.
 
   Args:
@@ -407,32 +517,42 @@ def plan(config: ConfigDict, topology: str, stages: Sequence[int],
     directory: of what is remembered.
   """
   chip, devices = find_devices(topology)
-  print(f'{topology}, {len(devices)} chips of {chip.flops / 1e12:.0f} TFLOP/s, '
-        f'{chip.memory} GiB at {chip.bandwidth / 1e9:.0f} GB/s, links of '
-        f'{chip.links / 1e9:.0f} GB/s')
+  print(
+    f'{topology}, {len(devices)} chips of {chip.flops / 1e12:.0f} TFLOP/s, '
+    f'{chip.memory} GiB at {chip.bandwidth / 1e9:.0f} GB/s, links of '
+    f'{chip.links / 1e9:.0f} GB/s'
+  )
   hours = []
   for index in stages:
     with tempfile.TemporaryDirectory() as scratch:
       prepared, notes = prepare(
-          config, index, batch_per_chip, len(devices), scratch)
+        config, index, batch_per_chip, len(devices), scratch
+      )
       if step == 'sample' and prepared.text.encoder == 't5':
         prepared.text.encoder = 'precomputed'
         notes.append('Without the text encoder, which runs once.')
       measured = measure(prepared, topology, step, directory)
     stage = prepared.stages[0]
-    images = (stage.batch_size if step == 'train'
-              else prepared.eval.batch_size)
+    images = stage.batch_size if step == 'train' else prepared.eval.batch_size
     rows, rate = report(measured, chip, images, len(devices))
     rows.append(['compiled in', metrics.duration(measured['seconds'])])
     if rate and step == 'train':
       given = config.stages[index]
-      hours.append(chip_hours(
-          given.steps * given.batch_size, rate, len(devices)))
+      hours.append(
+        chip_hours(given.steps * given.batch_size, rate, len(devices))
+      )
       rows.append(['chip-hours', _price(hours[-1], price)])
-    print('\n' + metrics.table(rows, [
-        f"stage '{stage.name}', {step} step",
-        f'{images / len(devices):g} images a chip, {_mesh(prepared, devices)}'
-    ]))
+    print(
+      '\n'
+      + metrics.table(
+        rows,
+        [
+          f"stage '{stage.name}', {step} step",
+          f'{images / len(devices):g} images a chip, '
+          f'{_mesh(prepared, devices)}',
+        ],
+      )
+    )
     print('\n'.join(notes), flush=True)
   if len(hours) > 1:
     print(f'All {len(hours)} stages: {_price(sum(hours), price)}')
@@ -440,7 +560,8 @@ def plan(config: ConfigDict, topology: str, stages: Sequence[int],
 
 def _price(hours: float, price: float | None) -> str:
   return f'at least {hours:,.0f}' + (
-      '' if price is None else f', at {price:g} each {hours * price:,.0f}')
+    '' if price is None else f', at {price:g} each {hours * price:,.0f}'
+  )
 
 
 def _mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> str:
@@ -448,8 +569,9 @@ def _mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> str:
   return 'mesh ' + ' x '.join(f'{n} {axis}' for axis, n in sizes.items())
 
 
-def search(config: ConfigDict, topology: str, index: int,
-           directory: pathlib.Path) -> None:
+def search(
+  config: ConfigDict, topology: str, index: int, directory: pathlib.Path
+) -> None:
   """Tries meshes, rematerialisation and batches, and recommends the fastest.
 
   For each mesh and policy the batch a chip doubles until it does not fit or
@@ -460,7 +582,8 @@ def search(config: ConfigDict, topology: str, index: int,
   count = len(devices)
   best = None
   for fsdp, remat in itertools.product(
-      sorted({1, min(16, count), count}), REMAT):
+    sorted({1, min(16, count), count}), REMAT
+  ):
     rate, ended = 0, False
     batch = int(sum(config.stages[index].mixed_ratio))  # Once its pattern.
     while not ended:
@@ -468,8 +591,7 @@ def search(config: ConfigDict, topology: str, index: int,
       tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
       for level in tried.model.levels:
         level.remat = remat
-      what = (f'--config.mesh.fsdp={fsdp} remat={remat} '
-              f'--batch_per_chip={batch}')
+      what = f'--config.mesh.fsdp={fsdp} remat={remat} --batch_per_chip={batch}'
       try:
         with tempfile.TemporaryDirectory() as scratch:
           prepared, _ = prepare(tried, index, batch, count, scratch)
@@ -479,8 +601,11 @@ def search(config: ConfigDict, topology: str, index: int,
         break
       before = rate
       rows, rate = report(measured, chip, batch * count, count)
-      print(f'{what}: {rows[0][1]}'
-            + (f'; at most {rate:.1f} images/s' if rate else ''), flush=True)
+      print(
+        f'{what}: {rows[0][1]}'
+        + (f'; at most {rate:.1f} images/s' if rate else ''),
+        flush=True,
+      )
       if not rate:
         break
       if best is None or rate > best[0]:
@@ -504,14 +629,20 @@ def main(argv: list[str]) -> None:
   metrics.setup_logging()
   cache = pathlib.Path(values.cache)
   config = values.config
-  stages = (range(len(config.stages)) if values.stage is None
-            else [values.stage])
+  stages = range(len(config.stages)) if values.stage is None else [values.stage]
   try:
     if values.search:
       search(config, values.topology, stages[-1], cache)
     else:
-      plan(config, values.topology, stages, values.batch_per_chip,
-           values.step, values.price, cache)
+      plan(
+        config,
+        values.topology,
+        stages,
+        values.batch_per_chip,
+        values.step,
+        values.price,
+        cache,
+      )
   except ValueError as error:
     sys.exit(f'error: {error}')
 
@@ -521,13 +652,18 @@ if __name__ == '__main__':
   flags.DEFINE_string('topology', None, 'A slice, such as v5e:4x4.')
   flags.DEFINE_integer('stage', None, 'Counted from 0; by default all.')
   flags.DEFINE_integer(
-      'batch_per_chip', None, "Images; by default the stage's batch.")
+    'batch_per_chip', None, "Images; by default the stage's batch."
+  )
   flags.DEFINE_enum('step', 'train', ['train', 'sample'], 'Which to compile.')
   flags.DEFINE_bool(
-      'search', False, 'Try meshes, rematerialisation and batches.')
+    'search', False, 'Try meshes, rematerialisation and batches.'
+  )
   flags.DEFINE_bool(
-      'quick', False, "Compile at XLA's level O1, with less search for the "
-      'best windows of convolutions: for a look round, not the last word.')
+    'quick',
+    False,
+    "Compile at XLA's level O1, with less search for the "
+    'best windows of convolutions: for a look round, not the last word.',
+  )
   flags.DEFINE_float('price', None, 'Of a chip for an hour.')
   flags.DEFINE_string('cache', str(_CACHE), 'Where results are kept.')
   flags.mark_flags_as_required(['config', 'topology'])

@@ -43,8 +43,9 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {error}')
 
 
-def precompute(config, batch_size: int, storage: str = 'bfloat16',
-               part: str = '0/1') -> None:
+def precompute(
+  config, batch_size: int, storage: str = 'bfloat16', part: str = '0/1'
+) -> None:
   """Writes the features of every split.
 
   Args:
@@ -67,9 +68,10 @@ def precompute(config, batch_size: int, storage: str = 'bfloat16',
   index, count = _parse_part(part)
   if config.text.encoder in ('learned', 'label'):
     raise ValueError(
-        f'text.encoder={config.text.encoder!r} is trained with the network: '
-        'nothing can be computed before. Give a config with '
-        "'t5' or 'precomputed'.")
+      f'text.encoder={config.text.encoder!r} is trained with the network: '
+      'nothing can be computed before. Give a config with '
+      "'t5' or 'precomputed'."
+    )
   config = build.reading_prompts(config)
   config.mesh.update(data=-1, fsdp=1, spatial=1)
   mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
@@ -82,15 +84,24 @@ def precompute(config, batch_size: int, storage: str = 'bfloat16',
   splits = sources.available_splits(path)
   by_split = {split: sources.open_source(path, split) for split in splits}
   info = precomputed.TextInfo(
-      made_with=build.text_fingerprint(config), dtype=storage,
-      width=encoder.width, shard_size=SHARD_SIZE,
-      splits={split: len(source) for split, source in by_split.items()})
+    made_with=build.text_fingerprint(config),
+    dtype=storage,
+    width=encoder.width,
+    shard_size=SHARD_SIZE,
+    splits={split: len(source) for split, source in by_split.items()},
+  )
   directory = precomputed.text_directory(path)
   _write_info(path, info)
-  files = [(split, k, name) for split in splits
-           for k, name in enumerate(info.files(split))]
-  mine = [(split, k, directory / name) for split, k, name in files[index::count]
-          if not (directory / name).exists()]
+  files = [
+    (split, k, name)
+    for split in splits
+    for k, name in enumerate(info.files(split))
+  ]
+  mine = [
+    (split, k, directory / name)
+    for split, k, name in files[index::count]
+    if not (directory / name).exists()
+  ]
   logging.info('%s: %d of %d files to make.', directory, len(mine), len(files))
 
   ##### How.
@@ -108,25 +119,36 @@ def precompute(config, batch_size: int, storage: str = 'bfloat16',
   if index == 0:
     _write_empty(directory / 'empty.npy', tokenizer, encode, batch_size)
   begin, done, num_bytes = time.monotonic(), 0, 0
-  total = sum(min(SHARD_SIZE, info.splits[split] - k * SHARD_SIZE)
-              for split, k, _ in mine)
+  total = sum(
+    min(SHARD_SIZE, info.splits[split] - k * SHARD_SIZE) for split, k, _ in mine
+  )
   for split, k, file in mine:
     source = by_split[split]
-    captions = _captions(source, range(
-        k * SHARD_SIZE, min((k + 1) * SHARD_SIZE, len(source))))
+    captions = _captions(
+      source, range(k * SHARD_SIZE, min((k + 1) * SHARD_SIZE, len(source)))
+    )
     records = encode_captions(captions, tokenizer, encode, batch_size)
     _write_records(file, records)
     done += len(records)
     num_bytes += sum(map(len, records))
     rate = done / (time.monotonic() - begin)
     logging.info(
-        '%s: %d of %d captions, %.0f captions/s, %.0f bytes a caption, %.0f s '
-        'left', file.name, done, total, rate, num_bytes / done,
-        (total - done) / rate)
+      '%s: %d of %d captions, %.0f captions/s, %.0f bytes a caption, %.0f s '
+      'left',
+      file.name,
+      done,
+      total,
+      rate,
+      num_bytes / done,
+      (total - done) / rate,
+    )
 
 
 def encode_captions(
-    captions: Sequence[str], tokenizer, encode: Callable, batch_size: int,
+  captions: Sequence[str],
+  tokenizer,
+  encode: Callable,
+  batch_size: int,
 ) -> list[bytes]:
   """The records of some captions; those of about one length share a batch.
 
@@ -145,22 +167,26 @@ def encode_captions(
   # All are started before the first is waited for: no device is ever idle.
   encoded = []
   for start in range(0, len(order), batch_size):
-    rows = order[start:start + batch_size]
-    length = min(math.ceil(lengths[rows].max() / _LENGTH_STEP) * _LENGTH_STEP,
-                 tokens.shape[1])
+    rows = order[start : start + batch_size]
+    length = min(
+      math.ceil(lengths[rows].max() / _LENGTH_STEP) * _LENGTH_STEP,
+      tokens.shape[1],
+    )
     batch = np.zeros((batch_size, length), np.int32)
-    batch[:len(rows)] = tokens[rows, :length]
+    batch[: len(rows)] = tokens[rows, :length]
     encoded.append((rows, encode(batch)))
   records = [b''] * len(captions)
   for rows, features in encoded:
     for row, value in zip(rows, np.asarray(features)):
-      value = value[:lengths[row]]
+      value = value[: lengths[row]]
       if not np.isfinite(value.astype(np.float32)).all():
         raise ValueError(
-            f'The features of {captions[row]!r} exceed {value.dtype}: use '
-            '--storage=bfloat16.')
+          f'The features of {captions[row]!r} exceed {value.dtype}: use '
+          '--storage=bfloat16.'
+        )
       records[row] = precomputed.pack(
-          captions[row], tokenizer.count(captions[row]), value)
+        captions[row], tokenizer.count(captions[row]), value
+      )
   return records
 
 
@@ -184,17 +210,19 @@ def _write_info(path: str, info: precomputed.TextInfo) -> None:
   precomputed.require_same(path, found, info.made_with)
   if found != info:
     raise ValueError(
-        f'{file.parent} has {found.dtype} features of {dict(found.splits)}, '
-        f'asked for are {info.dtype} of {dict(info.splits)}: remove it, or '
-        'ask for the same.')
+      f'{file.parent} has {found.dtype} features of {dict(found.splits)}, '
+      f'asked for are {info.dtype} of {dict(info.splits)}: remove it, or '
+      'ask for the same.'
+    )
 
 
-def _write_empty(file: pathlib.Path, tokenizer, encode: Callable,
-                 batch_size: int) -> None:
+def _write_empty(
+  file: pathlib.Path, tokenizer, encode: Callable, batch_size: int
+) -> None:
   tokens = tokenizer.encode('')
   features = np.asarray(encode(np.tile(tokens, (batch_size, 1))))[0]
   temporary = file.with_name('empty.tmp.npy')
-  np.save(temporary, features[:(tokens != 0).sum()].astype(np.float32))
+  np.save(temporary, features[: (tokens != 0).sum()].astype(np.float32))
   temporary.replace(file)
 
 
@@ -202,9 +230,10 @@ def _captions(source, indices: range) -> list[str]:
   import grain
 
   return list(
-      grain.MapDataset.range(indices.start, indices.stop)
-      .map(lambda i: source[i]['caption'])
-      .to_iter_dataset(grain.ReadOptions()))
+    grain.MapDataset.range(indices.start, indices.stop)
+    .map(lambda i: source[i]['caption'])
+    .to_iter_dataset(grain.ReadOptions())
+  )
 
 
 def _write_records(file: pathlib.Path, records: Sequence[bytes]) -> None:
@@ -213,7 +242,8 @@ def _write_records(file: pathlib.Path, records: Sequence[bytes]) -> None:
   temporary = file.with_name(f'{file.name}.tmp')
   # Numbers do not compress, and single ones are to be read.
   writer = array_record_module.ArrayRecordWriter(
-      str(temporary), 'group_size:1,uncompressed')
+    str(temporary), 'group_size:1,uncompressed'
+  )
   for record in records:
     writer.write(record)
   writer.close()
@@ -223,11 +253,14 @@ def _write_records(file: pathlib.Path, records: Sequence[bytes]) -> None:
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   config_flags.DEFINE_config_file(
-      'config', None, 'Of the runs that are to read the features.')
+    'config', None, 'Of the runs that are to read the features.'
+  )
   flags.DEFINE_integer(
-      'batch_size', 256, 'Captions encoded at once.', lower_bound=1)
-  flags.DEFINE_enum('storage', 'bfloat16', sorted(precomputed.DTYPES),
-                    'Of the stored features.')
+    'batch_size', 256, 'Captions encoded at once.', lower_bound=1
+  )
+  flags.DEFINE_enum(
+    'storage', 'bfloat16', sorted(precomputed.DTYPES), 'Of the stored features.'
+  )
   flags.DEFINE_string('part', '0/1', 'This machine of how many.')
   flags.mark_flag_as_required('config')
   app.run(main)

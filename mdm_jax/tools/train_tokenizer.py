@@ -17,13 +17,13 @@ import sentencepiece
 from mdm_jax.data import shapes
 
 _OUTPUT = flags.DEFINE_string(
-    'output', None, 'Where to write the model.', required=True
+  'output', None, 'Where to write the model.', required=True
 )
 _CAPTIONS = flags.DEFINE_string(
-    'captions', None, 'A text file, one caption a line; without it, shapes.'
+  'captions', None, 'A text file, one caption a line; without it, shapes.'
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
-    'vocab_size', 450, 'Pieces, of which 256 are bytes and 3 are special.'
+  'vocab_size', 450, 'Pieces, of which 256 are bytes and 3 are special.'
 )
 _NUM_CAPTIONS = 20_000
 
@@ -42,21 +42,21 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
   """
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(captions),
-      model_writer=model,
-      # The unigram trainer never tries a word that is seen in one form only.
-      model_type='bpe',
-      normalization_rule_name='identity',
-      vocab_size=vocab_size,
-      hard_vocab_limit=False,
-      byte_fallback=True,
-      character_coverage=1.0,
-      pad_id=0,
-      eos_id=1,
-      unk_id=2,
-      bos_id=-1,
-      num_threads=1,
-      minloglevel=2,
+    sentence_iterator=iter(captions),
+    model_writer=model,
+    # The unigram trainer never tries a word that is seen in one form only.
+    model_type='bpe',
+    normalization_rule_name='identity',
+    vocab_size=vocab_size,
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    character_coverage=1.0,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    num_threads=1,
+    minloglevel=2,
   )
   return model.getvalue()
 

@@ -10,8 +10,9 @@ NAMES = ('rose', 'tulip', 'crane', '3', 'crane')
 def test_tokens_follow_padding_and_no_class():
   labels = Labels(5, NAMES)
   assert labels.vocab_size == 7
-  assert [labels.encode(p).tolist() for p in ('', '0', '4', 'rose', 'tulip')
-          ] == [[1], [2], [6], [2], [3]]
+  assert [
+    labels.encode(p).tolist() for p in ('', '0', '4', 'rose', 'tulip')
+  ] == [[1], [2], [6], [2], [3]]
   # A number is the class's, whatever it is called.
   assert labels.encode('3').tolist() == [5]
   assert labels.encode('1').dtype == 'int32'
@@ -19,13 +20,16 @@ def test_tokens_follow_padding_and_no_class():
   assert Labels(5).name(1) == '1'
 
 
-@pytest.mark.parametrize('labels, prompt, message', [
+@pytest.mark.parametrize(
+  'labels, prompt, message',
+  [
     (Labels(5), '5', "no classes are '5': give a number from 0 to 4.$"),
     (Labels(5), 'rose', "no classes are 'rose': give a number from 0 to 4.$"),
     (Labels(5), '-1', "no classes are '-1'"),
     (Labels(5, NAMES), 'Rose', "no classes are 'Rose': .* 4, or a name"),
     (Labels(5, NAMES), 'crane', "2 classes are 'crane': give a number"),
-])
+  ],
+)
 def test_other_prompts_are_refused(labels, prompt, message):
   with pytest.raises(ValueError, match=message):
     labels.encode(prompt)

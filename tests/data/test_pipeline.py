@@ -29,8 +29,8 @@ class Numbers:
 
 def to_example(record, rng):
   return {
-      'number': np.int32(record['number']),
-      'random': np.float32(rng.random()),
+    'number': np.int32(record['number']),
+    'random': np.float32(rng.random()),
   }
 
 
@@ -46,9 +46,7 @@ def fail_on(*bad):
 def batches(source, *, transform=to_example, **options):
   defaults = {'batch_size': 8, 'seed': 3, 'shuffle': True, 'num_batches': 6}
   return list(
-      pipeline.make_dataset(
-          source, transform=transform, **(defaults | options)
-      )
+    pipeline.make_dataset(source, transform=transform, **(defaults | options))
   )
 
 
@@ -68,8 +66,8 @@ def test_the_order_of_a_seed_never_changes():
 def test_keys_of_a_batch(shuffle):
   for k, batch in enumerate(batches(Numbers(21), shuffle=shuffle)):
     assert pipeline.batch_keys(
-        Numbers(21), k, batch_size=8, seed=3, shuffle=shuffle) == [
-            f'n{number}' for number in batch['number']]
+      Numbers(21), k, batch_size=8, seed=3, shuffle=shuffle
+    ) == [f'n{number}' for number in batch['number']]
 
 
 def test_keys_name_records_that_cannot_be_read():
@@ -78,17 +76,18 @@ def test_keys_name_records_that_cannot_be_read():
       if index == 2:
         raise BadRecord('n2', 'damaged')
       return super().__getitem__(index)
+
   assert pipeline.batch_keys(
-      Unreadable(4), 0, batch_size=4, seed=0, shuffle=False) == [
-          'n0', 'n1', 'n2', 'n3']
+    Unreadable(4), 0, batch_size=4, seed=0, shuffle=False
+  ) == ['n0', 'n1', 'n2', 'n3']
 
 
 @pytest.mark.parametrize('process_count', [2, 4])
 def test_processes_share_the_same_global_batches(process_count):
   expected = batches(Numbers(21))
   parts = [
-      batches(Numbers(21), process_index=i, process_count=process_count)
-      for i in range(process_count)
+    batches(Numbers(21), process_index=i, process_count=process_count)
+    for i in range(process_count)
   ]
   for k, whole in enumerate(expected):
     for name in ('number', 'random', 'bad'):
@@ -107,8 +106,8 @@ def test_threads_and_prefetch_change_nothing(options):
 @pytest.mark.parametrize('size', [1, 5, 2**16, 2**16 + 1])
 def test_each_record_once_an_epoch_in_a_new_order(size):
   epochs = [
-      [pipeline.record_index(e * size + i, size, 7, True) for i in range(size)]
-      for e in range(2)
+    [pipeline.record_index(e * size + i, size, 7, True) for i in range(size)]
+    for e in range(2)
   ]
   for order in epochs:
     assert sorted(order) == list(range(size))
@@ -119,7 +118,7 @@ def test_each_record_once_an_epoch_in_a_new_order(size):
 
 def test_seeds_differ():
   assert column(batches(Numbers(40))).tolist() != (
-      column(batches(Numbers(40), seed=4)).tolist()
+    column(batches(Numbers(40), seed=4)).tolist()
   )
 
 
@@ -129,7 +128,7 @@ def test_resuming_reads_nothing_before_and_goes_on_exactly():
   found = batches(source, start_batch=4, num_batches=3)
   for name in ('number', 'random'):
     np.testing.assert_array_equal(
-        column(found, name), column(expected[4:], name)
+      column(found, name), column(expected[4:], name)
     )
   assert sorted(source.read) == sorted(column(expected[4:]).tolist())
 
@@ -147,7 +146,7 @@ def test_without_shuffling_the_order_is_the_sources():
 
 def test_without_num_batches_there_is_no_end():
   dataset = pipeline.make_dataset(
-      Numbers(2), transform=to_example, batch_size=2, seed=0, shuffle=True
+    Numbers(2), transform=to_example, batch_size=2, seed=0, shuffle=True
   )
   iterator = iter(dataset)
   for _ in range(20):
@@ -178,7 +177,7 @@ def test_replacements_are_the_same_for_any_process_count():
   expected = batches(Numbers(13), transform=transform)
   assert column(expected, 'bad').sum() > 0
   second = batches(
-      Numbers(13), transform=transform, process_index=1, process_count=2
+    Numbers(13), transform=transform, process_index=1, process_count=2
   )
   for whole, half in zip(expected, second):
     for name in ('number', 'random', 'bad'):
@@ -199,12 +198,12 @@ def test_other_errors_of_a_transform_are_not_hidden():
 
 
 @pytest.mark.parametrize(
-    'size, options, message',
-    [
-        (0, {}, 'empty'),
-        (5, {'batch_size': 0}, 'batch_size=0'),
-        (5, {'batch_size': 6, 'process_count': 4}, 'batch_size=6.*4 processes'),
-    ],
+  'size, options, message',
+  [
+    (0, {}, 'empty'),
+    (5, {'batch_size': 0}, 'batch_size=0'),
+    (5, {'batch_size': 6, 'process_count': 4}, 'batch_size=6.*4 processes'),
+  ],
 )
 def test_errors_name_what_is_wrong(size, options, message):
   with pytest.raises(ValueError, match=message):
@@ -222,15 +221,16 @@ def rows_of(name):
 def test_rows_of_a_pattern_are_stacked_by_name(process_count):
   other = Numbers(21)
   options = {
-      'batch_size': 12, 'transform': rows_of('long'),
-      'further_rows': [(Numbers(21), rows_of('long')), (other, rows_of('x'))],
+    'batch_size': 12,
+    'transform': rows_of('long'),
+    'further_rows': [(Numbers(21), rows_of('long')), (other, rows_of('x'))],
   }
   plain = batches(Numbers(21), batch_size=12)
   parts = [
-      batches(
-          Numbers(21), **options, process_index=i, process_count=process_count
-      )
-      for i in range(process_count)
+    batches(
+      Numbers(21), **options, process_index=i, process_count=process_count
+    )
+    for i in range(process_count)
   ]
   # The order is that of any other batch; every third row has no 'long'.
   for k, whole in enumerate(plain):
@@ -239,16 +239,18 @@ def test_rows_of_a_pattern_are_stacked_by_name(process_count):
     for part in parts:
       assert part[k]['long'].shape == (8 // process_count, 4)
       assert part[k]['x'].shape == (4 // process_count, 1)
-  assert sorted(set(other.read)) == sorted({
-      int(n) for whole in plain for n in whole['number'][2::3]
-  })
+  assert sorted(set(other.read)) == sorted(
+    {int(n) for whole in plain for n in whole['number'][2::3]}
+  )
 
 
 def test_processes_hold_whole_patterns():
   with pytest.raises(ValueError, match='batch_size=12.*2 processes.*4 rows'):
     batches(
-        Numbers(5), batch_size=12, process_count=2,
-        further_rows=[(Numbers(5), to_example)] * 3,
+      Numbers(5),
+      batch_size=12,
+      process_count=2,
+      further_rows=[(Numbers(5), to_example)] * 3,
     )
 
 
@@ -259,13 +261,14 @@ def test_worker_processes_give_the_same_batches(mixed):
   tokenizer = Tokenizer(CAPTIONS_MODEL, 16)
   coarse = Transform(tokenizer, 8, image_name='image_8')
   options = {
-      'transform': Transform(tokenizer, 16),
-      'further_rows': [
-          (ShapesSource(seed=0, split='train', size=10, resolution=8), coarse)
-      ] * mixed,
-      'batch_size': 4,
-      'num_batches': 3,
-      'start_batch': 2,
+    'transform': Transform(tokenizer, 16),
+    'further_rows': [
+      (ShapesSource(seed=0, split='train', size=10, resolution=8), coarse)
+    ]
+    * mixed,
+    'batch_size': 4,
+    'num_batches': 3,
+    'start_batch': 2,
   }
   source = ShapesSource(seed=0, split='train', size=10, resolution=16)
   expected = batches(source, **options)
@@ -284,9 +287,9 @@ def test_hosts_workers_and_resuming_change_no_bit(start_batch):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   options = {
-      'transform': Transform(Tokenizer(CAPTIONS_MODEL, 16), 16),
-      'batch_size': 8,
-      'num_batches': 5,
+    'transform': Transform(Tokenizer(CAPTIONS_MODEL, 16), 16),
+    'batch_size': 8,
+    'num_batches': 5,
   }
   source = ShapesSource(seed=0, split='train', size=200, resolution=16)
   expected = batches(source, **(options | {'num_batches': 30}))
@@ -294,14 +297,18 @@ def test_hosts_workers_and_resuming_change_no_bit(start_batch):
   for process_count in (1, 2, 4):
     for num_workers in (0, 1, 2, 3):
       parts = [
-          batches(
-              source, start_batch=start_batch, process_index=i,
-              process_count=process_count, num_workers=num_workers, **options,
-          )
-          for i in range(process_count)
+        batches(
+          source,
+          start_batch=start_batch,
+          process_index=i,
+          process_count=process_count,
+          num_workers=num_workers,
+          **options,
+        )
+        for i in range(process_count)
       ]
       for whole, *found in zip(expected, *parts, strict=True):
         for name in whole:
           np.testing.assert_array_equal(
-              np.concatenate([part[name] for part in found]), whole[name]
+            np.concatenate([part[name] for part in found]), whole[name]
           )

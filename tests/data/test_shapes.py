@@ -20,8 +20,11 @@ def _combinations(scene):
 
 
 def _flat(combinations):
-  return {(*pair, background) for background, pairs in combinations.items()
-          for pair in pairs}
+  return {
+    (*pair, background)
+    for background, pairs in combinations.items()
+    for pair in pairs
+  }
 
 
 def _pooled(image, factor):
@@ -65,8 +68,8 @@ def test_objects_are_inside_and_clear_of_another():
     if len(scene.objects) == 2:
       first, second = scene.objects
       distance = {
-          'left of': second.x - first.x,
-          'above': second.y - first.y,
+        'left of': second.x - first.x,
+        'above': second.y - first.y,
       }[scene.layout]
       assert distance >= first.radius + second.radius + 0.06 - 1e-9
 
@@ -80,9 +83,9 @@ def test_a_record_depends_on_seed_split_and_index_alone():
   finer = shapes.ShapesSource(3, 'train', 99, resolution=128)
   assert finer.scene(7) == source.scene(7)
   others = [
-      shapes.ShapesSource(4, 'train', 10, 32).scene(7),
-      shapes.ShapesSource(3, 'validation', 10, 32).scene(7),
-      source.scene(6),
+    shapes.ShapesSource(4, 'train', 10, 32).scene(7),
+    shapes.ShapesSource(3, 'validation', 10, 32).scene(7),
+    source.scene(6),
   ]
   assert all(other != source.scene(7) for other in others)
 
@@ -97,17 +100,21 @@ def test_first_record_is_what_it_always_was():
   scene, caption, stated = shapes.ShapesSource(0, 'train', 1, 64).scene(0)
   assert scene.layout == 'left of' and scene.background == 'white'
   assert caption == (
-      'a small dotted orange circle to the right of a dotted pink circle,'
-      ' white background'
+    'a small dotted orange circle to the right of a dotted pink circle,'
+    ' white background'
   )
   assert stated == {
-      'background': 'white',
-      'objects': [
-          {'shape': 'circle', 'color': 'orange', 'pattern': 'dotted',
-           'size': 'small'},
-          {'shape': 'circle', 'color': 'pink', 'pattern': 'dotted'},
-      ],
-      'relation': 'right of',
+    'background': 'white',
+    'objects': [
+      {
+        'shape': 'circle',
+        'color': 'orange',
+        'pattern': 'dotted',
+        'size': 'small',
+      },
+      {'shape': 'circle', 'color': 'pink', 'pattern': 'dotted'},
+    ],
+    'relation': 'right of',
   }
 
 
@@ -115,7 +122,7 @@ def test_source_repr_and_errors():
   source = shapes.ShapesSource(1, 'train', 5, 64)
   assert len(source) == 5
   assert repr(source) == (
-      "ShapesSource(seed=1, split='train', size=5, resolution=64)"
+    "ShapesSource(seed=1, split='train', size=5, resolution=64)"
   )
   with pytest.raises(IndexError, match='index 5'):
     source[5]
@@ -204,7 +211,7 @@ def test_templates_for_marking():
   np.testing.assert_allclose(areas['circle'], np.pi / 4, atol=0.01)
   np.testing.assert_allclose(areas['square'], 0.86**2, atol=0.03)
   np.testing.assert_allclose(
-      areas['ring'], np.pi / 4 * (1 - 0.52**2), atol=0.01
+    areas['ring'], np.pi / 4 * (1 - 0.52**2), atol=0.01
   )
   tiles = shapes.pattern_tiles()
   assert tuple(tiles) == shapes.PATTERNS

@@ -32,15 +32,16 @@ def data_set(tmp_path):
   with tarfile.open(tmp_path / 'some.tar', 'w') as tar:
     for i in range(10):
       for name, data in (
-          (f'{i}.png', image_file(i)),
-          (f'{i}.txt', f'caption ü {i}'.encode()),
+        (f'{i}.png', image_file(i)),
+        (f'{i}.txt', f'caption ü {i}'.encode()),
       ):
         member = tarfile.TarInfo(name)
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
   path = str(tmp_path / 'prepared')
-  prepare_data.prepare(f'{tmp_path}/*.tar', path,
-                       prepare_data.Options(validation_fraction=0.2))
+  prepare_data.prepare(
+    f'{tmp_path}/*.tar', path, prepare_data.Options(validation_fraction=0.2)
+  )
   return path
 
 
@@ -68,12 +69,12 @@ def test_a_source_goes_to_workers_by_its_path(data_set):
 def test_batches_of_a_prepared_data_set(data_set):
   source = sources.open_source(data_set, 'train')
   dataset = pipeline.make_dataset(
-      source,
-      transform=Transform(Lengths(), 16),
-      batch_size=len(source),
-      seed=0,
-      shuffle=True,
-      num_batches=1,
+    source,
+    transform=Transform(Lengths(), 16),
+    batch_size=len(source),
+    seed=0,
+    shuffle=True,
+    num_batches=1,
   )
   (batch,) = dataset
   levels = sorted(batch['image'][:, 8, 8, 0].tolist())

@@ -33,8 +33,8 @@ def test_parts_may_be_anywhere(tmp_path):
     records, rejects = read(tmp_path / f'{stem}.tar')
     assert rejects == []
     assert sorted(records) == [
-        (f'{stem}/00{i}', files[f'00{i}.jpg'], f'picture {i}')
-        for i in range(4)]
+      (f'{stem}/00{i}', files[f'00{i}.jpg'], f'picture {i}') for i in range(4)
+    ]
 
 
 def test_neighbours_need_no_memory(tmp_path, monkeypatch):
@@ -53,15 +53,25 @@ def test_neighbours_need_no_memory(tmp_path, monkeypatch):
 def test_hostile_members(tmp_path, monkeypatch):
   monkeypatch.setattr(tars, '_MAX_CAPTION', 50_000)
   nested = b'{"caption":' + b'[' * 40_000 + b']' * 4
-  write_tar(tmp_path / 's.tar', {
-      'big.jpg': image_file(), 'big.txt': b'x' * 100_000,
-      'nested.jpg': image_file(), 'nested.json': nested,
-      '../../etc/passwd.jpg': image_file(), '../../etc/passwd.txt': b'words',
-      'good.jpg': image_file(), 'good.txt': b'words'})
+  write_tar(
+    tmp_path / 's.tar',
+    {
+      'big.jpg': image_file(),
+      'big.txt': b'x' * 100_000,
+      'nested.jpg': image_file(),
+      'nested.json': nested,
+      '../../etc/passwd.jpg': image_file(),
+      '../../etc/passwd.txt': b'words',
+      'good.jpg': image_file(),
+      'good.txt': b'words',
+    },
+  )
   records, rejects = read(tmp_path / 's.tar')
   assert [key for key, _, _ in records] == ['s/../../etc/passwd', 's/good']
-  assert rejects == [('s/big', 'file too large'),
-                     ('s/nested', 'unreadable caption')]
+  assert rejects == [
+    ('s/big', 'file too large'),
+    ('s/nested', 'unreadable caption'),
+  ]
   assert [path.name for path in tmp_path.iterdir()] == ['s.tar']
 
   monkeypatch.setattr(tars, '_MAX_MEMBERS', 6)
@@ -71,13 +81,21 @@ def test_hostile_members(tmp_path, monkeypatch):
 
 
 def test_a_name_used_twice_counts_once(tmp_path):
-  files = {'a.jpg': image_file(), 'a.txt': b'first', 'b.jpg': image_file(),
-           'b.txt': b'words', './a.txt': b'second', './a.jpg': image_file(),
-           'b.json': b'{"caption": "other"}'}
+  files = {
+    'a.jpg': image_file(),
+    'a.txt': b'first',
+    'b.jpg': image_file(),
+    'b.txt': b'words',
+    './a.txt': b'second',
+    './a.jpg': image_file(),
+    'b.json': b'{"caption": "other"}',
+  }
   write_tar(tmp_path / 's.tar', files)
   records, rejects = read(tmp_path / 's.tar')
   assert [(key, caption) for key, _, caption in records] == [
-      ('s/a', 'first'), ('s/b', 'words')]
+    ('s/a', 'first'),
+    ('s/b', 'words'),
+  ]
   assert rejects == [('s/a', 'name used twice')] * 2
 
 
@@ -85,10 +103,15 @@ def test_a_name_used_twice_counts_once(tmp_path):
 def index(tmp_path):
   """30 records in three tars."""
   for i in range(3):
-    write_tar(tmp_path / f'{i}.tar', good_files(10) | {
+    write_tar(
+      tmp_path / f'{i}.tar',
+      good_files(10)
+      | {
         'x.txt': b'no image',
         'j.jpg': image_file(color=(i, 2, 3)),
-        'j.json': json.dumps({'caption': f'json {i}'}).encode()})
+        'j.json': json.dumps({'caption': f'json {i}'}).encode(),
+      },
+    )
   paths = tars.find([f'{tmp_path}/*.tar'])
   counts = tar_index.write_index(paths, f'{tmp_path}/index', 0.2)
   assert sum(counts.values()) == 33
@@ -102,8 +125,9 @@ def test_records_in_place(index, tmp_path):
       expected.setdefault(tars.split_of(key, 0.2), []).append((image, caption))
   for split in ('train', 'validation'):
     source = pickle.loads(pickle.dumps(tar_index.open_source(index, split)))
-    found = [(source[i]['image'], source[i]['caption'])
-             for i in range(len(source))]
+    found = [
+      (source[i]['image'], source[i]['caption']) for i in range(len(source))
+    ]
     assert sorted(found) == sorted(expected[split])
     assert len({source[i]['key'] for i in range(len(source))}) == len(source)
     assert source._table.nbytes == 19 * len(source)
@@ -147,20 +171,23 @@ def test_what_cannot_be_indexed_is_named(tmp_path):
 
 def test_ten_million_records(tmp_path):
   """Opening reads no table, and the order needs no memory."""
-  (tmp_path / 'index.json').write_text(json.dumps(
-      {'tars': [], 'splits': {'train': 10_000_000}}))
+  (tmp_path / 'index.json').write_text(
+    json.dumps({'tars': [], 'splits': {'train': 10_000_000}})
+  )
   table = np.lib.format.open_memmap(
-      tmp_path / 'train.npy', 'w+', tar_index._ROW, (10_000_000,))
+    tmp_path / 'train.npy', 'w+', tar_index._ROW, (10_000_000,)
+  )
   del table
   source = tar_index.open_source(str(tmp_path), 'train')
   assert len(source) == 10_000_000
-  seen = [pipeline.record_index(p, len(source), 0, True)
-          for p in range(64_000_000, 64_001_000)]
+  seen = [
+    pipeline.record_index(p, len(source), 0, True)
+    for p in range(64_000_000, 64_001_000)
+  ]
   assert len(set(seen)) == 1000 and max(seen) > 9_900_000
 
 
-def test_of_corrupt_records_each_is_counted_and_every_other_delivered(
-    tmp_path):
+def test_of_corrupt_records_each_is_counted_and_every_other_delivered(tmp_path):
   """One of every kind, neighbours too, in 200: an epoch in a random order."""
   files = {}
   for i in range(200):
@@ -168,19 +195,27 @@ def test_of_corrupt_records_each_is_counted_and_every_other_delivered(
     files[f'{i:03}.txt'] = b'words'
   jpeg = image_file(size=(200, 200))
   corrupt = {
-      '020.jpg': jpeg[:-100], '021.jpg': b'<html>404</html>',
-      '022.jpg': bomb(), '077.jpg': b'', '100.txt': b' \n',
-      '101.txt': 'é'.encode('latin-1'), '150.txt': b''}
+    '020.jpg': jpeg[:-100],
+    '021.jpg': b'<html>404</html>',
+    '022.jpg': bomb(),
+    '077.jpg': b'',
+    '100.txt': b' \n',
+    '101.txt': 'é'.encode('latin-1'),
+    '150.txt': b'',
+  }
   write_tar(tmp_path / 's.tar', files | corrupt)
   tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
   (batch,) = pipeline.make_dataset(
-      tar_index.open_source(f'{tmp_path}/index', 'train'),
-      transform=Transform(Tokenizer(CAPTIONS_MODEL, 8), 8), batch_size=200,
-      seed=5, shuffle=True, num_batches=1)
+    tar_index.open_source(f'{tmp_path}/index', 'train'),
+    transform=Transform(Tokenizer(CAPTIONS_MODEL, 8), 8),
+    batch_size=200,
+    seed=5,
+    shuffle=True,
+    num_batches=1,
+  )
   assert batch['bad'].sum() == len(corrupt)
   reds = batch['image'][~batch['bad'], 4, 4, 0].astype(int)
-  wanted = np.setdiff1d(
-      np.arange(200), [int(name[:3]) for name in corrupt])
+  wanted = np.setdiff1d(np.arange(200), [int(name[:3]) for name in corrupt])
   # JPEG rounds colours; the order of size is the records'.
   np.testing.assert_allclose(np.sort(reds), wanted, atol=3)
   assert len(reds) == 193
@@ -191,6 +226,8 @@ def test_an_unreadable_bucket_is_named(monkeypatch):
     raise PermissionError('403 Forbidden')
 
   monkeypatch.setattr(type(tars.epath.Path('gs://private/x')), 'glob', refuse)
-  with pytest.raises(ValueError, match=(
-      r'--input=gs://private/x/\*.tar cannot be read: 403 Forbidden')):
+  with pytest.raises(
+    ValueError,
+    match=(r'--input=gs://private/x/\*.tar cannot be read: 403 Forbidden'),
+  ):
     tars.find(['gs://private/x/*.tar'])

@@ -56,7 +56,7 @@ def test_too_long_is_cut_before_the_end(tokenizer):
 
 def test_any_text_is_spelt_in_bytes(tokenizer):
   processor = sentencepiece.SentencePieceProcessor(
-      model_file=text.CAPTIONS_MODEL
+    model_file=text.CAPTIONS_MODEL
   )
   caption = 'Zebra 東 \N{SNOWMAN}'
   tokens = tokenizer.encode(caption)
@@ -70,7 +70,7 @@ def test_pickles_as_its_arguments(tokenizer):
   assert len(data) < 300
   loaded = pickle.loads(data)
   np.testing.assert_array_equal(
-      loaded.encode('a teal star'), tokenizer.encode('a teal star')
+    loaded.encode('a teal star'), tokenizer.encode('a teal star')
   )
   assert loaded.vocab_size == 450
 
@@ -83,12 +83,12 @@ def test_errors_name_the_remedy(tmp_path):
   other = tmp_path / 'other.model'
   with open(other, 'wb') as file:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(['a red ring'] * 9),
-        model_writer=file,
-        vocab_size=270,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=2,
+      sentence_iterator=iter(['a red ring'] * 9),
+      model_writer=file,
+      vocab_size=270,
+      hard_vocab_limit=False,
+      byte_fallback=True,
+      minloglevel=2,
     )
   with pytest.raises(ValueError, match='pad_id=0'):
     text.Tokenizer(str(other), 8)

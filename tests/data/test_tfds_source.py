@@ -29,17 +29,29 @@ def captions(tmp_path, write_tfds, image_file):
 
   text = tfds.features.Text()
   write_tfds(
-      tmp_path / 'tfds', 'captions', {
-          'image': tfds.features.Image(),
-          'image/filename': text,
-          'captions': tfds.features.Sequence({'id': np.int64, 'text': np.str_}),
-          'texts': tfds.features.Sequence(text),
-          'mask': tfds.features.Image(),
-      }, {'train': [{
-          'image': image_file(i), 'image/filename': str(i),
+    tmp_path / 'tfds',
+    'captions',
+    {
+      'image': tfds.features.Image(),
+      'image/filename': text,
+      'captions': tfds.features.Sequence({'id': np.int64, 'text': np.str_}),
+      'texts': tfds.features.Sequence(text),
+      'mask': tfds.features.Image(),
+    },
+    {
+      'train': [
+        {
+          'image': image_file(i),
+          'image/filename': str(i),
           'captions': [{'id': k, 'text': 'ü' * k + 'x'} for k in range(i)],
-          'texts': ['a text'], 'mask': b'not an image'} for i in range(6)]},
-      config='2014')
+          'texts': ['a text'],
+          'mask': b'not an image',
+        }
+        for i in range(6)
+      ]
+    },
+    config='2014',
+  )
   return tmp_path / 'tfds'
 
 
@@ -48,8 +60,9 @@ def test_labels_and_images_come_back(flowers, image_file):
   assert len(source) == 7
   assert source.num_classes == 3
   assert [source[i] for i in range(7)] == [
-      {'image': image_file(i), 'label': i % 3, 'key': f'flowers[train][{i}]'}
-      for i in range(7)]
+    {'image': image_file(i), 'label': i % 3, 'key': f'flowers[train][{i}]'}
+    for i in range(7)
+  ]
   assert 'tensorflow' not in sys.modules
 
 
@@ -66,8 +79,13 @@ def test_one_of_several_captions(captions):
   assert record['caption'] == 'x'
   assert record['captions'] == ['x', 'üx', 'üüx', 'üüüx', 'üüüüx']
   transform = Transform(Lengths(), 16)
-  drawn = [[int(transform(record, np.random.default_rng(seed))['text'][0])
-            for seed in range(60)] for _ in range(2)]
+  drawn = [
+    [
+      int(transform(record, np.random.default_rng(seed))['text'][0])
+      for seed in range(60)
+    ]
+    for _ in range(2)
+  ]
   assert drawn[0] == drawn[1]
   counts = np.bincount(drawn[0], minlength=6)
   assert counts[0] == 0 and counts[1:].min() >= 5
@@ -112,28 +130,62 @@ def test_a_damaged_record_is_bad_and_the_others_are_not(flowers, image_file):
   assert [source[i]['label'] for i in (0, 1, 3, 4, 5, 6)] == [0, 1, 0, 1, 2, 0]
 
 
-@pytest.mark.parametrize('name, split, features, error, message', [
-    ('weeds', 'train', LABEL, FileNotFoundError,
-     "no data set 'weeds' in .*/tfds: .* or run tfds build weeds "
-     '--file_format=array_record --data_dir=.*/tfds'),
+@pytest.mark.parametrize(
+  'name, split, features, error, message',
+  [
+    (
+      'weeds',
+      'train',
+      LABEL,
+      FileNotFoundError,
+      "no data set 'weeds' in .*/tfds: .* or run tfds build weeds "
+      '--file_format=array_record --data_dir=.*/tfds',
+    ),
     ('flowers:2.0.0', 'train', LABEL, FileNotFoundError, "'flowers:2.0.0'"),
     ('a b', 'train', LABEL, FileNotFoundError, "no data set 'a b'"),
-    ('flowers', 'validation', LABEL, ValueError,
-     "flowers has no split 'validation', only: train, test"),
+    (
+      'flowers',
+      'validation',
+      LABEL,
+      ValueError,
+      "flowers has no split 'validation', only: train, test",
+    ),
     ('flowers', 'train[', LABEL, ValueError, r"no split 'train\['"),
-    ('flowers', 'train', Features(caption='caption'), ValueError,
-     "data.caption='caption': flowers has no such caption, only: "
-     r'image \(Image\), label \(ClassLabel\)'),
-    ('flowers', 'train', Features(image='label'), ValueError,
-     "data.image='label': flowers has no such image"),
+    (
+      'flowers',
+      'train',
+      Features(caption='caption'),
+      ValueError,
+      "data.caption='caption': flowers has no such caption, only: "
+      r'image \(Image\), label \(ClassLabel\)',
+    ),
+    (
+      'flowers',
+      'train',
+      Features(image='label'),
+      ValueError,
+      "data.image='label': flowers has no such image",
+    ),
     ('flowers', 'train', Features(image=''), ValueError, "data.image=''"),
-    ('captions/2014', 'train', Features(label='captions/id'), ValueError,
-     r"data.label='captions/id': .* captions/id \(Sequence\), captions/text"),
-    ('captions/2014', 'train', Features(caption='captions'), ValueError,
-     "data.caption='captions'"),
-])
+    (
+      'captions/2014',
+      'train',
+      Features(label='captions/id'),
+      ValueError,
+      r"data.label='captions/id': .* captions/id \(Sequence\), captions/text",
+    ),
+    (
+      'captions/2014',
+      'train',
+      Features(caption='captions'),
+      ValueError,
+      "data.caption='captions'",
+    ),
+  ],
+)
 def test_what_is_missing_is_named(
-    flowers, captions, name, split, features, error, message):
+  flowers, captions, name, split, features, error, message
+):
   with pytest.raises(error, match=message) as info:
     open_by_name(name, str(flowers), split, features)
   assert '\n' not in str(info.value)
@@ -142,9 +194,13 @@ def test_what_is_missing_is_named(
 def test_another_file_format_is_named(flowers):
   path = flowers / 'flowers/1.0.0/dataset_info.json'
   path.write_text(path.read_text().replace('array_record', 'tfrecord', 1))
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(
+    ValueError,
+    match=(
       'flowers/1.0.0 is in tfrecord format, .* tfds build flowers '
-      '--file_format=array_record --data_dir=DIR')):
+      '--file_format=array_record --data_dir=DIR'
+    ),
+  ):
     open_by_name('flowers', str(flowers), 'train', LABEL)
 
 

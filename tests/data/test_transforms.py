@@ -47,10 +47,10 @@ def png_that_claims(width, height):
 
   header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
   return (
-      b'\x89PNG\r\n\x1a\n'
-      + chunk(b'IHDR', header)
-      + chunk(b'IDAT', zlib.compress(bytes(1000)))
-      + chunk(b'IEND', b'')
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', header)
+    + chunk(b'IDAT', zlib.compress(bytes(1000)))
+    + chunk(b'IEND', b'')
   )
 
 
@@ -60,21 +60,19 @@ def expected_ramp(resolution, width, height):
   side = min(width, height)
   x = 127.5 + 255 * centre * side / (width - 1)
   y = 127.5 + 255 * centre * side / (height - 1)
-  return np.stack(
-      np.broadcast_arrays(x[None], y[:, None], np.float64(128)), -1
-  )
+  return np.stack(np.broadcast_arrays(x[None], y[:, None], np.float64(128)), -1)
 
 
 @pytest.mark.parametrize(
-    'file_format, options, tolerance',
-    [
-        ('PNG', {}, 1),
-        ('BMP', {}, 1),
-        ('WEBP', {'quality': 95}, 4),
-        ('JPEG', {'quality': 95}, 3),
-        ('JPEG', {'quality': 95, 'progressive': True}, 3),
-        ('MPO', {'quality': 95}, 3),
-    ],
+  'file_format, options, tolerance',
+  [
+    ('PNG', {}, 1),
+    ('BMP', {}, 1),
+    ('WEBP', {'quality': 95}, 4),
+    ('JPEG', {'quality': 95}, 3),
+    ('JPEG', {'quality': 95, 'progressive': True}, 3),
+    ('MPO', {'quality': 95}, 3),
+  ],
 )
 @pytest.mark.parametrize('size', [(400, 300), (150, 200)])
 def test_the_centre_square_is_resized(file_format, options, tolerance, size):
@@ -145,7 +143,7 @@ def test_every_mode_becomes_rgb(mode):
   tolerance = {'1': 40, 'P': 12}.get(mode, 5)
   inside = np.s_[1:-1, 1:-1]
   np.testing.assert_allclose(
-      image[inside].astype(int), expected[inside], atol=tolerance
+    image[inside].astype(int), expected[inside], atol=tolerance
   )
 
 
@@ -168,18 +166,18 @@ def test_a_transparent_colour_of_a_palette_is_white():
 
 
 @pytest.mark.parametrize(
-    'data, reason, detail',
-    [
-        (b'', 'not an image', '0 bytes'),
-        (b'<html>not found</html>', 'not an image', '22 bytes'),
-        (encode(ramp(64, 64), 'TIFF'), 'not an image', 'bytes'),
-        (png_that_claims(20_000, 15_000), 'too many pixels', '300000000'),
-        (png_that_claims(14_000, 10_000), 'too many pixels', '14000 x 10000'),
-        *(
-            (encode(ramp(200, 200), f)[:-200], 'damaged image', '')
-            for f in ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-        ),
-    ],
+  'data, reason, detail',
+  [
+    (b'', 'not an image', '0 bytes'),
+    (b'<html>not found</html>', 'not an image', '22 bytes'),
+    (encode(ramp(64, 64), 'TIFF'), 'not an image', 'bytes'),
+    (png_that_claims(20_000, 15_000), 'too many pixels', '300000000'),
+    (png_that_claims(14_000, 10_000), 'too many pixels', '14000 x 10000'),
+    *(
+      (encode(ramp(200, 200), f)[:-200], 'damaged image', '')
+      for f in ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+    ),
+  ],
 )
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 def test_bad_images_are_named_with_the_reason(data, reason, detail):
@@ -211,9 +209,11 @@ def test_an_image_goes_under_its_name_at_its_resolution(monkeypatch):
   record = {'image': encode(ramp(40, 30)), 'caption': 'a cat', 'key': 'k'}
   decoded = []
   decode = transforms.decode_image
+
   def decode_image(data, resolution, *args):
     decoded.append(resolution)
     return decode(data, resolution, *args)
+
   monkeypatch.setattr(transforms, 'decode_image', decode_image)
   coarse = Transform(Lengths(), 4, image_name='image_4')
   example = coarse(record, np.random.default_rng(0))
@@ -257,7 +257,8 @@ def test_a_random_crop_lies_anywhere_along_the_longer_side(size):
 
   def middle(seed, **options):
     example = Transform(Lengths(), 20, **options)(
-        record, np.random.default_rng(seed))
+      record, np.random.default_rng(seed)
+    )
     return example['image'][10, 10].astype(int)
 
   centre = middle(0)[channel]

@@ -15,10 +15,15 @@ def _coarse_to_fine(ratio, levels):
   return tuple(float(share) for share in ratio.split(':')[::-1])
 
 
-@pytest.mark.parametrize('name', [
-  'nested2', 'nested2_mixed2to1', 'nested3_mixed2_1_1',
-  'nested3_weights16_4_1_power2',
-])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'nested2',
+    'nested2_mixed2to1',
+    'nested3_mixed2_1_1',
+    'nested3_weights16_4_1_power2',
+  ],
+)
 def test_loss_equals_the_release(golden, golden_model, name):
   file = golden(f'loss_{name}')
   levels = sum(key.startswith('eps_') for key in file)
@@ -45,7 +50,11 @@ def test_loss_equals_the_release(golden, golden_model, name):
     return seen['prediction']
 
   losses, _ = loss.multi_resolution_loss(
-    denoise, schedule, pyramid, file['t'], eps,
+    denoise,
+    schedule,
+    pyramid,
+    file['t'],
+    eps,
     weights=_coarse_to_fine(str(file['level_weights']), levels),
   )
 

@@ -26,11 +26,15 @@ def _setting(file, golden_model):
   uncond = file['cond'][:batch], file['mask'][:batch]
   denoise = guidance.guided_denoise_fn(
     lambda x_t, t, cond: network(x_t, t, *cond),
-    cond, uncond, float(file['guidance']),
+    cond,
+    uncond,
+    float(file['guidance']),
   )
   options = {
-    'sampler': str(file['sampler']), 'eta': float(file['eta']),
-    'threshold': str(file['threshold']), 'parameterization': 'v',
+    'sampler': str(file['sampler']),
+    'eta': float(file['eta']),
+    'threshold': str(file['threshold']),
+    'parameterization': 'v',
   }
   return denoise, schedule, options
 
@@ -40,11 +44,17 @@ def _assert_close(pyramid, file, prefix):
     np.testing.assert_allclose(level, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', [
-  'ddim_eta1_unguided_none', 'ddim_nested3_power2_w3_clip',
-  'ddim_w1.2_dynamic_if', 'ddim_w3_clip', 'ddim_w7.5_dynamic_if',
-  'ddpm_w2_dynamic',
-])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'ddim_eta1_unguided_none',
+    'ddim_nested3_power2_w3_clip',
+    'ddim_w1.2_dynamic_if',
+    'ddim_w3_clip',
+    'ddim_w7.5_dynamic_if',
+    'ddpm_w2_dynamic',
+  ],
+)
 def test_steps_equal_the_release(golden, golden_model, name):
   file = golden(f'sample_{name}')
   denoise, schedule, options = _setting(file, golden_model)

@@ -10,14 +10,14 @@ def _network(calls):
     calls.append(len(t))
     offset = cond['text'][:, None, None, None] + t[:, None, None, None]
     return tuple(x * (level + 1) + offset for level, x in enumerate(x_t))
+
   return denoise
 
 
 def _inputs():
   rng = np.random.default_rng(5)
   x_t = tuple(
-    rng.normal(size=(2, side, side, 3)).astype(np.float32)
-    for side in (2, 4)
+    rng.normal(size=(2, side, side, 3)).astype(np.float32) for side in (2, 4)
   )
   t = np.array([3, 7])
   cond = {'text': np.array([1.0, 2], np.float32), 'scale': None}
@@ -55,9 +55,7 @@ def test_a_traced_weight_is_compiled_once():
 
   @jax.jit
   def guided(w):
-    return guidance.guided_denoise_fn(
-      _network(calls), cond, uncond, w
-    )(x_t, t)
+    return guidance.guided_denoise_fn(_network(calls), cond, uncond, w)(x_t, t)
 
   plain = guided(1.0)
   strong = guided(3.0)
@@ -79,7 +77,8 @@ def test_rescaled_to_the_contrast_of_the_conditional(rescale):
 
   plain, rescaled = (
     guidance.guided_denoise_fn(network, cond, uncond, 4.0, amount)(x_t, t)
-    for amount in (0.0, rescale))
+    for amount in (0.0, rescale)
+  )
   for level, expected, x in zip(rescaled, plain, x_t, strict=True):
     for i in range(2):
       wanted = np.std(cond['text'][i] * x[i])
@@ -91,7 +90,8 @@ def test_guided_within_an_interval_alone():
   x_t, _, cond, uncond = _inputs()
   calls = []
   guided = guidance.guided_denoise_fn(
-    _network([]), cond, uncond, 3.0, interval=(4, 7))
+    _network([]), cond, uncond, 3.0, interval=(4, 7)
+  )
   always = guidance.guided_denoise_fn(_network([]), cond, uncond, 3.0)
   for step in (3, 4, 7, 8):
     t = np.array([step, step])
@@ -107,7 +107,8 @@ def test_autoguidance_leads_away_from_the_guide():
   x_t, t, cond, uncond = _inputs()
   network = _network([])
   good, bad = (
-    lambda x_t, t, cond=c: network(x_t, t, cond) for c in (cond, uncond))
+    lambda x_t, t, cond=c: network(x_t, t, cond) for c in (cond, uncond)
+  )
   got = guidance.autoguided_denoise_fn(good, bad, 2.5)(x_t, t)
   for level, on, away in zip(got, good(x_t, t), bad(x_t, t), strict=True):
     np.testing.assert_allclose(level, away + 2.5 * (on - away), rtol=1e-5)

@@ -23,9 +23,7 @@ def _batch(fractions=(1, 1)):
   rng = np.random.default_rng(2)
   images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
   pyramid = pyramids.make_pyramid(images, (4, 8), fractions)
-  eps = tuple(
-    rng.normal(size=x.shape).astype(np.float32) for x in pyramid
-  )
+  eps = tuple(rng.normal(size=x.shape).astype(np.float32) for x in pyramid)
   return pyramid, eps
 
 
@@ -61,6 +59,7 @@ def test_levels_are_weighted_and_divided_by_their_fraction(fractions):
 
 def test_a_pattern_that_repeats():
   pyramid, eps = _batch((1, 0.5))
+
   def losses(x0, t, eps, repeats):
     def denoise(x_t, t):
       times = (mixed_batch.take(t, len(x), repeats) for x in x_t)
@@ -68,11 +67,14 @@ def test_a_pattern_that_repeats():
         x * time[:, None, None, None] / 1000
         for x, time in zip(x_t, times, strict=True)
       )
+
     return loss.multi_resolution_loss(
       denoise, SCHEDULE, x0, t, eps, weights=(1, 4), repeats=repeats
     )
+
   def twice(tree):
     return jax.tree.map(lambda x: np.concatenate([x, x]), tree)
+
   once, once_levels = losses(pyramid, T, eps, 1)
   found, levels = losses(twice(pyramid), twice(T), twice(eps), 2)
   np.testing.assert_allclose(found, twice(once), rtol=1e-6)
@@ -123,8 +125,14 @@ def test_a_perfect_network_has_no_loss(parameterization):
     )
 
   losses, _ = loss.multi_resolution_loss(
-    perfect, SCHEDULE, pyramid, t, eps, weights=(1, 1),
-    parameterization=parameterization, loss_space='v',
+    perfect,
+    SCHEDULE,
+    pyramid,
+    t,
+    eps,
+    weights=(1, 1),
+    parameterization=parameterization,
+    loss_space='v',
   )
   np.testing.assert_allclose(losses, 0, atol=1e-10)
 

@@ -54,8 +54,7 @@ def test_eps_from_v_does_not_cancel_in_almost_pure_noise(example):
 
 @pytest.mark.parametrize(
   'function',
-  [process.target, process.predict_v, process.predict_eps,
-   process.predict_x0],
+  [process.target, process.predict_v, process.predict_eps, process.predict_x0],
 )
 def test_an_unknown_parameterization_is_named(example, function):
   with pytest.raises(ValueError, match="'score'"):

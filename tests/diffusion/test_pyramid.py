@@ -46,7 +46,10 @@ def test_images_of_the_coarse_examples_take_their_places():
   whole = pyramids.make_pyramid(images, (4, 8, 16), sizes, repeats=2)
   np.testing.assert_array_equal(whole[2], images[[0, 1, 4, 5]])
   levels = pyramids.make_pyramid(
-    images[[0, 1, 4, 5]], (4, 8, 16), sizes, repeats=2,
+    images[[0, 1, 4, 5]],
+    (4, 8, 16),
+    sizes,
+    repeats=2,
     coarse={1: _pool(images[[2, 6]], 2), 0: _pool(images[[3, 7]], 4)},
   )
   for found, expected in zip(levels, whole, strict=True):
@@ -78,9 +81,7 @@ def test_shares_that_leave_a_level_empty_are_refused(ratio):
 
 def test_a_batch_that_does_not_divide_is_refused():
   fractions = pyramids.batch_fractions((1, 2))
-  assert pyramids.level_batch_sizes(3 * 2**20, fractions) == (
-    3 * 2**20, 2**21
-  )
+  assert pyramids.level_batch_sizes(3 * 2**20, fractions) == (3 * 2**20, 2**21)
   with pytest.raises(ValueError, match='4 examples'):
     pyramids.level_batch_sizes(4, fractions)
 

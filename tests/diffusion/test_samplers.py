@@ -20,6 +20,7 @@ def _images(seed=6):
 
 def _knows(images, parameterization):
   """A network that knows the images, and so reads the noise off x_t."""
+
   def denoise(x_t, t):
     predictions = []
     for level, (x, x0) in enumerate(zip(x_t, images, strict=True)):
@@ -27,6 +28,7 @@ def _knows(images, parameterization):
       eps = process.predict_eps(x0, x, gamma, 'x0')
       predictions.append(process.target(x0, eps, gamma, parameterization))
     return tuple(predictions)
+
   return denoise
 
 
@@ -87,7 +89,10 @@ def test_ddim_recovers_the_images_that_a_network_knows(parameterization):
   got = samplers.sample(
     _knows(images, parameterization),
     samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
-    SCHEDULE, jax.random.key(1), num_steps=10, threshold='none',
+    SCHEDULE,
+    jax.random.key(1),
+    num_steps=10,
+    threshold='none',
     parameterization=parameterization,
   )
   for level, image in zip(got, images, strict=True):
@@ -157,8 +162,14 @@ def test_the_whole_schedule_stays_finite_from_almost_no_signal():
   x_t = tuple(x * 3 for x in _images())
   for sampler, eta in (('ddim', 1.0), ('ddpm', 0.0)):
     got = samplers.sample(
-      _constant(0.3), x_t, schedule, jax.random.key(3), num_steps=1000,
-      sampler=sampler, eta=eta, threshold='clip',
+      _constant(0.3),
+      x_t,
+      schedule,
+      jax.random.key(3),
+      num_steps=1000,
+      sampler=sampler,
+      eta=eta,
+      threshold='clip',
     )
     for level in got:
       assert np.all(np.abs(level) <= 1)
@@ -172,19 +183,32 @@ def test_the_compiled_loop_equals_single_steps(sampler, eta):
     rng.normal(size=(5, *level.shape)).astype(np.float32) for level in x
   )
   options = {
-    'sampler': sampler, 'eta': eta, 'parameterization': 'v',
+    'sampler': sampler,
+    'eta': eta,
+    'parameterization': 'v',
     'threshold': 'none',
   }
-  got = jax.jit(lambda x: samplers.sample(
-    _constant(0.2), x, SCHEDULE, jax.random.key(4), num_steps=5,
-    noise_fn=lambda index: tuple(jnp.asarray(n)[index] for n in noise),
-    **options,
-  ))(x)
+  got = jax.jit(
+    lambda x: samplers.sample(
+      _constant(0.2),
+      x,
+      SCHEDULE,
+      jax.random.key(4),
+      num_steps=5,
+      noise_fn=lambda index: tuple(jnp.asarray(n)[index] for n in noise),
+      **options,
+    )
+  )(x)
   times = samplers.time_steps(5, 1000)
   for index in range(5):
     x, _ = samplers.sample_step(
-      _constant(0.2), x, SCHEDULE, times[index], times[index + 1],
-      tuple(n[index] for n in noise), **options,
+      _constant(0.2),
+      x,
+      SCHEDULE,
+      times[index],
+      times[index + 1],
+      tuple(n[index] for n in noise),
+      **options,
     )
   for level, expected in zip(got, x, strict=True):
     assert np.abs(expected).max() > 1
@@ -193,6 +217,7 @@ def test_the_compiled_loop_equals_single_steps(sampler, eta):
 
 def _knows_the_spread(spread):
   """The best network for images of N(0, spread^2), whose flow is known."""
+
   def denoise(x_t, t):
     predictions = []
     for level, x in enumerate(x_t):
@@ -200,20 +225,24 @@ def _knows_the_spread(spread):
       variance = gamma * spread**2 + 1 - gamma
       predictions.append(jnp.sqrt(gamma) * spread**2 / variance * x)
     return tuple(predictions)
+
   return denoise
 
 
-@pytest.mark.parametrize('sampler, order', [
-  ('ddim', 1), ('dpm', 2), ('heun', 2)])
+@pytest.mark.parametrize(
+  'sampler, order', [('ddim', 1), ('dpm', 2), ('heun', 2)]
+)
 def test_order_of_convergence(sampler, order):
   """Four times the steps, a quarter or a sixteenth of the error."""
   spread, times = 0.3, np.linspace(900, 100, 65).round().astype(int)
   x_t = _images()
   exact = [
-    x * np.sqrt(spread**2 * ends[1] + 1 - ends[1])
+    x
+    * np.sqrt(spread**2 * ends[1] + 1 - ends[1])
     / np.sqrt(spread**2 * ends[0] + 1 - ends[0])
     for x, row in zip(x_t, SCHEDULE.gammas, strict=True)
-    for ends in [row[[900, 100]].astype(float)]]
+    for ends in [row[[900, 100]].astype(float)]
+  ]
 
   @jax.jit
   def run(steps):
@@ -221,9 +250,19 @@ def test_order_of_convergence(sampler, order):
       x, x0 = state
       r, t, s = step
       return samplers.sample_step(
-        _knows_the_spread(spread), x, SCHEDULE, t, s, None, (r, x0),
-        sampler=sampler, eta=0.0, parameterization='x0', threshold='none',
+        _knows_the_spread(spread),
+        x,
+        SCHEDULE,
+        t,
+        s,
+        None,
+        (r, x0),
+        sampler=sampler,
+        eta=0.0,
+        parameterization='x0',
+        threshold='none',
       ), None
+
     return jax.lax.scan(advance, (x_t, x_t), steps)[0][0]
 
   errors = []
@@ -243,7 +282,10 @@ def test_all_recover_the_images_that_a_network_knows(sampler):
   got = samplers.sample(
     _knows(images, 'v'),
     samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
-    SCHEDULE, jax.random.key(1), num_steps=8, sampler=sampler,
+    SCHEDULE,
+    jax.random.key(1),
+    num_steps=8,
+    sampler=sampler,
     threshold='none',
   )
   for level, image in zip(got, images, strict=True):
@@ -253,14 +295,18 @@ def test_all_recover_the_images_that_a_network_knows(sampler):
 def test_extrapolation_is_along_the_logsnr():
   x0, x0_r = _images()[0], _images(14)[0]
   gamma_r, gamma, gamma_s = map(jnp.float32, (0.1, 0.4, 0.7))
-  first, middle, last = (
-    np.log(g / (1 - g)) / 2 for g in (0.1, 0.4, 0.7))
+  first, middle, last = (np.log(g / (1 - g)) / 2 for g in (0.1, 0.4, 0.7))
   expected = x0 + (last - middle) / 2 * (x0 - x0_r) / (middle - first)
   np.testing.assert_allclose(
-    samplers.extrapolate_x0(x0, gamma, gamma_s, x0_r, gamma_r), expected,
-    rtol=1e-4, atol=1e-5)
-  for ends in ((gamma, gamma_s, x0_r, gamma),
-               (gamma, jnp.float32(1), x0_r, gamma_r)):
+    samplers.extrapolate_x0(x0, gamma, gamma_s, x0_r, gamma_r),
+    expected,
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  for ends in (
+    (gamma, gamma_s, x0_r, gamma),
+    (gamma, jnp.float32(1), x0_r, gamma_r),
+  ):
     np.testing.assert_array_equal(samplers.extrapolate_x0(x0, *ends), x0)
 
 
@@ -269,8 +315,15 @@ def test_sde_steps_stay_on_the_forward_process():
   spread = 0.3
   x_t = samplers.start_noise(jax.random.key(5), (64, 64), 2)
   got = samplers.sample(
-    _knows_the_spread(spread), x_t, SCHEDULE, jax.random.key(6),
-    num_steps=40, sampler='dpm_sde', parameterization='x0', threshold='none')
+    _knows_the_spread(spread),
+    x_t,
+    SCHEDULE,
+    jax.random.key(6),
+    num_steps=40,
+    sampler='dpm_sde',
+    parameterization='x0',
+    threshold='none',
+  )
   for level in got:
     assert np.std(level) == pytest.approx(spread, rel=0.03)
 
@@ -279,9 +332,15 @@ def test_noise_comes_from_the_key_only_where_it_is_drawn():
   def sampler(**options):
     def run(seed):
       return samplers.sample(
-        _constant(0.2), _images(12), SCHEDULE, jax.random.key(seed),
-        num_steps=4, threshold='clip', **options,
+        _constant(0.2),
+        _images(12),
+        SCHEDULE,
+        jax.random.key(seed),
+        num_steps=4,
+        threshold='clip',
+        **options,
       )[0]
+
     return jax.jit(run)
 
   def refuse(index):

@@ -11,11 +11,13 @@ def test_learns_where_what_is():
   rows, colors = rng.integers(2, size=(2, 256))
   images = rng.integers(0, 60, (256, 16, 16, 3), np.uint8)
   for image, row, color in zip(images, rows, colors):
-    image[8 * row:8 * row + 8, 4:12, color] += 150
+    image[8 * row : 8 * row + 8, 4:12, color] += 150
   labels = {'row': rows, 'color': colors}
   network, params = classifier.train(
-      images[:192], {name: each[:192] for name, each in labels.items()},
-      num_steps=40)
+    images[:192],
+    {name: each[:192] for name, each in labels.items()},
+    num_steps=40,
+  )
   features, logits = jax.jit(network.apply)({'params': params}, images[192:])
   assert features.shape == (64, classifier.FEATURES)
   for name, expected in labels.items():

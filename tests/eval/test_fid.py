@@ -9,8 +9,10 @@ from mdm_jax.eval import fid
 def sets(first: int, second: int, width: int = 24):
   rng = np.random.default_rng(0)
   mixed = rng.standard_normal((width, width)) / np.sqrt(width)
-  return (rng.standard_normal((first, width)) @ mixed,
-          0.8 * rng.standard_normal((second, width)) + 0.1)
+  return (
+    rng.standard_normal((first, width)) @ mixed,
+    0.8 * rng.standard_normal((second, width)) + 0.1,
+  )
 
 
 def statistics(features, parts=(0.1, 0.6)):
@@ -26,7 +28,8 @@ def test_statistics_are_numpys(parts):
   found = statistics(features, parts)
   np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-13)
   np.testing.assert_allclose(
-      found.covariance(), np.cov(features, rowvar=False), atol=1e-12)
+    found.covariance(), np.cov(features, rowvar=False), atol=1e-12
+  )
   assert found.count == 50
 
 
@@ -36,20 +39,26 @@ def test_merged_statistics():
   merged.merge(statistics(features[20:]))
   merged.merge(fid.Statistics(24))
   np.testing.assert_allclose(
-      merged.covariance(), np.cov(features, rowvar=False), atol=1e-13)
+    merged.covariance(), np.cov(features, rowvar=False), atol=1e-13
+  )
 
 
-@pytest.mark.parametrize('count, expected', [
+@pytest.mark.parametrize(
+  'count, expected',
+  [
     (200, 7.6862902621714895),
     (10, 18.957874199637107),  # A singular covariance.
-])
+  ],
+)
 def test_frechet_distance_equals_pytorch_fid(count, expected):
   """Of the same draws, `fid_score.calculate_frechet_distance` 0.3.0."""
   first, second = map(statistics, sets(count, 300))
   assert fid.frechet_distance(first, second) == pytest.approx(
-      expected, rel=1e-8)
+    expected, rel=1e-8
+  )
   assert fid.frechet_distance(second, first) == pytest.approx(
-      expected, rel=1e-8)
+    expected, rel=1e-8
+  )
 
 
 def test_frechet_distance_to_itself_is_zero():
@@ -74,10 +83,11 @@ def test_kernel_distance_is_the_double_sum():
 
   def kernel(a, b):
     return (a @ b / 5 + 1) ** 3
+
   pairs = [(i, j) for i in range(12) for j in range(12)]
-  expected = np.mean([
-      kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs if i != j
-  ]) - 2 * np.mean([kernel(x[i], y[j]) for i, j in pairs])
+  expected = np.mean(
+    [kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs if i != j]
+  ) - 2 * np.mean([kernel(x[i], y[j]) for i, j in pairs])
   mean, spread = fid.kernel_distance(x, y, num_subsets=3)
   assert mean == pytest.approx(expected, rel=1e-12)
   assert spread == 0
@@ -86,12 +96,15 @@ def test_kernel_distance_is_the_double_sum():
 def test_kernel_distance_is_unbiased_and_seeded():
   both = sets(0, 800)[1]
   same, spread = fid.kernel_distance(
-      both[:400], both[400:], subset_size=50, num_subsets=200)
+    both[:400], both[400:], subset_size=50, num_subsets=200
+  )
   assert abs(same) < 3 * spread / np.sqrt(200) + 0.01
   assert fid.kernel_distance(*sets(90, 80), subset_size=20) == (
-      fid.kernel_distance(*sets(90, 80), subset_size=20))
+    fid.kernel_distance(*sets(90, 80), subset_size=20)
+  )
   assert fid.kernel_distance(*sets(90, 80), subset_size=20, seed=1) != (
-      fid.kernel_distance(*sets(90, 80), subset_size=20))
+    fid.kernel_distance(*sets(90, 80), subset_size=20)
+  )
 
 
 @pytest.mark.parametrize('block', [1024, 2])
@@ -121,7 +134,8 @@ def test_sample_keeps_some_rows_and_all_statistics():
   again = fid.Sample.from_arrays(sample.to_arrays())
   np.testing.assert_array_equal(again.rows, features[kept])
   assert fid.frechet_distance(
-      again.statistics, statistics(features)) == pytest.approx(0, abs=1e-9)
+    again.statistics, statistics(features)
+  ) == pytest.approx(0, abs=1e-9)
 
 
 def test_sample_of_fewer_than_there_was_room_for():

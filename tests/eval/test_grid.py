@@ -12,7 +12,7 @@ MARGIN, GAP, TILE = 16, 2, 128  # at the smallest tile
 def make_pyramid(count, *edges, seed=0):
   rng = np.random.default_rng(seed)
   return tuple(
-      rng.integers(0, 250, (count, edge, edge, 3), np.uint8) for edge in edges
+    rng.integers(0, 250, (count, edge, edge, 3), np.uint8) for edge in edges
   )
 
 
@@ -25,8 +25,8 @@ def test_levels_are_enlarged_side_by_side():
     left = MARGIN + r * (TILE + GAP)
     factor = TILE // level.shape[1]
     np.testing.assert_array_equal(
-        page[MARGIN : MARGIN + TILE, left : left + TILE],
-        level[0].repeat(factor, axis=0).repeat(factor, axis=1),
+      page[MARGIN : MARGIN + TILE, left : left + TILE],
+      level[0].repeat(factor, axis=0).repeat(factor, axis=1),
     )
     page = page.copy()
     page[MARGIN : MARGIN + TILE, left : left + TILE] = 255
@@ -40,7 +40,7 @@ def test_a_square_of_prompts_fills_rows_first():
   for i in range(16):
     top, left = MARGIN + i // 4 * pitch, MARGIN + i % 4 * (TILE + MARGIN)
     np.testing.assert_array_equal(
-        page[top : top + TILE, left : left + TILE], level[i]
+      page[top : top + TILE, left : left + TILE], level[i]
     )
   assert abs(page.shape[0] / page.shape[1] - 1) < 0.1
 

@@ -11,14 +11,17 @@ import pytest
 
 from mdm_jax.eval.pictures import Pictures
 
-RECORDS = [{'prompt': f'<b>{i}</b> круг', 'seed': i, 'weights': [0.5, 1]}
-           for i in range(5)]
+RECORDS = [
+  {'prompt': f'<b>{i}</b> круг', 'seed': i, 'weights': [0.5, 1]}
+  for i in range(5)
+]
 
 
 def levels(seed):
   rng = np.random.default_rng(seed)
-  return tuple(rng.integers(0, 256, (size, size, 3), np.uint8)
-               for size in (4, 8))
+  return tuple(
+    rng.integers(0, 256, (size, size, 3), np.uint8) for size in (4, 8)
+  )
 
 
 def read(path):
@@ -27,8 +30,10 @@ def read(path):
 
 
 def lines(directory):
-  return [json.loads(line) for line in
-          (directory / 'samples.jsonl').read_text().splitlines()]
+  return [
+    json.loads(line)
+    for line in (directory / 'samples.jsonl').read_text().splitlines()
+  ]
 
 
 @pytest.fixture
@@ -55,7 +60,8 @@ def test_goes_on_where_it_was_stopped(stopped):
     assert line.items() >= RECORDS[i].items()
     for size, name in list(line['files'].items())[:2]:
       np.testing.assert_array_equal(
-          read(stopped / name), levels(i)[size == '8'])
+        read(stopped / name), levels(i)[size == '8']
+      )
   assert Pictures(stopped, RECORDS).missing == []
   assert list(found[2]['files']) == ['4', '8', 'path']
   with Image.open(stopped / found[2]['files']['path']) as animation:
@@ -76,7 +82,9 @@ def test_thousands_lie_in_shards(tmp_path):
   pictures.add(999, levels(0))
   pictures.add(1000, levels(0))
   assert [line['files']['8'] for line in lines(tmp_path)] == [
-      '000/000999_8.png', '001/001000_8.png']
+    '000/000999_8.png',
+    '001/001000_8.png',
+  ]
 
 
 def test_the_page_shows_what_there_is(stopped):
@@ -88,10 +96,12 @@ def test_the_page_shows_what_there_is(stopped):
   assert '<b>1' not in page
   assert '<td>5 &amp; 6</td>' in page
   # It needs no other file, but links to the pictures.
-  shown = re.findall(r'href="(\S+)"><img src="data:image/webp;base64,(\S+)"',
-                     page)
+  shown = re.findall(
+    r'href="(\S+)"><img src="data:image/webp;base64,(\S+)"', page
+  )
   assert [name for name, _ in shown] == [
-      f'000{i}_{size}.png' for i in range(3) for size in (4, 8)]
+    f'000{i}_{size}.png' for i in range(3) for size in (4, 8)
+  ]
   thumbnail = read(io.BytesIO(base64.b64decode(shown[3][1])))
   np.testing.assert_array_equal(thumbnail, levels(1)[1])
   assert not re.search(r'(src|href)="(https?:)?//', page)

@@ -10,12 +10,12 @@ from mdm_jax.data import shapes
 from mdm_jax.eval import prompt_accuracy
 
 VOCABULARY = prompt_accuracy.Vocabulary(
-    colors=shapes.COLORS,
-    backgrounds=shapes.BACKGROUNDS,
-    silhouettes=shapes.silhouettes(),
-    patterns=shapes.pattern_tiles(),
-    period=shapes.PERIOD,
-    sizes={name: sum(ends) / 2 for name, ends in shapes.SIZES.items()},
+  colors=shapes.COLORS,
+  backgrounds=shapes.BACKGROUNDS,
+  silhouettes=shapes.silhouettes(),
+  patterns=shapes.pattern_tiles(),
+  period=shapes.PERIOD,
+  sizes={name: sum(ends) / 2 for name, ends in shapes.SIZES.items()},
 )
 ATTRIBUTES = ('background', 'count', 'position', 'all')
 ATTRIBUTES += prompt_accuracy.OBJECT_ATTRIBUTES
@@ -24,14 +24,14 @@ ATTRIBUTES += prompt_accuracy.OBJECT_ATTRIBUTES
 def _state(scene):
   """States everything there is to a scene."""
   objects = [
-      {name: getattr(item, name) for name in prompt_accuracy.OBJECT_ATTRIBUTES}
-      for item in scene.objects
+    {name: getattr(item, name) for name in prompt_accuracy.OBJECT_ATTRIBUTES}
+    for item in scene.objects
   ]
   layout = 'position' if len(objects) == 1 else 'relation'
   return {
-      'background': scene.background,
-      'objects': objects,
-      layout: scene.layout,
+    'background': scene.background,
+    'objects': objects,
+    layout: scene.layout,
   }
 
 
@@ -74,10 +74,12 @@ def test_blurred_shapes_are_right():
   """A young network draws soft edges; people see the shape all the same."""
   images, statements = _examples(200, 64)
   blurred = [
-      ndimage.gaussian_filter(image.astype(np.float32), (1.5, 1.5, 0))
-      for image in images]
+    ndimage.gaussian_filter(image.astype(np.float32), (1.5, 1.5, 0))
+    for image in images
+  ]
   found = prompt_accuracy.accuracy(
-      np.clip(blurred, 0, 255).astype(np.uint8), statements, VOCABULARY)
+    np.clip(blurred, 0, 255).astype(np.uint8), statements, VOCABULARY
+  )
   for attribute in ('shape', 'color', 'size', 'count', 'background'):
     assert found[attribute] >= 0.98, found
 
@@ -96,11 +98,11 @@ def test_every_attribute_can_be_wrong_alone():
   right = shapes.Object('ring', 'red', 'solid', 'small', 0.28, 0.28, 0.17)
   scene = shapes.Scene((right,), 'grey', 'top left')
   changes = {
-      'shape': {'shape': 'circle'},
-      'color': {'color': 'orange'},
-      'pattern': {'pattern': 'dotted'},
-      'size': {'size': 'large', 'radius': 0.27},
-      'position': {'x': 0.5},
+    'shape': {'shape': 'circle'},
+    'color': {'color': 'orange'},
+    'pattern': {'pattern': 'dotted'},
+    'size': {'size': 'large', 'radius': 0.27},
+    'position': {'x': 0.5},
   }
   for attribute, change in changes.items():
     changed = dataclasses.replace(right, **change)
@@ -124,9 +126,9 @@ def test_two_objects_are_matched_whatever_the_order(pair):
   image = shapes.draw(pair, 64)
   stated = _state(pair)
   turned = {
-      **stated,
-      'objects': stated['objects'][::-1],
-      'relation': 'right of',
+    **stated,
+    'objects': stated['objects'][::-1],
+    'relation': 'right of',
   }
   for each in (stated, turned):
     marks = prompt_accuracy.score(image, each, VOCABULARY)
@@ -140,7 +142,7 @@ def test_two_objects_are_matched_whatever_the_order(pair):
 def test_a_missing_object_is_wrong_in_everything(pair):
   alone = dataclasses.replace(pair, objects=pair.objects[:1])
   marks = prompt_accuracy.score(
-      shapes.draw(alone, 64), _state(pair), VOCABULARY
+    shapes.draw(alone, 64), _state(pair), VOCABULARY
   )
   assert marks['count'] == [False] and marks['position'] == [False]
   for attribute in prompt_accuracy.OBJECT_ATTRIBUTES:
@@ -153,12 +155,12 @@ def test_a_missing_object_is_wrong_in_everything(pair):
 def test_what_is_not_stated_is_not_marked(pair):
   image = shapes.draw(pair, 64)
   stated = {
-      'background': 'beige',
-      'objects': [
-          {'shape': 'star', 'color': 'green'},
-          {'shape': 'cross', 'color': 'blue', 'size': 'small'},
-      ],
-      'relation': 'left of',
+    'background': 'beige',
+    'objects': [
+      {'shape': 'star', 'color': 'green'},
+      {'shape': 'cross', 'color': 'blue', 'size': 'small'},
+    ],
+    'relation': 'left of',
   }
   marks = prompt_accuracy.score(image, stated, VOCABULARY)
   assert marks['pattern'] == [] and marks['size'] == [True]

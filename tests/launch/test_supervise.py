@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'supervise.py'
 # Counts its runs in WORKDIR/runs; then what the test says.
-COMMAND = '''
+COMMAND = """
 import os, pathlib, signal, sys, time
 workdir = pathlib.Path(sys.argv[1])
 with (workdir / 'runs').open('a') as file:
@@ -18,7 +18,7 @@ with (workdir / 'runs').open('a') as file:
 run = len((workdir / 'runs').read_text())
 def save(step):
   (workdir / 'checkpoints' / '0_8' / str(step)).mkdir(parents=True)
-'''
+"""
 
 
 @pytest.fixture
@@ -27,11 +27,27 @@ def start(tmp_path):
   started = []
 
   def start(code, *options):
-    started.append(subprocess.Popen(
-        [sys.executable, SCRIPT, f'--workdir={tmp_path}', '--attempts=3',
-         '--pause=0.1', *options, '--', sys.executable, '-c', COMMAND + code,
-         tmp_path], stderr=subprocess.PIPE, text=True))
+    started.append(
+      subprocess.Popen(
+        [
+          sys.executable,
+          SCRIPT,
+          f'--workdir={tmp_path}',
+          '--attempts=3',
+          '--pause=0.1',
+          *options,
+          '--',
+          sys.executable,
+          '-c',
+          COMMAND + code,
+          tmp_path,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
     return started[-1]
+
   yield start
   for process in started:
     process.kill()
@@ -48,20 +64,28 @@ def test_until_it_is_finished(start, tmp_path):
   _, errors = process.communicate(timeout=60)
   assert (process.returncode, runs(tmp_path)) == (0, 4)
   assert [line.split('code ')[1] for line in errors.splitlines()] == [
-      '75, starting again in 0 s.', '1, starting again in 0.1 s.',
-      '75, starting again in 0 s.']
+    '75, starting again in 0 s.',
+    '1, starting again in 0.1 s.',
+    '75, starting again in 0 s.',
+  ]
 
 
-@pytest.mark.parametrize('code, expected', [
-    ('sys.exit(7)', 7), ('sys.exit(75)', 75),
-    ('os.kill(os.getpid(), signal.SIGKILL)', 137)])
+@pytest.mark.parametrize(
+  'code, expected',
+  [
+    ('sys.exit(7)', 7),
+    ('sys.exit(75)', 75),
+    ('os.kill(os.getpid(), signal.SIGKILL)', 137),
+  ],
+)
 def test_gives_up_without_progress(start, tmp_path, code, expected):
   process = start(code)
   _, errors = process.communicate(timeout=60)
   assert (process.returncode, runs(tmp_path)) == (expected, 3)
   assert errors.splitlines()[-1] == (
-      f'supervise: exit code {expected}, and no newer checkpoint after 3 '
-      'attempts: giving up.')
+    f'supervise: exit code {expected}, and no newer checkpoint after 3 '
+    'attempts: giving up.'
+  )
   if expected == 7:
     assert '0.1 s' in errors and '0.2 s' in errors
 
@@ -75,12 +99,12 @@ def test_progress_counts_from_anew(start, tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_passed_on(start, tmp_path, number):
-  process = start('''
+  process = start("""
 for number in (signal.SIGTERM, signal.SIGINT):
   signal.signal(number, lambda number, frame: sys.exit(75))
 (workdir / 'ready').touch()
 time.sleep(60)
-''')
+""")
   while not (tmp_path / 'ready').exists():
     time.sleep(0.01)
   process.send_signal(number)

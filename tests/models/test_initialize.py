@@ -11,8 +11,10 @@ from mdm_jax.models.initialize import initial_params
 
 
 def leaves(tree):
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +46,7 @@ def test_distributions_are_those_of_flax(model):
       assert np.all(value == constant) == np.all(other == constant), name
     if value.std() and value.size >= 500:
       assert value.std() == pytest.approx(other.std(), rel=0.15), name
-      assert abs(value.mean()) < 5 * value.std() / value.size ** 0.5, name
+      assert abs(value.mean()) < 5 * value.std() / value.size**0.5, name
       compared += 1
   assert compared > 10
 
@@ -57,8 +59,11 @@ def test_seed_decides(model):
 
 
 def test_no_two_parameters_are_alike(model):
-  values = [value.ravel()[:3].tobytes()
-            for value in leaves(model.init(0, 8)).values() if value.std()]
+  values = [
+    value.ravel()[:3].tobytes()
+    for value in leaves(model.init(0, 8)).values()
+    if value.std()
+  ]
   assert len(set(values)) == len(values) > 30
 
 

@@ -11,7 +11,8 @@ def test_position_features_are_waves_over_rows_and_columns():
   row, column = np.pi * 2.5 / 4, np.pi * 6.5 / 8
   angles = [row, 2 * row, 3 * row, column, 2 * column, 3 * column]
   np.testing.assert_allclose(
-      features[2, 6], [*np.sin(angles), *np.cos(angles)], atol=1e-5)
+    features[2, 6], [*np.sin(angles), *np.cos(angles)], atol=1e-5
+  )
   # No two pixels look alike.
   assert len(np.unique(features.reshape(32, -1).round(4), axis=0)) == 32
 
@@ -20,8 +21,7 @@ def test_fold_puts_each_patch_into_one_place():
   x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
   folded = np.asarray(packing.fold(x, (2, 2)))
   assert folded.shape == (2, 2, 3, 12)
-  np.testing.assert_array_equal(
-      folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+  np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
   np.testing.assert_array_equal(packing.unfold(folded, (2, 2)), x)
 
 
@@ -36,4 +36,5 @@ def test_attention_equals_numpy():
       weights = np.where(mask[b], np.exp(logits), 0)
       weights /= weights.sum(1, keepdims=True)
       np.testing.assert_allclose(
-          out[b, :, head], weights @ v[b, :, head], atol=1e-5)
+        out[b, :, head], weights @ v[b, :, head], atol=1e-5
+      )

@@ -9,16 +9,20 @@ GOLDEN = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
 FORWARD = sorted(path.stem for path in GOLDEN.glob('forward_*.npz'))
 
 
-@pytest.mark.parametrize('name, lanes', [
+@pytest.mark.parametrize(
+  'name, lanes',
+  [
     *((name, 1) for name in FORWARD),
-    ('forward_nested3_mixed', 64), ('forward_nested2_normalized_scale', 32)])
+    ('forward_nested3_mixed', 64),
+    ('forward_nested2_normalized_scale', 32),
+  ],
+)
 def test_forward_equals_release(name, lanes, golden, golden_model):
   data = golden(name)
   levels = sum(key.startswith('x_t_') for key in data)
   x_t = tuple(data[f'x_t_{i}'] for i in reversed(range(levels)))
   model = golden_model(str(data['model']), lanes)
-  out = model(x_t, data['t'], data['cond'], data['mask'] > 0,
-              data.get('scale'))
+  out = model(x_t, data['t'], data['cond'], data['mask'] > 0, data.get('scale'))
   for i in range(levels):
     expected = data[f'out_{i}']
     actual = np.asarray(out[levels - 1 - i])
@@ -28,15 +32,21 @@ def test_forward_equals_release(name, lanes, golden, golden_model):
 
 
 @pytest.mark.parametrize(
-    'name', [name for name in FORWARD if name.endswith('mixed')])
+  'name', [name for name in FORWARD if name.endswith('mixed')]
+)
 def test_a_pattern_that_repeats(name, golden, golden_model):
   data = golden(name)
   levels = sum(key.startswith('x_t_') for key in data)
-  twice = {key: np.concatenate([value, value])
-           for key, value in data.items() if value.ndim}
+  twice = {
+    key: np.concatenate([value, value])
+    for key, value in data.items()
+    if value.ndim
+  }
   x_t = tuple(twice[f'x_t_{i}'] for i in reversed(range(levels)))
   out = golden_model(str(data['model']))(
-      x_t, twice['t'], twice['cond'], twice['mask'] > 0, repeats=2)
+    x_t, twice['t'], twice['cond'], twice['mask'] > 0, repeats=2
+  )
   for i in range(levels):
     np.testing.assert_allclose(
-        out[levels - 1 - i], twice[f'out_{i}'], rtol=0, atol=2e-5)
+      out[levels - 1 - i], twice[f'out_{i}'], rtol=0, atol=2e-5
+    )

@@ -14,7 +14,9 @@ from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.packing import Features
 
 
-@pytest.mark.parametrize('channels, lanes, size, expected', [
+@pytest.mark.parametrize(
+  'channels, lanes, size, expected',
+  [
     (32, 128, (8, 8), (2, 2)),
     (64, 128, (8, 8), (1, 2)),
     (96, 128, (8, 8), (1, 1)),
@@ -22,7 +24,8 @@ from mdm_jax.models.packing import Features
     (8, 128, (8, 8), (4, 4)),
     (8, 128, (8, 2), (2, 2)),  # A patch divides the features.
     (8, 128, (8, 6), (2, 2)),
-])
+  ],
+)
 def test_patch_fills_the_lanes(channels, lanes, size, expected):
   assert packing.best_patch(channels, lanes, size) == expected
 
@@ -36,7 +39,8 @@ def test_fold_goes_along_rows():
   features = Features(folded, (2, 4))
   assert (features.size, features.channels) == ((4, 8), 3)
   np.testing.assert_array_equal(
-      features.as_patch((1, 2)).x, packing.fold(x, (1, 2)))
+    features.as_patch((1, 2)).x, packing.fold(x, (1, 2))
+  )
 
 
 def inputs_of(*channels):
@@ -50,11 +54,12 @@ def packed(arrays, patch):
 
 def random_like(tree):
   rng = np.random.default_rng(1)
-  return jax.tree.map(
-      lambda x: rng.standard_normal(x.shape, np.float32), tree)
+  return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), tree)
 
 
-@pytest.mark.parametrize('inner, outer, options', [
+@pytest.mark.parametrize(
+  'inner, outer, options',
+  [
     ((1, 1), (2, 2), {}),
     ((2, 2), (2, 2), {}),
     ((1, 2), (1, 2), {}),
@@ -68,7 +73,8 @@ def random_like(tree):
     ((2, 2), (2, 2), {'upsample': 2}),
     ((1, 2), (2, 4), {'upsample': 2}),
     ((2, 2), (1, 2), {'upsample': 2}),
-])
+  ],
+)
 def test_convolution_of_patches_is_that_of_pixels(inner, outer, options):
   conv = layers.Conv3x3(5, jnp.float32, **options)
   arrays = inputs_of(3, 4)
@@ -87,13 +93,18 @@ def test_convolution_of_patches_is_that_of_pixels(inner, outer, options):
 
   expected = on_pixels(params, arrays)
   np.testing.assert_allclose(
-      on_patches(params, arrays), expected, rtol=0, atol=2e-5)
+    on_patches(params, arrays), expected, rtol=0, atol=2e-5
+  )
   weight = random_like(expected)
   grads, expected_grads = (
-      jax.grad(lambda params, f=f: (f(params, arrays) * weight).sum())(params)
-      for f in (on_patches, on_pixels))
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      x, y, rtol=1e-4, atol=1e-3), grads, expected_grads)
+    jax.grad(lambda params, f=f: (f(params, arrays) * weight).sum())(params)
+    for f in (on_patches, on_pixels)
+  )
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
+    grads,
+    expected_grads,
+  )
 
 
 @pytest.mark.parametrize('patch', [(1, 1), (2, 2)])
@@ -103,14 +114,18 @@ def test_norm_and_pointwise_of_parts_are_those_of_the_whole(patch):
   whole = np.concatenate(arrays, axis=-1) + 1
   arrays = [x + 1 for x in arrays]
   for ours, theirs in [
-      (layers.GroupNorm(4, jnp.float32), nn.GroupNorm(4, epsilon=1e-5)),
-      (layers.Pointwise(5, jnp.float32), nn.Dense(5))]:
+    (layers.GroupNorm(4, jnp.float32), nn.GroupNorm(4, epsilon=1e-5)),
+    (layers.Pointwise(5, jnp.float32), nn.Dense(5)),
+  ]:
     params = random_like(theirs.init(jax.random.key(0), whole))
     out = ours.apply(params, *packed(arrays, patch))
     parts = out if isinstance(out, list) else [out]
     np.testing.assert_allclose(
-        np.concatenate([x.as_patch((1, 1)).x for x in parts], axis=-1),
-        theirs.apply(params, whole), rtol=0, atol=2e-5)
+      np.concatenate([x.as_patch((1, 1)).x for x in parts], axis=-1),
+      theirs.apply(params, whole),
+      rtol=0,
+      atol=2e-5,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -119,27 +134,41 @@ def network(make_config):
   config = make_config()
   config.model.levels[0].attention_layers = (1,)
   config.model.levels[1].update(
-      channels=(4, 8), num_blocks=(1, 1), attention_layers=(0, 1),
-      position_waves=1)
+    channels=(4, 8),
+    num_blocks=(1, 1),
+    attention_layers=(0, 1),
+    position_waves=1,
+  )
   model = build.make_model(config, config.stages[1])
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
-      model.init(0, 8))['unet']
+    lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+    model.init(0, 8),
+  )['unet']
   x_t = [rng.standard_normal((2, r, r, 3), np.float32) for r in (8, 16)]
   text = rng.standard_normal((2, 8, 16), np.float32)
   target = [rng.standard_normal(x.shape, np.float32) for x in x_t]
 
   def run(**options):
-    unet = dataclasses.replace(model.unet, levels=tuple(
-        dataclasses.replace(level, **options) for level in model.unet.levels))
+    unet = dataclasses.replace(
+      model.unet,
+      levels=tuple(
+        dataclasses.replace(level, **options) for level in model.unet.levels
+      ),
+    )
 
     def loss(params):
-      out = unet.apply({'params': params}, x_t, np.array([3., 700.]),
-                       Cond(text, np.ones((2, 8), bool)))
+      out = unet.apply(
+        {'params': params},
+        x_t,
+        np.array([3.0, 700.0]),
+        Cond(text, np.ones((2, 8), bool)),
+      )
       return sum(((x - w) ** 2).sum() for x, w in zip(out, target))
+
     program = jax.jit(jax.value_and_grad(loss)).lower(params)
     return program.as_text(), program.compile()(params)
+
   return run
 
 
@@ -148,17 +177,24 @@ def plain(network):
   return network()
 
 
-@pytest.mark.parametrize('options', [
-    {'lanes': 16}, {'remat': 'block'},
-    {'lanes': 32, 'remat': 'level'}])
+@pytest.mark.parametrize(
+  'options',
+  [{'lanes': 16}, {'remat': 'block'}, {'lanes': 32, 'remat': 'level'}],
+)
 def test_neither_packing_nor_rematerialisation_changes_numbers(
-    network, plain, options):
+  network, plain, options
+):
   text, (loss, grads) = network(**options)
   _, (expected_loss, expected_grads) = plain
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
   # Either is some 1e-5 from what float64 gives.
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      x, y, rtol=0, atol=4e-5 * (1 + np.abs(y).max())), grads, expected_grads)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=0, atol=4e-5 * (1 + np.abs(y).max())
+    ),
+    grads,
+    expected_grads,
+  )
   # And they are at work.
   assert ('optimization_barrier' in text) == ('remat' in options)
   # 16 px of 4 channels: 4 of them side by side, or 8.
@@ -166,11 +202,19 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
   assert shape is None or f'tensor<{shape}xf32>' in text
 
 
-@pytest.mark.parametrize('backend, lanes, expected', [
-    ('tpu', 0, 128), ('gpu', 0, 1), ('cpu', 0, 1), ('tpu', 1, 1),
-    ('cpu', 16, 16)])
+@pytest.mark.parametrize(
+  'backend, lanes, expected',
+  [
+    ('tpu', 0, 128),
+    ('gpu', 0, 1),
+    ('cpu', 0, 1),
+    ('tpu', 1, 1),
+    ('cpu', 16, 16),
+  ],
+)
 def test_lanes_are_the_devices_unless_given(
-    monkeypatch, make_config, backend, lanes, expected):
+  monkeypatch, make_config, backend, lanes, expected
+):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   config = make_config()
   config.model.levels[0].lanes = lanes

@@ -49,26 +49,43 @@ def test_distance_buckets():
 
 
 def test_reads_the_published_sizes():
-  spec = t5.T5Spec.from_hugging_face({
-      'model_type': 't5', 'feed_forward_proj': 'gated-gelu',
-      'vocab_size': 32128, 'd_model': 2048, 'd_kv': 64, 'd_ff': 5120,
-      'num_layers': 24, 'num_heads': 32,
-      'relative_attention_num_buckets': 32, 'layer_norm_epsilon': 1e-6})
+  spec = t5.T5Spec.from_hugging_face(
+    {
+      'model_type': 't5',
+      'feed_forward_proj': 'gated-gelu',
+      'vocab_size': 32128,
+      'd_model': 2048,
+      'd_kv': 64,
+      'd_ff': 5120,
+      'num_layers': 24,
+      'num_heads': 32,
+      'relative_attention_num_buckets': 32,
+      'layer_norm_epsilon': 1e-6,
+    }
+  )
   shapes = jax.eval_shape(
-      t5.T5Encoder(spec, jnp.bfloat16).init, jax.random.key(0),
-      jnp.ones((1, 4), jnp.int32))
+    t5.T5Encoder(spec, jnp.bfloat16).init,
+    jax.random.key(0),
+    jnp.ones((1, 4), jnp.int32),
+  )
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   # Flan-T5-XL's encoder.
   assert count == 1_223_527_424
 
 
-@pytest.mark.parametrize('change, message', [
+@pytest.mark.parametrize(
+  'change, message',
+  [
     ({'model_type': 'bert'}, "model_type 'bert' .* give a T5 v1.1"),
     ({'feed_forward_proj': 'relu'}, "feed_forward_proj 'relu'"),
     ({'d_model': None}, "no 'd_model' in it"),
-])
+  ],
+)
 def test_other_models_are_refused(t5_directory, change, message):
-  config = {name: value for name, value in (
-      t5_directory.config | change).items() if value is not None}
+  config = {
+    name: value
+    for name, value in (t5_directory.config | change).items()
+    if value is not None
+  }
   with pytest.raises(ValueError, match=message):
     t5.T5Spec.from_hugging_face(config)

@@ -31,18 +31,31 @@ def test_batch_of_a_mixed_stage(make_config):
   stage.update(mixed_ratio=(1.0, 3.0), batch_size=8)
   batch = bench.make_batch(config, stage)
   assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
-      'image': ((6, 16, 16, 3), 'uint8'), 'image_8': ((2, 8, 8, 3), 'uint8'),
-      'text': ((8, 8), 'int32'), 'scale': ((8,), 'float32'),
-      'bad': ((8,), 'bool'), 'stop': ((8,), 'bool')}
+    'image': ((6, 16, 16, 3), 'uint8'),
+    'image_8': ((2, 8, 8, 3), 'uint8'),
+    'text': ((8, 8), 'int32'),
+    'scale': ((8,), 'float32'),
+    'bad': ((8,), 'bool'),
+    'stop': ((8,), 'bool'),
+  }
 
 
 def test_rates():
   found = bench.rates(
-      np.array([0.1, 0.2, 0.2, 0.2, 0.9]), images=8, flops=1e9, peak=2e10)
-  assert found == pytest.approx({
-      'step_seconds': 0.2, 'step_seconds_min': 0.1, 'step_seconds_p10': 0.14,
-      'step_seconds_p90': 0.62, 'images_per_second': 40.0,
-      'device_flops': 1e9, 'device_flops_per_second': 5e9, 'mfu': 0.25})
+    np.array([0.1, 0.2, 0.2, 0.2, 0.9]), images=8, flops=1e9, peak=2e10
+  )
+  assert found == pytest.approx(
+    {
+      'step_seconds': 0.2,
+      'step_seconds_min': 0.1,
+      'step_seconds_p10': 0.14,
+      'step_seconds_p90': 0.62,
+      'images_per_second': 40.0,
+      'device_flops': 1e9,
+      'device_flops_per_second': 5e9,
+      'mfu': 0.25,
+    }
+  )
   unknown = bench.rates(np.ones(2), images=8, flops=None, peak=None)
   assert unknown['mfu'] is None and unknown['device_flops_per_second'] is None
 
@@ -54,12 +67,14 @@ def test_measures_both_steps(make_config, tmp_path):
   config.eval.batch_size = 4
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   found = bench.measure(
-      config, stage, mesh, count=3, sampling_steps=2, profile=str(tmp_path))
+    config, stage, mesh, count=3, sampling_steps=2, profile=str(tmp_path)
+  )
   for name, images in (('train', 2), ('sample', 4 / 3)):
     figures = found[name]
     assert 0 < figures['step_seconds_min'] <= figures['step_seconds']
     assert figures['images_per_second'] * figures['step_seconds'] == (
-        pytest.approx(images))
+      pytest.approx(images)
+    )
     assert figures['mfu'] > 0
     assert figures['program_bytes'] > 1e4
     assert figures['compile_seconds'] > 0
@@ -77,6 +92,9 @@ def test_measures_both_steps(make_config, tmp_path):
   again = json.loads(json.dumps(found))
   again['train']['step_seconds'] *= 2
   lines = bench.report(found, again).splitlines()
-  (median,) = (line for line in lines if line.startswith('step, s')
-               and line.endswith(' 0.5'))
+  (median,) = (
+    line
+    for line in lines
+    if line.startswith('step, s') and line.endswith(' 0.5')
+  )
   assert len(median.split()) == 6

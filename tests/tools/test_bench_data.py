@@ -13,16 +13,15 @@ def test_pillow_alone_gives_the_same_pixels(resolution):
   data = bench_data.SyntheticImages(1)[0]['image']
   expected, side = decode_image(data, resolution)
   assert side == 900
-  np.testing.assert_array_equal(
-      bench_data.pillow(data, resolution), expected)
+  np.testing.assert_array_equal(bench_data.pillow(data, resolution), expected)
   full = bench_data.pillow(data, resolution, draft=False)
   assert np.abs(full.astype(int) - expected).mean() < 4
 
 
 def test_each_way_is_measured():
   rates = bench_data.measure(
-      bench_data.SyntheticImages(1), Tokenizer(CAPTIONS_MODEL, 8), 8, 0.01,
-      [0])
+    bench_data.SyntheticImages(1), Tokenizer(CAPTIONS_MODEL, 8), 8, 0.01, [0]
+  )
   assert sorted(rates) == ['0 workers', 'pillow', 'pillow, full decode']
   # Nothing reads a 900 px JPEG in a tenth of a millisecond.
   assert all(1 < rate < 10_000 for rate in rates.values())

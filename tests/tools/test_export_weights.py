@@ -22,8 +22,8 @@ def run(make_config, random_params, t5_directory, tmp_path):
   workdir = tmp_path / 'run'
   checkpoint.write_config(workdir, json.loads(config.to_json()))
   checkpoints = checkpoint.Checkpoints(
-      build.stage_directory(workdir, config, 1), save_interval=1,
-      max_to_keep=1)
+    build.stage_directory(workdir, config, 1), save_interval=1, max_to_keep=1
+  )
   checkpoints.save(3, {'ema': params}, {}, force=True)
   checkpoints.close()
   return config, workdir, params
@@ -36,7 +36,8 @@ def test_export_then_import_is_exact(run, tmp_path, suffix):
   export(workdir, file, 'release')
   import_checkpoint(file, config, tmp_path / 'again')
   again = checkpoint.restore_item(
-      build.stage_directory(tmp_path / 'again', config, 1), 0, 'ema')
+    build.stage_directory(tmp_path / 'again', config, 1), 0, 'ema'
+  )
   assert again.keys() == params.keys() == {'unet'}
   for path, value in _flat(params):
     np.testing.assert_array_equal(dict(_flat(again))[path], value, path)

@@ -21,30 +21,47 @@ def nested2(t5_directory):
   config.text.update(encoder='t5', path=str(t5_directory.path), max_length=8)
   config.model.text.update(width=48, masked_attention=False)
   config.model.levels = [
-      common.level(8, channels=(32, 64), num_blocks=(1, 2),
-                   attention_layers=(0, 2), temporal_dim=128,
-                   scale_condition=64),
-      common.level(16, channels=(32, 64), num_blocks=(2, 1),
-                   attention_layers=(0, 0), temporal_dim=128,
-                   attention_ffn=False, scale_condition=256)]
+    common.level(
+      8,
+      channels=(32, 64),
+      num_blocks=(1, 2),
+      attention_layers=(0, 2),
+      temporal_dim=128,
+      scale_condition=64,
+    ),
+    common.level(
+      16,
+      channels=(32, 64),
+      num_blocks=(2, 1),
+      attention_layers=(0, 0),
+      temporal_dim=128,
+      attention_ffn=False,
+      scale_condition=256,
+    ),
+  ]
   config.stages = [common.stage('16', 2)]
   return config.lock()
 
 
 def test_golden_weights_give_golden_outputs(
-    nested2, golden, golden_state_dict, tmp_path):
+  nested2, golden, golden_state_dict, tmp_path
+):
   path = tmp_path / 'vis.pth'
   torch_files.write_state_dict(path, golden_state_dict('nested2'))
   import_checkpoint(path, nested2, tmp_path / 'run')
   assert json.loads((tmp_path / 'run' / 'config.json').read_text()) == (
-      json.loads(nested2.to_json()))
+    json.loads(nested2.to_json())
+  )
   directory = build.stage_directory(tmp_path / 'run', nested2, 0)
   params = checkpoint.restore_item(directory, 0, 'ema')
   model = build.make_model(nested2, nested2.stages[0])
   g = golden('forward_nested2_default')
   out = jax.jit(model.unet.apply)(
-      {'params': params['unet']}, (g['x_t_1'], g['x_t_0']), g['t'],
-      Cond(g['cond'], g['mask'].astype(bool)))
+    {'params': params['unet']},
+    (g['x_t_1'], g['x_t_0']),
+    g['t'],
+    Cond(g['cond'], g['mask'].astype(bool)),
+  )
   for level, expected in zip(out, (g['out_1'], g['out_0'])):
     np.testing.assert_allclose(level, expected, rtol=0, atol=2e-5)
 
@@ -64,7 +81,8 @@ def write_toy(config, path, index, random_params):
   model = build.make_model(config, config.stages[index])
   params = random_params(model, config.text.max_length)
   torch_files.write_state_dict(
-      path, to_release(params['unet'], model.unet.levels))
+    path, to_release(params['unet'], model.unet.levels)
+  )
   return params
 
 
@@ -84,15 +102,20 @@ def test_training_goes_on(toy, random_params, tmp_path, index):
   # One step at a rate of 1e-3 from what was imported.
   trained = checkpoint.restore_item(last, 1, 'params')['unet']['level_0']
   jax.tree.map(
-      functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3),
-      trained, params['unet']['level_0'])
+    functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3),
+    trained,
+    params['unet']['level_0'],
+  )
 
 
 def test_misfits_are_named(toy, random_params, tmp_path):
   write_toy(toy, tmp_path / 'a.pth', 1, random_params)
   toy.stages[1].num_levels = 1
-  with pytest.raises(ValueError, match=r'a.pth has 2 levels, the stages .*'
-                     r'\[1, 1\]'):
+  with pytest.raises(
+    ValueError,
+    match=r'a.pth has 2 levels, the stages .*'
+    r'\[1, 1\]',
+  ):
     import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
   toy.stages[1].num_levels = 2
   toy.model.levels[1].num_blocks = (1, 0)

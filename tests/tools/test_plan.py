@@ -31,21 +31,31 @@ def test_absent_compiler_says_how_to_install_it(monkeypatch):
 
 def test_needed_memory():
   # Two of the compiler's messages.
-  assert plan.needed_memory(
+  assert (
+    plan.needed_memory(
       'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
       'required for HLO temporaries (40.00G) exceeds available HBM (15.75G)'
-  ) == 40
-  assert plan.needed_memory(
+    )
+    == 40
+  )
+  assert (
+    plan.needed_memory(
       'Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.'
-  ) == 0.5
+    )
+    == 0.5
+  )
   assert plan.needed_memory('INVALID_ARGUMENT: no such option') is None
 
 
 def test_roofline_and_price():
-  weight = {'flops': 20e12, 'bytes': 50e9,
-            'collectives': {'all-gather': 1e9, 'all-reduce': 2e9}}
+  weight = {
+    'flops': 20e12,
+    'bytes': 50e9,
+    'collectives': {'all-gather': 1e9, 'all-reduce': 2e9},
+  }
   assert plan.roofline(weight, CHIP) == pytest.approx(
-      {'arithmetic': 0.2, 'memory': 0.05, 'links': 0.03})
+    {'arithmetic': 0.2, 'memory': 0.05, 'links': 0.03}
+  )
   assert plan.chip_hours(7200, 2.0, 16) == 16
 
 
@@ -56,9 +66,12 @@ def test_an_answer_is_remembered_until_the_question_changes(tmp_path):
     def answer():
       asked.append(question)
       return {'value': len(asked)}
+
     return plan.cached(tmp_path / 'cache', question, answer)
-  assert [ask(q)['value'] for q in ({'a': 1}, {'a': 1}, {'a': 2}, {'a': 1})
-          ] == [1, 1, 2, 1]
+
+  assert [
+    ask(q)['value'] for q in ({'a': 1}, {'a': 1}, {'a': 2}, {'a': 1})
+  ] == [1, 1, 2, 1]
   assert len(list((tmp_path / 'cache').iterdir())) == 2
 
 
@@ -70,19 +83,24 @@ def test_report_of_what_does_not_fit():
 
 def test_report():
   measured = {
-      'state': {'parameters': 2 ** 30, 'text encoder': 0},
-      'memory': 12 * 2 ** 30, 'activations': 8 * 2 ** 30,
-      'flops': 20e12, 'bytes': 500e9, 'collectives': {'all-gather': 1e9}}
+    'state': {'parameters': 2**30, 'text encoder': 0},
+    'memory': 12 * 2**30,
+    'activations': 8 * 2**30,
+    'flops': 20e12,
+    'bytes': 500e9,
+    'collectives': {'all-gather': 1e9},
+  }
   rows, rate = plan.report(measured, CHIP, 64, 16)
   assert rows == [
-      ['fits', 'yes: 12.00 of 16.0 GiB, 4.00 left'],
-      ['memory: parameters', '1.00 GiB'],
-      ['memory: activations', '8.00 GiB'],
-      ['arithmetic', '20.00 TFLOP, 5.00 an image'],
-      ['memory moved', '500.0 GB, 125.0 an image'],
-      ['all-gather', '1.000 GB'],
-      ['roofline', '500 ms (arithmetic 200, memory 500, links 10)'],
-      ['images/s', 'at most 128.0']]
+    ['fits', 'yes: 12.00 of 16.0 GiB, 4.00 left'],
+    ['memory: parameters', '1.00 GiB'],
+    ['memory: activations', '8.00 GiB'],
+    ['arithmetic', '20.00 TFLOP, 5.00 an image'],
+    ['memory moved', '500.0 GB, 125.0 an image'],
+    ['all-gather', '1.000 GB'],
+    ['roofline', '500 ms (arithmetic 200, memory 500, links 10)'],
+    ['images/s', 'at most 128.0'],
+  ]
   assert rate == 128
 
 
@@ -98,9 +116,11 @@ def test_prepare_makes_do_without_an_encoder(tmp_path):
   assert config.to_json() == given
   encoder = build.make_text_encoder(prepared)
   shapes = jax.eval_shape(
-      encoder.init, jax.random.key(0), np.ones((1, 4), np.int32))
-  assert sum(map(math.prod, (x.shape for x in jax.tree.leaves(shapes)))
-             ) == pytest.approx(1.22e9, rel=0.01)
+    encoder.init, jax.random.key(0), np.ones((1, 4), np.int32)
+  )
+  assert sum(
+    map(math.prod, (x.shape for x in jax.tree.leaves(shapes)))
+  ) == pytest.approx(1.22e9, rel=0.01)
   with pytest.raises(ValueError, match='--stage=3: the config has 3'):
     plan.prepare(config, 3, None, 16, str(tmp_path))
   with pytest.raises(ValueError, match='does not arrange 24 devices'):
@@ -119,7 +139,8 @@ def config(make_config):
 def slice_of_cpus(monkeypatch):
   """Every topology is this machine's 8 devices."""
   monkeypatch.setattr(
-      plan, 'find_devices', lambda topology: (CHIP, jax.devices()))
+    plan, 'find_devices', lambda topology: (CHIP, jax.devices())
+  )
   monkeypatch.setattr(plan, '_versions', dict)  # libtpu's, if it were here.
 
 
@@ -127,15 +148,23 @@ def test_batch_is_the_pipelines(config, tmp_path):
   prepared, _ = plan.prepare(config, 1, None, 8, str(tmp_path))
   mesh = sharding.make_mesh(config.mesh)
   stage = config.stages[1]
-  batch = next(iter(inputs.make_dataset(
-      config, 'train', build.resolutions(config, stage),
-      build.batch_sizes(stage), process_index=0, process_count=1)))
+  batch = next(
+    iter(
+      inputs.make_dataset(
+        config,
+        'train',
+        build.resolutions(config, stage),
+        build.batch_sizes(stage),
+        process_index=0,
+        process_count=1,
+      )
+    )
+  )
   expected = sharding.shard_batch(batch | {'stop': batch['bad']}, mesh)
   planned = plan.abstract_batch(prepared, mesh)
-  assert {name: (x.shape, x.dtype, x.sharding)
-          for name, x in planned.items()} == {
-              name: (x.shape, x.dtype, x.sharding)
-              for name, x in expected.items()}
+  assert {
+    name: (x.shape, x.dtype, x.sharding) for name, x in planned.items()
+  } == {name: (x.shape, x.dtype, x.sharding) for name, x in expected.items()}
 
 
 def test_state_by_kind(config, tmp_path):
@@ -152,21 +181,31 @@ def test_state_by_kind(config, tmp_path):
   assert 0 < plan.bytes_per_chip(state.opt_state) - 2 * size <= 16
 
 
-def test_plan_compiles_once(config, slice_of_cpus, tmp_path, capsys,
-                            monkeypatch):
+def test_plan_compiles_once(
+  config, slice_of_cpus, tmp_path, capsys, monkeypatch
+):
   ask = [config, 'v5e:2x4', [0], None, 'train', 1.5, tmp_path]
   plan.plan(*ask)
   first = capsys.readouterr().out
-  for words in ("stage '8', train step", '2 images a chip',
-                'mesh 2 data x 4 fsdp x 1 spatial', 'fits', 'yes: 0.',
-                'memory: optimizer', 'all-reduce', 'roofline', 'at 1.5 each'):
+  for words in (
+    "stage '8', train step",
+    '2 images a chip',
+    'mesh 2 data x 4 fsdp x 1 spatial',
+    'fits',
+    'yes: 0.',
+    'memory: optimizer',
+    'all-reduce',
+    'roofline',
+    'at 1.5 each',
+  ):
     assert words in first, words
   monkeypatch.setattr(plan, 'compile_train', None)
   plan.plan(*ask)
   assert capsys.readouterr().out == first
   remembered = json.loads(next(tmp_path.glob('*.json')).read_text())
   assert remembered['memory'] == (
-      remembered['arguments'] + remembered['activations'])
+    remembered['arguments'] + remembered['activations']
+  )
   assert remembered['arguments'] > sum(remembered['state'].values())
   # Of another level of optimisation nothing is known yet.
   jax.config.update('jax_optimization_level', 'O1')
@@ -184,41 +223,59 @@ def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
 
 
 def test_search_recommends_the_fastest_that_fits(
-    config, slice_of_cpus, tmp_path, capsys, monkeypatch):
+  config, slice_of_cpus, tmp_path, capsys, monkeypatch
+):
   def measure(config, topology, step, directory):
-    level, = {level.remat for level in config.model.levels}
+    (level,) = {level.remat for level in config.model.levels}
     per_chip = config.stages[0].batch_size // 8
     if per_chip > {'none': 1, 'block': 4, 'level': 4}[level]:
       return {'needed': 20.0}
-    return {'state': {}, 'memory': 0, 'activations': 0, 'bytes': 0,
-            'collectives': {'all-gather': 1e10 * (config.mesh.fsdp + 1)},
-            'flops': per_chip * {'none': 10, 'block': 12, 'level': 15}[level]}
+    return {
+      'state': {},
+      'memory': 0,
+      'activations': 0,
+      'bytes': 0,
+      'collectives': {'all-gather': 1e10 * (config.mesh.fsdp + 1)},
+      'flops': per_chip * {'none': 10, 'block': 12, 'level': 15}[level],
+    }
+
   monkeypatch.setattr(plan, 'measure', measure)
   config.stages[1].mixed_ratio = (0.0, 1.0)
   plan.search(config, 'v5e:2x4', 1, tmp_path)
   out = capsys.readouterr().out.splitlines()
-  assert out[-1] == ('Best: --config.mesh.fsdp=1 remat=block '
-                     '--batch_per_chip=4')
+  assert out[-1] == (
+    'Best: --config.mesh.fsdp=1 remat=block --batch_per_chip=4'
+  )
   assert sum('too much' in line for line in out) == 6
 
 
 def test_search_ends_where_memory_is_not_short(
-    config, slice_of_cpus, tmp_path, capsys, monkeypatch):
+  config, slice_of_cpus, tmp_path, capsys, monkeypatch
+):
   def measure(config, topology, step, directory):
     per_chip = config.stages[0].batch_size // 8
-    return {'state': {}, 'memory': 0, 'activations': 0, 'bytes': 0,
-            'collectives': {}, 'flops': 100 + per_chip}
+    return {
+      'state': {},
+      'memory': 0,
+      'activations': 0,
+      'bytes': 0,
+      'collectives': {},
+      'flops': 100 + per_chip,
+    }
+
   monkeypatch.setattr(plan, 'measure', measure)
   config.stages[1].mixed_ratio = (1.0, 2.0)
   plan.search(config, 'v5e:2x4', 1, tmp_path)
   out = capsys.readouterr().out.splitlines()
-  batches = [int(re.search(r'batch_per_chip=(\d+): yes', line)[1])
-             for line in out[:-1]]
-  assert batches == [3 * 2 ** i for i in range(len(batches))]
+  batches = [
+    int(re.search(r'batch_per_chip=(\d+): yes', line)[1]) for line in out[:-1]
+  ]
+  assert batches == [3 * 2**i for i in range(len(batches))]
   gains = [2 * (100 + b) / (100 + 2 * b) for b in batches[:-1]]
   assert all(gain >= 1.05 for gain in gains[:-1]) and gains[-1] < 1.05
-  assert out[-1] == ('Best: --config.mesh.fsdp=1 remat=none '
-                     f'--batch_per_chip={batches[-1]}')
+  assert out[-1] == (
+    f'Best: --config.mesh.fsdp=1 remat=none --batch_per_chip={batches[-1]}'
+  )
 
 
 def test_precomputed_features_are_read_as_they_are():

@@ -33,8 +33,10 @@ def prepared(tmp_path_factory):
     files[f'{i:02}.txt'] = caption.encode()
   write_tar(path / 'some.tar', files)
   prepare_data.prepare(
-      f'{path}/*.tar', str(path / 'set'),
-      prepare_data.Options(validation_fraction=0.2))
+    f'{path}/*.tar',
+    str(path / 'set'),
+    prepare_data.Options(validation_fraction=0.2),
+  )
   return path / 'set'
 
 
@@ -110,7 +112,8 @@ def test_features_are_the_encoders(made, t5_directory):
   assert min(lengths) < 32 and MAX_LENGTH in lengths
   empty, mask = t5_directory.encode(tokenizer.encode('')[None])
   np.testing.assert_allclose(
-      inputs.empty_text(made), empty[0], rtol=2**-8, atol=1e-5)
+    inputs.empty_text(made), empty[0], rtol=2**-8, atol=1e-5
+  )
 
 
 def test_only_what_is_missing_is_made(copied):
@@ -121,15 +124,21 @@ def test_only_what_is_missing_is_made(copied):
   (directory / names[1]).unlink()
   # What a killed run leaves.
   (directory / f'{names[1]}.tmp').write_bytes(b'half of it')
-  times = {path.name: path.stat().st_mtime_ns
-           for path in directory.glob('*.array_record')}
+  times = {
+    path.name: path.stat().st_mtime_ns
+    for path in directory.glob('*.array_record')
+  }
   with pytest.raises(FileNotFoundError, match=f'lacks 1 of.*{names[1]}.*again'):
     checks.check(copied, mesh_of(copied))
   precompute_text.precompute(copied, batch_size=8)
   assert contents(copied) == before
-  assert times.items() <= {
+  assert (
+    times.items()
+    <= {
       path.name: path.stat().st_mtime_ns
-      for path in directory.glob('*.array_record')}.items()
+      for path in directory.glob('*.array_record')
+    }.items()
+  )
 
 
 def test_machines_share_the_work(made, copied):
@@ -146,11 +155,13 @@ def test_another_batch_size_and_dtype(made, copied):
   for one, other in zip(records(made), records(copied), strict=True):
     assert other['text'].dtype == np.float16
     np.testing.assert_allclose(
-        other['text'], one['text'].astype(np.float32), rtol=2**-8, atol=1e-5)
+      other['text'], one['text'].astype(np.float32), rtol=2**-8, atol=1e-5
+    )
 
 
 def test_what_was_made_with_something_else_is_refused(
-    copied, t5_directory, tmp_path):
+  copied, t5_directory, tmp_path
+):
   copied.text.max_length = 32
   with pytest.raises(ValueError, match='max_length 40 instead of 32'):
     checks.check(copied, mesh_of(copied))
@@ -237,17 +248,22 @@ def test_features_that_overflow_are_refused(made):
   tokenizer = inputs.make_tokenizer(made)
   with pytest.raises(ValueError, match="'a' exceed float16: use --storage=bf"):
     precompute_text.encode_captions(
-        ['a'], tokenizer,
-        lambda tokens: np.full((*tokens.shape, 4), np.inf, np.float16), 1)
+      ['a'],
+      tokenizer,
+      lambda tokens: np.full((*tokens.shape, 4), np.inf, np.float16),
+      1,
+    )
 
 
 def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   def run(config, workdir):
     mesh, frozen = train.setup(config, workdir)
     train.train(config, workdir, mesh, frozen)
-    return [json.loads(line)['loss'] for line in
-            (workdir / 'metrics.jsonl').read_text().splitlines()
-            if 'loss' in json.loads(line)]
+    return [
+      json.loads(line)['loss']
+      for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+      if 'loss' in json.loads(line)
+    ]
 
   stored = run(made, tmp_path / 'stored')
   config = made.copy_and_resolve_references()
@@ -257,11 +273,13 @@ def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   assert (tmp_path / 'stored' / 'samples' / '8_2.png').exists()
 
   # Anything can be drawn with what was trained on them.
-  config = build.reading_prompts(build.load_config(
-      checkpoint.read_config(tmp_path / 'stored')))
+  config = build.reading_prompts(
+    build.load_config(checkpoint.read_config(tmp_path / 'stored'))
+  )
   mesh = mesh_of(config)
   index, _, params = trained.restore_average(config, tmp_path / 'stored', mesh)
   params |= build.load_frozen(config, mesh)
   (pictures,) = trained.make_draw(config, index, mesh, params)(
-      params, inputs.encode_prompts(config, ['a blue cross']), [0])
+    params, inputs.encode_prompts(config, ['a blue cross']), [0]
+  )
   assert pictures.shape == (1, 8, 8, 3)

@@ -23,7 +23,7 @@ RED = (200, 30, 40)
 
 
 def image_file(
-    file_format='JPEG', mode='RGB', size=(48, 32), color=RED, **options
+  file_format='JPEG', mode='RGB', size=(48, 32), color=RED, **options
 ):
   buffer = io.BytesIO()
   image = Image.new('RGB', size, color).convert(mode)
@@ -40,10 +40,10 @@ def bomb():
 
   header = struct.pack('>IIBBBBB', 20_000, 15_000, 8, 2, 0, 0, 0)
   return (
-      b'\x89PNG\r\n\x1a\n'
-      + chunk(b'IHDR', header)
-      + chunk(b'IDAT', zlib.compress(bytes(1000)))
-      + chunk(b'IEND', b'')
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', header)
+    + chunk(b'IDAT', zlib.compress(bytes(1000)))
+    + chunk(b'IEND', b'')
   )
 
 
@@ -85,20 +85,21 @@ def test_every_usable_kind_is_kept_and_decodes(tmp_path):
   buffer = io.BytesIO()
   clear.save(buffer, 'PNG')
   files = {
-      'a.jpg': image_file(),
-      'b.jpeg': image_file(mode='CMYK'),
-      'c.JPG': image_file(mode='L'),
-      'd.png': buffer.getvalue(),
-      'e.jpg': image_file(exif=sideways()),
-      'f.webp': image_file('WEBP'),
-      'sub.dir/g.jpg': image_file('PNG'),  # the wrong suffix
+    'a.jpg': image_file(),
+    'b.jpeg': image_file(mode='CMYK'),
+    'c.JPG': image_file(mode='L'),
+    'd.png': buffer.getvalue(),
+    'e.jpg': image_file(exif=sideways()),
+    'f.webp': image_file('WEBP'),
+    'sub.dir/g.jpg': image_file('PNG'),  # the wrong suffix
   }
   for name in list(files):
     files[f'{name.rpartition(".")[0]}.txt'] = b'  some \n words '
   write_tar(tmp_path / 's.tar', files)
   summary = prepare_data.prepare(
-      str(tmp_path / '*.tar'), str(tmp_path / 'out'),
-      Options(validation_fraction=0),
+    str(tmp_path / '*.tar'),
+    str(tmp_path / 'out'),
+    Options(validation_fraction=0),
   )
   assert summary['records'] == {'train': 7}
   assert summary['rejected'] == {} and read_rejects(tmp_path / 'out') == []
@@ -113,7 +114,7 @@ def test_every_usable_kind_is_kept_and_decodes(tmp_path):
       pixels, side = decode_image(record['image'], 8)
       expected = {'c': (82, 82, 82), 'd': (255, 255, 255)}.get(name[0], RED)
       np.testing.assert_allclose(
-          pixels.astype(int), np.broadcast_to(expected, (8, 8, 3)), atol=4
+        pixels.astype(int), np.broadcast_to(expected, (8, 8, 3)), atol=4
       )
       assert side == (20 if name[0] == 'd' else 32)
 
@@ -135,20 +136,20 @@ def test_every_bad_input_is_counted_and_listed(tmp_path):
   jpeg = image_file(size=(200, 200))
   words = b'some words'
   write_tar(
-      tmp_path / '1.tar',
-      good_files(2)
-      | {'no_caption.jpg': jpeg}
-      | {'no_image.txt': words}
-      | {'no_image_json.json': b'{"caption": "words"}'}
-      | {'truncated.jpg': jpeg[:-100], 'truncated.txt': words}
-      | {'html.jpg': b'<html>404</html>', 'html.txt': words}
-      | {'bomb.png': bomb(), 'bomb.txt': words}
-      | {'blank.jpg': jpeg, 'blank.txt': b' \n'}
-      | {'null.jpg': jpeg, 'null.json': b'{"caption": null}'}
-      | {'long.jpg': jpeg, 'long.txt': b'x' * 21}
-      | {'fits.jpg': jpeg, 'fits.txt': b'x' * 20}
-      | {'latin.jpg': jpeg, 'latin.txt': 'é'.encode('latin-1')}
-      | {'broken.jpg': jpeg, 'broken.json': b'{"caption": '},
+    tmp_path / '1.tar',
+    good_files(2)
+    | {'no_caption.jpg': jpeg}
+    | {'no_image.txt': words}
+    | {'no_image_json.json': b'{"caption": "words"}'}
+    | {'truncated.jpg': jpeg[:-100], 'truncated.txt': words}
+    | {'html.jpg': b'<html>404</html>', 'html.txt': words}
+    | {'bomb.png': bomb(), 'bomb.txt': words}
+    | {'blank.jpg': jpeg, 'blank.txt': b' \n'}
+    | {'null.jpg': jpeg, 'null.json': b'{"caption": null}'}
+    | {'long.jpg': jpeg, 'long.txt': b'x' * 21}
+    | {'fits.jpg': jpeg, 'fits.txt': b'x' * 20}
+    | {'latin.jpg': jpeg, 'latin.txt': 'é'.encode('latin-1')}
+    | {'broken.jpg': jpeg, 'broken.json': b'{"caption": '},
   )
   (tmp_path / '2.tar').write_bytes(b'this is not a tar' * 100)
   write_tar(tmp_path / '3.tar', good_files(3))
@@ -157,7 +158,7 @@ def test_every_bad_input_is_counted_and_listed(tmp_path):
   (tmp_path / '4.tar').write_bytes(b'')
   output = tmp_path / 'out'
   summary = prepare_data.prepare(
-      f'{tmp_path}/*.tar', str(output), Options(max_caption_length=20)
+    f'{tmp_path}/*.tar', str(output), Options(max_caption_length=20)
   )
   assert summary['tars'] == 4
   assert summary['records'] == {'train': 5}
@@ -167,21 +168,21 @@ def test_every_bad_input_is_counted_and_listed(tmp_path):
   rejects = read_rejects(output)
   found = {r['key']: r['reason'] for r in rejects}
   assert found == {
-      '1/no_caption': 'image without caption',
-      '1/no_image': 'caption without image',
-      '1/no_image_json': 'caption without image',
-      '1/truncated': 'damaged image',
-      '1/html': 'not an image',
-      '1/bomb': 'too many pixels',
-      '1/blank': 'empty caption',
-      '1/null': 'empty caption',
-      '1/long': 'caption too long',
-      '1/latin': 'unreadable caption',
-      '1/broken': 'unreadable caption',
-      f'{tmp_path}/2.tar': 'unreadable tar',
-      f'{tmp_path}/3.tar': 'damaged tar',
-      '3/002': 'damaged tar member',
-      f'{tmp_path}/4.tar': 'unreadable tar',
+    '1/no_caption': 'image without caption',
+    '1/no_image': 'caption without image',
+    '1/no_image_json': 'caption without image',
+    '1/truncated': 'damaged image',
+    '1/html': 'not an image',
+    '1/bomb': 'too many pixels',
+    '1/blank': 'empty caption',
+    '1/null': 'empty caption',
+    '1/long': 'caption too long',
+    '1/latin': 'unreadable caption',
+    '1/broken': 'unreadable caption',
+    f'{tmp_path}/2.tar': 'unreadable tar',
+    f'{tmp_path}/3.tar': 'damaged tar',
+    '3/002': 'damaged tar member',
+    f'{tmp_path}/4.tar': 'unreadable tar',
   }
   assert summary['rejected']['unreadable tar'] == 2
   assert sum(summary['rejected'].values()) == len(rejects) == len(found)
@@ -190,11 +191,11 @@ def test_every_bad_input_is_counted_and_listed(tmp_path):
 
 def test_a_json_caption_and_a_compressed_tar(tmp_path):
   files = {
-      'a.jpg': image_file(),
-      'a.json': json.dumps({'caption': 'from json', 'width': 3}).encode(),
-      'b.jpg': image_file(),
-      'b.json': json.dumps({'caption': 'from json'}).encode(),
-      'b.txt': b'from text',
+    'a.jpg': image_file(),
+    'a.json': json.dumps({'caption': 'from json', 'width': 3}).encode(),
+    'b.jpg': image_file(),
+    'b.json': json.dumps({'caption': 'from json'}).encode(),
+    'b.txt': b'from text',
   }
   write_tar(tmp_path / 's.tar.gz', files, 'w:gz')
   prepare_data.prepare(f'{tmp_path}/s.tar.gz', str(tmp_path / 'out'))
@@ -205,8 +206,9 @@ def test_a_json_caption_and_a_compressed_tar(tmp_path):
 def test_validation_is_chosen_by_the_key_alone(tmp_path):
   write_tar(tmp_path / 's.tar', good_files(200))
   summary = prepare_data.prepare(
-      f'{tmp_path}/s.tar', str(tmp_path / 'out'),
-      Options(validation_fraction=0.25),
+    f'{tmp_path}/s.tar',
+    str(tmp_path / 'out'),
+    Options(validation_fraction=0.25),
   )
   train = read_all(tmp_path / 'out')
   validation = read_all(tmp_path / 'out', 'validation')
@@ -226,8 +228,9 @@ def test_validation_is_chosen_by_the_key_alone(tmp_path):
 def test_train_is_never_empty(tmp_path):
   write_tar(tmp_path / 's.tar', good_files(1))
   prepare_data.prepare(
-      f'{tmp_path}/s.tar', str(tmp_path / 'out'),
-      Options(validation_fraction=0.999),
+    f'{tmp_path}/s.tar',
+    str(tmp_path / 'out'),
+    Options(validation_fraction=0.999),
   )
   assert sources.available_splits(str(tmp_path / 'out')) == ('train',)
   assert sorted(read_all(tmp_path / 'out')) == ['s/000']
@@ -238,13 +241,14 @@ def test_small_tars_share_files_and_keep_their_order(tmp_path, monkeypatch):
     write_tar(tmp_path / f'{i}.tar', good_files(count))
   monkeypatch.setattr(prepare_data, '_RECORDS_PER_SHARD', 5)
   prepare_data.prepare(
-      f'{tmp_path}/?.tar', str(tmp_path / 'out'),
-      Options(validation_fraction=0))
+    f'{tmp_path}/?.tar', str(tmp_path / 'out'), Options(validation_fraction=0)
+  )
   assert sorted(p.name for p in (tmp_path / 'out').glob('*record*')) == [
-      f'captioned_images-train.array_record-0000{i}-of-00002' for i in (0, 1)]
+    f'captioned_images-train.array_record-0000{i}-of-00002' for i in (0, 1)
+  ]
   assert list(read_all(tmp_path / 'out')) == [
-      f'{i}/00{j}' for i, count in enumerate([3, 2, 4, 1])
-      for j in range(count)]
+    f'{i}/00{j}' for i, count in enumerate([3, 2, 4, 1]) for j in range(count)
+  ]
 
 
 def test_errors_leave_nothing_behind(tmp_path):
@@ -254,12 +258,13 @@ def test_errors_leave_nothing_behind(tmp_path):
   with pytest.raises(ValueError, match=r'none\*.tar matches no'):
     prepare_data.prepare(f'{tmp_path}/none*.tar', str(output))
   with pytest.raises(
-      ValueError, match="no usable record: {'unreadable tar': 1}"
+    ValueError, match="no usable record: {'unreadable tar': 1}"
   ):
     prepare_data.prepare(f'{tmp_path}/bad.tar', str(output))
   with pytest.raises(ValueError, match='fraction=1.0'):
     prepare_data.prepare(
-        f'{tmp_path}/good.tar', str(output), Options(validation_fraction=1.0))
+      f'{tmp_path}/good.tar', str(output), Options(validation_fraction=1.0)
+    )
   assert sorted(os.listdir(tmp_path)) == ['bad.tar', 'good.tar']
   output.mkdir()
   (output / 'precious').write_text('mine')
@@ -288,10 +293,14 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
       prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
     assert not output.exists()
-    with pytest.raises(ValueError,
-                       match='begun with other min_side: remove it, or give'):
-      prepare_data.prepare(f'{tmp_path}/*.tar', str(output),
-                           dataclasses.replace(options, min_side=2))
+    with pytest.raises(
+      ValueError, match='begun with other min_side: remove it, or give'
+    ):
+      prepare_data.prepare(
+        f'{tmp_path}/*.tar',
+        str(output),
+        dataclasses.replace(options, min_side=2),
+      )
     # Killed once more, while the parts become the data set.
     patch.setattr(prepare_data, '_write_file', fail_on('summary.json'))
     with pytest.raises(KeyboardInterrupt):
@@ -299,10 +308,14 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
   assert not output.exists()
   prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
   assert [path[-5:] for path in read] == [
-      '0.tar', '1.tar', '2.tar', '2.tar', '3.tar']
+    '0.tar',
+    '1.tar',
+    '2.tar',
+    '2.tar',
+    '3.tar',
+  ]
   assert contents(output) == contents(whole)
-  assert {'out', 'whole'} == {
-      p.name for p in tmp_path.iterdir() if p.is_dir()}
+  assert {'out', 'whole'} == {p.name for p in tmp_path.iterdir() if p.is_dir()}
 
 
 def fail_on(name):
@@ -312,29 +325,39 @@ def fail_on(name):
     if path.name == name:
       raise KeyboardInterrupt
     write(path, text)
+
   return write_file
 
 
 def contents(output):
   """Everything, but for the order of a record's fields, which may vary."""
   files = {p.name: p.read_bytes() for p in output.iterdir()}
-  return [sorted(files), files['rejects.jsonl'], files['summary.json'], *(
-      list(read_all(output, split).items())
-      for split in ('train', 'validation'))]
+  return [
+    sorted(files),
+    files['rejects.jsonl'],
+    files['summary.json'],
+    *(
+      list(read_all(output, split).items()) for split in ('train', 'validation')
+    ),
+  ]
 
 
 def test_processes_and_machines_make_the_same(tmp_path):
   for i in range(4):
-    write_tar(tmp_path / f'{i}.tar', good_files(5) | {'x.jpg': b'no image',
-                                                      'x.txt': b'words'})
+    write_tar(
+      tmp_path / f'{i}.tar',
+      good_files(5) | {'x.jpg': b'no image', 'x.txt': b'words'},
+    )
   options = Options(validation_fraction=0.3)
   for name, num_workers, parts in [
-      ('one', 1, ['0/1']), ('two', 2, ['0/1']),
-      ('hosts', 1, ['1/2', '0/2', '0/1'])]:
+    ('one', 1, ['0/1']),
+    ('two', 2, ['0/1']),
+    ('hosts', 1, ['1/2', '0/2', '0/1']),
+  ]:
     for part in parts:
       summary = prepare_data.prepare(
-          f'{tmp_path}/*.tar', str(tmp_path / name), options, num_workers,
-          part)
+        f'{tmp_path}/*.tar', str(tmp_path / name), options, num_workers, part
+      )
       assert (summary is None) == (part != '0/1')
   assert summary['rejected'] == {'not an image': 4}
   assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
@@ -351,11 +374,12 @@ def test_filters_are_counted(tmp_path):
     files[f'{name}.txt'] = b'words'
   write_tar(tmp_path / 's.tar', files)
   summary = prepare_data.prepare(
-      f'{tmp_path}/s.tar', str(tmp_path / 'out'),
-      Options(min_side=100, max_aspect=2.0, validation_fraction=0))
+    f'{tmp_path}/s.tar',
+    str(tmp_path / 'out'),
+    Options(min_side=100, max_aspect=2.0, validation_fraction=0),
+  )
   assert sorted(read_all(tmp_path / 'out')) == ['s/b', 's/d']
-  assert summary['rejected'] == {
-      'image too small': 1, 'image too elongated': 1}
+  assert summary['rejected'] == {'image too small': 1, 'image too elongated': 1}
 
 
 def test_an_image_is_used_once(tmp_path):
@@ -367,12 +391,18 @@ def test_an_image_is_used_once(tmp_path):
     write_tar(tmp_path / f'{i}.tar', files)
   options = Options(validation_fraction=0.3, deduplicate=True)
   summary = prepare_data.prepare(
-      f'{tmp_path}/*.tar', str(tmp_path / 'out'), options)
-  kept = [*read_all(tmp_path / 'out'),
-          *read_all(tmp_path / 'out', 'validation')]
+    f'{tmp_path}/*.tar', str(tmp_path / 'out'), options
+  )
+  kept = [
+    *read_all(tmp_path / 'out'),
+    *read_all(tmp_path / 'out', 'validation'),
+  ]
   assert len(kept) == len(set(kept)) == 8 == sum(summary['records'].values())
-  images = [record['image'] for split in ('train', 'validation')
-            for record in read_all(tmp_path / 'out', split).values()]
+  images = [
+    record['image']
+    for split in ('train', 'validation')
+    for record in read_all(tmp_path / 'out', split).values()
+  ]
   assert len(set(images)) == 8
   assert {f'{i}/{j}' for i in range(3) for j in range(2)} <= set(kept)
   assert summary['rejected'] == {'image used before': 4}
@@ -383,11 +413,20 @@ def test_large_images_are_reduced_and_their_size_is_kept(tmp_path):
   buffer = io.BytesIO()
   Image.fromarray(ramp).save(buffer, 'JPEG', quality=95)
   small = image_file(size=(64, 70))
-  write_tar(tmp_path / 's.tar', {
-      'large.jpg': buffer.getvalue(), 'large.txt': b'words',
-      'small.jpg': small, 'small.txt': b'words'})
-  prepare_data.prepare(f'{tmp_path}/s.tar', str(tmp_path / 'out'),
-                       Options(validation_fraction=0, reduce_to=75))
+  write_tar(
+    tmp_path / 's.tar',
+    {
+      'large.jpg': buffer.getvalue(),
+      'large.txt': b'words',
+      'small.jpg': small,
+      'small.txt': b'words',
+    },
+  )
+  prepare_data.prepare(
+    f'{tmp_path}/s.tar',
+    str(tmp_path / 'out'),
+    Options(validation_fraction=0, reduce_to=75),
+  )
   records = read_all(tmp_path / 'out')
   assert records['s/small']['image'] == small
   large = records['s/large']
@@ -396,7 +435,8 @@ def test_large_images_are_reduced_and_their_size_is_kept(tmp_path):
     assert image.size == (100, 75)
     pixels = np.asarray(image.convert('L')).astype(int)
   np.testing.assert_allclose(
-      pixels, np.broadcast_to(np.linspace(0, 255, 100), (75, 100)), atol=3)
+    pixels, np.broadcast_to(np.linspace(0, 255, 100), (75, 100)), atol=3
+  )
 
 
 def test_keys_are_unique(tmp_path):
@@ -405,7 +445,8 @@ def test_keys_are_unique(tmp_path):
     write_tar(tmp_path / path, good_files(1))
   with pytest.raises(ValueError, match='s.tar would give their'):
     prepare_data.prepare(
-        [f'{tmp_path}/*.tar', f'{tmp_path}/*/*.tar'], str(tmp_path / 'out'))
+      [f'{tmp_path}/*.tar', f'{tmp_path}/*/*.tar'], str(tmp_path / 'out')
+    )
 
 
 @pytest.mark.parametrize('size', ['2m', '6m'])
@@ -425,8 +466,13 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, size):
   if subprocess.run(mount, capture_output=True).returncode:
     pytest.skip('needs the right to mount a small file system')
   command = [
-      sys.executable, '-m', 'mdm_jax.tools.prepare_data', '--num_workers=1',
-      f'--input={tmp_path}/*.tar', f'--output={disk}/out']
+    sys.executable,
+    '-m',
+    'mdm_jax.tools.prepare_data',
+    '--num_workers=1',
+    f'--input={tmp_path}/*.tar',
+    f'--output={disk}/out',
+  ]
   try:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
@@ -455,5 +501,5 @@ def test_the_command_says_one_line_and_fails(tmp_path):
   )  # fmt: skip
   assert done.returncode == 1
   assert done.stderr.splitlines() == [
-      f'prepare_data: --input={tmp_path}/*.tar matches no file.'
+    f'prepare_data: --input={tmp_path}/*.tar matches no file.'
   ]
