@@ -4,16 +4,16 @@
     python -m mdm_jax.main --config=configs/captioned_images.py \
         --config.data.path=data/mine
 
-Sized for a GPU; not yet trained at full size. `:memorize` learns a
-handful of images by heart on a laptop; it shows that a data set is read as
-it should be.
+Sized for a GPU; not yet trained at full size. `:memorize` trains a small model
+on a laptop until it reproduces a handful of images, which shows that a data
+set is read correctly.
 """
 
 from configs import common
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` is '', 'smoke' or 'memorize'."""
+  """Returns the recipe; `mode` is '', 'smoke' or 'memorize'."""
   config = common.get_config()
   config.data.name = 'captioned_images'
   config.dtype = 'bfloat16'
@@ -46,7 +46,7 @@ def get_config(mode: str = ''):
 
 
 def _memorize(config):
-  """A 16 px and a 64 px level that a laptop trains in minutes."""
+  """Returns 16 px and 64 px levels that a laptop trains in minutes."""
   config.dtype = 'float32'
   config.text.update(max_length=64, width=64, num_layers=1, num_heads=4)
   config.model.text.width = 64

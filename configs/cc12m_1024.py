@@ -1,18 +1,18 @@
-"""CC12M in three stages, 64, 64+256 and 64+256+1024 px: the whole paper.
+"""CC12M in three stages: 64, 64+256 and 64+256+1024 px, as in the paper.
 
     python -m mdm_jax.main --config=configs/cc12m_1024.py \
         --config.data.path=DIR --config.text.path=T5
 
-What a TPU slice takes is in docs/tpu_slices.md.
+docs/tpu_slices.md has the memory and time that six TPU slices need.
 """
 
 from configs import cc12m_256, common
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = cc12m_256.get_config()
-  # As in the released 1024 model.
+  # The released 1024 model normalizes the input of its 256 px level.
   config.model.levels[1].normalize_input = True
   config.model.levels.append(
     common.level(1024, channels=(32, 32, 64), remat='block')

@@ -1,18 +1,18 @@
-"""CC12M at 64 px: the architecture and schedule of the released model.
+"""CC12M at 64 px: network and noise schedule of the released 64 px model.
 
     python -m mdm_jax.main --config=configs/cc12m_64.py \
         --config.data.path=DIR --config.text.path=T5
 
-DIR is what `tools.prepare_data` made of CC12M's tars, T5 a directory with the
-files of google/flan-t5-xl, whose encoder stays frozen. 461 M parameters in the
-network.
+DIR is the data set that `tools.prepare_data` made from CC12M's tars. T5 is a
+directory with the files of google/flan-t5-xl, whose encoder stays frozen. The
+UNet has 461 M parameters.
 """
 
 from configs import common
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = common.get_config()
   config.dtype = 'bfloat16'
   config.data.update(name='captioned_images', num_workers=8)

@@ -1,64 +1,34 @@
 """Every configuration key, its default and its unit.
 
 A recipe starts from `get_config()`, adds levels and stages, and changes what
-it must. Configs are locked: a key that is not here is an error.
+it needs. Configs are locked: a key that is not here is an error.
+docs/configuration.md describes each key in full.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """All keys but `model.levels` and `stages`, which each recipe sets."""
+  """Returns all keys but `model.levels` and `stages`, which recipes set."""
   return ConfigDict(
     {
       'seed': 0,
       'dtype': 'float32',  # of activations; 'bfloat16' on TPU and GPU
-      # Devices along each axis; one may be -1, for all that are left.
+      # Number of devices along each axis; one axis may be -1, which takes all
+      # remaining devices.
       'mesh': {'data': -1, 'fsdp': 1, 'spatial': 1},
-      # First match wins: (regular expression on a parameter's path, mesh axes
-      # of its last dimensions). What matches none is replicated.
+      # Pairs (regular expression on a parameter's path, mesh axes of its last
+      # dimensions). The first match wins; a parameter that matches no rule is
+      # replicated.
       'sharding_rules': (
         (r'level_\d+/conv_(in|out)/', ()),
         (r'/kernel$', ('fsdp',)),
       ),
-      'data': {
-        # Or 'captioned_images', made by prepare_data; 'tars', indexed by
-        # index_tars; or 'tfds:NAME', built by TFDS as ArrayRecords.
-        'name': 'shapes',
-        'path': '',  # of the data set or the index; TFDS's data_dir
-        # Of a TFDS data set; of a nested feature, the path 'a/b'.
-        'image': 'image',
-        'caption': 'caption',  # a text or several
-        'label': 'label',  # instead, where text.encoder is 'label'
-        'train_split': 'train',
-        'validation_split': 'validation',  # '': train
-        'size': 1_000_000,  # records of the drawn data set
-        'flip': False,  # mirror half of the images
-        'random_crop': False,  # the square lies anywhere
-        'max_bad_fraction': 0.01,  # of the records; more end the run
-        'may_change': False,  # the data set, from run to run
-        'num_workers': 0,  # processes that decode; 0: a thread of this one
-        'num_threads': 1,  # of each worker
-        'prefetch': 4,  # batches
-      },
-      'text': {
-        # 'learned', trained with the network; 't5', frozen; 'precomputed',
-        # what precompute_text has stored of it beside the data set; 'label',
-        # class numbers instead of captions.
-        'encoder': 'learned',
-        'path': '',  # T5's directory, as Hugging Face's
-        'tokenizer': '',  # spiece.model; '': the encoder's own
-        'max_length': 32,  # tokens, </s> included
-        'long_captions': 'cut',  # or 'leave_out' of training
-        'num_classes': 0,  # of labels
-        'class_names': '',  # a file with a name a line, for prompts
-        'width': 64,
-        'num_layers': 1,
-        'num_heads': 4,
-        'caption_dropout': 0.1,  # share trained on the empty caption
-      },
+      'data': _data(),
+      'text': _text(),
       'model': {
         # How the text enters the network: models.conditioning.TextSpec.
         'text': {
@@ -71,93 +41,179 @@ def get_config() -> ConfigDict:
       },
       'diffusion': {
         'schedule': 'deepfloyd',  # or 'ddpm', 'cosine'
-        'num_steps': 1000,  # T
+        'num_steps': 1000,  # T, the number of noising steps
         'parameterization': 'v',  # what the network predicts: v, eps, x0
         'loss_space': 'eps',  # where the error is measured: v, eps, x0
-        'time_weights': 'none',  # or 'vdm', the variational bound's
+        'time_weights': 'none',  # or 'vdm': those of the variational bound
       },
       'stages': [],  # in order, each a stage()
-      'optimizer': {
-        'name': 'adamw',  # or 'muon'
-        'b1': 0.9,
-        'b2': 0.999,
-        'epsilon': 1e-8,
-        'weight_decay': 0.0,
-        'clip_norm': 2.0,
-        'adam_scale': 0.15,  # with muon, AdamW's learning rate over it
-        'decay': 'constant',  # after the warm-up; or 'cosine' to 0
-        'ema_decay': 0.9999,
-      },
-      # Of which one of any width is made after training: docs/averages.md.
+      'optimizer': _optimizer(),
+      # Post-hoc EMA: an EMA of any sigma_rel, computed after training from
+      # stored snapshots. See docs/post_hoc_ema.md.
       'averages': {
-        'widths': (),  # sigma_rel, such as (0.05, 0.1); none: no memory
-        'snapshot_every': 1000,  # steps between two that are kept
+        # sigma_rel of each EMA that is tracked, such as (0.05, 0.1); each
+        # takes as much memory as the parameters.
+        'widths': (),
+        'snapshot_every': 1000,  # steps between two stored snapshots
       },
-      # A NaN, an Inf or a spike leaves that one step out.
+      # A step with a NaN, an Inf or a spike is skipped.
       'guard': {
-        'spike_factor': 10.0,  # times the running mean of loss, gradient
-        'window': 100,  # good steps in that mean, and before a spike
-        'max_skipped': 10,  # in a row; then the run stops
+        # A loss or gradient norm above this multiple of its running mean is a
+        # spike; 0: nothing is.
+        'spike_factor': 10.0,
+        # Accepted steps in the running mean; there are no spikes before a
+        # stage has made as many.
+        'window': 100,
+        'max_skipped': 10,  # consecutive skipped steps that end the run
       },
-      'sampler': {
-        'name': 'ddim',  # or ddpm, heun, dpm, dpm_sde
-        'num_steps': 50,
-        'eta': 0.0,  # DDIM's share of fresh noise
-        'guidance': 7.5,  # 1 is none
-        'guidance_rescale': 0.0,  # to the unguided contrast, 0 to 1
-        # Noising steps that are guided, as shares of all of them.
-        'guidance_interval': (0.0, 1.0),
-        'threshold': 'dynamic_if',  # of x0: none, clip, dynamic
-      },
+      'sampler': _sampler(),
       'log_every': 50,  # steps between two progress lines
       'sample_every': 1000,  # steps between two sample grids
-      'checkpoint_every': 1000,  # steps
-      'checkpoints_to_keep': 2,  # of each stage
-      'save_failures': 3,  # in a row that end the run
-      'replicas_every': 0,  # steps between two comparisons; 0: never
-      # Seconds after which a hanging process ends; 0: never.
-      'watchdog': {
-        'start_up': 3600,  # also restoring and compiling
-        'step': 900,  # data included
-        'save': 1800,
-        'evaluate': 7200,  # or a grid of samples
-      },
-      'eval': {
-        'num_prompts': 256,  # whose pictures are marked
-        'loss_batches': 8,  # held-out batches
-        'batch_size': 16,  # prompts drawn at once
-        'every': 0,  # steps; 0: only at the run's end
-        # Of each stage, the average with the best of it so far is kept:
-        # 'held_out_loss_64' or 'accuracy_shape', for example; '': none.
-        'best_metric': '',
-      },
+      'checkpoint_every': 1000,  # steps between two checkpoints
+      # Minutes since the last checkpoint after which another is saved,
+      # whichever of this and checkpoint_every is due first; 0: by steps alone.
+      'checkpoint_minutes': 0.0,
+      'checkpoints_to_keep': 2,  # newest ones of each stage
+      'save_failures': 3,  # consecutive failed saves that end the run
+      # Steps between two comparisons of all devices' copies of the state; 0:
+      # never.
+      'replicas_every': 0,
+      # Steps between two traces of a few steps, for TensorBoard and
+      # ui.perfetto.dev; 0: never.
+      'profile_every': 0,
+      'watchdog': _watchdog(),
+      'eval': _eval(),
     }
   )
 
 
-def level(resolution: int, **changes) -> ConfigDict:
-  """One level of the pyramid: models.unet.LevelSpec, and its resolution.
+def _data() -> dict[str, Any]:
+  """The data set, and how it is read."""
+  return {
+    # Or 'captioned_images', made by prepare_data; 'tars', indexed by
+    # index_tars; or 'tfds:NAME', built by TFDS as ArrayRecords.
+    'name': 'shapes',
+    # Directory of the data set or the index; for TFDS its data_dir.
+    'path': '',
+    # The next five are for TFDS. A nested feature is a path, 'a/b'.
+    'image': 'image',
+    'caption': 'caption',  # one text, or several
+    'label': 'label',  # read instead, where text.encoder is 'label'
+    'train_split': 'train',
+    'validation_split': 'validation',  # '': use the training split
+    'size': 1_000_000,  # records of the procedural set, 'shapes'
+    'flip': False,  # mirror half of the training images
+    'random_crop': False,  # crop the square anywhere, not at the centre
+    'max_bad_fraction': 0.01,  # of the records; more end the run
+    'may_change': False,  # continue although the data set has changed
+    'num_workers': 0,  # loader processes; 0: threads of this process
+    'num_threads': 1,  # of each loader process
+    'prefetch': 4,  # batches buffered by each loader process
+  }
 
-  The defaults are those of an outer level of the released models; `channels`,
-  `num_blocks` and `attention_layers` run from fine to coarse.
+
+def _text() -> dict[str, Any]:
+  """Captions, and the encoder that reads them."""
+  return {
+    # 'learned': trained with the network; 't5': frozen; 'precomputed': T5
+    # features that precompute_text stored beside the data set; 'label':
+    # class numbers instead of captions.
+    'encoder': 'learned',
+    'path': '',  # directory of the T5, in Hugging Face's layout
+    'tokenizer': '',  # a SentencePiece model; '': the encoder's own
+    'max_length': 32,  # tokens, </s> included
+    'long_captions': 'cut',  # or 'leave_out': not used in training
+    'num_classes': 0,  # with 'label'
+    'class_names': '',  # file with one name a line, usable as prompts
+    'width': 64,  # features of the learned encoder, or of a class
+    'num_layers': 1,  # of the learned encoder
+    'num_heads': 4,  # of the learned encoder
+    'caption_dropout': 0.1,  # share trained on the empty caption
+  }
+
+
+def _sampler() -> dict[str, Any]:
+  """Sampling of images, during training and after."""
+  return {
+    'name': 'ddim',  # or ddpm, heun, dpm, dpm_sde
+    'num_steps': 50,
+    'eta': 0.0,  # DDIM's share of fresh noise, 0 to 1
+    'guidance': 7.5,  # weight; 1: no guidance
+    'guidance_rescale': 0.0,  # to the unguided contrast, 0 to 1
+    # First and last noising step that is guided, as shares of T.
+    'guidance_interval': (0.0, 1.0),
+    'threshold': 'dynamic_if',  # of x0; or none, clip, dynamic
+  }
+
+
+def _optimizer() -> dict[str, Any]:
+  """The optimizer, and the EMA of its parameters."""
+  return {
+    'name': 'adamw',  # or 'muon'
+    'b1': 0.9,
+    'b2': 0.999,
+    'epsilon': 1e-8,
+    'weight_decay': 0.0,  # decoupled, times the learning rate
+    'clip_norm': 2.0,  # largest global norm of a gradient
+    # With muon: AdamW's learning rate over the stage's.
+    'adam_scale': 0.15,
+    'decay': 'constant',  # after the warm-up; or 'cosine', to 0
+    'ema_decay': 0.9999,  # a step
+  }
+
+
+def _watchdog() -> dict[str, Any]:
+  """Seconds after which a hanging process is ended; 0: never."""
+  return {
+    'start_up': 3600,  # opening the data, restoring, compiling
+    'step': 900,  # a step, or the wait for its batch
+    'save': 1800,  # while training waits for a checkpoint
+    'evaluate': 7200,  # an evaluation, or a sample grid
+  }
+
+
+def _eval() -> dict[str, Any]:
+  """Evaluation during training and at its end."""
+  return {
+    'num_prompts': 256,  # prompts whose images are scored, for shapes
+    'loss_batches': 8,  # held-out batches of the loss
+    'batch_size': 16,  # images sampled at once
+    'every': 0,  # steps; 0: only at the end of the run
+    # Metric by which each stage's best EMA is kept, such as
+    # 'held_out_loss_64' or 'accuracy_shape'; '': none is kept.
+    'best_metric': '',
+  }
+
+
+def level(resolution: int, **changes) -> ConfigDict:
+  """Returns a level of the pyramid: its resolution and its architecture.
+
+  All keys but `resolution` are fields of models.unet.LevelSpec. The defaults
+  are those of an outer level of the released models; `channels`, `num_blocks`
+  and `attention_layers` run from fine to coarse.
+
+  Args:
+    resolution: pixels a side.
+    **changes: values of other keys.
   """
   config = ConfigDict(
     {
       'resolution': resolution,  # pixels a side
-      'channels': (64, 128, 256),
-      'num_blocks': (2, 2, 1),
-      'attention_layers': (0, 0, 0),
-      'attention_ffn': True,
-      'temporal_dim': 1024,
-      'scale_condition': resolution,  # pixels
-      'normalize_input': False,
-      'num_heads': 8,
-      'num_groups': 32,
-      'position_waves': 0,
-      'patch_size': 1,
-      'remat': 'none',  # or 'block', 'level': computed again, not kept
-      # Channels that neighbouring pixels fill together; 1: none. 0: as many
-      # as the device's vectors hold, 128 on a TPU and 1 elsewhere.
+      'channels': (64, 128, 256),  # at each resolution inside the level
+      'num_blocks': (2, 2, 1),  # residual blocks down; one more, up
+      'attention_layers': (0, 0, 0),  # after each of those blocks
+      'attention_ffn': True,  # feed-forward block after attention
+      'temporal_dim': 1024,  # width of the time embedding
+      'scale_condition': resolution,  # cap of the original size, in pixels
+      'normalize_input': False,  # divide the noisy input by its std
+      'num_heads': 8,  # of attention
+      'num_groups': 32,  # of group norms
+      'position_waves': 0,  # frequencies of a positional encoding
+      'patch_size': 1,  # pixels a side folded into channels
+      # What the backward pass recomputes: 'none', 'block' or 'level'.
+      'remat': 'none',
+      # Channels up to which neighbouring pixels are packed side by side; 1: no
+      # packing; 0: the vector width of the device, 128 on a TPU, 1 elsewhere.
       'lanes': 0,
     }
   )
@@ -166,19 +222,26 @@ def level(resolution: int, **changes) -> ConfigDict:
 
 
 def stage(name: str, num_levels: int, **changes) -> ConfigDict:
-  """One stage of training: the first `num_levels` levels, for `steps`."""
+  """Returns a stage of training: the first `num_levels` levels, for `steps`.
+
+  Args:
+    name: part of the names of its checkpoints and sample grids.
+    num_levels: levels that it trains, from the coarsest.
+    **changes: values of other keys.
+  """
   config = ConfigDict(
     {
       'name': name,
       'num_levels': num_levels,
       'steps': 100_000,
-      'batch_size': 64,  # over all devices
-      'accumulate': 1,  # parts of it, one after the other
-      'learning_rate': 5e-5,
-      'warmup_steps': 10_000,
+      'batch_size': 64,  # images a step, over all devices
+      'accumulate': 1,  # parts of the batch, one after the other
+      'learning_rate': 5e-5,  # after the warm-up
+      'warmup_steps': 10_000,  # linear, from 0
       'shift_power': 1.0,  # SNR / (resolution ratio) ** power
       'loss_weights': (1.0,) * num_levels,  # coarse to fine
-      # Shares of the batch whose finest level is each, coarse to fine.
+      # Shares of the batch by the finest level that sees the image, coarse to
+      # fine.
       'mixed_ratio': (0.0,) * (num_levels - 1) + (1.0,),
     }
   )
@@ -189,7 +252,13 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
 def in_mode(
   config: ConfigDict, mode: str, **modes: Callable[[ConfigDict], ConfigDict]
 ) -> ConfigDict:
-  """The recipe itself, or what a mode makes of it; every recipe has 'smoke'.
+  """Returns the recipe itself, or one of its variants.
+
+  Args:
+    config: the recipe.
+    mode: what follows the colon in --config=FILE:MODE; '' is the recipe
+      itself, 'smoke' the toy-sized run that every recipe has.
+    **modes: further variants, or another 'smoke', as functions of the recipe.
 
   Raises:
     ValueError: an unknown mode.
@@ -203,7 +272,7 @@ def in_mode(
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-  """The same run, stage by stage, at toy size on the drawn data set."""
+  """Returns the same run, stage by stage, at toy size on procedural shapes."""
   config.data.name = 'shapes'
   config.data.path = ''
   config.data.num_workers = 0
@@ -231,7 +300,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
       patch_size=1,
     )
   for stage in config.stages:
-    # The pattern of a mixed batch once on each of 8 devices.
+    # One whole pattern of a mixed batch on each of 8 devices.
     stage.update(
       steps=6,
       batch_size=8 * int(sum(stage.mixed_ratio)),

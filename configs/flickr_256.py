@@ -4,7 +4,7 @@ from configs import cc12m_256, common
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = cc12m_256.get_config()
   config.stages = config.stages[-1:]
   config.sampler.num_steps = 100

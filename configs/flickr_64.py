@@ -4,12 +4,13 @@
         --config=configs/flickr_64.py --config.text.path=T5 --workdir=DIR
     python -m mdm_jax.sample --workdir=DIR --prompt="a cat in the snow"
 
-T5 is a directory with the files of google/flan-t5-xl.
+T5 is a directory with the files of google/flan-t5-xl. docs/weights.md says
+where Apple's files are and what else can be done with them.
 """
 
 from configs import cc12m_64
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   return cc12m_64.get_config(mode)

@@ -5,21 +5,22 @@
     python -m mdm_jax.sample --workdir=runs/imagenet_256 --prompt=207
 
 The first command needs TensorFlow and ImageNet's own archives, see
-https://www.tensorflow.org/datasets/catalog/imagenet2012; --data_dir=DIR there
-is --config.data.path=DIR here. A prompt is a class's number, 0 to 999, or with
---config.text.class_names=FILE a line of that file.
+https://www.tensorflow.org/datasets/catalog/imagenet2012. If it is given
+--data_dir=DIR, give --config.data.path=DIR to the second. A prompt is the
+number of a class, 0 to 999, or with --config.text.class_names=FILE a line of
+that file.
 
-The UNets are those of cc12m_256, with a vector for each class in the place of
-the text. The paper trained its ImageNet model on eight A100s. Batch sizes,
-steps, learning rate and guidance are our choice. Not yet trained: what is
-known of it is that `:smoke` runs.
+The UNets are those of cc12m_256; a learned vector for each class takes the
+place of the text. The paper trained its ImageNet model on eight A100s. Batch
+sizes, steps, learning rate and guidance are our choice. The recipe has not been
+trained at full size; `:smoke` runs.
 """
 
 from configs import cc12m_256, common
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = cc12m_256.get_config()
   config.data.update(name='tfds:imagenet2012', flip=True)
   config.text.update(encoder='label', num_classes=1000, width=1024)
@@ -27,7 +28,7 @@ def get_config(mode: str = ''):
   training = {'learning_rate': 1e-4, 'warmup_steps': 10_000}
   config.stages = [
     common.stage('64', 1, steps=400_000, batch_size=512, **training),
-    # As in cc12m_256, two of three examples are trained at 256 px.
+    # As in cc12m_256, two of three images are trained at 256 px.
     common.stage(
       '256',
       2,
@@ -43,6 +44,6 @@ def get_config(mode: str = ''):
 
 def _smoke(config):
   config = common.smoke(config)
-  # The class of a drawn picture is its shape.
+  # The class of a procedural image is the shape of its first object.
   config.text.update(encoder='label', num_classes=6)
   return config

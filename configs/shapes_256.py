@@ -2,15 +2,15 @@
 
     python -m mdm_jax.main --config=configs/shapes_256.py
 
-The first two stages are `shapes_64`; the third adds the outlines, hatching
-and grain that only 256 px show. For a GPU or a TPU.
+The first two stages are those of `shapes_64`. The third adds outlines, hatching
+and grain, which only show at 256 px. For a GPU or a TPU.
 """
 
 from configs import common, shapes_64
 
 
 def get_config(mode: str = ''):
-  """The recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = shapes_64.get_config()
   config.model.levels.append(
     common.level(

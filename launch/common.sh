@@ -1,5 +1,5 @@
-# What all launch scripts read, and how they run commands. Sourced by them.
-# shellcheck shell=bash disable=SC2034  # Each uses some of it.
+# Variables and functions that the launch scripts share; they source this file.
+# shellcheck shell=bash disable=SC2034  # No script uses all of them.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -8,7 +8,7 @@ fail() {
   exit 1
 }
 
-# Names in one line all variables that are not set.
+# Fails with one line that names all variables that are not set.
 need() {
   local name missing=
   for name; do
@@ -17,7 +17,7 @@ need() {
   [[ ! $missing ]] || fail "set $missing (docs/tpu.md says what they are)."
 }
 
-# Its arguments as one line for a shell.
+# Prints its arguments as one line, quoted for a shell.
 quoted() {
   local word line=
   for word; do
@@ -29,7 +29,7 @@ quoted() {
 }
 
 # Runs a command; with DRY_RUN=1 prints it instead.
-exec 3>&1  # Where a caller reads the command's output.
+exec 3>&1  # Printed commands go here even where a caller captures stdout.
 call() {
   if [[ $DRY_RUN ]]; then
     quoted "$@" >&3
@@ -40,12 +40,13 @@ call() {
 
 CONFIG=${CONFIG:-configs/shapes_64.py}
 WORKDIR=${WORKDIR:-}  # main's --workdir
-NAME=${NAME:-mdm}     # of the TPU or the job
+NAME=${NAME:-mdm}     # name of the TPU or the job
 ACCELERATOR=${ACCELERATOR:-v6e-8}
 SHARE=${SHARE:-}      # a file system that all hosts mount
 DRY_RUN=${DRY_RUN:-}
 
-# What Cloud TPU and GKE call what makes up the slice ACCELERATOR.
+# Sets the names that Cloud TPU and GKE use for the slice ACCELERATOR: runtime,
+# node type, machine type and topology; and its number of hosts and chips.
 tpu_slice() {
   case $ACCELERATOR in
     v5litepod-*)
@@ -81,7 +82,7 @@ v5litepod-N and v6e-N of N = 4, 8, 16, 32, 64, 128, 256 chips, and v5p-N of \
 N = 8, 16, 32, 64, 128, 256 cores."
       ;;
   esac
-  # Eight chips of v5e or v6e can be one host; all other hosts have four.
+  # Eight chips of v5e or v6e share one host; every other host has four.
   CHIPS=4
   [[ $TOPOLOGY != 2x4 ]] || CHIPS=8
   HOSTS=$((${TOPOLOGY//x/*} / CHIPS))

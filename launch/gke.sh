@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# Trains on TPUs of a GKE cluster: launch/gke_jobset.yaml, filled in.
+# Trains on TPUs of a GKE cluster, with the JobSet launch/gke_jobset.yaml.
 #
 #   IMAGE=REGISTRY/mdm_jax SHARE=CLAIM ACCELERATOR=v5litepod-16 \
 #     CONFIG=configs/cc12m_64.py launch/gke.sh STEP ... [-- --config.KEY=VALUE]
 #
-# Steps: pool (a node pool of that slice in CLUSTER), build (and push the
-# image), run, log, delete. The cluster has JobSet installed and is kubectl's
-# current one. SHARE is a PersistentVolumeClaim that all hosts may write to,
-# mounted as /share, where WORKDIR then is. SPOT=1 makes the pool one of Spot
-# VMs. DRY_RUN=1 prints the commands, and the manifest.
+# Steps:
+#   pool    makes a node pool with that slice in CLUSTER
+#   build   builds and pushes the image
+#   run     submits the job
+#   log     follows the log of the first host
+#   delete  deletes the job
+#
+# JobSet must be installed in the cluster, and the cluster must be kubectl's
+# current one. SHARE is a PersistentVolumeClaim that all hosts may write to. It
+# is mounted as /share, and WORKDIR is a directory in it. SPOT=1 makes the node
+# pool use Spot VMs. DRY_RUN=1 prints the commands and the manifest instead.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -18,7 +24,7 @@ SPOT=${SPOT:-}
 WORKDIR=${WORKDIR:-/share/runs/$NAME}
 tpu_slice
 
-# A YAML (and JSON) list of strings.
+# Prints its arguments as a list of strings in YAML, which is also JSON.
 list() {
   local word result=
   for word; do
@@ -30,7 +36,7 @@ list() {
 
 manifest() {
   local text name
-  # shellcheck disable=SC2034  # Read by its name.
+  # shellcheck disable=SC2034  # The loop below reads it by name.
   ARGUMENTS=$(list --distributed --config="$CONFIG" --workdir="$WORKDIR" \
     "${options[@]}")
   text=$(<launch/gke_jobset.yaml)
@@ -65,7 +71,7 @@ run() {
 }
 
 log() {
-  # Of the first host: the others say little.
+  # The first host logs progress; the others log warnings only.
   call kubectl logs --follow --tail=-1 --selector="\
 jobset.sigs.k8s.io/jobset-name=$NAME,\
 batch.kubernetes.io/job-completion-index=0"

@@ -3,8 +3,9 @@
 #
 #   CONFIG=configs/shapes_256.py launch/gpu.sh [--config.KEY=VALUE ...]
 #
-# WORKDIR is main's --workdir; without it, main chooses. VENV is the virtual
-# environment, made if it does not exist. DRY_RUN=1 prints the commands.
+# WORKDIR is main's --workdir, runs/<config> if it is not set. VENV is the
+# virtual environment, created if it does not exist. DRY_RUN=1 prints the
+# commands instead of running them.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -15,6 +16,6 @@ VENV=${VENV:-.venv}
   call "$VENV/bin/pip" install -r requirements.txt
   call "$VENV/bin/pip" install -U 'jax[cuda12]'
 }
-# An error, where JAX would otherwise go on without the GPUs.
+# Without GPUs this is an error; JAX's default is to go on with the CPU.
 call exec env JAX_PLATFORMS=cuda,cpu "$VENV/bin/python" -m mdm_jax.main \
   --config="$CONFIG" ${WORKDIR:+--workdir="$WORKDIR"} "$@"

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Runs a training command again until it is finished.
+"""Runs a training command, again and again, until training is finished.
 
   launch/supervise.py --workdir=runs/mine -- \\
     python -m mdm_jax.main --config=configs/shapes_64.py --workdir=runs/mine
 
-Exit code 0 of the command is the end. After 75, a run that was stopped and can
-go on, it is started again at once; after any other, a crash, following a pause
-that doubles with each one. It gives up, with the command's exit code, after
---attempts in a row that left no newer step in WORKDIR/checkpoints.
+Exit code 0 of the command means that training is finished. After 75, which
+means that the run was stopped and can be continued, the command is started
+again at once. Any other exit code is a crash; the command is started again
+after a pause that doubles with each crash. After --attempts consecutive
+attempts without a newer checkpoint in WORKDIR/checkpoints it gives up and
+returns the command's exit code.
 
-SIGTERM and Ctrl-C are passed on to the command, and then nothing is started
-again.
+SIGTERM and Ctrl-C are passed on to the command; it is then not started again.
 """
 
 import argparse
@@ -25,7 +26,7 @@ MAX_PAUSE = 300.0  # seconds
 
 
 def progress(workdir: pathlib.Path) -> tuple[int, int]:
-  """The newest (stage, step) that has a checkpoint; (-1, -1) for none."""
+  """Returns the newest (stage, step) with a checkpoint; (-1, -1) if none."""
   found = [
     (int(path.parent.name.split('_')[0]), int(path.name))
     for path in workdir.glob('checkpoints/*_*/*')
@@ -35,7 +36,7 @@ def progress(workdir: pathlib.Path) -> tuple[int, int]:
 
 
 def main() -> int:
-  """Supervises; returns the exit code."""
+  """Runs the command until it is finished; returns the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -49,15 +50,16 @@ def main() -> int:
     '--attempts',
     type=int,
     default=5,
-    help='in a row without progress (default: 5)',
+    help='consecutive attempts without a newer checkpoint after which it '
+    'gives up (default: 5)',
   )
   parser.add_argument(
     '--pause',
     type=float,
     default=5.0,
-    help='seconds after a first crash (default: 5)',
+    help='seconds of the pause after the first crash (default: 5)',
   )
-  parser.add_argument('command', nargs='+', help='after --')
+  parser.add_argument('command', nargs='+', help='the command, after --')
   args = parser.parse_args()
 
   stopped, child = threading.Event(), None
@@ -72,13 +74,14 @@ def main() -> int:
 
   failures, crashes, best = 0, 0, progress(args.workdir)
   while True:
-    # In a group of its own: Ctrl-C in a terminal reaches it through `stop`
-    # alone, and not twice.
+    # The command gets its own process group, so that Ctrl-C in a terminal
+    # reaches it once, through `stop`, and not twice.
     child = subprocess.Popen(args.command, process_group=0)
-    if stopped.is_set():  # It came while the command was being started.
+    if stopped.is_set():  # The signal came while the command was starting.
       child.terminate()
     code = child.wait()
-    code = 128 - code if code < 0 else code  # As a shell has it for signals.
+    # A command ended by signal n has -n here and 128 + n in a shell.
+    code = 128 - code if code < 0 else code
     if code == 0 or stopped.is_set():
       return code
     now = progress(args.workdir)

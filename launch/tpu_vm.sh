@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, of one host or many: asks for a slice, runs
-# `python -m mdm_jax.main` on every host, brings the working directory back to
+# Trains on Cloud TPU VMs, on one host or many: requests a slice, runs
+# `python -m mdm_jax.main` on every host, copies the working directory back to
 # runs/ and deletes the slice.
 #
 #   PROJECT=my-project ZONE=us-east5-b CONFIG=configs/shapes_256.py \
 #     launch/tpu_vm.sh [STEP ...] [-- --config.KEY=VALUE ...]
 #
 # Steps: create copy install run log fetch delete; all of them if none is
-# named. When one fails, the slice stays: repeat from that step, or `delete`.
-# Training does not depend on this terminal; `log` follows it again, `stop`
-# saves and stops it. DRY_RUN=1 prints the commands instead of running them.
+# named. When a step fails, the slice stays and costs: repeat from that step, or
+# run `delete`. Training does not depend on this terminal: `log` follows it
+# again; `stop` saves a checkpoint and stops it. DRY_RUN=1 prints the commands
+# instead of running them.
 #
-# What runs is the last commit. SHARE=ADDRESS:/NAME is an NFS share (Filestore)
-# that `install` mounts as `share` in the home directory of every host, and
-# where WORKDIR then is. A slice of several hosts needs one. So does SPOT=1,
-# whose VMs may go at any time; `keep`, then in the place of `log`, gets new
-# ones until training is finished. docs/tpu.md has it step by step.
+# The last commit is what runs. SHARE=ADDRESS:/NAME is an NFS share (Filestore).
+# `install` mounts it as `share` in the home directory of every host, and
+# WORKDIR is a directory in it. A slice of several hosts needs a share. So does
+# SPOT=1, which asks for Spot VMs; with it `keep` takes the place of `log`, and
+# requests a new slice after each preemption until training is finished.
+# docs/tpu.md explains it step by step.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -28,7 +30,8 @@ RUNTIME_VERSION=${RUNTIME_VERSION:-$RUNTIME}
 its disk with it."
 ((HOSTS == 1)) || [[ $SHARE ]] || fail "$ACCELERATOR has $HOSTS hosts, and \
 needs SHARE: all of them write to WORKDIR."
-WORKDIR=${WORKDIR:-${SHARE:+share/}runs/$NAME}  # in the home directory there
+# A relative WORKDIR is in the home directory of each host.
+WORKDIR=${WORKDIR:-${SHARE:+share/}runs/$NAME}
 
 tpu() {
   call gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"
@@ -85,7 +88,7 @@ run() {
   main=$(quoted ../venv/bin/python launch/supervise.py --workdir="$there" -- \
     env 'JAX_PLATFORMS=tpu,cpu' ../venv/bin/python -m mdm_jax.main \
     --distributed --config="$CONFIG" --workdir="$there" "${options[@]}")
-  # The exit code, so that `log` and `keep` know how training ended.
+  # Stores the exit code, from which `log` and `keep` know how training ended.
   main="$main & echo \$! > ../run.pid; wait \$!; echo \$? > ../run.status"
   on_workers "rm -f run.pid run.status; cd mdm_jax || exit; \
 nohup bash -c $(quoted "$main") > ../run.log 2>&1 < /dev/null &"
@@ -104,12 +107,13 @@ keep() {
     case $(state) in
       FAILED | SUSPENDED)
         echo "$NAME was preempted: getting a new one."
-        # Which may be preempted on the way: then once more.
+        # If the new slice is preempted meanwhile, the loop tries again.
         launch/tpu_vm.sh delete create copy install run -- "${options[@]}" ||
           [[ $(state) != ACTIVE ]] || return 1
         ;;
       ACTIVE)
-        # Nothing while it runs, or if it cannot be reached now.
+        # The code is empty while training runs, or while the VM cannot be
+        # reached.
         code=$(tpu tpu-vm ssh "$NAME" --command='cat run.status || true') ||
           true
         [[ ! $code ]] || return "$code"

@@ -1,10 +1,12 @@
-"""Which examples of a mixed batch each level sees.
+"""Mixed batches: coarse levels see more examples than fine levels.
 
-A pattern repeats along the batch: a level that sees n of the examples sees
-the first n / repeats of every period. Devices that hold whole periods hold
-their share of every level, so that no example moves between them, and what a
-level sees does not depend on how many there are. A single period, repeats =
-1, is the release's: the first n examples of the batch.
+Every example has a finest level, and is seen by that level and by all coarser
+ones. The pattern of finest levels repeats along the batch: a level that sees n
+examples sees the first n / repeats of every period. A device that holds whole
+periods holds its share of every level, so no example moves between devices,
+and what a level sees does not depend on the number of devices. The released
+MDM (arXiv 2310.15111) has a single period, repeats = 1: a level sees the first
+n examples of the batch.
 """
 
 from collections.abc import Sequence
@@ -15,21 +17,63 @@ import jax
 import jax.numpy as jnp
 
 
-def num_repeats(sizes: Sequence[int]) -> int:
-  """How often the shortest pattern repeats.
+def batch_fractions(mixed_ratio: Sequence[float]) -> tuple[float, ...]:
+  """The share of the batch that each level of a mixed batch sees.
 
   Args:
-    sizes: coarse to fine, how many examples each level sees; the first is the
-      batch's.
+    mixed_ratio: the relative number of examples whose finest level is each
+      level, coarse to fine. MDM's "2:1" (fine to coarse) is `(1, 2)` here.
+
+  Returns:
+    Coarse to fine, for example (1, 2/3) for (1, 2).
+
+  Raises:
+    ValueError: if a share is negative or the finest is not positive.
+  """
+  if min(mixed_ratio, default=-1) < 0 or mixed_ratio[-1] <= 0:
+    raise ValueError(
+      f'mixed_ratio {tuple(mixed_ratio)} must not be negative, and its last '
+      'entry (the finest level) must be positive.'
+    )
+  return tuple(
+    sum(mixed_ratio[level:]) / sum(mixed_ratio)
+    for level in range(len(mixed_ratio))
+  )
+
+
+def level_batch_sizes(
+  batch: int, fractions: Sequence[float]
+) -> tuple[int, ...]:
+  """How many of `batch` examples each level sees, coarse to fine.
+
+  Raises:
+    ValueError: if a fraction of the batch is not a whole number.
+  """
+  sizes = tuple(round(fraction * batch) for fraction in fractions)
+  for size, fraction in zip(sizes, fractions, strict=True):
+    if abs(size - fraction * batch) > 1e-6 * batch:
+      raise ValueError(
+        f'A level sees {fraction:.6g} of the batch, and {batch} examples do '
+        'not divide that way: change the batch size or mixed_ratio.'
+      )
+  return sizes
+
+
+def num_repeats(sizes: Sequence[int]) -> int:
+  """The number of periods in a batch whose pattern is as short as possible.
+
+  Args:
+    sizes: how many examples each level sees, coarse to fine; the first is the
+      batch size.
   """
   return math.gcd(*sizes)
 
 
 def finest_levels(sizes: Sequence[int]) -> tuple[int, ...]:
-  """The finest level that sees each example of the shortest period.
+  """The finest level of each example in one period of the shortest pattern.
 
   Args:
-    sizes: as for `num_repeats`.
+    sizes: as in `num_repeats`.
   """
   repeats = num_repeats(sizes)
   return tuple(
@@ -39,16 +83,28 @@ def finest_levels(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def image_names(resolutions: Sequence[int]) -> tuple[str, ...]:
-  """What a batch calls the images of the examples that end at each level.
+  """The batch's keys for the images of examples with each finest level.
 
   Args:
     resolutions: coarse to fine, in pixels.
+
+  Returns:
+    Coarse to fine, for example ('image_64', 'image') for (64, 256).
   """
   return *(f'image_{pixels}' for pixels in resolutions[:-1]), 'image'
 
 
 def take(tree: Any, count: int, repeats: int) -> Any:
-  """The examples that a level sees, of arrays [B, ...] -> [count, ...]."""
+  """Selects the examples that a level sees.
+
+  Args:
+    tree: a pytree of arrays [B, ...].
+    count: how many examples the level sees.
+    repeats: periods in the batch.
+
+  Returns:
+    The pytree with arrays [count, ...].
+  """
 
   def take_leaf(x):
     if count == len(x):
@@ -60,15 +116,19 @@ def take(tree: Any, count: int, repeats: int) -> Any:
 
 
 def split(tree: Any, parts: int, repeats: int) -> Any:
-  """Deals whole periods out: arrays [n, ...] -> [parts, n / parts, ...].
+  """Splits a batch into parts that consist of whole periods.
 
-  Part p has the periods p, p + parts, p + 2 * parts, ... Devices that hold
-  `parts` periods each, or a multiple, hold their share of every part.
+  Part p has the periods p, p + parts, p + 2 * parts, ... A device that holds
+  `parts` periods, or a multiple of that, holds its share of every part.
 
   Args:
-    tree: of arrays that have as many rows in each period.
-    parts: divides `repeats`.
-    repeats: of the pattern.
+    tree: a pytree of arrays [n, ...] with the same number of rows in every
+      period.
+    parts: how many parts; must divide `repeats`.
+    repeats: periods in the batch.
+
+  Returns:
+    The pytree with arrays [parts, n / parts, ...].
   """
 
   def split_leaf(x):
@@ -79,12 +139,12 @@ def split(tree: Any, parts: int, repeats: int) -> Any:
 
 
 def join(seen: jax.Array, rest: jax.Array, repeats: int) -> jax.Array:
-  """Puts what a finer level sees before the rest of each period.
+  """Undoes `take`: in each period, the seen examples come before the others.
 
   Args:
-    seen: [n, ...], as `take` gives it.
+    seen: [n, ...], the examples that `take` selects.
     rest: [m, ...], the other examples.
-    repeats: of the pattern.
+    repeats: periods in the batch.
 
   Returns:
     [n + m, ...].
@@ -94,7 +154,16 @@ def join(seen: jax.Array, rest: jax.Array, repeats: int) -> jax.Array:
 
 
 def pad(seen: jax.Array, count: int, repeats: int) -> jax.Array:
-  """Zeros for the examples that are not seen: [n, ...] -> [count, ...]."""
+  """Fills in zeros for the examples that a level does not see.
+
+  Args:
+    seen: [n, ...], the examples that `take` selects.
+    count: examples in the batch.
+    repeats: periods in the batch.
+
+  Returns:
+    [count, ...].
+  """
   if count == len(seen):
     return seen
   rest = jnp.zeros((count - len(seen), *seen.shape[1:]), seen.dtype)

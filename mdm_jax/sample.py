@@ -1,4 +1,4 @@
-"""Draws pictures from prompts with a trained model.
+"""Samples images from prompts with a trained model.
 
 python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring"
 """
@@ -6,82 +6,46 @@ python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring"
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import app, flags, logging
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the training run.', required=True
-)
+from mdm_jax.inference import run_flags
+from mdm_jax.runtime import cpu
+
 _PROMPTS = flags.DEFINE_multi_string(
-  'prompt', [], 'What to draw; may be repeated.'
+  'prompt', [], 'Prompt to sample; may be repeated.'
 )
 _PROMPTS_FILE = flags.DEFINE_string(
-  'prompts_file', None, 'A text file with more prompts, one a line.'
+  'prompts_file', None, 'Text file with more prompts, one on each line.'
 )
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'Receives the pictures. Those that are there of the same '
-  'model, prompt, seed and sampler are not drawn again: the same command '
-  'continues one that was stopped. Default: WORKDIR/drawn.',
+  'Directory for the samples. Those that are there of the same model, prompt, '
+  'seed and sampler are not sampled again: the same command continues one that '
+  'was stopped. Default: WORKDIR/generated.',
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-  'num_samples', 4, 'Pictures of each prompt.', lower_bound=1
-)
-_STEPS = flags.DEFINE_integer(
-  'steps', None, 'Sampling steps. Default: as in the config.'
-)
-_SAMPLER = flags.DEFINE_enum(
-  'sampler',
-  None,
-  ['ddim', 'ddpm', 'heun', 'dpm', 'dpm_sde'],
-  'Default: as in the config.',
-)
-_GUIDANCE = flags.DEFINE_float(
-  'guidance', None, 'Guidance weight, 1 is none. Default: as in the config.'
-)
-_THRESHOLD = flags.DEFINE_enum(
-  'threshold',
-  None,
-  ['none', 'clip', 'dynamic', 'dynamic_if'],
-  'What keeps predicted images in range. Default: as in the config.',
+  'num_samples', 4, 'Samples of each prompt.', lower_bound=1
 )
 _NEGATIVE = flags.DEFINE_string(
-  'negative_prompt', '', 'What guidance is to lead away from.'
+  'negative_prompt', '', 'Text that guidance leads away from.'
 )
 _GUIDE = flags.DEFINE_string(
   'guide',
   None,
-  'Working directory of a worse model, smaller or trained for '
-  'shorter, that guidance is to lead away from instead (autoguidance).',
-)
-_WIDTH = flags.DEFINE_float(
-  'width',
-  None,
-  'Of the average of the weights, where training has kept '
-  'snapshots: see docs/averages.md. Default: the decaying average.',
-)
-_BEST = flags.DEFINE_boolean(
-  'best', False, 'Draw with the average that training has kept as the best.'
+  'Working directory of a worse model, smaller or trained for shorter, that '
+  'guidance leads away from instead (autoguidance).',
 )
 _ANIMATE = flags.DEFINE_boolean(
   'animate',
   False,
-  'Also write how each picture comes about, a WebP with '
-  'all levels side by side.',
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size',
-  None,
-  'Pictures drawn at once, over all devices. Default: '
-  'eval.batch_size of the config.',
-  lower_bound=1,
+  'Also write the sampling steps of each sample as an animated WebP, with all '
+  'levels side by side.',
 )
 _SPATIAL = flags.DEFINE_integer(
-  'spatial',
-  1,
-  'Devices that draw each picture together, rows of it each.',
-  lower_bound=1,
+  'spatial', 1, 'Devices that share the rows of each image.', lower_bound=1
 )
 _SEED = flags.DEFINE_integer(
   'seed', 0, 'Sample i of a prompt has seed + i.', lower_bound=0
@@ -89,142 +53,141 @@ _SEED = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-  """Restores, draws, writes."""
+  """Restores a model, samples, writes."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
   import jax
+
+  from mdm_jax.builders.prompts import encode_prompts
+  from mdm_jax.inference.session import open_run
+  from mdm_jax.report import console
+  from mdm_jax.runtime import compilation_cache
+
+  console.setup_logging()
+  compilation_cache.enable()
+  try:
+    prompts = _PROMPTS.value + _read_lines(_PROMPTS_FILE.value)
+    if not prompts:
+      raise ValueError('nothing to sample: give --prompt or --prompts_file.')
+    if _GUIDE.value and _NEGATIVE.value:
+      raise ValueError(
+        'guidance leads away from one thing: give --guide or --negative_prompt.'
+      )
+    session = open_run(
+      run_flags.workdir(),
+      any_prompt=True,
+      num_images=len(prompts) * _NUM_SAMPLES.value,
+      spatial=_SPATIAL.value,
+      **run_flags.options(),
+    )
+    text = encode_prompts(session.config, prompts)
+    (negative,) = encode_prompts(session.config, [_NEGATIVE.value])
+    model = session.restore()
+    guide = None
+    if _GUIDE.value:
+      guide = session.restore_guide(model, _GUIDE.value)
+  except (ValueError, FileNotFoundError) as error:
+    sys.exit(f'error: {error}')
+  begin = time.monotonic()
+  try:
+    count, directory = _sample(model, guide, prompts, text, negative)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    sys.exit(
+      'error: memory does not suffice for '
+      f'{session.config.eval.batch_size} images at once: give a smaller '
+      '--batch_size; finished samples are kept.'
+    )
+  logging.info(
+    'Sampled %d images in %s: %s',
+    count,
+    console.duration(time.monotonic() - begin),
+    directory / 'index.html',
+  )
+
+
+def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
+  """Samples what is missing in the output directory.
+
+  Args:
+    model: a `session.Model`.
+    guide: another, or None.
+    prompts: texts.
+    text: [N, ...] the prompts as the text encoder reads them.
+    negative: [...] the negative prompt as the text encoder reads it.
+
+  Returns:
+    The number of new samples, and their directory.
+  """
+  import jax
   import numpy as np
   import tqdm
 
-  from mdm_jax import (
-    build,
-    checkpoint,
-    checks,
-    compilation_cache,
-    draw,
-    inputs,
-    metrics,
-    sharding,
-    trained,
-  )
-  from mdm_jax.eval.pictures import Pictures
+  from mdm_jax.report.sample_directory import SampleDirectory
+  from mdm_jax.steps.sample import make_sample_batches
 
-  metrics.setup_logging()
-  compilation_cache.enable()
-  try:
-    config = build.reading_prompts(
-      build.load_config(checkpoint.read_config(_WORKDIR.value))
-    )
-    changes = {
-      'num_steps': _STEPS.value,
-      'name': _SAMPLER.value,
-      'guidance': _GUIDANCE.value,
-      'threshold': _THRESHOLD.value,
-    }
-    config.sampler.update(
-      {name: value for name, value in changes.items() if value is not None}
-    )
-    prompts = _PROMPTS.value + _read_lines(_PROMPTS_FILE.value)
-    if not prompts:
-      raise ValueError('nothing to draw: give --prompt or --prompts_file.')
-    # Whatever it was trained on, here there may be other devices.
-    config.mesh.update(data=-1, fsdp=1, spatial=_SPATIAL.value)
-    mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.batch_shards(mesh)
-    count = len(prompts) * _NUM_SAMPLES.value
-    batch_size = config.eval.batch_size = min(
-      _BATCH_SIZE.value or config.eval.batch_size, -(-count // shards) * shards
-    )
-    checks.check(config, mesh)
-    text = inputs.encode_prompts(config, prompts)
-    (negative,) = inputs.encode_prompts(config, [_NEGATIVE.value])
-    average = trained.restore_average(
-      config, _WORKDIR.value, mesh, width=_WIDTH.value, best=_BEST.value
-    )
-    params = average.params | build.load_frozen(config, mesh)
-    settings = {**config.sampler.to_dict(), 'negative_prompt': _NEGATIVE.value}
-    guide = None
-    if _GUIDE.value:
-      if _NEGATIVE.value:
-        raise ValueError(
-          'guidance leads away from one thing: give --guide or '
-          '--negative_prompt.'
-        )
-      guide, params['guide'], settings['guide'] = trained.restore_guide(
-        config, average.index, _GUIDE.value, mesh
-      )
-  except (ValueError, FileNotFoundError) as error:
-    sys.exit(f'error: {error}')
-
-  trained.warn_if_unfinished(config, average, _BEST.value)
-  model = trained.describe(
-    config, _WORKDIR.value, average, width=_WIDTH.value, best=_BEST.value
-  )
-  pictures = Pictures(
-    _OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'drawn',
+  settings = _settings(model, guide)
+  samples = SampleDirectory(
+    _OUTPUT.value or pathlib.Path(model.workdir) / 'generated',
     [
-      # As JSON has it: sequences are lists there.
       {
         'prompt': prompt,
         'seed': _SEED.value + i,
-        **model,
-        **{
-          name: list(value) if isinstance(value, tuple) else value
-          for name, value in settings.items()
-        },
+        **model.description,
+        **settings,
       }
       for prompt in prompts
       for i in range(_NUM_SAMPLES.value)
     ],
   )
-  rows = np.array(pictures.missing, int)
-  if len(rows) < count:
-    logging.info(
-      '%d of %d pictures are there already.', count - len(rows), count
-    )
-  draw_batches = draw.make_draw_batches(
-    build.make_painter(config, config.stages[average.index], mesh, guide),
+  rows = np.array(samples.missing, int)
+  total = len(prompts) * _NUM_SAMPLES.value
+  if len(rows) < total:
+    logging.info('%d of %d samples exist already.', total - len(rows), total)
+  params = model.params | ({'guide': guide.params} if guide else {})
+  batch_size = model.stage.config.eval.batch_size
+  sample_batches = make_sample_batches(
+    model.stage.make_sampler(model.mesh, guide and guide.stage.model),
     negative,
     batch_size,
     jax.tree.map(lambda x: x.sharding, params),
     path=_ANIMATE.value,
   )
-  begin = time.monotonic()
-  batches = draw_batches(
+  batches = sample_batches(
     params,
     text[rows // _NUM_SAMPLES.value],
     _SEED.value + rows % _NUM_SAMPLES.value,
   )
   left = iter(rows.tolist())
-  try:
-    with tqdm.tqdm(
-      total=len(rows),
-      unit='picture',
-      smoothing=0,
-      disable=len(rows) <= batch_size,
-    ) as bar:
-      for batch in batches:
-        # Of each picture what its steps have shown, and itself at last.
-        for *path, levels in zip(*(zip(*images) for images in batch)):
-          pictures.add(next(left), levels, [*path, levels] if path else None)
-          bar.update()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    sys.exit(
-      f'error: memory does not suffice for {batch_size} pictures at '
-      'once: give a smaller --batch_size; what is drawn is kept.'
-    )
-  pictures.finish(
-    {'Model': {'workdir': _WORKDIR.value, **model}, 'Sampler': settings}
+  with tqdm.tqdm(
+    total=len(rows),
+    unit='image',
+    smoothing=0,
+    disable=len(rows) <= batch_size,
+  ) as bar:
+    for batch in batches:
+      # Of each sample the images of its steps; the last ones are the sample.
+      for *path, levels in zip(*(zip(*images) for images in batch)):
+        samples.add(next(left), levels, [*path, levels] if path else None)
+        bar.update()
+  samples.finish(
+    {
+      'Model': {'workdir': model.workdir, **model.description},
+      'Sampler': settings,
+    }
   )
-  logging.info(
-    'Drew %d pictures in %s: %s',
-    len(rows),
-    metrics.duration(time.monotonic() - begin),
-    pictures.directory / 'index.html',
-  )
+  return len(rows), samples.directory
+
+
+def _settings(model, guide) -> dict[str, Any]:
+  """What samples depend on beside prompt, seed and model."""
+  settings = {
+    **model.stage.config.sampler.to_dict(),
+    'negative_prompt': _NEGATIVE.value,
+  }
+  return settings | ({'guide': guide.description} if guide else {})
 
 
 def _read_lines(path: str | None) -> list[str]:
@@ -238,4 +201,6 @@ def _read_lines(path: str | None) -> list[str]:
 
 
 if __name__ == '__main__':
+  cpu.use_huge_pages()
+  flags.mark_flag_as_required('workdir')
   app.run(main)

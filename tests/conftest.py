@@ -1,6 +1,9 @@
 """Shared by all tests: 8 simulated devices, and the release's small models."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before JAX is first imported.
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -9,13 +12,24 @@ os.environ['XLA_FLAGS'] = ' '.join(
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Compiling is what the tests spend their time on.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
+# Whatever one test or command compiles, the others read back. The directory is
+# this session's own, so that no session is faster for what another has left.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _CACHE = tempfile.mkdtemp(prefix='mdm_jax_tests_')
+  atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+  os.environ |= {
+    'XDG_CACHE_HOME': _CACHE,
+    'JAX_COMPILATION_CACHE_DIR': f'{_CACHE}/xla',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
 
 import dataclasses
 import functools
+import gc
 import io
 import json
 import pathlib
-import shutil
 import types
 import zlib
 
@@ -27,17 +41,48 @@ import pytest
 import safetensors.numpy
 
 from configs import common
-from mdm_jax import hugging_face
 from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.eval import clip, clip_tokenizer
+from mdm_jax.interop import hugging_face
+from mdm_jax.interop.ml_mdm import from_release
 from mdm_jax.models import t5
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
-from mdm_jax.models.release import from_release
 from mdm_jax.models.unet import LevelSpec
+
+# What is imported stays, and tracing makes many objects that stay for long.
+gc.freeze()
+gc.set_threshold(50_000, 20)
 
 GOLDEN = pathlib.Path(__file__).parent / 'data' / 'golden'
 _EVAL = pathlib.Path(__file__).parent / 'data' / 'eval'
+
+
+# Those that take longest come first: two workers then end at the same time.
+_LONGEST = (
+  'steps/test_train',
+  'training/test_loop',
+  'test_distributed',
+  'models/test_nested_unet',
+  'tools/test_import_ml_mdm',
+  'models/test_packing',
+  'diffusion/test_golden_loss',
+  'test_package',
+  'test_quickstart',
+  'runtime/test_preemption',
+  'tools/test_precompute_text',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Orders files by the time they take; a file stays with one worker."""
+
+  def place(item):
+    path = item.path.relative_to(pathlib.Path(__file__).parent)
+    name = path.with_suffix('').as_posix()
+    return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+  items.sort(key=place)
 
 
 def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:

@@ -1,4 +1,4 @@
-"""The page of mdm_jax.demo: in a real browser, and what it refuses."""
+"""The page of mdm_jax.demo in a real browser, and the requests it refuses."""
 
 import base64
 import io
@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mdm_jax import build, demo, live
+from mdm_jax.builders.model import make_model
+from mdm_jax.serving import access, queue
 from tests import toy
 
 ROOT = pathlib.Path(__file__).parents[1]
-WAIT = 120  # Seconds until something is broken; nothing waits that long.
+WAIT = 600  # Seconds after which a test fails; nothing takes that long.
 ENTER = '\ue007'  # As Selenium types it.
 STEPS = 10_000  # At most; it takes a while.
 
@@ -36,7 +37,7 @@ def free_port() -> int:
 
 
 def status_of(address: str, data: bytes | None = None, **headers) -> int:
-  """Of a GET, or of a POST of some data."""
+  """HTTP status of a GET, or of a POST if there are data."""
   request = urllib.request.Request(address, data, headers)
   try:
     with urllib.request.urlopen(request, timeout=WAIT) as response:
@@ -76,13 +77,13 @@ def test_bad_password_file(tmp_path, text, message):
   path = tmp_path / 'passwords'
   path.write_text(text)
   with pytest.raises(ValueError, match=message):
-    demo._read_passwords(str(path))
+    access.read_passwords(str(path))
 
 
 def test_password_file(tmp_path):
   path = tmp_path / 'passwords'
   path.write_text('ann:with:colons\nben:and a space \n')
-  assert demo._read_passwords(str(path)) == [
+  assert access.read_passwords(str(path)) == [
     ('ann', 'with:colons'),
     ('ben', 'and a space '),
   ]
@@ -107,12 +108,12 @@ app.run(demo.main)""",
 
 @pytest.fixture(scope='module')
 def workdir(make_config, random_params, tmp_path_factory):
-  """Of a run that ended."""
+  """Working directory of a finished run."""
   config = make_config()
   config.diffusion.num_steps = STEPS
   config.sampler.update(guidance=3.0, threshold='clip')
   path = tmp_path_factory.mktemp('a run')
-  model = build.make_model(config, config.stages[1])
+  model = make_model(config, config.stages[1])
   toy.save_run(
     path,
     config,
@@ -125,7 +126,7 @@ def workdir(make_config, random_params, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-  """For commands: one device, and nothing of the user's."""
+  """Environment of commands: one device, and no settings of the user."""
   return os.environ | {
     'XLA_FLAGS': '',
     'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache')),
@@ -134,7 +135,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def address(workdir, environment, tmp_path_factory):
-  """Of the page, served by the real command."""
+  """Address of the page, which the real command serves."""
   pytest.importorskip('gradio', reason='Gradio is not installed')
   log = tmp_path_factory.mktemp('log') / 'stderr'
   port = free_port()
@@ -192,7 +193,7 @@ def browser():
 
 
 class Page:
-  """What a user sees and does."""
+  """The page as a user sees and operates it."""
 
   def __init__(self, browser, address):
     self.browser = browser
@@ -250,16 +251,16 @@ def decode(source: str) -> np.ndarray:
   return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), int)
 
 
-def test_a_picture_arrives_and_its_command_draws_it(
+def test_an_image_arrives_and_its_command_samples_it(
   page, environment, tmp_path
 ):
   prompt = "a 'red' ring <b>on</b> ${1 + 1} {{value}} \\n"
   page.type('prompt', prompt)
-  page.type('num_pictures', '2')
+  page.type('num_images', '2')
   page.type('seed', '5')
-  page.press('draw')
+  page.press('generate')
   page.wait(lambda: len(page.all('#gallery figure')) == 2)
-  assert page.status().startswith('2 pictures in ')
+  assert page.status().startswith('2 images in ')
   assert page.all('#gallery b')[0].text == prompt
   # All levels side by side, as large as each other, in sharp pixels.
   images = page.all('#gallery figure:nth-child(2) img')
@@ -306,7 +307,7 @@ def test_a_picture_arrives_and_its_command_draws_it(
 
 def test_cancel_stops_soon_and_leaves_the_page_usable(page):
   page.type('steps', str(STEPS))
-  page.press('draw')
+  page.press('generate')
   page.wait(lambda: page.all('#preview img'))
   assert len(page.all('#preview img')) == 4 * 2
   page.press('cancel')
@@ -315,49 +316,49 @@ def test_cancel_stops_soon_and_leaves_the_page_usable(page):
   assert last < STEPS
   assert not page.all('#gallery img')
   page.type('steps', '2')
-  page.wait(lambda: page.all('#draw:enabled'))
+  page.wait(lambda: page.all('#generate:enabled'))
   page.type('prompt', 'a cross' + ENTER)
   page.wait(lambda: len(page.all('#gallery figure')) == 4)
   page.wait(lambda: page.all('#cancel:disabled'))
 
 
-def test_who_leaves_the_page_cancels(page, address):
+def test_leaving_the_page_cancels(page, address):
   page.type('steps', str(STEPS))
-  page.press('draw')
+  page.press('generate')
   page.wait(lambda: page.status().startswith('Step '))
   page.browser.get('about:blank')
   again = Page(page.browser, address)
-  again.press('draw')
-  # Not after thousands of steps.
+  again.press('generate')
+  # Soon, not after thousands of steps.
   again.wait(lambda: len(again.all('#gallery figure')) == 4)
   assert float(again.status().split()[3]) < 20
 
 
 def test_bad_input_is_one_line(page):
   page.type('steps', '0')
-  page.press('draw')
+  page.press('generate')
   page.wait(
     lambda: page.status() == 'Steps: 0; give a number from 1 to 10,000.'
   )
-  page.type('num_pictures', '99')
+  page.type('num_images', '99')
   page.type('steps', '3')
-  page.press('draw')
-  page.wait(lambda: page.status() == 'Pictures: 99; give a number from 1 to 8.')
+  page.press('generate')
+  page.wait(lambda: page.status() == 'Images: 99; give a number from 1 to 8.')
   page.paste('prompt', '丸' * 10_000)
-  page.press('draw')
+  page.press('generate')
   page.wait(
     lambda: (
       page.status() == 'The prompt has 10,000 characters: shorten it to 1,000.'
     )
   )
   page.paste('prompt', '丸' * 1000)
-  page.type('num_pictures', '1')
-  page.press('draw')
+  page.type('num_images', '1')
+  page.press('generate')
   page.wait(lambda: len(page.all('#gallery figure')) == 1)
-  assert page.status().endswith(' the rest was left out.')
+  assert page.status().endswith(' and was cut to 8.')
 
 
-def test_nothing_is_asked_of_others(page, address):
+def test_no_requests_to_other_servers(page, address):
   page.wait(lambda: page.text('#about').startswith('Ready: '))
   loaded = page.browser.execute_script(
     'return performance.getEntriesByType("resource").map(x => x.name)'
@@ -379,7 +380,7 @@ def test_only_the_page_is_served(address):
     'info',
     'runs',
     'openapi.json',
-    'call/draw',
+    'call/generate',
     'component_server',
     '../monitoring',
   ):
@@ -402,14 +403,16 @@ def test_only_the_page_is_served(address):
 
 def test_password(tmp_path):
   pytest.importorskip('gradio', reason='Gradio is not installed')
-  studio = types.SimpleNamespace(
+  samples = types.SimpleNamespace(
     about='a run',
     ready=threading.Event(),
     examples=lambda count: [],
-    usual=live.Order('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
+    default_request=queue.Request('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
   )
-  page = demo.make_page(studio)
-  _, address, _ = demo.launch(
+  from mdm_jax.serving import page as pages
+
+  page = pages.make_page(samples)
+  _, address, _ = pages.launch(
     page, '127.0.0.1', free_port(), [('ann', 'long enough')]
   )
   try:

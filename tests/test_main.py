@@ -1,4 +1,4 @@
-"""Commands start quickly, and say in one line what is wrong with a flag."""
+"""Commands start quickly, and report a wrong flag in one line."""
 
 import pathlib
 import subprocess

@@ -7,6 +7,35 @@ LETTERS = np.array(list('abcdefghijkl'))
 
 
 @pytest.mark.parametrize(
+  'ratio, fractions',
+  [
+    ((1,), (1,)),
+    ((1, 2), (1, 2 / 3)),
+    ((1, 1, 2), (1, 3 / 4, 1 / 2)),
+    ((0, 0, 1), (1, 1, 1)),
+  ],
+)
+def test_shares_accumulate_towards_the_coarse_levels(ratio, fractions):
+  assert mixed_batch.batch_fractions(ratio) == pytest.approx(fractions)
+
+
+@pytest.mark.parametrize('ratio', [(1, 0), (-1, 2)])
+def test_shares_that_leave_a_level_empty_are_refused(ratio):
+  with pytest.raises(ValueError, match='mixed_ratio'):
+    mixed_batch.batch_fractions(ratio)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+  fractions = mixed_batch.batch_fractions((1, 2))
+  assert mixed_batch.level_batch_sizes(3 * 2**20, fractions) == (
+    3 * 2**20,
+    2**21,
+  )
+  with pytest.raises(ValueError, match='4 examples'):
+    mixed_batch.level_batch_sizes(4, fractions)
+
+
+@pytest.mark.parametrize(
   'sizes, repeats, levels',
   [
     ((12, 8), 4, (1, 1, 0)),

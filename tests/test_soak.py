@@ -1,9 +1,9 @@
-"""A long run under harm of every kind ends with an undisturbed run's bytes.
+"""A long run that is harmed in every way ends like an undisturbed one.
 
-  SOAK_STEPS=20000 python -m pytest -m soak tests/test_soak.py -s
+  SOAK_STEPS=20000 python -m pytest -n 0 -m soak tests/test_soak.py -s
 
-Harm comes every 25 s, a start takes some ten: so many steps a stage last for
-some twenty minutes on two quiet cores.
+The run is harmed every 25 s, and a start takes about 10 s. With this number of
+steps a stage, it takes some twenty minutes on two idle cores.
 """
 
 import collections
@@ -18,9 +18,8 @@ import time
 
 import pytest
 
-from tests import toy
+from tests import commands, toy
 from tests.test_distributed import digest
-from tests.toy import pids
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = int(os.environ.get('SOAK_STEPS', 20_000))
@@ -60,9 +59,9 @@ def flip_a_bit(step, rng):
 
 
 def harm(how, supervisor, workdir, rng, flipped):
-  """Does it, if it can be done now; whether it was."""
-  runs = pids('pgrep', '-P', str(supervisor.pid))
-  workers = runs and pids('pgrep', '-P', str(runs[0]), '-f', 'spawn_main')
+  """Does a harm if that is possible now, and returns whether it did."""
+  runs = commands.children(supervisor.pid)
+  workers = runs and commands.children(runs[0], 'spawn_main')
   steps = good_steps(workdir)
   if not runs or (how == 'kill a worker' and not workers):
     return False
@@ -83,6 +82,7 @@ def harm(how, supervisor, workdir, rng, flipped):
 
 
 @pytest.mark.soak
+@commands.lists_processes
 def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
   recipe = tmp_path / 'recipe.py'
   recipe.write_text(RECIPE)
@@ -106,6 +106,7 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
         cwd=ROOT,
         stdout=log,
         stderr=log,
+        start_new_session=True,
       )
 
   begin = time.monotonic()
@@ -122,7 +123,7 @@ def test_a_harmed_run_ends_as_an_undisturbed_one(tmp_path):
     done[how] += harm(how, supervisor, harmed, rng, flipped)
   print(f'harmed: {time.monotonic() - begin:.0f} s, {dict(done)}')
   assert supervisor.returncode == 0, (tmp_path / 'harmed.log').read_text()
-  assert not pids('pgrep', '-f', str(recipe))
+  assert not commands.alive(supervisor.pid)
   stops = (tmp_path / 'harmed.log').read_text().count('exit code 75')
   assert 0 < stops <= done['terminate']
   assert min(done[how] for how in HARMS) > 0

@@ -12,20 +12,19 @@ import time
 
 import pytest
 
-from tests import toy
-from tests.toy import pids
+from tests import commands, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Restores, says which step, then saves every step. Each line of its input
-# forks a writer, so that JAX is imported once.
+# Restores, prints the step, then saves every step. Each line of its input
+# forks a writer, so that JAX is imported only once.
 _WRITER = """
 import os, sys
 from absl import logging
 import jax
 import numpy as np
 import orbax.checkpoint  # Lazily imported otherwise, by each writer.
-from mdm_jax import checkpoint, manifest
+from mdm_jax.checkpoint import manager, manifest
 
 def content(step):
   return np.random.default_rng(step).standard_normal(2**18).astype(np.float32)
@@ -34,7 +33,7 @@ def write():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   place = lambda step: jax.device_put(
       {'step': np.int32(step), 'w': content(step)}, sharding)
-  checkpoints = checkpoint.Checkpoints(
+  checkpoints = manager.Checkpoints(
       sys.argv[1], save_interval=1, max_to_keep=2)
   step = 0
   if checkpoints.latest_step() is not None:
@@ -74,7 +73,7 @@ def test_kills_at_random_moments(tmp_path, kills):
     stdout=subprocess.PIPE,
     bufsize=1,
   )
-  too_long = threading.Timer(10 * kills, process.kill)
+  too_long = threading.Timer(60 * kills, process.kill)
   too_long.start()
   last, interrupted = 0, 0
   for _ in range(kills):
@@ -98,7 +97,7 @@ def test_kills_at_random_moments(tmp_path, kills):
 
 
 def test_a_disk_that_stays_full_ends_the_command(tmp_path):
-  """Each failure is a line, and so is the end."""
+  """Each failed save, and the end of the command, is one log line."""
   disk = tmp_path / 'run' / 'checkpoints'
   disk.mkdir(parents=True)
   mounted = subprocess.run(
@@ -122,17 +121,8 @@ def test_a_disk_that_stays_full_ends_the_command(tmp_path):
     ):
       while True:
         file.write(bytes(4096))
-    result = subprocess.run(
-      [
-        sys.executable,
-        '-m',
-        'mdm_jax.main',
-        f'--config={recipe}',
-        f'--workdir={tmp_path / "run"}',
-      ],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
+    result = commands.run(
+      'mdm_jax.main', f'--config={recipe}', f'--workdir={tmp_path / "run"}'
     )
   finally:
     subprocess.run(['umount', disk], check=True)
@@ -146,9 +136,10 @@ def test_a_disk_that_stays_full_ends_the_command(tmp_path):
   assert 'Traceback' not in result.stderr
 
 
+@commands.lists_processes
 @pytest.mark.parametrize('victim', ['a worker', 'all'])
 def test_no_worker_outlives_its_run(tmp_path, victim):
-  """Nor does a run outlive a worker; a broken TensorBoard harms neither."""
+  """Nor does a run outlive a worker; a broken TensorBoard ends neither."""
   recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
   recipe.write_text(
     toy.recipe(
@@ -164,35 +155,26 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
   (workdir / 'tensorboard').write_text('no directory')
   lines = workdir / 'metrics.jsonl'
   with (tmp_path / 'log').open('w') as log:
-    run = subprocess.Popen(
-      [
-        sys.executable,
-        '-m',
-        'mdm_jax.main',
-        f'--config={recipe}',
-        f'--workdir={workdir}',
-      ],
-      cwd=ROOT,
+    run = commands.start(
+      'mdm_jax.main',
+      f'--config={recipe}',
+      f'--workdir={workdir}',
       stdout=log,
       stderr=log,
     )
   while not (lines.exists() and '"step": 20,' in lines.read_text()):
     assert run.poll() is None, (tmp_path / 'log').read_text()
     time.sleep(0.05)
-  children = pids('pgrep', '-P', str(run.pid))
-  workers = pids('pgrep', '-P', str(run.pid), '-f', 'spawn_main')
+  workers = commands.children(run.pid, 'spawn_main')
   assert len(workers) == 2
   os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
-  code = run.wait(60)
+  code = run.wait(600)
   text = (tmp_path / 'log').read_text()
   if victim == 'a worker':
     assert code == 1
     assert 'error: Worker process was terminated' in text
     assert 'Traceback' not in text
-  end = time.monotonic() + 10
-  while pids('ps', '-o', 'pid=', '-p', ','.join(map(str, children))):
-    assert time.monotonic() < end
-    time.sleep(0.1)
+  assert commands.all_end(run.pid)
   assert 'TensorBoard cannot be written' in text
   steps = [json.loads(line)['step'] for line in lines.read_text().splitlines()]
   assert steps == [*range(1, len(steps) + 1)]

@@ -1,9 +1,19 @@
 """Runs of the real command on recipes that compile fast."""
 
+import inspect
 import json
-import subprocess
 
-from mdm_jax import build, checkpoint
+from mdm_jax.builders.config import stage_directory, write_config
+from mdm_jax.checkpoint.manager import Checkpoints
+
+
+def shrink(config):
+  """Makes the network of a smoke run as small as can be: it compiles faster."""
+  config.text.num_layers = 0
+  for level, channels in zip(config.model.levels, ((8,), (8, 8))):
+    zeros = (0,) * len(channels)
+    level.update(channels=channels, num_blocks=zeros, attention_layers=zeros)
+  return config
 
 
 def recipe(num_stages: int, steps: int, **changes) -> str:
@@ -18,17 +28,13 @@ def recipe(num_stages: int, steps: int, **changes) -> str:
   return f"""
 from configs import common
 
+{inspect.getsource(shrink)}
+
 def get_config():
   config = common.get_config()
   config.model.levels = [common.level(8), common.level(16)][:{num_stages}]
   config.stages = [common.stage('8', 1), common.stage('16', 2)][:{num_stages}]
-  config = common.smoke(config)
-  # Compiling is what takes time.
-  config.text.num_layers = 0
-  for level, channels in zip(config.model.levels, ((8,), (8, 8))):
-    zeros = (0,) * len(channels)
-    level.update(
-        channels=channels, num_blocks=zeros, attention_layers=zeros)
+  config = shrink(common.smoke(config))
   for stage in config.stages:
     stage.update(steps={steps}, batch_size=8)
   config.eval.num_prompts = 8
@@ -37,17 +43,11 @@ def get_config():
 """
 
 
-def pids(*command: str) -> list[int]:
-  """What a command such as pgrep prints."""
-  found = subprocess.run(command, capture_output=True, text=True)
-  return [int(pid) for pid in found.stdout.split()]
-
-
 def save_run(workdir, config, index: int, step: int, params) -> None:
   """What commands need of a run: its config and a stage's average."""
-  checkpoint.write_config(workdir, json.loads(config.to_json()))
-  checkpoints = checkpoint.Checkpoints(
-    build.stage_directory(workdir, config, index),
+  write_config(workdir, json.loads(config.to_json()))
+  checkpoints = Checkpoints(
+    stage_directory(workdir, config, index),
     save_interval=1,
     max_to_keep=1,
   )

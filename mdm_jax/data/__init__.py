@@ -1,1 +1,11 @@
-"""Data sources, transforms and the input pipeline."""
+"""Data sources, transforms and the input pipeline.
+
+A source gives random access to records (`pipeline.Source`), a transform turns
+a record into an example (`transforms.Transform`), and `pipeline.make_dataset`
+batches examples in an order that depends on the seed alone.
+
+Sources: `shapes` (procedural), `sources` (written by tools.prepare_data),
+`tar_index` (tars read in place) and `tfds_source` (TensorFlow Datasets).
+Text: `text` (tokenizer), `labels` (classes), `precomputed` (text features).
+`tars` reads tars as streams, for the tools.
+"""

@@ -1,4 +1,4 @@
-"""Class numbers in the place of captions."""
+"""Class labels in the place of captions."""
 
 import dataclasses
 import pathlib
@@ -6,46 +6,52 @@ from typing import Any
 
 import numpy as np
 
-# Before the classes: padding, as in any text, and no class at all.
+# Tokens: 0 is padding, as in any text; 1 is "no class"; classes follow.
 _EMPTY, _FIRST = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """Encodes prompts that are a class's number or name; '' is no class.
+  """Encodes prompts that are the number or the name of a class.
+
+  The empty prompt '' stands for no class.
 
   Attributes:
-    num_classes: how many there are, from 0 on.
-    names: of all of them, or none.
+    num_classes: number of classes; they are numbered from 0.
+    names: the name of each class, or empty.
   """
 
   num_classes: int
   names: tuple[str, ...] = ()
 
   def __post_init__(self):
-    """Raises ValueError: no classes, or not as many as names."""
+    """Raises ValueError if there is no class, or not one name for each."""
     if self.num_classes < 1:
       raise ValueError(
-        f'text.num_classes={self.num_classes}: give the number of classes '
-        'that the labels have.'
+        f'text.num_classes={self.num_classes}: give the number of classes in '
+        'the data set.'
       )
     if self.names and len(self.names) != self.num_classes:
       raise ValueError(
         f'text.class_names has {len(self.names)} names for '
-        f'text.num_classes={self.num_classes}: give one a line for each '
-        'class.'
+        f'text.num_classes={self.num_classes}: give one name for each class, '
+        'one per line.'
       )
 
   @property
   def vocab_size(self) -> int:
-    """Different tokens, those before the classes included."""
+    """Number of tokens: the classes, padding and "no class"."""
     return _FIRST + self.num_classes
 
   def encode(self, prompt: str) -> np.ndarray:
-    """'207', a class's name, or '' -> one token, int32 [1].
+    """Encodes a class's number such as '207', its name, or ''.
+
+    Returns:
+      One token, int32 [1].
 
     Raises:
-      ValueError: no class has this number or name, or several the name.
+      ValueError: no class has this number or name, or several classes have
+        this name.
     """
     if not prompt:
       return np.array([_EMPTY], np.int32)
@@ -62,24 +68,24 @@ class Labels:
     return np.array([_FIRST + found[0]], np.int32)
 
   def fingerprint(self) -> str:
-    """Changes with what labels mean to the network, which names do not."""
+    """Identifies the meaning of the tokens, which names do not change."""
     return f'{self.num_classes} classes'
 
   def name(self, label: int) -> str:
-    """What to call a class: its name, or else its number."""
+    """The name of a class, or its number where there are no names."""
     return self.names[label] if self.names else str(label)
 
 
 def read_names(path: str) -> tuple[str, ...]:
-  """The lines of a file, such as TFDS's `label.labels.txt`.
+  """Reads class names, one per line, such as TFDS's `label.labels.txt`.
 
   Raises:
     FileNotFoundError: there is no such file.
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
-      f'text.class_names={path!r} does not exist: give a file with a name '
-      'a line, or leave it empty.'
+      f'text.class_names={path!r} does not exist: give a file with one name '
+      'per line, or leave it empty.'
     )
   lines = pathlib.Path(path).read_text().splitlines()
   return tuple(line.strip() for line in lines if line.strip())
@@ -87,13 +93,13 @@ def read_names(path: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSource:
-  """A source whose records have their label, encoded, as 'text' [1]."""
+  """A source whose records have their encoded label as 'text', int32 [1]."""
 
   source: Any
   labels: Labels
 
   def fingerprint(self) -> str:
-    """The source's."""
+    """The fingerprint of the wrapped source."""
     return self.source.fingerprint()
 
   def __len__(self) -> int:
@@ -101,6 +107,6 @@ class LabelledSource:
     return len(self.source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """The source's record, and 'text'."""
+    """The record of the wrapped source, with 'text' added."""
     record = self.source[index]
     return record | {'text': self.labels.encode(str(record['label']))}

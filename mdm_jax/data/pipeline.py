@@ -1,10 +1,9 @@
 """Batches of examples in an order that depends on the seed alone.
 
-Position p of the endless stream of examples is a pure function of (seed, p),
-and global batch k holds positions k * batch_size to (k + 1) * batch_size - 1.
-Processes, worker processes and threads only decide who computes a position,
-so any number of them gives the same global batches, and resuming at batch k
-starts there without reading anything before it.
+The example at position p of the endless stream is a pure function of (seed,
+p), and global batch k holds positions k * batch_size to (k + 1) * batch_size -
+1. The number of processes, worker processes and threads does not change the
+global batches, and resuming at batch k reads nothing before it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,22 +27,23 @@ Record = dict[str, Any]
 Example = dict[str, np.ndarray]
 Transform = Callable[[Record, np.random.Generator], Example]
 
-# Far beyond any training run, and small enough for len() of the positions.
+# Batches; more than any training run needs, and small enough for len().
 _ENDLESS = 2**40
-# More unreadable records in a row than chance explains in a usable data set.
+# This many unusable records in a row mean that the data set is defective.
 _MAX_REPLACEMENTS = 100
 _SHUFFLE_ROUNDS = 4
-# index_shuffle needs no memory, but milliseconds an index in a small set: it
-# permutes at least this many numbers and skips those that are too large.
+# index_shuffle permutes at least this many numbers and skips those that are
+# too large. In a smaller data set that takes milliseconds for each index, and
+# a permutation in memory is faster.
 _MIN_INDEX_SHUFFLE = 2**16
 # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
 _GLIBC_OPTIONS = {-3: 2**26, -1: 2**30, -8: 1}
-# Separate the random streams that are drawn from one seed.
+# Keys of the independent random streams of one seed.
 _ORDER_STREAM, _EXAMPLE_STREAM = 0, 1
 
 
 class DataError(ValueError):
-  """The data, or what reads them, are not fit to train on."""
+  """The data cannot be read, or is not fit for training."""
 
 
 class Source(Protocol):
@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 def package_versions() -> dict[str, str]:
-  """Of the packages that decide on the order and the pixels."""
+  """Versions of the packages that decide the order and the pixels."""
   return {'Pillow': PIL.__version__, 'grain': grain.__version__}
 
 
@@ -75,17 +75,18 @@ def _permutation(num_records: int, epoch_seed: int) -> np.ndarray:
 def record_index(
   position: int, num_records: int, seed: int, shuffle: bool
 ) -> int:
-  """Returns the index in the source of a position of the endless stream.
+  """The index of the record at a position of the endless stream.
 
-  Every record is seen once an epoch, in an order that is new each epoch.
+  Every record occurs once per epoch. With `shuffle`, each epoch has a new
+  order; otherwise every epoch has the order of the source.
   """
   epoch, offset = divmod(position, num_records)
   if not shuffle:
     return offset
   epoch_seed = _epoch_seed(seed, epoch)
   max_index = num_records - 1
-  # Grain 0.2.18 repeats one index and drops another if max_index is 4^k: it
-  # takes ceil(log2(max_index)) bits, one too few.
+  # If max_index is 4^k, Grain 0.2.18 uses ceil(log2(max_index)) bits, one too
+  # few: it repeats one index and drops another.
   is_power_of_two = max_index & (max_index - 1) == 0
   if num_records < _MIN_INDEX_SHUFFLE or is_power_of_two:
     return int(_permutation(num_records, epoch_seed)[offset])
@@ -115,7 +116,7 @@ class _Examples:
     position = (
       batch * self.batch_size + self.process_index * local_batch_size + row
     )
-    # By the place in the global batch, which no process or worker changes.
+    # The row in the global batch does not depend on processes and workers.
     source, transform = self.rows[position % self.batch_size % len(self.rows)]
     for replacement in range(_MAX_REPLACEMENTS):
       index = record_index(
@@ -130,7 +131,7 @@ class _Examples:
         continue
       return {**example, 'bad': np.bool_(replacement > 0)}
     raise DataError(
-      f'{_MAX_REPLACEMENTS} records in a row are unusable, the last: '
+      f'{_MAX_REPLACEMENTS} records in a row are unusable; the last one is '
       f'{last_error}. Check the data set.'
     )
 
@@ -141,7 +142,7 @@ class _Examples:
 
 
 def _stack(examples: Sequence[Example]) -> Example:
-  """Stacks what goes by each name, of the examples that have it."""
+  """Stacks the arrays of each name, over the examples that have the name."""
   names = {name: None for example in examples for name in example}
   return {
     name: np.stack([x[name] for x in examples if name in x]) for name in names
@@ -151,17 +152,20 @@ def _stack(examples: Sequence[Example]) -> Example:
 def batch_keys(
   source: Source, batch: int, *, batch_size: int, seed: int, shuffle: bool
 ) -> list[str]:
-  """The keys of the records at the positions of a global batch.
+  """The keys of the records of a global batch.
 
-  Reads the records, but does not decode them: one that was unusable is
-  listed, and not what has replaced it.
+  Reads the records, but does not decode them. An unusable record is listed
+  itself, and not the record that replaced it.
 
   Args:
-    source: as given to `make_dataset`, like the others.
-    batch: its global index.
-    batch_size: global.
-    seed: non-negative.
-    shuffle: a new order each epoch.
+    source: as in `make_dataset`.
+    batch: index of the global batch.
+    batch_size: as in `make_dataset`.
+    seed: as in `make_dataset`.
+    shuffle: as in `make_dataset`.
+
+  Returns:
+    One key for each row of the batch.
   """
 
   def key(position: int) -> str:
@@ -175,18 +179,18 @@ def batch_keys(
 
 
 def _begin_worker(worker_index: int, worker_count: int) -> None:
-  """Lets a worker keep the memory of one image for the next, and die in time.
+  """Prepares a worker process: it reuses memory, and ends with its parent.
 
-  A process that has just begun gives large blocks back to the kernel, which
-  clears them page by page when they are asked for again: a third of the time
-  of decoding a photograph.
+  By default glibc returns the memory of each image to the kernel, which clears
+  it page by page at the next allocation: a third of the time it takes to decode
+  a photograph.
   """
 
   def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-  # A parent that is killed cannot end its workers.
+  # A parent that is killed cannot end its workers itself.
   threading.Thread(target=end_with_parent, daemon=True).start()
   if sys.platform == 'linux' and (
     mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)
@@ -211,72 +215,73 @@ def make_dataset(
   num_threads: int = 1,
   prefetch: int = 2,
 ) -> grain.IterDataset:
-  """Returns this process's slice of every global batch, as NumPy dicts.
+  """This process's slice of every global batch, as dicts of NumPy arrays.
 
   A record for which the source or the transform raises `BadRecord` is logged
-  once with its key and replaced by the record at the next position; the
-  boolean `'bad'` [B] marks the rows where that happened, so that its sum is
-  the number of unusable records drawn.
+  once with its key, and replaced by the record at the next position. The
+  boolean `'bad'` [B] marks the rows where that happened; its sum is the number
+  of unusable records in the batch.
 
   Args:
-    source: random access records; smaller than a batch is fine.
+    source: random access records; may be smaller than a batch.
     transform: `transform(record, rng)` returns a dict of arrays. `rng` depends
       on the seed and the position alone.
     batch_size: global, over all processes.
     seed: non-negative; decides the order and every `rng`.
-    shuffle: a new order each epoch; otherwise the source's order, over and
-      over.
-    further_rows: the sources and transforms of rows 1, 2, … of a pattern that
-      repeats along the global batch, where row 0 has `source` and
-      `transform`. The sources differ in how they show the same records. Under
-      a name that some rows do not have, the others are stacked without them.
-    start_batch: the global index of the first batch that is yielded.
-    num_batches: how many batches to yield; None for no end.
-    process_index: this process, of `process_count`.
+    shuffle: whether each epoch has a new order; otherwise all epochs have the
+      order of the source.
+    further_rows: sources and transforms of the rows 1, 2, … of a pattern that
+      repeats along the global batch; row 0 has `source` and `transform`. The
+      sources must hold the same records, and may differ in their resolution.
+      An array that only some rows have is stacked over those rows.
+    start_batch: global index of the first batch.
+    num_batches: how many batches to yield; None for endless batches.
+    process_index: index of this process, from 0.
     process_count: processes that share each global batch.
     num_workers: worker processes; 0 loads in threads of this process. Worker
       processes need parsed absl flags (`absl.app.run`).
     num_threads: threads of this process, or of each worker.
-    prefetch: batches that are buffered, by this process or by each worker.
+    prefetch: batches that this process, or each worker, loads ahead.
 
   Raises:
-    ValueError: for an empty source, or a `batch_size` that is not a multiple
-      of `process_count` patterns.
-    DataError: while iterating, when 100 records in a row are bad.
+    ValueError: if the source is empty, or `batch_size` is not a multiple of
+      `process_count` times the rows of the pattern.
+    DataError: while iterating, if 100 records in a row are unusable.
   """
   if len(source) == 0:
     raise ValueError('The data set is empty.')
   rows = ((source, transform), *further_rows)
   if batch_size < 1 or batch_size % (process_count * len(rows)):
     raise ValueError(
-      f'batch_size={batch_size} must be a positive multiple of the '
-      f'{process_count} processes, times {len(rows)} rows of a pattern.'
+      f'batch_size={batch_size} must be a positive multiple of '
+      f'{process_count} processes times {len(rows)} rows of the pattern.'
     )
   examples = _Examples(
-    rows,
-    seed,
-    shuffle,
-    batch_size,
-    process_index,
-    process_count,
+    rows, seed, shuffle, batch_size, process_index, process_count
   )
   local_batch_size = batch_size // process_count
   if num_batches is None:
     num_batches = _ENDLESS
-  dataset = (
+  batches = (
     grain.MapDataset.range(
       start_batch * local_batch_size,
       (start_batch + num_batches) * local_batch_size,
     )
     .map(examples)
-    # Batching after to_iter_dataset would deal single examples out to the
-    # workers and make the order depend on how many there are.
+    # Batching after to_iter_dataset would distribute single examples over the
+    # workers, and the order would depend on the number of workers.
     .batch(local_batch_size, batch_fn=_stack if further_rows else None)
-    .to_iter_dataset(
-      grain.ReadOptions(
-        num_threads=num_threads,
-        prefetch_buffer_size=max(prefetch, num_threads),
-      )
+  )
+  return _load_ahead(batches, num_workers, num_threads, prefetch)
+
+
+def _load_ahead(
+  batches: grain.MapDataset, num_workers: int, num_threads: int, prefetch: int
+) -> grain.IterDataset:
+  """Loads batches in threads, of worker processes if there are any."""
+  dataset = batches.to_iter_dataset(
+    grain.ReadOptions(
+      num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
     )
   )
   if num_workers:
@@ -290,16 +295,16 @@ def make_dataset(
 
 
 def iterate(dataset: Iterable[Example]) -> Iterator[Example]:
-  """The batches of a dataset.
+  """Yields the batches of a dataset.
 
   Raises:
-    DataError: while iterating, when a worker process has died.
+    DataError: while iterating, if a worker process has died.
   """
   batches = iter(dataset)
   while True:
     try:
       batch = next(batches, None)
-    except RuntimeError as error:  # Grain has no error of its own for it.
+    except RuntimeError as error:  # Grain has no class of its own for this.
       if not str(error).startswith('Worker process'):
         raise
       raise DataError(

@@ -1,10 +1,10 @@
 """Text features that tools.precompute_text has stored beside the images.
 
-`<data set>/text/` holds `info.json` (what they were made with, how many),
-`empty.npy` (the empty caption's) and ArrayRecord files
+`<data set>/text/` holds `info.json` (see `TextInfo`), `empty.npy` (features of
+the empty caption) and the ArrayRecord files
 `<split>-<shard>-of-<shards>.array_record`. Record i of a split belongs to
-image i: 8 bytes that tell its caption from others, the caption's number of
-tokens before any cut, and the features [n, width] without padding.
+image i. It holds a hash of the caption (8 bytes), the caption's number of
+tokens before truncation, and the features [n, width] without padding.
 """
 
 from collections.abc import Mapping
@@ -31,14 +31,14 @@ _COMMAND = 'python -m mdm_jax.tools.precompute_text'
 
 @dataclasses.dataclass(frozen=True)
 class TextInfo:
-  """What `info.json` says.
+  """The contents of `info.json`.
 
   Attributes:
-    made_with: fingerprint of encoder, tokenizer and token length; features
-      of one are no use to a run with another.
+    made_with: fingerprint of encoder, tokenizer and token length. A run can
+      only use features whose fingerprint equals that of its config.
     dtype: of the stored features, one of `DTYPES`.
-    width: D, of the features.
-    shard_size: captions a file.
+    width: D, the width of the features.
+    shard_size: captions per file.
     splits: split -> number of captions.
   """
 
@@ -57,22 +57,22 @@ class TextInfo:
 
 
 def text_directory(data_path: str) -> pathlib.Path:
-  """Where a prepared data set's text features are."""
+  """The directory of a prepared data set's text features."""
   return pathlib.Path(data_path) / 'text'
 
 
 def read_info(data_path: str) -> TextInfo:
-  """Reads `info.json` and checks that every file is there.
+  """Reads `info.json` and checks that every file exists.
 
   Raises:
-    FileNotFoundError: there are no features, or not all of them.
+    FileNotFoundError: there are no features, or files are missing.
   """
   directory = text_directory(data_path)
   path = directory / 'info.json'
   if not path.exists():
     raise FileNotFoundError(
       f'There are no text features in {directory}: make them with '
-      f'{_COMMAND}, or read captions with text.encoder=t5.'
+      f'{_COMMAND}, or encode captions during training with text.encoder=t5.'
     )
   info = TextInfo(**json.loads(path.read_text()))
   missing = [
@@ -84,8 +84,8 @@ def read_info(data_path: str) -> TextInfo:
   if missing or not (directory / 'empty.npy').exists():
     raise FileNotFoundError(
       f'{directory} lacks {len(missing)} of its files, such as '
-      f'{(missing or ["empty.npy"])[0]}: run {_COMMAND} again, it makes '
-      'what is missing.'
+      f'{(missing or ["empty.npy"])[0]}: run {_COMMAND} again, which makes '
+      'the missing files.'
     )
   return info
 
@@ -93,7 +93,16 @@ def read_info(data_path: str) -> TextInfo:
 def require_same(
   data_path: str, info: TextInfo, made_with: Mapping[str, Any]
 ) -> None:
-  """Raises ValueError if features were made with something else."""
+  """Checks that features were made with the given text encoder.
+
+  Args:
+    data_path: directory of the data set.
+    info: of the features in it.
+    made_with: the fingerprint that the features should have.
+
+  Raises:
+    ValueError: the features have another fingerprint.
+  """
   different = [
     f'{name} {info.made_with.get(name)} instead of {value}'
     for name, value in made_with.items()
@@ -104,22 +113,28 @@ def require_same(
       f'{text_directory(data_path)} was made with another text encoder: '
       + ', '.join(different)
       + f'. Remove it and run {_COMMAND}, or set text.path and '
-      'text.max_length to what it was made with.'
+      'text.max_length to the values it was made with.'
     )
 
 
 def read_empty(data_path: str) -> np.ndarray:
-  """The empty caption's features, float32 [n, D]."""
+  """The features of the empty caption, float32 [n, D]."""
   return np.load(text_directory(data_path) / 'empty.npy')
 
 
 def pad(features: np.ndarray, length: int) -> np.ndarray:
-  """[n, D] -> [length, D], with zeros."""
+  """Pads features with zeros: [n, D] -> [length, D]."""
   return np.pad(features, ((0, length - len(features)), (0, 0)))
 
 
 def pack(caption: str, num_tokens: int, features: np.ndarray) -> bytes:
-  """A record: `features` [n, D] of a caption that had `num_tokens`."""
+  """Serializes one record.
+
+  Args:
+    caption: the caption that was encoded.
+    num_tokens: its number of tokens before truncation.
+    features: [n, D], in one of `DTYPES`.
+  """
   return _HEADER.pack(_digest(caption), num_tokens) + features.tobytes()
 
 
@@ -129,15 +144,16 @@ def _digest(caption: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class PrecomputedText:
-  """A source of images, with the features of their captions as 'text'.
+  """A source whose records have the features of their caption as 'text'.
 
   Attributes:
-    source: of the images.
-    data_path: the data set's directory.
-    split: its split.
+    source: of images and captions.
+    data_path: directory of the data set.
+    split: of the data set.
     info: of the features.
-    max_length: L, tokens that 'text' [L, D] is padded to.
-    leave_out: a caption that had more is a bad record, rather than cut.
+    max_length: L, number of tokens that 'text' [L, D] is padded to.
+    leave_out: whether a caption with more tokens than `max_length` is a bad
+      record; otherwise it is truncated.
   """
 
   source: Any
@@ -157,11 +173,14 @@ class PrecomputedText:
     )
 
   def fingerprint(self) -> str:
-    """The images'; the features are checked against their captions."""
+    """The fingerprint of the wrapped source.
+
+    Features need none: each record is checked against its caption.
+    """
     return self.source.fingerprint()
 
   def __reduce__(self):
-    """Worker processes open the files for themselves."""
+    """Pickles the arguments, so that each worker process opens the files."""
     return type(self), tuple(
       getattr(self, field.name) for field in dataclasses.fields(self)
     )
@@ -171,11 +190,12 @@ class PrecomputedText:
     return len(self.source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """The source's record, and 'text' [max_length, D].
+    """The record of the wrapped source, with 'text' [max_length, D] added.
 
     Raises:
-      BadRecord: either part is damaged, or the caption is too long.
-      ValueError: the features are those of another data set.
+      BadRecord: the record or its features are damaged, or the caption is too
+        long.
+      ValueError: the features were made from another caption.
     """
     record = self.source[index]
     key = record['key']

@@ -1,9 +1,10 @@
-"""Captioned shapes: an endless data set that is drawn, not stored.
+"""Captioned shapes: an endless procedural data set.
 
 A scene is one or two coloured, patterned shapes on a plain background. It is
-a pure function of (seed, split, index), can be drawn at any resolution, and
-its caption says what to look for, so that generated pictures can be marked.
-Lengths and positions are fractions of the image's side, y pointing down.
+a pure function of (seed, split, index), and can be drawn at any resolution.
+Its caption states its attributes, so that the prompt accuracy of generated
+images can be measured. Lengths and positions are fractions of the image's
+side; y points down.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ COLORS = {
   'purple': (150, 50, 215),
   'pink': (255, 120, 190),
 }
-# Neither 0 nor 255, so that the grain can go both ways.
+# Neither 0 nor 255, so that the grain can make pixels darker and brighter.
 BACKGROUNDS = {
   'white': (246, 246, 246),
   'grey': (128, 128, 128),
@@ -56,9 +57,10 @@ _TEMPLATES = (
 )
 SPLITS = ('train', 'validation', 'held_out')
 
-# Shapes and colours that training never shows on a background. Each pair
-# misses one background, so that no colour tells the shape, or of two objects
-# in a caption training would tell which colour is whose.
+# (shape, color) pairs that never occur on a background in training. Every pair
+# is held out on one background only. Otherwise colours would predict shapes,
+# and a network could assign the colours of two objects without their order in
+# the caption.
 HELD_OUT = {
   background: tuple(
     (shape, color)
@@ -75,14 +77,14 @@ SEEN = {
   for background, missed in HELD_OUT.items()
 }
 
-PERIOD = 0.1  # of the patterns
+PERIOD = 0.1  # of the patterns, a fraction of the image's side
 DARK = 0.42  # the second colour's brightness, relative to the first
 _OUTLINE = 0.01
 _DOT_RADIUS = 0.3 * PERIOD
 _HATCH_PERIOD = 1 / 96
-_HATCH = 0.14  # relative to the object's brightness
+_HATCH = 0.14  # amplitude relative to the object's brightness
 _GRAIN_PERIOD = 1 / 80
-_GRAIN = 8.0  # of 255
+_GRAIN = 8.0  # amplitude in levels of 0..255
 _MARGIN = 0.02
 _GAP = 0.06
 
@@ -102,7 +104,14 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """`layout`: one object's place, or what the first is to the second."""
+  """One or two objects on a background.
+
+  Attributes:
+    objects: one or two.
+    background: one of BACKGROUNDS.
+    layout: of one object, its place (one of PLACES); of two, the relation of
+      the first to the second ('left of' or 'above').
+  """
 
   objects: tuple[Object, ...]
   background: str
@@ -110,18 +119,18 @@ class Scene:
 
 
 def _wave(t):
-  """Signed distance to the dark half of every period, bright around 0."""
+  """Signed distance to the dark half of each period; it is bright around 0."""
   t = t / PERIOD
   return (np.abs(t - np.floor(t) - 0.5) - 0.25) * PERIOD
 
 
 def pattern_distance(pattern: str, x, y):
-  """Signed distance to a pattern's dark part, and the part's share of all.
+  """Signed distance to the dark part of a pattern, and its share of the area.
 
   Args:
     pattern: 'striped', 'dotted' or 'checked'.
-    x: columns' offsets from the object's centre `[1, W]`.
-    y: rows' offsets `[H, 1]`.
+    x: offsets of the columns from the object's centre, `[1, W]`.
+    y: offsets of the rows from the object's centre, `[H, 1]`.
   """
   if pattern == 'striped':
     return _wave(y), 0.5
@@ -140,8 +149,8 @@ def shape_distance(shape: str, x, y, radius: float):
 
   Args:
     shape: one of SHAPES.
-    x: columns' offsets from the shape's centre `[1, W]`.
-    y: rows' offsets `[H, 1]`.
+    x: offsets of the columns from the shape's centre, `[1, W]`.
+    y: offsets of the rows from the shape's centre, `[H, 1]`.
     radius: half the side of the square that the shape fills.
   """
   if shape == 'circle':
@@ -159,7 +168,7 @@ def shape_distance(shape: str, x, y, radius: float):
     half_height = 0.75**0.5 * radius
     slope = 0.75**0.5 * np.abs(x) - 0.5 * (y + half_height)
     return np.maximum(slope, y - half_height)
-  # A star is ten times the same edge, from an outer to an inner corner.
+  # A star has ten equal edges, each from an outer to an inner corner.
   y = y - 0.1 * radius
   rho, angle = np.sqrt(x * x + y * y), np.arctan2(x, -y)
   fifth = np.float32(2 * np.pi / 5)
@@ -173,19 +182,19 @@ def shape_distance(shape: str, x, y, radius: float):
 
 
 def _coverage(distance, resolution: int):
-  """The share of each pixel that lies inside an edge."""
+  """The share of each pixel that is inside, from the signed distance."""
   return np.minimum(np.maximum(0.5 - resolution * distance, 0), 1)
 
 
 def silhouettes(side: int = 64) -> dict[str, np.ndarray]:
-  """Every shape as bool `[side, side]`, over its square `± radius`."""
+  """The silhouette of every shape, bool `[side, side]`, over `± radius`."""
   t = (np.arange(side, dtype=np.float32) + 0.5) * (2 / side) - 1
   x, y = t[None], t[:, None]
   return {name: shape_distance(name, x, y, 1.0) < 0 for name in SHAPES}
 
 
 def pattern_tiles(side: int = 32) -> dict[str, np.ndarray]:
-  """Every pattern's darkness, 0 or 1, over one period `[side, side]`."""
+  """The darkness of every pattern, 0 or 1, over one period `[side, side]`."""
   t = (np.arange(side, dtype=np.float32) + 0.5) * (PERIOD / side)
   tiles = {'solid': np.zeros((side, side), np.float32)}
   for name in PATTERNS[1:]:
@@ -196,11 +205,15 @@ def pattern_tiles(side: int = 32) -> dict[str, np.ndarray]:
 
 
 def _visibility(period: float, resolution: int) -> float:
-  """1 for a period of 3 pixels or more, 0 for 2, where it would alias."""
+  """Fades a texture out before it aliases.
+
+  Returns:
+    1 for 3 pixels per period or more, 0 for 2 or fewer, linear in between.
+  """
   return min(max(period * resolution - 2, 0), 1)
 
 
-def _paint(canvas, item: Object) -> None:
+def _draw_object(canvas, item: Object) -> None:
   """Draws one object over `canvas`, uint8 `[R, R, 3]`, in place."""
   resolution = canvas.shape[0]
   reach = item.radius + 1 / resolution
@@ -229,7 +242,7 @@ def _paint(canvas, item: Object) -> None:
   if visible:
     hatch = np.sin((2 * np.pi / _HATCH_PERIOD * 0.5**0.5) * (x + y))
     shade *= 1 + _HATCH * visible * (hatch - 1)
-  # Channels first: NumPy is slow where the last axis has three elements.
+  # Channels first, because NumPy is slow if the last axis has three elements.
   color = np.array(COLORS[item.color], np.float32)[:, None, None]
   behind = canvas[rows, columns].transpose(2, 0, 1)
   patch = (1 - inside) * behind + (inside * shade) * color + 0.5
@@ -237,7 +250,11 @@ def _paint(canvas, item: Object) -> None:
 
 
 def draw(scene: Scene, resolution: int) -> np.ndarray:
-  """Draws a scene, anti-aliased: close to area averages of a finer drawing.
+  """Draws a scene with anti-aliasing: close to area averages of a finer image.
+
+  Args:
+    scene: what to draw.
+    resolution: side of the image in pixels, 8 to 1024.
 
   Returns:
     uint8 `[resolution, resolution, 3]`.
@@ -258,7 +275,7 @@ def draw(scene: Scene, resolution: int) -> np.ndarray:
   canvas[:] = rows
   canvas = canvas.reshape(resolution, resolution, 3)
   for item in scene.objects:
-    _paint(canvas, item)
+    _draw_object(canvas, item)
   return canvas
 
 
@@ -271,12 +288,12 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-  """Draws a random scene: one object (75%), or two that are clear of another.
+  """Samples a scene of one object (75%), or of two that do not overlap.
 
   Args:
     rng: the source of randomness.
-    held_out: one object's shape and colour are HELD_OUT on the background,
-      else none's.
+    held_out: whether the shape and colour of one object are HELD_OUT on the
+      background; otherwise those of no object are.
   """
   background = _pick(rng, tuple(BACKGROUNDS))
   seen = SEEN[background]
@@ -291,7 +308,8 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     size = _pick(rng, tuple(SIZES))
     low, high = SIZES[size]
     if len(pairs) == 2:
-      # Side by side there is room for one large object; none is the largest.
+      # Two objects side by side: at most one can be large, and both have
+      # about the smallest radius of their size.
       if any('large' in look for look in looks):
         size, (low, high) = 'small', SIZES['small']
       high = low + 0.005
@@ -307,8 +325,9 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     item = Object(*look, x, y, radius)
     return Scene((item,), background, PLACES[place])
 
-  # From the left (or the top): margin, first, gap, second, margin, with what
-  # is left over in about equal parts before, between and behind.
+  # From the left (or the top): margin, first object, gap, second object,
+  # margin. The remaining space is spread about equally before, between and
+  # behind the objects.
   radii = [look[-1] for look in looks]
   slack = 1 - 2 * sum(radii) - 2 * _MARGIN - _GAP
   before, between = (
@@ -352,13 +371,14 @@ def _place_phrase(rng: np.random.Generator, place: str) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
-  """Writes a caption.
+  """Writes a caption, which may omit some attributes.
 
   Returns:
-    The caption, and what it states, in plain types: `background`; `objects`,
-    a list in the order of mention with `shape`, `color` and, where they are
-    said, `pattern` and `size`; `position` (of PLACES, one object, if said);
-    `relation` (what the first mentioned object is to the second, if two).
+    The caption, and a dict of what it states. `background` is always there.
+    `objects` is a list of dicts in the order of mention, with `shape`, `color`
+    and, if mentioned, `pattern` and `size`. For one object, `position` is one
+    of PLACES, if mentioned. For two objects, `relation` is that of the first
+    mentioned to the second.
   """
   phrases, objects = zip(*(_noun_phrase(rng, item) for item in scene.objects))
   stated = {'background': scene.background, 'objects': list(objects)}
@@ -386,9 +406,14 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
 class ShapesSource:
   """A random-access source of captioned shapes.
 
-  `train` and `validation` share no stream and never show a HELD_OUT
-  combination; every scene of `held_out` does. The resolution does not change
-  the scenes.
+  The splits have independent random streams. `train` and `validation` never
+  show a HELD_OUT combination; every scene of `held_out` shows one.
+
+  Attributes:
+    seed: of the random streams.
+    split: one of SPLITS.
+    size: number of records.
+    resolution: side of the images in pixels; does not change the scenes.
   """
 
   seed: int
@@ -397,13 +422,13 @@ class ShapesSource:
   resolution: int
 
   def __post_init__(self):
-    """Checks the split's name."""
+    """Raises ValueError if there is no such split."""
     if self.split not in SPLITS:
       raise ValueError(f'split {self.split!r}: choose one of {SPLITS}')
 
   @property
   def num_classes(self) -> int:
-    """How many values a record's label has."""
+    """The number of classes of the label."""
     return len(SHAPES)
 
   def __len__(self) -> int:
@@ -411,14 +436,14 @@ class ShapesSource:
     return self.size
 
   def scene(self, index: int) -> tuple[Scene, str, dict]:
-    """The scene, its caption, and what that states (see `describe`).
+    """The scene, its caption, and what the caption states (see `describe`).
 
     Raises:
       IndexError: if the index is not in 0..size - 1.
     """
     if not 0 <= index < self.size:
       raise IndexError(f'index {index}: {self!r} has {self.size} records')
-    # One key a split, 2^64 draws an index: the streams never overlap.
+    # One key per split, 2^64 random numbers per index: no streams overlap.
     key = np.array([self.seed, SPLITS.index(self.split)], np.uint64)
     counter = np.array([0, index, 0, 0], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -426,10 +451,10 @@ class ShapesSource:
     return scene, *describe(scene, rng)
 
   def __getitem__(self, index: int) -> dict:
-    """One record: image uint8 `[R, R, 3]`, caption, label, key, size (pixels).
+    """A record: image uint8 `[R, R, 3]`, caption, label, key, size in pixels.
 
-    The label is the index in SHAPES of the only shape, or of the one that is
-    further left or up.
+    The label is the index in SHAPES of the shape; of two objects, of the shape
+    on the left or at the top.
     """
     scene, caption, _ = self.scene(index)
     return {

@@ -1,4 +1,4 @@
-"""Captioned images on disk, as random access records."""
+"""Data sets of captioned images that tools.prepare_data wrote."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ def _builder(path: str):
       f'There is no prepared data set in {path}: make one with python -m '
       f"mdm_jax.tools.prepare_data --input='…/*.tar' --output={path}"
     )
-  # Slow to import, so only programs that read such a data set pay for it.
+  # Slow to import, so it is imported only where such a data set is read.
   import tensorflow_datasets as tfds
 
   return tfds.builder_from_directory(path)
@@ -27,7 +27,7 @@ def available_splits(path: str) -> tuple[str, ...]:
 
 
 def open_source(path: str, split: str) -> tfds_source.TfdsSource:
-  """Opens a split of a data set that prepare_data wrote.
+  """Opens a split of a data set that tools.prepare_data wrote.
 
   Raises:
     FileNotFoundError: if there is no data set in `path`, or a file of the

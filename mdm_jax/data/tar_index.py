@@ -1,8 +1,8 @@
-"""Captioned images read in place, from tars on a disk.
+"""Captioned images read in place, from tars on a local disk.
 
-An index says where every record's image and caption begin. It is a directory
-with `index.json` (the tars, their sizes) and a table for each split, which is
-mapped into memory: 19 bytes a record, read where they are needed.
+An index holds the position of every record's image and caption. It is a
+directory with `index.json` (the tars and their sizes) and one memory-mapped
+table for each split, of 19 bytes per record.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import numpy as np
 from mdm_jax.data import tars
 from mdm_jax.data.transforms import BadRecord
 
-# Members of a tar begin at multiples of its blocks.
+# Bytes. Members of a tar begin at multiples of a block.
 _BLOCK = 512
 _ROW = np.dtype(
   [
@@ -39,19 +39,19 @@ _COMMAND = 'python -m mdm_jax.tools.index_tars'
 def write_index(
   paths: Sequence[str], output: str, validation_fraction: float
 ) -> dict[str, int]:
-  """Indexes tars, reading their headers alone.
+  """Indexes tars. Only the headers of their members are read.
 
   Args:
     paths: uncompressed tars on a local disk.
-    output: the directory to make.
-    validation_fraction: see `tars.split_of`.
+    output: the directory to write the index to.
+    validation_fraction: share of the validation split, see `tars.split_of`.
 
   Returns:
     The number of records of each split.
 
   Raises:
-    ValueError: `output` exists, a tar cannot be indexed, or there is no
-      record.
+    ValueError: `output` exists, a tar cannot be indexed, or there is no record
+      for training.
   """
   target = pathlib.Path(output)
   if target.exists():
@@ -99,7 +99,7 @@ def _rows(path: str, number: int):
           name, suffix = parts
           if suffix in groups.setdefault(name, {}):
             logging.warning(
-              '%s has two files for %s.%s: the first counts.',
+              '%s has two files for %s.%s: the first one is used.',
               path,
               name,
               suffix,
@@ -115,10 +115,13 @@ def _rows(path: str, number: int):
       next((members[s] for s in suffixes if s in members), None)
       for suffixes in (tars.IMAGE_SUFFIXES, tars.CAPTION_SUFFIXES)
     )
-    # Captions of 64 kB are left out, here as anywhere.
+    # The table has 2 bytes for the size of a caption.
     if image is None or caption is None or caption.size >= 2**16:
       logging.warning(
-        '%s/%s has no image, or no caption: left out.', stem, name
+        'Skipped %s/%s: it has no image, no caption, or a caption of 64 KiB '
+        'or more.',
+        stem,
+        name,
       )
       continue
     yield (
@@ -135,11 +138,11 @@ def _rows(path: str, number: int):
 
 
 def read_index(path: str) -> dict[str, Any]:
-  """Reads `index.json` and checks that the tars are as they were.
+  """Reads `index.json` and checks the tars that it lists.
 
   Raises:
     FileNotFoundError: there is no index, or a tar is missing.
-    ValueError: a tar has another size.
+    ValueError: the size of a tar has changed.
   """
   file = pathlib.Path(path) / 'index.json'
   if not file.exists():
@@ -151,13 +154,13 @@ def read_index(path: str) -> dict[str, Any]:
   for tar, size in index['tars']:
     if not os.path.exists(tar):
       raise FileNotFoundError(
-        f'{tar}, which {path} lists, is missing: bring it back, or index '
-        'the others anew.'
+        f'{tar}, which {path} lists, is missing: restore it, or index the '
+        'other tars again.'
       )
     if (found := os.path.getsize(tar)) != size:
       raise ValueError(
         f'{tar} has {found} bytes, {size} when {path} was made: index the '
-        'tars anew.'
+        'tars again.'
       )
   return index
 
@@ -167,8 +170,8 @@ class TarSource:
   """One split of an index, as random access records.
 
   Attributes:
-    path: of the index.
-    split: its split.
+    path: directory of the index.
+    split: a split of the index.
   """
 
   path: str
@@ -183,7 +186,7 @@ class TarSource:
     return [tar for tar, _ in read_index(self.path)['tars']]
 
   def __reduce__(self):
-    """Worker processes open the files for themselves."""
+    """Pickles the arguments, so that each worker process opens the files."""
     return TarSource, (self.path, self.split)
 
   def fingerprint(self) -> str:
@@ -196,10 +199,10 @@ class TarSource:
     return len(self._table)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns the record's `image` file as bytes, `caption` and `key`.
+    """The record's `image` (an image file as bytes), `caption` and `key`.
 
     Raises:
-      BadRecord: it cannot be read.
+      BadRecord: the tar cannot be read, or the caption is unusable.
     """
     row = self._table[index]
     path = self._tars[row['tar']]
@@ -222,7 +225,7 @@ def _read(file, start: int, size: int) -> bytes:
   file.seek(start)
   data = file.read(size)
   if len(data) != size:
-    raise OSError(f'it ends before byte {start + size}')
+    raise OSError(f'the file ends before byte {start + size}')
   return data
 
 
@@ -230,7 +233,7 @@ def available_splits(path: str) -> tuple[str, ...]:
   """Returns the names of an index's splits.
 
   Raises:
-    FileNotFoundError, ValueError: see `read_index`.
+    FileNotFoundError, ValueError: as `read_index`.
   """
   return tuple(read_index(path)['splits'])
 
@@ -239,7 +242,8 @@ def open_source(path: str, split: str) -> TarSource:
   """Opens a split of an index.
 
   Raises:
-    FileNotFoundError, ValueError: see `read_index`; no such split.
+    FileNotFoundError: as `read_index`.
+    ValueError: as `read_index`, or the index has no such split.
   """
   splits = available_splits(path)
   if split not in splits:

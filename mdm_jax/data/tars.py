@@ -1,8 +1,8 @@
 """Captioned images in tars, as img2dataset and webdataset write them.
 
-A record is an image (.jpg, .jpeg, .png or .webp) and its caption (.txt, or
-the 'caption' of a .json) under one name. Its key is `<tar>/<name>`. Tars are
-read as a stream, front to back; nothing is ever extracted to disk.
+A record is an image (.jpg, .jpeg, .png or .webp) and a caption (.txt, or the
+'caption' of a .json) with the same name. Its key is `<tar>/<name>`. Tars are
+streamed, and nothing is extracted to disk.
 """
 
 import collections
@@ -20,25 +20,27 @@ from mdm_jax.data.transforms import BadRecord
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
-# What a damaged tar, compressed or not, raises.
+# Errors that damaged tars raise, compressed or not.
 DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
 _MAX_IMAGE, _MAX_CAPTION = 256 * 2**20, 2**20  # bytes
 _MAX_MEMBERS = 2_000_000
-# Bytes of files that wait for the rest of their record.
+# Bytes of all files that wait for the other file of their record.
 _MAX_PENDING = 2**30
 
+# Suffix -> contents of a record's files; None for a file that was rejected.
 Files = dict[str, bytes | None]
 
 
 def find(patterns: Sequence[str]) -> list[str]:
-  """The tars that match globs, local or in buckets that fsspec knows.
+  """The tars that match globs, local or in buckets that fsspec can read.
 
   Raises:
-    ValueError: none does, or two would give their records the same keys.
+    ValueError: a glob cannot be read or matches nothing, or two tars have the
+      same name, so that their records would have the same keys.
   """
   paths = []
   for pattern in patterns:
-    # Globs are of a directory: of the last part without a wildcard.
+    # The glob starts at the last directory before any wildcard.
     parts = pattern.split('/')
     wild = next(
       (i for i, part in enumerate(parts[:-1]) if re.search(r'[*?[]', part)),
@@ -49,7 +51,7 @@ def find(patterns: Sequence[str]) -> list[str]:
       found = sorted(
         map(os.fspath, epath.Path(directory).glob('/'.join(parts[wild:])))
       )
-    # ImportError: fsspec says what to install for a bucket.
+    # An ImportError of fsspec says which package the bucket needs.
     except (OSError, ImportError, ValueError) as error:
       raise ValueError(f'--input={pattern} cannot be read: {error}.') from error
     if not found:
@@ -68,7 +70,7 @@ def find(patterns: Sequence[str]) -> list[str]:
 
 
 def split_of(key: str, validation_fraction: float) -> str:
-  """The split of a record, by a hash of its key alone."""
+  """Assigns a record to 'train' or 'validation' by a hash of its key alone."""
   digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
   is_validation = int.from_bytes(digest) < validation_fraction * 2**64
   return 'validation' if is_validation else 'train'
@@ -80,8 +82,8 @@ def read_records(
   """Yields the key, the image file and the caption of a tar's records.
 
   Args:
-    path: local, or in a bucket; compressed or not.
-    rejects: what cannot be used is added to it.
+    path: of a tar, local or in a bucket, compressed or not.
+    rejects: unusable records are appended to it.
   """
   for key, files in _groups(path, rejects):
     try:
@@ -92,10 +94,11 @@ def read_records(
 
 
 def split_files(files: Files, key: str) -> tuple[bytes, str]:
-  """Returns the image file and the caption, its white space collapsed.
+  """Returns the image file, and the caption with collapsed white space.
 
   Raises:
-    BadRecord: one of them is not there, or the caption is no text.
+    BadRecord: the image or the caption is missing, or the caption is empty or
+      unreadable.
   """
   image = next((files[s] for s in IMAGE_SUFFIXES if s in files), None)
   if image is None:
@@ -122,7 +125,7 @@ def _parse_caption(data: bytes, suffix: str, key: str) -> str:
 
 
 def member_parts(member: tarfile.TarInfo) -> tuple[str, str] | None:
-  """The name and the lower-case suffix of a file that may be of a record."""
+  """The name and lower-case suffix of an image or caption, None for others."""
   name, _, suffix = member.name.removeprefix('./').rpartition('.')
   suffix = suffix.lower()
   if member.isfile() and suffix in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
@@ -133,7 +136,11 @@ def member_parts(member: tarfile.TarInfo) -> tuple[str, str] | None:
 def _groups(
   path: epath.PathLike, rejects: list[BadRecord]
 ) -> Iterator[tuple[str, Files]]:
-  """Yields the files of each name; neighbours as soon as they are complete."""
+  """Yields the key and the files of each record.
+
+  A record whose files are neighbours in the tar is yielded once it is
+  complete, others at the end.
+  """
   stem = epath.Path(path).stem
   pending: dict[str, Files] = {}
   seen, num_pending, last = set(), 0, None
@@ -142,7 +149,7 @@ def _groups(
     nonlocal num_pending
     files = pending.pop(name)
     num_pending -= sum(len(data or b'') for data in files.values())
-    # What is None has been rejected already.
+    # None is a file that has been rejected, and its record with it.
     if None not in files.values():
       yield f'{stem}/{name}', files
 
@@ -161,7 +168,7 @@ def _groups(
       rejects.append(BadRecord(f'{stem}/{name}', 'name used twice', suffix))
       continue
     if name in seen and name not in pending:
-      continue  # Has gone out: this is its other caption.
+      continue  # A second caption of a record that was yielded.
     seen |= {name, (name, suffix)}
     pending.setdefault(name, {})[suffix] = data
     num_pending += len(data or b'')
@@ -176,7 +183,7 @@ def _groups(
 def _members(
   path: epath.PathLike, rejects: list[BadRecord]
 ) -> Iterator[tuple[str, str, bytes | None]]:
-  """Yields name, suffix and contents; None for what is rejected."""
+  """Yields name, suffix and contents; the contents of rejects are None."""
   stem, key, opened = epath.Path(path).stem, None, False
   try:
     with (
@@ -185,7 +192,7 @@ def _members(
     ):
       opened = True
       for count, member in enumerate(tar):
-        # A stream's members are remembered otherwise.
+        # Otherwise tarfile keeps every header in memory.
         tar.members = []
         if count >= _MAX_MEMBERS:
           raise tarfile.TarError(f'more than {_MAX_MEMBERS} members')

@@ -1,4 +1,4 @@
-"""From a caption to the tokens that a text encoder reads."""
+"""Tokenizes captions with SentencePiece."""
 
 import hashlib
 import os
@@ -15,19 +15,19 @@ _PAD, _EOS = 0, 1
 class Tokenizer:
   """A SentencePiece model with T5's conventions: pad 0, `</s>` 1.
 
-  It pickles as its arguments, so that every worker process loads the file.
+  Only its arguments are pickled, so that each worker process loads the file.
   """
 
   def __init__(self, path: str, max_length: int):
     """Loads a model.
 
     Args:
-      path: a SentencePiece file; CAPTIONS_MODEL is the one shipped.
+      path: a SentencePiece file. CAPTIONS_MODEL comes with this package.
       max_length: tokens of every encoded caption, `</s>` and padding included.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if max_length leaves no room, or pad and `</s>` are not 0, 1.
+      FileNotFoundError: there is no such file.
+      ValueError: max_length is below 2, or pad and `</s>` are not 0 and 1.
     """
     if not os.path.isfile(path):
       raise FileNotFoundError(
@@ -47,7 +47,7 @@ class Tokenizer:
       )
 
   def __reduce__(self):
-    """Reloads rather than copies."""
+    """Pickles the arguments, not the loaded model."""
     return type(self), (self.path, self.max_length)
 
   def fingerprint(self) -> str:
@@ -57,14 +57,15 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """Pieces in the model, special ones and bytes included."""
+    """Number of pieces in the model, special pieces and bytes included."""
     return self._processor.vocab_size()
 
   def encode(self, caption: str) -> np.ndarray:
     """Encodes ' ' + caption + `</s>`, as `ml-mdm` does.
 
     Returns:
-      int32 `[max_length]`: cut before `</s>` if too long, padded with 0.
+      int32 `[max_length]`: the caption is truncated if it is too long, and
+      `</s>` is followed by padding with 0.
     """
     pieces = self._pieces(caption)[: self.max_length - 1]
     tokens = np.full(self.max_length, _PAD, np.int32)
@@ -72,7 +73,7 @@ class Tokenizer:
     return tokens
 
   def count(self, caption: str) -> int:
-    """The number of tokens that `encode` would need."""
+    """The number of tokens of a caption and `</s>`, without truncation."""
     return len(self._pieces(caption)) + 1
 
   def _pieces(self, caption: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Data sets that TensorFlow Datasets has written as ArrayRecords.
 
-They are read without TensorFlow: records are parsed by TFDS's own NumPy code,
-and images stay encoded.
+They are read without TensorFlow: TFDS's own NumPy code parses the records, and
+images stay encoded.
 """
 
 import dataclasses
@@ -17,21 +17,22 @@ from mdm_jax.data.transforms import BadRecord
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """Where in a TFDS record its parts are; None for one that is not read.
+  """Names of the features of a TFDS record; None for one that is not read.
 
-  Inside dicts and sequences of dicts a name is a path: 'captions/text'.
+  The name of a feature inside dicts, or sequences of dicts, is a path such as
+  'captions/text'.
   """
 
   image: str = 'image'
   caption: str | None = None  # a text, or a sequence of them
   label: str | None = None  # a ClassLabel
   key: str | None = None  # a text
-  # Of the original image in pixels, where the file may hold a smaller one.
+  # Size of the original image in pixels, if the stored image is reduced.
   width: str | None = None
   height: str | None = None
 
   def used(self) -> dict[str, str]:
-    """Those that are read: image, caption, … -> its name."""
+    """The features that are read: 'image', 'caption', … -> its name."""
     return {
       kind: name
       for kind, name in dataclasses.asdict(self).items()
@@ -41,13 +42,13 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-  """One split of a TFDS data set of ArrayRecords; opened when first read.
+  """One split of a TFDS data set of ArrayRecords; opened at the first read.
 
   Attributes:
-    path: its directory, with `dataset_info.json`.
-    split: its split, or a slice as TFDS writes it: 'train[1%:]'.
-    name: what to call it.
-    features: where in its records the parts are.
+    path: directory of the data set, with `dataset_info.json`.
+    split: a split, or a slice in TFDS's notation, such as 'train[1%:]'.
+    name: of the data set, used in keys and messages.
+    features: names of the features to read.
   """
 
   path: str
@@ -71,7 +72,7 @@ class TfdsSource:
 
   @functools.cached_property
   def _leaves(self) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Kind of part -> the keys that lead to it, and its feature."""
+    """'image', 'caption', … -> the path of keys to a feature, and it."""
     leaves = leaf_features(self._builder.info.features)
     return {kind: leaves[name] for kind, name in self.features.used().items()}
 
@@ -79,7 +80,7 @@ class TfdsSource:
   def _parse(self):
     import tensorflow_datasets as tfds
 
-    # The others may be costly, or need TensorFlow.
+    # Only the needed features: others may be slow, or need TensorFlow.
     every = self._builder.info.features
     some = tfds.features.FeaturesDict(
       {keys[0]: every[keys[0]] for keys, _ in self._leaves.values()}
@@ -91,17 +92,17 @@ class TfdsSource:
 
   @functools.cached_property
   def num_classes(self) -> int:
-    """How many values a record's label has; 0 without a label."""
+    """The number of classes of the label; 0 if no label is read."""
     return self._leaves['label'][1].num_classes if self.features.label else 0
 
   def fingerprint(self) -> str:
-    """Changes with the files' names and sizes."""
+    """A hash of the names and sizes of the files."""
     files = self._builder.info.splits[self.split].filepaths
     listing = '\n'.join(f'{file.name} {file.stat().length}' for file in files)
     return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
   def __reduce__(self):
-    """Worker processes open the files for themselves."""
+    """Pickles the arguments, so that each worker process opens the files."""
     return type(self), (self.path, self.split, self.name, self.features)
 
   def __len__(self) -> int:
@@ -109,14 +110,17 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns the record's `image` file as bytes, `key`, and what is named.
+    """Reads a record.
 
-    `label` is an int; `caption` the caption, or the first of a sequence, with
-    all of them as `captions`.
+    Returns:
+      `image` (an image file as bytes) and `key`, and those of the following
+      that `features` names: `label` (int); `captions` (list) and `caption`
+      (the first of them); `size` (shorter side of the original image in
+      pixels).
 
     Raises:
-      BadRecord: if the record's checksum does not match, or it has no caption
-        or label.
+      BadRecord: if the checksum of the record does not match, or the record
+        has no caption or label.
     """
     key = f'{self.name}[{self.split}][{index}]'
     try:
@@ -148,11 +152,11 @@ class TfdsSource:
 
 
 def leaf_features(feature) -> dict[str, tuple[tuple[str, ...], Any]]:
-  """All that is no dict, nor a sequence of dicts.
+  """Flattens dicts of features, and sequences of dicts.
 
   Returns:
-    Name, such as 'captions/text' -> the keys that lead there (a key of its own
-    may have a slash, as COCO's 'image/filename'), and the feature.
+    Name, such as 'captions/text' -> the path of keys to the feature, and the
+    feature. A single key may contain a slash, as COCO's 'image/filename'.
   """
   import tensorflow_datasets as tfds
 
@@ -181,7 +185,18 @@ def _is_number(feature) -> bool:
 def open_builder(
   builder, split: str, name: str, features: Features
 ) -> TfdsSource:
-  """Opens a split of what a TFDS builder has written; see `open_by_name`."""
+  """Opens a split of a data set.
+
+  Args:
+    builder: TFDS builder of the data set.
+    split: a split, or a slice of one: 'train[1%:]'.
+    name: of the data set, used in keys and messages.
+    features: names of the features to read.
+
+  Raises:
+    FileNotFoundError: if a file of the data set is missing.
+    ValueError: as `open_by_name`.
+  """
   import tensorflow_datasets as tfds
 
   info = builder.info
@@ -225,10 +240,10 @@ def open_by_name(
   """Opens a split of a data set that TFDS has built.
 
   Args:
-    name: as TFDS writes it: 'coco_captions', 'name/config:1.0.0'.
-    data_dir: TFDS's; empty for its default.
+    name: in TFDS's notation: 'coco_captions', 'name/config:1.0.0'.
+    data_dir: TFDS's data_dir; empty for its default.
     split: a split, or a slice of one: 'train[1%:]'.
-    features: where in a record the parts are.
+    features: names of the features to read.
 
   Raises:
     FileNotFoundError: if there is no such data set, or one of its files is
@@ -239,15 +254,15 @@ def open_by_name(
   import tensorflow_datasets as tfds
 
   try:
-    # From its files: for many data sets TFDS's code needs TensorFlow.
+    # From the files: many data sets' own TFDS code needs TensorFlow.
     builder = tfds.core.read_only_builder.builder_from_files(
       name, data_dir=data_dir or None
     )
   except ValueError as error:
     where = f' --data_dir={data_dir}' if data_dir else ''
     raise FileNotFoundError(
-      f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: name '
-      f'its config too, NAME/CONFIG, if it has several, or run tfds build '
+      f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: give '
+      f'NAME/CONFIG if it has several configs, or run tfds build '
       f'{name} --file_format=array_record{where}'
     ) from error
   return open_builder(builder, split, name, features)

@@ -1,4 +1,4 @@
-"""From a source's record to the arrays that the network trains on."""
+"""Turns a source's records into the arrays that the network trains on."""
 
 import dataclasses
 import io
@@ -11,14 +11,14 @@ from PIL import ExifTags, Image, ImageOps
 
 # A 0.4 MB PNG can hold an image that takes gigabytes to decode.
 MAX_PIXELS = 128_000_000
-# Pillow checks this when it reads a header. It only warns up to twice this
-# value, so load_image checks the size once more.
+# Pillow checks this when it reads a header, but only warns up to twice this
+# value. load_image therefore checks the size again.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
 # EXIF orientations that exchange width and height.
 _SIDEWAYS = (5, 6, 7, 8)
-# What Pillow's decoders raise for damaged files.
+# Errors that Pillow's decoders raise for damaged files.
 _DAMAGED = (
   OSError,
   SyntaxError,
@@ -30,11 +30,11 @@ _DAMAGED = (
   struct.error,
   zlib.error,
 )
-# The warning counts when a program has turned warnings into errors.
+# The warning is raised in programs that turn warnings into errors.
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# The JPEG decoder may shrink an image by 2, 4 or 8 while this many times the
-# pixels that are needed remain, so that the antialiased resize, and not the
-# decoder's box filter, decides the sharpness.
+# The JPEG decoder may reduce an image by 2, 4 or 8 to no less than this many
+# times the needed side. The sharpness then depends on the antialiased resize,
+# and not on the decoder's box filter.
 _REDUCING_GAP = 2.0
 
 
@@ -42,54 +42,54 @@ class BadRecord(ValueError):
   """A record that cannot be used.
 
   Attributes:
-    key: which record.
-    reason: why, in the same few words for all records of its kind.
-    detail: what is particular to this record.
+    key: of the record.
+    reason: a few words that are the same for all records with this problem.
+    detail: more about this record, or empty.
   """
 
   def __init__(self, key: str, reason: str, detail: str = ''):
-    """See the attributes."""
-    # All arguments in args, or it could not be pickled out of a worker.
+    """Sets the attributes."""
+    # Exceptions are pickled by their args: worker processes need all of them.
     super().__init__(key, reason, detail)
     self.key = key
     self.reason = reason
     self.detail = detail
 
   def __str__(self) -> str:
-    """All of it, in one line."""
+    """Key, reason and detail in one line."""
     detail = f' ({self.detail})' if self.detail else ''
     return f'{self.key}: {self.reason}{detail}'
 
 
 def too_long(key: str, num_tokens: int, max_length: int) -> BadRecord:
-  """What a record is whose caption has too many tokens."""
+  """The error for a record whose caption has too many tokens."""
   return BadRecord(
     key, 'caption too long', f'{num_tokens} tokens, the limit is {max_length}'
   )
 
 
 class Tokenizer(Protocol):
-  """What `Transform` needs of a tokenizer."""
+  """The interface that `Transform` needs from a tokenizer."""
 
   max_length: int
 
   def encode(self, caption: str) -> np.ndarray:
-    """Returns int32 tokens [L], cut if there are more."""
+    """Returns int32 tokens [L], truncated if there are more."""
 
   def count(self, caption: str) -> int:
-    """The number of tokens before any cut."""
+    """The number of tokens before truncation."""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
   if image.mode.startswith('I'):
-    # 16-bit grey levels, which Pillow would clip at 255.
+    # 16-bit grey levels. Pillow's own conversion clips them at 255.
     levels = np.asarray(image).astype(np.int32) >> 8
     image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
   if image.has_transparency_data:
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')
     image = Image.alpha_composite(white, image)
-  # It would copy what is RGB already.
+  # convert would copy an image that is in RGB already.
   image.load()
   return image if image.mode == 'RGB' else image.convert('RGB')
 
@@ -97,18 +97,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def load_image(
   data: bytes, shorter_side: int, key: str = 'image'
 ) -> tuple[Image.Image, tuple[int, int]]:
-  """Decodes an image file: upright, in RGB, and maybe already reduced.
+  """Decodes an image file to RGB, rotated upright by its EXIF orientation.
 
   Transparency is composited on white; colour profiles are ignored.
 
   Args:
     data: a JPEG, PNG, WebP, GIF (its first frame) or BMP file.
-    shorter_side: pixels that are needed; a much larger JPEG is decoded at a
-      half, a quarter or an eighth of its size, to no less than twice this.
-    key: names the image in errors.
+    shorter_side: the needed size in pixels. A much larger JPEG is decoded at
+      1/2, 1/4 or 1/8 of its size, but no smaller than twice the needed size.
+    key: of the record, for errors.
 
   Returns:
-    The image, and the (width, height) that it has upright at full size.
+    The image, and its (width, height) in pixels at full size, upright.
 
   Raises:
     BadRecord: not an image, over `MAX_PIXELS`, truncated or damaged.
@@ -145,13 +145,14 @@ def decode_image(
   key: str = 'image',
   crop: tuple[float, float] = (0.5, 0.5),
 ) -> tuple[np.ndarray, int]:
-  """Decodes an image file to a square of its shorter side.
+  """Decodes an image file, crops the largest square and resizes it.
 
   Args:
     data: an image file, see `load_image`.
-    resolution: R, of the result; smaller images are enlarged.
-    key: names the image in errors.
-    crop: where the square lies, from 0 for left and top to 1.
+    resolution: R, side of the result in pixels; smaller images are enlarged.
+    key: of the record, for errors.
+    crop: horizontal and vertical position of the square, from 0 (left, top) to
+      1 (right, bottom).
 
   Returns:
     uint8 [R, R, 3], and the shorter side of the full image in pixels.
@@ -173,16 +174,17 @@ def decode_image(
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """Maps a record to an example; picklable, for worker processes.
+  """Maps a record to an example. It can be pickled, for worker processes.
 
   Attributes:
     tokenizer: encodes captions.
-    resolution: R, of the images.
-    flip: mirrors half of the images. Off by default, because captions speak
-      of left and right.
-    random_crop: the square lies anywhere, rather than in the centre.
-    leave_out: a caption that is too long is a bad record, rather than cut.
-    image_name: what the image is called in the example.
+    resolution: R, side of the images in pixels.
+    flip: mirrors half of the images. Off by default, because captions may
+      mention left and right.
+    random_crop: crops a square at random; otherwise the centre.
+    leave_out: whether a caption with too many tokens is a bad record;
+      otherwise it is truncated.
+    image_name: name of the image in the example.
   """
 
   tokenizer: Tokenizer
@@ -195,19 +197,24 @@ class Transform:
   def __call__(
     self, record: dict[str, Any], rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
-    """Returns `image` uint8 [R, R, 3], `text`, and `scale` float32 [].
+    """Makes an example.
 
     Args:
-      record: `image` (an image file's bytes, or uint8 [R, R, 3]), `caption`,
-        `key`, and optionally `size`. `scale` is the shorter side of the
-        original image in pixels: `size`, or else the file's. `text` is the
-        record's own, if it has one, or else the tokens, int32 [L], of the
-        caption, or of one of `captions` if there are several.
+      record: `image` (an image file as bytes, or uint8 [R, R, 3]), `caption`
+        and `key`; optionally `captions` (a list to choose from), `text` (an
+        encoded caption) and `size` (shorter side of the original image in
+        pixels).
       rng: decides on caption, crop and flip.
 
+    Returns:
+      The image under `image_name`, uint8 [R, R, 3]; `text`, that of the record
+      or else the tokens of a caption, int32 [L]; and `scale`, float32 [], the
+      record's `size` or else the shorter side of the image file in pixels.
+
     Raises:
-      BadRecord: for a file that cannot be decoded, or by `leave_out`.
-      ValueError: for an array that is not [R, R, 3].
+      BadRecord: the file cannot be decoded, or the caption is too long (with
+        `leave_out`).
+      ValueError: the image is an array that is not [R, R, 3].
     """
     text = record['text'] if 'text' in record else self._tokens(record, rng)
     image = record['image']
@@ -218,8 +225,9 @@ class Transform:
       side = self.resolution
     if image.shape != (self.resolution, self.resolution, 3):
       raise ValueError(
-        f'{record["key"]}: the image has shape {image.shape} but the '
-        f'resolution is {self.resolution}; make the source with it.'
+        f'{record["key"]}: the image has shape {image.shape}, but the '
+        f'resolution is {self.resolution}: open the source with this '
+        'resolution.'
       )
     if self.flip and rng.random() < 0.5:
       image = image[:, ::-1]

@@ -18,25 +18,25 @@ def guided_denoise_fn(
   rescale: float = 0.0,
   interval: tuple[float, float] | None = None,
 ) -> DenoiseFn:
-  """Guides the network's output by `w` at every level, free of a classifier.
+  """Applies classifier-free guidance with weight `w` at every level.
 
-  `uncond + w (cond - uncond)`, which is eq. 6 of Ho & Salimans, arXiv
-  2207.12598, with its weight being w - 1. Both come from one forward on a
-  batch of 2B, in which they are neighbours, so that they stay on the device of
-  their example.
+  The prediction is `uncond + w (cond - uncond)`. This is eq. 6 of Ho &
+  Salimans, arXiv 2207.12598, whose weight is w - 1. Both predictions come from
+  one forward pass over a batch of 2B. The two rows of an example are
+  neighbours in that batch, so that both stay on the example's device.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B], conditioning) to predictions.
     cond: conditioning, a pytree of arrays [B, ...].
-    uncond: what stands for no conditioning, shaped like `cond`.
-    w: guidance weight. The Python number 1 makes it one plain forward of B,
+    uncond: the conditioning of an empty prompt, of the shapes of `cond`.
+    w: guidance weight. The Python number 1 costs one plain forward pass of B,
       and `uncond` is not read; a traced scalar always costs 2B.
-    rescale: how far, from 0 to 1, the guided output's standard deviation is
-      taken back to that of the conditional one, for each example and level
-      (Lin et al., arXiv 2305.08891, eqs. 15 and 16).
-    interval: the first and the last t that are guided, at one forward of B
-      for others (Kynkäänniemi et al., arXiv 2404.07724). All examples must
-      have the same t then. None guides all.
+    rescale: 0 to 1. Moves the standard deviation of the guided output towards
+      that of the conditional output, for each example and level (Lin et al.,
+      arXiv 2305.08891, eqs. 15 and 16); 0 leaves it as it is.
+    interval: the first and the last t to guide at. Other t cost one plain
+      forward pass of B (Kynkäänniemi et al., arXiv 2404.07724). With an
+      interval, all examples must have the same t. None guides at every t.
 
   Returns:
     A function (x_t pyramid, t [B]) -> predictions.
@@ -71,18 +71,21 @@ def autoguided_denoise_fn(
   rescale: float = 0.0,
   interval: tuple[float, float] | None = None,
 ) -> DenoiseFn:
-  """Guides the network's output away from that of a worse one.
+  """Applies autoguidance: guides away from the output of a worse network.
 
-  `guide + w (output - guide)` (Karras et al., arXiv 2406.02507, eq. 4). The
-  guide is a smaller network, or one trained for shorter, with the same
-  conditioning.
+  The prediction is `guide + w (output - guide)` (Karras et al., arXiv
+  2406.02507, eq. 4). The guide is a smaller network, or one trained for fewer
+  steps, with the same conditioning.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B]) to predictions.
-    guide_fn: the same by the worse network.
-    w: as of `guided_denoise_fn`, and so are the others.
-    rescale: see there.
-    interval: see there.
+    guide_fn: maps (x_t pyramid, t [B]) to the worse network's predictions.
+    w: guidance weight. The Python number 1 never runs the guide.
+    rescale: as in `guided_denoise_fn`.
+    interval: as in `guided_denoise_fn`.
+
+  Returns:
+    A function (x_t pyramid, t [B]) -> predictions.
   """
   if _is_one(w):
     return denoise_fn
@@ -104,14 +107,23 @@ def _guided(
   rescale: float,
   interval: tuple[float, float] | None,
 ) -> DenoiseFn:
-  """`pairs` gives, of each level, what leads away and what leads on."""
+  """Guides within the interval, and returns `plain` predictions outside of it.
 
-  def combine(away, on):
-    output = away + w * (on - away)
+  Args:
+    plain: the predictions without guidance.
+    pairs: for each level, the prediction to lead away from (unconditional, or
+      the guide's) and the prediction to lead towards.
+    w: guidance weight.
+    rescale: as in `guided_denoise_fn`.
+    interval: as in `guided_denoise_fn`.
+  """
+
+  def combine(away, towards):
+    output = away + w * (towards - away)
     if not rescale:
       return output
     axes = tuple(range(1, output.ndim))
-    ratio = on.std(axes, keepdims=True) / output.std(axes, keepdims=True)
+    ratio = towards.std(axes, keepdims=True) / output.std(axes, keepdims=True)
     return output * (1 + rescale * (ratio - 1))
 
   def guided(x_t, t):

@@ -1,4 +1,4 @@
-"""The multi-resolution training loss (MDM, arXiv 2310.15111, section 3)."""
+"""Formulas of the multi-resolution loss (MDM, arXiv 2310.15111, section 3)."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,27 @@ from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
 
 
-def draw_time(rng: jax.Array, batch: int, num_steps: int) -> jax.Array:
-  """Uniform noising steps in 0..num_steps - 1, int32 [batch]."""
+def sample_time(rng: jax.Array, batch: int, num_steps: int) -> jax.Array:
+  """Samples time indices uniformly from 0..num_steps - 1, int32 [batch]."""
   return jax.random.randint(rng, (batch,), 0, num_steps)
 
 
 def training_gammas(
   schedule: Schedule, pyramid: Pyramid, t: jax.Array, repeats: int = 1
 ) -> tuple[jax.Array, ...]:
-  """Each level's gammas for the draw `t`, coarse to fine, [B_r, 1, 1, 1].
+  """Each level's gammas at the time indices `t`, coarse to fine.
 
-  The draw 0 is the first noisy step, so the tables are read at t + 1. In a
-  mixed batch the pattern repeats so often.
+  Time index 0 is the first noisy step. Entry 0 of the gamma table is the clean
+  image, so the table is read at t + 1.
+
+  Args:
+    schedule: one row of gammas for each level.
+    pyramid: B_r images at each level, coarse to fine.
+    t: int [B], in 0..T-1.
+    repeats: periods of a mixed batch, see `mixed_batch`.
+
+  Returns:
+    float32 [B_r, 1, 1, 1] for each level.
   """
   return tuple(
     schedule.gamma(level, mixed_batch.take(t, len(images), repeats) + 1)
@@ -45,16 +54,17 @@ def level_loss(
 
   Args:
     prediction: the network's output, [B, H, W, C].
-    x_t: the noisy images that it was given.
-    x0: the images.
-    eps: their noise.
-    gamma: [B, 1, 1, 1].
-    parameterization: what the network predicts, 'v', 'eps' or 'x0'.
-    loss_space: where the error is measured. Against 'x0', the same error
-      weighs SNR times as much in 'eps' and SNR + 1 times as much in 'v'.
+    x_t: the noisy images that the network was given, [B, H, W, C].
+    x0: the clean images, [B, H, W, C].
+    eps: the noise that was added, [B, H, W, C].
+    gamma: the share of signal in the variance of `x_t`, [B, 1, 1, 1].
+    parameterization: what the network predicts: 'v', 'eps' or 'x0'.
+    loss_space: where the error is measured: 'v', 'eps' or 'x0'. The same
+      error weighs SNR times as much in 'eps' as in 'x0', and SNR + 1 times
+      as much in 'v'.
 
   Raises:
-    ValueError: if either space is unknown.
+    ValueError: if `parameterization` or `loss_space` is unknown.
   """
   target = process.target(x0, eps, gamma, loss_space)
   convert = {
@@ -82,27 +92,30 @@ def multi_resolution_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The weighted sum of the levels' losses, for each example.
 
-  In a mixed batch a level sees only B_r of the B examples (`mixed_batch`). Its
-  loss is multiplied by B / B_r, so that the mean over the batch is the mean
-  over the examples that it does see.
+  In a mixed batch, level r sees only B_r of the B examples (see
+  `mixed_batch`). Its loss is multiplied by B / B_r, so that its mean over the
+  batch is its mean over the examples that it sees.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B]) to the predictions, a pyramid of the
       same shapes. Conditioning is closed over.
     schedule: one row of gammas for each level.
-    pyramid: float32 images, coarse to fine.
-    t: int [B], the draw in 0..T-1. One draw serves all levels.
-    eps: standard normal noise, shaped like `pyramid`.
-    parameterization: see `level_loss`.
-    loss_space: see `level_loss`.
+    pyramid: float32 images [B_r, H_r, W_r, C], coarse to fine.
+    t: int [B], time indices in 0..T-1, shared by all levels.
+    eps: standard normal noise of the shapes of `pyramid`.
+    parameterization: as in `level_loss`.
+    loss_space: as in `level_loss`.
     weights: one for each level, coarse to fine; not normalised.
     time_weights: float32 [T + 1], indexed like the gammas, such as
-      `vdm_weights`; None weighs all noising steps alike.
-    repeats: of a mixed batch's pattern.
+      `vdm_weights`; None weighs all time indices equally.
+    repeats: periods of a mixed batch, see `mixed_batch`.
 
   Returns:
     The loss per example, float32 [B], and {'level_losses': [levels]}, each
     level's unweighted mean over the examples that it sees.
+
+  Raises:
+    ValueError: if `parameterization` or `loss_space` is unknown.
   """
   gammas = training_gammas(schedule, pyramid, t, repeats)
   x_t = tuple(map(process.add_noise, pyramid, eps, gammas))

@@ -1,10 +1,10 @@
-"""The forward process of one level, and what a network may predict of it.
+"""The forward process of one level, and conversions between predictions.
 
 Everything is elementwise: images [B, H, W, C], `gamma` [B, 1, 1, 1] or a
-scalar, signal = sqrt(gamma), noise = sqrt(1 - gamma). A `parameterization` is
-'v', 'eps' or 'x0'. (x_t, v) is (x0, eps) rotated (Salimans & Ho, arXiv
-2202.00512, appendix D), so from v nothing is divided and nothing cancels;
-other conversions divide by the signal or by the noise.
+scalar, signal = sqrt(gamma), noise = sqrt(1 - gamma). The `parameterization`
+says what the network predicts: 'v', 'eps' or 'x0'. (x_t, v) is (x0, eps)
+rotated (Salimans & Ho, arXiv 2202.00512, appendix D), so conversions from v
+are numerically stable; all others divide by the signal or by the noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +18,17 @@ from mdm_jax.diffusion.pyramid import Pyramid
 DenoiseFn = Callable[[Pyramid, jax.Array], Pyramid]
 
 
-def draw_noise(
+def sample_noise(
   rng: jax.Array, pyramid: Sequence[jax.Array | jax.ShapeDtypeStruct]
 ) -> Pyramid:
-  """Standard normal float32 noise, independent for every level.
+  """Samples standard normal noise, independent for every level.
 
   Args:
     rng: a random key.
-    pyramid: what the shapes are taken from.
+    pyramid: arrays or `jax.ShapeDtypeStruct`s of the wanted shapes.
+
+  Returns:
+    float32 noise of the shapes of `pyramid`.
   """
   return tuple(
     jax.random.normal(jax.random.fold_in(rng, index), level.shape)
@@ -41,7 +44,7 @@ def add_noise(x0: jax.Array, eps: jax.Array, gamma: jax.Array) -> jax.Array:
 def target(
   x0: jax.Array, eps: jax.Array, gamma: jax.Array, parameterization: str
 ) -> jax.Array:
-  """What a perfect network predicts; v = signal eps - noise x0.
+  """The training target of a network, where v = signal eps - noise x0.
 
   Raises:
     ValueError: if there is no such parameterization.
@@ -62,7 +65,7 @@ def predict_x0(
   gamma: jax.Array,
   parameterization: str,
 ) -> jax.Array:
-  """x0 from a prediction under `parameterization`.
+  """Converts a prediction to x0, the clean image.
 
   Raises:
     ValueError: if there is no such parameterization.
@@ -84,7 +87,7 @@ def predict_eps(
   gamma: jax.Array,
   parameterization: str,
 ) -> jax.Array:
-  """eps from a prediction under `parameterization`.
+  """Converts a prediction to eps, the noise.
 
   Raises:
     ValueError: if there is no such parameterization.
@@ -106,7 +109,7 @@ def predict_v(
   gamma: jax.Array,
   parameterization: str,
 ) -> jax.Array:
-  """v from a prediction under `parameterization`.
+  """Converts a prediction to v.
 
   Raises:
     ValueError: if there is no such parameterization.

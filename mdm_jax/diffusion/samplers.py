@@ -1,7 +1,8 @@
 """Samplers: from noise to a pyramid of images, all levels together.
 
-A step goes from the noising step t to an earlier one, s. `gamma` and
-`gamma_s` are a level's gammas there, and `alpha = gamma / gamma_s`.
+A sampling step goes from the noising step t to a less noisy one, s < t.
+`gamma` and `gamma_s` are a level's gammas at t and at s (see `schedule`), [B,
+1, 1, 1] or scalars; images and noise are [B, H, W, C].
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +21,25 @@ SAMPLERS = ('ddim', 'heun', 'dpm', 'ddpm', 'dpm_sde')
 THRESHOLDS = ('none', 'clip', 'dynamic', 'dynamic_if')
 
 
-def draws_noise(sampler: str, eta: float) -> bool:
-  """Whether a sampler draws fresh noise at every step."""
+def is_stochastic(sampler: str, eta: float) -> bool:
+  """Whether a sampler adds fresh noise at every step."""
   return sampler in ('ddpm', 'dpm_sde') or (sampler == 'ddim' and eta > 0)
 
 
 def start_noise(
   rng: jax.Array, resolutions: Sequence[int], batch: int
 ) -> Pyramid:
-  """Noise to start from, coarse to fine, float32 [batch, H_r, H_r, 3]."""
-  return process.draw_noise(
+  """Samples the noise to start from.
+
+  Args:
+    rng: a random key.
+    resolutions: side of each level in pixels, coarse to fine.
+    batch: B, the number of examples.
+
+  Returns:
+    Standard normal noise, coarse to fine, float32 [B, H_r, H_r, 3].
+  """
+  return process.sample_noise(
     rng,
     [
       jax.ShapeDtypeStruct((batch, resolution, resolution, 3), jnp.float32)
@@ -39,7 +49,7 @@ def start_noise(
 
 
 def time_steps(num_steps: int, total_steps: int) -> np.ndarray:
-  """The noising steps to visit, latest first, evenly spaced, ending at 0.
+  """The noising steps to visit: noisiest first, evenly spaced, ending at 0.
 
   Args:
     num_steps: how many times the network is called.
@@ -66,9 +76,11 @@ def threshold_x0(x0: jax.Array, method: str) -> jax.Array:
   Args:
     x0: [B, H, W, C].
     method: 'none'; 'clip' to [-1, 1]; 'dynamic' divides each example by the
-      .995 quantile of its magnitudes where that is over 1 (and at most by
-      100), then clips; 'dynamic_if' the same with the .95 quantile, at most
-      by 1.5.
+      .995 quantile of its magnitudes, limited to 1..100, and clips to [-1, 1];
+      'dynamic_if' does so with the .95 quantile, limited to 1..1.5.
+
+  Returns:
+    [B, H, W, C].
 
   Raises:
     ValueError: if there is no such method.
@@ -104,7 +116,10 @@ def ddpm_step(
   gamma_s: jax.Array,
   noise: jax.Array,
 ) -> jax.Array:
-  """x_s drawn from its posterior given x_t and x0 (Ho et al., eqs. 6, 7)."""
+  """Samples x_s from its posterior given x_t and x0.
+
+  Ho et al., arXiv 2006.11239, eqs. 6 and 7. `noise` is standard normal.
+  """
   alpha = gamma / gamma_s
   mean = (
     jnp.sqrt(gamma_s) * (1 - alpha) * x0 + jnp.sqrt(alpha) * (1 - gamma_s) * x_t
@@ -120,11 +135,11 @@ def ddim_step(
   noise: jax.Array | None = None,
   eta: float = 0.0,
 ) -> jax.Array:
-  """x_s of DDIM (Song et al., arXiv 2010.02502, eqs. 12, 16).
+  """A step of DDIM to x_s (Song et al., arXiv 2010.02502, eqs. 12 and 16).
 
   `eta` is 0 for the deterministic sampler, which takes no noise, and 1 for
-  DDPM's variance. The noise's direction is that of the given x0, which may
-  have been thresholded.
+  DDPM's variance. eps is recomputed from x_t and the given x0, as x0 may have
+  been thresholded.
   """
   eps = process.predict_eps(x0, x_t, gamma, 'x0')
   if eta == 0:
@@ -142,11 +157,11 @@ def heun_step(
   gamma: jax.Array,
   gamma_s: jax.Array,
 ) -> jax.Array:
-  """x_s along the mean of the slopes at t and at s.
+  """A step of Heun's method to x_s: along the mean of the slopes at t and s.
 
-  Heun's method on DDIM's differential equation, d(x / signal) = eps d(noise /
-  signal) (Song et al., eq. 14; Karras et al., arXiv 2206.00364, alg. 1).
-  `eps_s` is that at DDIM's x_s.
+  The differential equation is DDIM's, d(x / signal) = eps d(noise / signal)
+  (Song et al., arXiv 2010.02502, eq. 14; Karras et al., arXiv 2206.00364, alg.
+  1). `eps` is predicted at x_t, `eps_s` at the x_s that DDIM steps to.
   """
   ratio = jnp.sqrt(gamma_s / gamma)
   slope = (eps + eps_s) / 2
@@ -156,7 +171,7 @@ def heun_step(
 
 
 def half_logsnr(gamma: jax.Array) -> jax.Array:
-  """Lambda of DPM-Solver, log(signal / noise); infinite where gamma is 1."""
+  """DPM-Solver's lambda, log(signal / noise); infinite where gamma is 1."""
   return (jnp.log(gamma) - jnp.log1p(-gamma)) / 2
 
 
@@ -167,12 +182,22 @@ def extrapolate_x0(
   x0_r: jax.Array,
   gamma_r: jax.Array,
 ) -> jax.Array:
-  """x0 half way from t to s, on the line through those at r and at t.
+  """Extrapolates x0 from the predictions at r and t to half way from t to s.
 
-  Half way in `half_logsnr`: D of DPM-Solver++(2M) (Lu et al., arXiv
-  2211.01095, alg. 2). With it `ddim_step` is that solver's step, and
-  `ddpm_step` that of its SDE form; with x0 they are those of first order. The
-  step r was before t. Where r is t, or s has no noise left, x0 is returned.
+  Linear in `half_logsnr`: D of DPM-Solver++(2M) (Lu et al., arXiv 2211.01095,
+  alg. 2). With it, `ddim_step` is a step of that solver, and `ddpm_step` a
+  step of its SDE form; with x0 instead, both are of first order.
+
+  Args:
+    x0: predicted at t.
+    gamma: at t.
+    gamma_s: at s.
+    x0_r: predicted at r, where the previous sampling step started.
+    gamma_r: at r.
+
+  Returns:
+    The extrapolated x0. It is `x0` itself at the first sampling step (r is t),
+    and where s has no noise left.
   """
   step, last = (
     half_logsnr(end) - half_logsnr(start)
@@ -181,6 +206,38 @@ def extrapolate_x0(
   is_first_order = (last == 0) | (gamma_s == 1)
   slope = jnp.where(is_first_order, 0, step / jnp.where(last == 0, 1, last))
   return x0 + slope / 2 * (x0 - x0_r)
+
+
+def _level_gammas(
+  schedule: Schedule, x_t: Pyramid, step: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Each level's gammas at a noising step, coarse to fine, [B, 1, 1, 1]."""
+  batch = len(x_t[0])
+  return tuple(
+    schedule.gamma(level, jnp.full(batch, step)) for level in range(len(x_t))
+  )
+
+
+def _predict_x0(
+  denoise_fn: DenoiseFn,
+  schedule: Schedule,
+  x_t: Pyramid,
+  step: jax.Array,
+  parameterization: str,
+  threshold: str,
+) -> Pyramid:
+  """The network's thresholded x0 at a noising step, float32 at every level."""
+  predictions = denoise_fn(x_t, jnp.full(len(x_t[0]), step - 1))
+  gammas = _level_gammas(schedule, x_t, step)
+  return tuple(
+    threshold_x0(
+      process.predict_x0(
+        prediction.astype(jnp.float32), x, gamma, parameterization
+      ),
+      threshold,
+    )
+    for prediction, x, gamma in zip(predictions, x_t, gammas, strict=True)
+  )
 
 
 def sample_step(
@@ -197,37 +254,39 @@ def sample_step(
   parameterization: str,
   threshold: str,
 ) -> tuple[Pyramid, Pyramid]:
-  """Takes every level from the noising step `t` to `s`, scalars, s < t.
+  """Takes every level from the noising step `t` to `s`.
 
-  The network is given t - 1, the draw that it saw this noise under in
-  training. The other arguments are those of `sample`; `noise` may be None if
-  the step draws none. `before` is the noising step r before t, and its x0;
-  None at the first.
+  The network is given the time index t - 1, which had the same noise in
+  training.
+
+  Args:
+    denoise_fn: maps (x_t pyramid, t [B]) to the predictions.
+    x_t: noisy pyramid, coarse to fine, [B, H_r, H_r, C].
+    schedule: one row of gammas for each level.
+    t: noising step to start from, int scalar.
+    s: noising step to go to, int scalar, s < t.
+    noise: standard normal noise of the shapes of `x_t`; None if the sampler
+      adds none (see `is_stochastic`).
+    before: noising step r where the previous sampling step started, and the
+      x0 that it returned; None at the first step.
+    sampler: as in `sample`.
+    eta: as in `sample`.
+    parameterization: as in `sample`.
+    threshold: as in `sample`.
 
   Returns:
     The pyramids x_s and the thresholded x0, float32.
+
+  Raises:
+    ValueError: if a name is unknown.
   """
-  batch = len(x_t[0])
 
   def gammas(step):
-    return tuple(
-      schedule.gamma(level, jnp.full(batch, step)) for level in range(len(x_t))
-    )
+    return _level_gammas(schedule, x_t, step)
 
-  def predict(x_t, step):
-    return tuple(
-      threshold_x0(
-        process.predict_x0(
-          prediction.astype(jnp.float32), x, gamma, parameterization
-        ),
-        threshold,
-      )
-      for prediction, x, gamma in zip(
-        denoise_fn(x_t, jnp.full(batch, step - 1)),
-        x_t,
-        gammas(step),
-        strict=True,
-      )
+  def predict(x, step):
+    return _predict_x0(
+      denoise_fn, schedule, x, step, parameterization, threshold
     )
 
   x0, gamma, gamma_s = predict(x_t, t), gammas(t), gammas(s)
@@ -257,22 +316,25 @@ def sample_step(
       )
       return tuple(map(heun_step, slopes, slopes_s, x_t, gamma, gamma_s))
 
-    # The network knows no images without noise.
+    # The network is not trained on images without noise, as at s = 0.
     x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
   return x_s, x0
 
 
 def steps(num_steps: int, total_steps: int) -> tuple[np.ndarray, ...]:
-  """What there is to know of each step.
+  """The inputs of each sampling step, noisiest first.
 
   Args:
-    num_steps: see `time_steps`.
+    num_steps: how many sampling steps.
     total_steps: T of the schedule.
 
   Returns:
-    The step's index, counted from 0 at the noisiest, and the noising steps r,
-    t and s, int [num_steps] each. There is no step before the first: there r
-    is t.
+    Four arrays with one entry for each sampling step, int [num_steps]: its
+    index from 0, and the noising steps r (where the previous one started), t
+    (where it starts) and s (where it ends). At the first one, r is t.
+
+  Raises:
+    ValueError: if `num_steps` is not in 1..`total_steps`.
   """
   times = time_steps(num_steps, total_steps)
   return (
@@ -296,37 +358,37 @@ def sample(
   threshold: str = 'dynamic_if',
   noise_fn: Callable[[jax.Array], Pyramid] | None = None,
 ) -> Pyramid:
-  """Denoises a pyramid, in one compiled loop over the steps.
+  """Denoises a pyramid, in one compiled loop over the sampling steps.
 
   Args:
     denoise_fn: maps (x_t pyramid, t [B]) to the predictions.
-    x_t: standard normal noise to start from, as `start_noise` draws it.
+    x_t: standard normal noise to start from, see `start_noise`.
     schedule: one row of gammas for each level.
-    rng: a random key for the steps' noise.
-    num_steps: how many times the network is called; with 'heun' twice as
-      often, but for the last step.
-    sampler: one of `SAMPLERS`: DDIM; Heun; DPM-Solver++(2M), 'dpm', and its
-      SDE form; DDPM.
-    eta: DDIM's share of fresh noise, 0 (none is drawn) to 1.
-    parameterization: what the network predicts, 'v', 'eps' or 'x0'.
-    threshold: see `threshold_x0`.
-    noise_fn: maps a step's index, counted from 0 at the noisiest, to its
-      noise. None draws it from `rng`.
+    rng: a random key for the noise that steps add.
+    num_steps: sampling steps. Each calls the network once; a step of 'heun'
+      calls it twice, except for the last.
+    sampler: one of `SAMPLERS`: 'ddim', 'heun' (Heun's method), 'dpm'
+      (DPM-Solver++(2M)), 'dpm_sde' (its SDE form) or 'ddpm'.
+    eta: fresh noise that DDIM adds, from 0 (none) to 1 (DDPM's variance).
+    parameterization: what the network predicts: 'v', 'eps' or 'x0'.
+    threshold: method of `threshold_x0`.
+    noise_fn: maps a step's index, counted from 0 at the noisiest, to the noise
+      that it adds. None samples the noise from `rng`.
 
   Returns:
-    Images within [-1, 1], coarse to fine, shaped like `x_t`.
+    Images within [-1, 1], coarse to fine, of the shapes of `x_t`.
 
   Raises:
-    ValueError: if a name is unknown, or `num_steps` or `eta` out of range.
+    ValueError: if a name is unknown, or `num_steps` or `eta` is out of range.
   """
   if not 0 <= eta <= 1:
     raise ValueError(f'eta is {eta}: it must be in 0..1.')
   if noise_fn is None:
 
     def noise_fn(index):
-      return process.draw_noise(jax.random.fold_in(rng, index), x_t)
+      return process.sample_noise(jax.random.fold_in(rng, index), x_t)
 
-  needs_noise = draws_noise(sampler, eta)
+  needs_noise = is_stochastic(sampler, eta)
 
   def advance(state, step):
     x, x0 = state

@@ -1,8 +1,8 @@
 """Noise schedules: one table of gammas for each level of the pyramid.
 
 A gamma is the share of signal in a noisy image's variance:
-`x_t = sqrt(gamma) x0 + sqrt(1 - gamma) eps`. A table has T + 1 entries,
-`gammas[0] = 1` is the clean image. MDM is Gu et al., arXiv 2310.15111.
+`x_t = sqrt(gamma) x0 + sqrt(1 - gamma) eps`. A table has T + 1 entries, of
+which `gammas[0] = 1` is the clean image.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def make_gammas(name: str, num_steps: int = 1000) -> np.ndarray:
     name: 'deepfloyd' (the squared cosine of Nichol & Dhariwal, arXiv
       2102.09672, eq. 17; all released models), 'ddpm' (linear betas, Ho et
       al., arXiv 2006.11239, section 4) or 'cosine' (logSNR = -2 log tan,
-      Hoogeboom et al., arXiv 2301.11093, cut to logSNRs of -5..5).
-    num_steps: T.
+      Hoogeboom et al., arXiv 2301.11093, truncated to logSNRs of -5..5).
+    num_steps: T, the number of noising steps.
 
   Returns:
     float32 [T + 1], from 1 (clean) towards 0.
@@ -77,7 +77,7 @@ def shift_gammas(gammas: np.ndarray, scale: float, power: float) -> np.ndarray:
 
   Args:
     gammas: float32 [T + 1].
-    scale: how many times larger the level is than the smallest one.
+    scale: the level's resolution over that of the coarsest level.
     power: exponent of the scale; 0 shifts nothing.
 
   Returns:
@@ -94,10 +94,10 @@ def shift_gammas(gammas: np.ndarray, scale: float, power: float) -> np.ndarray:
 
 
 def vdm_weights(gammas: np.ndarray) -> np.ndarray:
-  """Weights of the eps loss in the variational bound.
+  """Weights of the eps loss in the variational lower bound.
 
   `SNR[t - 1] / SNR[t] - 1` (Kingma et al., arXiv 2107.00630, section 4). The
-  first two, which would be undefined or infinite, repeat the third.
+  first two entries would be undefined and infinite; they repeat the third.
 
   Args:
     gammas: float32 [T + 1].
@@ -122,12 +122,15 @@ def make_schedule(
   Args:
     name: as in `make_gammas`.
     resolutions: side of each level in pixels, coarse to fine.
-    shift_power: as in `shift_gammas`; the scale is a level's resolution over
-      the smallest, which is never shifted.
-    num_steps: T.
+    shift_power: the power of `shift_gammas`. Its scale is a level's resolution
+      over the coarsest, so the coarsest level is never shifted.
+    num_steps: T, the number of noising steps.
 
   Returns:
     A schedule with one row of gammas for each resolution.
+
+  Raises:
+    ValueError: if there is no such schedule.
   """
   gammas = make_gammas(name, num_steps)
   return Schedule(

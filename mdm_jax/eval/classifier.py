@@ -1,6 +1,7 @@
-"""A small classifier, whose features tell how far sets of pictures are apart.
+"""A small classifier, whose features are used for distances between images.
 
-Inception knows photographs; drawn shapes have little of what it looks for.
+Inception is trained on photographs, and its features say little about
+procedurally drawn shapes.
 """
 
 from collections.abc import Mapping
@@ -16,10 +17,10 @@ FEATURES = 64
 
 
 class Classifier(nn.Module):
-  """Several attributes of a picture, from one vector of features.
+  """Classifies several attributes of an image from one vector of features.
 
   Attributes:
-    classes: how many values each attribute has.
+    classes: attribute -> number of classes.
   """
 
   classes: Mapping[str, int]
@@ -28,11 +29,18 @@ class Classifier(nn.Module):
   def __call__(
     self, images: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """uint8 [B, H, W, 3] -> features [B, FEATURES], logits [B, n] by name."""
+    """Classifies images.
+
+    Args:
+      images: uint8 [B, H, W, 3].
+
+    Returns:
+      Features [B, FEATURES], and for each attribute logits [B, classes].
+    """
     h = images.astype(jnp.float32) / 127.5 - 1
     for width in _WIDTHS:
       h = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), 2)(h)))
-    # Where things are matters, too.
+    # Flattened and not averaged, because positions matter.
     features = nn.Dense(FEATURES)(h.reshape(len(h), -1))
     h = nn.relu(features)
     return features, {
@@ -49,14 +57,14 @@ def train(
   batch_size: int = 64,
   seed: int = 0,
 ) -> tuple[Classifier, dict]:
-  """Trains a classifier on all of its attributes.
+  """Trains a classifier on all attributes at once.
 
   Args:
     images: uint8 [N, H, W, 3].
-    labels: int [N] from 0, by attribute.
-    num_steps: of Adam; the rate falls to 0 along a cosine.
-    batch_size: images a step, drawn at random.
-    seed: of the parameters and of what is drawn.
+    labels: attribute -> classes, int [N], from 0.
+    num_steps: steps of Adam, with cosine decay of the learning rate to 0.
+    batch_size: images per step, sampled with replacement.
+    seed: of the parameters and the batches.
 
   Returns:
     The classifier and its parameters.

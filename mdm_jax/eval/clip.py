@@ -1,9 +1,9 @@
-"""CLIP with a ViT: how well a picture fits its caption.
+"""CLIP with a ViT image encoder, and CLIPScore.
 
-Two transformers with norms before their blocks, one over patches and one over
-tokens, that end in a common space (Radford et al., arXiv 2103.00020). Any size
-that Hugging Face's `CLIPModel` holds, such as openai/clip-vit-base-patch16 and
-clip-vit-large-patch14. All in float32.
+Two pre-norm transformers, one over image patches and one over tokens, with
+projections to a common space (Radford et al., arXiv 2103.00020). It runs the
+checkpoints of Hugging Face's `CLIPModel`, such as openai/clip-vit-base-patch16
+and openai/clip-vit-large-patch14. All in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from PIL import Image
 _FAMILY = 'give a CLIP model with a ViT, such as openai/clip-vit-base-patch16'
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-# config.json leaves out what is as in Hugging Face's CLIPConfig.
+# Defaults of Hugging Face's CLIPConfig, which config.json omits.
 _TOWER = {
   'hidden_act': 'quick_gelu',
   'layer_norm_eps': 1e-5,
@@ -47,7 +47,7 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class TowerSpec:
-  """One of the two transformers."""
+  """The architecture of one of the two transformers."""
 
   width: int
   ffn_width: int
@@ -59,7 +59,7 @@ class TowerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
-  """The architecture."""
+  """The architecture of the whole model."""
 
   vision: TowerSpec
   text: TowerSpec
@@ -74,7 +74,7 @@ class ClipSpec:
     """Reads the fields of a `config.json`.
 
     Raises:
-      ValueError: it is of another model.
+      ValueError: the config is that of another model.
     """
     if config.get('model_type') != 'clip':
       raise ValueError(
@@ -102,7 +102,7 @@ class ClipSpec:
 def _tower(config: Mapping[str, Any]) -> TowerSpec:
   if config['hidden_act'] not in _ACTIVATIONS:
     raise ValueError(
-      f'hidden_act is {config["hidden_act"]!r}, known are '
+      f'hidden_act is {config["hidden_act"]!r}, supported are '
       f'{sorted(_ACTIVATIONS)}: {_FAMILY}.'
     )
   return TowerSpec(
@@ -116,11 +116,11 @@ def _tower(config: Mapping[str, Any]) -> TowerSpec:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """Shorter side to `size` by Pillow's bicubic filter, then the middle of it.
+  """Resizes the shorter side with Pillow's bicubic filter, and crops.
 
   Args:
     image: uint8 `[H, W, 3]`.
-    size: of a side, in pixels.
+    size: side of the square at the centre that is returned, in pixels.
 
   Returns:
     uint8 `[size, size, 3]`.
@@ -136,7 +136,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 class Clip(nn.Module):
-  """Both towers; use the methods."""
+  """Both encoders: apply the methods `encode_images` and `encode_text`."""
 
   spec: ClipSpec
 
@@ -148,11 +148,19 @@ class Clip(nn.Module):
     return self.encode_images(images), self.encode_text(tokens, 0)
 
   def encode_images(self, images: jax.Array) -> jax.Array:
-    """uint8 `[B, S, S, 3]` as `resize` makes them -> `[B, width]`."""
+    """uint8 `[B, S, S, 3]`, resized by `resize` -> `[B, width]`."""
     return self.vision(images)
 
   def encode_text(self, tokens: jax.Array, end: int) -> jax.Array:
-    """int32 `[B, L]` in each of which is the token `end` -> `[B, width]`."""
+    """Encodes tokens.
+
+    Args:
+      tokens: int32 `[B, L]`; every row must contain `end`.
+      end: the token that ends a caption, `ClipTokenizer.end`.
+
+    Returns:
+      `[B, width]`.
+    """
     return self.text(tokens, end)
 
 
@@ -192,7 +200,7 @@ class _Patches(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    # Transposed as a whole in the files, so columns come first.
+    # Reversing all axes of the files' kernel puts columns before rows.
     kernel = self.param(
       'kernel',
       nn.initializers.lecun_normal(),
@@ -213,7 +221,7 @@ class _TextTower(nn.Module):
     )
     x = _layers(tower, x, is_causal=True)
     x = _norm(tower, 'norm_out')(x)
-    last = jnp.argmax(tokens == end, axis=1)  # The first of them.
+    last = jnp.argmax(tokens == end, axis=1)  # The first `end` in each row.
     x = x[jnp.arange(len(x)), last]
     return nn.Dense(spec.width, use_bias=False, name='project')(x)
 
@@ -225,7 +233,7 @@ def _layers(tower: TowerSpec, x: jax.Array, is_causal: bool) -> jax.Array:
 
 
 class _Layer(nn.Module):
-  """Self-attention and MLP, each behind a norm and a residual."""
+  """Self-attention and MLP, each with a pre-norm and a residual."""
 
   tower: TowerSpec
   is_causal: bool
@@ -267,7 +275,7 @@ _LAYER_NAMES = {
 _NAMES = {
   ('vision', 'patch'): 'vision_model.embeddings.patch_embedding',
   ('vision', 'position'): 'vision_model.embeddings.position_embedding',
-  ('vision', 'norm_in'): 'vision_model.pre_layrnorm',  # so in the files
+  ('vision', 'norm_in'): 'vision_model.pre_layrnorm',  # spelt so in the files
   ('vision', 'norm_out'): 'vision_model.post_layernorm',
   ('vision', 'project'): 'visual_projection',
   ('text', 'token'): 'text_model.embeddings.token_embedding',
@@ -280,7 +288,7 @@ _NAMES = {
 def hugging_face_name(path: Sequence[str]) -> str:
   """The name of a parameter in Hugging Face's files.
 
-  Kernels are transposed there, those of four dimensions too.
+  Their kernels have all axes reversed, also those of four dimensions.
   """
   tower, part, *field = path
   if part == 'class_embedding':
@@ -296,9 +304,16 @@ def hugging_face_name(path: Sequence[str]) -> str:
 
 
 def scores(images: np.ndarray, text: np.ndarray) -> np.ndarray:
-  """100 max(cosine, 0) of pairs of encodings `[B, width]`, float64 `[B]`.
+  """CLIPScore of pairs of encodings, 100 max(cosine, 0).
 
-  CLIPScore of Hessel et al. (arXiv 2104.08718, eq. 1) with 100 for its 2.5.
+  Hessel et al., arXiv 2104.08718, eq. 1, with the weight 100 instead of 2.5.
+
+  Args:
+    images: encoded images `[B, width]`.
+    text: encoded captions `[B, width]`.
+
+  Returns:
+    float64 `[B]`, from 0 to 100.
   """
   images, text = (np.asarray(x, np.float64) for x in (images, text))
   lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(text, axis=1)

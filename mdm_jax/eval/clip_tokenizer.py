@@ -1,6 +1,7 @@
-"""CLIP's tokens: pairs of bytes, merged in the order that a file gives.
+"""CLIP's tokenizer: byte-pair encoding of lower-case text.
 
-As Hugging Face's CLIPTokenizer, from `vocab.json` and `merges.txt`.
+The tokens are those of Hugging Face's CLIPTokenizer, from `vocab.json` and
+`merges.txt`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,29 +14,29 @@ import numpy as np
 _BEGIN, _END = '<|startoftext|>', '<|endoftext|>'
 _WORD_END = '</w>'
 _ENDINGS = re.compile("'(?:s|t|re|ve|m|ll|d)")
-# Over `_kind` of each character: a word, one digit, or other signs.
+# Matched against the `_kind` of each character: letters, one number, others.
 _RUNS = re.compile('L+|N|O+')
 
 
 class ClipTokenizer:
-  """Captions to numbers.
+  """Encodes captions.
 
   Attributes:
-    end: the token after the last one, and the padding.
+    end: the token that ends a caption, and that pads it.
   """
 
   def __init__(
     self, vocabulary: Mapping[str, int], merges: Sequence[str], max_length: int
   ):
-    """From the content of the files.
+    """Makes a tokenizer from the contents of its files.
 
     Args:
-      vocabulary: of `vocab.json`.
-      merges: lines of `merges.txt`, with or without its first.
-      max_length: of what `encode` returns.
+      vocabulary: token -> number, from `vocab.json`.
+      merges: lines of `merges.txt`, with or without the '#version' line.
+      max_length: number of tokens that `encode` returns.
 
     Raises:
-      ValueError: it is no vocabulary of CLIP's.
+      ValueError: the vocabulary is not that of CLIP.
     """
     pairs = [
       tuple(line.split())
@@ -62,7 +63,12 @@ class ClipTokenizer:
     self._tokens = functools.lru_cache(100_000)(self._tokens_of_word)
 
   def encode(self, caption: str) -> np.ndarray:
-    """int32 `[max_length]`: begin, as many tokens as have room, end."""
+    """Encodes a caption.
+
+    Returns:
+      int32 `[max_length]`: the begin token, the caption, truncated if it is too
+      long, and one or more end tokens.
+    """
     tokens = [self._vocabulary[_BEGIN]]
     for word in _words(caption):
       tokens.extend(self._tokens(word))
@@ -90,7 +96,7 @@ class ClipTokenizer:
 
 
 def _bytes_as_signs() -> list[str]:
-  """A visible sign for each byte: itself where Latin-1 has one."""
+  """A visible character for each byte: that of Latin-1, if it is visible."""
   signs, others = [], 0
   for byte in range(256):
     visible = 33 <= byte <= 126 or 161 <= byte <= 255 and byte != 173
@@ -110,8 +116,9 @@ def _kind(sign: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-  """Splits a caption, in lower case and composed, into what is encoded."""
-  # Sign by sign, as a word's end has no meaning to the standard.
+  """Normalises a caption (NFC, lower case) and splits it into words."""
+  # Character by character, as in the original. str.lower of a whole text
+  # depends on the ends of words, such as that of a Greek sigma.
   text = ''.join(map(str.lower, unicodedata.normalize('NFC', text)))
   kinds = ''.join(map(_kind, text))
   words, position = [], 0

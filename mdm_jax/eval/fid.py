@@ -1,7 +1,7 @@
-"""Distances between two sets of pictures, by their features.
+"""FID, KID, precision and recall: distances between sets of image features.
 
-All in float64. Give the pictures to be judged first and the reference second,
-or precision and recall change places.
+All in float64. The generated images come first and the reference second;
+exchanging them exchanges precision and recall.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,20 +9,20 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import scipy.linalg
 
-_BLOCK = 1024  # rows of a matrix of distances that are in memory at once
+_BLOCK = 1024  # rows of the distance matrix that are in memory at once
 
 
 class Statistics:
-  """Mean and covariance of any number of features, in constant memory.
+  """Streaming mean and covariance of features, in constant memory.
 
   Attributes:
-    count: features so far.
+    count: number of features so far.
     mean: float64 `[D]`.
-    scatter: sum of the outer products of deviations from it, `[D, D]`.
+    scatter: sum of the outer products of deviations from the mean, `[D, D]`.
   """
 
   def __init__(self, width: int):
-    """Of no features yet, `width` numbers each."""
+    """Makes the statistics of no features; `width` is D."""
     self.count = 0
     self.mean = np.zeros(width)
     self.scatter = np.zeros((width, width))
@@ -31,7 +31,7 @@ class Statistics:
     """Adds features `[N, D]`.
 
     Raises:
-      ValueError: if one is not finite.
+      ValueError: a feature is not finite.
     """
     if not len(features):
       return
@@ -45,7 +45,7 @@ class Statistics:
     self.merge(part)
 
   def merge(self, other: 'Statistics') -> None:
-    """Adds what another one has seen (Chan et al. 1979)."""
+    """Adds the features of other statistics (Chan et al. 1979)."""
     count = self.count + other.count
     if not count:
       return
@@ -56,34 +56,34 @@ class Statistics:
     self.count = count
 
   def covariance(self) -> np.ndarray:
-    """Of a sample, divided by count - 1; `[D, D]`.
+    """Sample covariance (divided by count - 1), `[D, D]`.
 
     Raises:
-      ValueError: of fewer than two features.
+      ValueError: there are fewer than two features.
     """
     if self.count < 2:
       raise ValueError(
-        f'{self.count} pictures have no covariance: give at least 2.'
+        f'{self.count} images have no covariance: give at least 2.'
       )
     return self.scatter / (self.count - 1)
 
 
 class Sample:
-  """What is kept of the features of a set: statistics of all, and some rows.
+  """A summary of a set's features: statistics of all, and a random subset.
 
   Attributes:
-    statistics: of all.
-    rows: float32 `[<= limit, D]`.
+    statistics: of all features.
+    rows: the subset, float32 `[<= limit, D]`.
   """
 
   def __init__(self, width: int, count: int, limit: int, seed: int = 0):
-    """Of none of them yet.
+    """Makes the summary of no features.
 
     Args:
       width: D.
-      count: of the features that `add` will be given at most.
-      limit: rows that are kept, evenly drawn from the count.
-      seed: of the drawing.
+      count: the largest number of features that will be added.
+      limit: size of the subset, which is sampled uniformly from `count`.
+      seed: of the subset.
     """
     self.statistics = Statistics(width)
     rng = np.random.default_rng(seed)
@@ -93,7 +93,11 @@ class Sample:
     self._added = 0
 
   def add(self, features: np.ndarray) -> None:
-    """Adds features `[N, D]`; raises as `Statistics.update` does."""
+    """Adds features `[N, D]`.
+
+    Raises:
+      ValueError: a feature is not finite.
+    """
     self.statistics.update(features)
     is_kept = self._is_kept[self._added : self._added + len(features)]
     self._kept.append(np.asarray(features, np.float32)[is_kept])
@@ -101,10 +105,11 @@ class Sample:
 
   @property
   def rows(self) -> np.ndarray:
+    """The random subset of the features, float32 `[<= limit, D]`."""
     return np.concatenate(self._kept)
 
   def to_arrays(self) -> dict[str, np.ndarray]:
-    """What `from_arrays` needs, by name."""
+    """Arrays by name, for `from_arrays`."""
     return {
       'count': np.array(self.statistics.count),
       'mean': self.statistics.mean,
@@ -114,7 +119,7 @@ class Sample:
 
   @classmethod
   def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> 'Sample':
-    """The same sample; nothing can be added to it."""
+    """Restores a summary from `to_arrays`; features cannot be added to it."""
     sample = cls(len(arrays['mean']), 0, 0)
     statistics = sample.statistics
     statistics.count = int(arrays['count'])
@@ -124,10 +129,11 @@ class Sample:
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
-  """Between the Gaussians of two sets (Heusel et al., arXiv 1706.08500, eq. 6).
+  """FID: the Frechet distance between the Gaussians of two sets.
 
-  The trace of (C1 C2)^(1/2) is that of (C1^(1/2) C2 C1^(1/2))^(1/2), which is
-  symmetric: singular covariances need no offset and nothing becomes complex.
+  Heusel et al., arXiv 1706.08500, eq. 6. The trace of (C1 C2)^(1/2) is
+  computed as that of (C1^(1/2) C2 C1^(1/2))^(1/2), which is symmetric: the
+  result is real, and singular covariances need no offset.
 
   Raises:
     ValueError: a set has fewer than two features.
@@ -152,12 +158,16 @@ def kernel_distance(
   num_subsets: int = 100,
   seed: int = 0,
 ) -> tuple[float, float]:
-  """KID: the unbiased squared MMD of (x.y / D + 1)^3 (arXiv 1801.01401).
+  """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3.
+
+  Binkowski et al., arXiv 1801.01401.
 
   Args:
-    first, second: features `[N, D]`, `[M, D]`.
-    subset_size: of each subset, without repetition; at most N and M.
-    num_subsets: whose mean it is, if there are as many.
+    first: features of the generated images, `[N, D]`.
+    second: features of the reference, `[M, D]`.
+    subset_size: features per subset, sampled without replacement; reduced to
+      N or M if that is smaller.
+    num_subsets: pairs of subsets to average over.
     seed: of the subsets.
 
   Returns:
@@ -168,9 +178,9 @@ def kernel_distance(
   """
   size = min(subset_size, len(first), len(second))
   if size < 2:
-    raise ValueError('KID needs at least 2 pictures on either side.')
+    raise ValueError('KID needs at least 2 images in each set.')
   if size == len(first) == len(second):
-    num_subsets = 1  # There is no other one.
+    num_subsets = 1  # All subsets are the same.
   rng = np.random.default_rng(seed)
   values = []
   for _ in range(num_subsets):
@@ -197,24 +207,24 @@ def precision_recall(
 ) -> tuple[float, float]:
   """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
 
-  Around each feature of a set lies a ball that reaches to its third
-  neighbour of the same set.
+  The manifold of a set is estimated by a ball around each of its features,
+  which reaches to the feature's k-th nearest neighbour in the set.
 
   Args:
-    first, second: features `[N, D]`, `[M, D]`.
-    neighbours: to which the balls reach.
+    first: features of the generated images, `[N, D]`.
+    second: features of the reference, `[M, D]`.
+    neighbours: k.
 
   Returns:
-    The share of the first set in a ball of the second's, and the other way
-    round.
+    Precision, the share of `first` on the manifold of `second`, and recall,
+    the share of `second` on the manifold of `first`.
 
   Raises:
-    ValueError: a set has too few features.
+    ValueError: a set has no more than k features.
   """
   if min(len(first), len(second)) <= neighbours:
     raise ValueError(
-      f'Precision and recall need more than {neighbours} pictures on either '
-      'side.'
+      f'Precision and recall need more than {neighbours} images in each set.'
     )
   first, second = (np.asarray(x, np.float64) for x in (first, second))
   return (
@@ -224,7 +234,7 @@ def precision_recall(
 
 
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-  """Squared distance of each to that neighbour, `[N]`."""
+  """Squared distance of each feature to its k-th neighbour, `[N]`."""
   return np.concatenate(
     [
       # The nearest is the feature itself.
@@ -237,7 +247,7 @@ def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
 def _covered(
   points: np.ndarray, centers: np.ndarray, radii: np.ndarray
 ) -> float:
-  """The share of points in any ball."""
+  """The share of points that lie in at least one ball."""
   return float(
     np.concatenate(
       [(distances <= radii).any(1) for distances in _distances(points, centers)]
@@ -246,7 +256,7 @@ def _covered(
 
 
 def _distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
-  """Squared distances, `[<= _BLOCK, len(y)]` at a time."""
+  """Yields squared distances in blocks `[<= _BLOCK, len(y)]`."""
   squares = (y * y).sum(1)
   for start in range(0, len(x), _BLOCK):
     rows = x[start : start + _BLOCK]

@@ -1,9 +1,9 @@
-"""The Inception v3 whose features the Frechet Inception Distance is about.
+"""Inception v3, whose features define the Frechet Inception Distance.
 
 TensorFlow's graph of 2015-12-05 (Szegedy et al., arXiv 1512.00567; Heusel et
-al., arXiv 1706.08500) with the weights of `pt_inception-2015-12-05`, as
-pytorch-fid runs it. It is not the network of torchvision: average pools do
-not count their padding, and the last block pools by maximum.
+al., arXiv 1706.08500) with the weights `pt_inception-2015-12-05`, as
+pytorch-fid runs it. It differs from torchvision's network: average pools
+exclude padding, and the last block has a max pool.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,16 @@ _FAMILY = 'give pt_inception-2015-12-05-6726825d.pth'
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-  """Resizes as the standard does: uint8 `[B, H, W, 3]` -> [-1, 1], 299 px.
+  """Resizes and scales images as pytorch-fid does.
 
-  Bilinear, without antialiasing and with pixel centres at halves, of floats.
+  Bilinear interpolation of floats, without antialiasing, with half-pixel
+  centres.
+
+  Args:
+    images: uint8 `[B, H, W, 3]`.
+
+  Returns:
+    float32 `[B, 299, 299, 3]` in [-1, 1].
   """
   x = images.astype(jnp.float32) / 255
   shape = (len(x), RESOLUTION, RESOLUTION, 3)
@@ -35,7 +42,7 @@ def preprocess(images: jax.Array) -> jax.Array:
 
 
 class Inception(nn.Module):
-  """What `preprocess` returns -> features float32 `[B, 2048]`."""
+  """Images from `preprocess`, `[B, 299, 299, 3]` -> features `[B, 2048]`."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,12 +68,12 @@ class Inception(nn.Module):
 
 
 class _Convolution(nn.Module):
-  """Convolution, bias and ReLU; a batch norm is part of the first two."""
+  """Convolution, bias and ReLU; the batch norm is folded into the first two."""
 
   features: int
   size: tuple[int, int]
   stride: int = 1
-  padding: str = 'SAME'  # of odd sizes, so the same on both sides
+  padding: str = 'SAME'  # symmetric, because all sizes are odd
 
   @nn.compact
   def __call__(self, x):
@@ -143,7 +150,7 @@ class _To17(nn.Module):
 
 
 class _Block17(nn.Module):
-  width: int  # of what runs along rows and columns
+  width: int  # channels between the 1x7 and 7x1 convolutions
 
   @nn.compact
   def __call__(self, x):
@@ -189,7 +196,7 @@ class _To8(nn.Module):
 
 
 class _Block8(nn.Module):
-  pool: object  # a function
+  pool: object  # a function [B, H, W, C] -> [B, H, W, C]
 
   @nn.compact
   def __call__(self, x):
@@ -211,19 +218,19 @@ class _Block8(nn.Module):
 
 
 def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict:
-  """Parameters of `Inception` from the standard weights.
+  """Converts pytorch-fid's weights to parameters of `Inception`.
 
-  Batch norms, which no longer learn, become part of their convolutions.
+  Batch norms, which are constant, are folded into their convolutions.
 
   Args:
-    tensors: of `pt_inception-2015-12-05-6726825d.pth`, by name.
+    tensors: name -> tensor, from `pt_inception-2015-12-05-6726825d.pth`.
 
   Returns:
     Nested dicts of float32 arrays.
 
   Raises:
-    ValueError: tensors are missing, unexpected or of other shapes: it is
-      another network. The message names them.
+    ValueError: tensors are missing, unexpected or of other shapes, because the
+      weights are those of another network. The message names them.
   """
   shapes = traverse_util.flatten_dict(
     jax.eval_shape(
@@ -258,7 +265,7 @@ def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict:
 def _check(
   tensors: Mapping[str, np.ndarray], kernels: Mapping[str, tuple[int, ...]]
 ) -> None:
-  # The classifier is unused, but it tells networks apart.
+  # The classifier is not used, but its shape identifies the network.
   wanted = {
     'fc.weight': (_NUM_CLASSES, NUM_FEATURES),
     'fc.bias': (_NUM_CLASSES,),
@@ -279,7 +286,7 @@ def _check(
     for name, shape in wanted.items()
     if found.get(name) != shape
   ]
-  problems += [f'{name} has no place' for name in found if name not in wanted]
+  problems += [f'{name} is unexpected' for name in found if name not in wanted]
   if problems:
     more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
     raise ValueError(

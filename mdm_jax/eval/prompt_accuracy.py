@@ -1,8 +1,8 @@
-"""Marks generated pictures of shapes against what their prompts asked for.
+"""Prompt accuracy: whether generated shapes are what their prompts ask for.
 
-Plain image analysis, no network: what was asked is known exactly, so every
-attribute of a picture is either right or wrong. Lengths and positions are
-fractions of the image's side, y pointing down.
+Classical image analysis without a network. What a prompt states is known
+exactly, so every attribute of an image is either right or wrong. Lengths and
+positions are fractions of the image's side; y points down.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,35 +13,47 @@ import itertools
 import numpy as np
 from scipy import ndimage
 
-# Finer pictures are averaged down to about this: their texture is no shape.
+# Pixels. Larger images are averaged down to about this, which removes their
+# fine texture.
 _RESOLUTION = 64
-_CONTRAST = 30.0  # of 255: farther from the background is foreground
-_BLURS = (0.0, 0.08, 0.16, 0.24)  # of a silhouette's radius
-_MIN_AREA = 0.008  # of the image: less is a speck
-_MIN_DARKENING = 0.2  # of the brightness: less is no pattern
-_MIN_CORRELATION = 0.57  # with a pattern's tile: less is chance
-_GRID = 32  # silhouettes are compared at this many pixels a side
-_SHIFTS = 8  # a pattern's phases tried, per axis
-_CENTRE = 0.115  # a place this close to the middle is called central
+# Pixels that differ by more from the background's colour are foreground, in
+# levels of 0..255.
+_CONTRAST = 30.0
+_BLURS = (0.0, 0.08, 0.16, 0.24)  # sigmas, as shares of the radius
+_MIN_AREA = 0.008  # of an object, as a share of the image
+_MIN_DARKENING = 0.2  # of a pattern, as a share of the brightness
+_MIN_CORRELATION = 0.57  # of an object's brightness with a pattern
+_GRID = 32  # side in pixels at which silhouettes are compared
+_SHIFTS = 8  # phases of a pattern that are tried along each axis
+_CENTRE = 0.115  # largest distance from the middle that counts as central
 OBJECT_ATTRIBUTES = ('color', 'shape', 'pattern', 'size')
-# What `accuracy` may return.
+# Keys that `accuracy` may return.
 NAMES = ('background', 'count', *OBJECT_ATTRIBUTES, 'position', 'all')
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """What the words look like."""
+  """The appearance of each word.
+
+  Attributes:
+    colors: of objects, RGB in 0..255.
+    backgrounds: colours of the background, RGB in 0..255.
+    silhouettes: of shapes, bool [S, S], over the square `± radius`.
+    patterns: darkness over one period, [P, P]; zeros for no pattern.
+    period: of the patterns, as a fraction of the image's side.
+    sizes: typical radii.
+  """
 
   colors: Mapping[str, tuple[int, int, int]]
   backgrounds: Mapping[str, tuple[int, int, int]]
-  silhouettes: Mapping[str, np.ndarray]  # bool [S, S], over ± the radius
-  patterns: Mapping[str, np.ndarray]  # darkness [P, P] of a period, or 0
-  period: float  # of the patterns
-  sizes: Mapping[str, float]  # typical radii
+  silhouettes: Mapping[str, np.ndarray]
+  patterns: Mapping[str, np.ndarray]
+  period: float
+  sizes: Mapping[str, float]
 
   @functools.cached_property
   def templates(self) -> list[tuple[str, np.ndarray]]:
-    """Names and silhouettes, sharp and blurred, cropped to `[_GRID, _GRID]`."""
+    """Names and silhouettes at several blurs, cropped to `[_GRID, _GRID]`."""
     templates = []
     for name, silhouette in self.silhouettes.items():
       side = silhouette.shape[0]
@@ -54,7 +66,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """An object that was seen in a picture."""
+  """An object that was found in an image."""
 
   shape: str
   color: str
@@ -66,7 +78,7 @@ class Found:
 
 
 def _hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Hue angle in radians and chroma of `[..., 3]`."""
+  """Hue angle in radians and chroma of colours `[..., 3]`."""
   red, green, blue = np.moveaxis(np.asarray(rgb, np.float32), -1, 0)
   angle = np.arctan2(3**0.5 * (green - blue), 2 * red - green - blue)
   chroma = np.maximum(np.maximum(red, green), blue)
@@ -74,7 +86,7 @@ def _hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(image: np.ndarray, vocabulary: Vocabulary):
-  """The background's name, and its colour in this picture."""
+  """The background's name, and its colour in this image."""
   border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
   names = list(vocabulary.backgrounds)
   colors = np.array([vocabulary.backgrounds[name] for name in names])
@@ -85,17 +97,17 @@ def _background(image: np.ndarray, vocabulary: Vocabulary):
 
 
 def _sharpen(mask: np.ndarray, contrast: np.ndarray, cut: float) -> np.ndarray:
-  """Cuts soft edges off, or they would fill holes and corners."""
+  """Removes soft edges, which would fill holes and round corners."""
   sharp = mask & (contrast > cut)
   holes, _ = ndimage.label(ndimage.binary_fill_holes(sharp) & ~sharp)
-  # Where no background shows through, it is a dark dot and no hole.
+  # A hole that shows no background is a dark dot of the pattern: fill it.
   return sharp | ((holes > 0) & ~np.isin(holes, holes[~mask]))
 
 
 def _crop(mask: np.ndarray) -> np.ndarray:
   """The mask's bounding box, stretched to float `[_GRID, _GRID]`."""
   rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-  # Linear interpolation between pixel centres, a blank pixel all round.
+  # Linear interpolation between pixel centres, with a border of one 0 pixel.
   axes = [
     (np.arange(_GRID) + 0.5) * ((i[-1] - i[0] + 1) / _GRID) - 0.5 + i[0] + 1
     for i in (rows, columns)
@@ -108,11 +120,11 @@ def _crop(mask: np.ndarray) -> np.ndarray:
 def _shape(
   mask: np.ndarray, contrast: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[str, np.ndarray]:
-  """The silhouette with the largest intersection over union, and the mask.
+  """The shape with the largest intersection over union, and its mask.
 
-  Soft edges are cut off halfway: between the background and a pattern's dark
-  part, and between it and the bright part, as a blurred object has no dark
-  one. What looks most like any shape decides.
+  Soft edges are cut at half the contrast. Two contrasts are tried, that of the
+  pattern's dark part and that of its bright part, because a blurred object may
+  have no dark part. The cut that is most like any shape is used.
   """
   best, best_overlap = None, -1.0
   for typical in np.percentile(contrast[mask], (40, 90)):
@@ -137,7 +149,10 @@ def _radius(mask: np.ndarray, silhouette: np.ndarray) -> float:
 
 
 def _color(pixels: np.ndarray, vocabulary: Vocabulary) -> str:
-  """The hue with most votes of `pixels` `[N, 3]`, weighted by chroma."""
+  """The colour whose hue is nearest to most of `pixels` `[N, 3]`.
+
+  Pixels vote with their chroma as the weight.
+  """
   names = list(vocabulary.colors)
   hues, _ = _hue(np.array([vocabulary.colors[name] for name in names]))
   angle, chroma = _hue(pixels)
@@ -146,15 +161,15 @@ def _color(pixels: np.ndarray, vocabulary: Vocabulary) -> str:
 
 
 def _pattern(brightness, weight, rows, columns, vocabulary, resolution) -> str:
-  """The pattern that, at its best phase, explains most of the brightness.
+  """The pattern that correlates best with the brightness, at any phase.
 
   Args:
-    brightness: of each pixel `[N]`.
-    weight: how far it is inside the object `[N]`.
-    rows: the pixel's row `[N]`.
-    columns: its column `[N]`.
-    vocabulary: gives the patterns.
-    resolution: the image's side.
+    brightness: of each pixel of the object, `[N]`.
+    weight: of each pixel, larger inside the object, `[N]`.
+    rows: of the pixels, `[N]`.
+    columns: of the pixels, `[N]`.
+    vocabulary: holds the patterns.
+    resolution: side of the image in pixels.
   """
   weight = weight / weight.sum()
   centered = brightness - (weight * brightness).sum()
@@ -185,12 +200,19 @@ def _pattern(brightness, weight, rows, columns, vocabulary, resolution) -> str:
 
 
 def _found(image, shape, mask, vocabulary) -> Found:
-  """Reads one object's attributes; `mask` bool `[R, R]` is its silhouette."""
+  """Reads the attributes of an object with the given shape and mask.
+
+  Args:
+    image: float32 `[R, R, 3]`.
+    shape: of the object.
+    mask: bool `[R, R]`, True inside the object.
+    vocabulary: the appearance of each word.
+  """
   resolution = image.shape[0]
   radius = _radius(mask, vocabulary.silhouettes[shape]) / resolution
   rows, columns = np.nonzero(mask)
   depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-  # The outermost pixels are mixed with the background and the outline.
+  # The outermost pixels also show the background and the outline.
   weight = np.clip(depth[mask] - 1, 0.01, 1)
   pixels = image[mask]
   return Found(
@@ -212,11 +234,14 @@ def _found(image, shape, mask, vocabulary) -> Found:
 def analyze(
   image: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[str, tuple[Found, ...]]:
-  """Reads a picture: its background, and its objects, the largest first.
+  """Finds the background and the objects of an image.
 
   Args:
     image: uint8 `[R, R, 3]`.
-    vocabulary: what there is to be found.
+    vocabulary: the appearance of each word.
+
+  Returns:
+    The background's name, and the objects, the largest first.
 
   Raises:
     ValueError: if the image is not a square of three channels.
@@ -244,16 +269,17 @@ def analyze(
 
 
 def _at(place: str, item: Found) -> bool:
-  """Whether an object is at one of nine places, 'top left' or 'centre', say."""
+  """Whether an object is at a place, such as 'top left' or 'centre'."""
 
-  def third(center, before, after):
+  def is_at(center, before, after):
     want = (after in place) - (before in place)
     return want == (center > 0.5 + _CENTRE) - (center < 0.5 - _CENTRE)
 
-  return third(item.x, 'left', 'right') and third(item.y, 'top', 'bottom')
+  return is_at(item.x, 'left', 'right') and is_at(item.y, 'top', 'bottom')
 
 
 def _related(first: Found, relation: str, second: Found) -> bool:
+  """Whether the first object is `relation` ('left of', …) the second."""
   right, down = first.x - second.x, first.y - second.y
   if abs(right) > abs(down):
     return relation == ('right of' if right > 0 else 'left of')
@@ -261,7 +287,7 @@ def _related(first: Found, relation: str, second: Found) -> bool:
 
 
 def _marks(stated: dict, objects: tuple[Found | None, ...]) -> dict:
-  """Marks for one assignment of what was found to what was asked."""
+  """Marks for one assignment of found objects (or None) to stated ones."""
   marks = {
     attribute: [
       item is not None and getattr(item, attribute) == asked[attribute]
@@ -285,19 +311,24 @@ def _marks(stated: dict, objects: tuple[Found | None, ...]) -> dict:
 def score(
   image: np.ndarray, stated: dict, vocabulary: Vocabulary
 ) -> dict[str, list[bool]]:
-  """Marks a picture; found objects are assigned to the asked ones at best.
+  """Marks each stated attribute of an image as right or wrong.
+
+  Found objects are assigned to stated objects such that most marks are right.
 
   Args:
     image: uint8 `[R, R, 3]`.
     stated: `background`; `objects`, a list of dicts with any of `shape`,
-      `color`, `pattern`, `size`; `position` (a place of a single object) or
-      `relation` (what the first of two is to the second), if any.
-    vocabulary: what there is to be found.
+      `color`, `pattern` and `size`; optionally `position` (the place of a
+      single object) or `relation` (of the first object to the second).
+    vocabulary: the appearance of each word.
 
   Returns:
-    For `background`, `count` (as many objects as asked for), `position` and
-    each of OBJECT_ATTRIBUTES: one mark for each time it was stated. All of a
-    missing object's marks are False.
+    For `background`, `count` (whether the number of objects is right),
+    `position` (also of a relation) and each of OBJECT_ATTRIBUTES: one mark for
+    each time it was stated. All marks of a missing object are False.
+
+  Raises:
+    ValueError: if the image is not a square of three channels.
   """
   background, objects = analyze(image, vocabulary)
   count = len(stated['objects'])
@@ -321,19 +352,20 @@ def accuracy(
   statements: Iterable[dict],
   vocabulary: Vocabulary,
 ) -> dict[str, float]:
-  """Mean marks (0..1) of each attribute, over every time it was stated.
+  """Accuracy (0..1) of each attribute, over every time it was stated.
 
   Args:
     images: uint8 `[R, R, 3]` each.
-    statements: what each image's prompt stated, see `score`.
-    vocabulary: what there is to be found.
+    statements: what the prompt of each image states, see `score`.
+    vocabulary: the appearance of each word.
 
   Returns:
-    The means of `score`'s marks, and `all`: the share of images in which
-    nothing was wrong. What was never stated is left out.
+    The means of the marks of `score`, and `all`: the share of images in which
+    nothing is wrong. Attributes that were never stated are omitted.
 
   Raises:
-    ValueError: if there are not as many images as statements.
+    ValueError: if there are not as many images as statements, or an image is
+      not a square of three channels.
   """
   return mean_marks(
     score(image, stated, vocabulary)
@@ -342,7 +374,7 @@ def accuracy(
 
 
 def mean_marks(marks: Iterable[dict[str, list[bool]]]) -> dict[str, float]:
-  """What `accuracy` returns, of the images' marks as `score` gives them."""
+  """The accuracies that `accuracy` returns, from each image's `score`."""
   totals: dict[str, list[bool]] = {}
   for each in marks:
     each = each | {'all': [all(map(all, each.values()))]}

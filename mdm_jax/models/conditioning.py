@@ -1,4 +1,4 @@
-"""What the network is conditioned on, and how the text enters it."""
+"""Conditioning: text encoders, and how text features enter the network."""
 
 import dataclasses
 from typing import NamedTuple
@@ -20,11 +20,11 @@ class Cond(NamedTuple):
 
   Attributes:
     text: [B, L, D] text features, zero where masked.
-    text_mask: [B, L] bool, True for tokens.
-    scale: [B] float32, the original images' shorter side in pixels; None for
-      each level's default (its own resolution's constant).
-    context: what the network makes of the text alone, see
-      `Matryoshka.prepare`; None: it does so at every call.
+    text_mask: [B, L] bool, True for tokens, False for padding.
+    scale: [B] float32, the shorter side of the original images in pixels; None
+      for each level's `LevelSpec.scale_condition`.
+    context: the parts of the network that depend on the text alone, computed
+      once by `Matryoshka.prepare`; None computes them at every call.
   """
 
   text: jax.Array
@@ -35,15 +35,15 @@ class Cond(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-  """How the network takes text features in.
+  """How text features enter the network.
 
-  The defaults are the released models'.
+  The defaults are those of the released models.
   """
 
-  width: int = 2048  # features after `lm_proj`
+  width: int = 2048  # of the text features after `lm_proj`
   num_layers: int = 0  # transformer layers over the projected text
-  num_heads: int = 8  # of those layers
-  masked_attention: bool = False  # cross-attention leaves padding out
+  num_heads: int = 8  # attention heads of those layers
+  masked_attention: bool = False  # cross-attention ignores padding
 
 
 class TextConditioning(nn.Module):
@@ -57,7 +57,12 @@ class TextConditioning(nn.Module):
   def __call__(
     self, cond: Cond
   ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Text [B, L, width], its mask or None, pooled [B, temporal_dim]."""
+    """Projects and pools the text.
+
+    Returns:
+      Text [B, L, width]; the mask [B, L] for attention, None without
+      `masked_attention`; pooled text [B, temporal_dim].
+    """
     spec = self.spec
     attention_mask = cond.text_mask if spec.masked_attention else None
     text = dense_layer(spec.width, 'lm_proj', dtype=self.dtype)(cond.text)
@@ -65,7 +70,7 @@ class TextConditioning(nn.Module):
       text = TransformerLayer(spec.num_heads, self.dtype, name=f'layer_{i}')(
         text, attention_mask
       )
-    # The release pools over padding too once unmasked layers have mixed it in.
+    # As in the release, padding is pooled too if layers have not masked it.
     if spec.num_layers and not spec.masked_attention:
       pooled = text.mean(axis=1)
     else:
@@ -79,7 +84,7 @@ class TextConditioning(nn.Module):
 
 
 class PrecomputedTextEncoder(nn.Module):
-  """Takes in features that an encoder has computed before."""
+  """Passes on text features that were computed before training."""
 
   width: int
   dtype: jnp.dtype
@@ -90,7 +95,7 @@ class PrecomputedTextEncoder(nn.Module):
 
 
 class LabelEncoder(nn.Module):
-  """A vector for each class, trained with the network."""
+  """An embedding of each class, trained with the network."""
 
   vocab_size: int
   width: int
@@ -128,8 +133,9 @@ class LearnedTextEncoder(nn.Module):
       name='embedding',
       embedding_init=nn.initializers.normal(1.0),
     )(tokens)
-    # The waves let attention find a word's neighbours, whose attributes are
-    # its own, from the first step on; the learned part starts near zero.
+    # Sinusoidal positions let attention find the neighbours of a word, such
+    # as a noun's adjectives, from the first step on. The learned positions
+    # start near zero.
     x += sinusoidal_embedding(jnp.arange(tokens.shape[1]), self.width)
     x += self.param(
       'position', nn.initializers.normal(0.02), (tokens.shape[1], self.width)
@@ -139,8 +145,8 @@ class LearnedTextEncoder(nn.Module):
       x = TransformerLayer(self.num_heads, self.dtype, name=f'layer_{i}')(
         x, mask
       )
-    # The factor makes the mean over a caption's dozen of words, to which each
-    # adds little, as large as the time embedding that it is added to.
+    # The text is pooled by a mean over about a dozen words, which shrinks it.
+    # The factor brings it to the size of the time embedding it is added to.
     x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name='norm_out')(x)
     x *= 4.0
     return x * mask[..., None], mask

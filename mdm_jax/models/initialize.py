@@ -1,8 +1,8 @@
-"""Initial parameters, made on the host.
+"""Initial parameters, made by NumPy on the host.
 
 The distributions are those that the modules declare for Flax's own `init`.
-Compiling that takes longer than a short run on a CPU can afford, and an
-array that NumPy made is the same on every mesh and back end.
+Compiling `init` would take long on a CPU, and NumPy's arrays are the same on
+every mesh and backend.
 """
 
 import math
@@ -12,7 +12,7 @@ import zlib
 import jax
 import numpy as np
 
-# Modules that start as zero, so that their block or adapter changes nothing.
+# Modules whose kernel starts as zero, so that their block adds nothing.
 _ZERO = (
   'conv_out',
   'proj',
@@ -24,17 +24,18 @@ _ZERO = (
 
 
 def initial_params(shapes: Any, seed: int) -> Any:
-  """Draws every parameter by its name.
+  """Initialises every parameter.
 
   Args:
     shapes: nested dicts of `jax.ShapeDtypeStruct`.
-    seed: with a parameter's path it decides the values.
+    seed: of the random numbers. The values of a parameter depend on the seed
+      and on its path alone.
 
   Returns:
     Nested dicts of float32 NumPy arrays.
   """
 
-  def draw(path, leaf):
+  def initialize(path, leaf):
     module, name = path[-2].key, path[-1].key
     if name == 'bias' or (name == 'kernel' and module in _ZERO):
       return np.zeros(leaf.shape, np.float32)
@@ -51,4 +52,4 @@ def initial_params(shapes: Any, seed: int) -> Any:
     rng = np.random.default_rng((seed, key))
     return np.float32(std) * rng.standard_normal(leaf.shape, np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+  return jax.tree_util.tree_map_with_path(initialize, shapes)

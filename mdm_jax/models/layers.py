@@ -17,7 +17,7 @@ import numpy as np
 from mdm_jax.models import packing
 from mdm_jax.models.packing import Features, Patch
 
-# PyTorch's epsilon; Flax's default of 1e-6 is off by 3e-5 in the output.
+# PyTorch's default. Flax's 1e-6 changes the network's output by 3e-5.
 EPSILON = 1e-5
 
 zeros = nn.initializers.zeros_init()
@@ -40,9 +40,12 @@ def sinusoidal_embedding(value: jax.Array, dim: int) -> jax.Array:
 
 
 def position_features(shape: tuple[int, int], waves: int) -> jax.Array:
-  """Where each pixel is, as sines and cosines: [H, W, 4 * waves].
+  """Sinusoidal features of each pixel's row and column: [H, W, 4 * waves].
 
-  Wave k = 0, 1, ... has (k + 1) / 2 periods across the image.
+  Args:
+    shape: H and W.
+    waves: frequencies per axis. Wave k = 0, 1, ... has (k + 1) / 2 periods
+      across the image.
   """
   rows, columns = (jnp.pi * (jnp.arange(size) + 0.5) / size for size in shape)
   grid = jnp.stack(jnp.meshgrid(rows, columns, indexing='ij'), axis=-1)
@@ -55,11 +58,12 @@ class Conv3x3(nn.Module):
   """3x3 convolution, padded by one pixel on every side at any stride.
 
   Attributes:
-    features: D.
-    dtype: of the products.
+    features: D, the number of output channels.
+    dtype: of the matrix products and the output.
     stride: 1 or 2.
-    upsample: 1 or 2; 2 doubles the input first, each pixel repeated.
-    zero: starts as zero.
+    upsample: 1 or 2; 2 repeats each input pixel along both axes before the
+      convolution (nearest-neighbour upsampling).
+    zero: the kernel starts as zero.
   """
 
   features: int
@@ -70,11 +74,14 @@ class Conv3x3(nn.Module):
 
   @nn.compact
   def __call__(self, *inputs: Features, patch: Patch | None = None) -> Features:
-    """A convolution of the concatenated inputs.
+    """Convolves the inputs as if they were concatenated.
 
     Args:
-      inputs: of one size and patch.
-      patch: of the output; the inputs' by default.
+      *inputs: Features with the same size and patch.
+      patch: patch of the output; that of the inputs by default.
+
+    Returns:
+      Features [B, H * upsample / stride, W * upsample / stride, D].
     """
     patch = patch or inputs[0].patch
     kernel_init = zeros if self.zero else nn.initializers.lecun_normal()
@@ -101,7 +108,7 @@ class Conv3x3(nn.Module):
         *packing.pack_kernel(kernel, inner, patch, self.stride, self.upsample),
       )
 
-    # A sum of convolutions: concatenated features would be written once more.
+    # A sum of convolutions, as concatenating would copy the features.
     out = Features(sum(map(convolve, inputs, _split(kernel, inputs, 2))), patch)
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
@@ -117,10 +124,11 @@ def _conv(x, kernel, strides, padding) -> jax.Array:
 
 
 def _doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The 3x3 convolution of an image whose pixels are doubled first.
+  """The 3x3 convolution of an image after nearest-neighbour upsampling by 2.
 
-  Of three taps two read the same pixel, so it is four 2x2 convolutions of the
-  image as it is, one for each pixel of a doubled one: 16 products for 36.
+  Of three neighbouring taps, two read the same input pixel. The result is
+  therefore four 2x2 convolutions of the original image, one for each output
+  pixel of a 2x2 block: 16 products instead of 36.
 
   Args:
     x: [B, H, W, C].
@@ -130,7 +138,7 @@ def _doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     [B, 2H, 2W, D].
   """
 
-  def halves(kernel, axis):  # What the first and the second of a pair read.
+  def halves(kernel, axis):  # For the first and second output of a pair.
     before, here, after = jnp.split(kernel, 3, axis)
     return (
       jnp.concatenate([before, here + after], axis),
@@ -149,12 +157,16 @@ def _doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
-  """What depends on the conditioning alone, and need not be computed again.
+  """Computes a value that depends on the conditioning alone, or reads it.
 
   Args:
-    module: whose collection 'context' has it or, where mutable, gets it.
-    name: there.
-    compute: returns it, of arrays [B, ...].
+    module: the value is read from its variable collection 'context'. If it is
+      not there it is computed, and stored there if the collection is mutable.
+    name: of the variable.
+    compute: returns the value, a pytree of arrays [B, ...].
+
+  Returns:
+    The value.
   """
   if module.has_variable('context', name):
     return module.get_variable('context', name)
@@ -167,7 +179,7 @@ def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
 def _split(
   x: jax.Array, inputs: Sequence[Features], axis: int
 ) -> list[jax.Array]:
-  """What belongs to each of `inputs`, whose channels lie along the axis."""
+  """Splits an axis of concatenated channels into those of each input."""
   borders = np.cumsum([features.channels for features in inputs])
   return jnp.split(x, borders[:-1].tolist(), axis)
 
@@ -180,7 +192,14 @@ class Pointwise(nn.Module):
 
   @nn.compact
   def __call__(self, *inputs: Features) -> Features:
-    """Features of one size and patch, to be concatenated -> Features."""
+    """Maps the inputs as if they were concatenated.
+
+    Args:
+      *inputs: Features with the same size and patch.
+
+    Returns:
+      Features of that size and patch.
+    """
     channels = sum(x.channels for x in inputs)
     kernel = self.param(
       'kernel', nn.initializers.lecun_normal(), (channels, self.features)
@@ -204,13 +223,13 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, *inputs: Features) -> list[Features]:
-    """Normalises features of one size as if they were concatenated."""
+    """Normalises features of the same size as if they were concatenated."""
     total = sum(x.channels for x in inputs)
     scale = self.param('scale', nn.initializers.ones_init(), (total,))
     bias = self.param('bias', zeros, (total,))
 
-    # From channels to groups and back by products: repeated values would be
-    # looked up again for each pixel, which keeps a CPU from using vectors.
+    # Matrix products map channels to groups and back. jnp.repeat would be
+    # evaluated for each pixel, and keep XLA's CPU loops from vectorising.
     size = total // self.num_groups
     groups = jnp.kron(jnp.eye(self.num_groups), jnp.ones((1, size)))
     product = functools.partial(jnp.matmul, precision='highest')
@@ -218,11 +237,12 @@ class GroupNorm(nn.Module):
     def group_means(power):  # [B, groups]
       means = []
       for features in inputs:
-        # Not kept: XLA computes it on the way into the sum.
+        # XLA fuses the power into the sum and never stores it.
         x = features.x.astype(jnp.float32) ** power
         x = x.reshape(len(x), -1, x.shape[-1])
-        # A product, as its order of summation does not depend on what it is
-        # fused with: a level alone has the numbers it has inside of another.
+        # A matrix product, because its order of summation does not depend on
+        # what it is fused with: a level computes the same numbers alone and
+        # inside of a larger network.
         x = jnp.einsum(
           'bn,bnc->bc',
           jnp.full(x.shape[:2], 1 / x.shape[1]),
@@ -253,8 +273,8 @@ def _silu(x: jax.Array) -> jax.Array:
 
 @_silu.defjvp
 def _silu_jvp(primals, tangents):
-  # Of x alone, and of another exponential: else XLA keeps sigmoid(x), one more
-  # array of all features, for the backward pass.
+  # Computed from x alone, with an exponential of its own. Otherwise XLA keeps
+  # sigmoid(x), one more array of all features, for the backward pass.
   (x,), (tangent,) = primals, tangents
   rest = nn.sigmoid(-x)
   return _silu(x), tangent * (1 - rest) * (1 + x * rest)
@@ -266,7 +286,11 @@ def silu(features: Features) -> Features:
 
 
 class ResidualBlock(nn.Module):
-  """GN, SiLU, conv; scale and shift by the time embedding; GN, SiLU, conv."""
+  """A residual block that is modulated by the time embedding.
+
+  GroupNorm, SiLU, conv; GroupNorm, scale and shift by a linear map of the time
+  embedding, SiLU, conv; plus a shortcut.
+  """
 
   features: int
   num_groups: int
@@ -274,7 +298,15 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: Sequence[Features], temb: jax.Array) -> Features:
-    """Features to concatenate, all of one patch, temb [B, D] -> Features."""
+    """Applies the block to the inputs as if they were concatenated.
+
+    Args:
+      inputs: Features with the same size and patch.
+      temb: [B, temporal_dim] time embedding.
+
+    Returns:
+      Features of that size and patch.
+    """
 
     def norm(name):
       return GroupNorm(self.num_groups, self.dtype, name=name)
@@ -311,7 +343,7 @@ def attend(
     key: [B, M, C].
     value: [B, M, C].
     num_heads: divides C.
-    mask: [B, M] bool, True where a key may be seen.
+    mask: [B, M] bool, True for keys that are attended to; None for all.
 
   Returns:
     [B, N, C].
@@ -331,7 +363,7 @@ def attend(
 class Attention(nn.Module):
   """Self-attention plus cross-attention to the text, sharing the queries.
 
-  The two softmaxes are separate and their outputs added. `ffn` appends a
+  The two softmaxes are separate, and their outputs are added. `ffn` appends a
   pointwise feed-forward block.
   """
 
@@ -381,7 +413,7 @@ class TransformerLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """x [B, L, D], mask [B, L] bool or None: [B, L, D]."""
+    """x [B, L, D], mask [B, L] bool or None -> [B, L, D]."""
 
     def norm(name):
       return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)

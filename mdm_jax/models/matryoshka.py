@@ -1,4 +1,4 @@
-"""Text encoder and NestedUNet together: from text to predictions."""
+"""The whole model: a text encoder and a NestedUNet."""
 
 import dataclasses
 
@@ -13,15 +13,15 @@ from mdm_jax.models.nested_unet import NestedUNet
 
 @dataclasses.dataclass(frozen=True)
 class Matryoshka:
-  """The whole model; its parameters lie under the fields' names.
+  """The whole model. Its parameters are {'unet': ..., 'text_encoder': ...}.
 
   Attributes:
-    unet: the network.
-    text_encoder: tokens [B, L], or whatever else a batch's 'text' is, ->
-      text [B, L, D], mask [B, L]. Has a `width`, D.
+    unet: the denoising network.
+    text_encoder: maps tokens [B, L], or what else a batch has as 'text', to
+      text features [B, L, D] and a mask [B, L]. Its `width` is D.
     resolutions: of the pyramid in pixels, coarse to fine.
-    frozen_text: the text encoder is not trained. Its parameters are then no
-      part of `shapes` and `init`; whoever applies the model adds them.
+    frozen_text: the text encoder is not trained. `shapes` and `init` then omit
+      its parameters, and the caller of `encode` adds them.
   """
 
   unet: NestedUNet
@@ -30,10 +30,13 @@ class Matryoshka:
   frozen_text: bool = False
 
   def shapes(self, num_tokens: int) -> dict:
-    """The trained parameters' `jax.ShapeDtypeStruct`s.
+    """Shapes and dtypes of the trained parameters.
 
     Args:
-      num_tokens: of the captions.
+      num_tokens: L, the length of the captions.
+
+    Returns:
+      Nested dicts of `jax.ShapeDtypeStruct`.
     """
 
     def init(rng):
@@ -51,18 +54,19 @@ class Matryoshka:
     return jax.eval_shape(init, jax.random.key(0))
 
   def init(self, seed: int, num_tokens: int) -> dict:
-    """Fresh float32 parameters on the host."""
+    """Initial float32 parameters, as NumPy arrays; see `initial_params`."""
     return initial_params(self.shapes(num_tokens), seed)
 
   def encode(
     self, params: dict, text: jax.Array, scale: jax.Array | None = None
   ) -> Cond:
-    """What the network is conditioned on.
+    """Encodes text into the network's conditioning.
 
     Args:
-      params: the text encoder's, if it has any, and maybe more.
-      text: tokens [B, L] int32, 0 is padding, or what the encoder reads.
-      scale: [B] original shorter sides in pixels, or None.
+      params: the model's; of these, only those of the text encoder are read.
+      text: tokens [B, L] int32, where 0 is padding, or what else the text
+        encoder reads.
+      scale: [B] shorter sides of the original images in pixels, or None.
     """
     text, mask = self.text_encoder.apply(
       {'params': params.get('text_encoder', {})}, text
@@ -70,11 +74,11 @@ class Matryoshka:
     return Cond(text, mask, scale)
 
   def prepare(self, params: dict, cond: Cond) -> Cond:
-    """Conditioning for many calls of `denoise`, under `jax.jit`.
+    """Adds to the conditioning what `denoise` would compute at every call.
 
-    The text's keys and values in all layers of attention are computed here
-    and not again. The images that the network is given are nothing to them:
-    the rest of it is dead code, which the compiler leaves out.
+    That is the projected text, and its keys and values in every attention
+    layer. Call it under `jax.jit`: the network runs on images of zeros, and
+    the compiler removes all that does not depend on the text alone.
     """
     batch = len(cond.text)
     x_t = tuple(jnp.zeros((batch, r, r, 3)) for r in self.resolutions)
@@ -91,7 +95,7 @@ class Matryoshka:
     cond: Cond,
     repeats: int = 1,
   ) -> tuple[jax.Array, ...]:
-    """The network's prediction at every level, see `NestedUNet`."""
+    """The network's predictions for every level, as `NestedUNet.__call__`."""
     variables = {'params': params['unet']}
     if cond.context is not None:
       variables['context'] = cond.context

@@ -14,12 +14,13 @@ class NestedUNet(nn.Module):
   """Denoises every level of a pyramid at once.
 
   Parameters are `text`, which the levels share, and `level_0` (the coarsest,
-  a complete UNet), `level_1`, ... A network of more levels holds one of fewer
-  under the same names; that is how a stage grows out of the last one.
+  a complete UNet), `level_1`, ... A network contains those of fewer levels
+  under the same names, so that a stage can start from the weights of the
+  previous stage.
 
   Attributes:
-    levels: coarse to fine.
-    text_spec: how text features enter.
+    levels: architecture of each level, coarse to fine.
+    text_spec: how text features enter the network.
     dtype: of activations and matrix products; parameters are float32.
   """
 
@@ -47,15 +48,18 @@ class NestedUNet(nn.Module):
     Args:
       x_t: noisy pyramid, coarse to fine, `x_t[r]` [B_r, H_r, W_r, 3]. In a
         mixed batch B_r < B_0, see `mixed_batch`.
-      t: [B_0] diffusion time.
+      t: [B_0] time indices, as in training: 0 is the first noisy step.
       cond: the conditioning of all B_0 examples.
-      repeats: of a mixed batch's pattern.
+      repeats: periods of a mixed batch, see `mixed_batch`.
 
     Returns:
-      A pyramid of predictions of the shapes of `x_t`, float32.
+      A pyramid of float32 predictions of the shapes of `x_t`.
+
+    Raises:
+      ValueError: if the levels differ in temporal_dim.
     """
     text, mask, pooled = layers.once(self, 'text', lambda: self.text(cond))
-    # Down, fine to coarse. `outer` is what a finer level hands inwards.
+    # Down, fine to coarse. `outer` are the features of the next finer level.
     outer, states = None, []
     for level, x in zip(reversed(self.level), reversed(x_t)):
       t_r, scale, pooled_r, *context = mixed_batch.take(

@@ -1,9 +1,10 @@
-"""Neighbouring pixels side by side in the channels, for wide vector units.
+"""Packs patches of pixels into channels (space to depth), for TPUs.
 
-A TPU pads the last axis of an array to 128 lanes. Features of 32 channels
-fill a quarter of them, so a patch of 2 x 2 pixels is kept as one pixel of 128
-channels. Parameters stay what they are: `pack_kernel` rearranges a 3x3 kernel
-into that of the same convolution between patches, most of it zeros.
+A TPU pads the last axis of an array to 128 lanes, of which features of 32
+channels fill a quarter. Such features are packed: a patch of 2 x 2 pixels
+becomes one pixel of 128 channels. The parameters do not change:
+`pack_kernel` turns a 3x3 kernel into the kernel of the same convolution
+between patches, most of which is zero.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Patch = tuple[int, int]  # height and width in pixels, powers of two
-TPU_LANES = 128  # of a vector
+TPU_LANES = 128  # elements along the last axis of a vector register
 
 
 @struct.dataclass
@@ -23,9 +24,9 @@ class Features:
   """Features [B, H, W, C], packed.
 
   Attributes:
-    x: [B, H / height, W / width, height * width * C]; the channels of a pixel
-      stay together, pixels run along rows.
-    patch: height and width of a patch.
+    x: [B, H / height, W / width, height * width * C]. The channels of a pixel
+      are adjacent, and the pixels of a patch are in row-major order.
+    patch: height and width of a patch in pixels.
   """
 
   x: jax.Array
@@ -33,40 +34,43 @@ class Features:
 
   @property
   def pixels(self) -> int:
-    """In a patch."""
+    """Number of pixels in a patch."""
     return math.prod(self.patch)
 
   @property
   def channels(self) -> int:
-    """C."""
+    """C, the channels of a pixel."""
     return self.x.shape[-1] // self.pixels
 
   @property
   def size(self) -> tuple[int, int]:
-    """H and W."""
+    """H and W in pixels."""
     return tuple(n * side for n, side in zip(self.x.shape[1:3], self.patch))
 
   def as_patch(self, patch: Patch) -> 'Features':
-    """The same features, packed by another patch."""
+    """Repacks the features into another patch."""
     if patch == self.patch:
       return self
     return Features(fold(unfold(self.x, self.patch), patch), patch)
 
   def per_channel(self, values: jax.Array) -> jax.Array:
-    """Values [C] or [B, C], to be used with `x`."""
-    # Not sooner: a CPU's loop over channels uses no vectors if XLA finds
-    # anything between a product or parameter and its use but arithmetic.
+    """Shapes values [C] or [B, C] so that they broadcast with `x`."""
+    # Call this just before the values are used. XLA's CPU loops over channels
+    # are only vectorised if nothing but arithmetic lies between a matrix
+    # product (or parameter) and its use.
     values = jnp.tile(values, self.pixels)
     return values if values.ndim == 1 else values[:, None, None]
 
 
 def best_patch(channels: int, lanes: int, size: Sequence[int]) -> Patch:
-  """The patch whose channels fill `lanes`, or the largest that does not.
+  """The largest patch that has at most `lanes` channels and divides `size`.
+
+  Its sides are doubled in turn, the width first.
 
   Args:
-    channels: of a pixel.
-    lanes: to fill.
-    size: height and width of the features, which a patch must divide.
+    channels: C, of a pixel.
+    lanes: how many channels a patch may have.
+    size: H and W of the features; the patch divides them.
   """
   patch = [1, 1]
   axis = 1
@@ -79,7 +83,7 @@ def best_patch(channels: int, lanes: int, size: Sequence[int]) -> Patch:
 
 
 def fold(x: jax.Array, patch: Patch) -> jax.Array:
-  """Patches into channels: [B, H, W, C] -> [B, H/h, W/w, h * w * C]."""
+  """Packs patches into channels: [B, H, W, C] -> [B, H/h, W/w, h * w * C]."""
   batch, height, width, channels = x.shape
   rows, columns = patch
   if patch == (1, 1):
@@ -93,7 +97,7 @@ def fold(x: jax.Array, patch: Patch) -> jax.Array:
 
 
 def unfold(x: jax.Array, patch: Patch) -> jax.Array:
-  """Undoes `fold`."""
+  """Undoes `fold`: [B, H/h, W/w, h * w * C] -> [B, H, W, C]."""
   batch, height, width, _ = x.shape
   rows, columns = patch
   if patch == (1, 1):
@@ -105,17 +109,18 @@ def unfold(x: jax.Array, patch: Patch) -> jax.Array:
 def _taps(
   inner: int, outer: int, stride: int, upsample: int
 ) -> tuple[np.ndarray, int, int]:
-  """Along one axis, which pixel of which input patch a tap of 3 reads.
+  """The input pixels that the 3 taps of a kernel read, along one axis.
 
   Args:
     inner: pixels of an input patch.
     outer: pixels of an output patch.
     stride: of the convolution of pixels.
-    upsample: how often each input pixel is repeated before it.
+    upsample: how often each input pixel is repeated before the convolution.
 
   Returns:
-    Zeros and ones [input patches, inner, outer, 3], the offset of the first
-    input patch, and the stride in input patches.
+    [input patches, inner, outer, 3], 1 where a tap reads an input pixel for an
+    output pixel, else 0; the offset of the first input patch; and the stride
+    in input patches.
   """
   # Output pixel i reads the upsampled input at stride * i - 1, + 0, + 1.
   read = {
@@ -134,22 +139,22 @@ def _taps(
 def pack_kernel(
   kernel: jax.Array, inner: Patch, outer: Patch, stride: int, upsample: int
 ) -> tuple[jax.Array, list[int], list[Patch]]:
-  """The 3x3 convolution of pixels as a convolution of patches.
+  """Turns a 3x3 convolution of pixels into a convolution of patches.
 
   Args:
     kernel: [3, 3, C, D].
-    inner: patch of the input; `upsample` times it divides `stride` times
-      `outer`.
+    inner: patch of the input; `upsample * inner` must divide `stride * outer`
+      along both axes.
     outer: patch of the output.
-    stride: of the convolution of pixels, which are padded by 1 on each side.
-    upsample: how often each input pixel is repeated before it.
+    stride: of the convolution of pixels, which is padded by 1 on each side.
+    upsample: how often each input pixel is repeated before the convolution.
 
   Returns:
     Kernel [h, w, pixels of inner * C, pixels of outer * D], strides, paddings.
   """
   axes = [_taps(*sides, stride, upsample) for sides in zip(inner, outer)]
   (rows, _, _), (columns, _, _) = axes
-  # A sum of one term each: exact.
+  # Every sum has one nonzero term, so the values are exact.
   if max(inner + outer) > 1:
     kernel = jnp.einsum(
       'tiax,ujby,xycd->tuijcabd', rows, columns, kernel, precision='highest'

@@ -1,9 +1,9 @@
-"""The T5 v1.1 encoder (Flan-T5 too), for frozen text features.
+"""The encoder of T5 v1.1 and Flan-T5, for frozen text features.
 
-RMSNorm before every block, no biases, attention that is not scaled but has a
-bias for each head and distance between two tokens, and a gated GELU (Raffel
-et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202). Norms and softmax are in
-float32, matrix products and activations in `dtype`.
+Pre-RMSNorm blocks without biases, unscaled attention with a relative position
+bias for each head, and gated GELU (Raffel et al., arXiv 1910.10683; Shazeer,
+arXiv 2002.05202). Norms and softmax are in float32, matrix products and
+activations in `dtype`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ class T5Spec:
   ffn_width: int
   num_layers: int
   num_heads: int
-  num_buckets: int = 32  # of distances that have a bias of their own
-  max_distance: int = 128  # tokens; beyond, all distances share a bucket
+  num_buckets: int = 32  # relative distances with a bias of their own
+  max_distance: int = 128  # tokens; all larger distances share a bucket
   epsilon: float = 1e-6
 
   @classmethod
@@ -37,7 +37,7 @@ class T5Spec:
     """Reads the fields of a `config.json`.
 
     Raises:
-      ValueError: it is of another model, or of a T5 without gated GELU.
+      ValueError: the config is not that of a T5 with gated GELU.
     """
     kind = config.get('feed_forward_proj')
     if config.get('model_type') != 't5' or kind != 'gated-gelu':
@@ -61,7 +61,7 @@ class T5Spec:
         **{
           ours: config[theirs]
           for ours, theirs in names.items()
-          # Older files lack it; it was never anything else.
+          # Older files lack it; all models have the default.
           if theirs in config or ours != 'max_distance'
         }
       )
@@ -72,10 +72,10 @@ class T5Spec:
 def distance_buckets(
   length: int, num_buckets: int, max_distance: int
 ) -> jax.Array:
-  """The bucket of every pair of positions, int32 [length, length].
+  """Relative position buckets of [query, key], int32 [length, length].
 
-  Half of the buckets are for keys behind the query. Of each half, one half
-  has a bucket a distance; the other's grow with its logarithm.
+  Half of the buckets are for keys after the query. In each half, the first
+  half holds one distance each; the rest grow logarithmically.
   """
   half = num_buckets // 2
   exact = half // 2
@@ -98,7 +98,7 @@ class T5Encoder(nn.Module):
 
   @property
   def width(self) -> int:
-    """Of the features."""
+    """Width of the features."""
     return self.spec.width
 
   @nn.compact
@@ -112,7 +112,7 @@ class T5Encoder(nn.Module):
       distance_buckets(length, spec.num_buckets, spec.max_distance)
     )
     bias = bias.transpose(2, 0, 1).astype(jnp.float32)  # [heads, L, L]
-    # Not -inf: a row that is all padding would become NaN.
+    # Not -inf, which would turn a row of only padding into NaN.
     bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
     for i in range(spec.num_layers):
       x = _Layer(spec, self.dtype, name=f'layer_{i}')(x, bias)
@@ -121,7 +121,7 @@ class T5Encoder(nn.Module):
 
 
 class _Layer(nn.Module):
-  """Self-attention and gated GELU, each behind a norm and a residual."""
+  """Self-attention and gated GELU, each with a pre-norm and a residual."""
 
   spec: T5Spec
   dtype: jnp.dtype
@@ -182,8 +182,8 @@ _NAMES = {
 def hugging_face_name(path: Sequence[str]) -> str:
   """The name of a parameter in Hugging Face's files.
 
-  Kernels are transposed there. A file that holds the encoder alone may call
-  'shared.weight' 'encoder.embed_tokens.weight'.
+  Their kernels are transposed. A file with the encoder alone may have
+  'encoder.embed_tokens.weight' instead of 'shared.weight'.
   """
   if path[0].startswith('layer_'):
     layer = path[0].removeprefix('layer_')

@@ -1,4 +1,4 @@
-"""One level of the pyramid: a UNet whose middle may be another level."""
+"""The UNet of one level; its middle may be the next coarser level."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -10,42 +10,47 @@ import jax.numpy as jnp
 from mdm_jax.models import layers, packing
 from mdm_jax.models.packing import Features
 
-# What is computed again in the backward pass instead of being kept.
+# Activations that the backward pass computes again, see `LevelSpec.remat`.
 REMAT = ('none', 'block', 'level')
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelSpec:
-  """The architecture of one level; tuples run from fine to coarse inside it.
+  """The architecture of one level.
 
+  Tuples have one entry for each resolution inside the level, fine to coarse.
   The defaults are those that all of the released models share.
   """
 
-  channels: tuple[int, ...]  # at each of the level's resolutions
-  num_blocks: tuple[int, ...]  # residual blocks, down; one more, up
-  attention_layers: tuple[int, ...]  # after each residual block; 0 is none
+  channels: tuple[int, ...]
+  num_blocks: tuple[int, ...]  # residual blocks on the way down; up: one more
+  attention_layers: tuple[int, ...]  # after each residual block; 0: none
   temporal_dim: int  # width of the time embedding
-  scale_condition: int  # N of the micro-condition 'scale:N'
+  scale_condition: int  # N of the micro-condition 'scale:N', in pixels
   normalize_input: bool = False  # divide the noisy input by its std
   attention_ffn: bool = True  # feed-forward block after attention
-  num_heads: int = 8
+  num_heads: int = 8  # attention heads
   num_groups: int = 32  # of the group norms
-  # Waves across the image that tell a pixel where it is, added to `conv_in`;
-  # 0 as in the release, which has to learn that from the padding.
+  # Frequencies of a sinusoidal position embedding of pixels, added to the
+  # output of `conv_in`. 0 adds none, as in the release, where the network can
+  # only tell positions from the padding of its convolutions.
   position_waves: int = 0
-  # Pixels a side that are folded into channels before `conv_in` and unfolded
-  # after `conv_out`; 1 as in the release. It makes a level cheap, but narrow
-  # channels then cannot carry the noise through: predict x0.
+  # Side of the patches of pixels that are folded into channels before
+  # `conv_in` and unfolded after `conv_out`. 1 folds none, as in the release.
+  # More makes a level cheaper; its channels may then be too few to carry the
+  # noise to the output, so let the network predict x0.
   patch_size: int = 1
-  # Two that change nothing but rounding, memory and speed. What is computed
-  # again in the backward pass: nothing; the inside of each block; or, between
-  # the level's resolutions too, all but what they hand on.
+  # Rematerialisation, which trades compute for memory. The backward pass
+  # recomputes nothing ('none'), the inside of each block ('block'), or all but
+  # the outputs of each of the level's resolutions ('level').
   remat: str = 'none'
-  # Channels to which those of neighbouring pixels are put side by side: 128
-  # on a TPU, where narrow levels leave most of a vector empty; 1: none.
+  # Pack neighbouring pixels into up to this many channels (see `packing`):
+  # 128 on a TPU, where narrow levels would leave most lanes empty; 1 packs
+  # nothing. `lanes` and `remat` change speed, memory and rounding alone.
   lanes: int = 1
 
   def __post_init__(self):
+    """Raises ValueError for an invalid setting."""
     if self.remat not in REMAT:
       raise ValueError(f'remat={self.remat!r}: use one of {REMAT}.')
     if self.lanes < 1:
@@ -77,16 +82,21 @@ class LevelSpec:
 
   @property
   def downsampling(self) -> int:
-    """Ratio of the level's resolution to that of its coarsest features."""
+    """The level's resolution over that of its coarsest features."""
     return self.patch_size * 2 ** (len(self.channels) - 1)
 
   def patch(self, index: int, size: Sequence[int]) -> packing.Patch:
-    """How features of one of the resolutions, of `size` pixels, are packed."""
+    """The patch by which features of a resolution are packed.
+
+    Args:
+      index: of the resolution inside the level, from 0 for the finest.
+      size: H and W of the features.
+    """
     return packing.best_patch(self.channels[index], self.lanes, size)
 
 
 class _Blocks(nn.Module):
-  """The residual blocks and attention layers of one resolution, one way."""
+  """Residual blocks and attention layers of one resolution, down or up."""
 
   spec: LevelSpec
   index: int
@@ -117,7 +127,7 @@ class DownBlocks(_Blocks):
 
   @nn.compact
   def __call__(self, h, temb, text, mask):
-    """Features -> the next ones and the skips that this resolution leaves."""
+    """Features -> features for the next resolution, and skips for UpBlocks."""
     skips = []
     for j in range(self.spec.num_blocks[self.index]):
       h = self.block(j, [h], temb, text, mask)
@@ -136,7 +146,7 @@ class UpBlocks(_Blocks):
 
   @nn.compact
   def __call__(self, h, skips, temb, text, mask):
-    """Features, and the skips from first to last used -> the next ones."""
+    """Features, and skips in order of use -> features for the next one."""
     for j, skip in enumerate(skips):
       h = self.block(j, [h, skip], temb, text, mask)
     if self.index > 0:
@@ -148,7 +158,7 @@ class UpBlocks(_Blocks):
 
 
 class Middle(nn.Module):
-  """Block, attention, block."""
+  """The bottom of the coarsest level: residual block, attention, block."""
 
   spec: LevelSpec
   dtype: jnp.dtype
@@ -174,14 +184,16 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-  """A level of the network, in the pieces that nesting interleaves.
+  """A level of the network, in the parts that `NestedUNet` interleaves.
 
-  `embed`, `descend`, then `middle` (or, in its place, a coarser level between
-  `in_adapter` and `out_adapter`), `ascend`, `out`.
+  In order of use: `embed`, `descend`, `middle` (or the next coarser level,
+  between `in_adapter` and `out_adapter`), `ascend`, `out`.
   """
 
   spec: LevelSpec
-  inner_channels: int | None  # the next coarser level's first; None: innermost
+  # Channels at the finest resolution of the next coarser level; None for the
+  # coarsest level.
+  inner_channels: int | None
   dtype: jnp.dtype
 
   def setup(self):
@@ -217,12 +229,16 @@ class UNet(nn.Module):
   def embed(
     self, t: jax.Array, scale: jax.Array | None, pooled_text: jax.Array
   ) -> jax.Array:
-    """Time, micro-condition and pooled text, added: [B, temporal_dim].
+    """The sum of the embeddings of time, micro-condition and pooled text.
 
     Args:
-      t: [B] diffusion time, as the network is given it.
-      scale: [B] original shorter side in pixels, or None for N.
+      t: [B] time indices.
+      scale: [B] shorter side of the original images in pixels; None for
+        `scale_condition`.
       pooled_text: [B, temporal_dim].
+
+    Returns:
+      [B, temporal_dim].
     """
     limit = self.spec.scale_condition
     if scale is None:
@@ -238,15 +254,18 @@ class UNet(nn.Module):
     return temb + pooled_text
 
   def descend(self, x, temb, text, mask, outer):
-    """Noisy image [B, H, W, 3] -> features at the bottom, and the skips.
+    """The way down: from the noisy images to features and skips.
 
     Args:
-      x: [B, H, W, 3] noisy image of this level.
+      x: [B, H, W, 3] noisy images of this level.
       temb: [B, temporal_dim] from `embed`.
       text: [B, L, D] projected text.
       mask: [B, L] bool or None.
-      outer: what the next finer level's `in_adapter` makes of its features,
-        or None for the finest.
+      outer: Features from the `in_adapter` of the next finer level; None for
+        the finest level.
+
+    Returns:
+      Features at the level's coarsest resolution, and the list of skips.
     """
     if self.spec.normalize_input:
       x = x / x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
@@ -266,14 +285,14 @@ class UNet(nn.Module):
     return h, skips
 
   def ascend(self, h, skips, temb, text, mask):
-    """Bottom features -> the last ones, before `out`."""
+    """The way up: from the coarsest features and the skips to the finest."""
     for count, blocks in zip(reversed(self.spec.num_blocks), reversed(self.up)):
       skips, own = skips[: -count - 1], skips[-count - 1 :]
       h = blocks(h, own[::-1], temb, text, mask)
     return h
 
   def out(self, h: Features) -> jax.Array:
-    """Last features -> prediction [B, H, W, 3] in float32."""
+    """The finest features -> prediction [B, H, W, 3] in float32."""
 
     def last(self, h):
       (h,) = self.norm_out(h)

@@ -1,1 +1,10 @@
-"""Commands beside training and sampling."""
+"""Commands beside training and sampling: `python -m mdm_jax.tools.NAME`.
+
+Data: `prepare_data`, `index_tars`, `precompute_text`, `train_tokenizer`.
+Weights: `import_ml_mdm`, `export_weights`. Speed and memory: `plan`, `bench`,
+`bench_data`. Samplers: `compare_samplers`. `--help` explains the flags; tests
+and other tools may import the functions.
+
+Two modules are no commands: `compile_for_tpu` compiles steps for TPU slices
+without TPUs, and `hlo` counts the bytes that a compiled program communicates.
+"""

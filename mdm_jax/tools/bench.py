@@ -1,12 +1,12 @@
-"""Measures how fast a config trains and draws on the devices that are there.
+"""Measures how fast a config trains and samples on this machine's devices.
 
   python -m mdm_jax.tools.bench --config=configs/shapes_64.py
   python -m mdm_jax.tools.bench --config=configs/cc12m_64.py --batch_size=128 \
       --output=new.json --compare=old.json --profile=DIR
 
-Images and text are drawn, so that no data set is needed, and no T5: without
-config.text.path its features are replaced by as many of the same width. The
-step is the one that training compiles.
+Images and text are random, so that no data set is needed. If config.text.path
+is empty, random features of the same shape replace those of the T5 encoder. The
+measured step is the one that training compiles.
 """
 
 import collections
@@ -25,29 +25,26 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from mdm_jax import (
-  build,
-  checks,
-  compilation_cache,
-  cpu,
-  draw,
-  inputs,
-  metrics,
-  sharding,
-)
-from mdm_jax import step as steps
+from mdm_jax.builders import recipes
+from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
+from mdm_jax.report import console
+from mdm_jax.runtime import compilation_cache, cpu, files, peaks, sharding
+from mdm_jax.steps.sample import jit_sample
+from mdm_jax.steps.train import jit_train_step
 
-_T5_WIDTH = 2048  # Of google/flan-t5-xl, which the recipes use.
-_PROFILED = 3
-_TOP = 10
-_WIDTH = 100
+_T5_WIDTH = 2048  # of google/flan-t5-xl, which the recipes use
+_PROFILED = 3  # steps in a trace
+_TOP = 10  # operations of a trace to list
+_WIDTH = 100  # most characters of an operation's origin
 
 
 def without_t5(config: ConfigDict) -> ConfigDict:
-  """The config with features of a T5's width instead of a T5 on disk.
+  """Replaces a T5 encoder without a path by features of the same shape.
 
-  Each token looks the same vector up, so the network's work is as it was and
-  the encoder's none, as if the features had been computed before.
+  Each token looks up the same vector, so that the network does the same work
+  and the encoder none, as with precomputed features.
   """
   config = config.copy_and_resolve_references()
   if config.text.encoder in ('t5', 'precomputed') and not config.text.path:
@@ -58,40 +55,39 @@ def without_t5(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def make_batch(config: ConfigDict, stage: ConfigDict) -> dict[str, np.ndarray]:
-  """A drawn batch of the stage's shapes, see `step.Batch`."""
+def make_batch(stage: Stage) -> dict[str, np.ndarray]:
+  """Makes a random training batch of a stage, see `objective.Batch`."""
   rng = np.random.default_rng(0)
-  text = make_text(config, stage.batch_size)
+  text = make_text(stage.config, stage.batch_size)
+  shapes = stage.batch_shapes(jax.ShapeDtypeStruct(text.shape, text.dtype))
   batch = {
     name: rng.integers(0, 256, x.shape, x.dtype)
     if x.dtype == np.uint8
     else np.zeros(x.shape, x.dtype)
-    for name, x in build.batch_shapes(
-      config, stage, jax.ShapeDtypeStruct(text.shape, text.dtype)
-    ).items()
+    for name, x in shapes.items()
   }
-  sizes = np.full_like(batch['scale'], build.resolutions(config, stage)[-1])
+  sizes = np.full_like(batch['scale'], stage.resolutions[-1])
   return batch | {'text': text, 'scale': sizes}
 
 
 def make_text(config: ConfigDict, count: int) -> np.ndarray:
-  """Texts of full length, as the text encoder reads them: [count, L, ...]."""
+  """Makes random inputs of the text encoder of full length, [count, L, ...]."""
   rng = np.random.default_rng(1)
-  empty = inputs.empty_text(config)
+  empty = empty_text(config)
   if empty.ndim > 1:
     return rng.standard_normal((count, *empty.shape), empty.dtype)
-  vocab_size = inputs.make_tokenizer(config).vocab_size
+  vocab_size = make_tokenizer(config).vocab_size
   return rng.integers(
     1, vocab_size, (count, config.text.max_length), empty.dtype
   )
 
 
 def time_calls(call: Callable[[], jax.Array], count: int) -> np.ndarray:
-  """Seconds between the ends of successive calls, one of them always ahead.
+  """Seconds between the ends of successive calls, with one always in flight.
 
   Args:
-    call: starts the work, and returns what is ready when it is done.
-    count: how many are timed, after two that are not.
+    call: starts the work, and returns an array that is ready when it is done.
+    count: number of calls to time, after two warm-up calls.
 
   Returns:
     float64 [count].
@@ -108,7 +104,16 @@ def time_calls(call: Callable[[], jax.Array], count: int) -> np.ndarray:
 
 
 def compile_step(jitted: Any, *args) -> tuple[jax.stages.Compiled, dict]:
-  """A program, and how long it took to have it."""
+  """Compiles a program, and measures the time and the program's memory.
+
+  Args:
+    jitted: the jitted function.
+    *args: its arguments, or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    The program, and 'trace_seconds', 'compile_seconds', 'from_cache' and
+    'program_bytes'.
+  """
   hits = []
 
   def listen(event, **_):
@@ -139,13 +144,17 @@ def compile_step(jitted: Any, *args) -> tuple[jax.stages.Compiled, dict]:
 def rates(
   seconds: np.ndarray, images: float, flops: float | None, peak: float | None
 ) -> dict[str, float | None]:
-  """What follows from the times of steps.
+  """Computes rates from the times of steps.
 
   Args:
-    seconds: of each step.
-    images: that a step trains on or, in part, draws.
-    flops: of a step on each device, if known.
-    peak: FLOP/s of a device, if known.
+    seconds: [N], time of each step.
+    images: number of images of a step; for a sampling step the images divided
+      by the number of steps.
+    flops: FLOP of a step on each device, None if unknown.
+    peak: peak FLOP/s of a device, None if unknown.
+
+  Returns:
+    Results by name, see `_ROWS`.
   """
   median = float(np.median(seconds))
   per_second = flops and flops / median
@@ -162,29 +171,22 @@ def rates(
 
 
 def bench_train(
-  config: ConfigDict, stage: ConfigDict, mesh: Mesh, frozen: Any
+  stage: Stage, mesh: Mesh, frozen: Any
 ) -> tuple[Callable, jax.stages.Compiled, dict]:
-  """The train step -> a call of it, its program, what compiling took."""
-  model = build.make_model(config, stage)
-  optimizer, _ = build.make_optimizer(config, stage)
+  """Compiles the training step.
 
-  def make_state(params):
-    return steps.new_state(params, optimizer, config.averages.widths)
-
-  shardings = sharding.tree_shardings(
-    jax.eval_shape(make_state, model.shapes(config.text.max_length)),
-    mesh,
-    config.sharding_rules,
+  Returns:
+    A function that calls the step, the program, and the results of
+    `compile_step`.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, stage.state_shapes(mesh))
+  state = jax.jit(stage.new_state, out_shardings=shardings)(
+    sharding.place(stage.init(), shardings.params)
   )
-  state = jax.jit(make_state, out_shardings=shardings)(
-    sharding.place(model.init(0, config.text.max_length), shardings.params)
-  )
-  batch = sharding.shard_batch(make_batch(config, stage), mesh)
-  train_step = build.make_train_step(
-    config, stage, inputs.empty_text(config), seed=0
-  )
+  batch = sharding.shard_batch(make_batch(stage), mesh)
+  train_step = stage.make_train_step(empty_text(stage.config))
   compiled, found = compile_step(
-    steps.jit_train_step(train_step, state, batch, frozen), state, batch, frozen
+    jit_train_step(train_step, state, batch, frozen), state, batch, frozen
   )
 
   def call():
@@ -196,20 +198,29 @@ def bench_train(
 
 
 def bench_sample(
-  config: ConfigDict, stage: ConfigDict, mesh: Mesh, frozen: Any
+  stage: Stage, mesh: Mesh, frozen: Any, num_steps: int
 ) -> tuple[Callable, jax.stages.Compiled, dict]:
-  """Likewise of drawing `eval.batch_size` pictures."""
-  model = build.make_model(config, stage)
-  painter = build.make_painter(config, stage, mesh)
-  params = model.init(0, config.text.max_length)
+  """Compiles the sampling of `eval.batch_size` images.
+
+  Args:
+    stage: a stage of the run.
+    mesh: the devices.
+    frozen: parameters that the model needs beside the trained ones.
+    num_steps: number of sampling steps.
+
+  Returns:
+    As `bench_train`.
+  """
+  params = stage.init()
   params = (
     sharding.place(
-      params, sharding.tree_shardings(params, mesh, config.sharding_rules)
+      params,
+      sharding.tree_shardings(params, mesh, stage.config.sharding_rules),
     )
     | frozen
   )
-  count = config.eval.batch_size
-  text = make_text(config, count)
+  count = stage.config.eval.batch_size
+  text = make_text(stage.config, count)
   placed = sharding.shard_batch(
     {
       'text': text,
@@ -220,63 +231,63 @@ def bench_sample(
   )
   arguments = (params, placed['text'], placed['negative'], placed['seeds'])
   compiled, found = compile_step(
-    draw.jit_sample(painter, jax.tree.map(lambda x: x.sharding, params)),
+    jit_sample(
+      stage.make_sampler(mesh, num_steps=num_steps),
+      jax.tree.map(lambda x: x.sharding, params),
+    ),
     *arguments,
   )
   return lambda: compiled(*arguments)[-1], compiled, found
 
 
 def measure(
-  config: ConfigDict,
-  stage: ConfigDict,
+  stage: Stage,
   mesh: Mesh,
   *,
   count: int,
   sampling_steps: int,
   profile: str = '',
 ) -> dict[str, dict[str, Any]]:
-  """Times the train and the sample step.
+  """Times the training step and a sampling step.
 
   Args:
-    config: of the run, checked.
-    stage: of the run.
+    stage: a stage of the run.
     mesh: the devices.
-    count: steps that are timed.
-    sampling_steps: network steps of the drawing that is timed; those of a
-      whole one are as long each.
-    profile: a directory for a trace of a few steps, '' for none.
+    count: number of calls to time.
+    sampling_steps: number of sampling steps in each timed call. The time of one
+      step does not depend on their number.
+    profile: directory for a trace of a few calls, '' for none.
 
   Returns:
-    'train' and 'sample', each name -> figure; a 'sample' step is one of the
-    sampler's.
+    'train' and 'sample', each a dict of results by name.
   """
+  config = stage.config
   device = mesh.devices.flat[0]
-  peak = metrics.peak_flops(device)
-  frozen = build.load_frozen(config, mesh)
+  peak = peaks.peak_flops(device)
+  frozen = load_frozen(config, mesh)
   whole = config.sampler.num_steps
-  short = config.copy_and_resolve_references()
-  short.sampler.num_steps = min(sampling_steps, whole)
+  short = min(sampling_steps, whole)
   found = {}
   for name, make, loops, images, per_call in (
     (
       'train',
-      lambda: bench_train(config, stage, mesh, frozen),
-      stage.accumulate,
+      lambda: bench_train(stage, mesh, frozen),
+      stage.settings.accumulate,
       stage.batch_size,
       1,
     ),
     (
       'sample',
-      lambda: bench_sample(short, stage, mesh, frozen),
+      lambda: bench_sample(stage, mesh, frozen, short),
       1,
       config.eval.batch_size / whole,
-      short.sampler.num_steps,
+      short,
     ),
   ):
     call, compiled, compiling = make()
     seconds = time_calls(call, count) / per_call
     found[name] = compiling | rates(
-      seconds, images, metrics.flops_per_step(compiled, loops), peak
+      seconds, images, peaks.flops_per_step(compiled, loops), peak
     )
     memory = device.memory_stats()
     found[name]['peak_bytes'] = memory and memory.get('peak_bytes_in_use')
@@ -291,11 +302,15 @@ def measure(
 
 
 def operations(directory: str, program: str) -> list[dict[str, Any]]:
-  """The operations that a trace shows most time in, longest first.
+  """Finds the operations that take most time in a trace, longest first.
 
   Args:
-    directory: of the trace.
-    program: its HLO text, which says what an operation was made of.
+    directory: directory of the trace.
+    program: optimised HLO of the program, which tells where an operation comes
+      from.
+
+  Returns:
+    For each operation 'name', 'share' of the time and 'origin'.
   """
   (path, *_) = sorted(
     pathlib.Path(directory).rglob('*.xplane.pb'), reverse=True
@@ -304,7 +319,7 @@ def operations(directory: str, program: str) -> list[dict[str, Any]]:
   for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
     for line in plane.lines:
       for event in line.events:
-        # Those that only hold others would count them twice.
+        # Not operations that contain others, whose time would count twice.
         if not event.name.startswith(('while', 'call', 'conditional')) and any(
           key == 'hlo_op' and value == event.name for key, value in event.stats
         ):
@@ -317,7 +332,7 @@ def operations(directory: str, program: str) -> list[dict[str, Any]]:
 
 
 def _origin(name: str, program: str) -> str:
-  """What an operation was made of: its place in the network, or its shape."""
+  """The place of an operation in the network; without one, its shape."""
   found = re.search(
     rf'%{re.escape(name)} = (\S+ [\w-]+\().*?(op_name="[^;"]*|$)',
     program,
@@ -329,15 +344,16 @@ def _origin(name: str, program: str) -> str:
   return '/'.join(path.split('/')[1:])[:_WIDTH] or f'{shape}…)'
 
 
+# Results to print: name and title.
 _ROWS = (
   ('step_seconds', 'step, s (median)'),
-  ('step_seconds_p10', '… 10 %'),
-  ('step_seconds_p90', '… 90 %'),
-  ('step_seconds_min', '… shortest'),
+  ('step_seconds_p10', 'step, s (10th percentile)'),
+  ('step_seconds_p90', 'step, s (90th percentile)'),
+  ('step_seconds_min', 'step, s (shortest)'),
   ('images_per_second', 'images/s'),
-  ('device_flops', 'FLOP a step and device'),
+  ('device_flops', 'FLOP per step and device'),
   ('device_flops_per_second', 'FLOP/s of a device'),
-  ('mfu', '… of its peak (MFU)'),
+  ('mfu', 'share of peak FLOP/s (MFU)'),
   ('program_bytes', 'memory of the program, bytes'),
   ('peak_bytes', 'peak memory of the device, bytes'),
   ('trace_seconds', 'tracing, s'),
@@ -346,33 +362,39 @@ _ROWS = (
 
 
 def describe(found: dict) -> str:
-  """What was measured where, in a few lines."""
+  """Describes the config, the devices and their peak in a few lines."""
   mesh = ', '.join(f'{name} {size}' for name, size in found['mesh'].items())
   peak = found['peak_flops']
   lines = [
     f"{found['config']}, stage '{found['stage']}': {found['batch_size']} "
-    f'images a step, {found["pictures"]} pictures at once, {found["dtype"]}',
+    f'images per step, {found["sample_batch_size"]} samples at once, '
+    f'{found["dtype"]}',
     f'{math.prod(found["mesh"].values())} x {found["device"]} ({mesh}), JAX '
     f'{found["jax"]}',
-    'peak of each: '
+    'peak of each device: '
     + (f'{peak:.3g} FLOP/s' if peak else 'unknown')
     + (
       ', measured with a matrix product'
       if found['device'] == 'cpu'
-      else ' in bfloat16, by its vendor'
+      else " in bfloat16, the vendor's number"
       if peak
       else ''
     ),
   ]
-  if found['text_features_drawn']:
+  if found['random_text_features']:
     lines.append(
-      f'no text.path: drawn features of width {_T5_WIDTH}, no encoder'
+      f'no text.path: random features of width {_T5_WIDTH}, no encoder'
     )
   return '\n'.join(lines)
 
 
 def report(found: dict, other: dict | None) -> str:
-  """Tables of the figures; beside another run's, and their ratio, if given."""
+  """Tables of the results.
+
+  Args:
+    found: results of this run.
+    other: results of another run to compare with, or None.
+  """
   parts = []
   for name in ('train', 'sample'):
     rows = []
@@ -384,28 +406,28 @@ def report(found: dict, other: dict | None) -> str:
         row += [old, value / old if value and old else None]
       rows.append(row)
     header = [name, 'this'] + (['other', 'ratio'] if other else [])
-    parts.append(metrics.table(rows, header))
+    parts.append(console.table(rows, header))
     if found[name]['from_cache']:
       parts.append('Compiled before: read from the cache.')
     if 'operations' in found[name]:
       parts.append(
-        metrics.table(
+        console.table(
           [
             [row['name'], f'{row["share"]:.1%}', row['origin']]
             for row in found[name]['operations']
           ],
-          ['operation', 'share', 'of'],
+          ['operation', 'share of time', 'origin'],
         )
       )
   return '\n\n'.join(parts)
 
 
 def main(argv: list[str]) -> None:
-  """Flags to tables."""
+  """Measures training and sampling, and prints tables."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
-  metrics.setup_logging()
+  console.setup_logging()
   compilation_cache.enable()
   try:
     other = values.compare and json.loads(
@@ -417,15 +439,14 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f'--stage={values.stage}: the config has stages 0 to {indices[-1]}.'
       )
-    stage = config.stages[-1 if values.stage is None else values.stage]
+    settings = config.stages[-1 if values.stage is None else values.stage]
     if values.batch_size:
-      stage.batch_size = config.eval.batch_size = values.batch_size
-    config.stages = [stage]
-    cpu.use_cores(checks.parts_of_batches(config))
+      settings.batch_size = config.eval.batch_size = values.batch_size
+    config.stages = [settings]
+    cpu.use_cores(parts_of_batches(config))
     mesh = sharding.make_mesh(config.mesh)
-    checks.check(config, mesh)
+    (stage,) = check(config, mesh)
     found = measure(
-      config,
       stage,
       mesh,
       count=values.steps,
@@ -439,48 +460,59 @@ def main(argv: list[str]) -> None:
     'config': config_flags.get_config_filename(flags.FLAGS['config']),
     'stage': stage.name,
     'batch_size': stage.batch_size,
-    'pictures': config.eval.batch_size,
+    'sample_batch_size': config.eval.batch_size,
     'dtype': config.dtype,
     'mesh': dict(mesh.shape),
     'device': device.device_kind,
     'text_encoder': values.config.text.encoder,
-    'text_features_drawn': config.text.encoder != values.config.text.encoder,
-    'peak_flops': metrics.peak_flops(device),
+    'random_text_features': config.text.encoder != values.config.text.encoder,
+    'peak_flops': peaks.peak_flops(device),
     'jax': jax.__version__,
   }
   print(describe(found) + '\n\n' + report(found, other))
   if values.output:
-    pathlib.Path(values.output).write_text(json.dumps(found, indent=2) + '\n')
+    files.write_json(values.output, found)
 
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
   # Here, so that importing this module leaves other programs' flags alone.
   config_flags.DEFINE_config_file(
-    'config', None, 'A recipe, as for mdm_jax.main.', lock_config=True
+    'config', None, 'Recipe, as for mdm_jax.main.', lock_config=True
   )
-  flags.DEFINE_integer('stage', None, 'From 0. Default: the last.')
+  flags.DEFINE_integer(
+    'stage', None, 'Index of the stage, from 0. Default: the last.'
+  )
   flags.DEFINE_integer(
     'batch_size',
     None,
-    'Images a step, and pictures drawn at once. Default: '
-    "the stage's, and eval.batch_size.",
+    'Images of a training step, and images sampled at once. Default: the batch '
+    'size of the stage, and eval.batch_size.',
     lower_bound=1,
   )
-  flags.DEFINE_integer('steps', 20, 'That are timed.', lower_bound=1)
+  flags.DEFINE_integer(
+    'steps',
+    20,
+    'Number of training steps, and of sampling calls, to time.',
+    lower_bound=1,
+  )
   flags.DEFINE_integer(
     'sampling_steps',
     4,
-    'Of the sampler, in each drawing that is timed.',
+    'Sampling steps in each timed sampling call.',
     lower_bound=1,
   )
-  flags.DEFINE_string('output', None, 'A JSON file for the figures.')
-  flags.DEFINE_string('compare', None, 'Such a file, of another run.')
+  flags.DEFINE_string('output', None, 'JSON file to write the results to.')
+  flags.DEFINE_string(
+    'compare',
+    None,
+    'JSON file that --output wrote in another run, to compare with.',
+  )
   flags.DEFINE_string(
     'profile',
     '',
-    'Receives a trace of a few steps, for TensorBoard and, '
-    'perfetto_trace.json.gz, for ui.perfetto.dev.',
+    'Directory for a trace of a few steps, for TensorBoard. ui.perfetto.dev '
+    'opens its perfetto_trace.json.gz.',
   )
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=recipes.parse_flags)

@@ -1,18 +1,17 @@
-"""Measures how fast images are read, against Pillow alone.
+"""Measures the throughput of the input pipeline, compared with Pillow alone.
 
   python -m mdm_jax.tools.bench_data
-  python -m mdm_jax.tools.bench_data --config=configs/captioned_images.py \
+  python -m mdm_jax.tools.bench_data --config=configs/captioned_images.py \\
       --config.data.path=DIR --step_rate=2000
 
-Without a config it makes JPEGs of 1200 x 900. For each resolution it prints
-images/s of: a loop that does nothing but decode and resize with Pillow; the
-same without the decoder's own reduction; the pipeline in this process; and
-the pipeline with worker processes. They take turns.
+Without a config it reads synthetic JPEGs of 1200 x 900 pixels. For each
+resolution it prints the images/s of: a loop that decodes and resizes with
+Pillow; the same loop with every JPEG decoded at full size; the pipeline in
+this process; and the pipeline with worker processes. The measurements
+alternate.
 """
 
 import io
-import json
-import pathlib
 import sys
 import time
 
@@ -21,12 +20,16 @@ from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
-from mdm_jax import inputs, metrics
+from mdm_jax.builders import recipes
+from mdm_jax.builders.data import make_source
+from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.report import console
+from mdm_jax.runtime import files
 
 _BATCH_SIZE = 8
-# Each is measured that often, and its best counts: others use the machine too.
+# How often each is measured. The best counts, as other programs may interfere.
 _ROUNDS = 2
 
 
@@ -34,7 +37,7 @@ class SyntheticImages:
   """JPEGs of 1200 x 900 that compress about as well as photographs do."""
 
   def __init__(self, count: int = 16):
-    """Makes them; the source repeats them."""
+    """Makes `count` different images, which the source repeats."""
     rng = np.random.default_rng(0)
     self._files = []
     for _ in range(count):
@@ -48,11 +51,11 @@ class SyntheticImages:
       self._files.append(buffer.getvalue())
 
   def __len__(self) -> int:
-    """Far more than are read."""
+    """The number of records, many more than are read."""
     return 100_000
 
   def __getitem__(self, index: int) -> dict:
-    """A record."""
+    """A record with `image` (a JPEG file), `caption` and `key`."""
     return {
       'image': self._files[index % len(self._files)],
       'caption': 'a photograph of nothing',
@@ -61,7 +64,16 @@ class SyntheticImages:
 
 
 def pillow(data: bytes, resolution: int, draft: bool = True) -> np.ndarray:
-  """Decodes and resizes the centre square, and nothing else."""
+  """Decodes an image with Pillow, and crops and resizes its centre square.
+
+  Args:
+    data: an image file.
+    resolution: R, side of the result in pixels.
+    draft: whether the JPEG decoder may reduce the image.
+
+  Returns:
+    uint8 [R, R, 3].
+  """
   image = Image.open(io.BytesIO(data))
   side = min(image.size)
   if draft and (reduction := side / (2 * resolution)) > 1:
@@ -86,14 +98,17 @@ def measure(
   seconds: float,
   worker_counts: list[int],
 ) -> dict[str, float]:
-  """Images/s of each way to read them.
+  """Measures the throughput of Pillow and of the pipeline.
 
   Args:
-    source: of records whose images are files.
+    source: a source whose images are files.
     tokenizer: of the captions.
-    resolution: of the examples.
-    seconds: that each measurement takes about.
-    worker_counts: worker processes of the pipeline; 0 is this process.
+    resolution: of the examples, in pixels.
+    seconds: approximate duration of each measurement.
+    worker_counts: numbers of worker processes to measure; 0: this process.
+
+  Returns:
+    Name of the measurement -> images/s.
   """
 
   def pillow_rate(draft):
@@ -104,7 +119,8 @@ def measure(
     return count / (time.perf_counter() - begin)
 
   def pipeline_rate(num_workers):
-    # Only this one exists now, or others would fill their buffers meanwhile.
+    # Made just before it is measured: the workers of another pipeline would
+    # fill their buffers at the same time.
     batches = iter(
       pipeline.make_dataset(
         source,
@@ -116,7 +132,7 @@ def measure(
         prefetch=1,
       )
     )
-    # It starts, and what has come into its buffers meanwhile goes.
+    # Start the workers, and empty the buffers that fill while they start.
     for _ in range(4 * max(num_workers, 1)):
       next(batches)
     count, begin = 0, time.perf_counter()
@@ -143,15 +159,15 @@ def measure(
 
 
 def main(argv: list[str]) -> None:
-  """Flags to a table."""
+  """Measures what the flags ask for and prints a table per resolution."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
-  metrics.setup_logging()
+  console.setup_logging()
   try:
     if config := values.config:
-      source = inputs.make_source(config, 'train', 0)
-      tokenizer = inputs.make_tokenizer(config)
+      source = make_source(config, 'train', 0)
+      tokenizer = make_tokenizer(config)
       resolutions = [level.resolution for level in config.model.levels]
       if not isinstance(source[0]['image'], bytes):
         raise ValueError(
@@ -172,26 +188,28 @@ def main(argv: list[str]) -> None:
       [name, round(rate, 1), round(rate / rates['pillow'], 2)]
       for name, rate in rates.items()
     ]
-    header = [f'{resolution} px', 'images/s', "of Pillow's"]
+    header = [f'{resolution} px', 'images/s', '/ Pillow']
     if values.step_rate:
-      header.append('of the step rate')
+      header.append('/ step rate')
       rows = [[*row, round(row[1] / values.step_rate, 2)] for row in rows]
-    print(metrics.table(rows, header) + '\n', flush=True)
+    print(console.table(rows, header) + '\n', flush=True)
   if values.output:
-    pathlib.Path(values.output).write_text(json.dumps(results, indent=2))
+    files.write_json(values.output, results)
 
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   config_flags.DEFINE_config_file(
-    'config', None, 'Whose data set and resolutions to measure.'
+    'config', None, 'Config with the data set and resolutions to measure.'
   )
   flags.DEFINE_list(
-    'workers', '0,1,2', 'Numbers of worker processes; 0: in this one.'
+    'workers',
+    '0,1,2',
+    'Numbers of worker processes to measure; 0: load in this process.',
   )
-  flags.DEFINE_float('seconds', 3.0, 'That each measurement takes.')
+  flags.DEFINE_float('seconds', 3.0, 'Duration of each measurement.')
   flags.DEFINE_float(
-    'step_rate', None, 'Images/s that training takes, to compare with.'
+    'step_rate', None, 'Images/s that training consumes, for comparison.'
   )
-  flags.DEFINE_string('output', None, 'A JSON file for the figures.')
-  app.run(main)
+  flags.DEFINE_string('output', None, 'JSON file for the results.')
+  app.run(main, flags_parser=recipes.parse_flags)

@@ -1,10 +1,10 @@
-"""Which sampler, and how many steps, a model of shapes is best drawn with.
+"""Compares samplers and numbers of steps on a model of shapes.
 
   python -m mdm_jax.tools.compare_samplers --workdir=runs/shapes_64
 
-Draws the same held-out prompts with each sampler at each number of steps. Marks
-the pictures by their prompts, and measures the Fréchet distance to drawn
-held-out images in the features of a small classifier that is trained here.
+Samples the same held-out prompts with each sampler and number of steps, scores
+the images by their prompts, and measures the Fréchet distance to held-out
+images in the features of a small classifier, which it trains first.
 """
 
 import itertools
@@ -12,144 +12,45 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import app, flags, logging
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of a training run on shapes.', required=True
-)
-_SAMPLERS = flags.DEFINE_list(
-  'samplers', ['ddim', 'dpm', 'heun', 'ddpm', 'dpm_sde'], 'To compare.'
-)
-_STEPS = flags.DEFINE_list(
-  'steps', ['5', '10', '20', '50', '250'], 'Of each sampler.'
-)
-_NUM_IMAGES = flags.DEFINE_integer(
-  'num_images', 512, 'Drawn with each.', lower_bound=2
-)
-_CLASSIFIER_IMAGES = flags.DEFINE_integer(
-  'classifier_images',
-  8192,
-  'That it learns from. Half as many held-out '
-  'ones are what pictures are compared with.',
-  lower_bound=8,
-)
-_CLASSIFIER_STEPS = flags.DEFINE_integer(
-  'classifier_steps', 1500, 'Of training the classifier.', lower_bound=1
-)
-_OUTPUT = flags.DEFINE_string(
-  'output',
-  None,
-  'Receives the figures. What it has already, of the same '
-  'model and settings, is not measured again. Default: '
-  'WORKDIR/samplers.json.',
-)
-_PLOT = flags.DEFINE_string(
-  'plot', None, 'Receives a picture of them, .svg or .png.'
-)
+from mdm_jax.runtime import cpu
 
-_BATCH = 128
+_BATCH = 128  # images that the classifier sees at once
 
 
 def main(argv: list[str]) -> None:
-  """Flags to figures."""
+  """Compares samplers, prints a table, and plots it."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  from mdm_jax import (
-    build,
-    checkpoint,
-    checks,
-    compilation_cache,
-    inputs,
-    metrics,
-    sharding,
-    trained,
-  )
+  from mdm_jax.inference import session
+  from mdm_jax.report import console
+  from mdm_jax.runtime import compilation_cache
 
-  metrics.setup_logging()
+  console.setup_logging()
   compilation_cache.enable()
-  if _PLOT.value:
+  values = flags.FLAGS
+  if values.plot:
     try:
       import matplotlib  # noqa: F401
     except ImportError:
       sys.exit('error: --plot needs matplotlib: pip install matplotlib.')
   try:
-    config = build.load_config(checkpoint.read_config(_WORKDIR.value))
-    if config.data.name != 'shapes' or config.text.encoder == 'label':
-      raise ValueError(
-        f'{_WORKDIR.value} was not trained on captions of shapes, whose '
-        'pictures alone can be marked.'
-      )
-    config.mesh.update(data=-1, fsdp=1, spatial=1)
-    mesh = sharding.make_mesh(config.mesh)
     cases = [
       (name, int(steps))
-      for steps, name in itertools.product(_STEPS.value, _SAMPLERS.value)
+      for steps, name in itertools.product(values.steps, values.samplers)
     ]
-    for name, steps in cases:
-      config.sampler.update(name=name, num_steps=steps)
-      checks.check(config, mesh)
-    average = trained.restore_average(config, _WORKDIR.value, mesh)
+    opened = session.open_run(values.workdir)
+    _check(opened, cases)
+    model = opened.restore()
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
-
   path = pathlib.Path(
-    _OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'samplers.json'
+    values.output or pathlib.Path(values.workdir) / 'samplers.json'
   )
-  # As JSON has it: sequences are lists there.
-  settings = {
-    **trained.describe(config, _WORKDIR.value, average),
-    'images': _NUM_IMAGES.value,
-    'classifier': [_CLASSIFIER_IMAGES.value, _CLASSIFIER_STEPS.value],
-    **{
-      name: list(value) if isinstance(value, tuple) else value
-      for name, value in config.sampler.items()
-      if name not in ('name', 'num_steps')
-    },
-  }
-  found, others = [], []
-  for one in json.loads(path.read_text()) if path.exists() else ():
-    (found if one | settings == one else others).append(one)
-  done = {(one['sampler'], one['steps']) for one in found}
-  prompts = inputs.make_prompts(config, _NUM_IMAGES.value)
-  reference, distance = _make_distance(
-    build.resolutions(config, config.stages[average.index])[-1], config.seed
-  )
-  logging.info('Between two halves of the held-out images: %.2f.', reference)
-  for name, steps in cases:
-    if (name, steps) in done:
-      continue
-    config.sampler.update(name=name, num_steps=steps)
-    params = average.params
-    draw = trained.make_draw(config, average.index, mesh, params)
-    draw(
-      params,
-      prompts.text[: config.eval.batch_size],
-      range(config.eval.batch_size),
-    )  # Compiles.
-    begin = time.monotonic()
-    pictures = draw(params, prompts.text, range(_NUM_IMAGES.value))[-1]
-    seconds = (time.monotonic() - begin) / _NUM_IMAGES.value
-    found.append(
-      {
-        'sampler': name,
-        'steps': steps,
-        **settings,
-        'seconds_per_image': seconds,
-        'frechet': distance(pictures),
-        **_accuracy(pictures, prompts),
-      }
-    )
-    # After each, as the whole takes long.
-    path.write_text(json.dumps(others + found, indent=1) + '\n')
-    logging.info(
-      '%s, %d steps: accuracy %.1f %%, distance %.2f, %.2f s an image.',
-      name,
-      steps,
-      100 * found[-1]['accuracy'],
-      found[-1]['frechet'],
-      seconds,
-    )
+  found = _compare(model, cases, path)
   found.sort(
     key=lambda one: (
       cases.index((one['sampler'], one['steps']))
@@ -158,7 +59,7 @@ def main(argv: list[str]) -> None:
     )
   )
   print(
-    metrics.table(
+    console.table(
       [
         [
           one['sampler'],
@@ -174,30 +75,130 @@ def main(argv: list[str]) -> None:
       ['sampler', 'steps', 'accuracy', 'color', 'shape', 'distance', 's/image'],
     )
   )
-  if _PLOT.value:
-    _plot(found, _PLOT.value)
+  if values.plot:
+    _plot(found, values.plot)
 
 
-def _accuracy(pictures, prompts) -> dict[str, float]:
-  """Shares of attributes that are right, and their mean, without `all`."""
+def _check(opened, cases: list[tuple[str, int]]) -> None:
+  """Raises ValueError if images cannot be scored, or a case is wrong."""
+  from mdm_jax.builders.check import check
+  from mdm_jax.builders.prompts import can_score_prompts
+
+  config = opened.config
+  if not can_score_prompts(config):
+    raise ValueError(
+      f'{opened.workdir} was not trained on captions of shapes, whose '
+      'images alone can be scored.'
+    )
+  for name, steps in cases:
+    changed = config.copy_and_resolve_references()
+    changed.sampler.update(name=name, num_steps=steps)
+    check(changed, opened.mesh)
+
+
+def _compare(
+  model, cases: list[tuple[str, int]], path: pathlib.Path
+) -> list[dict[str, Any]]:
+  """Measures the cases that are not in a results file, and adds them to it.
+
+  Args:
+    model: an opened model.
+    cases: pairs of a sampler and a number of steps.
+    path: the JSON file of results.
+
+  Returns:
+    All results with this model and these settings, old and new.
+  """
+  from mdm_jax.builders.prompts import make_prompts
+  from mdm_jax.runtime import files
+
+  values, config = flags.FLAGS, model.stage.config
+  sampler = config.sampler.to_dict()
+  del sampler['name'], sampler['num_steps']
+  # To compare with results from disk, where tuples have become lists.
+  settings = json.loads(
+    json.dumps(
+      {
+        **model.description,
+        'images': values.num_images,
+        'classifier': (values.classifier_images, values.classifier_steps),
+        **sampler,
+      }
+    )
+  )
+  found, others = [], []
+  for one in json.loads(path.read_text()) if path.exists() else ():
+    (found if one | settings == one else others).append(one)
+  done = {(one['sampler'], one['steps']) for one in found}
+  prompts = make_prompts(config, values.num_images)
+  reference, distance = _make_distance(model.stage.resolutions[-1], config.seed)
+  logging.info(
+    'Fréchet distance between two halves of the held-out images: %.2f.',
+    reference,
+  )
+  for name, steps in cases:
+    if (name, steps) in done:
+      continue
+    images, seconds = _sample(model, name, steps, prompts)
+    found.append(
+      {
+        'sampler': name,
+        'steps': steps,
+        **settings,
+        'seconds_per_image': seconds,
+        'frechet': distance(images),
+        **_accuracy(images, prompts),
+      }
+    )
+    # After each case, so that an interrupted command loses little.
+    files.write_json(path, others + found)
+    logging.info(
+      '%s, %d steps: accuracy %.1f %%, distance %.2f, %.2f s an image.',
+      name,
+      steps,
+      100 * found[-1]['accuracy'],
+      found[-1]['frechet'],
+      seconds,
+    )
+  return found
+
+
+def _sample(model, name: str, steps: int, prompts):
+  """Images of the finest level for the prompts, and seconds for each."""
+  sample_fn = model.stage.make_sample_fn(
+    model.mesh, model.params, name=name, num_steps=steps
+  )
+  size, count = model.stage.config.eval.batch_size, len(prompts.text)
+  sample_fn(model.params, prompts.text[:size], range(size))  # Compiles.
+  begin = time.monotonic()
+  images = sample_fn(model.params, prompts.text, range(count))[-1]
+  return images, (time.monotonic() - begin) / count
+
+
+def _accuracy(images, prompts) -> dict[str, float]:
+  """Prompt accuracy of each attribute, and 'accuracy', their mean.
+
+  The mean excludes `all`, the share of images with every attribute right.
+  """
   import numpy as np
 
-  from mdm_jax import inputs
+  from mdm_jax.builders.prompts import make_vocabulary
   from mdm_jax.eval import prompt_accuracy
 
   marks = prompt_accuracy.accuracy(
-    pictures, prompts.statements, inputs.make_vocabulary()
+    images, prompts.statements, make_vocabulary()
   )
   attributes = [value for name, value in marks.items() if name != 'all']
   return {'accuracy': float(np.mean(attributes)), **marks}
 
 
 def _make_distance(resolution: int, seed: int):
-  """Trains the classifier and looks at held-out images with it.
+  """Trains the classifier, and computes statistics of held-out images.
 
   Returns:
-    The distance between two halves of them, and a function that gives that
-    between uint8 [N, H, W, 3] pictures and all of them.
+    The Fréchet distance between two halves of the held-out images, and a
+    function that returns the distance of uint8 [N, H, W, 3] images to all of
+    them.
   """
   import jax
   import numpy as np
@@ -205,7 +206,7 @@ def _make_distance(resolution: int, seed: int):
   from mdm_jax.data import shapes
   from mdm_jax.eval import classifier, fid
 
-  words = {}  # of each attribute, in the order of the classes
+  words = {}  # words of each attribute, in the order of the classes
 
   def images_and_labels(split, count):
     source = shapes.ShapesSource(seed, split, count, resolution)
@@ -221,7 +222,7 @@ def _make_distance(resolution: int, seed: int):
       },
     }
     for name, each in values.items():
-      if name not in words:  # One more, for what training has not shown.
+      if name not in words:  # None is the class of words not seen in training.
         words[name] = [*sorted(set(each)), None]
     return images, {
       name: np.array(
@@ -233,9 +234,9 @@ def _make_distance(resolution: int, seed: int):
       for name, each in values.items()
     }
 
-  images, labels = images_and_labels('train', _CLASSIFIER_IMAGES.value)
+  images, labels = images_and_labels('train', flags.FLAGS.classifier_images)
   network, params = classifier.train(
-    images, labels, num_steps=_CLASSIFIER_STEPS.value
+    images, labels, num_steps=flags.FLAGS.classifier_steps
   )
   apply = jax.jit(lambda images: network.apply({'params': params}, images))
 
@@ -249,7 +250,7 @@ def _make_distance(resolution: int, seed: int):
       found.update(np.asarray(features))
     return found
 
-  half = _CLASSIFIER_IMAGES.value // 4
+  half = flags.FLAGS.classifier_images // 4
   images, labels = images_and_labels('held_out', 2 * half)
   for name, expected in labels.items():
     right = (
@@ -257,14 +258,14 @@ def _make_distance(resolution: int, seed: int):
       == expected
     )
     logging.info(
-      'The classifier sees the %s of %.1f %%.', name, 100 * right.mean()
+      'Accuracy of the classifier on %s: %.1f %%.', name, 100 * right.mean()
     )
   reference = statistics(images)
   halves = fid.frechet_distance(
     statistics(images[:half]), statistics(images[half:])
   )
-  return halves, lambda pictures: fid.frechet_distance(
-    statistics(pictures), reference
+  return halves, lambda images: fid.frechet_distance(
+    statistics(images), reference
   )
 
 
@@ -297,4 +298,44 @@ def _plot(found: list[dict], path: str) -> None:
 
 
 if __name__ == '__main__':
+  cpu.use_huge_pages()
+  # Here, so that importing this module leaves other programs' flags alone.
+  flags.DEFINE_string(
+    'workdir', None, 'Working directory of a run on shapes.', required=True
+  )
+  flags.DEFINE_list(
+    'samplers',
+    ['ddim', 'dpm', 'heun', 'ddpm', 'dpm_sde'],
+    'Samplers to compare.',
+  )
+  flags.DEFINE_list(
+    'steps',
+    ['5', '10', '20', '50', '250'],
+    'Numbers of sampling steps to compare.',
+  )
+  flags.DEFINE_integer(
+    'num_images', 512, 'Images to sample in each case.', lower_bound=2
+  )
+  flags.DEFINE_integer(
+    'classifier_images',
+    8192,
+    'Images to train the classifier on. Half as many held-out images are the '
+    'reference of the Fréchet distance.',
+    lower_bound=8,
+  )
+  flags.DEFINE_integer(
+    'classifier_steps',
+    1500,
+    'Training steps of the classifier.',
+    lower_bound=1,
+  )
+  flags.DEFINE_string(
+    'output',
+    None,
+    'JSON file for the results. Cases that it already has for the same model '
+    'and settings are not measured again. Default: WORKDIR/samplers.json.',
+  )
+  flags.DEFINE_string(
+    'plot', None, 'File for a plot of the results, .svg or .png.'
+  )
   app.run(main)

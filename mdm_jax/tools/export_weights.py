@@ -1,10 +1,10 @@
-"""Writes a trained model's averaged weights to one file.
+"""Writes the EMA weights of a trained model to one file.
 
   python -m mdm_jax.tools.export_weights --workdir=DIR --output=FILE.safetensors
 
-`--names=release` gives them the names and the layout of Apple's `ml-mdm`, for
-which only the network is written. FILE.pth is then what its code loads; no
-PyTorch is needed to write it. `mdm_jax.tools.import_ml_mdm` reads both back.
+`--names=release` writes the network alone, with the names and layout of Apple's
+`ml-mdm`, whose code loads it from a FILE.pth. PyTorch is not needed to write
+one. `mdm_jax.tools.import_ml_mdm` reads both kinds of files with these names.
 """
 
 import pathlib
@@ -16,12 +16,14 @@ import safetensors.numpy
 
 
 def main(argv: list[str]) -> None:
-  """Flags to one call."""
+  """Exports the weights of a run."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  from mdm_jax import metrics  # Slow to import, and not needed for --help.
+  from mdm_jax.report import (
+    console,
+  )  # Slow to import, and not needed for --help.
 
-  metrics.setup_logging()
+  console.setup_logging()
   try:
     values = flags.FLAGS
     export(values.workdir, values.output, values.names)
@@ -30,20 +32,23 @@ def main(argv: list[str]) -> None:
 
 
 def export(workdir: str, output: str, names: str) -> None:
-  """Writes the newest stage's averaged parameters.
+  """Writes the EMA weights of the newest stage.
 
   Args:
-    workdir: of a training run.
-    output: ends in .safetensors, or in .pth with names 'release'.
-    names: 'ours', a parameter's path joined by '.', or 'release'.
+    workdir: working directory of the run.
+    output: file to write, .safetensors, or .pth with the names 'release'.
+    names: 'ours', a parameter's path joined by '.', or 'release', ml-mdm's.
 
   Raises:
-    ValueError, FileNotFoundError: there is nothing to export, or no way to.
+    FileNotFoundError: the run has no checkpoints.
+    ValueError: the suffix of `output` is wrong, or no checkpoint is good.
   """
   from flax import traverse_util
 
-  from mdm_jax import build, checkpoint, torch_files, trained
-  from mdm_jax.models import release
+  from mdm_jax.builders.model import make_levels
+  from mdm_jax.inference import session
+  from mdm_jax.interop import ml_mdm, torch_checkpoint
+  from mdm_jax.runtime import files
 
   output = pathlib.Path(output)
   suffixes = (
@@ -54,39 +59,42 @@ def export(workdir: str, output: str, names: str) -> None:
       f'--output={output} must end in {" or ".join(suffixes)} with '
       f'--names={names}.'
     )
-  config = build.load_config(checkpoint.read_config(workdir))
-  index, _, params = trained.restore_average(config, workdir)
+  config, weights = session.read_weights(workdir)
+  params = weights.params
   if names == 'ours':
     tensors = traverse_util.flatten_dict(params, sep='.')
   else:
-    levels = build.make_levels(config, config.stages[index])
-    tensors = release.to_release(params['unet'], levels)
+    levels = make_levels(config, config.stages[weights.index])
+    tensors = ml_mdm.to_release(params['unet'], levels)
     if 'text_encoder' in params:
       logging.warning(
-        'The text encoder was trained along: ml-mdm has none '
-        'like it, so it is left out.'
+        'The text encoder, which was trained with the network, is not '
+        'exported: ml-mdm has none like it.'
       )
-  output.parent.mkdir(parents=True, exist_ok=True)
-  temporary = output.with_name(f'{output.name}.tmp')
-  if output.suffix == '.pth':
-    torch_files.write_state_dict(temporary, tensors)
-  else:
-    # It writes memory as it lies.
-    safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-      temporary,
-    )
-  temporary.replace(output)
+  with files.replacing(output) as temporary:
+    if output.suffix == '.pth':
+      torch_checkpoint.write_state_dict(temporary, tensors)
+    else:
+      # safetensors ignores strides.
+      contiguous = {
+        name: np.ascontiguousarray(value) for name, value in tensors.items()
+      }
+      safetensors.numpy.save_file(contiguous, temporary)
   logging.info('Wrote %d tensors to %s.', len(tensors), output)
 
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  flags.DEFINE_string('workdir', None, 'Of the training run.', required=True)
   flags.DEFINE_string(
-    'output', None, 'The .safetensors or .pth file.', required=True
+    'workdir', None, 'Working directory of the run.', required=True
+  )
+  flags.DEFINE_string(
+    'output', None, 'File to write, .safetensors or .pth.', required=True
   )
   flags.DEFINE_enum(
-    'names', 'ours', ['ours', 'release'], "This project's, or ml-mdm's."
+    'names',
+    'ours',
+    ['ours', 'release'],
+    "Names of the parameters: this project's, or those of Apple's ml-mdm.",
   )
   app.run(main)

@@ -1,10 +1,10 @@
-"""Indexes captioned images in tars, to train on them where they are.
+"""Indexes captioned images in tars, to train on them without a copy.
 
   python -m mdm_jax.tools.index_tars --input='…/*.tar' --output=DIR
 
-The tars must be uncompressed and on a disk. Nothing is checked but their
-headers, so that this takes seconds where prepare_data takes hours; a record
-that cannot be used is replaced in training.
+The tars must be uncompressed and on a local disk. Only their headers are read,
+which takes seconds where prepare_data takes hours. Images are not checked:
+training replaces records that cannot be used.
 """
 
 import sys
@@ -15,7 +15,7 @@ from mdm_jax.data import tar_index, tars
 
 
 def main(argv: list[str]) -> None:
-  """Flags to one call."""
+  """Runs `write_index` with the flags and prints the size of each split."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
@@ -32,10 +32,14 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   flags.DEFINE_multi_string(
-    'input', None, 'A glob of tars; may be repeated.', required=True
+    'input', None, 'Glob of tars; may be repeated.', required=True
   )
-  flags.DEFINE_string('output', None, 'The directory to make.', required=True)
+  flags.DEFINE_string(
+    'output', None, 'Directory to write the index to.', required=True
+  )
   flags.DEFINE_float(
-    'validation_fraction', 0.01, 'Of the records, held out of training.'
+    'validation_fraction',
+    0.01,
+    'Fraction of the records for the validation split.',
   )
   app.run(main)

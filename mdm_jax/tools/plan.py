@@ -1,4 +1,4 @@
-"""Compiles a run's steps for a TPU slice that is not there, and weighs them.
+"""Plans a run on a TPU slice: does it fit, how fast, and what does it cost?
 
   python -m mdm_jax.tools.plan --config=configs/cc12m_1024.py \
       --topology=v5e:4x4 --config.mesh.fsdp=16
@@ -6,303 +6,45 @@
   python -m mdm_jax.tools.plan … --stage=2 --search --quick
   python -m mdm_jax.tools.plan … --price=1.2
 
-Works on any x86 machine with `pip install libtpu`: the TPU's own compiler says
-how much memory, arithmetic and traffic the very step takes that training would
-run. Steps are bounded from below by the roofline: arithmetic, memory and links
-at their peaks, all at once. A big step takes many minutes to compile, with
---quick a third of them; results are kept.
+Needs no TPU, but `pip install libtpu` on an x86 machine, see `compile_for_tpu`.
+Step times are lower bounds from the roofline model: arithmetic, memory and
+links overlap and run at their peaks. A large step takes many minutes to
+compile, with --quick a third of that; results are cached.
 """
 
 from collections.abc import Mapping, Sequence
 import copy
-import dataclasses
-import hashlib
-import importlib.metadata
-import importlib.util
 import itertools
-import json
-import math
-import os
 import pathlib
-import re
 import sys
 import tempfile
-import time
 from typing import Any
 
 from absl import app, flags
 import jax
-from jax.experimental import topologies
-import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
-import numpy as np
 
-from mdm_jax import build, checks, draw, hlo, metrics, sharding
-from mdm_jax import step as steps
-from mdm_jax.data.text import CAPTIONS_MODEL
-from mdm_jax.models.packing import TPU_LANES
+from mdm_jax.builders import recipes
 from mdm_jax.models.unet import REMAT
+from mdm_jax.report import console
+from mdm_jax.runtime import sharding
+from mdm_jax.runtime.peaks import Chip
+from mdm_jax.tools.compile_for_tpu import find_devices, measure, prepare
 
 _GIB = 2**30
-_WORTH = 1.05  # times the images/s, for twice the images a chip
+_WORTH = 1.05  # least gain in images/s for which the search doubles the batch
 _CACHE = pathlib.Path.home() / '.cache' / 'mdm_jax' / 'plan'
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """One chip's peaks, as cloud.google.com/tpu/docs/v5e, /v5p, /v6e give them.
-
-  The memory is what the compiler leaves to a program.
-  """
-
-  flops: float  # FLOP/s, bfloat16
-  memory: float  # GiB
-  bandwidth: float  # bytes/s of its memory
-  links: float  # bytes/s, of all links to other chips together
-
-
-_CHIPS = {
-  'v5e': Chip(197e12, 15.75, 819e9, 200e9),
-  'v5p': Chip(459e12, 95.74, 2765e9, 600e9),
-  'v6e': Chip(918e12, 31.25, 1640e9, 448e9),
-}
-_PLANE = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_CUBE = (
-  '2x2x1',
-  '2x2x2',
-  '2x2x4',
-  '2x4x4',
-  '4x4x4',
-  '4x4x8',
-  '4x8x8',
-  '8x8x8',
-  '8x8x16',
-  '8x16x16',
-)
-TOPOLOGIES = {'v5e': _PLANE, 'v5p': _CUBE, 'v6e': _PLANE}
-
-# google/flan-t5-xl's, for a config whose encoder is not on this machine.
-_T5_XL = {
-  'model_type': 't5',
-  'feed_forward_proj': 'gated-gelu',
-  'vocab_size': 32128,
-  'd_model': 2048,
-  'd_kv': 64,
-  'd_ff': 5120,
-  'num_layers': 24,
-  'num_heads': 32,
-  'relative_attention_num_buckets': 32,
-  'layer_norm_epsilon': 1e-6,
-}
-
-
-def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
-  """The chips of a slice that need not exist.
-
-  Raises:
-    ValueError: there is no such slice, or no compiler for it here.
-  """
-  kind, _, shape = topology.partition(':')
-  if shape not in TOPOLOGIES.get(kind, ()):
-    raise ValueError(
-      f'--topology={topology}: there is none of this name. Use one of '
-      + '; '.join(
-        f'{kind}:' + ', '.join(shapes) for kind, shapes in TOPOLOGIES.items()
-      )
-      + '.'
-    )
-  if importlib.util.find_spec('libtpu') is None:
-    raise ValueError(
-      'libtpu, the TPU compiler, is not installed: pip install libtpu.'
-    )
-  # Or it asks the cloud's metadata server which TPU this machine has, and
-  # lets no other program compile meanwhile.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  description = topologies.get_topology_desc(
-    platform='tpu', topology_name=topology
-  )
-  return _CHIPS[kind], list(description.devices)
-
-
-def prepare(
-  config: ConfigDict,
-  stage: int,
-  batch_per_chip: int | None,
-  num_chips: int,
-  scratch: str,
-) -> tuple[ConfigDict, list[str]]:
-  """The config to compile: one stage, and an encoder that need not be here.
-
-  Args:
-    config: of the run.
-    stage: index of the stage.
-    batch_per_chip: images; None for the stage's own batch.
-    num_chips: of the slice.
-    scratch: a directory for the description of a T5.
-
-  Returns:
-    The config, and what is not as in the one given, a line each.
-  """
-  config = copy.deepcopy(config)  # Its stages and levels too.
-  if not 0 <= stage < len(config.stages):
-    raise ValueError(
-      f'--stage={stage}: the config has {len(config.stages)}, counted from 0.'
-    )
-  notes = []
-  config.stages = [config.stages[stage]]
-  if batch_per_chip is not None:
-    config.stages[0].batch_size = batch_per_chip * num_chips
-  for level in config.model.levels:
-    level.lanes = level.lanes or TPU_LANES
-  shards = math.prod(
-    sharding.mesh_sizes(config.mesh, num_chips)[axis]
-    for axis in sharding.BATCH_AXES
-  )
-  rounded = math.ceil(config.eval.batch_size / shards) * shards
-  if rounded != config.eval.batch_size:
-    notes.append(f'eval.batch_size is {rounded}, for so many chips.')
-    config.eval.batch_size = rounded
-  text = config.text
-  if text.encoder in ('t5', 'precomputed') and not text.path:
-    pathlib.Path(scratch, 'config.json').write_text(json.dumps(_T5_XL))
-    text.update(path=scratch, tokenizer=CAPTIONS_MODEL)
-    notes.append("text.path is empty: planned with google/flan-t5-xl's shapes.")
-  return config, notes
-
-
-def abstract_state(config: ConfigDict, mesh: Mesh) -> Any:
-  """The train state of the only stage, as sharded shapes."""
-  stage = config.stages[0]
-  model = build.make_model(config, stage)
-  optimizer, _ = build.make_optimizer(config, stage)
-  shapes = jax.eval_shape(
-    lambda params: steps.new_state(params, optimizer, config.averages.widths),
-    model.shapes(config.text.max_length),
-  )
-  return _place(
-    shapes, sharding.tree_shardings(shapes, mesh, config.sharding_rules)
-  )
-
-
-def _place(shapes: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    shapes,
-    shardings,
-  )
-
-
-def _text(config: ConfigDict, count: int, width: int) -> jax.ShapeDtypeStruct:
-  length = config.text.max_length
-  if config.text.encoder == 'precomputed':
-    return jax.ShapeDtypeStruct((count, length, width), jnp.float32)
-  if config.text.encoder == 'label':
-    length = 1
-  return jax.ShapeDtypeStruct((count, length), jnp.int32)
-
-
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-  """A global training batch of the only stage, as sharded shapes."""
-  stage = config.stages[0]
-  width = build.make_text_encoder(config).width
-  batch = build.batch_shapes(
-    config, stage, _text(config, stage.batch_size, width)
-  )
-  return _place(
-    batch,
-    {
-      name: sharding.batch_sharding(mesh, len(x.shape))
-      for name, x in batch.items()
-    },
-  )
-
-
-def compile_train(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
-  """The training step of the only stage."""
-  stage = config.stages[0]
-  text = _text(config, 1, build.make_text_encoder(config).width)
-  train_step = build.make_train_step(
-    config, stage, np.zeros(text.shape[1:], text.dtype), config.seed
-  )
-  arguments = (
-    abstract_state(config, mesh),
-    abstract_batch(config, mesh),
-    build.frozen_shapes(config, mesh),
-  )
-  return (
-    steps.jit_train_step(train_step, *arguments).lower(*arguments).compile()
-  )
-
-
-def compile_sample(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
-  """The sampling of one batch with the only stage's network."""
-  stage = config.stages[0]
-  painter = build.make_painter(config, stage, mesh)
-  params = abstract_state(config, mesh).ema | build.frozen_shapes(config, mesh)
-  count = config.eval.batch_size
-  text = _text(config, count, build.make_text_encoder(config).width)
-  return (
-    draw.jit_sample(painter, jax.tree.map(lambda x: x.sharding, params))
-    .lower(params, text, text, jax.ShapeDtypeStruct((count,), jnp.uint32))
-    .compile()
-  )
-
-
-def bytes_per_chip(tree: Any) -> int:
-  """Of sharded shapes, on one chip and without padding."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
-  )
-
-
-def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
-  """What a compiled program takes on each chip.
-
-  Args:
-    compiled: the program.
-    turns: of the loop that it spends its time in. XLA counts a loop's
-      arithmetic and memory traffic once.
-
-  Returns:
-    Bytes of memory, `arguments` and `activations` (all that is temporary, the
-    largest at any moment) and their sum `memory`; `flops` and `bytes` moved to
-    and from memory by the compiler's count; and `collectives`, bytes by kind.
-  """
-  memory = compiled.memory_analysis()
-  arguments = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
-  temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-  counted = compiled.cost_analysis()
-  return {
-    'arguments': arguments,
-    'activations': temporary,
-    'memory': arguments + temporary,
-    'flops': counted['flops'] * turns,
-    'bytes': counted['bytes accessed'] * turns,
-    'collectives': hlo.collective_bytes(compiled.as_text(), turns),
-  }
-
-
-def needed_memory(message: str) -> float | None:
-  """The GiB that the compiler says a program needs and does not have.
-
-  None if the message is about something else.
-  """
-  found = re.search(r'\(([\d.]+)([MG])\) exceeds available HBM', message)
-  found = found or re.search(r'Used ([\d.]+)([MG]) of [\d.]+[MG] hbm', message)
-  if not found:
-    return None
-  return float(found[1]) / (1024 if found[2] == 'M' else 1)
-
-
 def roofline(weight: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-  """Seconds that each part takes at its peak; a step takes the longest."""
+  """Seconds of each part of a step at its peak.
+
+  A step takes at least as long as its longest part (roofline model).
+
+  Args:
+    weight: from `compile_for_tpu.weigh`.
+    chip: peaks of the chip.
+  """
   return {
     'arithmetic': weight['flops'] / chip.flops,
     'memory': weight['bytes'] / chip.bandwidth,
@@ -313,129 +55,24 @@ def roofline(weight: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 def chip_hours(
   images: float, images_per_second: float, num_chips: int
 ) -> float:
-  """What a slice of chips takes for so many images."""
+  """Chip-hours that a slice takes to train on a number of images."""
   return images / images_per_second * num_chips / 3600
-
-
-def _versions() -> dict[str, str]:
-  root = pathlib.Path(__file__).parents[1]
-  source = hashlib.sha256(
-    b''.join(path.read_bytes() for path in sorted(root.rglob('*.py')))
-  )
-  return {
-    'mdm_jax': source.hexdigest(),
-    **{
-      name: importlib.metadata.version(name)
-      for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
-    },
-  }
-
-
-def cached(directory: pathlib.Path, question: Any, answer) -> Any:
-  """What `answer()` returns, or has returned for the same question before.
-
-  Args:
-    directory: of the answers, a JSON file each.
-    question: of JSON's types.
-    answer: returns JSON's types.
-  """
-  key = hashlib.sha256(
-    json.dumps(question, sort_keys=True).encode()
-  ).hexdigest()
-  path = directory / f'{key[:32]}.json'
-  if path.exists():
-    return json.loads(path.read_text())
-  result = answer()
-  directory.mkdir(parents=True, exist_ok=True)
-  # A name of its own: several may plan at once, and one may be stopped.
-  with tempfile.NamedTemporaryFile('w', dir=directory, delete=False) as file:
-    json.dump(result, file)
-  os.replace(file.name, path)
-  return result
-
-
-def measure(
-  config: ConfigDict, topology: str, step: str, directory: pathlib.Path
-) -> dict[str, Any]:
-  """Compiles a step of a prepared config's only stage, or remembers it.
-
-  Args:
-    config: as `prepare` makes it.
-    topology: of the slice.
-    step: 'train' or 'sample'.
-    directory: of what is remembered.
-
-  Returns:
-    What `weigh` does and `state`, bytes by kind, and `seconds` of compiling;
-    or `needed`, GiB, if it does not fit.
-
-  Raises:
-    ValueError: the config is wrong for so many chips.
-  """
-  _, devices = find_devices(topology)
-  mesh = sharding.make_mesh(config.mesh, devices)
-  checks.check_stages(config, mesh)
-
-  def answer():
-    state = abstract_state(config, mesh)
-    if step == 'train':
-      kept = {
-        'parameters': state.params,
-        'optimizer': state.opt_state,
-        'average': (state.ema, state.lags),
-      }
-    else:
-      kept = {'average': state.ema}
-    kept['text encoder'] = build.frozen_shapes(config, mesh)
-    sizes = {kind: bytes_per_chip(tree) for kind, tree in kept.items()}
-    begin = time.monotonic()
-    turns = (
-      config.stages[0].accumulate
-      if step == 'train'
-      else config.sampler.num_steps
-    )
-    try:
-      compiled = (compile_train if step == 'train' else compile_sample)(
-        config, mesh
-      )
-    except jax.errors.JaxRuntimeError as error:
-      needed = needed_memory(str(error))
-      if needed is None:
-        raise
-      return {
-        'state': sizes,
-        'needed': needed,
-        'seconds': time.monotonic() - begin,
-      }
-    return {
-      'state': sizes,
-      **weigh(compiled, turns),
-      'seconds': time.monotonic() - begin,
-    }
-
-  # Where T5's description lies does not matter.
-  asked = json.loads(config.to_json())
-  asked['text']['path'] = ''
-  question = [
-    asked,
-    topology,
-    step,
-    jax.config.jax_optimization_level,
-    _versions(),
-  ]
-  return cached(directory, question, answer)
 
 
 def report(
   measured: Mapping[str, Any], chip: Chip, images: int, num_chips: int
 ) -> tuple[list[list[str]], float | None]:
-  """A step's rows, and images/s of the slice; None if it does not fit.
+  """Table rows about a step, and the images/s of the slice.
 
   Args:
-    measured: as `measure` returns it.
-    chip: of the slice.
-    images: a step, over all chips.
-    num_chips: of the slice.
+    measured: from `measure`.
+    chip: peaks of the slice's chips.
+    images: images of a step, over all chips.
+    num_chips: number of chips in the slice.
+
+  Returns:
+    Rows of two texts, and at most so many images/s; None if the step does not
+    fit into memory.
   """
 
   def gib(size):
@@ -505,16 +142,19 @@ def plan(
   price: float | None,
   directory: pathlib.Path,
 ) -> None:
-  """Prints a table a stage, and what the run costs.
+  """Prints a table for each stage, and the cost of the run.
 
   Args:
-    config: of the run.
-    topology: of the slice.
+    config: configuration of the run.
+    topology: name of the slice.
     stages: indices of the stages.
-    batch_per_chip: images; None for the stages' own batches.
+    batch_per_chip: images on each chip; None for the stages' own batches.
     step: 'train' or 'sample'.
-    price: of a chip-hour; None if it is not asked for.
-    directory: of what is remembered.
+    price: price of a chip-hour, or None.
+    directory: directory of the cached results.
+
+  Raises:
+    ValueError: the config does not fit the slice.
   """
   chip, devices = find_devices(topology)
   print(
@@ -530,12 +170,12 @@ def plan(
       )
       if step == 'sample' and prepared.text.encoder == 't5':
         prepared.text.encoder = 'precomputed'
-        notes.append('Without the text encoder, which runs once.')
+        notes.append('The text encoder, which runs once, is not included.')
       measured = measure(prepared, topology, step, directory)
     stage = prepared.stages[0]
     images = stage.batch_size if step == 'train' else prepared.eval.batch_size
     rows, rate = report(measured, chip, images, len(devices))
-    rows.append(['compiled in', metrics.duration(measured['seconds'])])
+    rows.append(['compiled in', console.duration(measured['seconds'])])
     if rate and step == 'train':
       given = config.stages[index]
       hours.append(
@@ -544,7 +184,7 @@ def plan(
       rows.append(['chip-hours', _price(hours[-1], price)])
     print(
       '\n'
-      + metrics.table(
+      + console.table(
         rows,
         [
           f"stage '{stage.name}', {step} step",
@@ -574,9 +214,16 @@ def search(
 ) -> None:
   """Tries meshes, rematerialisation and batches, and recommends the fastest.
 
-  For each mesh and policy the batch a chip doubles until it does not fit or
-  brings little. Policies and meshes that save memory are for where it is
-  short: the search ends at the first that it is not for.
+  For each mesh and policy, the batch on each chip is doubled until it does not
+  fit or gains little. Meshes and policies come in the order of the memory that
+  they save. The search ends with the first for which memory was not the limit,
+  since saving more would only cost time.
+
+  Args:
+    config: configuration of the run.
+    topology: name of the slice.
+    index: index of the stage.
+    directory: directory of the cached results.
   """
   chip, devices = find_devices(topology)
   count = len(devices)
@@ -585,7 +232,8 @@ def search(
     sorted({1, min(16, count), count}), REMAT
   ):
     rate, ended = 0, False
-    batch = int(sum(config.stages[index].mixed_ratio))  # Once its pattern.
+    # The least batch: one pattern of a mixed batch.
+    batch = int(sum(config.stages[index].mixed_ratio))
     while not ended:
       tried = copy.deepcopy(config)
       tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
@@ -596,7 +244,7 @@ def search(
         with tempfile.TemporaryDirectory() as scratch:
           prepared, _ = prepare(tried, index, batch, count, scratch)
           measured = measure(prepared, topology, 'train', directory)
-      except ValueError as error:  # Such as an indivisible parameter.
+      except ValueError as error:  # For example a parameter is indivisible.
         print(f'{what}: {error}', flush=True)
         break
       before = rate
@@ -618,15 +266,15 @@ def search(
 
 
 def main(argv: list[str]) -> None:
-  """Flags to one call."""
+  """Plans a run, or searches for the fastest settings."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
-  # The arrays that are not compiled for the slice.
+  # Arrays on this machine are on the CPU.
   jax.config.update('jax_platforms', 'cpu')
   if values.quick:
     jax.config.update('jax_optimization_level', 'O1')
-  metrics.setup_logging()
+  console.setup_logging()
   cache = pathlib.Path(values.cache)
   config = values.config
   stages = range(len(config.stages)) if values.stage is None else [values.stage]
@@ -648,23 +296,33 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  config_flags.DEFINE_config_file('config', None, 'Of the run.')
-  flags.DEFINE_string('topology', None, 'A slice, such as v5e:4x4.')
-  flags.DEFINE_integer('stage', None, 'Counted from 0; by default all.')
-  flags.DEFINE_integer(
-    'batch_per_chip', None, "Images; by default the stage's batch."
+  config_flags.DEFINE_config_file(
+    'config', None, 'Recipe, as for mdm_jax.main.'
   )
-  flags.DEFINE_enum('step', 'train', ['train', 'sample'], 'Which to compile.')
+  flags.DEFINE_string('topology', None, 'TPU slice, such as v5e:4x4.')
+  flags.DEFINE_integer(
+    'stage',
+    None,
+    'Index of the stage, from 0. Default: all, or the last with --search.',
+  )
+  flags.DEFINE_integer(
+    'batch_per_chip',
+    None,
+    "Images on each chip. Default: the stage's batch divided by the chips.",
+  )
+  flags.DEFINE_enum('step', 'train', ['train', 'sample'], 'Step to compile.')
   flags.DEFINE_bool(
-    'search', False, 'Try meshes, rematerialisation and batches.'
+    'search',
+    False,
+    'Try meshes, rematerialisation and batches, and recommend the fastest.',
   )
   flags.DEFINE_bool(
     'quick',
     False,
-    "Compile at XLA's level O1, with less search for the "
-    'best windows of convolutions: for a look round, not the last word.',
+    "Compile at XLA's optimisation level O1, in a third of the time. Results "
+    'are approximate: XLA searches less for the best convolution windows.',
   )
-  flags.DEFINE_float('price', None, 'Of a chip for an hour.')
-  flags.DEFINE_string('cache', str(_CACHE), 'Where results are kept.')
+  flags.DEFINE_float('price', None, 'Price of a chip for an hour.')
+  flags.DEFINE_string('cache', str(_CACHE), 'Directory of cached results.')
   flags.mark_flags_as_required(['config', 'topology'])
-  app.run(main)
+  app.run(main, flags_parser=recipes.parse_flags)

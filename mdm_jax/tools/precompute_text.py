@@ -1,10 +1,11 @@
-"""Embeds a prepared data set's captions once, for text.encoder=precomputed.
+"""Encodes the captions of a prepared data set, for text.encoder=precomputed.
 
-  python -m mdm_jax.tools.precompute_text --config=configs/cc12m_64.py \
+  python -m mdm_jax.tools.precompute_text --config=configs/cc12m_64.py \\
       --config.data.path=DIR --config.text.path=T5
 
-The features go to DIR/text. Started again, it makes what is missing. Several
-machines share the work by --part=0/4, --part=1/4, …
+The features are written to DIR/text. If the command is killed, the same
+command makes the missing files. Several machines divide the work by
+--part=0/4, --part=1/4, …
 """
 
 from collections.abc import Callable, Sequence
@@ -15,27 +16,32 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 import numpy as np
 
+from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
+from mdm_jax.runtime import files
 
-# Captions a file: what is lost at most if the program is killed.
+# Captions per file. At most this many are lost if the program is killed.
 SHARD_SIZE = 4096
-# A batch is as long as its longest caption, rounded up to a multiple of this
-# many tokens: each length is compiled once.
+# The length of a batch is that of its longest caption, rounded up to a
+# multiple of this many tokens. The encoder is compiled once per length.
 _LENGTH_STEP = 32
 
 
 def main(argv: list[str]) -> None:
-  """Flags to one call."""
+  """Runs `precompute` with the values of the flags."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  from mdm_jax import metrics  # Slow to import, and not needed for --help.
+  from mdm_jax.report import (
+    console,  # Slow to import, and not needed for --help.
+  )
 
-  metrics.setup_logging()
+  console.setup_logging()
   try:
     values = flags.FLAGS
     precompute(values.config, values.batch_size, values.storage, values.part)
@@ -49,42 +55,48 @@ def precompute(
   """Writes the features of every split.
 
   Args:
-    config: whose `data.path` is the data set, and whose `text` section says
-      how captions are read; `dtype` is what the encoder computes in.
-    batch_size: captions encoded at once, over all devices.
-    storage: dtype of the stored features.
-    part: 'k/n': this machine makes every nth file, from the kth.
+    config: `data.path` is the data set, `text` describes encoder and tokens,
+      `dtype` is that of the encoder's computations.
+    batch_size: captions that are encoded at once, over all devices.
+    storage: dtype of the stored features, one of `precomputed.DTYPES`.
+    part: 'k/n' makes every nth file from the kth on this machine.
 
   Raises:
-    ValueError, FileNotFoundError: no data set or no encoder; features in its
-      place that were made with another encoder; features that overflow.
+    FileNotFoundError: there is no data set or no text encoder.
+    ValueError: the encoder is trained with the network, the directory has
+      features of another encoder, or features overflow `storage`.
   """
   import jax
-  import jax.numpy as jnp
 
-  from mdm_jax import build, inputs, sharding
+  from mdm_jax.builders.config import reading_prompts
+  from mdm_jax.builders.text import (
+    make_text_encoder,
+    make_tokenizer,
+    text_fingerprint,
+  )
   from mdm_jax.data import sources
+  from mdm_jax.runtime import sharding
 
   index, count = _parse_part(part)
   if config.text.encoder in ('learned', 'label'):
     raise ValueError(
-      f'text.encoder={config.text.encoder!r} is trained with the network: '
-      'nothing can be computed before. Give a config with '
-      "'t5' or 'precomputed'."
+      f'text.encoder={config.text.encoder!r} is trained with the network, so '
+      "its features cannot be precomputed: give a config with 't5' or "
+      "'precomputed'."
     )
-  config = build.reading_prompts(config)
+  config = reading_prompts(config)
   config.mesh.update(data=-1, fsdp=1, spatial=1)
   mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
-  batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-  tokenizer = inputs.make_tokenizer(config)
-  encoder = build.make_text_encoder(config)
+  batch_size = sharding.round_up(batch_size, mesh)
+  tokenizer = make_tokenizer(config)
+  encoder = make_text_encoder(config)
 
-  ##### What goes where.
+  ##### Which files are missing.
   path = config.data.path
   splits = sources.available_splits(path)
   by_split = {split: sources.open_source(path, split) for split in splits}
   info = precomputed.TextInfo(
-    made_with=build.text_fingerprint(config),
+    made_with=text_fingerprint(config),
     dtype=storage,
     width=encoder.width,
     shard_size=SHARD_SIZE,
@@ -92,20 +104,44 @@ def precompute(
   )
   directory = precomputed.text_directory(path)
   _write_info(path, info)
-  files = [
+  names = [
     (split, k, name)
     for split in splits
     for k, name in enumerate(info.files(split))
   ]
-  mine = [
-    (split, k, directory / name)
-    for split, k, name in files[index::count]
+  missing = [
+    (directory / name, by_split[split], _rows(k, info.splits[split]))
+    for split, k, name in names[index::count]
     if not (directory / name).exists()
   ]
-  logging.info('%s: %d of %d files to make.', directory, len(mine), len(files))
+  logging.info(
+    '%s: %d of %d files to make.', directory, len(missing), len(names)
+  )
 
-  ##### How.
-  params = build.load_frozen(config, mesh)
+  ##### Encode.
+  encode = _make_encode(config, encoder, mesh, storage)
+  if index == 0:
+    _write_empty(directory / 'empty.npy', tokenizer, encode, batch_size)
+  _write_shards(
+    missing,
+    lambda captions: encode_captions(captions, tokenizer, encode, batch_size),
+  )
+
+
+def _rows(shard: int, count: int) -> range:
+  """The captions of a shard, of the `count` captions of a split."""
+  return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, count))
+
+
+def _make_encode(config, encoder, mesh, storage: str) -> Callable:
+  """Returns a function int32 [B, l] -> features [B, l, D] in `storage`."""
+  import jax
+  import jax.numpy as jnp
+
+  from mdm_jax.builders.text import load_frozen
+  from mdm_jax.runtime import sharding
+
+  params = load_frozen(config, mesh)
 
   @jax.jit
   def encode_step(params, tokens):
@@ -116,18 +152,23 @@ def precompute(
     tokens = sharding.shard_batch({'tokens': tokens}, mesh)['tokens']
     return encode_step(params, tokens)
 
-  if index == 0:
-    _write_empty(directory / 'empty.npy', tokenizer, encode, batch_size)
+  return encode
+
+
+def _write_shards(
+  shards: Sequence[tuple[pathlib.Path, Any, range]],
+  make_records: Callable[[list[str]], list[bytes]],
+) -> None:
+  """Writes files of features and logs the progress.
+
+  Args:
+    shards: the file, the source of its captions, and their indices.
+    make_records: maps captions to serialized records.
+  """
   begin, done, num_bytes = time.monotonic(), 0, 0
-  total = sum(
-    min(SHARD_SIZE, info.splits[split] - k * SHARD_SIZE) for split, k, _ in mine
-  )
-  for split, k, file in mine:
-    source = by_split[split]
-    captions = _captions(
-      source, range(k * SHARD_SIZE, min((k + 1) * SHARD_SIZE, len(source)))
-    )
-    records = encode_captions(captions, tokenizer, encode, batch_size)
+  total = sum(len(indices) for _, _, indices in shards)
+  for file, source, indices in shards:
+    records = make_records(_captions(source, indices))
     _write_records(file, records)
     done += len(records)
     num_bytes += sum(map(len, records))
@@ -150,13 +191,16 @@ def encode_captions(
   encode: Callable,
   batch_size: int,
 ) -> list[bytes]:
-  """The records of some captions; those of about one length share a batch.
+  """Encodes captions, in batches of similar length.
 
   Args:
-    captions: n of them.
+    captions: n captions.
     tokenizer: `data.text.Tokenizer`.
     encode: int32 [batch_size, l] -> features [batch_size, l, D], for any l.
-    batch_size: captions encoded at once.
+    batch_size: captions that are encoded at once.
+
+  Returns:
+    n serialized records, see `precomputed.pack`.
 
   Raises:
     ValueError: features are not finite.
@@ -164,7 +208,7 @@ def encode_captions(
   tokens = np.stack(list(map(tokenizer.encode, captions)))
   lengths = (tokens != 0).sum(axis=1)
   order = np.argsort(lengths, kind='stable')
-  # All are started before the first is waited for: no device is ever idle.
+  # Dispatch all batches before waiting for the first: no device is idle.
   encoded = []
   for start in range(0, len(order), batch_size):
     rows = order[start : start + batch_size]
@@ -201,10 +245,8 @@ def _parse_part(part: str) -> tuple[int, int]:
 def _write_info(path: str, info: precomputed.TextInfo) -> None:
   file = precomputed.text_directory(path) / 'info.json'
   if not file.exists():
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name('info.json.tmp')
-    temporary.write_text(json.dumps(dataclasses.asdict(info), indent=2) + '\n')
-    temporary.replace(file)
+    # The machines that share the work all write it.
+    files.write_json(file, dataclasses.asdict(info), shared=True)
     return
   found = precomputed.TextInfo(**json.loads(file.read_text()))
   precomputed.require_same(path, found, info.made_with)
@@ -221,9 +263,8 @@ def _write_empty(
 ) -> None:
   tokens = tokenizer.encode('')
   features = np.asarray(encode(np.tile(tokens, (batch_size, 1))))[0]
-  temporary = file.with_name('empty.tmp.npy')
-  np.save(temporary, features[: (tokens != 0).sum()].astype(np.float32))
-  temporary.replace(file)
+  with files.replacing(file) as temporary, temporary.open('wb') as output:
+    np.save(output, features[: (tokens != 0).sum()].astype(np.float32))
 
 
 def _captions(source, indices: range) -> list[str]:
@@ -239,28 +280,34 @@ def _captions(source, indices: range) -> list[str]:
 def _write_records(file: pathlib.Path, records: Sequence[bytes]) -> None:
   from array_record.python import array_record_module
 
-  temporary = file.with_name(f'{file.name}.tmp')
-  # Numbers do not compress, and single ones are to be read.
-  writer = array_record_module.ArrayRecordWriter(
-    str(temporary), 'group_size:1,uncompressed'
-  )
-  for record in records:
-    writer.write(record)
-  writer.close()
-  temporary.replace(file)
+  with files.replacing(file) as temporary:
+    # Features hardly compress, and are read one record at a time.
+    writer = array_record_module.ArrayRecordWriter(
+      str(temporary), 'group_size:1,uncompressed'
+    )
+    for record in records:
+      writer.write(record)
+    writer.close()
 
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   config_flags.DEFINE_config_file(
-    'config', None, 'Of the runs that are to read the features.'
+    'config', None, 'Config of the runs that will read the features.'
   )
   flags.DEFINE_integer(
-    'batch_size', 256, 'Captions encoded at once.', lower_bound=1
+    'batch_size', 256, 'Captions that are encoded at once.', lower_bound=1
   )
   flags.DEFINE_enum(
-    'storage', 'bfloat16', sorted(precomputed.DTYPES), 'Of the stored features.'
+    'storage',
+    'bfloat16',
+    sorted(precomputed.DTYPES),
+    'Data type of the stored features.',
   )
-  flags.DEFINE_string('part', '0/1', 'This machine of how many.')
+  flags.DEFINE_string(
+    'part',
+    '0/1',
+    'k/n: this is machine k, from 0, of n machines that share the work.',
+  )
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=recipes.parse_flags)

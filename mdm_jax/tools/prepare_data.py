@@ -1,14 +1,15 @@
-"""Captioned images in tars (img2dataset, webdataset) -> an ArrayRecord set.
+"""Converts captioned images in tars (img2dataset, webdataset) to ArrayRecords.
 
   python -m mdm_jax.tools.prepare_data --input='…/*.tar' --output=DIR
 
-Images are kept as they are, after a check that they decode, unless
---reduce_to makes large ones smaller. What cannot be used is left out, counted
-by reason in DIR/summary.json and listed in DIR/rejects.jsonl; it never stops
-the run. Killed and started again, it goes on with the tars that are not done.
-Several machines that see one file system share the work by --part=0/4,
---part=1/4, …; the command without --part then finishes. DIR appears when
-everything is written, for `mdm_jax.data.sources` and for TFDS.
+Every image is decoded as a check, and stored unchanged unless --reduce_to
+makes it smaller. Unusable records are skipped, listed in DIR/rejects.jsonl and
+counted by reason in DIR/summary.json; they never stop the run. If the command
+is killed, the same command continues with the tars that are not finished.
+Several machines with a shared file system divide the work by --part=0/4,
+--part=1/4, …; afterwards the command without --part completes the data set.
+DIR appears when everything is written, and can be read by
+`mdm_jax.data.sources` and by TFDS.
 """
 
 import collections
@@ -36,28 +37,35 @@ import tqdm
 
 from mdm_jax.data import tars
 from mdm_jax.data.transforms import BadRecord, load_image
+from mdm_jax.runtime import files
 
 SPLITS = ('train', 'validation')
-# Whole tars share a file up to this many records.
+# Records of whole tars are joined into files of up to this many records.
 _RECORDS_PER_SHARD = 10_000
 _JPEG_QUALITY = 95
-_DIGEST = np.dtype('V16')
+_DIGEST = np.dtype('V16')  # hash of an image file
+
+# A split, a file of records, and bool [records]: which records to use.
+Part = tuple[str, pathlib.Path, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is kept, and how.
+  """Which records are used, and how they are stored.
 
   Attributes:
-    name: of the data set, for TFDS.
-    validation_fraction: of the records, chosen by a hash of the key, go to a
-      validation split. A set without training records has no such split.
-    max_caption_length: in characters; longer captions are left out.
-    min_side: pixels that the shorter side must have.
-    max_aspect: of the longer to the shorter side; 0 is any.
-    deduplicate: an image file is used once, whatever its caption.
-    reduce_to: pixels of the shorter side that larger images are reduced to,
-      as JPEG; 0 keeps every file as it is.
+    name: name of the data set in TFDS.
+    validation_fraction: fraction of the records for the validation split,
+      chosen by a hash of the key. If no record is left for training, all
+      records are in the training split.
+    max_caption_length: in characters; records with longer captions are
+      skipped.
+    min_side: smallest length of the shorter side in pixels.
+    max_aspect: largest ratio of the longer to the shorter side; 0: any.
+    deduplicate: whether each image file is used only once, even if its
+      captions differ.
+    reduce_to: length in pixels of the shorter side that larger images are
+      reduced to, as JPEG; 0 stores every file unchanged.
   """
 
   name: str = 'captioned_images'
@@ -69,7 +77,7 @@ class Options:
   reduce_to: int = 0
 
   def check(self) -> None:
-    """Raises ValueError for what cannot be."""
+    """Raises ValueError for an invalid option."""
     if not 0 <= self.validation_fraction < 1:
       raise ValueError(
         f'--validation_fraction={self.validation_fraction} is not in [0, 1).'
@@ -77,7 +85,7 @@ class Options:
     if self.max_aspect and self.max_aspect < 1:
       raise ValueError(
         f'--max_aspect={self.max_aspect}: the longer side over the shorter '
-        'is 1 or more; 0 keeps any.'
+        'side is 1 or more; 0 allows any.'
       )
     if not re.fullmatch(r'[a-z][a-z0-9_]*', self.name):
       raise ValueError(
@@ -88,10 +96,20 @@ class Options:
 def make_record(
   key: str, image: bytes, caption: str, options: Options
 ) -> dict[str, Any]:
-  """What is stored of a captioned image.
+  """Checks a captioned image and makes the record that is stored.
+
+  Args:
+    key: of the record.
+    image: an image file.
+    caption: of the image.
+    options: which records are used, and how they are stored.
+
+  Returns:
+    `image` (an image file), `caption`, `key`, and `width` and `height` in
+    pixels before any reduction.
 
   Raises:
-    BadRecord: it cannot be used, or is not wanted.
+    BadRecord: the image cannot be decoded, or the options exclude the record.
   """
   if len(caption) > options.max_caption_length:
     raise BadRecord(key, 'caption too long', f'{len(caption)} characters')
@@ -110,7 +128,7 @@ def make_record(
       reducing_gap=2.0,
     ).save(buffer, 'JPEG', quality=_JPEG_QUALITY)
     image = buffer.getvalue()
-  # The size is that before any reduction: the scale that training is told.
+  # The original size, which the network is conditioned on.
   return {
     'image': image,
     'caption': caption,
@@ -130,19 +148,20 @@ def prepare(
   """Writes the data set.
 
   Args:
-    patterns: globs of tars, local or in buckets that fsspec knows.
-    output: the directory to make.
-    options: what is kept.
-    num_workers: processes.
-    part: 'k/n': this machine reads every nth tar, from the kth.
+    patterns: globs of tars, local or in buckets that fsspec can read.
+    output: directory to write the data set to.
+    options: which records are used, and how they are stored.
+    num_workers: worker processes.
+    part: 'k/n' reads every nth tar from the kth on this machine. Unless n is
+      1, the data set is not completed.
 
   Returns:
-    The summary; None for a part, which finishes nothing.
+    The contents of `summary.json`; None if the data set is not completed.
 
   Raises:
-    ValueError: no tar, no usable record, `output` exists, or what is there was
-      begun with other options.
-    OSError: nothing more can be written. What is done is kept.
+    ValueError: there is no tar or no usable record, an option is invalid,
+      `output` exists, or an unfinished run had other options.
+    OSError: a file cannot be written. The same call continues later.
   """
   options.check()
   index, count = _parse_part(part)
@@ -193,15 +212,22 @@ def _begin(
     if different:
       raise ValueError(
         f'{partial} was begun with other {", ".join(different)}: remove it, '
-        'or give the same again.'
+        'or give the same values again.'
       )
-  _write_file(begun, json.dumps(settings))
+  files.write_text(begun, json.dumps(settings))
 
 
 def _run_all(
   function: Callable, jobs: Sequence[Any], num_workers: int, unit: str
 ) -> None:
-  """Calls the function on every job, in processes if there are several."""
+  """Calls a function for every job, in worker processes if there are several.
+
+  Args:
+    function: called with one job.
+    jobs: the arguments.
+    num_workers: worker processes; with one, this process calls the function.
+    unit: what a job is, for the progress bar.
+  """
   with contextlib.ExitStack() as stack:
     bar = stack.enter_context(
       tqdm.tqdm(total=len(jobs), unit=unit, smoothing=0, disable=not jobs)
@@ -216,7 +242,7 @@ def _run_all(
         num_workers, multiprocessing.get_context('spawn')
       )
     )
-    # After an error nothing new is begun.
+    # After an error no further job is started.
     stack.callback(pool.shutdown, cancel_futures=True)
     for future in concurrent.futures.as_completed(
       [pool.submit(function, job) for job in jobs]
@@ -234,7 +260,12 @@ def _digests(report: pathlib.Path, split: str) -> pathlib.Path:
 
 
 def _convert(options: Options, job: tuple[str, pathlib.Path]) -> None:
-  """Writes one tar's records, and then the report that it is done."""
+  """Writes the records of one tar, and then a report that marks it finished.
+
+  Args:
+    options: which records are used, and how they are stored.
+    job: the tar, and the file of the report.
+  """
   path, report = job
   features = _features()
   rejects, digests = [], {split: [] for split in SPLITS}
@@ -258,7 +289,7 @@ def _convert(options: Options, job: tuple[str, pathlib.Path]) -> None:
       )
   for split in SPLITS:
     _digests(report, split).write_bytes(b''.join(digests[split]))
-  _write_file(
+  files.write_text(
     report,
     json.dumps(
       {
@@ -275,13 +306,52 @@ def _finish(
   options: Options,
   num_workers: int,
 ) -> dict[str, Any]:
-  """Makes the data set of the parts, and returns the summary."""
-  import tensorflow_datasets as tfds
+  """Makes the data set from the records of all tars.
 
+  Args:
+    directory: to write the data set to.
+    reports: of all tars.
+    options: which records are used, and how they are stored.
+    num_workers: worker processes.
+
+  Returns:
+    The contents of `summary.json`.
+
+  Raises:
+    ValueError: there is no usable record.
+  """
   directory.mkdir(exist_ok=True)
-  rejected = collections.Counter()
-  parts = []  # (file, which of its records to keep)
-  with (directory / 'rejects.jsonl').open('w') as lines:
+  parts, rejected = _read_reports(reports, directory / 'rejects.jsonl')
+  if not parts:
+    shutil.rmtree(directory.parent)
+    raise ValueError(f'There is no usable record: {dict(rejected)}.')
+  if options.deduplicate:
+    parts, duplicates = _deduplicate(parts)
+    if duplicates:
+      rejected['image used before'] = duplicates
+  summary = {
+    'tars': len(reports),
+    'records': _write_splits(directory, parts, options, num_workers),
+    'rejected': dict(rejected),
+  }
+  files.write_text(directory / 'summary.json', json.dumps(summary, indent=2))
+  return summary
+
+
+def _read_reports(
+  reports: Sequence[pathlib.Path], rejects: pathlib.Path
+) -> tuple[list[Part], collections.Counter]:
+  """Reads the reports of all tars and writes the list of rejected records.
+
+  Args:
+    reports: of all tars.
+    rejects: JSON lines file to write.
+
+  Returns:
+    The parts of the data set, and the number of rejected records by reason.
+  """
+  parts, rejected = [], collections.Counter()
+  with rejects.open('w') as lines:
     for report in reports:
       found = json.loads(report.read_text())
       parts += [
@@ -294,25 +364,36 @@ def _finish(
         lines.write(
           json.dumps({'key': key, 'reason': reason, 'detail': detail}) + '\n'
         )
-  if not parts:
-    shutil.rmtree(directory.parent)
-    raise ValueError(f'There is no usable record: {dict(rejected)}.')
-  if options.deduplicate:
-    digests = np.concatenate(
-      [
-        np.fromfile(file.with_suffix('.digests'), _DIGEST)
-        for _, file, _ in parts
-      ]
-    )
-    first = np.zeros(len(digests), bool)
-    first[np.unique(digests, return_index=True)[1]] = True
-    ends = np.cumsum([len(keep) for _, _, keep in parts])
-    parts = [
-      (split, file, keep)
-      for (split, file, _), keep in zip(parts, np.split(first, ends[:-1]))
-    ]
-    if duplicates := int((~first).sum()):
-      rejected['image used before'] = duplicates
+  return parts, rejected
+
+
+def _deduplicate(parts: Sequence[Part]) -> tuple[list[Part], int]:
+  """Keeps the first record of each image; also returns how many it dropped."""
+  digests = np.concatenate(
+    [np.fromfile(file.with_suffix('.digests'), _DIGEST) for _, file, _ in parts]
+  )
+  first = np.zeros(len(digests), bool)
+  first[np.unique(digests, return_index=True)[1]] = True
+  ends = np.cumsum([len(keep) for _, _, keep in parts])
+  unique = [
+    (split, file, keep)
+    for (split, file, _), keep in zip(parts, np.split(first, ends[:-1]))
+  ]
+  return unique, int((~first).sum())
+
+
+def _write_splits(
+  directory: pathlib.Path,
+  parts: Sequence[Part],
+  options: Options,
+  num_workers: int,
+) -> dict[str, int]:
+  """Writes the splits and TFDS's description of the data set.
+
+  Returns:
+    Split -> number of records.
+  """
+  import tensorflow_datasets as tfds
 
   info = tfds.core.DatasetInfo(
     builder=tfds.core.DatasetIdentity(
@@ -333,8 +414,10 @@ def _finish(
       split=split,
       filetype_suffix='array_record',
     )
-    files = list(map(pathlib.Path, template.sharded_filepaths(len(shards))))
-    _run_all(_assemble, list(zip(files, shards)), num_workers, f'{split} file')
+    targets = list(map(pathlib.Path, template.sharded_filepaths(len(shards))))
+    _run_all(
+      _assemble, list(zip(targets, shards)), num_workers, f'{split} file'
+    )
     lengths = [sum(int(keep.sum()) for _, keep in shard) for shard in shards]
     counts[split] = sum(lengths)
     splits.append(
@@ -342,24 +425,18 @@ def _finish(
         name=split,
         shard_lengths=lengths,
         filename_template=template,
-        num_bytes=sum(file.stat().st_size for file in files),
+        num_bytes=sum(file.stat().st_size for file in targets),
       )
     )
   info.set_splits(tfds.core.SplitDict(splits))
   info.write_to_directory(directory)
-  summary = {
-    'tars': len(reports),
-    'records': counts,
-    'rejected': dict(rejected),
-  }
-  _write_file(directory / 'summary.json', json.dumps(summary, indent=2))
-  return summary
+  return counts
 
 
 def _shards(
-  parts: Sequence[tuple[str, pathlib.Path, np.ndarray]],
+  parts: Sequence[Part],
 ) -> dict[str, list[list[tuple[pathlib.Path, np.ndarray]]]]:
-  """Which parts are to share a file, by split."""
+  """Groups the parts of each split into the files of the data set."""
   parts = [part for part in parts if part[2].any()]
   has_train = any(split == 'train' for split, _, _ in parts)
   shards, sizes = collections.defaultdict(list), collections.Counter()
@@ -377,9 +454,10 @@ def _shards(
 def _assemble(
   job: tuple[pathlib.Path, Sequence[tuple[pathlib.Path, np.ndarray]]],
 ) -> None:
+  """Writes one file of the data set from its parts."""
   target, parts = job
   if target.exists():
-    return  # Of a run that was killed since.
+    return  # Written before the run was interrupted.
   if len(parts) == 1 and parts[0][1].all():
     parts[0][0].rename(target)
     return
@@ -407,25 +485,20 @@ def _features():
 
 @contextlib.contextmanager
 def _writer(path: pathlib.Path) -> Iterator[Any]:
-  """Of a file that is there when it is whole."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  # Records that are groups of their own can be read at random.
-  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
-  try:
-    yield writer
-  finally:
-    writer.close()
-  temporary.replace(path)
-
-
-def _write_file(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_text(text)
-  temporary.replace(path)
+  """Writes an ArrayRecord file, which appears when it is complete."""
+  with files.replacing(path) as temporary:
+    # Groups of one record, for random access.
+    writer = array_record_module.ArrayRecordWriter(
+      str(temporary), 'group_size:1'
+    )
+    try:
+      yield writer
+    finally:
+      writer.close()
 
 
 def main(_) -> None:
-  """Runs `prepare` on the flags and prints the summary."""
+  """Runs `prepare` with the values of the flags and prints the summary."""
   values = flags.FLAGS
   options = Options(
     **{
@@ -441,50 +514,66 @@ def main(_) -> None:
     sys.exit(f'prepare_data: {error}')
   except (OSError, RuntimeError) as error:
     sys.exit(
-      f'prepare_data: {error}. Finished tars are kept: the same command '
-      'goes on.'
+      f'prepare_data: {error}. Finished tars are kept: run the same command '
+      'again to continue.'
     )
   if summary is None:
-    print('This part is done. After the last one, start it without --part.')
+    print(
+      'This part is finished. When all parts are, run the command without '
+      '--part.'
+    )
     return
   print(f'{summary["tars"]} tars -> {values.output}')
   for split, count in summary['records'].items():
     print(f'  {split}: {count}')
   for reason, count in summary['rejected'].items():
-    print(f'  left out, {reason}: {count}')
+    print(f'  skipped, {reason}: {count}')
 
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
   flags.DEFINE_multi_string(
-    'input', None, 'A glob of tars; may be repeated.', required=True
+    'input', None, 'Glob of tars; may be repeated.', required=True
   )
-  flags.DEFINE_string('output', None, 'The directory to make.', required=True)
-  flags.DEFINE_string('name', Options.name, "The data set's, for TFDS.")
+  flags.DEFINE_string(
+    'output', None, 'Directory to write the data set to.', required=True
+  )
+  flags.DEFINE_string('name', Options.name, 'Name of the data set in TFDS.')
   flags.DEFINE_float(
     'validation_fraction',
     Options.validation_fraction,
-    'Of the records, held out of training.',
+    'Fraction of the records for the validation split.',
   )
   flags.DEFINE_integer(
-    'max_caption_length', Options.max_caption_length, 'In characters.'
+    'max_caption_length',
+    Options.max_caption_length,
+    'Skip records with longer captions, in characters.',
   )
   flags.DEFINE_integer(
-    'min_side', Options.min_side, 'Pixels that the shorter side must have.'
+    'min_side',
+    Options.min_side,
+    'Skip images whose shorter side has fewer pixels.',
   )
   flags.DEFINE_float(
     'max_aspect',
     Options.max_aspect,
-    'Of the longer to the shorter side; 0 is any.',
+    'Skip images with a larger ratio of longer to shorter side; 0: skip none.',
   )
   flags.DEFINE_boolean(
-    'deduplicate', Options.deduplicate, 'Use an image file once.'
+    'deduplicate', Options.deduplicate, 'Use each image file only once.'
   )
   flags.DEFINE_integer(
     'reduce_to',
     Options.reduce_to,
-    'Pixels of the shorter side, to save disk; 0: as it is.',
+    'Reduce larger images to this shorter side in pixels, to save disk space; '
+    '0: store all images unchanged.',
   )
-  flags.DEFINE_integer('num_workers', os.cpu_count() or 1, 'Processes.')
-  flags.DEFINE_string('part', '0/1', 'This machine of how many.')
+  flags.DEFINE_integer(
+    'num_workers', os.cpu_count() or 1, 'Number of worker processes.'
+  )
+  flags.DEFINE_string(
+    'part',
+    '0/1',
+    'k/n: this is machine k, from 0, of n machines that share the work.',
+  )
   app.run(main)

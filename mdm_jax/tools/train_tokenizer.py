@@ -1,41 +1,52 @@
-"""Trains a small SentencePiece tokenizer, with T5's special tokens.
+"""Trains a small SentencePiece tokenizer with T5's special tokens.
 
   python -m mdm_jax.tools.train_tokenizer --output=captions.model
 
-The model in `mdm_jax/data/captions.model` was made by this command; with
-`--captions=FILE` (a caption a line) it learns other words. Any text can be
-encoded: what is not in the vocabulary is spelt in bytes.
+`mdm_jax/data/captions.model` was made by this command. `--captions=FILE` (one
+caption per line) trains on other captions. Any text can be encoded: words that
+are not in the vocabulary are split into bytes.
 """
 
 from collections.abc import Iterable
 import io
-import os
 
 from absl import app, flags, logging
 import sentencepiece
 
 from mdm_jax.data import shapes
+from mdm_jax.runtime import files
 
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'Where to write the model.', required=True
+  'output', None, 'File to write the model to.', required=True
 )
 _CAPTIONS = flags.DEFINE_string(
-  'captions', None, 'A text file, one caption a line; without it, shapes.'
+  'captions',
+  None,
+  'Text file with one caption per line; by default, captions of shapes.',
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
-  'vocab_size', 450, 'Pieces, of which 256 are bytes and 3 are special.'
+  'vocab_size',
+  450,
+  'Size of the vocabulary, of which 256 are bytes and 3 special tokens.',
 )
 _NUM_CAPTIONS = 20_000
 
 
 def shapes_captions(count: int = _NUM_CAPTIONS) -> Iterable[str]:
-  """Captions of the first training scenes of the embedded data set."""
+  """Captions of the first training scenes of the shapes data set."""
   source = shapes.ShapesSource(0, 'train', count, resolution=64)
   return (source.scene(index)[1] for index in range(count))
 
 
 def train(captions: Iterable[str], vocab_size: int) -> bytes:
-  """Returns a serialized BPE model (pad 0, `</s>` 1, unknown 2).
+  """Trains a BPE model (pad 0, `</s>` 1, unknown 2).
+
+  Args:
+    captions: to train on.
+    vocab_size: of the model, at most.
+
+  Returns:
+    The serialized SentencePiece model.
 
   Raises:
     RuntimeError: from SentencePiece, if there are no captions.
@@ -44,7 +55,7 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(captions),
     model_writer=model,
-    # The unigram trainer never tries a word that is seen in one form only.
+    # The unigram trainer finds no pieces in words that occur in one form only.
     model_type='bpe',
     normalization_rule_name='identity',
     vocab_size=vocab_size,
@@ -70,9 +81,8 @@ def main(argv: list[str]) -> None:
   else:
     with open(_CAPTIONS.value, encoding='utf-8') as lines:
       model = train((line.strip() for line in lines), _VOCAB_SIZE.value)
-  os.makedirs(os.path.dirname(os.path.abspath(_OUTPUT.value)), exist_ok=True)
-  with open(_OUTPUT.value, 'wb') as file:
-    file.write(model)
+  with files.replacing(_OUTPUT.value) as temporary:
+    temporary.write_bytes(model)
   logging.info('wrote %s (%d bytes)', _OUTPUT.value, len(model))
 
 

@@ -1,4 +1,4 @@
-"""Classes as the text encoder reads them."""
+"""Class labels as tokens."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_tokens_follow_padding_and_no_class():
   assert [
     labels.encode(p).tolist() for p in ('', '0', '4', 'rose', 'tulip')
   ] == [[1], [2], [6], [2], [3]]
-  # A number is the class's, whatever it is called.
+  # A number always means the class with that number.
   assert labels.encode('3').tolist() == [5]
   assert labels.encode('1').dtype == 'int32'
   assert labels.name(1) == 'tulip'

@@ -1,4 +1,4 @@
-"""The order of examples: seed alone decides, whoever computes it."""
+"""The order of examples depends on the seed alone."""
 
 import logging as python_logging
 
@@ -13,7 +13,7 @@ from mdm_jax.data.transforms import BadRecord, Transform
 
 
 class Numbers:
-  """Records that say which they are, and remember what was read."""
+  """A source that records which indices were read."""
 
   def __init__(self, size):
     self.size = size
@@ -55,7 +55,7 @@ def column(found, name='number'):
 
 
 def test_the_order_of_a_seed_never_changes():
-  # A run that is resumed by a later version must go on in the same order.
+  # A run that a later version resumes must continue in the same order.
   small = column(batches(Numbers(6), batch_size=6, num_batches=2))
   np.testing.assert_array_equal(small, [3, 5, 2, 4, 1, 0, 3, 4, 5, 2, 1, 0])
   large = [pipeline.record_index(p, 10**6, 3, True) for p in (0, 1, 10**6)]
@@ -232,7 +232,7 @@ def test_rows_of_a_pattern_are_stacked_by_name(process_count):
     )
     for i in range(process_count)
   ]
-  # The order is that of any other batch; every third row has no 'long'.
+  # The order is the same as without a pattern; every third row has no 'long'.
   for k, whole in enumerate(plain):
     number = np.concatenate([part[k]['number'] for part in parts])
     np.testing.assert_array_equal(number, whole['number'])

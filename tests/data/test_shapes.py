@@ -1,4 +1,4 @@
-"""The embedded data set: what it shows, says and promises."""
+"""The procedural data set: scenes, captions and held-out combinations."""
 
 import pickle
 
@@ -58,7 +58,7 @@ def test_train_shows_everything_else():
   assert 1400 < len(singles) < 1600
 
 
-def test_objects_are_inside_and_clear_of_another():
+def test_objects_are_inside_and_do_not_overlap():
   for scene, _, _ in _scenes('train'):
     for item in scene.objects:
       low, high = shapes.SIZES[item.size]
@@ -96,7 +96,7 @@ def test_streams_are_disjoint():
   assert len(seen) == 2000
 
 
-def test_first_record_is_what_it_always_was():
+def test_first_record_never_changes():
   scene, caption, stated = shapes.ShapesSource(0, 'train', 1, 64).scene(0)
   assert scene.layout == 'left of' and scene.background == 'white'
   assert caption == (
@@ -150,7 +150,7 @@ def test_captions_say_what_is_stated():
 
 
 def _matched(scene, stated):
-  """Pairs of an object and what is said of it."""
+  """Pairs of an object and what its caption states."""
   objects = scene.objects
   if stated.get('relation', scene.layout) != scene.layout:
     assert stated['relation'] == shapes.INVERSE[scene.layout]
@@ -159,7 +159,7 @@ def _matched(scene, stated):
   return zip(objects, stated['objects'], strict=True)
 
 
-def test_what_may_be_omitted_sometimes_is():
+def test_optional_attributes_are_sometimes_omitted():
   stated = [stated for _, _, stated in _scenes('train')]
   single = [each for each in stated if len(each['objects']) == 1]
   said = np.mean(['position' in each for each in single])
@@ -175,7 +175,7 @@ def test_drawing_is_area_averaging(coarse, fine):
   for scene in scenes:
     expected = _pooled(shapes.draw(scene, fine), fine // coarse)
     difference = shapes.draw(scene, coarse) - expected
-    # Hatching darkens the objects of finer pictures by a few per cent.
+    # Hatching darkens objects at higher resolutions by a few per cent.
     worst = max(worst, np.abs(difference).mean())
     assert np.percentile(np.abs(difference), 99) < 45
   assert worst < 5
@@ -205,7 +205,7 @@ def test_dark_parts_are_a_shade_of_the_color():
   np.testing.assert_array_equal(image[4, 4], shapes.BACKGROUNDS['white'])
 
 
-def test_templates_for_marking():
+def test_silhouettes_and_pattern_tiles():
   masks = shapes.silhouettes()
   areas = {name: mask.mean() for name, mask in masks.items()}
   np.testing.assert_allclose(areas['circle'], np.pi / 4, atol=0.01)

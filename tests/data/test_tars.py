@@ -1,4 +1,4 @@
-"""Tars of any order are read as a stream, or in place through an index."""
+"""Tars are read as a stream in any order, or in place through an index."""
 
 import json
 import pickle
@@ -187,8 +187,8 @@ def test_ten_million_records(tmp_path):
   assert len(set(seen)) == 1000 and max(seen) > 9_900_000
 
 
-def test_of_corrupt_records_each_is_counted_and_every_other_delivered(tmp_path):
-  """One of every kind, neighbours too, in 200: an epoch in a random order."""
+def test_corrupt_records_are_counted_and_all_others_are_read(tmp_path):
+  """An epoch of 200 records with every kind of damage, also side by side."""
   files = {}
   for i in range(200):
     files[f'{i:03}.jpg'] = image_file(color=(i, 50, 99))
@@ -216,7 +216,7 @@ def test_of_corrupt_records_each_is_counted_and_every_other_delivered(tmp_path):
   assert batch['bad'].sum() == len(corrupt)
   reds = batch['image'][~batch['bad'], 4, 4, 0].astype(int)
   wanted = np.setdiff1d(np.arange(200), [int(name[:3]) for name in corrupt])
-  # JPEG rounds colours; the order of size is the records'.
+  # JPEG changes colours a little, but keeps their order.
   np.testing.assert_allclose(np.sort(reds), wanted, atol=3)
   assert len(reds) == 193
 

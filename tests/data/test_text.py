@@ -1,4 +1,4 @@
-"""The tokenizer, and the model that is shipped."""
+"""The tokenizer, and the model in this package."""
 
 import pickle
 import re
@@ -47,7 +47,7 @@ def test_encode_appends_the_end_and_pads(tokenizer):
   np.testing.assert_array_equal(tokenizer.encode(''), [1] + [0] * 31)
 
 
-def test_too_long_is_cut_before_the_end(tokenizer):
+def test_long_captions_are_truncated_before_the_end_token(tokenizer):
   short = text.Tokenizer(text.CAPTIONS_MODEL, 4)
   tokens = short.encode('a red ring left of a blue cross')
   np.testing.assert_array_equal(tokens[:3], tokenizer.encode('a red ring')[:3])

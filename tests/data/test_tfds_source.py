@@ -79,17 +79,17 @@ def test_one_of_several_captions(captions):
   assert record['caption'] == 'x'
   assert record['captions'] == ['x', 'üx', 'üüx', 'üüüx', 'üüüüx']
   transform = Transform(Lengths(), 16)
-  drawn = [
+  lengths = [
     [
       int(transform(record, np.random.default_rng(seed))['text'][0])
       for seed in range(60)
     ]
     for _ in range(2)
   ]
-  assert drawn[0] == drawn[1]
-  counts = np.bincount(drawn[0], minlength=6)
+  assert lengths[0] == lengths[1]
+  counts = np.bincount(lengths[0], minlength=6)
   assert counts[0] == 0 and counts[1:].min() >= 5
-  # One caption needs no draw: the flip is the same with and without it.
+  # A single caption uses no random number, so a flip does not depend on it.
   rng = np.random.default_rng(0)
   assert transform(source[1], rng)['text'] == [1]
   assert rng.random() == np.random.default_rng(0).random()
@@ -101,7 +101,7 @@ def test_a_record_without_captions_is_bad(captions):
     source[0]
 
 
-def test_other_ways_to_name_things(captions):
+def test_paths_of_nested_features(captions):
   texts = Features(caption='texts', key='image/filename')
   for name in ('captions/2014', 'captions/2014:1.0.0'):
     source = open_by_name(name, str(captions), 'train[50%:]', texts)

@@ -55,7 +55,7 @@ def png_that_claims(width, height):
 
 
 def expected_ramp(resolution, width, height):
-  """The centred square of the ramp, as its exact averages over pixels."""
+  """The centre square of the ramp, averaged exactly over each pixel."""
   centre = (np.arange(resolution) + 0.5) / resolution - 0.5
   side = min(width, height)
   x = 127.5 + 255 * centre * side / (width - 1)
@@ -268,6 +268,6 @@ def test_a_random_crop_lies_anywhere_along_the_longer_side(size):
   # The middle of a third of the ramp is from 1/6 to 5/6 of it.
   assert 38 < min(values) < 75 and 185 < max(values) < 222
   assert abs(np.mean(values) - 130) < 25
-  # Across, all of the shorter side is there.
+  # The shorter side is never cropped.
   assert np.ptp([pixel[1 - channel] for pixel in found]) <= 3
   np.testing.assert_array_equal(found[3], middle(3, random_crop=True))

@@ -1,15 +1,16 @@
-"""The loss against the release's numbers, through its small networks."""
+"""The loss against that of the release, with small networks of the release."""
 
 import numpy as np
 import pytest
 
+from mdm_jax import mixed_batch
 from mdm_jax.diffusion import loss, process
 from mdm_jax.diffusion import pyramid as pyramids
 from mdm_jax.diffusion.schedule import make_schedule
 
 
 def _coarse_to_fine(ratio, levels):
-  """'16:4:1', the release's, fine to coarse -> (1, 4, 16)."""
+  """Converts the release's '16:4:1', fine to coarse, to (1, 4, 16)."""
   if not ratio:
     return (1.0,) * levels
   return tuple(float(share) for share in ratio.split(':')[::-1])
@@ -32,7 +33,8 @@ def test_loss_equals_the_release(golden, golden_model, name):
   )
   fractions = (1.0,) * levels
   if mixed_ratio := str(file['mixed_ratio']):
-    fractions = pyramids.batch_fractions(_coarse_to_fine(mixed_ratio, levels))
+    ratio = _coarse_to_fine(mixed_ratio, levels)
+    fractions = mixed_batch.batch_fractions(ratio)
   pyramid = pyramids.make_pyramid(file['images'], resolutions, fractions)
   eps = tuple(
     file[f'eps_{levels - 1 - level}'][: len(images)]
@@ -64,11 +66,11 @@ def test_loss_equals_the_release(golden, golden_model, name):
   pred_eps = process.predict_eps(seen['prediction'][-1], x_t, gamma, 'v')
   np.testing.assert_allclose(x_t, file['x_t_0'][:size], atol=1e-6)
   # The release goes through x0, which magnifies its rounding of numbers
-  # around 2 by 1 / sqrt(1 - gamma): to 2e-5 at the draw 0.
+  # around 2 by 1 / sqrt(1 - gamma): to 2e-5 at time index 0.
   rounding = 2 * np.finfo(np.float32).eps / np.sqrt(1 - gamma)
   difference = np.abs(pred_eps - file['pred_eps_0'][:size])
   assert np.all(difference < 1e-5 + rounding)
-  # Almost pure noise is easy: the draw 999 has a loss of about 1e-9.
+  # Almost pure noise is easy: time index 999 has a loss of about 1e-9.
   np.testing.assert_allclose(
     losses, file['loss_per_example'], rtol=1e-5, atol=1e-12
   )

@@ -1,4 +1,4 @@
-"""Both samplers against the release's numbers, through its small networks."""
+"""DDIM and DDPM against the release, with small networks of the release."""
 
 import numpy as np
 import pytest

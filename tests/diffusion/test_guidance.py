@@ -86,7 +86,7 @@ def test_rescaled_to_the_contrast_of_the_conditional(rescale):
       np.testing.assert_allclose(level[i], ratio * expected[i], rtol=1e-4)
 
 
-def test_guided_within_an_interval_alone():
+def test_guided_only_within_the_interval():
   x_t, _, cond, uncond = _inputs()
   calls = []
   guided = guidance.guided_denoise_fn(
@@ -110,8 +110,9 @@ def test_autoguidance_leads_away_from_the_guide():
     lambda x_t, t, cond=c: network(x_t, t, cond) for c in (cond, uncond)
   )
   got = guidance.autoguided_denoise_fn(good, bad, 2.5)(x_t, t)
-  for level, on, away in zip(got, good(x_t, t), bad(x_t, t), strict=True):
-    np.testing.assert_allclose(level, away + 2.5 * (on - away), rtol=1e-5)
+  for level, better, worse in zip(got, good(x_t, t), bad(x_t, t), strict=True):
+    expected = worse + 2.5 * (better - worse)
+    np.testing.assert_allclose(level, expected, rtol=1e-5)
   assert guidance.autoguided_denoise_fn(good, bad, 1.0) is good
   within = guidance.autoguided_denoise_fn(good, bad, 2.5, interval=(4, 7))
   t = np.array([3, 3])

@@ -83,7 +83,7 @@ def test_a_pattern_that_repeats():
   )
 
 
-def test_time_weights_are_read_one_past_the_draw():
+def test_time_weights_are_read_at_the_next_step():
   pyramid, eps = _batch()
   table = vdm_weights(SCHEDULE.gammas[0])
   plain, _ = loss.multi_resolution_loss(
@@ -159,8 +159,8 @@ def test_an_unknown_space_is_named():
     )
 
 
-def test_the_draw_of_time_is_uniform():
-  t = np.array(loss.draw_time(jax.random.key(4), 50_000, 10))
+def test_time_indices_are_uniform():
+  t = np.array(loss.sample_time(jax.random.key(4), 50_000, 10))
   counts = np.bincount(t, minlength=10)
   assert len(counts) == 10
   np.testing.assert_allclose(counts / 50_000, 0.1, atol=0.006)

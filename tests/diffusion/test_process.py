@@ -63,7 +63,7 @@ def test_an_unknown_parameterization_is_named(example, function):
 
 def test_levels_get_independent_standard_noise():
   shape = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
-  noise = np.array(process.draw_noise(jax.random.key(0), (shape, shape)))
+  noise = np.array(process.sample_noise(jax.random.key(0), (shape, shape)))
   flat = noise.reshape(2, -1)
   assert noise.dtype == np.float32
   np.testing.assert_allclose(flat.mean(1), 0, atol=0.02)

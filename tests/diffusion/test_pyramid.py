@@ -60,32 +60,6 @@ def test_images_of_the_coarse_examples_take_their_places():
     )
 
 
-@pytest.mark.parametrize(
-  'ratio, fractions',
-  [
-    ((1,), (1,)),
-    ((1, 2), (1, 2 / 3)),
-    ((1, 1, 2), (1, 3 / 4, 1 / 2)),
-    ((0, 0, 1), (1, 1, 1)),
-  ],
-)
-def test_shares_accumulate_towards_the_coarse_levels(ratio, fractions):
-  assert pyramids.batch_fractions(ratio) == pytest.approx(fractions)
-
-
-@pytest.mark.parametrize('ratio', [(1, 0), (-1, 2)])
-def test_shares_that_leave_a_level_empty_are_refused(ratio):
-  with pytest.raises(ValueError, match='mixed_ratio'):
-    pyramids.batch_fractions(ratio)
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-  fractions = pyramids.batch_fractions((1, 2))
-  assert pyramids.level_batch_sizes(3 * 2**20, fractions) == (3 * 2**20, 2**21)
-  with pytest.raises(ValueError, match='4 examples'):
-    pyramids.level_batch_sizes(4, fractions)
-
-
 def test_wrong_resolutions_are_refused():
   images = np.zeros((1, 24, 24, 3), np.float32)
   with pytest.raises(ValueError, match='24x24'):

@@ -19,7 +19,7 @@ def _images(seed=6):
 
 
 def _knows(images, parameterization):
-  """A network that knows the images, and so reads the noise off x_t."""
+  """A perfect network: it knows the images, and so the noise in x_t."""
 
   def denoise(x_t, t):
     predictions = []
@@ -216,7 +216,7 @@ def test_the_compiled_loop_equals_single_steps(sampler, eta):
 
 
 def _knows_the_spread(spread):
-  """The best network for images of N(0, spread^2), whose flow is known."""
+  """The best network for images of N(0, spread^2), whose ODE has a solution."""
 
   def denoise(x_t, t):
     predictions = []
@@ -233,7 +233,7 @@ def _knows_the_spread(spread):
   'sampler, order', [('ddim', 1), ('dpm', 2), ('heun', 2)]
 )
 def test_order_of_convergence(sampler, order):
-  """Four times the steps, a quarter or a sixteenth of the error."""
+  """With 4 times the steps, the error is 1/4 (order 1) or 1/16 (order 2)."""
   spread, times = 0.3, np.linspace(900, 100, 65).round().astype(int)
   x_t = _images()
   exact = [
@@ -311,7 +311,7 @@ def test_extrapolation_is_along_the_logsnr():
 
 
 def test_sde_steps_stay_on_the_forward_process():
-  """Second order and fresh noise: the spread of known images comes out."""
+  """Second-order steps with fresh noise keep the spread of the images."""
   spread = 0.3
   x_t = samplers.start_noise(jax.random.key(5), (64, 64), 2)
   got = samplers.sample(
@@ -328,7 +328,7 @@ def test_sde_steps_stay_on_the_forward_process():
     assert np.std(level) == pytest.approx(spread, rel=0.03)
 
 
-def test_noise_comes_from_the_key_only_where_it_is_drawn():
+def test_noise_comes_from_the_key_only_where_it_is_sampled():
   def sampler(**options):
     def run(seed):
       return samplers.sample(
@@ -344,7 +344,7 @@ def test_noise_comes_from_the_key_only_where_it_is_drawn():
     return jax.jit(run)
 
   def refuse(index):
-    raise AssertionError('noise drawn')
+    raise AssertionError('noise sampled')
 
   sampler(noise_fn=refuse)(0)
   noisy = sampler(eta=0.5)
@@ -352,7 +352,7 @@ def test_noise_comes_from_the_key_only_where_it_is_drawn():
   assert np.abs(noisy(0) - noisy(1)).max() > 0.1
 
 
-def test_wrong_settings_are_named():
+def test_invalid_settings_are_named():
   x_t = _images()
   for options, word in (
     ({'sampler': 'euler'}, "'euler'"),

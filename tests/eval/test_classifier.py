@@ -1,4 +1,4 @@
-"""The small classifier learns, and features tell sets of pictures apart."""
+"""The small classifier learns, and its features separate sets of images."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from mdm_jax.eval import classifier
 
 
-def test_learns_where_what_is():
+def test_learns_shapes_and_positions():
   rng = np.random.default_rng(0)
   rows, colors = rng.integers(2, size=(2, 256))
   images = rng.integers(0, 60, (256, 16, 16, 3), np.uint8)

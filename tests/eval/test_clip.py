@@ -1,4 +1,4 @@
-"""Against vectors of PyTorch's CLIPModel."""
+"""CLIP against the outputs of PyTorch's CLIPModel."""
 
 import jax
 import jax.numpy as jnp
@@ -7,19 +7,19 @@ import pytest
 
 from mdm_jax.eval import clip
 
-# Wider, higher, and smaller than the network's 24 px.
+# Units of 4 px: a wide, a high and a small image for the network's 24 px.
 SIZES = ((9, 13), (16, 11), (3, 3))
 
 
 @pytest.fixture(scope='module')
-def pictures(clip_directory):
+def images(clip_directory):
   rng = np.random.default_rng(0)
-  drawn = [
+  noise = [
     rng.integers(0, 256, (*size, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     for size in SIZES
   ]
   return np.stack(
-    [clip.resize(image, clip_directory.spec.image_size) for image in drawn]
+    [clip.resize(image, clip_directory.spec.image_size) for image in noise]
   )
 
 
@@ -39,13 +39,13 @@ def encode(clip_directory):
   return call
 
 
-def test_pixels_equal_pytorch(clip_directory, pictures):
-  pixels = (pictures[:, ::5, ::5] / 255 - clip._MEAN) / clip._STD
+def test_pixels_equal_pytorch(clip_directory, images):
+  pixels = (images[:, ::5, ::5] / 255 - clip._MEAN) / clip._STD
   np.testing.assert_allclose(pixels, clip_directory.pixels, rtol=0, atol=1e-6)
 
 
-def test_images_equal_pytorch(clip_directory, pictures, encode):
-  found = encode('encode_images', pictures)
+def test_images_equal_pytorch(clip_directory, images, encode):
+  found = encode('encode_images', images)
   np.testing.assert_allclose(found, clip_directory.images, rtol=0, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_reads_the_published_sizes(
     jnp.zeros((1, 224, 224, 3), jnp.uint8),
     jnp.zeros((1, 77), jnp.int32),
   )
-  # Without the temperature, which no picture's score needs.
+  # Without the temperature, which the score does not use.
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 

@@ -1,4 +1,4 @@
-"""Against transformers' CLIPTokenizer with the same merges."""
+"""The tokenizer against transformers' CLIPTokenizer with the same merges."""
 
 import numpy as np
 import pytest

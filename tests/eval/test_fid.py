@@ -1,4 +1,4 @@
-"""Distances of Gaussian features; the Frechet ones as pytorch-fid has them."""
+"""Distances of Gaussian features; Frechet distances against pytorch-fid."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_merged_statistics():
   ],
 )
 def test_frechet_distance_equals_pytorch_fid(count, expected):
-  """Of the same draws, `fid_score.calculate_frechet_distance` 0.3.0."""
+  """Expected: pytorch-fid 0.3.0's distance of the same random features."""
   first, second = map(statistics, sets(count, 300))
   assert fid.frechet_distance(first, second) == pytest.approx(
     expected, rel=1e-8
@@ -67,18 +67,18 @@ def test_frechet_distance_to_itself_is_zero():
 
 
 def test_too_few_or_broken_features():
-  with pytest.raises(ValueError, match='1 pictures have no covariance'):
+  with pytest.raises(ValueError, match='1 images have no covariance'):
     statistics(np.zeros((1, 4))).covariance()
   with pytest.raises(ValueError, match='not finite: check the weights'):
     statistics(np.full((2, 4), np.nan))
   with pytest.raises(ValueError, match='KID needs at least 2'):
     fid.kernel_distance(np.zeros((1, 4)), np.zeros((5, 4)))
-  with pytest.raises(ValueError, match='more than 3 pictures'):
+  with pytest.raises(ValueError, match='more than 3 images'):
     fid.precision_recall(np.zeros((3, 4)), np.zeros((5, 4)))
 
 
 def test_kernel_distance_is_the_double_sum():
-  """All of a set is its only subset."""
+  """The only subset of the size of a set is the set itself."""
   x, y = sets(12, 12, 5)
 
   def kernel(a, b):
@@ -110,16 +110,16 @@ def test_kernel_distance_is_unbiased_and_seeded():
 @pytest.mark.parametrize('block', [1024, 2])
 def test_precision_and_recall(monkeypatch, block):
   monkeypatch.setattr(fid, '_BLOCK', block)
-  # On a line: the reference's balls reach over 3 neighbours, to 3 at the
-  # ends; all pictures are in one corner of it.
+  # On a line. A ball reaches to the third neighbour: at an end of the
+  # reference its radius is 3. All generated images are at one end.
   reference = np.arange(10.0)[:, None]
-  drawn = np.array([[-3.0], [-2.9], [-2.8], [-3.1], [-3.2]])
-  precision, recall = fid.precision_recall(drawn, reference)
-  assert precision == 3 / 5  # Those from -3 on.
+  generated = np.array([[-3.0], [-2.9], [-2.8], [-3.1], [-3.2]])
+  precision, recall = fid.precision_recall(generated, reference)
+  assert precision == 3 / 5  # -3.0, -2.9 and -2.8.
   assert recall == 0
   assert fid.precision_recall(reference, reference) == (1, 1)
-  # The pictures' balls are as narrow as they lie close together.
-  assert fid.precision_recall(reference, drawn) == (0, 3 / 5)
+  # The generated images are close together, so their balls are small.
+  assert fid.precision_recall(reference, generated) == (0, 3 / 5)
 
 
 def test_sample_keeps_some_rows_and_all_statistics():
@@ -138,7 +138,7 @@ def test_sample_keeps_some_rows_and_all_statistics():
   ) == pytest.approx(0, abs=1e-9)
 
 
-def test_sample_of_fewer_than_there_was_room_for():
+def test_sample_of_fewer_features_than_its_limit():
   sample = fid.Sample(4, 10, 100)
   sample.add(np.ones((7, 4)))
   assert len(sample.rows) == sample.statistics.count == 7

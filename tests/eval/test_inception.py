@@ -1,4 +1,4 @@
-"""The FID's network; what it computes is in `tests/test_features.py`."""
+"""Preprocessing and weights of Inception; `test_features` checks features."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ DATA = pathlib.Path(__file__).parents[1] / 'data' / 'eval'
 
 
 def test_resize_equals_pytorch():
-  """One side grows and one shrinks, which the standard does not smooth."""
+  """One side grows; the other shrinks, without antialiasing as in pytorch."""
   rng = np.random.default_rng(0)
   rng.integers(0, 256, (2, 4, 5, 3), np.uint8)
   images = rng.integers(0, 256, (1, 320, 24, 3), np.uint8)
@@ -26,12 +26,12 @@ def test_resize_equals_pytorch():
 @pytest.mark.parametrize(
   'change, message',
   [
-    # As torchvision's own has it.
+    # The number of classes of torchvision's network.
     (
       {'fc.weight': np.zeros((1000, 2048))},
       r'another network: fc.weight is \(1000, 2048\), not \(1008, 2048\)',
     ),
-    ({'AuxLogits.fc.bias': np.zeros(1000)}, 'AuxLogits.fc.bias has no place'),
+    ({'AuxLogits.fc.bias': np.zeros(1000)}, 'AuxLogits.fc.bias is unexpected'),
     (
       {'Mixed_7c.branch_pool.conv.weight': None},
       'Mixed_7c.branch_pool.conv.weight is missing: give pt_inception',
@@ -59,7 +59,7 @@ def test_problems_are_counted(inception_weights):
 
 
 def test_counters_are_ignored(inception_weights):
-  """PyTorch adds one to each batch norm when it saves."""
+  """PyTorch saves a counter with each batch norm."""
   inception.from_state_dict(
     inception_weights
     | {'Mixed_5b.branch1x1.bn.num_batches_tracked': np.zeros((), np.int64)}

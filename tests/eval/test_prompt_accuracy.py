@@ -1,4 +1,4 @@
-"""Marks of drawn scenes, whose right answers are known."""
+"""Prompt accuracy of drawn scenes, whose right answers are known."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ ATTRIBUTES += prompt_accuracy.OBJECT_ATTRIBUTES
 
 
 def _state(scene):
-  """States everything there is to a scene."""
+  """A statement of every attribute of a scene."""
   objects = [
     {name: getattr(item, name) for name in prompt_accuracy.OBJECT_ATTRIBUTES}
     for item in scene.objects
@@ -50,7 +50,7 @@ def test_drawn_scenes_are_right(resolution, count):
   assert min(found.values()) >= 0.99, found
 
 
-def test_small_pictures_are_nearly_right():
+def test_small_images_are_nearly_right():
   images, statements = _examples(100, 32)
   found = prompt_accuracy.accuracy(images, statements, VOCABULARY)
   assert min(found[name] for name in ATTRIBUTES if name != 'all') >= 0.95
@@ -71,7 +71,7 @@ def test_noise_blur_and_specks_do_no_harm():
 
 
 def test_blurred_shapes_are_right():
-  """A young network draws soft edges; people see the shape all the same."""
+  """A network early in training generates soft edges around clear shapes."""
   images, statements = _examples(200, 64)
   blurred = [
     ndimage.gaussian_filter(image.astype(np.float32), (1.5, 1.5, 0))

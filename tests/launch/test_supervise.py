@@ -1,4 +1,4 @@
-"""The supervisor starts a command again, but not for ever."""
+"""The supervisor restarts a command, but not for ever."""
 
 import pathlib
 import signal
@@ -9,7 +9,7 @@ import time
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'supervise.py'
-# Counts its runs in WORKDIR/runs; then what the test says.
+# Counts its runs in WORKDIR/runs, then runs the test's code.
 COMMAND = """
 import os, pathlib, signal, sys, time
 workdir = pathlib.Path(sys.argv[1])
@@ -23,7 +23,7 @@ def save(step):
 
 @pytest.fixture
 def start(tmp_path):
-  """(code) -> the supervisor, running that code."""
+  """(code) -> a supervisor that runs the code."""
   started = []
 
   def start(code, *options):
@@ -59,9 +59,9 @@ def runs(tmp_path):
   return len(path.read_text()) if path.exists() else 0
 
 
-def test_until_it_is_finished(start, tmp_path):
+def test_restarts_until_finished(start, tmp_path):
   process = start('sys.exit([75, 1, 75, 0][run - 1])', '--attempts=9')
-  _, errors = process.communicate(timeout=60)
+  _, errors = process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (0, 4)
   assert [line.split('code ')[1] for line in errors.splitlines()] == [
     '75, starting again in 0 s.',
@@ -80,7 +80,7 @@ def test_until_it_is_finished(start, tmp_path):
 )
 def test_gives_up_without_progress(start, tmp_path, code, expected):
   process = start(code)
-  _, errors = process.communicate(timeout=60)
+  _, errors = process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (expected, 3)
   assert errors.splitlines()[-1] == (
     f'supervise: exit code {expected}, and no newer checkpoint after 3 '
@@ -90,10 +90,10 @@ def test_gives_up_without_progress(start, tmp_path, code, expected):
     assert '0.1 s' in errors and '0.2 s' in errors
 
 
-def test_progress_counts_from_anew(start, tmp_path):
+def test_progress_resets_the_count(start, tmp_path):
   (tmp_path / 'checkpoints' / '0_8' / '9.uncommitted').mkdir(parents=True)
   process = start('if run in (2, 4): save(run)\nsys.exit(1)')
-  process.communicate(timeout=60)
+  process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (1, 7)
 
 
@@ -108,7 +108,7 @@ time.sleep(60)
   while not (tmp_path / 'ready').exists():
     time.sleep(0.01)
   process.send_signal(number)
-  process.communicate(timeout=30)
+  process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (75, 1)
 
 
@@ -116,5 +116,5 @@ def test_a_signal_ends_the_pause(start, tmp_path):
   process = start('sys.exit(1)', '--pause=60')
   process.stderr.readline()
   process.terminate()
-  process.communicate(timeout=30)
+  process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (75, 1)

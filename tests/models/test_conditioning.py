@@ -1,4 +1,4 @@
-"""The encoders that are trained with the network."""
+"""Text encoders that are trained with the network."""
 
 import jax.numpy as jnp
 import numpy as np

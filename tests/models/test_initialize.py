@@ -1,11 +1,11 @@
-"""Parameters made on the host are distributed as Flax's own `init` does."""
+"""Initial parameters made by NumPy have the distributions of Flax's `init`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import build
+from mdm_jax.builders.model import make_model
 from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.initialize import initial_params
 
@@ -23,7 +23,7 @@ def model(make_config):
   config = make_config()
   config.text.num_layers = config.model.text.num_layers = 1
   config.model.levels[0].attention_layers = (1,)
-  return build.make_model(config, config.stages[1])
+  return make_model(config, config.stages[1])
 
 
 def test_distributions_are_those_of_flax(model):

@@ -1,4 +1,4 @@
-"""Packed features against the same arithmetic on pixels."""
+"""Packed features against the same operations on pixels."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax import build
+from mdm_jax.builders.model import make_levels, make_model
 from mdm_jax.models import layers, packing
 from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.packing import Features
@@ -139,7 +139,7 @@ def network(make_config):
     attention_layers=(0, 1),
     position_waves=1,
   )
-  model = build.make_model(config, config.stages[1])
+  model = make_model(config, config.stages[1])
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
@@ -187,7 +187,7 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
   text, (loss, grads) = network(**options)
   _, (expected_loss, expected_grads) = plain
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-  # Either is some 1e-5 from what float64 gives.
+  # Both differ from float64 by about 1e-5.
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(
       x, y, rtol=0, atol=4e-5 * (1 + np.abs(y).max())
@@ -195,9 +195,9 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
     grads,
     expected_grads,
   )
-  # And they are at work.
+  # Packing and rematerialisation are in use.
   assert ('optimization_barrier' in text) == ('remat' in options)
-  # 16 px of 4 channels: 4 of them side by side, or 8.
+  # 16 px of 4 channels, packed by 4 or by 8 pixels.
   shape = {16: '2x8x8x16', 32: '2x8x4x32'}.get(options.get('lanes'))
   assert shape is None or f'tensor<{shape}xf32>' in text
 
@@ -212,18 +212,18 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
     ('cpu', 16, 16),
   ],
 )
-def test_lanes_are_the_devices_unless_given(
+def test_lanes_default_to_those_of_the_device(
   monkeypatch, make_config, backend, lanes, expected
 ):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   config = make_config()
   config.model.levels[0].lanes = lanes
-  level = build.make_levels(config, config.stages[0])[0]
+  level = make_levels(config, config.stages[0])[0]
   assert level.lanes == expected
 
 
-def test_levels_reject_what_they_do_not_know(make_config):
-  level = build.make_levels(make_config(), make_config().stages[0])[0]
+def test_invalid_level_settings_are_refused(make_config):
+  level = make_levels(make_config(), make_config().stages[0])[0]
   with pytest.raises(ValueError, match="remat='all'.*block"):
     dataclasses.replace(level, remat='all')
   with pytest.raises(ValueError, match='lanes=0'):

@@ -1,4 +1,4 @@
-"""Against vectors of PyTorch's T5EncoderModel (transformers 5.23)."""
+"""T5 against the outputs of PyTorch's T5EncoderModel (transformers 5.23)."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_half_precision_is_close(t5_directory):
 def test_distance_buckets():
   buckets = np.asarray(t5.distance_buckets(300, 32, 128))
   assert buckets[0, 0] == 0
-  # Keys before the query, then the same distances behind it.
+  # Keys before the query, then keys at the same distances after it.
   np.testing.assert_array_equal(buckets[7, :7], [7, 6, 5, 4, 3, 2, 1])
   np.testing.assert_array_equal(buckets[0, 1:8], 16 + np.arange(1, 8))
   assert buckets[8, 0] == 8 and buckets[12, 0] == 9

@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mdm_jax import build, checks, sharding
+from mdm_jax.builders.check import check
+from mdm_jax.builders.model import make_model
+from mdm_jax.builders.stage import make_stage
+from mdm_jax.runtime import sharding
 from mdm_jax.tools import bench
 
 
@@ -15,8 +18,8 @@ from mdm_jax.tools import bench
 def test_needs_neither_data_nor_t5(name):
   recipe = importlib.import_module(f'configs.{name}').get_config('').lock()
   config = bench.without_t5(recipe)
-  checks.check(config, sharding.make_mesh(config.mesh))
-  model = build.make_model(config, config.stages[-1])
+  check(config, sharding.make_mesh(config.mesh))
+  model = make_model(config, config.stages[-1])
   width = 2048 if recipe.text.encoder == 't5' else recipe.text.width
   assert model.text_encoder.width == width
   text = bench.make_text(config, 2)
@@ -29,7 +32,7 @@ def test_batch_of_a_mixed_stage(make_config):
   config = make_config()
   stage = config.stages[1]
   stage.update(mixed_ratio=(1.0, 3.0), batch_size=8)
-  batch = bench.make_batch(config, stage)
+  batch = bench.make_batch(make_stage(config, 1))
   assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
     'image': ((6, 16, 16, 3), 'uint8'),
     'image_8': ((2, 8, 8, 3), 'uint8'),
@@ -37,6 +40,7 @@ def test_batch_of_a_mixed_stage(make_config):
     'scale': ((8,), 'float32'),
     'bad': ((8,), 'bool'),
     'stop': ((8,), 'bool'),
+    'save': ((8,), 'bool'),
   }
 
 
@@ -67,26 +71,30 @@ def test_measures_both_steps(make_config, tmp_path):
   config.eval.batch_size = 4
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   found = bench.measure(
-    config, stage, mesh, count=3, sampling_steps=2, profile=str(tmp_path)
+    make_stage(config, 0),
+    mesh,
+    count=3,
+    sampling_steps=2,
+    profile=str(tmp_path),
   )
   for name, images in (('train', 2), ('sample', 4 / 3)):
-    figures = found[name]
-    assert 0 < figures['step_seconds_min'] <= figures['step_seconds']
-    assert figures['images_per_second'] * figures['step_seconds'] == (
+    results = found[name]
+    assert 0 < results['step_seconds_min'] <= results['step_seconds']
+    assert results['images_per_second'] * results['step_seconds'] == (
       pytest.approx(images)
     )
-    assert figures['mfu'] > 0
-    assert figures['program_bytes'] > 1e4
-    assert figures['compile_seconds'] > 0
-    shares = [row['share'] for row in figures['operations']]
+    assert results['mfu'] > 0
+    assert results['program_bytes'] > 1e4
+    assert results['compile_seconds'] > 0
+    shares = [row['share'] for row in results['operations']]
     assert len(shares) == 10
     assert shares == sorted(shares, reverse=True) and sum(shares) < 1
-    assert any('NestedUNet' in row['origin'] for row in figures['operations'])
+    assert any('NestedUNet' in row['origin'] for row in results['operations'])
     # For Perfetto and for TensorBoard.
     files = {path.name for path in (tmp_path / name).rglob('*.*')}
     assert 'perfetto_trace.json.gz' in files
     assert any(name.endswith('.xplane.pb') for name in files)
-  # Two examples forth and back, against two steps of four pictures, guided.
+  # Two examples forth and back, against two steps of four images, guided.
   flops = found['train']['device_flops'] / found['sample']['device_flops']
   assert 0.5 < flops < 1.1
   again = json.loads(json.dumps(found))

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mdm_jax import build, checkpoint
+from mdm_jax.builders.config import stage_directory, write_config
+from mdm_jax.builders.model import make_model
+from mdm_jax.checkpoint import restore
+from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.tools.export_weights import export
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
 
@@ -17,12 +20,12 @@ def run(make_config, random_params, t5_directory, tmp_path):
   config = make_config()
   config.text.update(encoder='t5', path=str(t5_directory.path))
   config.lock()
-  model = build.make_model(config, config.stages[1])
+  model = make_model(config, config.stages[1])
   params = random_params(model, config.text.max_length)
   workdir = tmp_path / 'run'
-  checkpoint.write_config(workdir, json.loads(config.to_json()))
-  checkpoints = checkpoint.Checkpoints(
-    build.stage_directory(workdir, config, 1), save_interval=1, max_to_keep=1
+  write_config(workdir, json.loads(config.to_json()))
+  checkpoints = Checkpoints(
+    stage_directory(workdir, config, 1), save_interval=1, max_to_keep=1
   )
   checkpoints.save(3, {'ema': params}, {}, force=True)
   checkpoints.close()
@@ -35,8 +38,8 @@ def test_export_then_import_is_exact(run, tmp_path, suffix):
   file = tmp_path / f'out.{suffix}'
   export(workdir, file, 'release')
   import_checkpoint(file, config, tmp_path / 'again')
-  again = checkpoint.restore_item(
-    build.stage_directory(tmp_path / 'again', config, 1), 0, 'ema'
+  again = restore.restore_item(
+    stage_directory(tmp_path / 'again', config, 1), 0, 'ema'
   )
   assert again.keys() == params.keys() == {'unet'}
   for path, value in _flat(params):

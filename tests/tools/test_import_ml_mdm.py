@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, sharding, torch_files, train
+from mdm_jax.builders.config import stage_directory
+from mdm_jax.builders.model import make_model
+from mdm_jax.checkpoint import restore, saved_steps
+from mdm_jax.interop import torch_checkpoint
+from mdm_jax.interop.ml_mdm import to_release
 from mdm_jax.models.conditioning import Cond
-from mdm_jax.models.release import to_release
+from mdm_jax.runtime import sharding
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
+from mdm_jax.training import loop
 
 
 @pytest.fixture
@@ -47,14 +52,14 @@ def test_golden_weights_give_golden_outputs(
   nested2, golden, golden_state_dict, tmp_path
 ):
   path = tmp_path / 'vis.pth'
-  torch_files.write_state_dict(path, golden_state_dict('nested2'))
+  torch_checkpoint.write_state_dict(path, golden_state_dict('nested2'))
   import_checkpoint(path, nested2, tmp_path / 'run')
   assert json.loads((tmp_path / 'run' / 'config.json').read_text()) == (
     json.loads(nested2.to_json())
   )
-  directory = build.stage_directory(tmp_path / 'run', nested2, 0)
-  params = checkpoint.restore_item(directory, 0, 'ema')
-  model = build.make_model(nested2, nested2.stages[0])
+  directory = stage_directory(tmp_path / 'run', nested2, 0)
+  params = restore.restore_item(directory, 0, 'ema')
+  model = make_model(nested2, nested2.stages[0])
   g = golden('forward_nested2_default')
   out = jax.jit(model.unet.apply)(
     {'params': params['unet']},
@@ -78,9 +83,9 @@ def toy(make_config, t5_directory):
 
 
 def write_toy(config, path, index, random_params):
-  model = build.make_model(config, config.stages[index])
+  model = make_model(config, config.stages[index])
   params = random_params(model, config.text.max_length)
-  torch_files.write_state_dict(
+  torch_checkpoint.write_state_dict(
     path, to_release(params['unet'], model.unet.levels)
   )
   return params
@@ -91,16 +96,16 @@ def test_training_goes_on(toy, random_params, tmp_path, index):
   params = write_toy(toy, tmp_path / 'a.pth', index, random_params)
   workdir = tmp_path / 'run'
   import_checkpoint(tmp_path / 'a.pth', toy, workdir)
-  first = build.stage_directory(workdir, toy, 0)
-  assert checkpoint.finished_step(first) == (0 if index == 0 else None)
-  _, frozen = train.setup(toy, workdir)
+  first = stage_directory(workdir, toy, 0)
+  assert saved_steps.finished_step(first) == (0 if index == 0 else None)
+  _, frozen = loop.setup(toy, workdir)
   mesh = sharding.make_mesh(toy.mesh, devices=jax.devices()[:8])
-  train.train(toy, workdir, mesh, frozen)
-  last = build.stage_directory(workdir, toy, 1)
-  assert checkpoint.finished_step(last) == 1
-  assert checkpoint.latest_step(first) == (0 if index == 0 else None)
+  loop.train(toy, workdir, mesh, frozen)
+  last = stage_directory(workdir, toy, 1)
+  assert saved_steps.finished_step(last) == 1
+  assert saved_steps.latest_step(first) == (0 if index == 0 else None)
   # One step at a rate of 1e-3 from what was imported.
-  trained = checkpoint.restore_item(last, 1, 'params')['unet']['level_0']
+  trained = restore.restore_item(last, 1, 'params')['unet']['level_0']
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3),
     trained,
@@ -113,7 +118,7 @@ def test_misfits_are_named(toy, random_params, tmp_path):
   toy.stages[1].num_levels = 1
   with pytest.raises(
     ValueError,
-    match=r'a.pth has 2 levels, the stages .*'
+    match=r'a.pth has 2 levels, but the stages .*'
     r'\[1, 1\]',
   ):
     import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')

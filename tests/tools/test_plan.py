@@ -11,40 +11,47 @@ import numpy as np
 import pytest
 
 from configs import cc12m_1024
-from mdm_jax import build, inputs, sharding
-from mdm_jax.tools import plan
+from mdm_jax.builders.data import make_dataset
+from mdm_jax.builders.model import resolutions
+from mdm_jax.builders.stage import batch_sizes, make_stage
+from mdm_jax.builders.text import make_text_encoder
+from mdm_jax.runtime import sharding
+from mdm_jax.runtime.peaks import Chip
+from mdm_jax.tools import compile_for_tpu, plan
 
-CHIP = plan.Chip(flops=100e12, memory=16.0, bandwidth=1e12, links=1e11)
+CHIP = Chip('cpu', flops=100e12, memory=16.0, bandwidth=1e12, links=1e11)
 
 
 def test_unknown_topology_lists_the_known():
   for name in ('v5e:3x3', 'v9:4x4', 'v5e', ''):
     with pytest.raises(ValueError, match=f'{name}.*v5e:1x1, .*4x4.*v5p:2x2x1'):
-      plan.find_devices(name)
+      compile_for_tpu.find_devices(name)
 
 
 def test_absent_compiler_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='pip install libtpu'):
-    plan.find_devices('v5e:4x4')
+    compile_for_tpu.find_devices('v5e:4x4')
 
 
 def test_needed_memory():
   # Two of the compiler's messages.
   assert (
-    plan.needed_memory(
+    compile_for_tpu.needed_memory(
       'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
       'required for HLO temporaries (40.00G) exceeds available HBM (15.75G)'
     )
     == 40
   )
   assert (
-    plan.needed_memory(
+    compile_for_tpu.needed_memory(
       'Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.'
     )
     == 0.5
   )
-  assert plan.needed_memory('INVALID_ARGUMENT: no such option') is None
+  assert (
+    compile_for_tpu.needed_memory('INVALID_ARGUMENT: no such option') is None
+  )
 
 
 def test_roofline_and_price():
@@ -67,7 +74,7 @@ def test_an_answer_is_remembered_until_the_question_changes(tmp_path):
       asked.append(question)
       return {'value': len(asked)}
 
-    return plan.cached(tmp_path / 'cache', question, answer)
+    return compile_for_tpu.cached(tmp_path / 'cache', question, answer)
 
   assert [
     ask(q)['value'] for q in ({'a': 1}, {'a': 1}, {'a': 2}, {'a': 1})
@@ -108,23 +115,25 @@ def test_prepare_makes_do_without_an_encoder(tmp_path):
   config = cc12m_1024.get_config()
   config.mesh.fsdp = 16
   given = config.to_json()
-  prepared, notes = plan.prepare(config, 2, 4, 32, str(tmp_path))
+  prepared, notes = compile_for_tpu.prepare(config, 2, 4, 32, str(tmp_path))
   assert [stage.name for stage in prepared.stages] == ['1024']
   assert (prepared.stages[0].batch_size, prepared.eval.batch_size) == (128, 32)
   assert len(notes) == 2 and 'flan-t5-xl' in notes[1]
   # Or the run's images, and what they cost, would be counted wrong.
   assert config.to_json() == given
-  encoder = build.make_text_encoder(prepared)
+  encoder = make_text_encoder(prepared)
   shapes = jax.eval_shape(
     encoder.init, jax.random.key(0), np.ones((1, 4), np.int32)
   )
   assert sum(
     map(math.prod, (x.shape for x in jax.tree.leaves(shapes)))
   ) == pytest.approx(1.22e9, rel=0.01)
-  with pytest.raises(ValueError, match='--stage=3: the config has 3'):
-    plan.prepare(config, 3, None, 16, str(tmp_path))
+  with pytest.raises(
+    ValueError, match='--stage=3: the config has stages 0 to 2'
+  ):
+    compile_for_tpu.prepare(config, 3, None, 16, str(tmp_path))
   with pytest.raises(ValueError, match='does not arrange 24 devices'):
-    plan.prepare(config, 2, None, 24, str(tmp_path))
+    compile_for_tpu.prepare(config, 2, None, 24, str(tmp_path))
 
 
 @pytest.fixture
@@ -138,47 +147,52 @@ def config(make_config):
 @pytest.fixture
 def slice_of_cpus(monkeypatch):
   """Every topology is this machine's 8 devices."""
+  for module in (plan, compile_for_tpu):
+    monkeypatch.setattr(
+      module, 'find_devices', lambda topology: (CHIP, jax.devices())
+    )
   monkeypatch.setattr(
-    plan, 'find_devices', lambda topology: (CHIP, jax.devices())
-  )
-  monkeypatch.setattr(plan, '_versions', dict)  # libtpu's, if it were here.
+    compile_for_tpu, '_versions', dict
+  )  # libtpu's, if it were here.
 
 
 def test_batch_is_the_pipelines(config, tmp_path):
-  prepared, _ = plan.prepare(config, 1, None, 8, str(tmp_path))
+  prepared, _ = compile_for_tpu.prepare(config, 1, None, 8, str(tmp_path))
   mesh = sharding.make_mesh(config.mesh)
   stage = config.stages[1]
   batch = next(
     iter(
-      inputs.make_dataset(
+      make_dataset(
         config,
         'train',
-        build.resolutions(config, stage),
-        build.batch_sizes(stage),
+        resolutions(config, stage),
+        batch_sizes(stage),
         process_index=0,
         process_count=1,
       )
     )
   )
-  expected = sharding.shard_batch(batch | {'stop': batch['bad']}, mesh)
-  planned = plan.abstract_batch(prepared, mesh)
+  expected = sharding.shard_batch(
+    batch | {'stop': batch['bad'], 'save': batch['bad']}, mesh
+  )
+  planned = compile_for_tpu.abstract_batch(make_stage(prepared, 0), mesh)
   assert {
     name: (x.shape, x.dtype, x.sharding) for name, x in planned.items()
   } == {name: (x.shape, x.dtype, x.sharding) for name, x in expected.items()}
 
 
 def test_state_by_kind(config, tmp_path):
-  prepared, _ = plan.prepare(config, 1, None, 8, str(tmp_path))
+  prepared, _ = compile_for_tpu.prepare(config, 1, None, 8, str(tmp_path))
   prepared.averages.widths = (0.05, 0.1)
   mesh = sharding.make_mesh(config.mesh)
-  state = plan.abstract_state(prepared, mesh)
-  size = plan.bytes_per_chip(state.params)
+  state = make_stage(prepared, 0).state_shapes(mesh)
+  size = compile_for_tpu.bytes_per_chip(state.params)
   whole = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert whole / 4 < size < whole  # Kernels are spread over 4.
-  assert plan.bytes_per_chip(state.ema) == size
-  assert plan.bytes_per_chip(state.lags) == 2 * size
+  assert compile_for_tpu.bytes_per_chip(state.ema) == size
+  assert compile_for_tpu.bytes_per_chip(state.lags) == 2 * size
   # Two moments and a count or two.
-  assert 0 < plan.bytes_per_chip(state.opt_state) - 2 * size <= 16
+  assert 0 < compile_for_tpu.bytes_per_chip(state.opt_state) - 2 * size <= 16
 
 
 def test_plan_compiles_once(
@@ -199,7 +213,7 @@ def test_plan_compiles_once(
     'at 1.5 each',
   ):
     assert words in first, words
-  monkeypatch.setattr(plan, 'compile_train', None)
+  monkeypatch.setattr(compile_for_tpu, 'compile_train', None)
   plan.plan(*ask)
   assert capsys.readouterr().out == first
   remembered = json.loads(next(tmp_path.glob('*.json')).read_text())
@@ -278,8 +292,9 @@ def test_search_ends_where_memory_is_not_short(
   )
 
 
-def test_precomputed_features_are_read_as_they_are():
+def test_precomputed_features_are_read_as_they_are(tmp_path):
   config = cc12m_1024.get_config()
   config.text.encoder = 'precomputed'
-  text = plan._text(config, 3, 2048)
+  prepared, _ = compile_for_tpu.prepare(config, 2, None, 16, str(tmp_path))
+  text = compile_for_tpu._text(make_stage(prepared, 0), 3)
   assert (text.shape, text.dtype) == ((3, 128, 2048), jnp.float32)

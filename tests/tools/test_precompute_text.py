@@ -10,10 +10,17 @@ from PIL import Image
 import pytest
 
 from configs import common
-from mdm_jax import build, checkpoint, checks, inputs, sharding, train, trained
+from mdm_jax.builders.check import check
+from mdm_jax.builders.data import make_source
+from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.text import empty_text, make_tokenizer
 from mdm_jax.data import precomputed
 from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.inference.session import open_run
+from mdm_jax.runtime import sharding
 from mdm_jax.tools import precompute_text, prepare_data
+from mdm_jax.training import loop
+from tests import toy
 from tests.tools.test_prepare_data import write_tar
 
 # 8 to about 50 tokens.
@@ -44,7 +51,7 @@ def make_config(data, t5):
   config = common.get_config()
   config.model.levels = [common.level(8)]
   config.stages = [common.stage('8', 1)]
-  config = common.smoke(config)
+  config = toy.shrink(common.smoke(config))
   config.data.update(name='captioned_images', path=str(data))
   config.text.update(encoder='t5', path=str(t5), max_length=MAX_LENGTH)
   config.stages[0].update(steps=2, batch_size=8)
@@ -86,7 +93,7 @@ def contents(config):
 
 
 def records(config, split='train'):
-  source = pickle.loads(pickle.dumps(inputs.make_source(config, split, 8)))
+  source = pickle.loads(pickle.dumps(make_source(config, split, 8)))
   return [source[i] for i in range(len(source))]
 
 
@@ -95,8 +102,8 @@ def mesh_of(config):
 
 
 def test_features_are_the_encoders(made, t5_directory):
-  tokenizer = inputs.make_tokenizer(made)
-  checks.check(made, mesh_of(made))
+  tokenizer = make_tokenizer(made)
+  check(made, mesh_of(made))
   lengths = set()
   for split in ('train', 'validation'):
     for record in records(made, split):
@@ -111,9 +118,7 @@ def test_features_are_the_encoders(made, t5_directory):
   # Of both compiled lengths, and a caption that was cut.
   assert min(lengths) < 32 and MAX_LENGTH in lengths
   empty, mask = t5_directory.encode(tokenizer.encode('')[None])
-  np.testing.assert_allclose(
-    inputs.empty_text(made), empty[0], rtol=2**-8, atol=1e-5
-  )
+  np.testing.assert_allclose(empty_text(made), empty[0], rtol=2**-8, atol=1e-5)
 
 
 def test_only_what_is_missing_is_made(copied):
@@ -129,7 +134,7 @@ def test_only_what_is_missing_is_made(copied):
     for path in directory.glob('*.array_record')
   }
   with pytest.raises(FileNotFoundError, match=f'lacks 1 of.*{names[1]}.*again'):
-    checks.check(copied, mesh_of(copied))
+    check(copied, mesh_of(copied))
   precompute_text.precompute(copied, batch_size=8)
   assert contents(copied) == before
   assert (
@@ -164,7 +169,7 @@ def test_what_was_made_with_something_else_is_refused(
 ):
   copied.text.max_length = 32
   with pytest.raises(ValueError, match='max_length 40 instead of 32'):
-    checks.check(copied, mesh_of(copied))
+    check(copied, mesh_of(copied))
   with pytest.raises(ValueError, match='max_length 40 instead of 32'):
     precompute_text.precompute(copied, batch_size=8)
   copied.text.max_length = MAX_LENGTH
@@ -183,7 +188,7 @@ def test_what_was_made_with_something_else_is_refused(
   weights.write_bytes(data)
   copied.text.path = str(other)
   with pytest.raises(ValueError, match='encoder [0-9a-f]+ instead of') as error:
-    checks.check(copied, mesh_of(copied))
+    check(copied, mesh_of(copied))
   assert 'precompute_text' in str(error.value)
   assert 'tokenizer' not in str(error.value)
 
@@ -193,17 +198,17 @@ def test_features_of_another_data_set_are_refused(copied):
   first, second = sorted(directory.glob('train*'))[:2]
   shutil.copy(second, first)
   with pytest.raises(ValueError, match='of another caption for some/'):
-    inputs.make_source(copied, 'train', 8)[0]
+    make_source(copied, 'train', 8)[0]
 
 
 def test_damaged_features_are_a_bad_record(copied):
   directory = precomputed.text_directory(copied.data.path)
   first = sorted(directory.glob('train*'))[0]
   data = bytearray(first.read_bytes())
-  text = inputs.make_source(copied, 'train', 8)[2]['text']
+  text = make_source(copied, 'train', 8)[2]['text']
   data[data.index(text[:2].tobytes()) + 3] ^= 1
   first.write_bytes(data)
-  source = inputs.make_source(copied, 'train', 8)
+  source = make_source(copied, 'train', 8)
   source[1]
   with pytest.raises(BadRecord, match='some/.*: damaged text features'):
     source[2]
@@ -212,8 +217,8 @@ def test_damaged_features_are_a_bad_record(copied):
 def test_long_captions_are_left_out(made):
   config = made.copy_and_resolve_references()
   config.text.long_captions = 'leave_out'
-  tokenizer = inputs.make_tokenizer(config)
-  source = inputs.make_source(config, 'train', 8)
+  tokenizer = make_tokenizer(config)
+  source = make_source(config, 'train', 8)
   plain = Transform(tokenizer, 8, leave_out=True)
   left_out = 0
   for i, cut in enumerate(records(made)):
@@ -241,11 +246,11 @@ def test_what_cannot_be_precomputed_is_named(made):
   config.text.encoder = 'precomputed'
   config.data.name = 'shapes'
   with pytest.raises(ValueError, match="data.name='shapes': only a prepared"):
-    checks.check(config, mesh_of(config))
+    check(config, mesh_of(config))
 
 
 def test_features_that_overflow_are_refused(made):
-  tokenizer = inputs.make_tokenizer(made)
+  tokenizer = make_tokenizer(made)
   with pytest.raises(ValueError, match="'a' exceed float16: use --storage=bf"):
     precompute_text.encode_captions(
       ['a'],
@@ -257,8 +262,8 @@ def test_features_that_overflow_are_refused(made):
 
 def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   def run(config, workdir):
-    mesh, frozen = train.setup(config, workdir)
-    train.train(config, workdir, mesh, frozen)
+    mesh, frozen = loop.setup(config, workdir)
+    loop.train(config, workdir, mesh, frozen)
     return [
       json.loads(line)['loss']
       for line in (workdir / 'metrics.jsonl').read_text().splitlines()
@@ -273,13 +278,10 @@ def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   assert (tmp_path / 'stored' / 'samples' / '8_2.png').exists()
 
   # Anything can be drawn with what was trained on them.
-  config = build.reading_prompts(
-    build.load_config(checkpoint.read_config(tmp_path / 'stored'))
+  session = open_run(tmp_path / 'stored', any_prompt=True)
+  model = session.restore()
+  sample_fn = model.stage.make_sample_fn(model.mesh, model.params)
+  (images,) = sample_fn(
+    model.params, encode_prompts(session.config, ['a blue cross']), [0]
   )
-  mesh = mesh_of(config)
-  index, _, params = trained.restore_average(config, tmp_path / 'stored', mesh)
-  params |= build.load_frozen(config, mesh)
-  (pictures,) = trained.make_draw(config, index, mesh, params)(
-    params, inputs.encode_prompts(config, ['a blue cross']), [0]
-  )
-  assert pictures.shape == (1, 8, 8, 3)
+  assert images.shape == (1, 8, 8, 3)

@@ -16,6 +16,7 @@ import pytest
 
 from mdm_jax.data import sources, tars
 from mdm_jax.data.transforms import decode_image
+from mdm_jax.runtime import files
 from mdm_jax.tools import prepare_data
 from mdm_jax.tools.prepare_data import Options
 
@@ -302,7 +303,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         dataclasses.replace(options, min_side=2),
       )
     # Killed once more, while the parts become the data set.
-    patch.setattr(prepare_data, '_write_file', fail_on('summary.json'))
+    patch.setattr(files, 'write_text', fail_on('summary.json'))
     with pytest.raises(KeyboardInterrupt):
       prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
   assert not output.exists()
@@ -319,7 +320,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 
 def fail_on(name):
-  write = prepare_data._write_file
+  write = files.write_text
 
   def write_file(path, text):
     if path.name == name:

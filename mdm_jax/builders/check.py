@@ -1,0 +1,300 @@
+"""Checks a configuration before anything is compiled."""
+
+from collections.abc import Sequence
+import math
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mdm_jax import mixed_batch
+from mdm_jax.builders.config import TRAINED_ENCODERS, naming
+from mdm_jax.builders.model import (
+  level_spec,
+  resolutions,
+)
+from mdm_jax.builders.prompts import can_score_prompts
+from mdm_jax.builders.stage import (
+  Stage,
+  batch_sizes,
+  make_skip_rule,
+  make_stages,
+)
+from mdm_jax.builders.text import make_tokenizer, text_fingerprint
+from mdm_jax.data import precomputed
+from mdm_jax.diffusion import samplers
+from mdm_jax.eval import prompt_accuracy
+from mdm_jax.optim import post_hoc_ema
+from mdm_jax.runtime import sharding
+
+_TEXT_ENCODERS = (*TRAINED_ENCODERS, 't5', 'precomputed')
+
+
+def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
+  """Checks a whole configuration against the devices that it will run on.
+
+  Args:
+    config: configuration of the run.
+    mesh: the devices.
+
+  Returns:
+    The stages of the run.
+
+  Raises:
+    FileNotFoundError: a file that the configuration names is missing.
+    ValueError: a value is wrong. The message names the key and the remedy.
+  """
+  _check_text(config)
+  _check_sampler(config)
+  _check_averages(config)
+  _check_evaluation(config)
+  make_skip_rule(config)
+  for key, value in [
+    ('averages.snapshot_every', config.averages.snapshot_every),
+    *(
+      (key, config[key])
+      for key in ('log_every', 'sample_every', 'checkpoint_every')
+    ),
+  ]:
+    if value < 1:
+      raise ValueError(f'{key}={value}: give a number of steps.')
+  for key, value in [
+    ('replicas_every', config.replicas_every),
+    ('profile_every', config.profile_every),
+    ('checkpoint_minutes', config.checkpoint_minutes),
+    ('eval.every', config.eval.every),
+    *((f'watchdog.{phase}', limit) for phase, limit in config.watchdog.items()),
+  ]:
+    if value < 0:
+      raise ValueError(f'{key}={value}: give 0 for never, or more.')
+  least = max(config.eval.num_prompts, config.eval.batch_size)
+  if config.data.name == 'shapes' and config.data.size < least:
+    raise ValueError(
+      f'data.size={config.data.size}: the evaluation needs {least} scenes. '
+      'Increase it, or lower eval.num_prompts and eval.batch_size.'
+    )
+  return check_stages(config, mesh)
+
+
+def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
+  """Checks the levels, stages and batch sizes of a configuration.
+
+  Args:
+    config: configuration of the run.
+    mesh: the devices.
+
+  Returns:
+    The stages of the run.
+
+  Raises:
+    ValueError: a value is wrong. The message names the key and the remedy.
+  """
+  if not config.stages or not config.model.levels:
+    raise ValueError('The config needs at least one stage and one level.')
+  _check_resolutions(config)
+  names = [stage.name for stage in config.stages]
+  if len(set(names)) < len(names):
+    raise ValueError(f'stages have names {names}: they must differ.')
+  sharding.check_images_stay_in_processes(mesh)
+  heights = [level.resolution for level in config.model.levels]
+  if any(height % mesh.shape['spatial'] for height in heights):
+    raise ValueError(
+      f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
+      f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.'
+    )
+  shards = sharding.batch_shards(mesh)
+  for key, size in [
+    ('eval.batch_size', config.eval.batch_size),
+    *(
+      (f'stages[{i}].batch_size', stage.batch_size)
+      for i, stage in enumerate(config.stages)
+    ),
+  ]:
+    if size < 1 or size % shards:
+      raise ValueError(
+        f'{key}={size} is not divisible by {shards}, the number of devices '
+        'that the mesh spreads a batch over: use a multiple.'
+      )
+  for i, stage in enumerate(config.stages):
+    _check_stage(config, i, stage, shards)
+  return make_stages(config)
+
+
+def _check_text(config: ConfigDict) -> None:
+  text = config.text
+  if text.encoder not in _TEXT_ENCODERS:
+    raise ValueError(
+      f'text.encoder={text.encoder!r}: use one of {_TEXT_ENCODERS}.'
+    )
+  if text.encoder not in TRAINED_ENCODERS and not text.path:
+    raise ValueError(
+      'text.path is empty: name the directory of a T5 encoder, downloaded '
+      'from google/flan-t5-xl for example, --config.text.path=DIR.'
+    )
+  if text.long_captions not in ('cut', 'leave_out'):
+    raise ValueError(
+      f'text.long_captions={text.long_captions!r}: use cut or leave_out.'
+    )
+  if not 0 <= text.caption_dropout <= 1:
+    raise ValueError(
+      f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.'
+    )
+  make_tokenizer(config)
+  if text.encoder == 'precomputed':
+    if config.data.name != 'captioned_images':
+      raise ValueError(
+        f"text.encoder='precomputed' with data.name={config.data.name!r}: "
+        'only a prepared data set can have text features beside it.'
+      )
+    precomputed.require_same(
+      config.data.path,
+      precomputed.read_info(config.data.path),
+      text_fingerprint(config),
+    )
+
+
+def _check_sampler(config: ConfigDict) -> None:
+  sampler = config.sampler
+  samplers.threshold_x0(jnp.zeros((1, 1, 1, 3)), sampler.threshold)
+  samplers.time_steps(sampler.num_steps, config.diffusion.num_steps)
+  if sampler.name not in samplers.SAMPLERS:
+    raise ValueError(
+      f'sampler.name={sampler.name!r}: use one of {samplers.SAMPLERS}.'
+    )
+  if not 0 <= sampler.eta <= 1:
+    raise ValueError(f'sampler.eta={sampler.eta}: must be in 0..1.')
+  if not 0 <= sampler.guidance_rescale <= 1:
+    raise ValueError(
+      f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in 0..1.'
+    )
+  low, high = sampler.guidance_interval
+  if not 0 <= low < high <= 1:
+    raise ValueError(
+      f'sampler.guidance_interval={sampler.guidance_interval}: give two '
+      'rising shares, from 0 to 1.'
+    )
+
+
+def _check_averages(config: ConfigDict) -> None:
+  """Checks the post-hoc EMAs to track."""
+  widths = config.averages.widths
+  with naming(f'averages.widths={widths}'):
+    for sigma_rel in widths:
+      post_hoc_ema.exponent(sigma_rel)
+    if len(set(widths)) < len(widths):
+      raise ValueError('they must differ.')
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+  metric, every = config.eval.best_metric, config.eval.every
+  if not metric or not config.stages:
+    return
+  if not every:
+    raise ValueError(
+      f'eval.best_metric={metric!r} with eval.every={every}: give the steps '
+      'between two evaluations.'
+    )
+  names = [
+    f'held_out_loss_{resolution}'
+    for resolution in resolutions(config, config.stages[-1])
+  ]
+  if can_score_prompts(config):
+    names += [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  if metric not in names:
+    raise ValueError(f'eval.best_metric={metric!r}: use one of {names}.')
+
+
+def _check_resolutions(config: ConfigDict) -> None:
+  levels = config.model.levels
+  for i, level in enumerate(levels):
+    with naming(f'model.levels[{i}]'):
+      spec = level_spec(level)
+    if not i and spec.channels[-1] % spec.num_heads:
+      raise ValueError(
+        f'model.levels[0].num_heads={spec.num_heads} does not divide the '
+        f'{spec.channels[-1]} channels of its middle blocks.'
+      )
+    if level.temporal_dim != levels[0].temporal_dim:
+      raise ValueError(
+        f'model.levels[{i}].temporal_dim={level.temporal_dim}: all levels '
+        f'must have the same, and level 0 has {levels[0].temporal_dim}.'
+      )
+    bottom, odd = divmod(level.resolution, spec.downsampling)
+    if odd:
+      raise ValueError(
+        f'model.levels[{i}].resolution={level.resolution} cannot be divided '
+        f'into patches of {spec.patch_size} px and halved '
+        f'{len(spec.channels) - 1} times: use a multiple of '
+        f'{spec.downsampling}, or fewer entries in channels.'
+      )
+    if i:
+      inner = levels[i - 1].resolution // levels[i - 1].patch_size
+      if bottom != inner:
+        raise ValueError(
+          f'model.levels[{i}].resolution={level.resolution} with patches of '
+          f'{spec.patch_size} px, halved {len(spec.channels) - 1} times, gives '
+          f'{bottom} px, but level {i - 1} works at {inner}: change either.'
+        )
+
+
+def _check_stage(
+  config: ConfigDict, i: int, stage: ConfigDict, shards: int
+) -> None:
+  if not 1 <= stage.num_levels <= len(config.model.levels):
+    raise ValueError(
+      f'stages[{i}].num_levels={stage.num_levels}: give 1 to '
+      f'{len(config.model.levels)}, the number of model.levels.'
+    )
+  if i and stage.num_levels < config.stages[i - 1].num_levels:
+    raise ValueError(
+      f'stages[{i}].num_levels={stage.num_levels} is less than that of the '
+      'stage before: stages can only add levels.'
+    )
+  for key in ('loss_weights', 'mixed_ratio'):
+    if len(stage[key]) != stage.num_levels:
+      raise ValueError(
+        f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
+        f'of its {stage.num_levels} levels, coarse to fine.'
+      )
+  if stage.steps < 1:
+    raise ValueError(f'stages[{i}].steps={stage.steps}: give 1 or more.')
+  repeats = _num_repeats(i, stage)
+  period = stage.batch_size // stage.accumulate // repeats
+  if repeats % shards:
+    parts = f' / {stage.accumulate}' if stage.accumulate > 1 else ''
+    raise ValueError(
+      f'stages[{i}].batch_size={stage.batch_size}{parts} does not give each '
+      f'of the {shards} devices that the mesh spreads a batch over whole '
+      f'patterns of mixed_ratio={tuple(stage.mixed_ratio)}, {period} '
+      'examples each: use a multiple of '
+      f'{period * shards * stage.accumulate}.'
+    )
+
+
+def _num_repeats(i: int, stage: ConfigDict) -> int:
+  """Number of patterns of a mixed batch in each of its microbatches."""
+  with naming(f'stages[{i}].mixed_ratio'):
+    repeats = mixed_batch.num_repeats(batch_sizes(stage))
+  if stage.accumulate < 1 or repeats % stage.accumulate:
+    raise ValueError(
+      f'stages[{i}].accumulate={stage.accumulate} does not divide the '
+      f'{repeats} patterns of mixed_ratio in its batch: use a divisor of '
+      f'{repeats}.'
+    )
+  return repeats // stage.accumulate
+
+
+def parts_of_batches(config: ConfigDict) -> list[int]:
+  """For each batch of the run, the number of parts that it divides into.
+
+  The parts are equal, and hold whole patterns of a mixed batch. Each microbatch
+  counts as a batch.
+
+  Raises:
+    ValueError: `mixed_ratio` does not divide a stage's batch, or `accumulate`
+      does not divide the patterns of its batch.
+  """
+  return [
+    config.eval.batch_size,
+    *(_num_repeats(i, stage) for i, stage in enumerate(config.stages)),
+  ]

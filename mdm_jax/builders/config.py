@@ -1,0 +1,189 @@
+"""A run's configuration: as JSON, on disk, and compared with another."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import pathlib
+import re
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mdm_jax.runtime import files
+
+TRAINED_ENCODERS = ('learned', 'label')
+_FILE = 'config.json'
+_ABSENT = 'absent'
+# Keys that may change when a run continues. None of them changes what is
+# learned, but for the guard's: a run that it has stopped could not go on
+# without a change.
+_MAY_CHANGE = (
+  'mesh.',
+  'sharding_rules',
+  'data.num_workers',
+  'data.num_threads',
+  'data.prefetch',
+  'data.max_bad_fraction',
+  'data.may_change',
+  'log_every',
+  'sample_every',
+  'checkpoint_every',
+  'checkpoint_minutes',
+  'checkpoints_to_keep',
+  'averages.snapshot_every',
+  'save_failures',
+  'replicas_every',
+  'profile_every',
+  'text.class_names',
+  'sampler.',
+  'eval.',
+  'guard.',
+  'watchdog.',
+  'stages.accumulate:',
+  'model.levels.remat',
+  'model.levels.lanes',
+)
+# Keys that were added later, with the values that older runs behaved by.
+_ADDED = {'checkpoint_minutes': 0.0, 'profile_every': 0}
+
+
+def load_config(values: Mapping[str, Any]) -> ConfigDict:
+  """Restores a configuration from JSON, in which tuples have become lists.
+
+  Keys that an older run's configuration lacks get the values that it behaved
+  by.
+  """
+
+  def restore(value):
+    if isinstance(value, Mapping):
+      return ConfigDict(
+        {key: restore(child) for key, child in value.items()}
+      ).lock()
+    if isinstance(value, list):
+      children = [restore(child) for child in value]
+      is_sections = any(isinstance(child, ConfigDict) for child in children)
+      return children if is_sections else tuple(children)
+    return value
+
+  return restore(_with_added(values))
+
+
+def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
+  missing = {key: _ADDED[key] for key in _ADDED if key not in values}
+  return {**values, **missing}
+
+
+def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+  """Writes `config.json`. One process calls it."""
+  files.write_json(epath.Path(workdir) / _FILE, config)
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+  """Reads `config.json`, in which tuples have become lists.
+
+  Raises:
+    FileNotFoundError: the directory has none.
+  """
+  path = epath.Path(workdir) / _FILE
+  if not path.exists():
+    raise FileNotFoundError(
+      f'{path} does not exist: is this the directory of a training run?'
+    )
+  return json.loads(path.read_text())
+
+
+def has_config(workdir: epath.PathLike) -> bool:
+  """Whether a run was begun in this directory."""
+  return (epath.Path(workdir) / _FILE).exists()
+
+
+def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
+  """Compares a configuration with the one that a run was begun with.
+
+  Args:
+    workdir: of the run.
+    new: configuration that is to continue it, as JSON.
+
+  Raises:
+    ValueError: they differ in keys that decide on what is learned. The message
+      names them.
+  """
+  changed = [
+    line
+    for line in differences(_with_added(read_config(workdir)), new)
+    if not re.sub(r'\[\d+\]', '', line).startswith(_MAY_CHANGE)
+  ]
+  if changed:
+    raise ValueError(
+      f'{workdir} was trained with another config ('
+      + '; '.join(changed[:5])
+      + (' …' if len(changed) > 5 else '')
+      + '): give another --workdir, or the same config.'
+    )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Names every value that two configurations do not share.
+
+  Args:
+    old, new: nested dicts and sequences, compared as JSON, so that a tuple
+      equals a list.
+
+  Returns:
+    One line for each value, such as `stages[1].steps: 100 -> 200`. A value that
+    only one of them has is `absent` in the other.
+  """
+  old, new = (_leaves(json.loads(json.dumps(tree)), '') for tree in (old, new))
+  return [
+    f'{path}: {old.get(path, _ABSENT)} -> {new.get(path, _ABSENT)}'
+    for path in dict.fromkeys([*old, *new])
+    if old.get(path) != new.get(path)
+  ]
+
+
+def _leaves(tree: Any, path: str) -> dict[str, str]:
+  """Maps paths to values' `repr`; an empty dict or list is a value."""
+  if isinstance(tree, dict) and tree:
+    prefix = f'{path}.' if path else ''
+    children = [(f'{prefix}{key}', child) for key, child in tree.items()]
+  elif isinstance(tree, list) and tree:
+    children = [(f'{path}[{i}]', child) for i, child in enumerate(tree)]
+  else:
+    return {path: repr(tree)}
+  leaves = {}
+  for child_path, child in children:
+    leaves |= _leaves(child, child_path)
+  return leaves
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+  """Puts a key before the message of any ValueError raised inside."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{key}: {error}') from error
+
+
+def reading_prompts(config: ConfigDict) -> ConfigDict:
+  """The config of the same network, with an encoder for any prompt.
+
+  Text features are precomputed for the captions of a data set alone; other
+  prompts need the encoder itself.
+  """
+  config = config.copy_and_resolve_references()
+  if config.text.encoder == 'precomputed':
+    config.text.encoder = 't5'
+  return config
+
+
+def stage_directory(
+  workdir: str | pathlib.Path,
+  config: ConfigDict,
+  index: int,
+  kind: str = 'checkpoints',
+) -> pathlib.Path:
+  """Directory of a stage's 'checkpoints', 'averages' (snapshots) or 'best'."""
+  name = f'{index}_{config.stages[index].name}'
+  return pathlib.Path(workdir) / kind / name

@@ -1,0 +1,59 @@
+"""Builds the network of a stage."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mdm_jax.builders.config import TRAINED_ENCODERS
+from mdm_jax.builders.text import check_heads, make_text_encoder
+from mdm_jax.models.conditioning import TextSpec
+from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.models.nested_unet import NestedUNet
+from mdm_jax.models.packing import TPU_LANES
+from mdm_jax.models.unet import LevelSpec
+
+
+def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
+  """The network and text encoder of a stage.
+
+  Raises:
+    FileNotFoundError: see `make_text_encoder`.
+    ValueError: an unknown dtype, a number of heads that does not divide the
+      width, or an error of `make_text_encoder`.
+  """
+  check_heads('model.text', config.model.text)
+  if config.dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f'dtype={config.dtype!r}: use float32 or bfloat16.')
+  dtype = jnp.dtype(config.dtype)
+  return Matryoshka(
+    unet=NestedUNet(
+      make_levels(config, stage), TextSpec(**config.model.text), dtype
+    ),
+    text_encoder=make_text_encoder(config),
+    resolutions=resolutions(config, stage),
+    frozen_text=config.text.encoder not in TRAINED_ENCODERS,
+  )
+
+
+def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
+  """Architectures of the levels of a stage, coarse to fine."""
+  return tuple(map(level_spec, config.model.levels[: stage.num_levels]))
+
+
+def level_spec(level: ConfigDict) -> LevelSpec:
+  """Architecture of a level, without its resolution.
+
+  Raises:
+    ValueError: channels, layers or heads do not fit together.
+  """
+  fields = dict(level)
+  fields.pop('resolution')
+  if not fields['lanes']:
+    fields['lanes'] = TPU_LANES if jax.default_backend() == 'tpu' else 1
+  return LevelSpec(**fields)
+
+
+def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
+  """Resolutions of a stage in pixels, coarse to fine."""
+  levels = config.model.levels[: stage.num_levels]
+  return tuple(level.resolution for level in levels)

@@ -1,0 +1,129 @@
+"""Prompts to sample: encodes captions, and takes captions of the data set."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from absl import logging
+from ml_collections import ConfigDict
+import numpy as np
+
+from mdm_jax.builders.data import held_out_split, make_source
+from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.data import shapes
+from mdm_jax.eval.prompt_accuracy import Vocabulary
+
+
+class Prompts(NamedTuple):
+  """Prompts to sample.
+
+  Attributes:
+    captions: N captions.
+    text: the captions as the text encoder reads them: tokens [N, L] or features
+      [N, L, D].
+    statements: attributes that each caption names, by which its image is
+      scored; None if images of this data set cannot be scored.
+  """
+
+  captions: list[str]
+  text: np.ndarray
+  statements: list[dict] | None
+
+
+def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
+  """Encodes captions as int32 tokens; logs a warning if any is truncated.
+
+  Args:
+    config: configuration of the run.
+    captions: N captions; for class-conditional models N class labels.
+
+  Returns:
+    int32 [N, L].
+
+  Raises:
+    ValueError: a class label does not exist.
+  """
+  tokenizer = make_tokenizer(config)
+  if config.text.encoder != 'label':
+    cut = [
+      caption
+      for caption in captions
+      if tokenizer.count(caption) > config.text.max_length
+    ]
+    if cut:
+      logging.warning(
+        '%d of %d prompts are cut to %d tokens, the most that the model '
+        'reads, such as "%.60s".',
+        len(cut),
+        len(captions),
+        config.text.max_length - 1,
+        cut[0],
+      )
+  return np.stack(list(map(tokenizer.encode, captions)))
+
+
+def make_prompts(
+  config: ConfigDict, count: int, rows: Sequence[int] | None = None
+) -> Prompts:
+  """Takes captions of the held-out split as prompts.
+
+  Class-conditional models get class labels, spread evenly over the classes.
+
+  Args:
+    config: configuration of the run.
+    count: number of prompts.
+    rows: indices of the prompts to return, below `count`. Captions repeat if
+      the data set has fewer. With None, all prompts are returned; a data set of
+      images then gives no caption twice, so maybe fewer than `count`.
+  """
+  if config.text.encoder == 'label':
+    labels = make_tokenizer(config)
+    chosen = [
+      i * labels.num_classes // count
+      for i in (range(count) if rows is None else rows)
+    ]
+    return Prompts(
+      [labels.name(label) for label in chosen],
+      encode_prompts(config, map(str, chosen)),
+      None,
+    )
+  split = held_out_split(config)
+  if config.data.name == 'shapes':
+    source = make_source(config, split, config.model.levels[-1].resolution)
+    scenes = [
+      source.scene(i % len(source))
+      for i in (range(count) if rows is None else rows)
+    ]
+    captions = [scene[1] for scene in scenes]
+    return Prompts(
+      captions, encode_prompts(config, captions), [scene[2] for scene in scenes]
+    )
+  source = make_source(config, split, 0)
+  if rows is None:
+    rows = range(min(count, len(source)))
+  records = [source[i % len(source)] for i in rows]
+  captions = [record['caption'] for record in records]
+  if config.text.encoder == 'precomputed':
+    return Prompts(
+      captions, np.stack([record['text'] for record in records]), None
+    )
+  return Prompts(captions, encode_prompts(config, captions), None)
+
+
+def can_score_prompts(config: ConfigDict) -> bool:
+  """Whether images can be scored by the attributes that their prompts name."""
+  return config.data.name == 'shapes' and config.text.encoder != 'label'
+
+
+def make_vocabulary() -> Vocabulary:
+  """The colours, shapes and sizes that the words of captions stand for.
+
+  Images of shapes are scored by it.
+  """
+  return Vocabulary(
+    colors=shapes.COLORS,
+    backgrounds=shapes.BACKGROUNDS,
+    silhouettes=shapes.silhouettes(),
+    patterns=shapes.pattern_tiles(),
+    period=shapes.PERIOD,
+    sizes={name: float(np.mean(radii)) for name, radii in shapes.SIZES.items()},
+  )

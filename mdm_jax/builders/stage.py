@@ -1,0 +1,322 @@
+"""`Stage`: model, objective, optimizer and sampler of a stage, built once."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from mdm_jax import mixed_batch
+from mdm_jax.builders import data
+from mdm_jax.builders.config import naming, stage_directory
+from mdm_jax.builders.model import make_model, resolutions
+from mdm_jax.builders.text import empty_text
+from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
+from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.optim import optimizer
+from mdm_jax.optim.skip_step import SkipRule
+from mdm_jax.runtime import sharding
+from mdm_jax.steps.objective import Objective
+from mdm_jax.steps.sample import (
+  SampleFn,
+  Sampler,
+  SamplerSpec,
+  make_sample_fn,
+)
+from mdm_jax.steps.state import Params, TrainState
+from mdm_jax.steps.train import make_train_step, new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A stage of a run.
+
+  Attributes:
+    config: of the run.
+    index: of the stage, from 0.
+    model: network and text encoder.
+    objective: what is minimised.
+    optimizer: of the trained parameters.
+    learning_rate: schedule by the number of accepted steps.
+    skip_rule: which steps are skipped.
+    batch_sizes: how many examples of a batch each level sees, coarse to fine.
+  """
+
+  config: ConfigDict
+  index: int
+  model: Matryoshka
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  skip_rule: SkipRule
+  batch_sizes: tuple[int, ...]
+
+  @property
+  def settings(self) -> ConfigDict:
+    """The stage's own section of the config."""
+    return self.config.stages[self.index]
+
+  @property
+  def name(self) -> str:
+    """Name of the stage."""
+    return self.settings.name
+
+  @property
+  def title(self) -> str:
+    """Prefix of log lines, such as "stage 1/2 '16'"."""
+    return f"stage {self.index + 1}/{len(self.config.stages)} '{self.name}'"
+
+  @property
+  def is_last(self) -> bool:
+    """Whether it is the last stage of the run."""
+    return self.index == len(self.config.stages) - 1
+
+  @property
+  def num_steps(self) -> int:
+    """Steps of the stage."""
+    return self.settings.steps
+
+  @property
+  def batch_size(self) -> int:
+    """Examples of a batch, over all devices."""
+    return self.settings.batch_size
+
+  @property
+  def resolutions(self) -> tuple[int, ...]:
+    """Resolutions in pixels, coarse to fine."""
+    return self.model.resolutions
+
+  @property
+  def seed(self) -> int:
+    """Seed of parameters, times, noise and caption dropout."""
+    return self.config.seed * len(self.config.stages) + self.index
+
+  def directory(
+    self, workdir: str | pathlib.Path, kind: str = 'checkpoints'
+  ) -> pathlib.Path:
+    """See `stage_directory`."""
+    return stage_directory(workdir, self.config, self.index, kind)
+
+  def init(self) -> Params:
+    """Fresh float32 parameters on the host."""
+    return self.model.init(self.seed, self.config.text.max_length)
+
+  def new_state(self, params: Params) -> TrainState:
+    """The training state at step 0, from given parameters."""
+    return new_state(params, self.optimizer, self.config.averages.widths)
+
+  def state_shapes(self, mesh: Mesh) -> TrainState:
+    """The training state as `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      ValueError: an axis of the mesh does not divide a parameter.
+    """
+    shapes = jax.eval_shape(
+      self.new_state, self.model.shapes(self.config.text.max_length)
+    )
+    return sharding.with_shardings(
+      shapes,
+      sharding.tree_shardings(shapes, mesh, self.config.sharding_rules),
+    )
+
+  def make_train_step(self, empty_text: np.ndarray) -> Callable:
+    """The training step, see `steps.train.make_train_step`.
+
+    Args:
+      empty_text: the empty caption as the text encoder reads it.
+    """
+    return make_train_step(
+      self.model,
+      self.objective,
+      self.optimizer,
+      skip_rule=self.skip_rule,
+      ema_decay=self.config.optimizer.ema_decay,
+      caption_dropout=self.config.text.caption_dropout,
+      empty_text=empty_text,
+      seed=self.seed,
+      accumulate=self.settings.accumulate,
+    )
+
+  def make_sampler(
+    self, mesh: Mesh, guide: Matryoshka | None = None, **changes: Any
+  ) -> Sampler:
+    """The sampler of the config with the stage's network.
+
+    Args:
+      mesh: the devices.
+      guide: the network of a guide, see `Sampler`.
+      **changes: fields of `SamplerSpec` that are not as in the config.
+    """
+    return Sampler(
+      self.model,
+      self.objective.schedule,
+      SamplerSpec(**{**self.config.sampler, **changes}),
+      mesh,
+      self.objective.parameterization,
+      guide,
+    )
+
+  def make_sample_fn(
+    self, mesh: Mesh, params: Params, **changes: Any
+  ) -> SampleFn:
+    """Jits the sampler for batches of `eval.batch_size`.
+
+    Args:
+      mesh: the devices.
+      params: parameters whose shardings it is compiled for.
+      **changes: as for `make_sampler`.
+    """
+    return make_sample_fn(
+      self.make_sampler(mesh, **changes),
+      empty_text(self.config),
+      self.config.eval.batch_size,
+      jax.tree.map(lambda x: x.sharding, params),
+    )
+
+  def make_dataset(self, split: str, **options: Any):
+    """This process's part of a split's batches, see `data.make_dataset`.
+
+    Args:
+      split: 'train', 'validation', or for shapes also 'held_out'.
+      **options: `start_batch` and `num_batches`.
+    """
+    return data.make_dataset(
+      self.config,
+      split,
+      self.resolutions,
+      self.batch_sizes,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      **options,
+    )
+
+  def batch_shapes(self, text: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """Shapes of a global training batch.
+
+    Args:
+      text: shape of the texts of the batch.
+    """
+    sizes, sides = self.batch_sizes, self.resolutions
+    shapes = {
+      'text': text,
+      'scale': jax.ShapeDtypeStruct(sizes[:1], jnp.float32),
+    }
+    for name in ('bad', 'stop', 'save'):
+      shapes[name] = jax.ShapeDtypeStruct(sizes[:1], bool)
+    # Each example is stored once, for the finest level that sees it.
+    for name, side, seen, finer in zip(
+      mixed_batch.image_names(sides), sides, sizes, (*sizes[1:], 0)
+    ):
+      if seen > finer:
+        shapes[name] = jax.ShapeDtypeStruct(
+          (seen - finer, side, side, 3), jnp.uint8
+        )
+    return shapes
+
+
+def make_stage(config: ConfigDict, index: int) -> Stage:
+  """Describes a stage of a run.
+
+  Raises:
+    ValueError, FileNotFoundError: values that do not fit together, or files of
+      the text encoder that cannot be used.
+  """
+  settings = config.stages[index]
+  update, learning_rate = make_optimizer(config, settings)
+  return Stage(
+    config=config,
+    index=index,
+    model=make_model(config, settings),
+    objective=make_objective(config, settings),
+    optimizer=update,
+    learning_rate=learning_rate,
+    skip_rule=make_skip_rule(config),
+    batch_sizes=batch_sizes(settings),
+  )
+
+
+def make_stages(config: ConfigDict) -> Sequence[Stage]:
+  """Describes all stages of a run, see `make_stage`."""
+  return [make_stage(config, index) for index in range(len(config.stages))]
+
+
+def batch_sizes(stage: ConfigDict) -> tuple[int, ...]:
+  """How many examples of its batch each level sees, coarse to fine.
+
+  Raises:
+    ValueError: `mixed_ratio` does not divide the batch into whole examples.
+  """
+  return mixed_batch.level_batch_sizes(
+    stage.batch_size, mixed_batch.batch_fractions(stage.mixed_ratio)
+  )
+
+
+def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
+  """What a stage minimises.
+
+  Raises:
+    ValueError: an unknown schedule, parameterization, loss space or weighting.
+  """
+  diffusion = config.diffusion
+  for key in ('parameterization', 'loss_space'):
+    if diffusion[key] not in ('v', 'eps', 'x0'):
+      raise ValueError(f'diffusion.{key}={diffusion[key]!r}: use v, eps or x0.')
+  if diffusion.time_weights not in ('none', 'vdm'):
+    raise ValueError(
+      f'diffusion.time_weights={diffusion.time_weights!r}: use none or vdm.'
+    )
+  schedule = _make_noise_schedule(config, stage)
+  weighted = diffusion.time_weights == 'vdm'
+  return Objective(
+    schedule=schedule,
+    parameterization=diffusion.parameterization,
+    loss_space=diffusion.loss_space,
+    weights=tuple(stage.loss_weights),
+    fractions=mixed_batch.batch_fractions(stage.mixed_ratio),
+    time_weights=vdm_weights(schedule.gammas[0]) if weighted else None,
+  )
+
+
+def make_optimizer(
+  config: ConfigDict, stage: ConfigDict
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The stage's optimizer, and its learning rate at each step.
+
+  Raises:
+    ValueError: an unknown optimizer or decay.
+  """
+  options = dict(config.optimizer)
+  options.pop('ema_decay')
+  learning_rate = optimizer.learning_rate_schedule(
+    stage.learning_rate,
+    warmup_steps=stage.warmup_steps,
+    decay=options.pop('decay'),
+    num_steps=stage.steps,
+  )
+  return optimizer.make_optimizer(learning_rate, **options), learning_rate
+
+
+def make_skip_rule(config: ConfigDict) -> SkipRule:
+  """Which steps are skipped.
+
+  Raises:
+    ValueError: a value is out of range.
+  """
+  with naming('guard'):
+    return SkipRule(**config.guard)
+
+
+def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
+  """The stage's noise schedule, a row for each level."""
+  return make_schedule(
+    config.diffusion.schedule,
+    resolutions(config, stage),
+    stage.shift_power,
+    config.diffusion.num_steps,
+  )

@@ -1,0 +1,264 @@
+"""Saves the checkpoints of one stage while it is trained.
+
+A working directory holds `config.json` and one directory of checkpoints for
+each stage: `checkpoints/<index>_<stage name>/<step>/`. A step directory holds
+two items: `state`, a tree of arrays, and `extra`, other values that a resume
+needs, as JSON. This module does not depend on the structure of the state.
+
+After a step is committed, a manifest of file hashes is added to it. Every
+restore first compares the files with the manifest.
+"""
+
+from collections.abc import Mapping
+import concurrent.futures
+from typing import Any
+
+from absl import logging
+from etils import epath, epy
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint.saved_steps import CheckpointError
+
+with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
+  import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+class Checkpoints:
+  """The checkpoints of one stage, written while training continues."""
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    *,
+    save_interval: int,
+    max_to_keep: int | None,
+    save_failures: int = 1,
+  ):
+    """Opens a directory for training, and creates it if it does not exist.
+
+    Only one run may have it open at a time, since temporary files of an
+    interrupted save are removed. Orbax counts any step directory as a step, so
+    those newer than the newest good one are renamed: to `<step>.corrupt` if
+    damaged, to `<step>.uncommitted` if never committed or without a manifest.
+
+    Args:
+      directory: checkpoint directory of the stage, local or `gs://`.
+      save_interval: steps between two saves.
+      max_to_keep: number of newest checkpoints to keep; older ones are deleted.
+        None keeps all.
+      save_failures: consecutive failed saves after which to raise an error.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none is good.
+    """
+    self._directory = epath.Path(directory).absolute()
+    # Orbax's save_interval_steps would also save the first step of each run,
+    # whether it is due or not.
+    self._options = dict(
+      should_save_fn=lambda step, _: step % save_interval == 0,
+      max_to_keep=max_to_keep,
+      cleanup_tmp_directories=True,
+      # Several directories may save the same step at the same time.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])
+      ),
+    )
+    self._save_failures = save_failures
+    self._failures = 0
+    self._saving = None  # Future of the save in flight, manifest included.
+    self._saving_step = None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'manifest')
+    self._open()
+
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    extra: Mapping[str, Any],
+    force: bool = False,
+  ) -> bool:
+    """Saves if the step is due, or if forced.
+
+    Every process calls it after every step. When it returns, the state has been
+    copied to host memory and may be donated; a thread writes and commits it.
+    The next call logs a save that failed, and the next save that is due
+    replaces it.
+
+    Args:
+      step: number of steps taken, from which a resumed run continues.
+      state: tree of `jax.Array`.
+      extra: other values that a resume needs, of JSON's types.
+      force: saves even if the step is not due, unless it exists already.
+
+    Returns:
+      Whether a save was begun.
+
+    Raises:
+      CheckpointError: `save_failures` saves have failed in a row.
+    """
+    # Several processes settle at the next save that is due: they have to agree.
+    if jax.process_count() == 1 and self._saving and self._saving.done():
+      self._settle()
+    if step in self._manager.all_steps():
+      return False
+    if not force and not self._manager.should_save(step):
+      return False
+    self._settle()
+    self._saving_step = step
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          extra=ocp.args.JsonSave(dict(extra)),
+        ),
+        force=True,
+      )
+    except OSError as error:  # Orbax creates some files in this thread.
+      self._saving = concurrent.futures.Future()
+      self._saving.set_exception(error)
+    else:
+      self._saving = self._thread.submit(self._finish, step)
+    return True
+
+  def restore(
+    self, abstract_state: PyTree, step: int | None = None
+  ) -> tuple[PyTree, dict[str, Any]]:
+    """Restores a state into given shardings, on any number of devices.
+
+    Args:
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+      step: step to read; None for the newest good one.
+
+    Returns:
+      The state, of the structure of `abstract_state`, and `extra`.
+
+    Raises:
+      FileNotFoundError: if there is no such step.
+      CheckpointError: if the step, or with None every step, is damaged.
+      ValueError: if a leaf is missing, unexpected, or of another shape or
+        dtype than in the checkpoint. The message names the leaves.
+    """
+    if step is None:
+      self._settle()
+      self._set_aside()
+      self._manager.reload()
+      step = saved_steps.latest_step(self._directory)
+    step = saved_steps.require_step(self._directory, step)
+    restore.require_same_leaves(self._directory / str(step), abstract_state)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state),
+        extra=ocp.args.JsonRestore(),
+      ),
+    )
+    return restored['state'], restored['extra']
+
+  def latest_step(self) -> int | None:
+    """The newest step saved or being saved, None if there is none."""
+    return self._manager.latest_step()
+
+  def drain(self) -> None:
+    """Waits until the save in flight has succeeded or failed.
+
+    Unlike `wait`, it needs no other process, raises no error, and may be called
+    from any thread.
+    """
+    saving = self._saving
+    if saving:
+      concurrent.futures.wait([saving])
+
+  def wait(self) -> None:
+    """Waits until every save is committed and has its manifest.
+
+    Raises:
+      CheckpointError: if the last save failed.
+    """
+    self._settle(last=True)
+
+  def close(self) -> None:
+    """Waits as `wait` does, and frees the threads."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, exc_type, *_) -> None:
+    """Closes; after an error, waits without the other processes."""
+    if exc_type is None:
+      self.close()
+    else:
+      self.drain()
+
+  def _open(self) -> None:
+    self._set_aside()
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(**self._options),
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'extra': ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def _set_aside(self) -> None:
+    """Renames directories of steps newer than the newest good step."""
+    try:
+      if jax.process_index() == 0:
+        saved_steps.set_uncommitted_aside(self._directory)
+        saved_steps.newest_good_step(self._directory, set_aside=True)
+    finally:
+      multihost_utils.sync_global_devices(f'{self._directory} is verified')
+    saved_steps.latest_step(
+      self._directory
+    )  # Raises where process 0 has raised.
+
+  def _finish(self, step: int) -> None:
+    """Waits for the commit and adds the manifest; runs in a thread."""
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      manifest.write(self._directory / str(step))
+
+  def _settle(self, last: bool = False) -> None:
+    """Waits for the save in flight, and logs the error if it failed.
+
+    Raises:
+      CheckpointError: it failed, and `last` is true or `save_failures` saves
+        have failed in a row.
+    """
+    if self._saving is None:
+      return
+    error, self._saving = self._saving.exception(), None
+    failed = error is not None
+    if jax.process_count() > 1:
+      failed = multihost_utils.process_allgather(np.array(failed)).any()
+    if not failed:
+      self._failures = 0
+      return
+    self._failures += 1
+    reason = ' '.join(str(error or 'on another process').split())[:300]
+    message = (
+      f'{self._directory}: saving step {self._saving_step} failed '
+      f'({self._failures} of {self._save_failures} in a row): {reason}'
+    )
+    logging.error('%s', message)
+    # A new manager removes the files of the failed save. The old one has to be
+    # closed again and again: each of its parts first raises the error once.
+    closings = (self._thread.submit(self._manager.close) for _ in range(5))
+    any(closing.exception() is None for closing in closings)
+    self._open()
+    if last or self._failures >= self._save_failures:
+      raise CheckpointError(
+        f'{message}. Older checkpoints are intact: repair or free the disk, '
+        'and the same command continues from them.'
+      ) from error

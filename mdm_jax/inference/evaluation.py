@@ -1,0 +1,384 @@
+"""Metrics of models and of image folders, with the settings they depend on.
+
+The settings are what someone else needs to get the same numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mdm_jax.builders.data import held_out_split
+from mdm_jax.builders.prompts import (
+  can_score_prompts,
+  make_prompts,
+  make_vocabulary,
+)
+from mdm_jax.eval import fid, prompt_accuracy
+from mdm_jax.inference import feature_extractors, references, validation
+from mdm_jax.inference.session import Model, Session
+from mdm_jax.report.sample_directory import SampleDirectory
+from mdm_jax.steps.evaluate import make_band_step
+
+# Metrics that compare two sets of images.
+SET_METRICS = ('fid', 'kid', 'precision_recall')
+METRICS = ('loss', 'prompt_accuracy', *SET_METRICS, 'clip')
+_NUM_BANDS = 10
+_SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
+_NEIGHBOURS = 3
+_PROMPTS_AT_ONCE = 1024
+_SAVED = 64  # sampled images that are written to disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is measured, and with what.
+
+  Attributes:
+    metrics: some of METRICS; None for those that need no files.
+    num_samples: images to sample; None for as many as training does.
+    seed: sample i has seed + i.
+    num_reference: images of the data set to compare with, at most.
+    reference_split: of the data set; None for the held-out one.
+    reference: a directory of images to compare with instead.
+    inception: file of the FID's Inception weights.
+    clip: directory of a CLIP as Hugging Face lays it out.
+    cache: directory of cached reference features; None for the user's own.
+  """
+
+  metrics: Sequence[str] | None = None
+  num_samples: int | None = None
+  seed: int = validation.GRID_PROMPTS  # As at the end of training.
+  num_reference: int = 10_000
+  reference_split: str | None = None
+  reference: str | None = None
+  inception: str | None = None
+  clip: str | None = None
+  cache: str | None = None
+
+
+class Result(NamedTuple):
+  """An evaluation, as JSON can hold it.
+
+  Attributes:
+    metrics: values by name; a dict is a table, its lists are columns.
+    settings: that they depend on.
+  """
+
+  metrics: dict[str, Any]
+  settings: dict[str, Any]
+
+
+class _Extractors(NamedTuple):
+  """Networks that see images; None for those that no metric needs."""
+
+  inception: feature_extractors.Inception | None
+  clip: feature_extractors.Clip | None
+
+
+def evaluate_folder(
+  images: str, options: Options, batch_size: int, mesh: Mesh
+) -> Result:
+  """Compares a directory of images with that of `options.reference`.
+
+  Raises:
+    ValueError, FileNotFoundError: an option is wrong, an image or the
+      weights cannot be used.
+  """
+  names = _select(options, SET_METRICS, SET_METRICS)
+  if not options.reference:
+    raise ValueError('--images needs --reference=DIR to compare with.')
+  network = feature_extractors.Inception(options.inception, batch_size, mesh)
+  folder = feature_extractors.ImageFolder(images)
+  reference, about = references.of_folder(
+    options.reference, network, batch_size, options.cache
+  )
+  batches = feature_extractors.log_progress(
+    folder.batches(batch_size), len(folder), f'images of {images}'
+  )
+  sample = feature_extractors.collect(network, batches, len(folder))
+  metrics, settings = _compare(names, sample, reference)
+  return Result(
+    metrics,
+    settings
+    | {
+      'images': {'directory': images, 'files': folder.fingerprint()},
+      'reference': about,
+    },
+  )
+
+
+def evaluate_run(session: Session, options: Options) -> Result:
+  """Measures the newest stage of a run.
+
+  The first samples are written to `eval/<stage>_<step>/`, with an
+  `index.html`.
+
+  Args:
+    session: of the run; `config.sampler` and `config.eval.batch_size` are used
+      for sampling.
+    options: what to measure.
+
+  Raises:
+    ValueError, FileNotFoundError: an option is wrong, weights cannot be used,
+      or nothing has been saved yet.
+  """
+  config = session.config
+  names = _select_for_run(config, options)
+  extractors = _load_extractors(names, options, session)
+  model = session.restore()
+  settings = {
+    'workdir': str(model.workdir),
+    **model.description,
+    'resolution': model.stage.resolutions[-1],
+    'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+    'jax': jax.__version__,
+  }
+  metrics = {}
+  if 'loss' in names:
+    metrics, settings['loss'] = _losses(model)
+  if set(names) == {'loss'}:
+    return Result(metrics, settings)
+
+  reference = None
+  if extractors.inception:
+    reference, settings['reference'] = _reference(
+      model, options, extractors.inception
+    )
+  if extractors.clip:
+    settings['clip'] = extractors.clip.fingerprint
+  saved = _first_samples(model, options)
+  of_samples, about = _measure_samples(
+    model, names, options, extractors, reference, saved
+  )
+  metrics |= of_samples
+  settings |= about | {
+    'seed': options.seed,
+    'prompts': held_out_split(config),
+    'sampler': config.sampler.to_dict(),
+  }
+  scalars = {
+    name: f'{value:.4g}'
+    for name, value in metrics.items()
+    if not isinstance(value, dict)
+  }
+  saved.finish({'Metrics': scalars, 'Settings': settings})
+  return Result(metrics, settings)
+
+
+def _select_for_run(config: ConfigDict, options: Options) -> Sequence[str]:
+  """The metrics to compute for a run, see `_select`."""
+  can_score = can_score_prompts(config)
+  possible = tuple(
+    name for name in METRICS if can_score or name != 'prompt_accuracy'
+  )
+  default = ('loss', 'prompt_accuracy') if can_score else ('loss',)
+  names = _select(options, possible, default)
+  labels = config.text.encoder == 'label' and not config.text.class_names
+  if 'clip' in names and labels:
+    raise ValueError(
+      '--metrics=clip needs words, but text.class_names is '
+      'empty: the captions are numbers.'
+    )
+  return names
+
+
+def _select(
+  options: Options, possible: Sequence[str], default: Sequence[str]
+) -> Sequence[str]:
+  """The metrics to compute, checked.
+
+  Raises:
+    ValueError: a metric is not possible, or the weights that it needs are not
+      given.
+  """
+  names = default if options.metrics is None else options.metrics
+  for name in names:
+    if name not in possible:
+      raise ValueError(
+        f'--metrics={name}: here they are some of {",".join(possible)}.'
+      )
+  if set(names) & set(SET_METRICS) and not options.inception:
+    raise ValueError(
+      f'--metrics={",".join(names)} needs --inception=FILE, '
+      'pt_inception-2015-12-05-6726825d.pth: see docs/evaluation.md.'
+    )
+  if 'clip' in names and not options.clip:
+    raise ValueError(
+      '--metrics=clip needs --clip=DIR, such as a download of '
+      'openai/clip-vit-base-patch16: see docs/evaluation.md.'
+    )
+  return names
+
+
+def _load_extractors(
+  names: Sequence[str], options: Options, session: Session
+) -> _Extractors:
+  size, mesh = session.config.eval.batch_size, session.mesh
+  inception = clip = None
+  if set(names) & set(SET_METRICS):
+    inception = feature_extractors.Inception(options.inception, size, mesh)
+  if 'clip' in names:
+    clip = feature_extractors.Clip(options.clip, size, mesh)
+  return _Extractors(inception, clip)
+
+
+def _reference(
+  model: Model, options: Options, network: feature_extractors.Inception
+) -> tuple[fid.Sample, dict]:
+  if options.reference:
+    batch_size = model.stage.config.eval.batch_size
+    return references.of_folder(
+      options.reference, network, batch_size, options.cache
+    )
+  return references.of_split(
+    model.stage,
+    network,
+    options.reference_split,
+    options.num_reference,
+    options.cache,
+  )
+
+
+def _count(model: Model, options: Options) -> int:
+  return options.num_samples or model.stage.config.eval.num_prompts
+
+
+def _first_samples(model: Model, options: Options) -> SampleDirectory:
+  """Where the samples that are written to disk go."""
+  config, count = model.stage.config, _count(model, options)
+  captions = make_prompts(config, count, range(min(count, _SAVED))).captions
+  about = model.description | config.sampler.to_dict()
+  return SampleDirectory(
+    pathlib.Path(
+      model.workdir, 'eval', f'{model.stage.name}_{model.weights.step}'
+    ),
+    [
+      {'prompt': caption, 'seed': options.seed + i, **about}
+      for i, caption in enumerate(captions)
+    ],
+  )
+
+
+def _losses(model: Model) -> tuple[dict, dict]:
+  """Held-out losses of each level, over all noise and by bands of it."""
+  stage = model.stage
+  config = stage.config
+  validation.warn_if_not_held_out(stage)
+  band_step = jax.jit(
+    make_band_step(
+      stage.model, stage.objective, validation.LOSS_SEED, _NUM_BANDS
+    )
+  )
+  sums, counts = np.sum(
+    list(validation.over_held_out(stage, model.mesh, model.params, band_step)),
+    axis=0,
+    dtype=np.float64,
+  )
+  names = [f'held_out_loss_{pixels}' for pixels in stage.resolutions]
+  bands = {'noise': [f'{10 * i} to {10 * i + 10} %' for i in range(_NUM_BANDS)]}
+  for name, row, number in zip(names, sums, counts):
+    bands[name] = [
+      float(each / n) if n else None for each, n in zip(row, number)
+    ]
+  bands['examples'] = [int(n) for n in counts[0]]
+  totals = sums.sum(1) / counts.sum(1)
+  return dict(zip(names, map(float, totals))) | {'losses_by_noise': bands}, {
+    'split': held_out_split(config),
+    'batches': config.eval.loss_batches,
+    'batch_size': stage.batch_size,
+    'seed': validation.LOSS_SEED,
+    'loss_space': stage.objective.loss_space,
+  }
+
+
+def _compare(
+  names: Sequence[str], sample: fid.Sample, reference: fid.Sample
+) -> tuple[dict, dict]:
+  """Metrics of a set of images against a reference, and their settings."""
+  counts = sample.statistics.count, reference.statistics.count
+  metrics = {}
+  settings = {'num_samples': counts[0], 'num_reference': counts[1]}
+  if 'fid' in names:
+    width = len(reference.statistics.mean)
+    if min(counts) <= width:
+      logging.warning(
+        'FID of %d images against %d: no more than its %d features, so a '
+        'covariance is singular and the FID too high. Compare it only with '
+        'FIDs of the same numbers of images, or use KID.',
+        *counts,
+        width,
+      )
+    metrics['fid'] = fid.frechet_distance(
+      sample.statistics, reference.statistics
+    )
+  if 'kid' in names:
+    metrics['kid'], metrics['kid_standard_deviation'] = fid.kernel_distance(
+      sample.rows, reference.rows, **_SUBSETS
+    )
+    settings['kid'] = _SUBSETS
+  if 'precision_recall' in names:
+    metrics['precision'], metrics['recall'] = fid.precision_recall(
+      sample.rows, reference.rows, _NEIGHBOURS
+    )
+    settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
+  if {'kid', 'precision_recall'} & set(names):
+    settings['rows'] = [len(sample.rows), len(reference.rows)]
+  return metrics, settings
+
+
+def _measure_samples(
+  model: Model,
+  names: Sequence[str],
+  options: Options,
+  extractors: _Extractors,
+  reference: fid.Sample | None,
+  saved: SampleDirectory,
+) -> tuple[dict, dict]:
+  """Samples batch by batch; keeps only features, scores and first images."""
+  config, count = model.stage.config, _count(model, options)
+  size, vocabulary = config.eval.batch_size, make_vocabulary()
+  sample_fn = model.stage.make_sample_fn(model.mesh, model.params)
+  marks, scores, missing = [], [], set(saved.missing)
+
+  def batches() -> Iterator[np.ndarray]:
+    for first in range(0, count, _PROMPTS_AT_ONCE):
+      rows = range(first, min(first + _PROMPTS_AT_ONCE, count))
+      prompts = make_prompts(config, count, rows)
+      for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        seeds = [options.seed + row for row in rows[part]]
+        levels = sample_fn(model.params, prompts.text[part], seeds)
+        for row, *image in zip(rows[part], *levels):
+          if row in missing:
+            saved.add(row, image)
+        images = levels[-1]
+        if 'prompt_accuracy' in names:
+          marks.extend(
+            prompt_accuracy.score(image, stated, vocabulary)
+            for image, stated in zip(images, prompts.statements[part])
+          )
+        if extractors.clip:
+          scores.append(extractors.clip.scores(images, prompts.captions[part]))
+        yield images
+
+  images = feature_extractors.log_progress(batches(), count, 'samples')
+  metrics, settings = {}, {'num_samples': count}
+  if extractors.inception:
+    sample = feature_extractors.collect(extractors.inception, images, count)
+    metrics, settings = _compare(names, sample, reference)
+  else:
+    for _ in images:
+      pass
+  if extractors.clip:
+    metrics['clip_score'] = float(np.concatenate(scores).mean())
+  if marks:
+    accuracy = prompt_accuracy.mean_marks(marks)
+    metrics |= {f'accuracy_{name}': each for name, each in accuracy.items()}
+  return metrics, settings

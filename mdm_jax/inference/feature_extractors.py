@@ -1,0 +1,267 @@
+"""Networks that turn images and captions into features, on all devices."""
+
+from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import pathlib
+import time
+from typing import Any
+
+from absl import logging
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+from PIL import Image
+
+from mdm_jax.eval import clip, fid, inception
+from mdm_jax.eval.clip_tokenizer import ClipTokenizer
+from mdm_jax.interop import hugging_face, torch_checkpoint
+from mdm_jax.report import console
+from mdm_jax.runtime import sharding
+
+_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+_LOG_SECONDS = 10.0
+# Rows that an `fid.Sample` keeps for KID, precision and recall: 80 MB.
+MAX_ROWS = 10_000
+
+
+def _jit(
+  function: Callable, params: Any, batch_size: int, mesh: Mesh
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Jits a network for up to `batch_size` rows, which are filled up."""
+  jitted = jax.jit(
+    function,
+    out_shardings=sharding.replicated(mesh),
+    compiler_options=sharding.compiler_options(mesh),
+  )
+
+  def apply(rows):
+    filled = rows[np.arange(batch_size) % len(rows)]
+    batch = sharding.shard_batch({'rows': filled}, mesh)
+    return np.asarray(jitted(params, batch['rows']))[: len(rows)]
+
+  return apply
+
+
+class Inception:
+  """The network of the FID: uint8 `[B, H, W, 3]` -> float32 `[B, 2048]`.
+
+  Attributes:
+    width: of the features.
+    fingerprint: of its weights, as JSON.
+  """
+
+  width = inception.NUM_FEATURES
+
+  def __init__(self, path: str, batch_size: int, mesh: Mesh):
+    """Reads the weights.
+
+    Args:
+      path: of pt_inception-2015-12-05-6726825d.pth.
+      batch_size: images at once, at most; a multiple of the mesh's shards.
+      mesh: the devices.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it is of another
+        network.
+    """
+    tensors = torch_checkpoint.read_state_dict(path)
+    try:
+      params = inception.from_state_dict(tensors)
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from None
+    digest = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=8)
+    self.fingerprint = {
+      'weights': digest.hexdigest(),
+      'resize': inception.RESIZE,
+    }
+    params = jax.device_put(params, sharding.replicated(mesh))
+    model = inception.Inception()
+    self.encode = _jit(
+      lambda params, images: model.apply(
+        {'params': params}, inception.preprocess(images)
+      ),
+      params,
+      batch_size,
+      mesh,
+    )
+
+
+class Clip:
+  """Scores how well images fit captions.
+
+  Attributes:
+    fingerprint: of its weights, as JSON.
+  """
+
+  def __init__(self, directory: str, batch_size: int, mesh: Mesh):
+    """Reads a directory as Hugging Face lays it out.
+
+    Args:
+      directory: with `config.json`, the safetensors, `vocab.json` and
+        `merges.txt`.
+      batch_size: images at once, at most; a multiple of the mesh's shards.
+      mesh: the devices.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing, damaged or of another
+        model.
+    """
+    folder = pathlib.Path(directory)
+    try:
+      self._spec = spec = clip.ClipSpec.from_hugging_face(
+        hugging_face.read_config(directory)
+      )
+      model = clip.Clip(spec)
+      shapes = jax.eval_shape(
+        model.init,
+        jax.random.key(0),
+        jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
+        jnp.zeros((1, spec.max_length), jnp.int32),
+      )['params']
+      tensors = hugging_face.open_tensors(directory)
+      params = hugging_face.load(
+        tensors,
+        shapes,
+        jax.tree.map(lambda _: sharding.replicated(mesh), shapes),
+        clip.hugging_face_name,
+      )
+      vocabulary = hugging_face.read_json(folder / 'vocab.json')
+      if len(vocabulary) > spec.vocab_size:
+        raise ValueError(
+          f'vocab.json has {len(vocabulary)} tokens, the '
+          f'network knows {spec.vocab_size}'
+        )
+      if not (merges := folder / 'merges.txt').exists():
+        raise FileNotFoundError(f'{merges} does not exist: download it too.')
+      self._tokenizer = tokenizer = ClipTokenizer(
+        vocabulary,
+        merges.read_text(encoding='utf-8').splitlines(),
+        spec.max_length,
+      )
+    except ValueError as error:
+      raise ValueError(f'{directory}: {error}') from None
+    self.fingerprint = {
+      'weights': hugging_face.fingerprint(
+        tensors, map(clip.hugging_face_name, traverse_util.flatten_dict(shapes))
+      ),
+      'image_size': spec.image_size,
+      'patch_size': spec.patch_size,
+    }
+    self._images = _jit(
+      lambda params, images: model.apply(
+        {'params': params}, images, method='encode_images'
+      ),
+      params,
+      batch_size,
+      mesh,
+    )
+    self._text = _jit(
+      lambda params, tokens: model.apply(
+        {'params': params}, tokens, tokenizer.end, method='encode_text'
+      ),
+      params,
+      batch_size,
+      mesh,
+    )
+
+  def scores(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
+    """`clip.scores` of uint8 `[B, H, W, 3]` and B captions, `[B]`."""
+    resized = np.stack(
+      [clip.resize(image, self._spec.image_size) for image in images]
+    )
+    tokens = np.stack(list(map(self._tokenizer.encode, captions)))
+    return clip.scores(self._images(resized), self._text(tokens))
+
+
+def log_progress(
+  batches: Iterable[Any], total: int, what: str
+) -> Iterator[Any]:
+  """Passes batches on, and logs the progress every ten seconds.
+
+  Args:
+    batches: arrays of images, or tuples that begin with one.
+    total: number of images.
+    what: their name in log lines.
+  """
+  begin = last = time.monotonic()
+  done = 0
+  for batch in batches:
+    yield batch
+    done += len(batch[0] if isinstance(batch, tuple) else batch)
+    now = time.monotonic()
+    if now > last + _LOG_SECONDS or done == total:
+      last = now
+      logging.info(
+        '%s: %d of %d, %.1f/s, %s left',
+        what,
+        done,
+        total,
+        done / (now - begin),
+        console.duration((total - done) * (now - begin) / done),
+      )
+
+
+def collect(
+  network: Inception, batches: Iterable[np.ndarray], total: int
+) -> fid.Sample:
+  """Features of at most `total` images, given in batches."""
+  sample = fid.Sample(network.width, total, MAX_ROWS)
+  for batch in batches:
+    sample.add(network.encode(batch))
+  return sample
+
+
+class ImageFolder:
+  """The images in a directory, all of one size, in the order of names."""
+
+  def __init__(self, directory: str):
+    """Lists the images.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    self._paths = sorted(
+      path
+      for path in pathlib.Path(directory).glob('*')
+      if path.suffix.lower() in _SUFFIXES
+    )
+    if not self._paths:
+      raise FileNotFoundError(
+        f'{directory} has no images ({", ".join(_SUFFIXES)}).'
+      )
+
+  def __len__(self) -> int:
+    """Number of images."""
+    return len(self._paths)
+
+  def fingerprint(self) -> str:
+    """Changes with the files and their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in self._paths:
+      digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+  def batches(self, size: int) -> Iterator[np.ndarray]:
+    """uint8 `[<= size, H, W, 3]`.
+
+    Raises:
+      ValueError: an image cannot be read, or has another size than the first.
+    """
+    shape = None
+    for start in range(0, len(self), size):
+      images = []
+      for path in self._paths[start : start + size]:
+        try:
+          with Image.open(path) as image:
+            images.append(np.asarray(image.convert('RGB')))
+        except (OSError, Image.DecompressionBombError) as error:
+          raise ValueError(f'{path} cannot be read: {error}.') from None
+        shape = shape or images[-1].shape
+        if images[-1].shape != shape:
+          raise ValueError(
+            f'{path} has {images[-1].shape[:2]} pixels, the first image '
+            f'{shape[:2]}: give images of one size.'
+          )
+      yield np.stack(images)

@@ -1,0 +1,159 @@
+"""Cache of the features of reference images, for FID and other set metrics.
+
+It lies in ~/.cache/mdm_jax/references, and is keyed by all that the features
+depend on: the images and the weights of the network.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import json
+import pathlib
+from typing import Any
+import zipfile
+
+from absl import logging
+import numpy as np
+
+from mdm_jax.builders.data import (
+  data_fingerprint,
+  held_out_split,
+  make_dataset,
+  make_source,
+)
+from mdm_jax.builders.stage import Stage
+from mdm_jax.eval import fid
+from mdm_jax.inference.feature_extractors import (
+  ImageFolder,
+  Inception,
+  collect,
+  log_progress,
+)
+from mdm_jax.runtime import compilation_cache, files
+
+
+def of_folder(
+  directory: str, network: Inception, batch_size: int, cache: str | None
+) -> tuple[fid.Sample, dict]:
+  """Features of the images in a directory, and what they depend on (JSON).
+
+  Args:
+    directory: of the images.
+    network: extracts the features.
+    batch_size: images at once.
+    cache: directory of cached features; None for the user's own.
+
+  Raises:
+    FileNotFoundError, ValueError: an image or a cached file cannot be read.
+  """
+  folder = ImageFolder(directory)
+  settings = {'files': folder.fingerprint(), 'inception': network.fingerprint}
+  batches = log_progress(
+    folder.batches(batch_size), len(folder), 'reference images'
+  )
+  sample = cached(
+    _cache(cache), settings, lambda: collect(network, batches, len(folder))
+  )
+  return sample, settings | {'directory': directory}
+
+
+def of_split(
+  stage: Stage,
+  network: Inception,
+  split: str | None,
+  max_images: int,
+  cache: str | None,
+) -> tuple[fid.Sample, dict]:
+  """Features of a split of the data set, and what they depend on (JSON).
+
+  Args:
+    stage: whose finest resolution the images have.
+    network: extracts the features.
+    split: of the data set; None for the held-out one.
+    max_images: at most, the first of the split.
+    cache: directory of cached features; None for the user's own.
+
+  Raises:
+    ValueError: a cached file is damaged.
+  """
+  config, resolution = stage.config, stage.resolutions[-1]
+  split = split or held_out_split(config)
+  source = make_source(config, split, resolution)
+  count = min(max_images, len(source))
+  is_drawn = config.data.name == 'shapes'
+  settings = {
+    'data': config.data.name,
+    'split': split,
+    'resolution': resolution,
+    'count': count,
+    'inception': network.fingerprint,
+    'fingerprint': data_fingerprint(config),
+    'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
+    'long_captions': config.text.long_captions,
+  }
+  batches = log_progress(
+    _images_of_split(stage, split, count), count, 'reference images'
+  )
+  sample = cached(
+    _cache(cache), settings, lambda: collect(network, batches, count)
+  )
+  return sample, settings
+
+
+def _images_of_split(
+  stage: Stage, split: str, count: int
+) -> Iterator[np.ndarray]:
+  """Batches of the first images, uint8 [<= B, H, H, 3], without bad ones."""
+  size = stage.config.eval.batch_size
+  left = count
+  for batch in make_dataset(
+    stage.config,
+    split,
+    (stage.resolutions[-1],),
+    (size,),
+    process_index=0,
+    process_count=1,
+    num_batches=-(-count // size),
+  ):
+    images, is_bad = batch['image'][:left], batch['bad'][:left]
+    left -= len(images)
+    # The replacement of a bad record appears in its own place as well.
+    if not is_bad.all():
+      yield images[~is_bad]
+
+
+def _cache(directory: str | None) -> pathlib.Path:
+  return pathlib.Path(directory or compilation_cache.directory('references'))
+
+
+def cached(
+  directory: pathlib.Path,
+  fingerprint: Mapping[str, Any],
+  make: Callable[[], fid.Sample],
+) -> fid.Sample:
+  """Returns `make()`, or what it has returned before for the same fingerprint.
+
+  Args:
+    directory: of the cache.
+    fingerprint: all that the features depend on, as JSON.
+    make: called if the cache does not have them.
+
+  Raises:
+    ValueError: a file of the cache is damaged.
+  """
+  text = json.dumps(fingerprint, sort_keys=True)
+  name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+  path = directory / f'{name}.npz'
+  if path.exists():
+    logging.info('Reading the reference features from %s.', path)
+    try:
+      with np.load(path) as file:
+        return fid.Sample.from_arrays(file)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      raise ValueError(
+        f'{path} is damaged ({error}): delete it, and it is computed again.'
+      ) from None
+  sample = make()
+  with files.replacing(path, shared=True) as temporary:
+    with temporary.open('wb') as file:
+      np.savez(file, fingerprint=text, **sample.to_arrays())
+  return sample

@@ -1,0 +1,205 @@
+"""Opens a training run for inference, the same way for every command.
+
+`open_run` reads the configuration, makes a mesh of the available devices, and
+checks that both fit; `Session.restore` then loads the weights.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.config import (
+  differences,
+  load_config,
+  read_config,
+  reading_prompts,
+)
+from mdm_jax.builders.stage import Stage, make_stage
+from mdm_jax.builders.text import load_frozen, make_tokenizer
+from mdm_jax.inference.weights import Weights, restore_weights
+from mdm_jax.runtime import cpu, sharding
+from mdm_jax.steps.state import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A stage of a run, with weights.
+
+  Attributes:
+    workdir: of the run.
+    stage: the last stage for which the requested weights exist.
+    weights: EMA weights of the trained parameters.
+    params: all parameters that the model needs, on the mesh.
+    mesh: the devices.
+  """
+
+  workdir: str
+  stage: Stage
+  weights: Weights
+  params: Params
+  mesh: Mesh
+
+  @property
+  def description(self) -> dict[str, str | int | None]:
+    """Identifies the weights: stage, step, EMA, hash of the files. JSON."""
+    return {
+      'stage': self.stage.name,
+      'step': self.weights.step,
+      'weights': self.weights.ema,
+      'fingerprint': self.weights.fingerprint,
+    }
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether training has ended, as far as these weights tell."""
+    # The best EMA may be of an earlier step.
+    has_ended = self.weights.best or self.weights.step >= self.stage.num_steps
+    return self.stage.is_last and has_ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """A run's configuration and a mesh; `restore` loads the weights.
+
+  Attributes:
+    workdir: of the run.
+    config: of the run, with the options of `open_run`.
+    mesh: the devices.
+    sigma_rel, best: which weights to restore, see `restore_weights`.
+  """
+
+  workdir: str
+  config: ConfigDict
+  mesh: Mesh
+  sigma_rel: float | None = None
+  best: bool = False
+
+  def restore(self) -> Model:
+    """Loads the weights and the frozen parameters.
+
+    Raises:
+      FileNotFoundError, ValueError: see `restore_weights` and `load_frozen`.
+    """
+    stage, weights = self._restore_weights()
+    model = self._load_frozen(stage, weights)
+    if not model.is_finished:
+      logging.warning(
+        'The run is not finished: this is %s at step %d of %d.',
+        stage.title,
+        weights.step,
+        stage.num_steps,
+      )
+    return model
+
+  def restore_guide(self, model: Model, workdir: str) -> Model:
+    """Restores a guide, a worse model, for autoguidance (2406.02507).
+
+    Args:
+      model: the model to be guided.
+      workdir: working directory of the guide's own run.
+
+    Raises:
+      FileNotFoundError: nothing has been saved there yet.
+      ValueError: its resolutions, noise schedule or tokenizer are not those of
+        `model`.
+    """
+    config = _read(workdir, any_prompt=True)
+    guide = Session(workdir, config, self.mesh)
+    stage, weights = guide._restore_weights()
+    if found := differences(_compared(model.stage), _compared(stage)):
+      raise ValueError(
+        f'{workdir} cannot be the guide: ' + '; '.join(found) + '.'
+      )
+    return guide._load_frozen(stage, weights)
+
+  def _restore_weights(self) -> tuple[Stage, Weights]:
+    weights = restore_weights(
+      self.config,
+      self.workdir,
+      self.mesh,
+      sigma_rel=self.sigma_rel,
+      best=self.best,
+    )
+    return make_stage(self.config, weights.index), weights
+
+  def _load_frozen(self, stage: Stage, weights: Weights) -> Model:
+    params = weights.params | load_frozen(self.config, self.mesh)
+    return Model(self.workdir, stage, weights, params, self.mesh)
+
+
+def open_run(
+  workdir: str,
+  *,
+  any_prompt: bool = False,
+  sampler: Mapping[str, Any] | None = None,
+  evaluation: Mapping[str, Any] | None = None,
+  num_images: int | None = None,
+  spatial: int = 1,
+  sigma_rel: float | None = None,
+  best: bool = False,
+) -> Session:
+  """Opens a run on the available devices.
+
+  Call it before JAX is used, as it sets the number of CPU devices. The training
+  mesh is ignored: images are spread over all devices, and `eval.batch_size` is
+  rounded up to a multiple of them.
+
+  Args:
+    workdir: of the run.
+    any_prompt: whether prompts are arbitrary texts: a run on precomputed
+      features then loads the T5.
+    sampler: keys of `config.sampler` to change; None leaves a value as it is.
+    evaluation: keys of `config.eval` to change; None leaves a value as it is.
+    num_images: number of images to sample; lowers `eval.batch_size` if that is
+      larger. None keeps it.
+    spatial: devices that share the rows of each image.
+    sigma_rel, best: which weights to restore, see `restore_weights`.
+
+  Raises:
+    FileNotFoundError, ValueError: the run's config is missing or wrong, here or
+      with these options; one line that names the remedy.
+  """
+  config = _read(workdir, any_prompt)
+  for section, changes in (
+    (config.sampler, sampler or {}),
+    (config.eval, evaluation or {}),
+  ):
+    section.update(
+      {key: value for key, value in changes.items() if value is not None}
+    )
+  if num_images is not None:
+    config.eval.batch_size = min(config.eval.batch_size, num_images)
+  config.mesh.update(data=-1, fsdp=1, spatial=spatial)
+  cpu.use_cores(parts_of_batches(config))
+  mesh = sharding.make_mesh(config.mesh)
+  config.eval.batch_size = sharding.round_up(config.eval.batch_size, mesh)
+  check(config, mesh)
+  return Session(workdir, config, mesh, sigma_rel, best)
+
+
+def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
+  """The config and the newest EMA weights in host memory, to export them."""
+  config = _read(workdir)
+  return config, restore_weights(config, workdir)
+
+
+def _read(workdir: str, any_prompt: bool = False) -> ConfigDict:
+  config = load_config(read_config(workdir))
+  return reading_prompts(config) if any_prompt else config
+
+
+def _compared(stage: Stage) -> dict[str, Any]:
+  """What a model and its guide must have in common."""
+  config = stage.config
+  return {
+    'resolutions': stage.resolutions,
+    'diffusion': config.diffusion.to_dict(),
+    'shift_power': stage.settings.shift_power,
+    'tokenizer': make_tokenizer(config).fingerprint(),
+    'text.max_length': config.text.max_length,
+  }

@@ -1,0 +1,139 @@
+"""Restores weights of a run: the EMA, the best EMA, or a post-hoc EMA."""
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mdm_jax.builders.config import stage_directory
+from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.optim import post_hoc_ema
+from mdm_jax.runtime import sharding
+from mdm_jax.steps.state import Params
+
+_REMEDIES = {
+  'checkpoints': 'train longer first',
+  'best': 'set eval.every and eval.best_metric when training',
+  'averages': 'set averages.widths when training',
+}
+
+
+class Weights(NamedTuple):
+  """EMA weights of a stage.
+
+  Attributes:
+    index: of the stage.
+    step: of the stage.
+    params: sharded over a mesh, or in host memory.
+    fingerprint: hash of the checkpoint's files; None without a manifest.
+    sigma_rel: width of a post-hoc EMA, or None.
+    best: whether they were the best by `eval.best_metric`.
+  """
+
+  index: int
+  step: int
+  params: Params
+  fingerprint: str | None = None
+  sigma_rel: float | None = None
+  best: bool = False
+
+  @property
+  def ema(self) -> str:
+    """Which EMA they are, in words."""
+    if self.sigma_rel is not None:
+      return f'post-hoc EMA, sigma_rel {self.sigma_rel}'
+    return 'best EMA' if self.best else 'EMA'
+
+
+def restore_weights(
+  config: ConfigDict,
+  workdir: str,
+  mesh: Mesh | None = None,
+  *,
+  sigma_rel: float | None = None,
+  best: bool = False,
+) -> Weights:
+  """Restores the EMA weights of the newest stage that has any.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    mesh: devices to shard the weights over; None for host memory.
+    sigma_rel: width of a post-hoc EMA, reconstructed at the newest snapshot;
+      see `post_hoc_ema`. None for the EMA with the optimizer's decay.
+    best: the EMA that was best by `eval.best_metric`, not the last one.
+
+  Raises:
+    FileNotFoundError: nothing (of that kind) has been saved yet.
+    ValueError: both a width and the best are asked for, or the width is out of
+      range.
+    CheckpointError: the checkpoints are damaged.
+  """
+  if best and sigma_rel is not None:
+    raise ValueError(
+      'sigma_rel and best exclude each other: only the EMA that was the best '
+      'has been saved, not its snapshots.'
+    )
+  kind = 'best' if best else 'checkpoints' if sigma_rel is None else 'averages'
+  for index in reversed(range(len(config.stages))):
+    directory = stage_directory(workdir, config, index, kind)
+    if saved_steps.latest_step(directory) is not None:
+      break
+  else:
+    raise FileNotFoundError(f'{workdir} has no {kind} yet: {_REMEDIES[kind]}.')
+  if sigma_rel is not None:
+    step, params = _reconstruct(directory, sigma_rel)
+    if mesh:
+      params = sharding.place(
+        params, sharding.tree_shardings(params, mesh, config.sharding_rules)
+      )
+    fingerprint = manifest.fingerprint(directory / str(step))
+    return Weights(index, step, params, fingerprint, sigma_rel=sigma_rel)
+  step = saved_steps.require_step(directory)
+  fingerprint = manifest.fingerprint(directory / str(step))
+  shardings = mesh and sharding.tree_shardings(
+    restore.abstract_item(directory, step, 'ema'), mesh, config.sharding_rules
+  )
+  params = restore.restore_item(directory, step, 'ema', shardings)
+  return Weights(index, step, params, fingerprint, best=best)
+
+
+def _reconstruct(
+  directory: pathlib.Path, sigma_rel: float
+) -> tuple[int, Params]:
+  """A post-hoc EMA at the newest snapshot: its step, and host arrays."""
+  post_hoc_ema.exponent(sigma_rel)  # Raises before anything is read.
+  snapshots = {}
+  for step in saved_steps.good_steps(directory):
+    extra = restore.read_extra(directory, step)
+    # A snapshot after skipped steps alone has as many updates as the one
+    # before, or none: each number of updates counts once.
+    if count := extra['updates']:
+      snapshots |= {(name, count): step for name in extra['widths']}
+  if not snapshots:
+    raise saved_steps.CheckpointError(
+      f'{directory} has no intact snapshot: restore one from a backup.'
+    )
+  names, counts = zip(*snapshots)
+  factors = post_hoc_ema.coefficients(
+    list(map(float, names)), counts, sigma_rel, max(counts)
+  )
+  total = None
+  for step, name, factor in zip(snapshots.values(), names, factors):
+    part = jax.tree.map(
+      functools.partial(np.multiply, factor, dtype=np.float64),
+      restore.restore_item(directory, step, name),
+    )
+    total = jax.tree.map(np.add, total, part) if total else part
+  logging.info(
+    'Post-hoc EMA of sigma_rel %g after %d updates, from %d snapshots.',
+    sigma_rel,
+    max(counts),
+    len(snapshots),
+  )
+  return max(snapshots.values()), jax.tree.map(np.float32, total)

@@ -1,0 +1,163 @@
+"""Image grids of samples with their prompts, and animations of sampling."""
+
+from collections.abc import Sequence
+import math
+import os
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mdm_jax.runtime import files
+
+_BACKGROUND = (255, 255, 255)
+_INK = (40, 40, 40)
+_MIN_TILE = 128  # pixels
+_ANIMATION, _LAST_FRAME = 3000, 1500  # milliseconds
+_MAX_LINES = 3  # lines of a caption; longer captions end in an ellipsis
+
+
+def grid(
+  pyramids: Sequence[np.ndarray],
+  prompts: Sequence[str],
+  *,
+  tile: int | None = None,
+) -> np.ndarray:
+  """Lays samples out on a white page that is about square.
+
+  A cell holds one sample: its levels from coarse to fine, enlarged to one size
+  by repeating pixels, with the prompt underneath. Cells run from left to right,
+  then down.
+
+  Args:
+    pyramids: uint8 `[B, R, R, 3]`, coarse to fine.
+    prompts: one for each sample.
+    tile: edge of every level on the page in pixels, a multiple or a divisor of
+      the level's own edge; larger levels are averaged down. The default is the
+      finest level's edge, times a whole factor that makes it 128 or more.
+
+  Returns:
+    uint8 `[H, W, 3]`.
+
+  Raises:
+    ValueError: if the shapes, their order or the tile do not fit.
+  """
+  edges = [level.shape[1] for level in pyramids]
+  for level, edge in zip(pyramids, edges):
+    if level.shape != (len(prompts), edge, edge, 3) or level.dtype != np.uint8:
+      raise ValueError(
+        f'A level is {level.dtype}{list(level.shape)}: give uint8'
+        f' [B, R, R, 3] with B = {len(prompts)}, the number of prompts.'
+      )
+  if edges != sorted(edges):
+    raise ValueError(f'Levels have edges {edges}: give them coarse to fine.')
+  if tile is None:
+    tile = edges[-1] * math.ceil(_MIN_TILE / edges[-1])
+  if any(tile % edge and edge % tile for edge in edges):
+    raise ValueError(
+      f'Levels have edges {edges}: give a tile that is a multiple or a'
+      f' divisor of each, not {tile}.'
+    )
+
+  gap = max(2, tile // 64)  # between the levels of a sample
+  margin = tile // 8  # between samples
+  font = ImageFont.load_default(size=max(11, tile // 11))
+  line_height = math.ceil(1.3 * font.size)
+  width = len(edges) * (tile + gap) - gap
+  captions = [_wrap(prompt, font, width) for prompt in prompts]
+  height = tile + gap + line_height * max(map(len, captions))
+  columns = _columns(len(prompts), width / height)
+  rows = math.ceil(len(prompts) / columns)
+  page = Image.new(
+    'RGB',
+    (
+      margin + columns * (width + margin),
+      margin + rows * (height + margin),
+    ),
+    _BACKGROUND,
+  )
+  draw = ImageDraw.Draw(page)
+  for i, caption in enumerate(captions):
+    left = margin + i % columns * (width + margin)
+    top = margin + i // columns * (height + margin)
+    for r, (level, edge) in enumerate(zip(pyramids, edges)):
+      image = Image.fromarray(level[i]).resize(
+        (tile, tile),
+        Image.Resampling.BOX if edge > tile else Image.Resampling.NEAREST,
+      )
+      page.paste(image, (left + r * (tile + gap), top))
+    for k, line in enumerate(caption):
+      draw.text((left, top + tile + gap + k * line_height), line, _INK, font)
+  return np.asarray(page)
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+  """Writes uint8 `[H, W, 3]` as a PNG file."""
+  with files.replacing(path) as temporary:
+    Image.fromarray(image).save(temporary, format='PNG')
+
+
+def side_by_side(levels: Sequence[np.ndarray]) -> np.ndarray:
+  """Joins the levels of one sample, enlarged to the size of the finest one.
+
+  Args:
+    levels: uint8 [H_r, H_r, 3], coarse to fine; H_r divides the finest H.
+
+  Returns:
+    uint8 [H, levels * W, 3].
+  """
+  edge = len(levels[-1])
+  return np.concatenate(
+    [
+      level.repeat(edge // len(level), 0).repeat(edge // len(level), 1)
+      for level in levels
+    ],
+    axis=1,
+  )
+
+
+def save_animation(
+  path: str | os.PathLike, frames: Sequence[np.ndarray]
+) -> None:
+  """Writes uint8 [H, W, 3] frames as an endless WebP of a few seconds."""
+  first, *rest = map(Image.fromarray, frames)
+  durations = [max(40, _ANIMATION // len(frames))] * len(frames)
+  durations[-1] += _LAST_FRAME
+  with files.replacing(path) as temporary:
+    first.save(
+      temporary,
+      format='WebP',
+      save_all=True,
+      append_images=rest,
+      duration=durations,
+      loop=0,
+      quality=85,
+    )
+
+
+def _columns(count: int, aspect_ratio: float) -> int:
+  """Columns of cells for a page near a square, with a full last row."""
+
+  def cost(columns: int) -> float:
+    rows = math.ceil(count / columns)
+    empty = columns * rows - count
+    return abs(math.log(aspect_ratio * columns / rows)) + empty / columns
+
+  return min(range(1, count + 1), key=cost)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """Breaks a text into lines of at most `width` pixels."""
+  lines, rest = [], ' '.join(text.split())
+  while rest:
+    is_last = len(lines) == _MAX_LINES - 1
+    line = rest[:width]  # No character is narrower than a pixel.
+    while font.getlength(line) > width and len(line) > 1:
+      # Break at the last space if there is one, else within the word.
+      body = line.removesuffix('…')
+      body = body[: body.rfind(' ')] if ' ' in body else body[:-1]
+      line = f'{body}…' if is_last else body
+    lines.append(line)
+    if is_last:
+      break
+    rest = rest[len(line) :].lstrip()
+  return lines

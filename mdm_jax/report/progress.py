@@ -1,0 +1,96 @@
+"""Progress lines of a stage: rates, losses and the remaining time."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import time
+
+from absl import logging
+
+from mdm_jax.report import console
+
+
+class Progress:
+  """Logs progress lines, and measures the rates in them.
+
+  Create it after the step has been compiled, since the clock starts then.
+  """
+
+  def __init__(
+    self, stage: str, first_step: int, last_step: int, batch_size: int
+  ):
+    """Starts the clock.
+
+    Args:
+      stage: beginning of each line, such as "stage 1/2 '32'".
+      first_step: number of steps already taken.
+      last_step: number of steps at the end of the stage.
+      batch_size: images of a step, over all devices.
+    """
+    self._stage = stage
+    self._last_step = last_step
+    self._batch_size = batch_size
+    self._start_step = self._step = first_step
+    self.restart()
+
+  def restart(self) -> None:
+    """Starts the clock again, before the first step."""
+    self._start_time = self._time = time.monotonic()
+    self._paused = 0.0
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Excludes the time of a `with` block (saving, sampling) from the rates."""
+    begin = time.monotonic()
+    try:
+      yield
+    finally:
+      self._paused += time.monotonic() - begin
+
+  def report(
+    self,
+    step: int,
+    *,
+    loss: float,
+    levels: Mapping[str, float],
+    grad_norm: float,
+    learning_rate: float,
+  ) -> dict[str, float]:
+    """Logs a line about the steps since the last report.
+
+    Args:
+      step: number of steps taken, more than at the last report.
+      loss: weighted sum of the levels' losses, of the last step.
+      levels: loss of each level by its name, coarse to fine.
+      grad_norm: gradient norm before clipping.
+      learning_rate: learning rate of the last step.
+
+    Returns:
+      'images_per_second' and 'seconds_per_step' without pauses, and
+      'eta_seconds' until the end of the stage, which assumes as many pauses as
+      so far.
+    """
+    now = time.monotonic()
+    seconds = (now - self._time - self._paused) / (step - self._step)
+    pace = (now - self._start_time) / (step - self._start_step)
+    self._step, self._time, self._paused = step, now, 0.0
+    rates = {
+      'images_per_second': self._batch_size / seconds,
+      'seconds_per_step': seconds,
+      'eta_seconds': pace * (self._last_step - step),
+    }
+    each = ', '.join(f'{name}: {value:.4f}' for name, value in levels.items())
+    logging.info(
+      '%s  step %d/%d (%d %%)  %.1f images/s  eta %s  loss %.4f%s  grad %.2f'
+      '  lr %.1e',
+      self._stage,
+      step,
+      self._last_step,
+      100 * step // self._last_step,
+      rates['images_per_second'],
+      console.duration(rates['eta_seconds']),
+      loss,
+      f' ({each})' if len(levels) > 1 else '',
+      grad_norm,
+      learning_rate,
+    )
+    return rates

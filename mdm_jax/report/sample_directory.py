@@ -1,0 +1,160 @@
+"""A directory of samples that an interrupted command can continue."""
+
+from collections.abc import Mapping, Sequence
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mdm_jax.report import gallery, grid
+from mdm_jax.runtime import files
+
+_SHARD = 1000  # samples in a subdirectory; fewer samples need none
+_IN_GRID = 64  # most samples in grid.png
+_IN_GALLERY = 1000  # most samples in index.html
+_LINES = 'samples.jsonl'
+
+
+class SampleDirectory:
+  """PNG files of every level of each sample, and the settings of each sample.
+
+  `samples.jsonl` has a line for each sample whose files are complete,
+  `grid.png` shows the first samples on one page, and `index.html` more of them.
+  Existing samples with the same record are reused, all others are replaced.
+  """
+
+  def __init__(
+    self, directory: str | os.PathLike, records: Sequence[Mapping[str, Any]]
+  ):
+    """Finds the existing samples.
+
+    Args:
+      directory: directory of the samples, created if it does not exist.
+      records: for each sample, its 'prompt', its 'seed' and all other settings
+        that it depends on, of JSON's types.
+    """
+    self.directory = pathlib.Path(directory)
+    self.directory.mkdir(parents=True, exist_ok=True)
+    # To compare with records from disk, where tuples have become lists.
+    self._records = json.loads(json.dumps(records))
+    self._files = {}  # names by level, by the index of complete samples
+    path = self.directory / _LINES
+    if path.exists():
+      for line in path.read_text(encoding='utf-8').splitlines():
+        self._find(line)
+    self._write_lines()
+    self._lines = path.open('a', encoding='utf-8')
+
+  @property
+  def missing(self) -> list[int]:
+    """Indices of the samples to generate."""
+    return [i for i in range(len(self._records)) if i not in self._files]
+
+  def add(
+    self,
+    index: int,
+    levels: Sequence[np.ndarray],
+    path: Sequence[Sequence[np.ndarray]] | None = None,
+  ) -> None:
+    """Writes a sample.
+
+    Args:
+      index: index of the sample's record.
+      levels: images of the levels, uint8 [H_r, H_r, 3], coarse to fine.
+      path: the levels at each sampling step, to write an animation; None for
+        no animation.
+    """
+    many = len(self._records) > _SHARD
+    stem = f'{index:06d}' if many else f'{index:04d}'
+    if many:
+      stem = f'{index // _SHARD:03d}/{stem}'
+    names = {str(len(level)): f'{stem}_{len(level)}.png' for level in levels}
+    for level, name in zip(levels, names.values()):
+      grid.save_png(self.directory / name, level)
+    if path:
+      names['path'] = f'{stem}.webp'
+      grid.save_animation(
+        self.directory / names['path'],
+        [grid.side_by_side(step) for step in path],
+      )
+    self._files[index] = names
+    self._lines.write(self._line(index))
+    self._lines.flush()
+
+  def finish(self, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes `grid.png` and `index.html`, once no sample is missing.
+
+    Args:
+      tables: tables of names and values to show above the samples, by heading.
+    """
+    self._lines.close()
+    self._write_lines()
+    first = range(min(_IN_GRID, len(self._records)))
+    read = [self._read(i) for i in first]
+    grid.save_png(
+      self.directory / 'grid.png',
+      grid.grid(
+        [np.stack(level) for level in zip(*read)],
+        [self._records[i]['prompt'] for i in first],
+      ),
+    )
+    shown = min(len(self._records), _IN_GALLERY)
+    title = f'{len(self._records)} samples'
+    if shown < len(self._records):
+      title += f', the first {shown} of which are shown'
+    gallery.save(
+      self.directory / 'index.html',
+      title,
+      tables,
+      map(self._entry, range(shown)),
+    )
+
+  def _find(self, line: str) -> None:
+    try:
+      record = json.loads(line)
+    except ValueError:
+      return  # Cut off, since the process was killed while writing the line.
+    index, names = record.pop('index', None), record.pop('files', {})
+    if (
+      index in range(len(self._records))
+      and record == self._records[index]
+      and all((self.directory / name).exists() for name in names.values())
+    ):
+      self._files[index] = names
+
+  def _line(self, index: int) -> str:
+    return (
+      json.dumps(
+        {'index': index, **self._records[index], 'files': self._files[index]},
+        ensure_ascii=False,
+      )
+      + '\n'
+    )
+
+  def _write_lines(self) -> None:
+    files.write_text(
+      self.directory / _LINES,
+      ''.join(map(self._line, sorted(self._files))),
+    )
+
+  def _names(self, index: int) -> list[str]:
+    return [name for key, name in self._files[index].items() if key.isdigit()]
+
+  def _read(self, index: int) -> tuple[np.ndarray, ...]:
+    images = []
+    for name in self._names(index):
+      with Image.open(self.directory / name) as image:
+        images.append(np.asarray(image.convert('RGB')))
+    return tuple(images)
+
+  def _entry(self, index: int) -> gallery.Entry:
+    record = self._records[index]
+    return gallery.Entry(
+      record['prompt'],
+      self._read(index),
+      tuple(self._names(index)),
+      {'seed': record['seed']},
+    )

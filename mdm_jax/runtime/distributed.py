@@ -1,0 +1,232 @@
+"""Runs of several processes: how they join, agree on a flag, and end."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import queue
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from absl import logging
+from etils import epy
+import jax
+
+# JAX has no public function that detects the cluster's settings.
+from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mdm_jax.runtime import preemption, rendezvous
+
+with epy.lazy_imports():  # 0.7 s; a single process does not need it.
+  import orbax.checkpoint as ocp
+
+_GRACE = 10.0  # seconds beyond the heartbeat for JAX to name a dead process
+# Status that each process publishes to the others.
+_STOP = 'stop'  # it received a stop request
+_LEAVING = 'leaving'  # it takes no further step
+_READY = 'ready'  # it is leaving, and its work is done
+_DONE = 'done'  # its work is done, as all processes agreed to end
+_GONE = 'gone'  # it exits now
+_KEY = 'mdm_jax/status'
+_POLL = 0.2  # seconds between two reads of the others' status
+_ANSWER = 1.0  # seconds after which the coordinator counts as hanging
+_PATIENCE = 8.0  # seconds to wait for other processes that are leaving
+_FAREWELL = 1.0  # seconds from a process's 'gone' to its exit
+
+
+def join(
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  arrival: float,
+  heartbeat: int,
+) -> None:
+  """Joins the other processes of a run. Call it before JAX is used.
+
+  If one of them dies later, JAX ends the others with an error message.
+
+  Args:
+    coordinator: 'host:port' of process 0. `coordinator`, `num_processes` and
+      `process_id` may be None where JAX detects them (Cloud TPU, GKE, Slurm,
+      Open MPI).
+    num_processes: number of processes.
+    process_id: index of this process, from 0.
+    arrival: seconds to wait for the other processes to start.
+    heartbeat: seconds after which a silent process counts as dead.
+
+  Raises:
+    ValueError: the processes cannot be found, or some did not start in time.
+  """
+  try:
+    coordinator, num_processes, process_id, _ = (
+      ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, num_processes, process_id, None, None, arrival
+      )
+    )
+    if None in (coordinator, num_processes, process_id):
+      raise ValueError('no cluster tells their addresses')
+    if not 0 <= process_id < num_processes:
+      raise ValueError(
+        f'process {process_id} is none of 0 to {num_processes - 1}'
+      )
+    host, _, port = coordinator.rpartition(':')
+    if not (host and port.isdigit()):
+      raise ValueError(f'{coordinator} is not HOST:PORT')
+  # JAX and the clusters' clients raise any of these.
+  except (ValueError, RuntimeError, OSError) as error:
+    raise ValueError(
+      'The other processes cannot be joined ('
+      f'{str(error).splitlines()[0]}): give --coordinator=HOST:PORT, '
+      '--num_processes=N and --process_id=0 to N-1.'
+    ) from error
+  rendezvous.meet(
+    host.strip('[]'), int(port), num_processes, process_id, arrival
+  )
+  # JAX's SIGTERM handler would replace `preemption.StopHandler`.
+  jax.config.update('jax_enable_preemption_service', False)
+  jax.distributed.initialize(
+    coordinator,
+    num_processes,
+    process_id,
+    initialization_timeout=int(arrival) + 1,
+    heartbeat_timeout_seconds=heartbeat,
+  )
+
+
+def any_of(flag: bool) -> bool:
+  """Whether a flag is true in any process. All processes call it."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+class Peers:
+  """The processes of a run, each of which publishes a status to all.
+
+  The status goes through JAX's coordination service, so that it arrives even
+  while a process compiles. If the coordinator is dead or hangs, calls return
+  after a second as if no process had published a status.
+  """
+
+  def __init__(self):
+    """Connects to the coordinator; call `join` before."""
+    self._client = ocp.multihost.get_jax_distributed_client()
+    # Read now, since JAX may be shutting down later.
+    self._index, self._count = jax.process_index(), jax.process_count()
+
+  def ask_to_stop(self) -> None:
+    """Tells all that this process has received a stop request."""
+    self._tell(_STOP)
+
+  def are_asked_to_stop(self) -> bool:
+    """Whether any process has received a stop request."""
+    return _STOP in self._statuses()
+
+  def begin_to_leave(self) -> None:
+    """Tells all that this process takes no further step."""
+    self._tell(_LEAVING)
+
+  def are_leaving(self) -> bool:
+    """Whether any process takes no further step."""
+    return not {_LEAVING, _READY}.isdisjoint(self._statuses())
+
+  def leave_together(self, done: bool = False) -> None:
+    """Waits some seconds until the work of all processes is done.
+
+    Args:
+      done: whether all processes have agreed to end; if not, waiting makes the
+        others leave too.
+    """
+    end = time.monotonic() + _PATIENCE
+    self._tell(_DONE if done else _READY)
+    self._wait_for({_READY, _DONE, _GONE}, end)
+    self._tell(_GONE)
+    if self._index == 0:
+      # To processes that still run, the coordinator's exit is a crash.
+      self._wait_for({_GONE}, end)
+      time.sleep(_FAREWELL)
+
+  def _wait_for(self, expected: set[str], end: float) -> None:
+    """Waits until every process has one of these statuses.
+
+    Args:
+      expected: the statuses.
+      end: time limit, on the clock of `time.monotonic`.
+    """
+    while time.monotonic() < end:
+      if sum(status in expected for status in self._statuses()) == self._count:
+        break
+      time.sleep(_POLL)
+
+  def _tell(self, status: str) -> None:
+    key = f'{_KEY}/{self._index}'
+    self._call(
+      lambda: self._client.key_value_set(key, status, allow_overwrite=True)
+    )
+
+  def _statuses(self) -> list[str]:
+    found = self._call(lambda: self._client.key_value_dir_get(_KEY))
+    return [status for _, status in found or ()]
+
+  def _call(self, function: Callable[[], Any]) -> Any:
+    """Returns `function()`, or None if it fails or takes too long."""
+    answers = queue.SimpleQueue()
+
+    def answer():
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        answers.put(function())
+
+    threading.Thread(target=answer, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+      return answers.get(timeout=_ANSWER)
+
+
+def end(code: int | str) -> None:
+  """Ends this process; with several, waits until all are about to end.
+
+  Args:
+    code: exit code of this process; a text is printed and the code is then 1.
+  """
+  if jax.process_count() == 1:
+    sys.exit(code)
+  if isinstance(code, str):
+    print(code, file=sys.stderr, flush=True)
+    code = 1
+  # JAX's own shutdown waits minutes for processes that have died.
+  peers = Peers()
+  agreed = code in (0, preemption.EXIT_CODE)
+  if not agreed:
+    peers.begin_to_leave()
+  peers.leave_together(done=agreed)
+  preemption.leave(code)
+
+
+@contextlib.contextmanager
+def ending_together(heartbeat: float) -> Iterator[None]:
+  """Makes an error in one of several processes stop them all, as a signal does.
+
+  Otherwise the other processes would wait in a collective operation for the one
+  that failed, and that one, on exit, for the others.
+
+  Args:
+    heartbeat: seconds after which JAX names a process that has died.
+  """
+  try:
+    yield
+  finally:
+    error = sys.exception()
+    if error and jax.process_count() > 1:
+      traceback.print_exception(error)
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        # The usual cause is the death of another process, which JAX notices
+        # only after the heartbeat.
+        logging.error(
+          'Waiting up to %g s for JAX to say whether another process has died.',
+          heartbeat + _GRACE,
+        )
+        time.sleep(heartbeat + _GRACE)
+      end(1)

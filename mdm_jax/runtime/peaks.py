@@ -1,0 +1,100 @@
+"""Peak performance of devices, and FLOPs of compiled programs."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Peaks of one accelerator chip, as its vendor states them.
+
+  Attributes:
+    kind: how the device's `device_kind` begins.
+    flops: FLOP/s in bfloat16, without sparsity.
+    memory: GiB that XLA leaves to a program; None where it isn't known.
+    bandwidth: bytes/s of its memory.
+    links: bytes/s of all its links to other chips together.
+  """
+
+  kind: str
+  flops: float
+  memory: float | None = None
+  bandwidth: float | None = None
+  links: float | None = None
+
+
+# https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e), and NVIDIA's data
+# sheets, whose numbers with sparsity are twice these. The first match counts.
+CHIPS = (
+  Chip('TPU v4', 275e12),
+  Chip('TPU v5 lite', 197e12, 15.75, 819e9, 200e9),
+  Chip('TPU v5e', 197e12, 15.75, 819e9, 200e9),
+  Chip('TPU v5', 459e12, 95.74, 2765e9, 600e9),
+  Chip('TPU v6', 918e12, 31.25, 1640e9, 448e9),
+  Chip('NVIDIA A100', 312e12),
+  Chip('NVIDIA H100 PCIe', 756e12),
+  Chip('NVIDIA H100', 989e12),
+  Chip('NVIDIA H200', 989e12),
+  Chip('NVIDIA L40S', 362e12),
+  Chip('NVIDIA L4', 121e12),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+  """The table's entry for a `jax.Device.device_kind`, None if it has none."""
+  return next(
+    (chip for chip in CHIPS if device_kind.startswith(chip.kind)), None
+  )
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """The FLOP/s of which model FLOPs utilisation (MFU) is a fraction.
+
+  Returns:
+    For a TPU or GPU the vendor's bfloat16 peak of one chip, None if it is not
+    in the table. For a CPU, whose vendor states none, what
+    `measure_matmul_flops` reaches (0.3 s), shared by the CPU's devices: MFU is
+    then a fraction of the best matrix product.
+  """
+  if device.platform == 'cpu':
+    return measure_matmul_flops(device) / jax.local_device_count()
+  chip = find_chip(device.device_kind)
+  return chip and chip.flops
+
+
+def measure_matmul_flops(
+  device: jax.Device, size: int = 1024, seconds: float = 0.2
+) -> float:
+  """Best FLOP/s of a float32 product of `[size, size]` matrices, timed."""
+  x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+  matmul = jax.jit(jnp.matmul)
+  matmul(x, x).block_until_ready()
+  best, end = math.inf, time.monotonic() + seconds
+  while time.monotonic() < end:
+    begin = time.monotonic()
+    matmul(x, x).block_until_ready()
+    best = min(best, time.monotonic() - begin)
+  return 2 * size**3 / best
+
+
+def flops_per_step(
+  compiled: jax.stages.Compiled, rounds: int = 1
+) -> float | None:
+  """XLA's count of one call's FLOPs on one device, None if it has none.
+
+  A program partitioned over n devices does n times as many.
+
+  Args:
+    compiled: the program.
+    rounds: iterations of the loop that the program spends its time in; XLA
+      counts one of them.
+  """
+  cost = compiled.cost_analysis()
+  if isinstance(cost, list):  # Some back ends give one for each program.
+    cost = cost[0] if cost else None
+  flops = (cost or {}).get('flops', 0.0)
+  return flops * rounds if flops > 0 else None

@@ -1,0 +1,187 @@
+"""Handles preemption: Ctrl-C and SIGTERM become stop requests, or an exit."""
+
+from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from typing import Protocol
+
+from absl import logging
+
+# EX_TEMPFAIL of sysexits.h: the same command continues. 0 means finished.
+EXIT_CODE = 75
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Bytes that wake the waiting thread, beside the numbers of signals.
+_CLOSE, _PEER = b'\0', b'\xff'
+_POLL = 0.2  # seconds between two reads of the other processes' status
+
+
+def exit_on_signals() -> None:
+  """Makes Ctrl-C and SIGTERM exit with `EXIT_CODE`, until a `StopHandler`."""
+  for number in SIGNALS:
+    signal.signal(number, lambda number, frame: sys.exit(EXIT_CODE))
+
+
+def ignore_signals() -> None:
+  """Ignores further signals while the process exits: schedulers repeat them."""
+  for number in SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+
+
+def leave(code: int) -> None:
+  """Ends the process at once, from any thread, without cleaning up."""
+  # Data workers would outlive a parent that exits like this.
+  for child in multiprocessing.active_children():
+    child.kill()
+  os._exit(code)
+
+
+class Peers(Protocol):
+  """The other processes of a run: the interface of `distributed.Peers`."""
+
+  def ask_to_stop(self) -> None:
+    """Tells all that this process has received a stop request."""
+
+  def are_asked_to_stop(self) -> bool:
+    """Whether any process has received a stop request."""
+
+  def begin_to_leave(self) -> None:
+    """Tells all that this process takes no further step."""
+
+  def are_leaving(self) -> bool:
+    """Whether any process takes no further step."""
+
+  def leave_together(self) -> None:
+    """Waits, for a limited time, until all processes are ready to exit."""
+
+
+class StopHandler:
+  """Turns Ctrl-C and SIGTERM into stop requests.
+
+  In a preemptible section, such as compiling or sampling, a request ends the
+  process at once: work since the last checkpoint is repeated later. A thread
+  does that, since Python runs its signal handlers in the main thread, which may
+  be compiling for minutes. From `defer` to `allow` a request only sets
+  `requested`, and the training loop saves and returns. A second signal always
+  ends the process at once. That is safe, since a checkpoint is either committed
+  or ignored.
+
+  A signal to one of several processes stops all of them.
+
+  Attributes:
+    requested: whether this or another process has received a stop request.
+  """
+
+  def __init__(self, finish: Callable[[], None], peers: Peers | None = None):
+    """Handles signals until `close`. Call it in the main thread.
+
+    Args:
+      finish: called in another thread before the process exits.
+      peers: the other processes; None for a single process.
+    """
+    self.requested = False
+    self._finish = finish
+    self._peers = peers
+    self._wait = lambda: None
+    self._deferred = False
+    self._lock = threading.Lock()
+    self._end = threading.Lock()
+    self._reader, self._writer = os.pipe()
+    os.set_blocking(self._writer, False)
+    # Python's C signal handler writes there even while the main thread is busy.
+    self._wakeup = signal.set_wakeup_fd(self._writer)
+    self._handlers = {
+      number: signal.signal(number, lambda number, frame: None)
+      for number in SIGNALS
+    }
+    self._closed = threading.Event()
+    self._threads = [threading.Thread(target=self._watch, daemon=True)]
+    if peers:
+      self._threads.append(threading.Thread(target=self._listen, daemon=True))
+    for thread in self._threads:
+      thread.start()
+
+  def defer(self, wait: Callable[[], None] | None = None) -> None:
+    """Ends a preemptible section: requests now only set `requested`.
+
+    Args:
+      wait: waits for pending saves; called before the process exits, also
+        in later preemptible sections. None leaves the last one in place.
+    """
+    with self._lock:
+      self._deferred, self._wait = True, wait or self._wait
+      leaving = self.requested
+    if leaving:
+      threading.Event().wait()  # Another thread is ending the process.
+
+  def allow(self, requested: bool = False) -> None:
+    """Begins a preemptible section, or exits if a stop was requested.
+
+    Args:
+      requested: whether another process has received a stop request.
+    """
+    with self._lock:
+      self._deferred = False
+      self.requested |= requested
+      stopping = self.requested
+    if stopping:
+      self._leave()
+
+  def close(self) -> None:
+    """Restores the former signal handlers."""
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(self._wakeup)
+    self._closed.set()
+    os.write(self._writer, _CLOSE)
+    for thread in self._threads:
+      thread.join()
+    os.close(self._writer)
+    os.close(self._reader)
+    if self.requested and not self._deferred:
+      threading.Event().wait()  # Another thread is ending the process.
+
+  def _watch(self) -> None:
+    signalled = False
+    while (byte := os.read(self._reader, 1)) != _CLOSE:
+      if byte != _PEER:
+        if signalled:
+          os._exit(EXIT_CODE)
+        signalled = True
+      # Schedulers signal all processes of a job, one after the other.
+      if self.requested:
+        continue
+      with self._lock:
+        self.requested, deferred = True, self._deferred
+      logging.info(
+        'Stopping %s; a second signal stops at once.',
+        'after this step' if deferred else 'now',
+      )
+      if not deferred:
+        threading.Thread(target=self._leave, daemon=True).start()
+
+  def _listen(self) -> None:
+    told = False
+    while not self._closed.wait(_POLL):
+      if self.requested and not told:
+        self._peers.ask_to_stop()
+        told = True
+      if self._peers.are_leaving():
+        self.requested = True
+        self._leave()
+      if not self.requested and self._peers.are_asked_to_stop():
+        os.write(self._writer, _PEER)
+
+  def _leave(self) -> None:
+    self._end.acquire()  # Never released: only one thread ends the process.
+    try:
+      if self._peers:
+        self._peers.begin_to_leave()
+      self._wait()
+      self._finish()
+    finally:
+      if self._peers:
+        self._peers.leave_together()
+      leave(EXIT_CODE)

@@ -1,0 +1,347 @@
+"""The demo's first-in-first-out queue of sampling requests, with previews."""
+
+from collections.abc import Iterator
+import concurrent.futures
+import dataclasses
+import functools
+import shlex
+import threading
+from typing import NamedTuple
+import unicodedata
+
+from absl import logging
+import jax
+import numpy as np
+
+from mdm_jax.builders.prompts import encode_prompts, make_prompts
+from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.data.text import Tokenizer
+from mdm_jax.diffusion import samplers
+from mdm_jax.inference.session import Model
+from mdm_jax.runtime import sharding
+from mdm_jax.steps.sample import make_sample_steps
+
+MAX_CHARACTERS = 1000  # most characters in a prompt
+MAX_GUIDANCE = 20
+# Batch sizes on each device; smaller requests are padded.
+_SIZES = (1, 4, 16)
+_SHORT = 44  # most characters of an example prompt, which has to fit a button
+_CACHED = 4  # most pairs of sampler and threshold whose programs are cached
+
+
+class QueueFull(ValueError):
+  """Too many requests are waiting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Images that a user asks for; image i has `seed` + i."""
+
+  prompt: str
+  negative_prompt: str
+  guidance: float
+  steps: int
+  sampler: str
+  threshold: str
+  seed: int
+  num_images: int
+
+
+class Progress(NamedTuple):
+  """Progress of a request.
+
+  Attributes:
+    ahead: number of requests before it in the queue.
+    step: number of sampling steps taken; 0 while it waits or compiles.
+    images: predicted x0 of that step, uint8 [num_images, H_r, H_r, 3], coarse
+      to fine; empty before the first step.
+  """
+
+  ahead: int
+  step: int
+  images: tuple[np.ndarray, ...]
+
+
+class Job:
+  """A submitted request and its progress, see `SampleQueue.submit`.
+
+  Attributes:
+    request: the request.
+    cancelled: an event, set by `cancel`.
+    step: number of sampling steps taken.
+    images: see `Progress`.
+    future: done when the job has ended.
+  """
+
+  def __init__(self, request: Request):
+    """A job that has not begun."""
+    self.request = request
+    self.cancelled = threading.Event()
+    self.step, self.images = 0, ()
+    self.future: concurrent.futures.Future | None = None
+
+  def cancel(self) -> None:
+    """Ends the job after the current step; may be called repeatedly."""
+    self.cancelled.set()
+    self.future.cancel()  # Has an effect only if the job has not begun.
+
+
+class SampleQueue:
+  """Samples one request at a time, in a thread of its own.
+
+  Attributes:
+    about: description of the model for users.
+    max_images: largest number of images in a request.
+    ready: an event, set once the default request has been compiled.
+  """
+
+  def __init__(self, model: Model, max_waiting: int = 4):
+    """Compiles nothing before `warm_up` or the first request.
+
+    Args:
+      model: the model to sample with.
+      max_waiting: largest number of requests that may wait, besides the one
+        being sampled.
+    """
+    self.ready = threading.Event()
+    self._model, self._config = model, model.stage.config
+    self._max_waiting = max_waiting
+    self._sampler = model.stage.make_sampler(model.mesh)
+    shards = sharding.batch_shards(model.mesh)
+    most = max(1, self._config.eval.batch_size // shards)
+    # Few sizes, since compiling for a size takes longer than sampling.
+    self._sizes = sorted({shards * min(size, most) for size in _SIZES})
+    self.max_images = self._sizes[-1]
+    self._sample_steps = functools.lru_cache(_CACHED)(self._make_sample_steps)
+    self._changed = threading.Condition()
+    self._jobs: list[Job] = []  # The first is being sampled.
+    self._thread = concurrent.futures.ThreadPoolExecutor(
+      1, thread_name_prefix='sampling'
+    )
+    sides = ' and '.join(map(str, model.stage.resolutions))
+    self.about = f'{model.workdir}, {sides} px'
+    if not model.is_finished:
+      self.about += (
+        f'. Training has not ended: this is {model.stage.title} at step '
+        f'{model.weights.step} of {model.stage.num_steps}'
+      )
+
+  @property
+  def default_request(self) -> Request:
+    """A request for four images with the settings of the run's config."""
+    sampler = self._config.sampler
+    return Request(
+      prompt='',
+      negative_prompt='',
+      guidance=sampler.guidance,
+      steps=sampler.num_steps,
+      sampler=sampler.name,
+      threshold=sampler.threshold,
+      seed=0,
+      num_images=min(4, self.max_images),
+    )
+
+  def examples(self, count: int) -> list[str]:
+    """Example prompts like those of training; [] if that needs data files."""
+    config = self._config
+    if config.data.name != 'shapes' and config.text.encoder != 'label':
+      return []
+    captions = make_prompts(config, 20 * count).captions
+    short = [text for text in captions if len(text) <= _SHORT]
+    return list(dict.fromkeys(short))[:count]
+
+  def warm_up(self) -> None:
+    """Starts to compile for the default request, in the sampling thread."""
+
+    def compile_default():
+      try:
+        self._sample(Job(dataclasses.replace(self.default_request, steps=1)))
+      except jax.errors.JaxRuntimeError as error:
+        # Not raised, since a request for fewer images may work.
+        logging.error('The default settings cannot be sampled: %s', error)
+      logging.info('Ready to sample.')
+      self.ready.set()
+
+    logging.info('Warming up: compiling for the default settings.')
+    self._thread.submit(compile_default)
+
+  def check(self, request: Request) -> None:
+    """Checks a request.
+
+    Raises:
+      ValueError: it cannot be sampled. The message is one line for the user.
+    """
+    for name, text in (
+      ('prompt', request.prompt),
+      ('negative prompt', request.negative_prompt),
+    ):
+      if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+          f'The {name} has {len(text):,} characters: shorten it to '
+          f'{MAX_CHARACTERS:,}.'
+        )
+      for letter in text:
+        # A shell command, see `command`, cannot hold control characters.
+        if unicodedata.category(letter) in ('Cc', 'Cs'):
+          raise ValueError(
+            f'The {name} contains the character U+{ord(letter):04X}, which '
+            'is not allowed: remove it.'
+          )
+    for name, value, low, high in (
+      ('Guidance', request.guidance, 0, MAX_GUIDANCE),
+      ('Steps', request.steps, 1, self._config.diffusion.num_steps),
+      ('Images', request.num_images, 1, self.max_images),
+      ('Seed', request.seed, 0, 2**32 - self.max_images),
+    ):
+      # NaN is in no range.
+      if value is None or not low <= value <= high:
+        given = 'empty' if value is None else f'{value:,}'
+        raise ValueError(
+          f'{name}: {given}; give a number from {low:,} to {high:,}.'
+        )
+    for name, value, known in (
+      ('sampler', request.sampler, samplers.SAMPLERS),
+      ('threshold', request.threshold, samplers.THRESHOLDS),
+    ):
+      if value not in known:
+        raise ValueError(f'Unknown {name} {value!r}: use one of {known}.')
+    self._encode(request)  # Raises ValueError for an unknown class label.
+
+  def note(self, request: Request) -> str:
+    """Tells the user if the prompt was truncated; '' if it was not."""
+    tokenizer = make_tokenizer(self._config)
+    if not isinstance(tokenizer, Tokenizer):
+      return ''
+    tokens, most = tokenizer.count(request.prompt), tokenizer.max_length
+    if tokens <= most:
+      return ''
+    return f'The prompt has {tokens} tokens, and was cut to {most}.'
+
+  def command(self, request: Request, i: int = 0) -> str:
+    """The shell command that samples image i of a request again."""
+    values = {
+      'workdir': self._model.workdir,
+      'prompt': request.prompt,
+      'negative_prompt': request.negative_prompt,
+      'guidance': request.guidance,
+      'steps': request.steps,
+      'sampler': request.sampler,
+      'threshold': request.threshold,
+      'seed': request.seed + i,
+      'num_samples': 1,
+      'sigma_rel': self._model.weights.sigma_rel,
+      'best': self._model.weights.best or None,
+    }
+    if not request.negative_prompt:
+      del values['negative_prompt']
+    return ' '.join(
+      [
+        'python -m mdm_jax.sample',
+        *(
+          f'--{name}={shlex.quote(str(value))}'
+          for name, value in values.items()
+          if value is not None
+        ),
+      ]
+    )
+
+  def submit(self, request: Request) -> Job:
+    """Adds a request to the end of the queue.
+
+    Raises:
+      ValueError: the request cannot be sampled; see `check`.
+      QueueFull: too many requests are waiting.
+    """
+    self.check(request)
+    job = Job(request)
+    with self._changed:
+      if len(self._jobs) > self._max_waiting:
+        raise QueueFull(
+          f'{self._max_waiting} requests are waiting already: try '
+          'again in a moment.'
+        )
+      self._jobs.append(job)
+      job.future = self._thread.submit(self._sample, job)
+    job.future.add_done_callback(lambda _: self._leave(job))
+    return job
+
+  def watch(self, job: Job) -> Iterator[Progress]:
+    """Yields the progress of a job until it is done or cancelled.
+
+    A slow consumer misses steps; closing the iterator cancels the job. The last
+    progress is that of the last step, unless the job was cancelled.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the device failed, out of memory for example.
+    """
+    seen, done = None, False
+
+    def has_changed():
+      return job.future.done() or self._place(job) != seen
+
+    try:
+      while not done:
+        with self._changed:
+          self._changed.wait_for(has_changed)
+          done, last, seen = job.future.done(), seen, self._place(job)
+          images = job.images
+        if seen != last:
+          yield Progress(*seen, images)
+      if not job.future.cancelled():
+        job.future.result()
+    finally:
+      job.cancel()
+
+  def close(self) -> None:
+    """Cancels all requests, without waiting for a compilation."""
+    with self._changed:
+      jobs = list(self._jobs)
+    for job in jobs:
+      job.cancel()
+    self._thread.shutdown(wait=False, cancel_futures=True)
+
+  def _place(self, job: Job) -> tuple[int, int]:
+    return self._jobs.index(job) if job in self._jobs else 0, job.step
+
+  def _leave(self, job: Job) -> None:
+    with self._changed:
+      self._jobs.remove(job)
+      self._changed.notify_all()
+
+  def _encode(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(
+      encode_prompts(self._config, [text])
+      for text in (request.prompt, request.negative_prompt)
+    )
+
+  def _make_sample_steps(self, sampler: str, threshold: str):
+    spec = dataclasses.replace(
+      self._sampler.spec, name=sampler, threshold=threshold
+    )
+    return make_sample_steps(
+      dataclasses.replace(self._sampler, spec=spec),
+      jax.tree.map(lambda x: x.sharding, self._model.params),
+    )
+
+  def _sample(self, job: Job) -> None:
+    request, count = job.request, job.request.num_images
+    size = next(size for size in self._sizes if size >= count)
+    text, negative = (
+      np.repeat(one, size, axis=0) for one in self._encode(request)
+    )
+    steps = self._sample_steps(request.sampler, request.threshold)(
+      self._model.params,
+      text,
+      negative,
+      request.seed + np.arange(size),
+      request.steps,
+      request.guidance,
+    )
+    for step, images in enumerate(steps, 1):
+      # Waits for the images, so that a cancelled job starts no further step.
+      images = tuple(np.asarray(level)[:count] for level in images)
+      with self._changed:
+        job.step, job.images = step, images
+        self._changed.notify_all()
+      if job.cancelled.is_set():
+        return

@@ -1,0 +1,130 @@
+"""The loss of a batch: samples times and noise, and applies network and loss.
+
+Training and validation share it; the formulas are in `diffusion.loss`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax import mixed_batch
+from mdm_jax.diffusion import loss, process, pyramid
+from mdm_jax.diffusion.schedule import Schedule
+from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.steps.state import Params
+
+# A batch of B examples:
+#   image: uint8 [B, H, H, 3].
+#   text: int32 tokens [B, L], or precomputed features [B, L, D].
+#   scale: float32 [B], shorter side of the original image in pixels.
+# In training also bool [B] flags:
+#   bad: the record was unusable and has been replaced.
+#   stop: a process has received a stop request.
+#   save: a checkpoint is due by time.
+# In a mixed batch `image` may hold only the examples that the finest level
+# sees. Others are in image_<resolution>, by the finest level that sees them.
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The objective that a stage minimises.
+
+  Attributes:
+    schedule: noise schedule, with a row for each level.
+    parameterization: prediction of the network: 'v', 'eps' or 'x0'.
+    loss_space: space in which the error is measured: 'v', 'eps' or 'x0'.
+    weights: weights of the levels' losses, coarse to fine.
+    fractions: fraction of the batch that each level sees, coarse to fine.
+    time_weights: [T + 1], weights of the times; None for equal weights.
+  """
+
+  schedule: Schedule
+  parameterization: str
+  loss_space: str
+  weights: tuple[float, ...]
+  fractions: tuple[float, ...]
+  time_weights: np.ndarray | None = None
+
+
+def num_repeats(objective: Objective, batch: Batch) -> int:
+  """Number of times that the pattern of a mixed batch repeats in the batch."""
+  return mixed_batch.num_repeats(
+    mixed_batch.level_batch_sizes(len(batch['scale']), objective.fractions)
+  )
+
+
+def sample_noise(
+  objective: Objective, resolutions: Sequence[int], batch: Batch, rng: jax.Array
+) -> tuple[jax.Array, pyramid.Pyramid]:
+  """Samples the times and the noise of a batch.
+
+  Returns:
+    int32 times [B], and float32 noise of each level [B_r, H_r, H_r, 3].
+  """
+  sizes = mixed_batch.level_batch_sizes(
+    len(batch['scale']), objective.fractions
+  )
+  time_rng, noise_rng = jax.random.split(rng)
+  t = loss.sample_time(time_rng, sizes[0], objective.schedule.num_steps)
+  return t, process.sample_noise(
+    noise_rng,
+    [
+      jax.ShapeDtypeStruct((size, pixels, pixels, 3), jnp.float32)
+      for size, pixels in zip(sizes, resolutions, strict=True)
+    ],
+  )
+
+
+def batch_losses(
+  model: Matryoshka,
+  objective: Objective,
+  params: Params,
+  batch: Batch,
+  t: jax.Array,
+  eps: pyramid.Pyramid,
+) -> tuple[jax.Array, jax.Array]:
+  """Losses of a batch at given times and noise.
+
+  Args:
+    model: the network.
+    objective: the objective.
+    params: all parameters of the model, trained and frozen.
+    batch: images, texts and scales.
+    t: int32 [B], times.
+    eps: noise of each level, [B_r, H_r, H_r, 3].
+
+  Returns:
+    Weighted loss of each example [B], and mean loss of each level [levels].
+  """
+  repeats = num_repeats(objective, batch)
+  names = mixed_batch.image_names(model.resolutions)
+  own = {
+    level: pyramid.to_float(batch[name])
+    for level, name in enumerate(names)
+    if name in batch
+  }
+  images = pyramid.make_pyramid(
+    own.pop(len(names) - 1),
+    model.resolutions,
+    objective.fractions,
+    coarse=own,
+    repeats=repeats,
+  )
+  cond = model.encode(params, batch['text'], batch['scale'])
+  per_example, aux = loss.multi_resolution_loss(
+    lambda x_t, t: model.denoise(params, x_t, t, cond, repeats),
+    objective.schedule,
+    images,
+    t,
+    eps,
+    parameterization=objective.parameterization,
+    loss_space=objective.loss_space,
+    weights=objective.weights,
+    time_weights=objective.time_weights,
+    repeats=repeats,
+  )
+  return per_example, aux['level_losses']

@@ -1,0 +1,374 @@
+"""Sampling: from prompts and seeds to images, on a mesh."""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from mdm_jax.diffusion import guidance, pyramid, samplers
+from mdm_jax.diffusion.process import DenoiseFn
+from mdm_jax.diffusion.pyramid import Pyramid
+from mdm_jax.diffusion.schedule import Schedule
+from mdm_jax.models.conditioning import Cond
+from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.runtime import sharding
+
+# (params, text [N, ...], seeds [N]) -> uint8 images [N, H_r, H_r, 3], coarse to
+# fine. Text is the text encoder's input: tokens, labels or features.
+SampleFn = Callable[[Any, np.ndarray, Sequence[int]], tuple[np.ndarray, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+  """Options of the sampler.
+
+  Attributes:
+    name: one of `samplers.SAMPLERS`.
+    num_steps: number of sampling steps.
+    eta: DDIM's noise, from 0 (none) to 1.
+    guidance: guidance weight; 1 is no guidance.
+    guidance_rescale: see `guidance.guided_denoise_fn`.
+    guidance_interval: times at which to guide, as fractions of T.
+    threshold: one of `samplers.THRESHOLDS`, for the predicted x0.
+  """
+
+  name: str
+  num_steps: int
+  eta: float
+  guidance: float
+  guidance_rescale: float
+  guidance_interval: tuple[float, float]
+  threshold: str
+
+
+class Prepared(NamedTuple):
+  """Inputs of B images that are the same at each step.
+
+  Attributes:
+    cond: conditioning on the prompt.
+    away: conditioning that guidance leads away from: on the negative prompt, or
+      the guide's conditioning on the prompt.
+    keys: [B] random keys.
+  """
+
+  cond: Cond
+  away: Cond
+  keys: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Pure functions that sample images with a network, not yet jitted.
+
+  The noise of an image depends on its own seed alone, not on its batch.
+
+  Attributes:
+    model: the network.
+    schedule: noise schedule of the network.
+    spec: options of the sampler.
+    mesh: the devices, over which images and their rows are sharded.
+    parameterization: prediction of the network: 'v', 'eps' or 'x0'.
+    guide: a worse network of the same resolutions, from which guidance leads
+      away instead of from the negative prompt (autoguidance, Karras et al.,
+      2024). Its parameters are `params['guide']`.
+  """
+
+  model: Matryoshka
+  schedule: Schedule
+  spec: SamplerSpec
+  mesh: Mesh
+  parameterization: str
+  guide: Matryoshka | None = None
+
+  def prepare(self, params, text, negative, seeds) -> Prepared:
+    """Encodes the prompts, once for all steps.
+
+    Args:
+      params: parameters of the model, with 'guide' if there is one.
+      text: [B, ...], prompts as the text encoder reads them.
+      negative: [B, ...], negative prompts, which guidance leads away from. The
+        model was trained on the empty one.
+      seeds: uint32 [B].
+    """
+
+    def encode(model, params, text):
+      return model.prepare(params, model.encode(params, text))
+
+    return Prepared(
+      encode(self.model, params, text),
+      encode(self.guide, params['guide'], text)
+      if self.guide
+      else encode(self.model, params, negative),
+      jax.vmap(jax.random.key)(seeds),
+    )
+
+  def start(self, prepared: Prepared) -> Pyramid:
+    """Initial noise of all levels; it does not depend on the number of steps.
+
+    Returns:
+      float32 [B, H_r, H_r, 3], coarse to fine.
+    """
+    return self._noise(prepared, self.schedule.num_steps)
+
+  def step(
+    self,
+    params,
+    prepared: Prepared,
+    state: tuple[Pyramid, Pyramid],
+    step: tuple[jax.Array, ...],
+    w: jax.Array,
+  ) -> tuple[Pyramid, Pyramid]:
+    """Takes one sampling step of all images.
+
+    Args:
+      params: as given to `prepare`.
+      prepared: from `prepare`.
+      state: x_t, and the x0 that the step before predicted; at the first step
+        any arrays of that shape.
+      step: one row of `samplers.steps`.
+      w: guidance weight, used instead of the one in `spec`.
+
+    Returns:
+      x_s and the predicted x0.
+    """
+    x_t, x0 = state
+    index, r, t, s = step
+    spec = self.spec
+    needs_noise = samplers.is_stochastic(spec.name, spec.eta)
+    return samplers.sample_step(
+      self._denoise_fn(params, prepared, w),
+      x_t,
+      self.schedule,
+      t,
+      s,
+      self._noise(prepared, index) if needs_noise else None,
+      (r, x0),
+      sampler=spec.name,
+      eta=spec.eta,
+      threshold=spec.threshold,
+      parameterization=self.parameterization,
+    )
+
+  def sample(self, params, text, negative, seeds) -> tuple[jax.Array, ...]:
+    """Takes all steps in one loop; the arguments are those of `prepare`.
+
+    Returns:
+      uint8 images [B, H_r, H_r, 3], coarse to fine.
+    """
+    params = self._gather(params)
+    prepared, spec = self.prepare(params, text, negative, seeds), self.spec
+    images = samplers.sample(
+      self._denoise_fn(params, prepared, spec.guidance),
+      self.start(prepared),
+      self.schedule,
+      prepared.keys[0],
+      num_steps=spec.num_steps,
+      sampler=spec.name,
+      eta=spec.eta,
+      threshold=spec.threshold,
+      parameterization=self.parameterization,
+      noise_fn=lambda index: self._noise(prepared, index),
+    )
+    return tuple(map(pyramid.to_uint8, images))
+
+  def _gather(self, params):
+    # Gathers the networks on every device once; text encoders stay sharded.
+    # With sharded networks XLA would gather the images' features at each step.
+    def gather(params):
+      return params | {
+        'unet': jax.lax.with_sharding_constraint(
+          params['unet'], sharding.replicated(self.mesh)
+        )
+      }
+
+    whole = gather(params)
+    if self.guide:
+      whole['guide'] = gather(params['guide'])
+    return whole
+
+  def _denoise_fn(
+    self, params, prepared: Prepared, w: float | jax.Array
+  ) -> DenoiseFn:
+    spec, total = self.spec, self.schedule.num_steps
+    low, high = spec.guidance_interval
+    # With None the program has no branch at each step.
+    interval = None if (low, high) == (0, 1) else (low * total, high * total)
+
+    def denoise(x_t, t, cond):
+      return self.model.denoise(params, x_t, t, cond)
+
+    if self.guide is None:
+      return guidance.guided_denoise_fn(
+        denoise,
+        prepared.cond,
+        prepared.away,
+        w,
+        spec.guidance_rescale,
+        interval,
+      )
+    return guidance.autoguided_denoise_fn(
+      lambda x_t, t: denoise(x_t, t, prepared.cond),
+      lambda x_t, t: self.guide.denoise(params['guide'], x_t, t, prepared.away),
+      w,
+      spec.guidance_rescale,
+      interval,
+    )
+
+  def _noise(self, prepared: Prepared, index: int | jax.Array) -> Pyramid:
+    @jax.vmap
+    def noise_of(key):
+      one = samplers.start_noise(
+        jax.random.fold_in(key, index), self.model.resolutions, 1
+      )
+      return tuple(level[0] for level in one)
+
+    # The only place where the program says how the images' rows are sharded.
+    return jax.lax.with_sharding_constraint(
+      noise_of(prepared.keys), sharding.batch_sharding(self.mesh, 4)
+    )
+
+
+def jit_sample(sampler: Sampler, param_shardings: Any) -> Callable:
+  """Jits `Sampler.sample`; its batch is sharded, its images replicated."""
+  # One sharding for arrays of any rank.
+  batch = sharding.batch_sharding(sampler.mesh, 1)
+  return jax.jit(
+    sampler.sample,
+    in_shardings=(param_shardings, batch, batch, batch),
+    out_shardings=sharding.replicated(sampler.mesh),
+    compiler_options=sharding.compiler_options(sampler.mesh),
+  )
+
+
+def _place(
+  mesh: Mesh, text: np.ndarray, negative: np.ndarray, seeds: Sequence[int]
+) -> tuple[jax.Array, ...]:
+  """Shards this process's part of a batch over the devices."""
+  placed = sharding.shard_batch(
+    {
+      'text': text,
+      'negative': negative.astype(text.dtype),
+      'seeds': np.asarray(seeds, np.uint32),
+    },
+    mesh,
+  )
+  return placed['text'], placed['negative'], placed['seeds']
+
+
+def make_sample_batches(
+  sampler: Sampler,
+  negative: np.ndarray,
+  batch_size: int,
+  param_shardings: Any,
+  *,
+  path: bool = False,
+) -> Callable[..., Iterator[list[tuple[np.ndarray, ...]]]]:
+  """Jits a sampler for batches of one size, sharded over its mesh.
+
+  Args:
+    sampler: the functions to jit.
+    negative: [...], one negative prompt for all images.
+    batch_size: images sampled at once; the last batch is padded.
+    param_shardings: shardings of the parameters.
+    path: whether to return the images of all steps, as `make_sample_steps`
+      does, or only the last ones.
+
+  Returns:
+    (params, text [N, ...], seeds [N]) -> an iterator over batches. A batch is a
+    list of steps, which with `path=False` has the last step only. A step is
+    uint8 images [B, H_r, H_r, 3], coarse to fine.
+  """
+  spec, mesh = sampler.spec, sampler.mesh
+  if path:
+    sample_steps = make_sample_steps(sampler, param_shardings)
+
+    def sample_batch(params, *inputs):
+      return sample_steps(params, *inputs, spec.num_steps, spec.guidance)
+  else:
+    jitted = jit_sample(sampler, param_shardings)
+
+    def sample_batch(params, *inputs):
+      return [jitted(params, *_place(mesh, *inputs))]
+
+  local = batch_size // jax.process_count()
+
+  def sample_batches(params, text, seeds):
+    for start in range(0, len(text), batch_size):
+      first = start + jax.process_index() * local
+      rows = np.arange(first, first + local) % len(text)
+      remaining = len(text) - start
+      yield [
+        tuple(np.asarray(level)[:remaining] for level in images)
+        for images in sample_batch(
+          params,
+          text[rows],
+          np.broadcast_to(negative, (local, *negative.shape)),
+          np.asarray(seeds)[rows],
+        )
+      ]
+
+  return sample_batches
+
+
+def make_sample_fn(
+  sampler: Sampler, negative: np.ndarray, batch_size: int, param_shardings: Any
+) -> SampleFn:
+  """Jits a sampler for any number of images, sampled in batches.
+
+  Args:
+    sampler: the functions to jit.
+    negative: [...], one negative prompt for all images.
+    batch_size: images sampled at once.
+    param_shardings: shardings of the parameters.
+  """
+  sample_batches = make_sample_batches(
+    sampler, negative, batch_size, param_shardings
+  )
+
+  def sample_fn(params, text, seeds):
+    batches = [batch[-1] for batch in sample_batches(params, text, seeds)]
+    return tuple(map(np.concatenate, zip(*batches)))
+
+  return sample_fn
+
+
+def make_sample_steps(
+  sampler: Sampler,
+  param_shardings: Any,
+) -> Callable[..., Iterator[tuple[jax.Array, ...]]]:
+  """Jits a sampler step by step, for live previews.
+
+  Returns:
+    (params, text [B, ...], negative [B, ...], seeds [B], num_steps, w) -> an
+    iterator over the steps. A step is uint8 images [B, H_r, H_r, 3], coarse to
+    fine, of the predicted x0. The last step has the samples, equal to those of
+    `make_sample_fn` up to rounding. `num_steps` and the guidance weight `w` may
+    change without compiling again.
+  """
+  batch = sharding.batch_sharding(sampler.mesh, 1)
+  options = sharding.compiler_options(sampler.mesh)
+  prepare = jax.jit(
+    sampler.prepare,
+    in_shardings=(param_shardings, batch, batch, batch),
+    compiler_options=options,
+  )
+  start = jax.jit(sampler.start, compiler_options=options)
+  step = jax.jit(sampler.step, donate_argnums=2, compiler_options=options)
+  to_uint8 = jax.jit(
+    lambda images: tuple(map(pyramid.to_uint8, images)),
+    out_shardings=sharding.replicated(sampler.mesh),
+  )
+
+  def sample_steps(params, text, negative, seeds, num_steps, w):
+    prepared = prepare(params, *_place(sampler.mesh, text, negative, seeds))
+    # Two separate buffers, since both are donated.
+    state = start(prepared), start(prepared)
+    steps = list(zip(*samplers.steps(num_steps, sampler.schedule.num_steps)))
+    for one in steps:
+      x_t, x0 = state = step(params, prepared, state, one, np.float32(w))
+      yield to_uint8(x_t if one is steps[-1] else x0)
+
+  return sample_steps

@@ -1,0 +1,346 @@
+"""Compiles a run's steps for a TPU slice, without TPUs, and measures them.
+
+libtpu has the TPU compiler, which runs on any x86 machine. The compiled step is
+the one that training would run, so that its memory, arithmetic and traffic are
+known exactly.
+"""
+
+from collections.abc import Callable
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mdm_jax.builders.check import check_stages
+from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.text import frozen_shapes
+from mdm_jax.data.text import CAPTIONS_MODEL
+from mdm_jax.models.packing import TPU_LANES
+from mdm_jax.runtime import files, peaks, sharding
+from mdm_jax.runtime.peaks import Chip
+from mdm_jax.steps.sample import jit_sample
+from mdm_jax.steps.train import jit_train_step
+from mdm_jax.tools import hlo
+
+_PLANE = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBE = (
+  '2x2x1',
+  '2x2x2',
+  '2x2x4',
+  '2x4x4',
+  '4x4x4',
+  '4x4x8',
+  '4x8x8',
+  '8x8x8',
+  '8x8x16',
+  '8x16x16',
+)
+TOPOLOGIES = {'v5e': _PLANE, 'v5p': _CUBE, 'v6e': _PLANE}
+_KINDS = {'v5e': 'TPU v5e', 'v5p': 'TPU v5', 'v6e': 'TPU v6'}
+
+# config.json of google/flan-t5-xl, used if text.path is empty.
+_T5_XL = {
+  'model_type': 't5',
+  'feed_forward_proj': 'gated-gelu',
+  'vocab_size': 32128,
+  'd_model': 2048,
+  'd_kv': 64,
+  'd_ff': 5120,
+  'num_layers': 24,
+  'num_heads': 32,
+  'relative_attention_num_buckets': 32,
+  'layer_norm_epsilon': 1e-6,
+}
+
+
+def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
+  """Finds the chips of a TPU slice, which need not exist.
+
+  Args:
+    topology: name of the slice, such as 'v5e:4x4'.
+
+  Returns:
+    Peaks of a chip, and the devices to compile for.
+
+  Raises:
+    ValueError: there is no such slice, or libtpu is not installed.
+  """
+  kind, _, shape = topology.partition(':')
+  if shape not in TOPOLOGIES.get(kind, ()):
+    raise ValueError(
+      f'--topology={topology} does not exist: use one of '
+      + '; '.join(
+        f'{kind}:' + ', '.join(shapes) for kind, shapes in TOPOLOGIES.items()
+      )
+      + '.'
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      'libtpu, the TPU compiler, is not installed: pip install libtpu.'
+    )
+  # Otherwise libtpu asks the cloud's metadata server which TPU this machine
+  # has, and lets no other program compile meanwhile.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  description = topologies.get_topology_desc(
+    platform='tpu', topology_name=topology
+  )
+  return peaks.find_chip(_KINDS[kind]), list(description.devices)
+
+
+def prepare(
+  config: ConfigDict,
+  stage: int,
+  batch_per_chip: int | None,
+  num_chips: int,
+  scratch: str,
+) -> tuple[ConfigDict, list[str]]:
+  """Makes a config with one stage, and with a text encoder that need not exist.
+
+  Args:
+    config: configuration of the run.
+    stage: index of the stage.
+    batch_per_chip: images on each chip; None for the stage's own batch.
+    num_chips: number of chips in the slice.
+    scratch: directory for the config file of a T5, if text.path is empty.
+
+  Returns:
+    The config, and a line for each change to report.
+
+  Raises:
+    ValueError: there is no such stage, or the mesh does not fit the slice.
+  """
+  config = copy.deepcopy(config)  # Copies the stages and levels too.
+  if not 0 <= stage < len(config.stages):
+    raise ValueError(
+      f'--stage={stage}: the config has stages 0 to {len(config.stages) - 1}.'
+    )
+  notes = []
+  config.stages = [config.stages[stage]]
+  if batch_per_chip is not None:
+    config.stages[0].batch_size = batch_per_chip * num_chips
+  for level in config.model.levels:
+    level.lanes = level.lanes or TPU_LANES
+  shards = math.prod(
+    sharding.mesh_sizes(config.mesh, num_chips)[axis]
+    for axis in sharding.BATCH_AXES
+  )
+  rounded = math.ceil(config.eval.batch_size / shards) * shards
+  if rounded != config.eval.batch_size:
+    notes.append(f'eval.batch_size is rounded up to {rounded}.')
+    config.eval.batch_size = rounded
+  text = config.text
+  if text.encoder in ('t5', 'precomputed') and not text.path:
+    pathlib.Path(scratch, 'config.json').write_text(json.dumps(_T5_XL))
+    text.update(path=scratch, tokenizer=CAPTIONS_MODEL)
+    notes.append("text.path is empty: planned with google/flan-t5-xl's shapes.")
+  return config, notes
+
+
+def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, Any]:
+  """A global training batch of a stage, as `jax.ShapeDtypeStruct`s."""
+  batch = stage.batch_shapes(_text(stage, stage.batch_size))
+  return sharding.with_shardings(
+    batch,
+    {
+      name: sharding.batch_sharding(mesh, len(x.shape))
+      for name, x in batch.items()
+    },
+  )
+
+
+def _text(stage: Stage, count: int) -> jax.ShapeDtypeStruct:
+  """Shape of prompts as the text encoder reads them, [count, L, ...]."""
+  text = stage.config.text
+  if text.encoder == 'precomputed':
+    width = stage.model.text_encoder.width
+    return jax.ShapeDtypeStruct((count, text.max_length, width), jnp.float32)
+  length = 1 if text.encoder == 'label' else text.max_length
+  return jax.ShapeDtypeStruct((count, length), jnp.int32)
+
+
+def compile_train(stage: Stage, mesh: Mesh) -> jax.stages.Compiled:
+  """Compiles the training step of a stage."""
+  text = _text(stage, 1)
+  train_step = stage.make_train_step(np.zeros(text.shape[1:], text.dtype))
+  arguments = (
+    stage.state_shapes(mesh),
+    abstract_batch(stage, mesh),
+    frozen_shapes(stage.config, mesh),
+  )
+  jitted = jit_train_step(train_step, *arguments)
+  return jitted.lower(*arguments).compile()
+
+
+def compile_sample(stage: Stage, mesh: Mesh) -> jax.stages.Compiled:
+  """Compiles the sampling of a batch of `eval.batch_size` images."""
+  config = stage.config
+  params = stage.state_shapes(mesh).ema | frozen_shapes(config, mesh)
+  count = config.eval.batch_size
+  text = _text(stage, count)
+  jitted = jit_sample(
+    stage.make_sampler(mesh), jax.tree.map(lambda x: x.sharding, params)
+  )
+  seeds = jax.ShapeDtypeStruct((count,), jnp.uint32)
+  return jitted.lower(params, text, text, seeds).compile()
+
+
+def bytes_per_chip(tree: Any) -> int:
+  """Bytes of a tree of sharded arrays on one chip, without XLA's padding."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
+  """Memory, arithmetic and traffic of a compiled program on each chip.
+
+  Args:
+    compiled: the program.
+    turns: number of iterations of the program's main loop. XLA counts a loop's
+      arithmetic and memory traffic once.
+
+  Returns:
+    Bytes of memory: `arguments`, `activations` (the peak of all temporary
+    memory) and their sum `memory`. By the compiler's count, `flops` and the
+    `bytes` moved to and from memory. `collectives`: bytes received, by kind.
+  """
+  memory = compiled.memory_analysis()
+  arguments = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  counted = compiled.cost_analysis()
+  return {
+    'arguments': arguments,
+    'activations': temporary,
+    'memory': arguments + temporary,
+    'flops': counted['flops'] * turns,
+    'bytes': counted['bytes accessed'] * turns,
+    'collectives': hlo.collective_bytes(compiled.as_text(), turns),
+  }
+
+
+def needed_memory(message: str) -> float | None:
+  """Reads the memory that a program needs from an out-of-memory message.
+
+  Args:
+    message: an error message of the TPU compiler.
+
+  Returns:
+    GiB; None if the message is about another error.
+  """
+  found = re.search(r'\(([\d.]+)([MG])\) exceeds available HBM', message)
+  found = found or re.search(r'Used ([\d.]+)([MG]) of [\d.]+[MG] hbm', message)
+  if not found:
+    return None
+  return float(found[1]) / (1024 if found[2] == 'M' else 1)
+
+
+def measure(
+  config: ConfigDict, topology: str, step: str, directory: pathlib.Path
+) -> dict[str, Any]:
+  """Compiles a step of a prepared config and measures it, or reads the cache.
+
+  Args:
+    config: from `prepare`.
+    topology: name of the slice.
+    step: 'train' or 'sample'.
+    directory: directory of the cached results.
+
+  Returns:
+    The results of `weigh`, or only `needed` in GiB if the program does not fit
+    into memory. Also `state`, bytes on each chip by kind, and `seconds` of
+    compiling.
+
+  Raises:
+    ValueError: the config does not fit the slice.
+  """
+  _, devices = find_devices(topology)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  (stage,) = check_stages(config, mesh)
+  # The path of T5's config file does not change the program.
+  key = json.loads(config.to_json())
+  key['text']['path'] = ''
+  level = jax.config.jax_optimization_level
+  return cached(
+    directory,
+    [key, topology, step, level, _versions()],
+    lambda: _measure(stage, mesh, step),
+  )
+
+
+def _measure(stage: Stage, mesh: Mesh, step: str) -> dict[str, Any]:
+  state = stage.state_shapes(mesh)
+  kinds = {'EMA': state.ema}
+  turns, compile_step = stage.config.sampler.num_steps, compile_sample
+  if step == 'train':
+    kinds = {
+      'parameters': state.params,
+      'optimizer': state.opt_state,
+      'EMA': (state.ema, state.lags),
+    }
+    turns, compile_step = stage.settings.accumulate, compile_train
+  kinds['text encoder'] = frozen_shapes(stage.config, mesh)
+  sizes = {kind: bytes_per_chip(tree) for kind, tree in kinds.items()}
+  begin = time.monotonic()
+  try:
+    needs = weigh(compile_step(stage, mesh), turns)
+  except jax.errors.JaxRuntimeError as error:
+    needed = needed_memory(str(error))
+    if needed is None:
+      raise
+    needs = {'needed': needed}
+  return {'state': sizes, **needs, 'seconds': time.monotonic() - begin}
+
+
+def cached(
+  directory: pathlib.Path, question: Any, answer: Callable[[], Any]
+) -> Any:
+  """Returns `answer()`, or the cached answer to the same question.
+
+  Args:
+    directory: directory of the cache, which has a JSON file for each answer.
+    question: everything that the answer depends on, of JSON's types.
+    answer: computes the answer, of JSON's types.
+  """
+  key = hashlib.sha256(
+    json.dumps(question, sort_keys=True).encode()
+  ).hexdigest()
+  path = directory / f'{key[:32]}.json'
+  if path.exists():
+    return json.loads(path.read_text())
+  result = answer()
+  files.write_json(path, result, shared=True)
+  return result
+
+
+def _versions() -> dict[str, str]:
+  root = pathlib.Path(__file__).parents[1]
+  source = hashlib.sha256(
+    b''.join(path.read_bytes() for path in sorted(root.rglob('*.py')))
+  )
+  return {
+    'mdm_jax': source.hexdigest(),
+    **{
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
+    },
+  }

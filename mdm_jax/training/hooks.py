@@ -1,0 +1,319 @@
+"""What happens every so many steps of training: logs, checks, reports.
+
+A new report is one more `Hook` in `make_hooks`; the training loop stays as it
+is.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import pathlib
+
+from absl import logging
+import jax
+
+from mdm_jax.builders.prompts import make_prompts
+from mdm_jax.builders.stage import Stage
+from mdm_jax.inference import validation
+from mdm_jax.report import grid
+from mdm_jax.report.progress import Progress
+from mdm_jax.runtime import peaks, replica_check
+from mdm_jax.steps.sample import SampleFn
+from mdm_jax.steps.state import TrainState
+from mdm_jax.training.monitor import Monitor
+from mdm_jax.training.run import Run
+from mdm_jax.training.stage_checkpoints import StageCheckpoints
+
+_TRACED_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+  """A function that is called every so many steps.
+
+  Attributes:
+    call: called as call(step, state), in all processes.
+    every: steps between two calls; 0 for none.
+    at_end: also call it after the last step of the stage.
+    with_saves: also call it before every save.
+    replayed: call it again on resume if it was due at the resumed step, since
+      the interrupted run may have ended before it.
+    delay: call it this many steps after each multiple of `every`.
+  """
+
+  call: Callable[[int, TrainState], None]
+  every: int
+  at_end: bool = False
+  with_saves: bool = False
+  replayed: bool = False
+  delay: int = 0
+
+  def is_due(
+    self, step: int, *, last: bool = False, saving: bool = False
+  ) -> bool:
+    """Whether to call it after a step.
+
+    Args:
+      step: steps taken so far.
+      last: whether that was the last one of the stage.
+      saving: whether the state is about to be saved.
+    """
+    if not self.every:
+      return False
+    if last and self.at_end or saving and self.with_saves:
+      return True
+    return step > self.delay and (step - self.delay) % self.every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """The hooks of a stage, in the order in which they are called.
+
+  Attributes:
+    before_save: logs and checks.
+    after_save: slow reports, skipped when the run is stopping.
+  """
+
+  before_save: Sequence[Hook]
+  after_save: Sequence[Hook]
+
+  def are_due(self, step: int) -> bool:
+    """Whether any hook is due by its period alone."""
+    return self.are_reports_due(step) or any(
+      hook.is_due(step) for hook in self.before_save
+    )
+
+  def are_reports_due(self, step: int) -> bool:
+    """Whether any hook of `after_save` is due after a step."""
+    return any(hook.is_due(step) for hook in self.after_save)
+
+  def check(
+    self, step: int, state: TrainState, *, last: bool, saving: bool
+  ) -> None:
+    """Calls the logs and checks that are due, see `Hook.is_due`."""
+    for hook in self.before_save:
+      if hook.is_due(step, last=last, saving=saving):
+        hook.call(step, state)
+
+  def report(self, step: int, state: TrainState, last: bool = False) -> None:
+    """Calls the reports that are due."""
+    for hook in self.after_save:
+      if hook.is_due(step, last=last):
+        hook.call(step, state)
+
+  def replay(self, step: int, state: TrainState) -> None:
+    """On resume, calls the `replayed` reports that are due at this step."""
+    for hook in self.after_save:
+      if hook.replayed and hook.is_due(step):
+        hook.call(step, state)
+
+
+def make_hooks(
+  run: Run,
+  stage: Stage,
+  saved: StageCheckpoints,
+  monitor: Monitor,
+  progress: Progress,
+  compiled: jax.stages.Compiled,
+  shapes: TrainState,
+) -> Hooks:
+  """The hooks of a stage.
+
+  Args:
+    run: the training run.
+    stage: the stage in training.
+    saved: the checkpoints of the stage.
+    monitor: has the metrics of the last step.
+    progress: measures the rates.
+    compiled: the compiled training step.
+    shapes: shapes and shardings of the state.
+  """
+  config = stage.config
+  sample_fn = stage.make_sample_fn(run.mesh, shapes.ema | run.frozen)
+  log = _make_log(run, stage, monitor, progress, compiled)
+  profiler = _Profiler(run, stage, progress)
+  before_save = [
+    Hook(log, config.log_every, at_end=True),
+    Hook(
+      _make_replica_check(run, shapes),
+      config.replicas_every,
+      at_end=True,
+      with_saves=True,
+    ),
+    Hook(profiler.stop, config.profile_every, delay=_TRACED_STEPS),
+  ]
+  after_save = [
+    Hook(
+      _make_snapshot(run, saved),
+      config.averages.snapshot_every if config.averages.widths else 0,
+      at_end=True,
+      replayed=True,
+    ),
+    Hook(
+      _make_sample_grid(run, stage, sample_fn),
+      config.sample_every,
+      at_end=True,
+    ),
+  ]
+  if config.eval.every:
+    after_save.append(
+      Hook(
+        _make_validation(run, stage, saved, sample_fn),
+        config.eval.every,
+        at_end=True,
+        replayed=True,
+      )
+    )
+  # After the reports of the same step, which are not to be traced.
+  after_save.append(Hook(profiler.start, config.profile_every))
+  return Hooks(before_save, after_save)
+
+
+def _make_log(
+  run: Run,
+  stage: Stage,
+  monitor: Monitor,
+  progress: Progress,
+  compiled: jax.stages.Compiled,
+) -> Callable[[int, TrainState], None]:
+  """Returns a hook that logs a line of progress, and writes its numbers."""
+  flops = peaks.flops_per_step(compiled, stage.settings.accumulate)
+  peak = peaks.peak_flops(run.mesh.devices.flat[0])
+
+  def log(step, state):
+    values = monitor.latest
+    levels = {
+      str(name): float(value)
+      for name, value in zip(stage.resolutions, values['level_losses'])
+    }
+    skipped = int(values['skipped'])
+    # The schedule counts accepted steps.
+    learning_rate = float(stage.learning_rate(step - 1 - skipped))
+    rates = progress.report(
+      step,
+      loss=float(values['loss']),
+      levels=levels,
+      grad_norm=float(values['grad_norm']),
+      learning_rate=learning_rate,
+    )
+    numbers = {
+      'loss': values['loss'],
+      'grad_norm': values['grad_norm'],
+      'learning_rate': learning_rate,
+      'bad_records': monitor.bad_records,
+      'skipped_steps': skipped,
+      'images_per_second': rates['images_per_second'],
+      **{f'loss_{name}': value for name, value in levels.items()},
+    }
+    if flops:
+      per_second = flops / rates['seconds_per_step']
+      numbers['flops_per_second'] = per_second * run.mesh.size
+      if peak:
+        numbers['mfu'] = per_second / peak
+    run.writer.scalars(step, numbers, stage=stage.name)
+
+  return log
+
+
+def _make_replica_check(
+  run: Run, shapes: TrainState
+) -> Callable[[int, TrainState], None]:
+  """Returns a hook that raises `ReplicasDiffer`, before the state is saved."""
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
+  check = replica_check.make_check(shapes, shardings, run.mesh)
+  return lambda step, state: check(state)
+
+
+def _make_snapshot(
+  run: Run, saved: StageCheckpoints
+) -> Callable[[int, TrainState], None]:
+  """Returns a hook that saves a snapshot of the post-hoc EMAs."""
+
+  def snapshot(step, state):
+    with run.goodput.time('save'):
+      saved.save_snapshot(step, state)
+
+  return snapshot
+
+
+def _make_sample_grid(
+  run: Run, stage: Stage, sample_fn: SampleFn
+) -> Callable[[int, TrainState], None]:
+  """Returns a hook that samples held-out prompts to `samples/*.png`."""
+  prompts = make_prompts(stage.config, validation.GRID_PROMPTS)
+
+  def sample_grid(step, state):
+    with run.preemptible('sample'):
+      images = grid.grid(
+        sample_fn(
+          state.ema | run.frozen, prompts.text, range(len(prompts.text))
+        ),
+        prompts.captions,
+      )
+      path = pathlib.Path(run.workdir, 'samples', f'{stage.name}_{step}.png')
+      run.writer.submit(grid.save_png, path, images)
+      run.writer.image(step, f'{stage.name}/samples', images)
+      logging.info('%s: wrote samples to %s', stage.title, path)
+
+  return sample_grid
+
+
+def _make_validation(
+  run: Run, stage: Stage, saved: StageCheckpoints, sample_fn: SampleFn
+) -> Callable[[int, TrainState], None]:
+  """Returns a hook that measures the EMA, and saves it if it is the best."""
+  measure = validation.make_validation(stage, run.mesh, sample_fn)
+
+  def validate(step, state):
+    with run.preemptible('evaluate'):
+      values = measure(state.ema | run.frozen)
+      logging.info(
+        '%s: step %d: %s',
+        stage.title,
+        step,
+        ', '.join(f'{name} {value:.4g}' for name, value in values.items()),
+      )
+      run.writer.scalars(step, values, stage=stage.name)
+      if stage.is_last and step == stage.num_steps:
+        validation.write_metrics(stage, run.workdir, values)
+    with run.goodput.time('save'):
+      saved.save_if_best(step, state.ema, values)
+
+  return validate
+
+
+class _Profiler:
+  """Traces a few steps of process 0, for TensorBoard and ui.perfetto.dev.
+
+  A trace that cannot be written is logged, and is the last one.
+  """
+
+  def __init__(self, run: Run, stage: Stage, progress: Progress):
+    self._directory = pathlib.Path(run.workdir, 'tensorboard')
+    self._last_step, self._progress = stage.num_steps, progress
+    self._is_enabled, self._is_tracing = jax.process_index() == 0, False
+
+  def start(self, step: int, state: TrainState) -> None:
+    # Every trace ends within its stage.
+    ends_in_time = step + _TRACED_STEPS <= self._last_step
+    if self._is_enabled and not self._is_tracing and ends_in_time:
+      jax.block_until_ready(state)
+      self._call(
+        jax.profiler.start_trace, self._directory, create_perfetto_trace=True
+      )
+      self._is_tracing = self._is_enabled
+
+  def stop(self, step: int, state: TrainState) -> None:
+    if self._is_tracing:
+      jax.block_until_ready(state)
+      self._is_tracing = False
+      with self._progress.pause():
+        self._call(jax.profiler.stop_trace)
+      if self._is_enabled:
+        logging.info('Step %d: wrote a trace to %s.', step, self._directory)
+
+  def _call(self, function: Callable[..., None], *args, **options) -> None:
+    try:
+      function(*args, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+      self._is_enabled = False
+      logging.error('The trace cannot be written, nor are others: %s', error)

@@ -1,0 +1,89 @@
+"""The state that a stage starts from: restored, grown or fresh."""
+
+from absl import logging
+import jax
+
+from mdm_jax.builders.config import differences, stage_directory
+from mdm_jax.builders.stage import Stage
+from mdm_jax.checkpoint import restore
+from mdm_jax.data.pipeline import DataError
+from mdm_jax.report import console
+from mdm_jax.runtime import sharding
+from mdm_jax.steps.state import Params, TrainState
+from mdm_jax.training import grow
+from mdm_jax.training.run import Run
+from mdm_jax.training.stage_checkpoints import StageCheckpoints
+
+
+def make_initial_state(
+  run: Run,
+  stage: Stage,
+  saved: StageCheckpoints,
+  shapes: TrainState,
+  data: dict[str, str],
+) -> TrainState:
+  """The newest state of the stage, or the one that it begins with.
+
+  Args:
+    run: the training run.
+    stage: the stage to train.
+    saved: the checkpoints of the stage.
+    shapes: shapes and shardings of the state, see `Stage.state_shapes`.
+    data: fingerprint of the data set.
+
+  Raises:
+    CheckpointError: no checkpoint is good.
+    DataError: the data set is not that of the checkpoint.
+    ValueError: the last stage does not fit into this one.
+  """
+  if saved.last_step:
+    state, extra = saved.checkpoints.restore(shapes)
+    _check_data(stage, extra.get('data'), data)
+    logging.info('%s: continuing from step %d.', stage.title, int(state.step))
+    return state
+  params = stage.init()
+  if (trained := _trained_params(run, stage, saved)) is not None:
+    params = grow.grow(params, trained)
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
+  state = jax.jit(stage.new_state, out_shardings=shardings)(
+    sharding.place(params, shardings.params)
+  )
+  logging.info(
+    '%s: %s px, %d steps of %d images.',
+    stage.title,
+    '+'.join(map(str, stage.resolutions)),
+    stage.num_steps,
+    stage.batch_size,
+  )
+  console.log_parameter_overview(shapes.params)
+  return state
+
+
+def _trained_params(
+  run: Run, stage: Stage, saved: StageCheckpoints
+) -> Params | None:
+  """Parameters to grow from: imported ones, or the last stage's EMA."""
+  if saved.checkpoints.latest_step() == 0:
+    # Imported weights are a checkpoint of step 0 with nothing but an EMA.
+    return restore.restore_item(stage.directory(run.workdir), 0, 'ema')
+  if stage.index:
+    previous = stage_directory(run.workdir, stage.config, stage.index - 1)
+    return restore.restore_item(previous, None, 'ema')
+  return None
+
+
+def _check_data(
+  stage: Stage, old: dict[str, str] | None, new: dict[str, str]
+) -> None:
+  if changes := differences(old or {}, new):
+    message = (
+      'The data are not those of the last checkpoint ('
+      + '; '.join(changes)
+      + ')'
+    )
+    if not stage.config.data.may_change:
+      raise DataError(
+        f'{message}: bring them back, or, if that is intended, set '
+        '--config.data.may_change=True.'
+      )
+    logging.warning('%s, as data.may_change=True allows.', message)

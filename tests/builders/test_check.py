@@ -1,0 +1,312 @@
+"""Mistakes in configurations are found before anything is compiled."""
+
+import importlib
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+import pytest
+
+from configs import common
+from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.config import load_config
+from mdm_jax.builders.data import make_source
+from mdm_jax.builders.stage import batch_sizes
+from mdm_jax.runtime import sharding
+
+RECIPES = sorted(
+  path.stem
+  for path in (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py')
+  if path.stem not in ('__init__', 'common')
+)
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
+
+
+def changed(config: ConfigDict, changes: dict) -> ConfigDict:
+  """Changes values, {'stages[1].steps': 0} as --config.stages[1].steps=0."""
+  for path, value in changes.items():
+    *sections, key = path.replace('[', '.').replace(']', '').split('.')
+    section = config
+    for name in sections:
+      section = section[int(name)] if name.isdigit() else section[name]
+    section[key] = value
+  return config.lock()
+
+
+def test_tiny_config_is_good(make_config, mesh):
+  check(make_config().lock(), mesh)
+
+
+def test_levels_of_patches_fit(make_config, mesh):
+  config = make_config()
+  for level in config.model.levels:
+    level.patch_size = 2
+  check(config.lock(), mesh)
+
+
+def test_devices_hold_whole_periods_of_a_mixed_batch(make_config, mesh):
+  config = make_config()
+  config.stages[1].update(mixed_ratio=(1.0, 2.0), batch_size=48)
+  check(config.lock(), mesh)
+  assert batch_sizes(config.stages[1]) == (48, 32)
+  assert parts_of_batches(config) == [8, 16, 16]
+  config.stages[1].accumulate = 2
+  assert parts_of_batches(config) == [8, 16, 8]
+
+
+def test_rows_that_devices_do_not_divide_are_named(make_config):
+  config = make_config()
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'spatial': 8})
+  check(config, mesh)
+  config.model.levels[0].update(resolution=4, scale_condition=4)
+  config.model.levels[1].resolution = 8
+  with pytest.raises(
+    ValueError,
+    match=(
+      r'mesh.spatial=8 does not divide the height of the levels, \[4, 8\] px: '
+      'use a divisor of 4'
+    ),
+  ):
+    check(config, mesh)
+
+
+BAD = [
+  ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
+  (
+    {'stages[0].batch_size': 12},
+    r'stages\[0\].batch_size=12 is not divisible by 8',
+  ),
+  ({'stages[1].batch_size': 0}, r'stages\[1\].batch_size=0'),
+  ({'eval.batch_size': 4}, 'eval.batch_size=4 is not divisible by 8'),
+  (
+    {
+      'model.levels[0].resolution': 7,
+      'model.levels[0].channels': (8, 8),
+      'model.levels[0].num_blocks': (1, 1),
+      'model.levels[0].attention_layers': (0, 0),
+    },
+    r'model.levels\[0\].resolution=7 cannot be .* halved 1 times',
+  ),
+  (
+    {'model.levels[1].resolution': 32},
+    r'model.levels\[1\].resolution=32 .* gives 16 px, but level 0 works at 8',
+  ),
+  ({'model.levels[0].patch_size': 0}, r'levels\[0\].*patch_size=0'),
+  (
+    {'model.levels[0].patch_size': 3},
+    r'resolution=8 cannot be divided into patches of 3 px and halved 0 times',
+  ),
+  (
+    {'model.levels[0].patch_size': 2},
+    r'levels\[1\].* gives 8 px, but level 0 works at 4',
+  ),
+  (
+    {'model.levels[1].channels': (8, 8, 8)},
+    r'model.levels\[1\].*channels, num_blocks and attention_layers must',
+  ),
+  (
+    {'model.levels[0].num_groups': 3},
+    r'model.levels\[0\].*num_groups=3 does not divide the 8 channels',
+  ),
+  (
+    {'model.levels[0].num_heads': 3, 'model.levels[0].attention_layers': (1,)},
+    r'model.levels\[0\].*num_heads=3 does not divide the 8 channels',
+  ),
+  # The middle of the innermost level always has attention.
+  (
+    {'model.levels[0].num_heads': 3},
+    r'model.levels\[0\].*num_heads=3 does not divide the 8 channels',
+  ),
+  ({'model.levels[1].temporal_dim': 32}, 'temporal_dim'),
+  ({'model.levels': []}, 'at least one stage and one level'),
+  ({'text.num_heads': 3}, 'text.num_heads=3 does not divide text.width=16'),
+  (
+    {'model.text.num_heads': 3, 'model.text.num_layers': 1},
+    'model.text.num_heads=3 does not divide model.text.width=16',
+  ),
+  ({'text.encoder': 'clip'}, "text.encoder='clip': use one of"),
+  ({'text.encoder': 't5'}, 'text.path is empty: name the directory of a T5'),
+  (
+    {'text.encoder': 't5', 'text.path': 'nowhere'},
+    'no tokenizer at .nowhere.spiece.model',
+  ),
+  ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
+  ({'text.max_length': 1}, 'max_length 1'),
+  ({'text.encoder': 'label'}, 'text.num_classes=0: give the number'),
+  (
+    {
+      'text.encoder': 'label',
+      'text.num_classes': 3,
+      'text.class_names': 'no/such',
+    },
+    "class_names='no/such' does not exist",
+  ),
+  ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
+  ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
+  ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
+  ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
+  ({'sampler.name': 'euler'}, "sampler.name='euler'"),
+  ({'sampler.threshold': 'hard'}, "threshold 'hard': use none"),
+  ({'sampler.num_steps': 1001}, 'num_steps is 1001'),
+  ({'sampler.eta': 2.0}, 'eta.*2.0'),
+  ({'sampler.guidance_rescale': -0.5}, 'guidance_rescale=-0.5: must be in'),
+  (
+    {'sampler.guidance_interval': (0.5, 0.5)},
+    r'guidance_interval=\(0.5, 0.5\): give two rising shares',
+  ),
+  ({'optimizer.decay': 'linear'}, "decay 'linear': use constant or cosine"),
+  ({'optimizer.name': 'sgd'}, "optimizer 'sgd': use adamw"),
+  ({'stages': []}, 'at least one stage and one level'),
+  ({'stages[1].name': '8'}, r"stages have names \['8', '8'\]"),
+  ({'stages[1].steps': 0}, r'stages\[1\].steps=0'),
+  ({'stages[1].num_levels': 3}, r'stages\[1\].num_levels=3: give 1 to 2'),
+  (
+    {
+      'stages[0].num_levels': 2,
+      'stages[1].num_levels': 1,
+      'stages[0].loss_weights': (1.0, 1.0),
+      'stages[0].mixed_ratio': (0.0, 1.0),
+    },
+    r'stages\[1\].num_levels=1 is less',
+  ),
+  (
+    {'stages[1].loss_weights': (1.0,)},
+    r'stages\[1\].loss_weights=\(1.0,\): give one number for each of its 2',
+  ),
+  (
+    {'stages[1].mixed_ratio': (1.0, 1.0, 1.0)},
+    r'stages\[1\].mixed_ratio=\(1.0, 1.0, 1.0\): give one number',
+  ),
+  ({'stages[1].mixed_ratio': (1.0, 2.0)}, r'stages\[1\].*16 examples do not'),
+  ({'stages[1].mixed_ratio': (1.0, 0.0)}, r'stages\[1\].*mixed_ratio'),
+  (
+    {'stages[1].mixed_ratio': (1.0, 1.0), 'stages[1].batch_size': 24},
+    r'stages\[1\].batch_size=24 does not .* 8 devices .*'
+    r'mixed_ratio=\(1.0, 1.0\), 2 examples each: use a multiple of 16',
+  ),
+  (
+    {'stages[1].accumulate': 3},
+    r'stages\[1\].accumulate=3 does not divide the 16 patterns',
+  ),
+  ({'stages[1].accumulate': 0}, r'stages\[1\].accumulate=0'),
+  (
+    {'stages[1].accumulate': 4},
+    r'stages\[1\].batch_size=16 / 4 does not .* use a multiple of 32',
+  ),
+  ({'guard.spike_factor': 0.5}, 'guard: spike_factor=0.5: give more than 1'),
+  ({'guard.window': 0}, 'guard: window=0'),
+  ({'guard.max_skipped': 0}, 'guard: max_skipped=0'),
+  (
+    {'averages.widths': (0.05, 0.3)},
+    r'averages.widths=\(0.05, 0.3\): sigma_rel=0.3: it must be ',
+  ),
+  ({'averages.widths': (0.05, 0.05)}, 'averages.widths=.*they must differ'),
+  ({'averages.snapshot_every': 0}, 'averages.snapshot_every=0: give a num'),
+  ({'eval.every': -1}, 'eval.every=-1: give 0 for never'),
+  (
+    {'eval.best_metric': 'held_out_loss_8'},
+    "eval.best_metric='held_out_loss_8' with eval.every=0: give the steps",
+  ),
+  (
+    {'eval.best_metric': 'loss', 'eval.every': 10},
+    r"best_metric='loss': use one of \['held_out_loss_8', 'held_out_loss_16',"
+    " 'accuracy_background'",
+  ),
+  (
+    {
+      'eval.best_metric': 'accuracy_all',
+      'eval.every': 10,
+      'text.encoder': 'label',
+      'text.num_classes': 8,
+      'text.width': 16,
+    },
+    r"best_metric='accuracy_all': use one of \['held_out_loss_8', ",
+  ),
+  ({'log_every': 0}, 'log_every=0'),
+  ({'sample_every': 0}, 'sample_every=0'),
+  ({'checkpoint_every': -1}, 'checkpoint_every=-1'),
+]
+
+
+@pytest.mark.parametrize(
+  'changes, message', BAD, ids=[','.join(changes) for changes, _ in BAD]
+)
+def test_bad_config_is_named(make_config, mesh, changes, message):
+  config = changed(make_config(), changes)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    check(config, mesh)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'data.name': 'captioned_images'}, 'data.path is empty'),
+    ({'data.name': 'captioned_images', 'data.path': 'no/such'}, 'no/such'),
+    ({'data.name': 'cc12m'}, "data.name='cc12m': use one of"),
+    (
+      {'data.name': 'tfds:no_such', 'data.path': 'nowhere'},
+      "TFDS has no data set 'no_such' in nowhere",
+    ),
+  ],
+)
+def test_bad_data_is_named(make_config, changes, message):
+  config = changed(make_config(), changes)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    make_source(config, 'train', 16)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    'nonsense',
+    'data.nonsense',
+    'stages[0].nonsense',
+    'model.levels[1].nonsense',
+  ],
+)
+def test_locked_config_rejects_unknown_keys(make_config, path):
+  with pytest.raises(KeyError, match='nonsense'):
+    changed(make_config().lock(), {path: 1})
+
+
+def recipe(name: str, mode: str) -> ConfigDict:
+  return importlib.import_module(f'configs.{name}').get_config(mode).lock()
+
+
+def keys(section: ConfigDict) -> dict:
+  return {
+    key: keys(value) if isinstance(value, ConfigDict) else None
+    for key, value in section.items()
+  }
+
+
+@pytest.mark.parametrize('mode', ['', 'smoke'])
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe(name, mode, mesh, t5_directory):
+  config = recipe(name, mode)
+  if config.text.encoder == 't5':
+    config.text.path = str(t5_directory.path)
+  if config.data.name == 'captioned_images' and not config.data.path:
+    config.data.name = 'shapes'
+  check(config, mesh)
+  # A recipe sets exactly the keys that common.py documents.
+  assert keys(config) == keys(common.get_config())
+  for level in config.model.levels:
+    assert keys(level) == keys(common.level(8))
+  for stage in config.stages:
+    assert keys(stage) == keys(common.stage('8', 1))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_config_survives_json(name):
+  config = recipe(name, '')
+  again = load_config(json.loads(config.to_json()))
+  assert again == config
+  assert again.is_locked
+  assert again.to_json() == config.to_json()

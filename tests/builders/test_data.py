@@ -1,0 +1,153 @@
+"""Batches and prompts of a configuration."""
+
+import numpy as np
+import pytest
+
+from mdm_jax.builders.data import held_out_split, make_dataset, make_source
+from mdm_jax.builders.prompts import encode_prompts, make_prompts
+from mdm_jax.builders.text import empty_text
+from mdm_jax.data import shapes
+
+
+@pytest.fixture
+def config(make_config, flowers):
+  """Configuration of a run on three classes of flowers."""
+  config = make_config()
+  config.data.update(
+    name='tfds:flowers', path=str(flowers), validation_split='test'
+  )
+  config.text.update(encoder='label', num_classes=3)
+  return config
+
+
+def one_batch(config, resolutions, batch_sizes, split='train'):
+  (batch,) = make_dataset(
+    config,
+    split,
+    resolutions,
+    batch_sizes,
+    process_index=0,
+    process_count=1,
+    num_batches=1,
+  )
+  return batch
+
+
+def test_batches_of_a_tfds_data_set(config):
+  values = one_batch(config, (16,), (7,))
+  assert values['image'].shape == (7, 16, 16, 3)
+  # Record i shows level i, and is of class i % 3.
+  assert values['image'][:, 8, 8, 0].tolist() == list(range(7))
+  assert values['text'].tolist() == [[2 + i % 3] for i in range(7)]
+  assert values['text'].dtype == np.int32
+  assert not values['bad'].any()
+
+
+def test_a_record_without_label_is_replaced(config):
+  split = held_out_split(config)
+  values = one_batch(config, (16,), (3,), split)
+  assert values['text'].tolist() == [[4], [4], [4]]
+  assert values['bad'].tolist() == [False, False, True]
+
+
+def test_without_a_validation_split_training_records_are_held_out(config):
+  config.data.validation_split = ''
+  assert held_out_split(config) == 'train'
+
+
+def test_classes_of_shapes(config):
+  config.data.name = 'shapes'
+  config.text.num_classes = 6
+  source = make_source(config, 'train', 8)
+  for i in range(50):
+    scene, _, _ = source.source.scene(i)
+    first, *rest = scene.objects
+    assert source[i]['text'] == [
+      2
+      + ['circle', 'square', 'triangle', 'star', 'ring', 'cross'].index(
+        first.shape
+      )
+    ]
+    assert all(first.x < other.x or first.y < other.y for other in rest)
+
+
+def test_captions_of_a_tfds_data_set(config):
+  config.text.encoder = 'learned'
+  config.data.caption = 'label'
+  with pytest.raises(ValueError, match="data.caption='label': flowers has no"):
+    make_source(config, 'train', 8)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'num_classes': 4},
+      'text.num_classes=4, but tfds:flowers has 3 classes: '
+      'set --config.text.num_classes=3',
+    ),
+    ({'name': 'shapes'}, 'text.num_classes=3, but shapes has 6 classes'),
+    ({'label': 'kind'}, "data.label='kind': flowers has no such label, only"),
+    (
+      {'train_split': 'training'},
+      "flowers has no split 'training', only: train, test",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_named(config, changes, message):
+  for key, value in changes.items():
+    (config.data if key in config.data else config.text)[key] = value
+  with pytest.raises(ValueError, match=message):
+    make_source(config, 'train', 8)
+
+
+def test_prompts_are_all_classes_and_need_no_data_set(config, tmp_path):
+  config.data.path = 'nowhere'
+  prompts = make_prompts(config, 6)
+  assert prompts.captions == ['0', '0', '1', '1', '2', '2']
+  assert prompts.text.tolist() == [[2], [2], [3], [3], [4], [4]]
+  assert prompts.statements is None
+  assert empty_text(config).tolist() == [1]
+  (tmp_path / 'names').write_text('rose\ntulip\ndaisy\n')
+  config.text.class_names = str(tmp_path / 'names')
+  assert make_prompts(config, 2).captions == ['rose', 'tulip']
+  assert encode_prompts(config, ['daisy', '0', '']).tolist() == [
+    [4],
+    [2],
+    [1],
+  ]
+
+
+def test_more_classes_than_prompts(config):
+  config.text.num_classes = 1000
+  captions = make_prompts(config, 16).captions
+  assert captions[:3] == ['0', '62', '125']
+  assert captions[-1] == '937'
+
+
+def test_a_mixed_batch_is_drawn_no_finer_than_it_is_seen(
+  make_config, monkeypatch
+):
+  config = make_config()
+  drawn = []
+  draw = shapes.draw
+
+  def count(scene, resolution):
+    drawn.append(resolution)
+    return draw(scene, resolution)
+
+  monkeypatch.setattr(shapes, 'draw', count)
+  # Of each four examples the finest level is 32 px for two, 16 px, and 8 px.
+  batch = one_batch(config, (8, 16, 32), (8, 6, 4))
+  assert sorted(drawn) == [8] * 2 + [16] * 2 + [32] * 4
+  rows = {'image': [0, 1, 4, 5], 'image_16': [2, 6], 'image_8': [3, 7]}
+  for name, resolution in (('image', 32), ('image_16', 16), ('image_8', 8)):
+    plain = one_batch(config, (resolution,), (8,))
+    np.testing.assert_array_equal(batch[name], plain['image'][rows[name]])
+    np.testing.assert_array_equal(batch['text'], plain['text'])
+
+
+def test_an_unmixed_batch_has_one_array_of_images(make_config):
+  batch = one_batch(make_config(), (8, 16), (4, 4))
+  assert sorted(batch) == ['bad', 'image', 'scale', 'text']
+  assert batch['image'].shape == (4, 16, 16, 3)

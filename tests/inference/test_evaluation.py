@@ -1,0 +1,334 @@
+"""Metrics of a small untrained model: right for its samples, repeatable."""
+
+import json
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from mdm_jax.builders.config import stage_directory, write_config
+from mdm_jax.builders.data import make_source
+from mdm_jax.builders.model import make_model
+from mdm_jax.builders.prompts import make_prompts
+from mdm_jax.builders.stage import Stage
+from mdm_jax.checkpoint.manager import Checkpoints
+from mdm_jax.eval import fid
+from mdm_jax.inference import (
+  evaluation,
+  feature_extractors,
+  validation,
+)
+from mdm_jax.inference.session import Session
+from mdm_jax.runtime import sharding
+from tests import commands
+
+COUNT = 21
+
+
+class Colors:
+  """Replaces Inception: quick features, means and deviations of colours."""
+
+  width = 6
+  fingerprint = {'weights': 'none'}
+  seen = 0
+
+  def __init__(self, path, batch_size, mesh):
+    if path == 'missing.pth':
+      raise FileNotFoundError(path)
+
+  def encode(self, images):
+    Colors.seen += len(images)
+    x = np.asarray(images, np.float32)
+    return np.concatenate([x.mean((1, 2)), x.std((1, 2))], axis=1)
+
+
+def fake_sample_fn(params, text, seeds):
+  """Replaces the sampler: images that depend on all its arguments."""
+  images = [
+    np.random.default_rng([seed, *row]).integers(seed, 256, (8, 8, 3), np.uint8)
+    for row, seed in zip(text, seeds)
+  ]
+  return (np.stack(images),)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  Colors.seen = 0
+  monkeypatch.setattr(feature_extractors, 'Inception', Colors)
+  monkeypatch.setattr(Stage, 'make_sample_fn', lambda *_: fake_sample_fn)
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return sharding.make_mesh(
+    {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices()[:1]
+  )
+
+
+@pytest.fixture(scope='module')
+def config(make_config):
+  config = make_config()
+  config.eval.update(num_prompts=5, loss_batches=2)
+  config.data.size = 18  # Fewer than the tests sample.
+  return config
+
+
+@pytest.fixture(scope='module')
+def run(config, random_params, tmp_path_factory):
+  """The working directory of a run whose first stage is at step 3 of 20."""
+  workdir = tmp_path_factory.mktemp('run')
+  model = make_model(config, config.stages[0])
+  params = random_params(model, config.text.max_length)
+  write_config(workdir, json.loads(config.to_json()))
+  with Checkpoints(
+    stage_directory(workdir, config, 0), save_interval=1, max_to_keep=1
+  ) as checkpoints:
+    checkpoints.save(3, {'ema': jax.tree.map(jax.numpy.asarray, params)}, {})
+  return workdir
+
+
+def statistics(images):
+  sample = fid.Sample(6, len(images), len(images))
+  sample.add(Colors.encode(None, images))
+  return sample
+
+
+def test_all_metrics_of_samples(
+  config, run, mesh, clip_directory, tmp_path, monkeypatch
+):
+  """Samples batches of 8 and 10 prompts at once, more than the data set has."""
+  monkeypatch.setattr(evaluation, '_PROMPTS_AT_ONCE', 10)
+  monkeypatch.setattr(evaluation, '_SAVED', 2)
+  options = evaluation.Options(
+    metrics=evaluation.METRICS[1:],
+    num_samples=COUNT,
+    seed=7,
+    num_reference=13,
+    inception='inception.pth',
+    clip=clip_directory.path,
+    cache=tmp_path,
+  )
+  found, settings = evaluation.evaluate_run(Session(run, config, mesh), options)
+
+  parts = [make_prompts(config, 18), make_prompts(config, 3)]
+  captions = [name for part in parts for name in part.captions]
+  (images,) = fake_sample_fn(
+    None, np.concatenate([part.text for part in parts]), range(7, 7 + COUNT)
+  )
+  source = make_source(config, 'held_out', 8)
+  reference = statistics(np.stack([source[i]['image'] for i in range(13)]))
+  sample = statistics(images)
+  assert found['fid'] == pytest.approx(
+    fid.frechet_distance(sample.statistics, reference.statistics), rel=1e-6
+  )
+  assert found['kid'] == pytest.approx(
+    fid.kernel_distance(sample.rows, reference.rows)[0], rel=1e-6
+  )
+  assert (found['precision'], found['recall']) == fid.precision_recall(
+    sample.rows, reference.rows
+  )
+  clip = feature_extractors.Clip(clip_directory.path, COUNT, mesh)
+  assert found['clip_score'] == pytest.approx(
+    clip.scores(images, captions).mean(), rel=1e-5
+  )
+  assert 0 <= found['accuracy_background'] <= 1
+
+  assert json.loads(json.dumps(settings))['step'] == 3
+  expected = {
+    'stage': '8',
+    'step': 3,
+    'weights': 'EMA',
+    'resolution': 8,
+    'seed': 7,
+    'num_samples': COUNT,
+    'num_reference': 13,
+    'prompts': 'held_out',
+    'rows': [COUNT, 13],
+  }
+  assert {name: settings[name] for name in expected} == expected
+  assert settings['sampler']['num_steps'] == config.sampler.num_steps
+  assert settings['reference']['inception'] == {'weights': 'none'}
+  assert settings['clip'] == clip.fingerprint
+
+  # The first samples are written to disk.
+  directory = run / 'eval' / '8_3'
+  lines = (directory / 'samples.jsonl').read_text().splitlines()
+  assert [json.loads(line)['prompt'] for line in lines] == captions[:2]
+  with Image.open(directory / '0001_8.png') as image:
+    np.testing.assert_array_equal(image, images[1])
+  page = (directory / 'index.html').read_text()
+  assert page.count('<img') == 2
+  assert f'{found["fid"]:.4g}' in page and 'held_out' in page
+
+
+def test_metrics_of_training(config, run, mesh, monkeypatch, caplog):
+  """By default they are the metrics that training measures at its end."""
+  monkeypatch.undo()  # The real sampler.
+  found, _ = evaluation.evaluate_run(
+    Session(run, config, mesh), evaluation.Options()
+  )
+  assert "is not finished: this is stage 1/2 '8' at step 3 of 20" in (
+    caplog.text
+  )
+  model = Session(run, config, mesh).restore()
+  measured = validation.validate(model.stage, mesh, model.params)
+  assert {name: found[name] for name in measured} == pytest.approx(
+    measured, rel=1e-5
+  )
+  assert measured.keys() >= {'held_out_loss_8', 'accuracy_all'}
+  table = found['losses_by_noise']
+  count = np.array(table['examples'])
+  assert count.sum() == 2 * config.stages[0].batch_size
+  losses = [loss or 0 for loss in table['held_out_loss_8']]
+  assert count @ losses / count.sum() == pytest.approx(found['held_out_loss_8'])
+
+
+def test_reference_is_read_once(config, run, mesh, tmp_path):
+  def judge(**changes):
+    before = Colors.seen
+    options = evaluation.Options(
+      **{
+        'metrics': ['fid'],
+        'num_samples': 9,
+        'num_reference': 11,
+        'inception': 'inception.pth',
+        'cache': tmp_path,
+        **changes,
+      }
+    )
+    value = evaluation.evaluate_run(
+      Session(run, config, mesh), options
+    ).metrics['fid']
+    return value, Colors.seen - before
+
+  first, count = judge()
+  assert count == 9 + 11
+  assert judge() == (first, 9)
+  assert judge(num_reference=12)[1] == 9 + 12
+  other, count = judge(reference_split='train')
+  assert count == 9 + 11 and other != first
+
+
+def test_warns_of_singular_covariances(caplog):
+  rng = np.random.default_rng(0)
+  six, seven = (
+    statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8)) for n in (6, 7)
+  )
+  evaluation._compare(['fid'], seven, seven)
+  assert not caplog.text
+  evaluation._compare(['fid'], seven, six)
+  assert 'FID of 7 images against 6: no more than its 6 features' in (
+    caplog.text
+  )
+
+
+def test_folders(tmp_path, mesh):
+  rng = np.random.default_rng(0)
+  for name, low in (('a', 0), ('b', 0), ('c', 99)):
+    (tmp_path / name).mkdir()
+    for i in range(9):
+      Image.fromarray(rng.integers(low, 256, (5, 4, 3), np.uint8)).save(
+        tmp_path / name / f'{i}.png'
+      )
+
+  def judge(images, reference):
+    options = evaluation.Options(
+      inception='inception.pth',
+      reference=str(tmp_path / reference),
+      cache=tmp_path / 'cache',
+    )
+    return evaluation.evaluate_folder(str(tmp_path / images), options, 4, mesh)
+
+  itself, near, far = (judge('a', name) for name in 'abc')
+  assert itself.metrics['fid'] == pytest.approx(0, abs=1e-6)
+  assert 0.01 < near.metrics['fid'] < 0.3 * far.metrics['fid']
+  assert near.metrics['kid'] < far.metrics['kid']
+  assert itself.metrics['precision'] == itself.metrics['recall'] == 1
+  assert near.settings['num_reference'] == 9
+  assert (
+    near.settings['reference']['files'] != (near.settings['images']['files'])
+  )
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'metrics': ['loss', 'fidd']}, '--metrics=fidd: here they are some of'),
+    ({'metrics': ['kid']}, '--metrics=kid needs --inception=FILE'),
+    ({'metrics': ['clip']}, '--metrics=clip needs --clip=DIR'),
+    ({'metrics': ['fid'], 'inception': 'missing.pth'}, 'missing.pth'),
+    (
+      {'metrics': ['fid'], 'inception': 'x', 'reference_split': 'test'},
+      "split 'test': choose one of",
+    ),
+    (
+      {'metrics': ['fid'], 'inception': 'x', 'reference': 'nowhere'},
+      'nowhere has no images',
+    ),
+  ],
+)
+def test_wrong_options(config, run, mesh, options, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    evaluation.evaluate_run(
+      Session(run, config, mesh), evaluation.Options(**options)
+    )
+
+
+def test_labels_have_no_accuracy_and_need_names_for_clip(
+  config, run, mesh, clip_directory
+):
+  config = config.copy_and_resolve_references()
+  config.text.update(encoder='label', num_classes=8)
+  with pytest.raises(ValueError, match='--metrics=prompt_accuracy: here'):
+    evaluation.evaluate_run(
+      Session(run, config, mesh),
+      evaluation.Options(metrics=['prompt_accuracy']),
+    )
+  with pytest.raises(ValueError, match='needs words, but text.class_names'):
+    evaluation.evaluate_run(
+      Session(run, config, mesh),
+      evaluation.Options(metrics=['clip'], clip=clip_directory.path),
+    )
+
+
+def test_command(run):
+  """Adds a line to the existing file, with the settings that were used."""
+  path = run / 'eval' / '8_3.jsonl'
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('{}\n')
+  result = commands.run(
+    'mdm_jax.evaluate',
+    f'--workdir={run}',
+    '--num_samples=3',
+    '--steps=2',
+    '--seed=5',
+    '--sampler=dpm',
+    '--loss_batches=1',
+    env={'XLA_FLAGS': ''},
+    real=True,
+  )
+  assert not result.returncode, result.stderr
+  assert 'held out loss 8' in result.stderr
+  _, line = map(json.loads, path.read_text().splitlines())
+  assert {'accuracy_all', 'held_out_loss_8'} < line['metrics'].keys()
+  settings = line['settings']
+  assert settings['sampler']['name'] == 'dpm'
+  assert settings['sampler']['num_steps'] == 2
+  assert (settings['num_samples'], settings['seed']) == (3, 5)
+  assert settings['loss']['batches'] == 1
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], 'give either --workdir, or --images and --reference'),
+    (['--workdir=nowhere'], 'nowhere/config.json does not exist'),
+  ],
+)
+def test_command_ends_in_one_line(arguments, message):
+  result = commands.run('mdm_jax.evaluate', *arguments)
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith('error: ')
+  assert message in result.stderr.splitlines()[-1]
+  assert 'Traceback' not in result.stderr

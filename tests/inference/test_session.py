@@ -1,0 +1,76 @@
+"""Every command opens a run in the same way."""
+
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax.builders.model import make_model
+from mdm_jax.diffusion import samplers
+from mdm_jax.inference import run_flags, session
+from mdm_jax.runtime import cpu
+from tests import toy
+
+
+@pytest.fixture(scope='module')
+def run(make_config, random_params, tmp_path_factory):
+  """Config, weights and workdir of a run that has ended."""
+  config = make_config()
+  config.mesh.update(data=2, fsdp=4)
+  config.eval.batch_size = 16
+  workdir = tmp_path_factory.mktemp('run')
+  model = make_model(config, config.stages[1])
+  params = random_params(model, config.text.max_length)
+  toy.save_run(workdir, config, 1, config.stages[1].steps, params)
+  return config, params, str(workdir)
+
+
+def test_flags_are_those_of_the_samplers():
+  assert set(run_flags.SAMPLERS) == set(samplers.SAMPLERS)
+  assert set(run_flags.THRESHOLDS) == set(samplers.THRESHOLDS)
+
+
+def test_it_runs_on_the_devices_that_are_here(run, monkeypatch):
+  config, params, workdir = run
+  parts = []
+  monkeypatch.setattr(cpu, 'use_cores', parts.append)
+  opened = session.open_run(workdir)
+  assert dict(opened.mesh.shape) == {'data': 8, 'fsdp': 1, 'spatial': 1}
+  assert parts == [[16, 16, 16]]
+  model = opened.restore()
+  assert (model.stage.index, model.weights.step) == (1, 20)
+  assert model.is_finished
+  assert model.description['weights'] == 'EMA'
+  jax.tree.map(np.testing.assert_array_equal, model.params, params)
+
+
+@pytest.mark.parametrize(
+  'options, expected',
+  [
+    ({}, 16),
+    ({'num_images': 3}, 8),
+    ({'num_images': 99}, 16),
+    ({'evaluation': {'batch_size': 9}}, 16),
+    ({'evaluation': {'batch_size': 3}, 'spatial': 4}, 4),
+    ({'evaluation': {'batch_size': None}}, 16),
+  ],
+)
+def test_batches_are_rounded_up_to_the_devices(run, options, expected):
+  *_, workdir = run
+  opened = session.open_run(workdir, **options)
+  assert opened.config.eval.batch_size == expected
+
+
+def test_options_change_the_sampler(run):
+  *_, workdir = run
+  opened = session.open_run(
+    workdir, sampler={'name': 'heun', 'num_steps': None}
+  )
+  assert opened.config.sampler.name == 'heun'
+  assert opened.config.sampler.num_steps == 3
+  with pytest.raises(ValueError, match='eta=2.0: must be in 0..1'):
+    session.open_run(workdir, sampler={'eta': 2.0})
+
+
+def test_no_run(tmp_path):
+  with pytest.raises(FileNotFoundError, match='directory of a training run'):
+    session.open_run(str(tmp_path))

@@ -1,0 +1,108 @@
+"""Every second is in one bucket, and repeated work counts as lost."""
+
+import json
+
+import pytest
+
+from mdm_jax.report import background, goodput
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that stands still until a test adds seconds to `clock[0]`."""
+  append = background.LineFile.append
+
+  def append_now(self, line):
+    append(self, line)
+    assert self.settle(30)
+
+  monkeypatch.setattr(background.LineFile, 'append', append_now)
+  now = [1000.0]
+  monkeypatch.setattr(goodput.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(goodput.time, 'time', lambda: now[0] + 5e5)
+  return now
+
+
+def spend(times, clock, bucket, seconds):
+  with times.time(bucket):
+    clock[0] += seconds
+
+
+def test_buckets_nest_and_add_up(tmp_path, clock):
+  times = goodput.Goodput(tmp_path, began=997.0)
+  with times.time('evaluate'):
+    clock[0] += 1
+    spend(times, clock, 'save', 2)
+    clock[0] += 4
+  times.switch('step')
+  clock[0] += 8
+  with times.time('data'):
+    clock[0] += 16
+    times.count_as('step')
+  spend(times, clock, 'data', 32)
+  clock[0] += 64
+  times.close()
+  assert goodput.totals(tmp_path) == (
+    1,
+    {'step': 8 + 16 + 64, 'data': 32, 'evaluate': 5, 'start_up': 3, 'save': 2},
+  )
+
+
+def test_a_line_every_two_seconds_or_when_forced(tmp_path, clock):
+  times = goodput.Goodput(tmp_path)
+
+  def number_of_lines():
+    path = tmp_path / 'goodput.jsonl'
+    return path.read_text().count('\n') if path.exists() else 0
+
+  for step, (seconds, force, expected) in enumerate(
+    [(1, False, 0), (1.5, False, 1), (1, True, 2), (0, False, 2)]
+  ):
+    clock[0] += seconds
+    times.write('8', step, force)
+    assert number_of_lines() == expected
+  last = json.loads((tmp_path / 'goodput.jsonl').read_text().splitlines()[1])
+  assert last == {
+    'time': 501003.5,
+    'session': 501000.0,
+    'stage': '8',
+    'step': 2,
+    'seconds': {'start_up': 1.0},
+  }
+
+
+def train(tmp_path, clock, first, last):
+  """A session that takes a second per step and is killed after `last`."""
+  times = goodput.Goodput(tmp_path)
+  clock[0] += 10
+  times.write('8', first, force=True)
+  times.switch('step')
+  for step in range(first + 1, last + 1):
+    spend(times, clock, 'data', 0.25)
+    clock[0] += 0.75
+    times.write('8', step, force=step % 4 == 0)
+  clock[0] += 100  # From the last line to the kill and to the next session.
+
+
+def test_the_listener_is_called_for_every_bucket(tmp_path):
+  heard = []
+  times = goodput.Goodput(tmp_path, listener=heard.append)
+  with times.time('compile'):
+    times.write('8', 0, force=True)
+  times.close()
+  assert heard == ['start_up', 'compile', 'start_up']
+
+
+def test_without_a_line_there_are_no_totals(tmp_path):
+  assert goodput.totals(tmp_path) == (0, {})
+
+
+def test_repeated_steps_count_as_lost(tmp_path, clock):
+  train(tmp_path, clock, 0, 11)  # Lines at 4, 7, 8, 11.
+  with (tmp_path / 'goodput.jsonl').open('a') as file:
+    file.write('{"time": 3\n')
+  train(tmp_path, clock, 4, 12)  # Repeats the steps 5 to 11.
+  train(tmp_path, clock, 12, 16)
+  sessions, seconds = goodput.totals(tmp_path)
+  assert sessions == 3
+  assert seconds == {'start_up': 30.0, 'step': 12.0, 'lost': 7.0, 'data': 4.0}

@@ -1,0 +1,107 @@
+"""A directory of samples: existing ones are reused, others are missing."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from mdm_jax.report.sample_directory import SampleDirectory
+
+RECORDS = [
+  {'prompt': f'<b>{i}</b> круг', 'seed': i, 'weights': [0.5, 1]}
+  for i in range(5)
+]
+
+
+def levels(seed):
+  rng = np.random.default_rng(seed)
+  return tuple(
+    rng.integers(0, 256, (size, size, 3), np.uint8) for size in (4, 8)
+  )
+
+
+def read(path):
+  with Image.open(path) as image:
+    return np.asarray(image)
+
+
+def lines(directory):
+  return [
+    json.loads(line)
+    for line in (directory / 'samples.jsonl').read_text().splitlines()
+  ]
+
+
+@pytest.fixture
+def stopped(tmp_path):
+  """A directory whose process was killed while it wrote the fourth line."""
+  samples = SampleDirectory(tmp_path, RECORDS)
+  assert samples.missing == [0, 1, 2, 3, 4]
+  for i in (0, 2, 1):
+    samples.add(i, levels(i), [levels(10), levels(i)] if i == 2 else None)
+  with (tmp_path / 'samples.jsonl').open('a') as file:
+    file.write('{"index": 3, "promp')
+  return tmp_path
+
+
+def test_an_interrupted_directory_is_continued(stopped):
+  samples = SampleDirectory(stopped, RECORDS)
+  assert samples.missing == [3, 4]
+  for i in (3, 4):
+    samples.add(i, levels(i))
+  samples.finish({})
+  found = lines(stopped)
+  assert [line['index'] for line in found] == [0, 1, 2, 3, 4]
+  for i, line in enumerate(found):
+    assert line.items() >= RECORDS[i].items()
+    for size, name in list(line['files'].items())[:2]:
+      np.testing.assert_array_equal(
+        read(stopped / name), levels(i)[size == '8']
+      )
+  assert SampleDirectory(stopped, RECORDS).missing == []
+  assert list(found[2]['files']) == ['4', '8', 'path']
+  with Image.open(stopped / found[2]['files']['path']) as animation:
+    assert (animation.n_frames, animation.size) == (2, (16, 8))
+  assert read(stopped / 'grid.png').std() > 10
+
+
+def test_samples_with_another_record_are_replaced(stopped):
+  (stopped / '0001_8.png').unlink()
+  other = [RECORDS[0] | {'seed': 7}, *RECORDS[1:3]]
+  assert SampleDirectory(stopped, other).missing == [0, 1]
+  # Samples with another record or without files have no line any more.
+  assert [line['index'] for line in lines(stopped)] == [2]
+
+
+def test_thousands_of_samples_are_in_subdirectories(tmp_path):
+  samples = SampleDirectory(tmp_path, [RECORDS[0]] * 1001)
+  samples.add(999, levels(0))
+  samples.add(1000, levels(0))
+  assert [line['files']['8'] for line in lines(tmp_path)] == [
+    '000/000999_8.png',
+    '001/001000_8.png',
+  ]
+
+
+def test_the_page_shows_all_samples(stopped):
+  records = RECORDS[:3]
+  SampleDirectory(stopped, records).finish({'Sampler': {'steps': '5 & 6'}})
+  page = (stopped / 'index.html').read_text()
+  assert page.count('<figure>') == 3
+  assert '&lt;b&gt;1&lt;/b&gt; круг' in page
+  assert '<b>1' not in page
+  assert '<td>5 &amp; 6</td>' in page
+  # The page embeds its thumbnails, and links to the images.
+  shown = re.findall(
+    r'href="(\S+)"><img src="data:image/webp;base64,(\S+)"', page
+  )
+  assert [name for name, _ in shown] == [
+    f'000{i}_{size}.png' for i in range(3) for size in (4, 8)
+  ]
+  thumbnail = read(io.BytesIO(base64.b64decode(shown[3][1])))
+  np.testing.assert_array_equal(thumbnail, levels(1)[1])
+  assert not re.search(r'(src|href)="(https?:)?//', page)

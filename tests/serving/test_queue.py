@@ -1,0 +1,353 @@
+"""The demo's queue: images, order of requests, cancellation and messages."""
+
+import dataclasses
+import shlex
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from mdm_jax.builders.model import make_model
+from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.stage import make_stage
+from mdm_jax.diffusion import samplers
+from mdm_jax.inference.session import Model
+from mdm_jax.inference.weights import Weights
+from mdm_jax.runtime import sharding
+from mdm_jax.serving import queue
+from tests import toy
+
+
+@pytest.fixture(scope='module')
+def make_queue(make_config, random_params, tmp_path_factory):
+  """(step of the last checkpoint) -> a queue, its config and parameters."""
+  config = make_config()
+  config.mesh.update(data=1, fsdp=1, spatial=1)
+  config.sampler.update(name='ddpm', guidance=3.0, threshold='clip')
+  stage = config.stages[1]
+  params = random_params(make_model(config, stage), config.text.max_length)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  placed = jax.device_put(params, sharding.replicated(mesh))
+  made = []
+
+  def make(step=20):
+    workdir = tmp_path_factory.mktemp('a run')
+    toy.save_run(workdir, config, 1, step, params)
+    model = Model(
+      str(workdir),
+      make_stage(config, 1),
+      Weights(1, step, placed),
+      placed,
+      mesh,
+    )
+    made.append(queue.SampleQueue(model, max_waiting=2))
+    return made[-1], config, placed
+
+  yield make
+  for sample_queue in made:
+    sample_queue.close()
+
+
+@pytest.fixture(scope='module')
+def real(make_queue):
+  """A queue after its warm-up, its config and its parameters."""
+  made = make_queue()
+  assert not made[0].ready.is_set()
+  made[0].warm_up()
+  assert made[0].ready.wait(600)
+  return made
+
+
+class Gate:
+  """Sampling steps that wait for `let`, and yield black images."""
+
+  def __init__(self, sample_queue, monkeypatch):
+    self._open = threading.Semaphore(0)
+    self.begun = []
+    monkeypatch.setattr(
+      sample_queue, '_sample_steps', lambda sampler, threshold: self._steps
+    )
+
+  def _steps(self, params, text, negative, seeds, num_steps, w):
+    self.begun.append(int(seeds[0]))
+    for _ in range(num_steps):
+      assert self._open.acquire(timeout=600)
+      yield (np.zeros((len(seeds), 8, 8, 3), np.uint8),)
+
+  def let(self, steps):
+    self._open.release(steps)
+
+
+@pytest.fixture
+def gated(real, monkeypatch):
+  """A queue, and the gate that its sampling steps wait for."""
+  sample_queue, *_ = real
+  gate = Gate(sample_queue, monkeypatch)
+  yield sample_queue, gate
+  gate.let(10_000)
+
+
+def request(sample_queue, **changes):
+  return dataclasses.replace(
+    sample_queue.default_request,
+    **{'prompt': 'a red ring', 'seed': 7} | changes,
+  )
+
+
+def sampled(sample_queue, given):
+  *_, last = sample_queue.watch(sample_queue.submit(given))
+  assert last.step == given.steps
+  return last.images
+
+
+def test_samples_the_request(real):
+  sample_queue, config, params = real
+  given = request(sample_queue, num_images=3)
+  images = sampled(sample_queue, given)
+  assert [level.shape for level in images] == [(3, 8, 8, 3), (3, 16, 16, 3)]
+  text = encode_prompts(config, [given.prompt] * 4)
+  empty = encode_prompts(config, [''] * 4)
+  *_, expected = sample_queue._sample_steps('ddpm', 'clip')(
+    params, text, empty, [7, 8, 9, 10], 3, 3.0
+  )
+  for level, others in zip(images, expected, strict=True):
+    np.testing.assert_array_equal(level, others[:3])
+  # A request for one image gives the same image.
+  one = sampled(sample_queue, request(sample_queue, num_images=1, seed=8))
+  for level, others in zip(one, images, strict=True):
+    difference = np.abs(level.astype(int) - others[1:2])
+    # Sums in another order may round a pixel to its neighbour.
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
+
+
+def test_sampler_and_threshold_are_those_of_the_request(
+  make_queue, monkeypatch
+):
+  sample_queue, *_ = make_queue()
+  specs = []
+
+  def record(given, shardings):
+    specs.append(given.spec)
+    return lambda *given: [(np.zeros((4, 8, 8, 3), np.uint8),)]
+
+  monkeypatch.setattr(queue, 'make_sample_steps', record)
+  for sampler, threshold in [('heun', 'none'), ('dpm', 'dynamic')]:
+    sampled(
+      sample_queue,
+      request(sample_queue, sampler=sampler, threshold=threshold, steps=1),
+    )
+  usual = sample_queue._sampler.spec
+  assert specs == [
+    dataclasses.replace(usual, name='heun', threshold='none'),
+    dataclasses.replace(usual, name='dpm', threshold='dynamic'),
+  ]
+
+
+def test_nothing_is_compiled_after_the_warm_up(real, monkeypatch):
+  sample_queue, *_ = real
+  monkeypatch.setattr(samplers, 'sample_step', None)
+  usual = request(sample_queue)
+  for changes in (
+    {},
+    {'steps': 7},
+    {'guidance': 1.5},
+    {'num_images': 3},
+    {'prompt': ''},
+    {'negative_prompt': 'a cross'},
+  ):
+    sampled(sample_queue, dataclasses.replace(usual, **changes))
+  with pytest.raises(TypeError, match='not callable'):
+    sampled(sample_queue, request(sample_queue, sampler='dpm'))
+
+
+def test_warm_up_that_fails_ends(make_queue, monkeypatch):
+  sample_queue, *_ = make_queue()
+
+  def fail(*given):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED')
+
+  monkeypatch.setattr(sample_queue, '_sample_steps', lambda *given: fail)
+  sample_queue.warm_up()
+  assert sample_queue.ready.wait(600)
+
+
+def test_one_at_a_time_and_few_may_wait(gated):
+  sample_queue, gate = gated
+  jobs = [
+    sample_queue.submit(request(sample_queue, steps=2, seed=i))
+    for i in range(3)
+  ]
+  views = [sample_queue.watch(job) for job in jobs]
+  assert [next(view).ahead for view in views] == [0, 1, 2]
+  with pytest.raises(queue.QueueFull, match='2 requests are waiting already'):
+    sample_queue.submit(request(sample_queue))
+  gate.let(2)
+  *_, last = views[0]
+  assert (last.step, last.ahead) == (2, 0)
+  assert next(views[1]) == (0, 0, ())
+  assert next(views[2]) == (1, 0, ())
+  views.append(
+    sample_queue.watch(
+      sample_queue.submit(request(sample_queue, steps=1, seed=3))
+    )
+  )
+  assert next(views[3]).ahead == 2
+  gate.let(5)
+  assert [list(view)[-1].step for view in views[1:]] == [2, 2, 1]
+  assert gate.begun == [0, 1, 2, 3]
+
+
+def test_cancelled_while_sampling(gated):
+  sample_queue, gate = gated
+  job = sample_queue.submit(request(sample_queue, steps=1000))
+  view = sample_queue.watch(job)
+  gate.let(2)
+  while next(view).step < 2:
+    pass
+  job.cancel()
+  gate.let(1)  # Lets the current step end.
+  assert [progress.step for progress in view][-1:] in ([], [3])
+  assert job.step == 3
+  gate.let(1)
+  assert len(sampled(sample_queue, request(sample_queue, steps=1))[0]) == 4
+
+
+def test_cancelled_while_waiting(gated):
+  sample_queue, gate = gated
+  first, second, third = (
+    sample_queue.submit(request(sample_queue, steps=1, seed=i))
+    for i in range(3)
+  )
+  second.cancel()
+  assert [progress.step for progress in sample_queue.watch(second)] == [0]
+  view = sample_queue.watch(third)
+  assert next(view).ahead == 1
+  gate.let(2)
+  assert [
+    list(view)[-1].step for view in (sample_queue.watch(first), view)
+  ] == [
+    1,
+    1,
+  ]
+  assert gate.begun == [0, 2]
+
+
+def test_closing_the_iterator_cancels(gated):
+  sample_queue, gate = gated
+  job = sample_queue.submit(request(sample_queue, steps=1000))
+  view = sample_queue.watch(job)
+  gate.let(1)
+  while not next(view).step:
+    pass
+  view.close()
+  gate.let(1)
+  job.future.result(600)
+  assert job.step == 2
+
+
+def test_a_failing_device_fails_one_request(gated, monkeypatch):
+  sample_queue, gate = gated
+
+  def fail(*given):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sample_queue, '_sample_steps', lambda *given: fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='EXHAUSTED'):
+      sampled(sample_queue, request(sample_queue))
+  gate.let(1)
+  sampled(sample_queue, request(sample_queue, steps=1))
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'prompt': 'a' * 10_000},
+      'The prompt has 10,000 characters: shorten it to 1,000.',
+    ),
+    (
+      {'negative_prompt': 'b' * 1001},
+      'The negative prompt has 1,001 characters: shorten it to 1,000.',
+    ),
+    ({'prompt': 'a\0b'}, 'The prompt contains the character U+0000'),
+    ({'prompt': '\ud800'}, 'The prompt contains the character U+D800'),
+    ({'steps': 0}, 'Steps: 0; give a number from 1 to 1,000.'),
+    ({'steps': 1001}, 'Steps: 1,001; give a number from 1 to 1,000.'),
+    ({'steps': None}, 'Steps: empty; give a number from 1 to 1,000.'),
+    ({'num_images': 9}, 'Images: 9; give a number from 1 to 8.'),
+    ({'num_images': 0}, 'Images: 0; give a number from 1 to 8.'),
+    ({'seed': -1}, 'Seed: -1; give a number from 0 to 4,294,967,288.'),
+    ({'seed': 2**32}, 'Seed: 4,294,967,296; give a number'),
+    ({'guidance': float('nan')}, 'Guidance: nan; give a number from 0 to 20.'),
+    ({'sampler': '../x'}, "Unknown sampler '../x': use one of ('ddim',"),
+    ({'threshold': 'x'}, "Unknown threshold 'x': use one of ('none',"),
+  ],
+)
+def test_bad_request(real, changes, message):
+  sample_queue, *_ = real
+  with pytest.raises(ValueError) as error:
+    sample_queue.submit(request(sample_queue, **changes))
+  assert str(error.value).startswith(message)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('prompt', ['', 'красный круг', '赤い丸', '🔴' * 500])
+def test_any_text_is_a_prompt(gated, prompt):
+  sample_queue, gate = gated
+  gate.let(1)
+  sampled(sample_queue, request(sample_queue, prompt=prompt, steps=1))
+
+
+def test_a_truncated_prompt_is_noted(real):
+  sample_queue, *_ = real
+  assert sample_queue.note(request(sample_queue, prompt='a ring')) == ''
+  assert sample_queue.note(
+    request(sample_queue, prompt='a ring, ' * 9)
+  ).endswith('and was cut to 8.')
+
+
+@pytest.mark.parametrize(
+  'prompt', ['a red ring', '', 'it\'s $(HOME) `x` "y"; --seed=3 #', '赤い丸']
+)
+def test_command(real, prompt):
+  sample_queue, *_ = real
+  given = request(sample_queue, prompt=prompt, guidance=2.5)
+  words = shlex.split(sample_queue.command(given, 2))
+  assert words[:3] == ['python', '-m', 'mdm_jax.sample']
+  assert words[4:] == [
+    f'--prompt={prompt}',
+    '--guidance=2.5',
+    '--steps=3',
+    '--sampler=ddpm',
+    '--threshold=clip',
+    '--seed=9',
+    '--num_samples=1',
+  ]
+  assert words[3].startswith('--workdir=/') and 'a run' in words[3]
+  away = sample_queue.command(dataclasses.replace(given, negative_prompt='a b'))
+  assert "--negative_prompt='a b' " in away
+
+
+def test_examples_are_captions_of_the_data_set(real):
+  sample_queue, *_ = real
+  examples = sample_queue.examples(5)
+  assert len(set(examples)) == 5
+  assert all('on ' in text or 'background' in text for text in examples)
+
+
+@pytest.mark.parametrize(
+  'step, about',
+  [
+    (20, '8 and 16 px'),
+    (
+      5,
+      "8 and 16 px. Training has not ended: this is stage 2/2 '16' at step 5 "
+      'of 20',
+    ),
+  ],
+)
+def test_says_whether_training_has_ended(make_queue, step, about):
+  assert make_queue(step)[0].about.endswith(', ' + about)

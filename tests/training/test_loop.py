@@ -1,0 +1,703 @@
+"""Whole runs on a toy config: the files that they write, and exact resumes."""
+
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import common
+from mdm_jax.builders.config import stage_directory, write_config
+from mdm_jax.builders.data import batch_keys
+from mdm_jax.builders.model import make_model
+from mdm_jax.builders.stage import make_stage
+from mdm_jax.builders.text import load_frozen
+from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint.manager import Checkpoints
+from mdm_jax.data import tar_index
+from mdm_jax.data.transforms import Transform
+from mdm_jax.inference import validation, weights
+from mdm_jax.optim import skip_step
+from mdm_jax.report import goodput
+from mdm_jax.runtime import replica_check, sharding
+from mdm_jax.training import loop, monitor
+from tests import commands, toy
+from tests.report.test_metric_writer import read_events
+from tests.tools.test_prepare_data import good_files, write_tar
+
+
+def toy_config():
+  """Two stages of a few steps on one device, the second on mixed batches."""
+  config = common.get_config()
+  config.model.levels = [common.level(8), common.level(16)]
+  config.stages = [common.stage('8', 1), common.stage('16', 2)]
+  config = toy.shrink(common.smoke(config))
+  for stage in config.stages:
+    stage.batch_size = 8
+  config.stages[1].update(mixed_ratio=(1.0, 1.0), batch_size=16)
+  config.checkpoint_every = 2
+  config.checkpoints_to_keep = 3
+  config.averages.update(widths=(0.05, 0.1), snapshot_every=2)
+  config.eval.update(every=3, best_metric='held_out_loss_8')
+  return config.lock()
+
+
+def save_nothing_beside(config):
+  config.averages.widths = ()
+  config.eval.update(every=0, best_metric='')
+
+
+def run(config, workdir):
+  """What the command does, on one device: a mesh is tested elsewhere."""
+  loop.setup(config, workdir)
+  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+  loop.train(config, workdir, mesh, load_frozen(config, mesh))
+
+
+def digest(workdir: pathlib.Path, config, index: int) -> str:
+  """SHA-256 of the contents of a stage's last checkpoint."""
+  directory = stage_directory(workdir, config, index)
+  sha = hashlib.sha256()
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard', 'lags'):
+    item = restore.restore_item(directory, None, key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+      sha.update(jax.tree_util.keystr(path).encode())
+      sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+def stop_at(step, config, workdir, stage='8'):
+  """A run that is interrupted when it is about to save a step."""
+  save = Checkpoints.save
+
+  def interrupt(self, at, state, extra, force=False):
+    if at == step + 1 and extra.get('stage') == stage:
+      raise KeyboardInterrupt
+    return save(self, at, state, extra, force)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Checkpoints, 'save', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, workdir)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The working directory of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('run')
+  run(toy_config(), workdir)
+  return workdir
+
+
+def test_writes_the_documented_files(finished):
+  for name in ('8_3', '8_6', '16_3', '16_6'):
+    with Image.open(finished / 'samples' / f'{name}.png') as image:
+      assert min(image.size) > 100
+  lines = [
+    json.loads(line)
+    for line in (finished / 'metrics.jsonl').read_text().splitlines()
+  ]
+  losses = [line for line in lines if 'loss_16' in line]
+  assert [line['step'] for line in losses] == [2, 4, 6]
+  assert losses[0]['loss'] == pytest.approx(
+    losses[0]['loss_8'] + losses[0]['loss_16'], rel=1e-5
+  )
+  for key in (
+    'grad_norm',
+    'learning_rate',
+    'images_per_second',
+    'flops_per_second',
+    'mfu',
+  ):
+    assert losses[0][key] > 0
+  events = read_events(finished)
+  for name in ('8/samples', '16/samples'):
+    assert events[name][0] == 6
+    assert events[name][1].image.width > 100
+  values = json.loads((finished / 'eval' / '6.json').read_text())
+  metrics = evaluations(finished)
+  assert [*metrics] == [('8', 3), ('8', 6), ('16', 3), ('16', 6)]
+  assert metrics['16', 6] == values
+  assert set(metrics['8', 3]) == set(values) - {'held_out_loss_16'}
+  assert (
+    metrics['8', 3]['held_out_loss_8'] != metrics['8', 6]['held_out_loss_8']
+  )
+  step, value = events['16/held_out_loss_16']
+  assert step == 6
+  assert value.simple_value == pytest.approx(values['held_out_loss_16'])
+  assert 0 < values['held_out_loss_16'] < 2
+  assert 0 <= values['accuracy_background'] <= 1
+
+
+def evaluations(workdir) -> dict[tuple[str, int], dict[str, float]]:
+  """Metrics of the evaluations, by stage and step."""
+  return {
+    (line['stage'], line['step']): {
+      name: value
+      for name, value in line.items()
+      if name.startswith(('held_out', 'accuracy'))
+    }
+    for line in lines_of(workdir / 'metrics.jsonl')
+    if 'held_out_loss_8' in line
+  }
+
+
+def saved_beside(workdir, config) -> dict[str, dict]:
+  """The saved state and extra values of each snapshot and of the best EMA."""
+  found = {}
+  for index in range(2):
+    for kind in ('averages', 'best'):
+      directory = stage_directory(workdir, config, index, kind)
+      for step in saved_steps.good_steps(directory):
+        extra = restore.read_extra(directory, step)
+        found[f'{kind}/{index}/{step}'] = extra | {
+          name: restore.restore_item(directory, step, name)
+          for name in extra.get('widths', ['ema'])
+        }
+  return found
+
+
+def test_snapshots_and_the_best_are_saved(finished):
+  config = toy_config()
+  kept = saved_beside(finished, config)
+  assert {name for name in kept if name.startswith('averages')} == {
+    f'averages/{index}/{step}' for index in range(2) for step in (2, 4, 6)
+  }
+  assert kept['averages/1/4']['updates'] == 4
+  for index, stage in enumerate(('8', '16')):
+    losses = {
+      step: evaluations(finished)[stage, step]['held_out_loss_8']
+      for step in (3, 6)
+    }
+    best = min(losses, key=losses.get)
+    assert kept[f'best/{index}/{best}']['value'] == losses[best]
+    assert f'best/{index}/{9 - best}' not in kept
+
+  last = stage_directory(finished, config, 1)
+  params, lags = (
+    restore.restore_item(last, None, name) for name in ('params', 'lags')
+  )
+  found = weights.restore_weights(config, finished, sigma_rel=0.1).params
+  jax.tree.map(
+    lambda x, p, lag: np.testing.assert_allclose(x, p + lag, atol=1e-6),
+    found,
+    params,
+    lags['0.1'],
+  )
+  # The metrics are those of the saved weights.
+  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+  found = weights.restore_weights(config, finished, mesh, best=True).params
+  assert (
+    validation.validate(make_stage(config, 1), mesh, found)
+    == (evaluations(finished)['16', best])
+  )
+
+
+def test_a_finished_run_does_not_train_again(finished):
+  config = toy_config()
+  before = digest(finished, config, 1)
+  run(config, finished)
+  assert digest(finished, config, 1) == before
+
+
+@pytest.mark.parametrize('stage, step', [(0, 3), (1, 4)])
+def test_resumed_equals_uninterrupted(finished, tmp_path, stage, step):
+  config = toy_config()
+  stop_at(step - 1, config, tmp_path, config.stages[stage].name)
+  run(config, tmp_path)
+  for index in range(2):
+    assert digest(tmp_path, config, index) == digest(finished, config, index)
+  assert evaluations(tmp_path) == evaluations(finished)
+  found, expected = (
+    saved_beside(workdir, config) for workdir in (tmp_path, finished)
+  )
+  assert [*found] == [*expected]
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_damaged_last_checkpoint_is_trained_again(finished, tmp_path, caplog):
+  config = toy_config()
+  workdir = shutil.copytree(finished, tmp_path / 'run')
+  directory = stage_directory(workdir, config, 1)
+  for path in (directory / '6' / 'state' / 'd').iterdir():
+    path.write_bytes(path.read_bytes()[:-1])
+  run(config, workdir)
+  assert 'finished at step 6, but its newest good checkpoint is 4' in (
+    caplog.text
+  )
+  assert (directory / '6.corrupt').exists()
+  assert digest(workdir, config, 1) == digest(finished, config, 1)
+
+
+def test_checkpoints_by_time_change_nothing_else(finished, tmp_path):
+  """A moment is always over: wherever a flag can be read, a state is saved."""
+  config = toy_config().unlock()
+  config.model.levels = config.model.levels[:1]
+  config.stages = config.stages[:1]
+  config.update(
+    checkpoint_every=1000, checkpoint_minutes=1e-9, checkpoints_to_keep=9
+  )
+  run(config.lock(), tmp_path)
+  directory = stage_directory(tmp_path, config, 0)
+  # Step 5 ends while the devices are one step ahead, its flag is read with 6.
+  assert saved_steps.good_steps(directory) == [2, 3, 4, 6]
+  assert digest(tmp_path, config, 0) == digest(finished, config, 0)
+
+
+def poison(monkeypatch, key):
+  """Makes the size of a record NaN."""
+  call = Transform.__call__
+
+  def poisoned(self, record, rng):
+    example = call(self, record, rng)
+    if record['key'] == key:
+      example['scale'] = np.float32(np.nan)
+    return example
+
+  monkeypatch.setattr(Transform, '__call__', poisoned)
+
+
+def one_stage():
+  config = toy_config().unlock()
+  config.model.levels = config.model.levels[:1]
+  config.stages = config.stages[:1]
+  config.sample_every = 6
+  save_nothing_beside(config)
+  return config
+
+
+def lines_of(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
+  config = one_stage().lock()
+  keys = batch_keys(config, 8, 8, batch=2)
+  poison(monkeypatch, keys[5])
+  once, twice = tmp_path / 'once', tmp_path / 'twice'
+  run(config, once)
+  stop_at(3, config, twice)
+  run(config, twice)
+  line = {
+    'stage': '8',
+    'step': 3,
+    'loss': 'nan',
+    'grad_norm': 'nan',
+    'keys': keys,
+  }
+  assert lines_of(once / 'skipped.jsonl') == [line]
+  assert lines_of(twice / 'skipped.jsonl') == [line, line]
+  assert digest(once, config, 0) == digest(twice, config, 0)
+  state = restore.restore_item(stage_directory(once, config, 0), None, 'guard')
+  assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
+  # Steps 3 and 4 were trained twice.
+  sessions, seconds = goodput.totals(twice)
+  assert sessions == 2
+  assert seconds['lost'] > 0
+  for bucket in ('start_up', 'compile', 'step', 'save', 'sample', 'evaluate'):
+    assert seconds[bucket] > 0
+  for session, lines in itertools.groupby(
+    lines_of(twice / 'goodput.jsonl'), lambda line: line['session']
+  ):
+    lines = list(lines)
+    assert sum(sum(line['seconds'].values()) for line in lines) == (
+      pytest.approx(lines[-1]['time'] - session, rel=0.01)
+    )
+
+
+def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
+  config = one_stage()
+  config.guard.max_skipped = 2
+  for batch in (1, 3, 4):
+    poison(monkeypatch, batch_keys(config, 8, 8, batch)[0])
+  message = r"stage 1/1 '8': 2 consecutive steps were skipped, the last is 5"
+  for _ in range(2):
+    with pytest.raises(skip_step.Diverged, match=message):
+      run(config.lock(), tmp_path)
+  directory = stage_directory(tmp_path, config, 0)
+  assert saved_steps.latest_step(directory) == 4
+  for key in ('params', 'ema', 'opt_state'):
+    for leaf in jax.tree.leaves(restore.restore_item(directory, None, key)):
+      assert np.isfinite(leaf).all()
+
+
+def test_a_device_with_another_copy_is_named(tmp_path, monkeypatch):
+  config = one_stage()
+  config.replicas_every = 3
+  place = sharding.place
+
+  def harm(tree, shardings):
+    placed = place(tree, shardings)
+    conv = placed['unet']['level_0']['conv_in']
+    shards = conv['kernel'].addressable_shards
+    copies = [np.array(shard.data) for shard in shards]
+    copies[6].view(np.uint8).flat[2] ^= 1
+    conv['kernel'] = jax.make_array_from_single_device_arrays(
+      copies[0].shape,
+      conv['kernel'].sharding,
+      [
+        jax.device_put(copy, shard.device)
+        for copy, shard in zip(copies, shards)
+      ],
+    )
+    return placed
+
+  monkeypatch.setattr(sharding, 'place', harm)
+  mesh = sharding.make_mesh(config.mesh)
+  with pytest.raises(
+    replica_check.ReplicasDiffer,
+    match=('cpu:6 of process 0 has another copy of params.*conv_in.kernel'),
+  ):
+    loop.train(config.lock(), tmp_path, mesh, {})
+  # Before it was saved.
+  assert saved_steps.latest_step(stage_directory(tmp_path, config, 0)) is None
+
+
+def test_another_config_is_refused(finished):
+  config = toy_config().unlock()
+  config.stages[1].steps = 7
+  # These may be others.
+  config.mesh.update(data=1, spatial=8)
+  config.stages[1].accumulate = 2
+  with pytest.raises(ValueError, match=r'\(stages\[1\].steps: 6 -> 7\)'):
+    loop.setup(config, finished)
+
+
+def places(value, path=''):
+  """(path, container, key) of every value in a tree of JSON."""
+  items = value.items() if isinstance(value, dict) else enumerate(value)
+  for key, child in list(items):
+    name = f'{path}[{key}]' if isinstance(key, int) else f'{path}.{key}'
+    if isinstance(child, dict | list) and child:
+      yield from places(child, name)
+    else:
+      yield name.removeprefix('.'), value, key
+
+
+def test_every_key_but_those_named_must_stay(tmp_path):
+  config = toy_config()
+  written = json.loads(config.to_json())
+  refused = []
+  for name, container, key in places(written):
+    value = container[key]
+    container[key] = not value if isinstance(value, bool) else f'{value}1'
+    write_config(tmp_path, written)
+    try:
+      loop.setup(config, tmp_path)
+    except ValueError as error:
+      assert f'another config ({name}: ' in str(error)
+      refused.append(name)
+    container[key] = value
+  allowed = [name for name, *_ in places(written) if name not in refused]
+  assert {re.split(r'[.[]', name)[0] for name in allowed} == {
+    'mesh',
+    'sharding_rules',
+    'data',
+    'log_every',
+    'sample_every',
+    'checkpoint_every',
+    'checkpoint_minutes',
+    'checkpoints_to_keep',
+    'save_failures',
+    'averages',
+    'replicas_every',
+    'profile_every',
+    'text',
+    'sampler',
+    'eval',
+    'guard',
+    'watchdog',
+    'model',
+    'stages',
+  }
+  assert {name for name in allowed if name.startswith(('data.', 'text.'))} == {
+    'data.num_workers',
+    'data.num_threads',
+    'data.prefetch',
+    'data.max_bad_fraction',
+    'data.may_change',
+    'text.class_names',
+  }
+  assert {name for name in allowed if name.startswith(('model', 'stages'))} == {
+    f'{name}[{i}].{key}'
+    for i in range(2)
+    for name, key in (
+      ('model.levels', 'lanes'),
+      ('model.levels', 'remat'),
+      ('stages', 'accumulate'),
+    )
+  }
+  assert {
+    'dtype',
+    'seed',
+    'model.levels[1].channels[0]',
+    'data.name',
+    'stages[0].learning_rate',
+    'optimizer.ema_decay',
+    'averages.widths[0]',
+  } < set(refused)
+  assert len(refused) > 80
+
+
+# Compiled faster than for eight; several are for tests/steps/test_sample.py.
+ONE_DEVICE = {'XLA_FLAGS': ''}
+
+
+def run_sample(real=False, **options):
+  """Runs the command in a process of its own: commands share flags' names."""
+  flags = [
+    f'--{name}={value}'
+    for name, values in options.items()
+    for value in (values if isinstance(values, list) else [values])
+  ]
+  return commands.run('mdm_jax.sample', *flags, env=ONE_DEVICE, real=real)
+
+
+def test_sample_command(finished, tmp_path):
+  prompts = ['a red ring, on grey', 'a small blue star, on white']
+  result = run_sample(
+    real=True,
+    workdir=finished,
+    prompt=prompts,
+    num_samples=2,
+    steps=2,
+    output=tmp_path,
+    seed=5,
+  )
+  assert result.returncode == 0, result.stderr
+  lines = [
+    json.loads(line)
+    for line in (tmp_path / 'samples.jsonl').read_text().splitlines()
+  ]
+  assert [line['prompt'] for line in lines] == [
+    prompts[0],
+    prompts[0],
+    prompts[1],
+    prompts[1],
+  ]
+  assert [line['seed'] for line in lines] == [5, 6, 5, 6]
+  assert lines[0]['num_steps'] == 2
+  # Samples of another model are not taken for its own.
+  last = stage_directory(finished, toy_config(), 1) / '6'
+  assert lines[0]['fingerprint'] == manifest.fingerprint(last)
+  for line in lines:
+    for resolution, name in line['files'].items():
+      with Image.open(tmp_path / name) as image:
+        assert image.size == (int(resolution),) * 2
+  assert (tmp_path / 'grid.png').exists()
+  listed = tmp_path / 'prompts.txt'
+  listed.write_text(f'{prompts[0]}\n\n' + 'a star ' * 1000, encoding='utf-8')
+  # One more of each; the others are there.
+  result = run_sample(
+    workdir=finished,
+    prompts_file=listed,
+    num_samples=2,
+    steps=2,
+    output=tmp_path,
+    seed=5,
+    animate=True,
+  )
+  assert '2 of 4 samples exist already' in result.stderr
+  assert '1 of 2 prompts are cut to 31 tokens' in (result.stderr)
+  with Image.open(tmp_path / '0003.webp') as animation:
+    assert animation.n_frames == 2
+
+
+def test_sample_with_a_guide(finished, tmp_path):
+  prompt = 'a red ring, on grey'
+  images = []
+  for options in ({}, {'guide': finished}, {'guidance': 1}):
+    result = run_sample(
+      workdir=finished,
+      prompt=prompt,
+      num_samples=1,
+      steps=2,
+      output=tmp_path,
+      **options,
+    )
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / '0000_16.png') as image:
+      images.append(np.asarray(image, int))
+  # By itself it is guided nowhere.
+  assert np.abs(images[1] - images[2]).max() <= 1
+  assert np.abs(images[0] - images[2]).max() > 1
+  result = run_sample(
+    workdir=finished, prompt=prompt, guide=finished, negative_prompt='a star'
+  )
+  assert result.returncode == 1
+  assert 'error: guidance leads away from one thing' in result.stderr
+
+
+def test_samplers_are_compared(finished, tmp_path):
+  output = tmp_path / 'found.json'
+
+  def compare(steps, real=False):
+    result = commands.run(
+      'mdm_jax.tools.compare_samplers',
+      f'--workdir={finished}',
+      '--samplers=ddim',
+      f'--steps={steps}',
+      '--num_images=8',
+      '--classifier_images=64',
+      '--classifier_steps=1',
+      f'--output={output}',
+      env=ONE_DEVICE,
+      real=real,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+  compare('2', real=True)
+  (first,) = json.loads(output.read_text())
+  assert first['frechet'] > 0
+  assert 0 <= first['accuracy'] <= 1
+  assert 'ddim, 2 steps' not in (result := compare('1,2')).stderr
+  found = json.loads(output.read_text())
+  assert [one['steps'] for one in found] == [2, 1]
+  assert found[0] == first
+  # Nor are results of another model taken for its own.
+  output.write_text(json.dumps([first | {'fingerprint': 'other'}]))
+  assert 'ddim, 2 steps' in compare('2').stderr
+  assert len(json.loads(output.read_text())) == 2
+  assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
+    ['ddim', '1'],
+    ['ddim', '2'],
+  ]
+
+
+def test_sample_without_a_run_names_the_directory(tmp_path):
+  result = run_sample(workdir=tmp_path / 'none', prompt='x')
+  assert result.returncode == 1
+  assert 'none/config.json does not exist' in result.stderr
+  assert 'Traceback' not in result.stderr
+
+
+def test_frozen_t5_is_in_no_checkpoint(t5_directory, tmp_path):
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = toy.shrink(common.smoke(config))
+  config.text.update(encoder='t5', path=str(t5_directory.path))
+  config.stages[0].update(steps=2, batch_size=8)
+  config.eval.update(num_prompts=8, batch_size=8)
+  run(config.lock(), tmp_path)
+  directory = stage_directory(tmp_path, config, 0)
+  for key in ('params', 'ema'):
+    assert set(restore.abstract_item(directory, None, key)) == {'unet'}
+  assert (tmp_path / 'samples' / '8_2.png').exists()
+  values = json.loads((tmp_path / 'eval' / '2.json').read_text())
+  assert np.isfinite(values['held_out_loss_8'])
+
+
+def image_config(path):
+  config = toy_config().unlock()
+  config.stages = config.stages[:1]
+  config.data.update(name='tars', path=str(path), max_bad_fraction=1.0)
+  save_nothing_beside(config)
+  return config.lock()
+
+
+@pytest.fixture
+def images(tmp_path):
+  """An index of twenty images; one of them is damaged."""
+  files = good_files(20)
+  files['007.jpg'] = files['007.jpg'][:-200]
+  write_tar(tmp_path / 's.tar', files)
+  tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
+  return tmp_path / 'index'
+
+
+def test_bad_records_are_counted_or_end_the_run(images, tmp_path, monkeypatch):
+  config = image_config(images)
+  run(config, tmp_path / 'run')
+  lines = [
+    json.loads(line)
+    for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+  ]
+  found = [line['bad_records'] for line in lines if 'bad_records' in line]
+  # 48 examples are two epochs of 20 and 8 more.
+  assert found == sorted(found) and found[-1] in (2, 3)
+  monkeypatch.setattr(monitor, '_MIN_RECORDS', 0)
+  config.data.max_bad_fraction = 0.01
+  with pytest.raises(ValueError, match='could not be used, more than data'):
+    run(config, tmp_path / 'ended')
+
+
+def test_another_data_set_is_refused(images, tmp_path):
+  config = image_config(images)
+  stop_at(2, config, tmp_path / 'run')
+  tar = tmp_path / 's.tar'
+  write_tar(tar, good_files(21))
+  shutil.rmtree(images)
+  tar_index.write_index([tar], str(images), 0.0)
+  with pytest.raises(
+    ValueError,
+    match=(
+      'not those of the last checkpoint .*records: .20. -> .21.; files: .* '
+      'bring them back'
+    ),
+  ):
+    run(config, tmp_path / 'run')
+  config.data.may_change = True
+  run(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'eval' / '6.json').exists()
+
+
+def test_classes_of_a_tfds_data_set(flowers, tmp_path):
+  config = common.get_config()
+  config.model.levels = [common.level(8)]
+  config.stages = [common.stage('8', 1)]
+  config = toy.shrink(common.smoke(config))
+  config.data.update(
+    name='tfds:flowers', path=str(flowers), validation_split='test'
+  )
+  config.text.update(
+    encoder='label',
+    num_classes=3,
+    caption_dropout=0.0,
+    class_names=str(flowers / 'flowers/1.0.0/label.labels.txt'),
+  )
+  # The first two pass zero-initialised layers to reach the text encoder.
+  config.stages[0].update(steps=4, batch_size=8)
+  config.eval.update(num_prompts=8, batch_size=8)
+  run(config.lock(), tmp_path)
+  directory = stage_directory(tmp_path, config, 0)
+  fresh = make_model(config, config.stages[0]).init(0, 1)
+  weights = restore.restore_item(directory, None, 'params')
+  before, after = (
+    params['text_encoder']['embedding']['embedding']
+    for params in (fresh, weights)
+  )
+  # Padding and the empty label were never seen, every class was.
+  assert (
+    np.equal(before, after).all(axis=1).tolist() == [True] * 2 + [False] * 3
+  )
+  assert (tmp_path / 'samples' / '8_4.png').exists()
+  values = json.loads((tmp_path / 'eval' / '4.json').read_text())
+  assert set(values) == {'held_out_loss_8'}
+
+  # Sampling needs only the names of the classes from the data set.
+  for path in flowers.glob('flowers/1.0.0/*record*'):
+    path.unlink()
+  result = run_sample(
+    workdir=tmp_path,
+    prompt=['tulip', '1', '0'],
+    steps=1,
+    num_samples=1,
+    output=tmp_path / 'drawn',
+  )
+  assert result.returncode == 0, result.stderr
+  images = [
+    np.asarray(Image.open(tmp_path / f'drawn/000{i}_8.png')) for i in range(3)
+  ]
+  np.testing.assert_array_equal(images[0], images[1])
+  assert not np.array_equal(images[0], images[2])
+  result = run_sample(workdir=tmp_path, prompt='rosehip')
+  assert result.returncode == 1
+  assert "error: no classes are 'rosehip'" in result.stderr
