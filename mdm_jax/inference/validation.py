@@ -105,9 +105,7 @@ def make_validation(
   eval_step = jax.jit(make_eval_step(stage.model, stage.objective, LOSS_SEED))
 
   def validation(params):
-    losses = [
-      np.asarray(loss) for loss in over_held_out(stage, mesh, params, eval_step)
-    ]
+    losses = list(over_held_out(stage, mesh, params, eval_step))
     values = {
       f'held_out_loss_{resolution}': float(loss)
       for resolution, loss in zip(stage.resolutions, np.mean(losses, 0))
@@ -141,9 +139,10 @@ def warn_if_not_held_out(stage: Stage) -> None:
 def over_held_out(
   stage: Stage, mesh: Mesh, params: Params, step: Callable[..., Any]
 ) -> Iterable[Any]:
-  """`step(params, batch, i)` of each of the `eval.loss_batches`."""
+  """`step(params, batch, i)` of each held-out batch, as host arrays."""
   batches = stage.make_dataset(
     held_out_split(stage.config), num_batches=stage.config.eval.loss_batches
   )
   for i, batch in enumerate(batches):
-    yield step(params, sharding.shard_batch(batch, mesh), i)
+    # One at a time: with many in flight, collectives on a CPU have deadlocked.
+    yield jax.device_get(step(params, sharding.shard_batch(batch, mesh), i))
