@@ -1,0 +1,133 @@
+"""Runs a reader on thousands of damaged inputs, within limits.
+
+A fuzzer of a reader is a test:
+
+  @pytest.mark.parametrize('count', fuzzing.COUNTS)
+  def test_any_header_is_read_or_refused(count):
+    fuzzing.check(read, make, count, refuses=BadRecord)
+
+where `make(rng)` returns the input of a case, a function of `rng` alone.
+"""
+
+from collections.abc import Callable
+import multiprocessing
+import os
+import pathlib
+import resource
+import signal
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+import pytest
+
+# Cases in the suite, and in a soak.
+COUNTS = [500, pytest.param(20_000, marks=pytest.mark.soak)]
+_PAGE = resource.getpagesize()
+# Values that lengths, offsets and counts break at.
+_ODD_BYTES = (0, 1, 2, 127, 128, 254, 255)
+
+
+def damage(data: bytes, rng: np.random.Generator) -> bytes:
+  """Changes, inserts, removes or repeats a few parts of a file."""
+  data = bytearray(data)
+  for _ in range(rng.choice((1, 1, 2, 4, 8))):
+    at = int(rng.integers(len(data) + 1))
+    length = int(rng.choice((1, 1, 2, 4, 8, 64)))
+    kind = rng.integers(6)
+    if kind == 0:
+      data[at : at + length] = rng.bytes(min(length, len(data) - at))
+    elif kind == 1:
+      odd = bytes([rng.choice(_ODD_BYTES)])
+      data[at : at + length] = odd * min(length, len(data) - at)
+    elif kind == 2:
+      data[at:at] = rng.bytes(length)
+    elif kind == 3:
+      del data[at : at + length]
+    elif kind == 4:
+      data[at:at] = data[at : at + length]
+    elif at < len(data):
+      data[at] ^= 1 << int(rng.integers(8))
+  return bytes(
+    data[: int(rng.integers(len(data) + 1))] if rng.random() < 0.05 else data
+  )
+
+
+def check(
+  read: Callable[[Any], Any],
+  make: Callable[[np.random.Generator], Any],
+  count: int,
+  *,
+  refuses: type[BaseException] | tuple[type[BaseException], ...],
+  seconds: float = 1.0,
+  megabytes: int = 256,
+  seed: int = 0,
+) -> None:
+  """Fails if a case raises another error, ends the process, or costs too much.
+
+  The cases run in a forked process, so that a crash, a hang and a want of
+  memory are results as well. `fuzzing.case(make, seed, i)` makes case i again.
+
+  Args:
+    read: the reader. What it returns does not matter.
+    make: makes the input of a case.
+    count: number of cases.
+    refuses: errors that the reader may raise.
+    seconds: processor time that a case may take, `make` not counted.
+    megabytes: memory that the cases may take, beside what the process has.
+    seed: of all cases.
+  """
+  context = multiprocessing.get_context('fork')
+  reader, writer = context.Pipe(duplex=False)
+  process = context.Process(
+    target=_run,
+    args=(read, make, count, refuses, seconds, megabytes, seed, writer),
+  )
+  process.start()
+  writer.close()
+  last, problem = -1, None
+  try:
+    while True:
+      last, problem = reader.recv()
+      if problem is not None:
+        break
+  except EOFError:
+    pass
+  process.join()
+  where = f'case {last} of seed {seed}'
+  if problem is not None:
+    pytest.fail(f'{where}: {problem}')
+  if process.exitcode == -signal.SIGPROF:
+    pytest.fail(f'{where} took more than {seconds} s.')
+  if process.exitcode:
+    pytest.fail(f'{where} ended the process: {process.exitcode}.')
+  assert last == count - 1
+
+
+def case(make: Callable, seed: int, index: int) -> Any:
+  """The input of one case of `check`."""
+  return make(np.random.default_rng((seed, index)))
+
+
+def _run(read, make, count, refuses, seconds, megabytes, seed, writer) -> None:
+  # Python's SIGPROF handler would wait for a loop in C to end.
+  signal.signal(signal.SIGPROF, signal.SIG_DFL)
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
+  limit = pages * _PAGE + megabytes * 2**20
+  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+  for index in range(count):
+    value = case(make, seed, index)
+    writer.send((index, None))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+      read(value)
+    except refuses:
+      pass
+    except BaseException:  # Whatever it is, it escaped.
+      signal.setitimer(signal.ITIMER_PROF, 0)
+      writer.send((index, traceback.format_exc(limit=-4)))
+      time.sleep(0.1)
+      os._exit(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+  os._exit(0)
