@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mdm_jax.data import captions
+
 # Tokens: 0 is padding, as in any text; 1 is "no class"; classes follow.
 _EMPTY, _FIRST = 1, 2
 
@@ -81,14 +83,20 @@ def read_names(path: str) -> tuple[str, ...]:
 
   Raises:
     FileNotFoundError: there is no such file.
+    ValueError: a line is not text, see `captions.clean`.
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
       f'text.class_names={path!r} does not exist: give a file with one name '
       'per line, or leave it empty.'
     )
-  lines = pathlib.Path(path).read_text().splitlines()
-  return tuple(line.strip() for line in lines if line.strip())
+  try:
+    names = map(captions.clean, pathlib.Path(path).read_bytes().split(b'\n'))
+    return tuple(name for name in names if name)
+  except ValueError as error:
+    raise ValueError(
+      f'text.class_names={path!r} is not a file of text: {error}.'
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,24 +193,37 @@ class PrecomputedText:
     """The record of the wrapped source, with 'text' [max_length, D] added.
 
     Raises:
-      BadRecord: the record or its features are damaged, or the caption is too
-        long.
-      ValueError: the features were made from another caption.
+      BadRecord: the record or its features are damaged or those of another
+        caption, or the caption is too long.
     """
     record = self.source[index]
     key = record['key']
+    stored = self._features
     try:
-      data = self._features[index]
-    except RuntimeError as error:
+      data = stored[index]
+      digest, num_tokens = _HEADER.unpack_from(data)
+      features = np.frombuffer(
+        data, DTYPES[self.info.dtype], offset=_HEADER.size
+      ).reshape(-1, self.info.width)
+    # A wrong checksum, a missing record, a short one, no whole rows.
+    except (RuntimeError, IndexError, struct.error, ValueError) as error:
       raise BadRecord(key, 'damaged text features', str(error)) from error
-    digest, num_tokens = _HEADER.unpack_from(data)
     if digest != _digest(record['caption']):
-      raise ValueError(
-        f'{text_directory(self.data_path)} has the features of another '
-        f'caption for {key}: remove it and run {_COMMAND}.'
+      raise BadRecord(
+        key,
+        'text features of another caption',
+        f'remove {text_directory(self.data_path)} and run {_COMMAND}',
       )
     if self.leave_out and num_tokens > self.max_length:
       raise too_long(key, num_tokens, self.max_length)
-    features = np.frombuffer(data, DTYPES[self.info.dtype], offset=_HEADER.size)
-    features = features.reshape(-1, self.info.width)
+    # float32 is exact, and NumPy cannot test all of `DTYPES`.
+    if (
+      len(features) > self.max_length
+      or not np.isfinite(features.astype(np.float32)).all()
+    ):
+      raise BadRecord(
+        key,
+        'damaged text features',
+        f'{len(features)} tokens, or numbers that are not finite',
+      )
     return record | {'text': pad(features, self.max_length)}

@@ -39,6 +39,10 @@ def open_source(path: str, split: str) -> tfds_source.TfdsSource:
     split,
     path,
     tfds_source.Features(
-      caption='caption', key='key', width='width', height='height'
+      caption='caption',
+      key='key',
+      width='width',
+      height='height',
+      several_captions=True,
     ),
   )

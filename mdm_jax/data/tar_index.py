@@ -2,9 +2,10 @@
 
 An index holds the position of every record's image and caption. It is a
 directory with `index.json` (the tars and their sizes) and one memory-mapped
-table for each split, of 19 bytes per record.
+table for each split, of 21 bytes per record.
 """
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -12,13 +13,11 @@ import hashlib
 import json
 import os
 import pathlib
-import tarfile
 from typing import Any
 
-from absl import logging
 import numpy as np
 
-from mdm_jax.data import tars
+from mdm_jax.data import tar_members, tars
 from mdm_jax.data.transforms import BadRecord
 
 # Bytes. Members of a tar begin at multiples of a block.
@@ -29,7 +28,7 @@ _ROW = np.dtype(
     ('image_block', '<u4'),
     ('image_size', '<u4'),
     ('caption_block', '<u4'),
-    ('caption_size', '<u2'),
+    ('caption_size', '<u4'),
     ('is_json', '?'),
   ]
 )
@@ -49,9 +48,13 @@ def write_index(
   Returns:
     The number of records of each split.
 
+  Records that cannot be used are listed in `rejects.jsonl`, and counted in
+  `index.json`.
+
   Raises:
-    ValueError: `output` exists, a tar cannot be indexed, or there is no record
-      for training.
+    ValueError: `output` exists, a tar is compressed, or there is no record for
+      training.
+    OSError: the index cannot be written.
   """
   target = pathlib.Path(output)
   if target.exists():
@@ -59,16 +62,28 @@ def write_index(
       f'--output={output} exists: remove it or choose another directory.'
     )
   parts = {'train': [], 'validation': []}
-  for number, path in enumerate(paths):
+  used, rejects = [], []
+  for path in paths:
+    if not os.path.exists(path):
+      raise ValueError(
+        f'{path} is not on a local disk: copy it, or use prepare_data.'
+      )
     rows = {split: [] for split in parts}
-    for key, row in _rows(path, number):
-      rows[tars.split_of(key, validation_fraction)].append(row)
-    for split in parts:
-      parts[split].append(np.array(rows[split], _ROW))
+    for key, row in _rows(path, rejects):
+      rows[tars.split_of(key, validation_fraction)].append((len(used), *row))
+    if any(rows.values()):
+      used.append(path)
+      for split in parts:
+        parts[split].append(np.array(rows[split], _ROW))
+  rejected = dict(collections.Counter(bad.reason for bad in rejects))
+  if not sum(map(len, parts['train'])):
+    raise ValueError(
+      f'The tars hold no record for training: {rejected}'
+      + (f', such as {rejects[0]}' if rejects else '')
+      + '. An image and its caption need the same name up to the last dot.'
+    )
   tables = {split: np.concatenate(part) for split, part in parts.items()}
   tables = {split: table for split, table in tables.items() if len(table)}
-  if 'train' not in tables:
-    raise ValueError('The tars hold no record for training.')
   counts = {split: len(table) for split, table in tables.items()}
   partial = target.with_name(f'{target.name}.incomplete')
   partial.mkdir(parents=True, exist_ok=True)
@@ -78,63 +93,40 @@ def write_index(
     json.dumps(
       {
         'tars': [
-          [os.path.abspath(path), os.path.getsize(path)] for path in paths
+          [os.path.abspath(path), os.path.getsize(path)] for path in used
         ],
         'splits': counts,
+        'rejected': rejected,
       }
     )
   )
+  with (partial / 'rejects.jsonl').open('w') as lines:
+    for bad in rejects:
+      reject = {'key': bad.key, 'reason': bad.reason, 'detail': bad.detail}
+      lines.write(json.dumps(reject) + '\n')
   partial.rename(target)
   return counts
 
 
-def _rows(path: str, number: int):
+def _rows(path: str, rejects: list[BadRecord]):
   """Yields the key and the row of every record with an image and a caption."""
-  groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-  stem = pathlib.Path(path).stem
   try:
-    with tarfile.open(path, 'r:') as tar:
-      for member in tar:
-        if parts := tars.member_parts(member):
-          name, suffix = parts
-          if suffix in groups.setdefault(name, {}):
-            logging.warning(
-              '%s has two files for %s.%s: the first one is used.',
-              path,
-              name,
-              suffix,
-            )
-          groups[name].setdefault(suffix, member)
-  except tars.DAMAGED as error:
-    raise ValueError(
-      f'{path} cannot be indexed ({error}): only whole, uncompressed tars '
-      'can be read in place; prepare_data takes others.'
-    ) from error
-  for name, members in groups.items():
-    image, caption = (
-      next((members[s] for s in suffixes if s in members), None)
-      for suffixes in (tars.IMAGE_SUFFIXES, tars.CAPTION_SUFFIXES)
-    )
-    # The table has 2 bytes for the size of a caption.
-    if image is None or caption is None or caption.size >= 2**16:
-      logging.warning(
-        'Skipped %s/%s: it has no image, no caption, or a caption of 64 KiB '
-        'or more.',
-        stem,
-        name,
+    for key, image, caption, suffix in tars.find_records(path, rejects):
+      yield (
+        key,
+        (
+          image.offset // _BLOCK,
+          image.size,
+          caption.offset // _BLOCK,
+          caption.size,
+          suffix == 'json',
+        ),
       )
-      continue
-    yield (
-      f'{stem}/{name}',
-      (
-        number,
-        image.offset_data // _BLOCK,
-        image.size,
-        caption.offset_data // _BLOCK,
-        caption.size,
-        caption.name.lower().endswith('.json'),
-      ),
-    )
+  except tar_members.CompressedTar as error:
+    raise ValueError(
+      f'{path} cannot be indexed: {error}, so it cannot be read in place; '
+      'prepare_data takes it.'
+    ) from error
 
 
 def read_index(path: str) -> dict[str, Any]:
@@ -199,7 +191,9 @@ class TarSource:
     return len(self._table)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """The record's `image` (an image file as bytes), `caption` and `key`.
+    """The record's `image` (a file as bytes), `key`, `caption` and `captions`.
+
+    `caption` is the first of the captions.
 
     Raises:
       BadRecord: the tar cannot be read, or the caption is unusable.
@@ -207,7 +201,7 @@ class TarSource:
     row = self._table[index]
     path = self._tars[row['tar']]
     start = int(row['image_block']) * _BLOCK
-    key = f'{pathlib.Path(path).stem}@{start}'
+    key = f'{tars.stem(path)}@{start}'
     try:
       with open(path, 'rb') as file:
         image = _read(file, start, int(row['image_size']))
@@ -216,9 +210,15 @@ class TarSource:
         )
     except OSError as error:
       raise BadRecord(key, 'unreadable tar', str(error)) from error
-    suffix = 'json' if row['is_json'] else 'txt'
-    image, caption = tars.split_files({'jpg': image, suffix: caption}, key)
-    return {'image': image, 'caption': caption, 'key': key}
+    captions = tars.read_captions(
+      caption, 'json' if row['is_json'] else 'txt', key
+    )
+    return {
+      'image': image,
+      'caption': captions[0],
+      'captions': captions,
+      'key': key,
+    }
 
 
 def _read(file, start: int, size: int) -> bytes:

@@ -1,34 +1,36 @@
 """Captioned images in tars, as img2dataset and webdataset write them.
 
 A record is an image (.jpg, .jpeg, .png or .webp) and a caption (.txt, or the
-'caption' of a .json) with the same name. Its key is `<tar>/<name>`. Tars are
-streamed, and nothing is extracted to disk.
+'caption' of a .json) with the same name. Its key is `<tar>/<name>`. If a name
+has several parts, such as `name.input.jpg` and `name.output.txt`, the key has
+the first. Tars are streamed, and nothing is extracted to disk.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 import hashlib
-import json
+import math
 import os
 import re
-import tarfile
-import zlib
+from typing import Any
 
 from etils import epath
 
+from mdm_jax.data import captions, tar_members
+from mdm_jax.data.tar_members import DamagedTar, Member
 from mdm_jax.data.transforms import BadRecord
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
-# Errors that damaged tars raise, compressed or not.
-DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
 _MAX_IMAGE, _MAX_CAPTION = 256 * 2**20, 2**20  # bytes
 _MAX_MEMBERS = 2_000_000
+_MAX_NAMES = 2**28  # letters of all names
 # Bytes of all files that wait for the other file of their record.
 _MAX_PENDING = 2**30
 
-# Suffix -> contents of a record's files; None for a file that was rejected.
-Files = dict[str, bytes | None]
+# Suffix -> contents of a record's file, or where it is; None for a file that
+# was rejected.
+Files = dict[str, Any]
 
 
 def find(patterns: Sequence[str]) -> list[str]:
@@ -59,7 +61,7 @@ def find(patterns: Sequence[str]) -> list[str]:
     paths += found
   by_stem = collections.defaultdict(list)
   for path in paths:
-    by_stem[epath.Path(path).stem].append(path)
+    by_stem[stem(path)].append(path)
   for same in by_stem.values():
     if len(same) > 1:
       raise ValueError(
@@ -76,29 +78,55 @@ def split_of(key: str, validation_fraction: float) -> str:
   return 'validation' if is_validation else 'train'
 
 
+def stem(path: epath.PathLike) -> str:
+  """What the keys of a tar's records begin with: its name without .tar."""
+  return tar_members.readable(epath.Path(path).stem)
+
+
 def read_records(
   path: epath.PathLike, rejects: list[BadRecord]
-) -> Iterator[tuple[str, bytes, str]]:
-  """Yields the key, the image file and the caption of a tar's records.
+) -> Iterator[tuple[str, bytes, list[str]]]:
+  """Yields the key, the image file and the captions of a tar's records.
 
   Args:
     path: of a tar, local or in a bucket, compressed or not.
     rejects: unusable records are appended to it.
   """
-  for key, files in _groups(path, rejects):
+  members = _files(path, rejects, in_place=False)
+  for key, files in _group(stem(path), members, rejects, _MAX_PENDING):
     try:
-      image, caption = split_files(files, key)
-      yield key, image, caption
+      image, caption, suffix = choose(files, key)
+      yield key, image, read_captions(caption, suffix, key)
     except BadRecord as bad:
       rejects.append(bad)
 
 
-def split_files(files: Files, key: str) -> tuple[bytes, str]:
-  """Returns the image file, and the caption with collapsed white space.
+def find_records(
+  path: epath.PathLike, rejects: list[BadRecord]
+) -> Iterator[tuple[str, Member, Member, str]]:
+  """Finds records in place; the captions are not read.
+
+  Args:
+    path: of an uncompressed tar on a local disk.
+    rejects: unusable records are appended to it.
+
+  Yields:
+    The key, where the image file and the caption's file are, and the suffix of
+    the latter.
+  """
+  members = _files(path, rejects, in_place=True)
+  for key, files in _group(stem(path), members, rejects, math.inf):
+    try:
+      yield key, *choose(files, key)
+    except BadRecord as bad:
+      rejects.append(bad)
+
+
+def choose(files: Files, key: str) -> tuple[Any, Any, str]:
+  """Returns image file, caption file, and the suffix of the latter.
 
   Raises:
-    BadRecord: the image or the caption is missing, or the caption is empty or
-      unreadable.
+    BadRecord: the image or the caption is missing.
   """
   image = next((files[s] for s in IMAGE_SUFFIXES if s in files), None)
   if image is None:
@@ -106,115 +134,214 @@ def split_files(files: Files, key: str) -> tuple[bytes, str]:
   suffix = next((s for s in CAPTION_SUFFIXES if s in files), None)
   if suffix is None:
     raise BadRecord(key, 'image without caption')
-  return image, _parse_caption(files[suffix], suffix, key)
+  return image, files[suffix], suffix
 
 
-def _parse_caption(data: bytes, suffix: str, key: str) -> str:
-  try:
-    text = data.decode()
-    caption = text if suffix == 'txt' else json.loads(text)['caption']
-  # A hostile JSON file may be nested too deeply.
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise BadRecord(
-      key, 'unreadable caption', f'{type(error).__name__}: {error}'
-    ) from error
-  caption = ' '.join(str(caption or '').split())
-  if not caption:
-    raise BadRecord(key, 'empty caption')
-  return caption
+def read_captions(data: bytes, suffix: str, key: str) -> list[str]:
+  """The captions of a .txt, which holds one, or of a .json.
+
+  Raises:
+    BadRecord: as `captions.read`.
+  """
+  read = captions.read_json if suffix == 'json' else captions.read
+  return read(data, key)
 
 
-def member_parts(member: tarfile.TarInfo) -> tuple[str, str] | None:
-  """The name and lower-case suffix of an image or caption, None for others."""
-  name, _, suffix = member.name.removeprefix('./').rpartition('.')
-  suffix = suffix.lower()
-  if member.isfile() and suffix in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
-    return name, suffix
+def _is_complete(suffixes: Collection[str]) -> bool:
+  return bool({*IMAGE_SUFFIXES} & {*suffixes}) and bool(
+    {*CAPTION_SUFFIXES} & {*suffixes}
+  )
+
+
+def _webdataset_key(name: str) -> str | None:
+  """The key that webdataset gives to a file, if its parts look like that.
+
+  webdataset separates key and parts at the first dot of the base name, as in
+  `key.input.jpg`. In other tars a dot is part of the name, as in `1.5 m.jpg`.
+  """
+  directory, slash, base = name.rpartition('/')
+  key, _, parts = base.partition('.')
+  if key and (not parts or re.fullmatch(r'[A-Za-z_]+(\.[A-Za-z_]+)*', parts)):
+    return directory + slash + key
   return None
 
 
-def _groups(
-  path: epath.PathLike, rejects: list[BadRecord]
+class _Groups:
+  """Collects the files of records."""
+
+  def __init__(self, tar: str, rejects: list[BadRecord], max_pending: float):
+    self._tar, self._rejects = tar, rejects
+    self._max_pending = max_pending
+    # Name -> files, and their bytes.
+    self._pending: dict[str, Files] = {}
+    self._sizes = collections.Counter()
+    self._num_pending = 0
+    self._seen = set()
+    # The last names in the tar with the same webdataset key.
+    self._neighbours: list[str] = []
+    # False once a record has equal names with a dot in them.
+    self._may_join = True
+
+  def add(
+    self, name: str, suffix: str, size: int, content: Any
+  ) -> Iterator[tuple[str, Files]]:
+    """Adds a file; yields the record that was complete before it, if any."""
+    if self._neighbours and name != self._neighbours[-1]:
+      last = self._neighbours[-1]
+      if _is_complete(self._pending.get(last, ())):
+        yield from self._take([last])
+      if _webdataset_key(name) != _webdataset_key(last):
+        yield from self._take(self._joined(self._neighbours))
+        self._neighbours = []
+    if name not in self._neighbours[-1:]:
+      self._neighbours.append(name)
+    if (name, suffix) in self._seen:
+      self._reject(name, 'name used twice', suffix)
+      return
+    if name in self._seen and name not in self._pending:
+      # A second caption of a record that was yielded is no loss.
+      if suffix in IMAGE_SUFFIXES:
+        self._reject(name, 'name used twice', suffix)
+      return
+    self._seen |= {name, (name, suffix)}
+    self._pending.setdefault(name, {})[suffix] = content
+    self._sizes[name] += size
+    self._num_pending += size
+    while self._num_pending > self._max_pending:
+      first = next(iter(self._pending))
+      for _ in self._take([first]):
+        self._reject(first, 'parts too far apart')
+
+  def finish(self) -> Iterator[tuple[str, Files]]:
+    """Yields what is left, also records without image or caption."""
+    by_key = collections.defaultdict(list)
+    for name in self._pending:
+      by_key[_webdataset_key(name)].append(name)
+    joined = {
+      name: names
+      for names in map(self._joined, by_key.values())
+      for name in names
+    }
+    for name in list(self._pending):
+      if name in self._pending:
+        yield from self._take(joined.get(name, [name]))
+
+  def _reject(self, name: str, reason: str, detail: str = '') -> None:
+    self._rejects.append(BadRecord(f'{self._tar}/{name}', reason, detail))
+
+  def _joined(self, names: Sequence[str]) -> list[str]:
+    """The names that are one record by webdataset's rule, or none."""
+    names = [name for name in names if name in self._pending]
+    suffixes = [suffix for name in names for suffix in self._pending[name]]
+    key = _webdataset_key(names[0]) if names else None
+    is_record = (
+      self._may_join
+      and len(names) > 1
+      and key is not None
+      and (key in self._pending or key not in self._seen)
+      and not any(_is_complete(self._pending[name]) for name in names)
+      and _is_complete(suffixes)
+      and len(suffixes) == len({*suffixes})
+      and len({*suffixes} & {*IMAGE_SUFFIXES}) == 1
+    )
+    return names if is_record else []
+
+  def _take(self, names: Sequence[str]) -> Iterator[tuple[str, Files]]:
+    """Yields the files of names that are one record."""
+    if not names:
+      return
+    files = {}
+    for name in names:
+      files |= self._pending.pop(name)
+      self._num_pending -= self._sizes.pop(name)
+    name = names[0] if len(names) == 1 else _webdataset_key(names[0])
+    self._seen.add(name)
+    if len(names) == 1 and '.' in name.rpartition('/')[2]:
+      self._may_join = self._may_join and not _is_complete(files)
+    # None is a file that has been rejected, and its record with it.
+    if None not in files.values():
+      yield f'{self._tar}/{name}', files
+
+
+def _group(
+  tar: str,
+  members: Iterable[tuple[str, str, int, Any]],
+  rejects: list[BadRecord],
+  max_pending: float,
 ) -> Iterator[tuple[str, Files]]:
   """Yields the key and the files of each record.
 
   A record whose files are neighbours in the tar is yielded once it is
   complete, others at the end.
   """
-  stem = epath.Path(path).stem
-  pending: dict[str, Files] = {}
-  seen, num_pending, last = set(), 0, None
-
-  def take(name):
-    nonlocal num_pending
-    files = pending.pop(name)
-    num_pending -= sum(len(data or b'') for data in files.values())
-    # None is a file that has been rejected, and its record with it.
-    if None not in files.values():
-      yield f'{stem}/{name}', files
-
-  for name, suffix, data in _members(path, rejects):
-    if (
-      name != last
-      and last in pending
-      and (
-        {*IMAGE_SUFFIXES} & {*pending[last]}
-        and {*CAPTION_SUFFIXES} & {*pending[last]}
-      )
-    ):
-      yield from take(last)
-    last = name
-    if (name, suffix) in seen:
-      rejects.append(BadRecord(f'{stem}/{name}', 'name used twice', suffix))
-      continue
-    if name in seen and name not in pending:
-      continue  # A second caption of a record that was yielded.
-    seen |= {name, (name, suffix)}
-    pending.setdefault(name, {})[suffix] = data
-    num_pending += len(data or b'')
-    while num_pending > _MAX_PENDING:
-      first = next(iter(pending))
-      for key, _ in take(first):
-        rejects.append(BadRecord(key, 'parts too far apart'))
-  for name in list(pending):
-    yield from take(name)
+  groups = _Groups(tar, rejects, max_pending)
+  for member in members:
+    yield from groups.add(*member)
+  yield from groups.finish()
 
 
-def _members(
-  path: epath.PathLike, rejects: list[BadRecord]
-) -> Iterator[tuple[str, str, bytes | None]]:
-  """Yields name, suffix and contents; the contents of rejects are None."""
-  stem, key, opened = epath.Path(path).stem, None, False
+def _parts(name: str) -> tuple[str, str] | None:
+  """The name and lower-case suffix of an image or caption, None for others."""
+  name, _, suffix = name.removeprefix('./').rpartition('.')
+  suffix = suffix.lower()
+  base = name.rpartition('/')[2]
+  # A Mac leaves a second file `._x.jpg` for each file x.jpg.
+  is_mac = base.startswith('._') or '__MACOSX' in name.split('/')
+  if suffix in IMAGE_SUFFIXES + CAPTION_SUFFIXES and not is_mac:
+    return name, suffix
+  return None
+
+
+def _files(
+  path: epath.PathLike, rejects: list[BadRecord], in_place: bool
+) -> Iterator[tuple[str, str, int, Any]]:
+  """Yields name, suffix, size and contents of images and captions.
+
+  The contents are the member if `in_place`, otherwise bytes; those of rejects
+  are None.
+  """
+  tar_key, key = stem(path), None
+  opened, count, num_letters = False, 0, 0
   try:
-    with (
-      epath.Path(path).open('rb') as file,
-      tarfile.open(fileobj=file, mode='r|*') as tar,
-    ):
-      opened = True
-      for count, member in enumerate(tar):
-        # Otherwise tarfile keeps every header in memory.
-        tar.members = []
-        if count >= _MAX_MEMBERS:
-          raise tarfile.TarError(f'more than {_MAX_MEMBERS} members')
-        parts = member_parts(member)
-        if parts is None:
+    with tar_members.open_tar(path, in_place) as tar:
+      for member in tar:
+        opened = True
+        count += 1
+        num_letters += len(member.name)
+        if count > _MAX_MEMBERS or num_letters > _MAX_NAMES:
+          raise DamagedTar(
+            f'more than {_MAX_MEMBERS} members, or {_MAX_NAMES} letters in '
+            'their names'
+          )
+        parts = _parts(member.name)
+        if parts is None or member.kind == 'directory':
           continue
         name, suffix = parts
-        key = f'{stem}/{name}'
-        limit = _MAX_IMAGE if suffix in IMAGE_SUFFIXES else _MAX_CAPTION
-        if member.size > limit:
-          rejects.append(
-            BadRecord(key, 'file too large', f'{suffix} of {member.size} bytes')
-          )
-          yield name, suffix, None
-          continue
-        data = tar.extractfile(member).read()
+        key = f'{tar_key}/{name}'
+        if bad := _unusable(member, suffix, key):
+          rejects.append(bad)
+          yield name, suffix, 0, None
+        elif in_place:
+          tar.skip(member.size)
+          yield name, suffix, member.size, member
+        else:
+          yield name, suffix, member.size, tar.read(member.size)
         key = None
-        yield name, suffix, data
-  except DAMAGED as error:
+  except (DamagedTar, OSError) as error:
     if key is not None:
       rejects.append(BadRecord(key, 'damaged tar member', str(error)))
-      yield name, suffix, None
+      yield name, suffix, 0, None
     # The members before the damage are still good.
     reason = 'damaged tar' if opened else 'unreadable tar'
-    rejects.append(BadRecord(str(path), reason, str(error)))
+    rejects.append(
+      BadRecord(tar_members.readable(str(path)), reason, str(error))
+    )
+
+
+def _unusable(member: Member, suffix: str, key: str) -> BadRecord | None:
+  if member.kind:
+    return BadRecord(key, 'not a plain file', f'{suffix}: {member.kind}')
+  limit = _MAX_IMAGE if suffix in IMAGE_SUFFIXES else _MAX_CAPTION
+  if member.size > limit:
+    return BadRecord(key, 'file too large', f'{suffix} of {member.size} bytes')
+  return None

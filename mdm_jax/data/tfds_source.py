@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mdm_jax.data import captions, tar_members
 from mdm_jax.data.transforms import BadRecord
+
+_INTEGER = int, np.integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Features:
   # Size of the original image in pixels, if the stored image is reduced.
   width: str | None = None
   height: str | None = None
+  # Whether the caption may be several, by `captions.join`.
+  several_captions: bool = False
 
   def used(self) -> dict[str, str]:
     """The features that are read: 'image', 'caption', … -> its name."""
     return {
       kind: name
       for kind, name in dataclasses.asdict(self).items()
-      if name is not None
+      if isinstance(name, str)
     }
 
 
@@ -119,35 +124,48 @@ class TfdsSource:
       pixels).
 
     Raises:
-      BadRecord: if the checksum of the record does not match, or the record
-        has no caption or label.
+      BadRecord: if the checksum of the record does not match, its contents are
+        not those features, or the record has no caption or label.
     """
     key = f'{self.name}[{self.split}][{index}]'
+    records, parse, leaves = self._records, self._parse, self._leaves
     try:
-      record = self._parse(self._records[index])
-    except RuntimeError as error:
-      raise BadRecord(key, 'damaged record', str(error)) from error
+      record = parse(records[index])
+      parts = {
+        kind: functools.reduce(operator.getitem, keys, record)
+        for kind, (keys, _) in leaves.items()
+      }
+    # Parsers raise errors of any type for bytes that are something else.
+    except Exception as error:
+      detail = f'{type(error).__name__}: {error}'.splitlines()[0]
+      raise BadRecord(key, 'damaged record', detail) from error
+    return self._check(parts, key)
 
-    parts = {'key': key.encode()}
-    for kind, (keys, _) in self._leaves.items():
-      parts[kind] = functools.reduce(operator.getitem, keys, record)
-    parts['key'] = key = parts['key'].decode()
+  def _check(self, parts: dict[str, Any], key: str) -> dict[str, Any]:
+    """The record of features that may have any type."""
+    if not isinstance(parts['image'], bytes):
+      raise BadRecord(key, 'damaged record', 'its image is not a file')
+    if 'key' in parts:
+      if not isinstance(parts['key'], bytes) or not parts['key']:
+        raise BadRecord(key, 'damaged record', 'its key is not a text')
+      key = tar_members.readable(parts['key'])
+    parts['key'] = key
     if 'caption' in parts:
-      captions = parts['caption']
-      if isinstance(captions, bytes):
-        captions = [captions]
-      try:
-        parts['captions'] = [caption.decode() for caption in captions]
-      except UnicodeDecodeError as error:
-        raise BadRecord(key, 'unreadable caption', str(error)) from error
-      if not parts['captions']:
-        raise BadRecord(key, 'no caption')
+      texts = parts['caption']
+      if self.features.several_captions:
+        texts = captions.split(texts)
+      parts['captions'] = captions.read(texts, key)
       parts['caption'] = parts['captions'][0]
     if 'width' in parts:
-      parts['size'] = int(min(parts.pop('width'), parts.pop('height')))
-    # TFDS writes -1 where a test set keeps its labels secret.
-    if parts.get('label', 0) < 0:
-      raise BadRecord(key, 'no label')
+      size = parts.pop('width'), parts.pop('height')
+      if not all(isinstance(side, _INTEGER) and side > 0 for side in size):
+        raise BadRecord(key, 'damaged record', 'its size is not a number')
+      parts['size'] = int(min(size))
+    if 'label' in parts:
+      label = parts['label']
+      # TFDS writes -1 where a test set keeps its labels secret.
+      if not isinstance(label, _INTEGER) or not 0 <= label < self.num_classes:
+        raise BadRecord(key, 'no label')
     return parts
 
 

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 import tqdm
 
-from mdm_jax.data import tars
+from mdm_jax.data import captions, tars
 from mdm_jax.data.transforms import BadRecord, load_image
 from mdm_jax.runtime import files
 
@@ -43,6 +43,7 @@ SPLITS = ('train', 'validation')
 # Records of whole tars are joined into files of up to this many records.
 _RECORDS_PER_SHARD = 10_000
 _JPEG_QUALITY = 95
+_MAX_JPEG_SIDE = 65_500  # pixels
 _DIGEST = np.dtype('V16')  # hash of an image file
 
 # A split, a file of records, and bool [records]: which records to use.
@@ -94,25 +95,28 @@ class Options:
 
 
 def make_record(
-  key: str, image: bytes, caption: str, options: Options
+  key: str, image: bytes, texts: Sequence[str], options: Options
 ) -> dict[str, Any]:
   """Checks a captioned image and makes the record that is stored.
 
   Args:
     key: of the record.
     image: an image file.
-    caption: of the image.
+    texts: captions of the image, see `captions.read`; those that are too long
+      are left out.
     options: which records are used, and how they are stored.
 
   Returns:
-    `image` (an image file), `caption`, `key`, and `width` and `height` in
-    pixels before any reduction.
+    `image` (an image file), `caption` (see `captions.join`), `key`, and
+    `width` and `height` in pixels before any reduction.
 
   Raises:
     BadRecord: the image cannot be decoded, or the options exclude the record.
   """
-  if len(caption) > options.max_caption_length:
-    raise BadRecord(key, 'caption too long', f'{len(caption)} characters')
+  fitting = [x for x in texts if len(x) <= options.max_caption_length]
+  if not fitting:
+    shortest = min(map(len, texts))
+    raise BadRecord(key, 'caption too long', f'{shortest} characters')
   pixels, (width, height) = load_image(image, options.reduce_to or 1, key)
   side = min(width, height)
   if side < options.min_side:
@@ -121,21 +125,41 @@ def make_record(
     raise BadRecord(key, 'image too elongated', f'{width} x {height}')
   if 0 < options.reduce_to < side:
     scale = options.reduce_to / side
-    buffer = io.BytesIO()
-    pixels.resize(
-      (round(width * scale), round(height * scale)),
-      Image.Resampling.LANCZOS,
-      reducing_gap=2.0,
-    ).save(buffer, 'JPEG', quality=_JPEG_QUALITY)
-    image = buffer.getvalue()
+    size = round(width * scale), round(height * scale)
+    if max(size) <= _MAX_JPEG_SIDE:
+      buffer = io.BytesIO()
+      pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0).save(
+        buffer, 'JPEG', quality=_JPEG_QUALITY
+      )
+      image = buffer.getvalue()
   # The original size, which the network is conditioned on.
   return {
     'image': image,
-    'caption': caption,
+    'caption': captions.join(fitting),
     'key': key,
     'width': width,
     'height': height,
   }
+
+
+def _serialize(
+  features, key: str, image: bytes, texts: Sequence[str], options: Options
+) -> bytes:
+  """Makes the bytes of a record, see `make_record`.
+
+  Raises:
+    BadRecord: the record cannot be made, for whatever reason.
+  """
+  try:
+    record = make_record(key, image, texts, options)
+    return features.serialize_example(features.encode_example(record))
+  except BadRecord:
+    raise
+  # Whatever an image or a library has in store, it costs one record of
+  # millions. Nothing here writes to the disk.
+  except Exception as error:
+    lines = f'{type(error).__name__}: {error}'.splitlines()
+    raise BadRecord(key, 'record cannot be made', lines[0]) from error
 
 
 def prepare(
@@ -274,16 +298,14 @@ def _convert(options: Options, job: tuple[str, pathlib.Path]) -> None:
       split: stack.enter_context(_writer(_records(report, split)))
       for split in SPLITS
     }
-    for key, image, caption in tars.read_records(path, rejects):
+    for key, image, texts in tars.read_records(path, rejects):
       try:
-        record = make_record(key, image, caption, options)
+        record = _serialize(features, key, image, texts, options)
       except BadRecord as bad:
         rejects.append(bad)
         continue
       split = tars.split_of(key, options.validation_fraction)
-      writers[split].write(
-        features.serialize_example(features.encode_example(record))
-      )
+      writers[split].write(record)
       digests[split].append(
         hashlib.blake2b(image, digest_size=_DIGEST.itemsize).digest()
       )
@@ -323,8 +345,12 @@ def _finish(
   directory.mkdir(exist_ok=True)
   parts, rejected = _read_reports(reports, directory / 'rejects.jsonl')
   if not parts:
+    first = (directory / 'rejects.jsonl').read_text().partition('\n')[0]
     shutil.rmtree(directory.parent)
-    raise ValueError(f'There is no usable record: {dict(rejected)}.')
+    raise ValueError(
+      f'There is no usable record: {dict(rejected)}, such as {first}. An image '
+      'and its caption need the same name up to the last dot.'
+    )
   if options.deduplicate:
     parts, duplicates = _deduplicate(parts)
     if duplicates:

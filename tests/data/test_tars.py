@@ -33,7 +33,7 @@ def test_parts_may_be_anywhere(tmp_path):
     records, rejects = read(tmp_path / f'{stem}.tar')
     assert rejects == []
     assert sorted(records) == [
-      (f'{stem}/00{i}', files[f'00{i}.jpg'], f'picture {i}') for i in range(4)
+      (f'{stem}/00{i}', files[f'00{i}.jpg'], [f'picture {i}']) for i in range(4)
     ]
 
 
@@ -93,8 +93,8 @@ def test_a_name_used_twice_counts_once(tmp_path):
   write_tar(tmp_path / 's.tar', files)
   records, rejects = read(tmp_path / 's.tar')
   assert [(key, caption) for key, _, caption in records] == [
-    ('s/a', 'first'),
-    ('s/b', 'words'),
+    ('s/a', ['first']),
+    ('s/b', ['words']),
   ]
   assert rejects == [('s/a', 'name used twice')] * 2
 
@@ -121,16 +121,16 @@ def index(tmp_path):
 def test_records_in_place(index, tmp_path):
   expected = {}
   for path in tars.find([f'{tmp_path}/*.tar']):
-    for key, image, caption in tars.read_records(path, []):
-      expected.setdefault(tars.split_of(key, 0.2), []).append((image, caption))
+    for key, image, texts in tars.read_records(path, []):
+      expected.setdefault(tars.split_of(key, 0.2), []).append((image, texts))
   for split in ('train', 'validation'):
     source = pickle.loads(pickle.dumps(tar_index.open_source(index, split)))
     found = [
-      (source[i]['image'], source[i]['caption']) for i in range(len(source))
+      (source[i]['image'], source[i]['captions']) for i in range(len(source))
     ]
     assert sorted(found) == sorted(expected[split])
     assert len({source[i]['key'] for i in range(len(source))}) == len(source)
-    assert source._table.nbytes == 19 * len(source)
+    assert source._table.nbytes == 21 * len(source)
     assert isinstance(source._table, np.memmap)
 
 
