@@ -208,17 +208,14 @@ class TarReader:
             'it has no end-of-archive blocks, so it may have been cut'
           )
         return None
-      if len(block) < _BLOCK:
-        raise DamagedTar('the tar ends inside a header')
-      if not _is_header(block):
-        if start == num_zeros == 0:
-          raise DamagedTar('not a tar')
-        raise DamagedTar(
-          'data after the end of the archive'
-          if num_zeros
-          else f'no header at byte {self._position - _BLOCK}'
-        )
-      return block
+      if len(block) == _BLOCK and _is_header(block):
+        return block
+      if start == num_zeros == 0:
+        raise DamagedTar('not a tar')
+      if num_zeros:
+        raise DamagedTar('data after the end of the archive')
+      where = self._position - len(block)
+      raise DamagedTar(f'no header at byte {where}')
 
   def _read_metadata(self, size: int) -> bytes:
     if size > _MAX_METADATA:

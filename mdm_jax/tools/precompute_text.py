@@ -24,6 +24,7 @@ import numpy as np
 
 from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
+from mdm_jax.data.transforms import BadRecord
 from mdm_jax.runtime import files
 
 # Captions per file. At most this many are lost if the program is killed.
@@ -270,9 +271,17 @@ def _write_empty(
 def _captions(source, indices: range) -> list[str]:
   import grain
 
+  def caption(index: int) -> str:
+    try:
+      return source[index]['caption']
+    # Training replaces such a record, whatever its features are.
+    except BadRecord as error:
+      logging.warning('Encoded as an empty caption: %s', error)
+      return ''
+
   return list(
     grain.MapDataset.range(indices.start, indices.stop)
-    .map(lambda i: source[i]['caption'])
+    .map(caption)
     .to_iter_dataset(grain.ReadOptions())
   )
 

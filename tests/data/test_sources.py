@@ -11,6 +11,7 @@ import pytest
 from mdm_jax.data import pipeline, sources
 from mdm_jax.data.transforms import BadRecord, Transform
 from mdm_jax.tools import prepare_data
+from tests import fuzzing
 
 
 class Lengths:
@@ -108,3 +109,108 @@ def test_what_is_missing_is_named(data_set, tmp_path):
   path.unlink()
   with pytest.raises(FileNotFoundError, match='train.array_record-00000'):
     sources.open_source(data_set, 'train')
+
+
+def example(**features):
+  """Bytes of a record with any features; None leaves one out."""
+  from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+  good = {'image': image_file(1), 'caption': b'words', 'key': b'some/1'}
+  record = tf_example_pb2.Example()
+  for name, value in (good | {'width': 3, 'height': 2} | features).items():
+    values = value if isinstance(value, list) else [value]
+    if values and isinstance(values[0], bytes):
+      lists = {'bytes_list': tf_feature_pb2.BytesList(value=values)}
+    elif values and isinstance(values[0], float):
+      lists = {'float_list': tf_feature_pb2.FloatList(value=values)}
+    else:
+      values = [x for x in values if x is not None]
+      lists = {'int64_list': tf_feature_pb2.Int64List(value=values)}
+    if value is not None:
+      record.features.feature[name].CopyFrom(tf_feature_pb2.Feature(**lists))
+  return record.SerializeToString()
+
+
+def damaged():
+  return [
+    (b'', 'damaged record'),
+    (b'garbage', 'damaged record'),
+    (b'\x0a\xff\xff\xff\xff\x7f', 'damaged record'),  # 32 GB are announced
+    (example()[:-30], 'damaged record'),
+    (example(image=None), 'damaged record'),
+    (example(image=3), 'damaged record'),
+    (example(image=0.5), 'damaged record'),
+    (example(image=[]), 'damaged record'),
+    (example(image=[b'a', b'b']), 'damaged record'),
+    (example(caption=None), 'empty caption'),
+    (example(caption=3), 'unreadable caption'),
+    (example(caption=b'caf\xe9'), 'unreadable caption'),
+    (example(caption=b'a\0'), 'unreadable caption'),
+    (example(caption=b''), 'empty caption'),
+    (example(key=None), 'damaged record'),
+    (example(key=7), 'damaged record'),
+    (example(width=b'wide'), 'damaged record'),
+    (example(width=0), 'damaged record'),
+    (example(width=-5), 'damaged record'),
+    (example(height=None), 'damaged record'),
+  ]
+
+
+def test_records_that_are_something_else_are_bad(data_set, tmp_path):
+  """Their checksums are right."""
+  from array_record.python import array_record_module
+
+  cases = damaged()
+  count = len(sources.open_source(data_set, 'train'))
+  (path,) = (tmp_path / 'prepared').glob('*-train.array_record-00000-of-00001')
+  good = example(key=b'caf\xe9\n', caption=b'one\ntwo', height=7)
+  reasons = []
+  for start in range(0, len(cases), count - 1):
+    records = [data for data, _ in cases[start : start + count - 1]]
+    records += [good] * (count - len(records))
+    writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+    for data in records:
+      writer.write(data)
+    writer.close()
+    source = sources.open_source(data_set, 'train')
+    for i in range(min(count - 1, len(cases) - start)):
+      with pytest.raises(BadRecord) as info:
+        source[i]
+      reasons.append(info.value.reason)
+      str(info.value).encode()
+      assert '\n' not in str(info.value)
+  assert reasons == [reason for _, reason in cases]
+  # A reader of today's sets: several captions, and a key in one line.
+  assert source[count - 1] == {
+    'image': image_file(1),
+    'caption': 'one',
+    'captions': ['one', 'two'],
+    'key': r'caf\xe9\n',
+    'size': 3,
+  }
+  (batch,) = pipeline.make_dataset(
+    source,
+    transform=Transform(Lengths(), 16),
+    batch_size=count,
+    seed=0,
+    shuffle=True,
+    num_batches=1,
+  )
+  assert 0 < batch['bad'].sum() < count
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_record_is_read_or_bad(data_set, count):
+  source = sources.open_source(data_set, 'train')
+  source[0]
+
+  def make(rng):
+    data = example(caption=rng.choice([b'words', b'one\ntwo']))
+    return fuzzing.damage(data, rng)
+
+  def read(data):
+    source.__dict__['_records'] = [data]
+    record = source[0]
+    (record['key'] + ''.join(record['captions'])).encode()
+
+  fuzzing.check(read, make, count, refuses=BadRecord)

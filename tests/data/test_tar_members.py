@@ -205,10 +205,10 @@ WHOLE = header(b'g.jpg', 3) + padded(b'123') + END
   [
     (b'', 'the file is empty', 0),
     (b'no tar' * 200, 'not a tar', 0),
-    (WHOLE[:300], 'ends inside a header', 0),
+    (WHOLE[:300], 'not a tar', 0),
     (WHOLE[:600], 'ends before byte 1024', 1),
     (WHOLE[:1024], 'no end-of-archive blocks', 1),
-    (WHOLE[:1024] + WHOLE[:100], 'ends inside a header', 1),
+    (WHOLE[:1024] + WHOLE[:100], 'no header at byte 1024', 1),
     (WHOLE[:1024] + b'x' * 512 + END, 'no header at byte 1024', 1),
     (WHOLE + b'x' * 512, 'data after the end of the archive', 1),
     (WHOLE + bytes(2**23), 'zeros in the place of a member', 1),

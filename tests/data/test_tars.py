@@ -1,14 +1,20 @@
 """Tars are read as a stream in any order, or in place through an index."""
 
+import io
 import json
+import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 
-from mdm_jax.data import pipeline, tar_index, tars
+from mdm_jax.data import pipeline, sources, tar_index, tar_members, tars
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.tools import prepare_data
+from tests import fuzzing
+from tests.data.test_tar_members import END, header, padded
 from tests.tools.test_prepare_data import (
   bomb,
   good_files,
@@ -97,6 +103,243 @@ def test_a_name_used_twice_counts_once(tmp_path):
     ('s/b', ['words']),
   ]
   assert rejects == [('s/a', 'name used twice')] * 2
+
+
+JPEG, TEXT = image_file(), b'words'
+PAIR = {'a.jpg': JPEG, 'a.txt': TEXT}
+LAST = {'z.jpg': JPEG, 'z.txt': TEXT}
+
+
+def of_two_parts(*names):
+  return {
+    name: JPEG if name.endswith(('jpg', 'png')) else f'text of {name}'.encode()
+    for name in names
+  }
+
+
+ODD = {
+  'mac': (
+    PAIR
+    | {'._a.jpg': b'mac', 'd/._a.txt': b'', '.DS_Store': b'x'}
+    | {'__MACOSX/a.jpg': b'mac', '__MACOSX/d/._a.txt': b'mac'},
+    {'a': 'words'},
+    [],
+  ),
+  'names': (
+    {'./a.jpg': JPEG, 'a.txt': TEXT, '/b.jpg': JPEG, '/b.txt': TEXT}
+    | {'../c.jpg': JPEG, '../c.txt': TEXT, 'd.é.jpg': JPEG, 'd.é.txt': TEXT}
+    | {'e.jpg/f.PNG': JPEG, 'e.jpg/f.TXT': TEXT},
+    dict.fromkeys(['a', '/b', '../c', 'd.é', 'e.jpg/f'], 'words'),
+    [],
+  ),
+  'long names': (
+    {'n' * 300 + '.jpg': JPEG, 'n' * 300 + '.txt': TEXT},
+    {'n' * 300: 'words'},
+    [],
+  ),
+  'empty members': (
+    {'a.jpg': b'', 'a.txt': TEXT, 'b.jpg': JPEG, 'b.txt': b''} | LAST,
+    {'a': 'words', 'z': 'words'},
+    [('b', 'empty caption')],
+  ),
+  'apart': (
+    {'a.txt': TEXT, 'b.jpg': JPEG} | LAST | {'a.jpg': JPEG, 'b.txt': TEXT},
+    dict.fromkeys('abz', 'words'),
+    [],
+  ),
+  'late files': (
+    PAIR | LAST | {'a.json': b'{}', 'a.png': JPEG},
+    {'a': 'words', 'z': 'words'},
+    [('a', 'name used twice')],
+  ),
+  'two parts': (
+    of_two_parts('a.input.jpg', 'a.outputs.txt', 'd/b.in.jpg', 'd/b.out.txt')
+    | of_two_parts('c.jpg', 'c.en.txt', 'd.png', 'd.txt', 'd.seg.png'),
+    {
+      'a': 'text of a.outputs.txt',
+      'd/b': 'text of d/b.out.txt',
+      'c': 'text of c.en.txt',
+      'd': 'text of d.txt',
+    },
+    [('d.seg', 'image without caption')],
+  ),
+  'two parts apart': (
+    of_two_parts('a.in.jpg', 'b.in.jpg', 'a.out.txt', 'b.out.txt'),
+    {'a': 'text of a.out.txt', 'b': 'text of b.out.txt'},
+    [],
+  ),
+  # Which image belongs to which caption is not known.
+  'ambiguous parts': (
+    of_two_parts('a.in.jpg', 'a.mask.png', 'a.txt')
+    | of_two_parts('b.in.jpg', 'b.en.txt', 'b.de.txt'),
+    {},
+    [
+      ('a.in', 'image without caption'),
+      ('a.mask', 'image without caption'),
+      ('a', 'caption without image'),
+      ('b.in', 'image without caption'),
+      ('b.en', 'caption without image'),
+      ('b.de', 'caption without image'),
+    ],
+  ),
+  # Dots that are part of names.
+  'dotted names': (
+    of_two_parts('a.one.jpg', 'a.one.txt', 'a.two.jpg', 'a.two.txt')
+    | of_two_parts('b.1.jpg', 'b.2.txt', 'a.three.jpg', 'a.four.txt'),
+    {'a.one': 'text of a.one.txt', 'a.two': 'text of a.two.txt'},
+    [
+      ('b.1', 'image without caption'),
+      ('b.2', 'caption without image'),
+      ('a.three', 'image without caption'),
+      ('a.four', 'caption without image'),
+    ],
+  ),
+  'nothing of ours': ({'a.mp4': b'x' * 9999, 'b': b''}, {}, []),
+}
+
+
+def read_both(path):
+  """What a stream and the index find: key -> image, caption; and rejects."""
+  rejects = []
+  streamed = {
+    key: (image, *texts)
+    for key, image, texts in tars.read_records(path, rejects)
+  }
+  data, in_place, index_rejects = path.read_bytes(), {}, []
+  for key, *members, suffix in tars.find_records(path, index_rejects):
+    image, text = (data[m.offset : m.offset + m.size] for m in members)
+    try:
+      in_place[key] = image, *tars.read_captions(text, suffix, key)
+    except BadRecord as bad:
+      index_rejects.append(bad)
+  assert in_place == streamed
+  listed = [[str(bad) for bad in x] for x in (rejects, index_rejects)]
+  assert sorted(listed[0]) == sorted(listed[1])
+  return streamed, [(bad.key, bad.reason) for bad in rejects]
+
+
+@pytest.mark.parametrize('name', ODD)
+@pytest.mark.parametrize('tar_format', [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_odd_tars(tmp_path, monkeypatch, name, tar_format):
+  files, expected, rejected = ODD[name]
+  monkeypatch.setattr(tarfile.TarFile, 'format', tar_format)
+  write_tar(tmp_path / 's.tar', files)
+  records, rejects = read_both(tmp_path / 's.tar')
+  assert {key: text for key, (_, text) in records.items()} == {
+    f's/{key}': text for key, text in expected.items()
+  }
+  assert sorted(rejects) == sorted((f's/{key}', why) for key, why in rejected)
+
+
+def test_every_cut_is_named(tmp_path):
+  path = tmp_path / 's.tar'
+  write_tar(path, good_files(3))
+  data = path.read_bytes()
+  step = data.index(b'001.jpg')  # bytes of a record
+  for cut in range(0, 3 * step + 1, 256):
+    path.write_bytes(data[:cut])
+    records, rejects = read_both(path)
+    assert len(records) == sum(
+      cut >= i * step + step - 512 + len(b'picture 0') for i in range(3)
+    )
+    reason = 'damaged tar' if cut > 511 else 'unreadable tar'
+    assert rejects[-1][1] == reason or rejects[-2][1] == reason
+    assert {key for key, _ in rejects} >= {str(path)}
+  path.write_bytes(data[: 3 * step + 512])
+  assert read_both(path)[1] == []
+
+
+def test_links_and_sparse_files_are_named(tmp_path):
+  path = tmp_path / 's.tar'
+  with tarfile.open(path, 'w') as tar:
+    for name, kind in (
+      ('a.jpg', tarfile.LNKTYPE),
+      ('b.jpg', tarfile.SYMTYPE),
+      ('c.jpg', tarfile.FIFOTYPE),
+      ('d.jpg', tarfile.DIRTYPE),
+      ('d.jpg', tarfile.REGTYPE),
+    ):
+      member = tarfile.TarInfo(name)
+      member.type, member.linkname = kind, 'x.jpg'
+      tar.addfile(member)
+      member = tarfile.TarInfo(name.replace('jpg', 'txt'))
+      member.size = len(TEXT)
+      tar.addfile(member, io.BytesIO(TEXT))
+    sparse = tarfile.TarInfo('e.jpg')
+    sparse.pax_headers = {'GNU.sparse.major': '1', 'GNU.sparse.minor': '0'}
+    tar.addfile(sparse)
+  records, rejects = read_both(path)
+  assert list(records) == ['s/d']
+  assert sorted(rejects) == [
+    ('s/a', 'not a plain file'),
+    ('s/b', 'not a plain file'),
+    ('s/c', 'not a plain file'),
+    ('s/d', 'name used twice'),
+    ('s/e', 'not a plain file'),
+  ]
+
+
+def test_two_archives_in_one_file(tmp_path):
+  write_tar(tmp_path / 'a.tar', PAIR)
+  write_tar(tmp_path / 'b.tar', LAST | PAIR)
+  both = [(tmp_path / f'{name}.tar').read_bytes() for name in 'ab']
+  (tmp_path / 's.tar').write_bytes(b''.join(both))
+  records, rejects = read_both(tmp_path / 's.tar')
+  assert list(records) == ['s/a', 's/z']
+  assert rejects == [('s/a', 'name used twice')] * 2
+
+
+def test_names_that_are_not_utf8(tmp_path):
+  path = tmp_path / os.fsdecode(b's\xe9.tar')
+  with tarfile.open(
+    path, 'w', format=tarfile.GNU_FORMAT, encoding='latin-1'
+  ) as tar:
+    for name, data in {
+      'café.jpg': JPEG,
+      'café.txt': TEXT,
+      'é.jpg': b'',
+    }.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(data)
+      tar.addfile(member, io.BytesIO(data))
+  records, rejects = read_both(path)
+  assert list(records) == [r's\xe9/caf\xe9']
+  assert rejects == [(r's\xe9/\xe9', 'image without caption')]
+  prepare_data.prepare(str(path), str(tmp_path / 'out'))
+  tar_index.write_index([str(path)], str(tmp_path / 'index'), 0.0)
+  for opener, name in ((sources, 'out'), (tar_index, 'index')):
+    record = opener.open_source(str(tmp_path / name), 'train')[0]
+    assert record['image'] == JPEG
+    assert record['key'].encode().startswith(rb's\xe9')
+    text = (tmp_path / name / 'rejects.jsonl').read_text()
+    assert json.loads(text)['key'] == r's\xe9/\xe9'
+
+
+def make_records(rng):
+  """A tar of few names, damaged or not."""
+  names = ['a', 'b', 'a.in', 'a.out', 'b.in', '._a', 'd/a']
+  suffixes = ['jpg', 'png', 'txt', 'json']
+  parts = [
+    header(f'{rng.choice(names)}.{rng.choice(suffixes)}'.encode(), 3)
+    + padded(b'123')
+    for _ in range(rng.integers(1, 12))
+  ]
+  data = b''.join(parts) + END
+  return fuzzing.damage(data, rng) if rng.random() < 0.5 else data
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_streams_and_indices_agree_on_any_tar(tmp_path, count):
+  path = tmp_path / 's.tar'
+
+  def compare(data):
+    path.write_bytes(data)
+    try:
+      read_both(path)
+    except tar_members.CompressedTar:
+      pass
+
+  fuzzing.check(compare, make_records, count, refuses=())
 
 
 @pytest.fixture

@@ -73,6 +73,14 @@ def test_a_record_without_label_is_bad(flowers):
     source[2]
 
 
+def test_a_record_of_an_unknown_class_is_bad(flowers):
+  source = open_by_name('flowers', str(flowers), 'train', LABEL)
+  source.__dict__['num_classes'] = 2
+  assert source[1]['label'] == 1
+  with pytest.raises(BadRecord, match=r'flowers\[train\]\[2\]: no label'):
+    source[2]
+
+
 def test_one_of_several_captions(captions):
   source = open_by_name('captions/2014', str(captions), 'train', NESTED)
   record = source[5]

@@ -197,7 +197,9 @@ def test_features_of_another_data_set_are_refused(copied):
   directory = precomputed.text_directory(copied.data.path)
   first, second = sorted(directory.glob('train*'))[:2]
   shutil.copy(second, first)
-  with pytest.raises(ValueError, match='of another caption for some/'):
+  with pytest.raises(
+    BadRecord, match='some/.*: text features of another caption .*: remove|run'
+  ):
     make_source(copied, 'train', 8)[0]
 
 
@@ -212,6 +214,45 @@ def test_damaged_features_are_a_bad_record(copied):
   source[1]
   with pytest.raises(BadRecord, match='some/.*: damaged text features'):
     source[2]
+
+
+def test_features_that_are_something_else_are_a_bad_record(made):
+  """Their checksums are right."""
+  source = make_source(made, 'train', 8)
+  good, info = source._features[0], source.info
+  size = info.width * precomputed.DTYPES[info.dtype].itemsize
+  header, features = good[:-size], good[-size:]
+  for data in (
+    b'',
+    good[:11],
+    good[:-1],
+    good + b'x',
+    good[:-2],
+    header + features * MAX_LENGTH,
+    header + b'\xff' * size,
+  ):
+    source.__dict__['_features'] = [data]
+    with pytest.raises(BadRecord, match='some/.*: damaged text features'):
+      source[0]
+  source.__dict__['_features'] = []
+  with pytest.raises(BadRecord, match='some/.*: damaged text features'):
+    source[0]
+  source.__dict__['_features'] = [good]
+  assert np.isfinite(source[0]['text']).all()
+
+
+def test_a_bad_record_does_not_end_the_command():
+  class Source:
+    def __getitem__(self, index):
+      if index == 2:
+        raise BadRecord('some/2', 'damaged record')
+      return {'caption': f'caption {index}'}
+
+  assert precompute_text._captions(Source(), range(1, 4)) == [
+    'caption 1',
+    '',
+    'caption 3',
+  ]
 
 
 def test_long_captions_are_left_out(made):

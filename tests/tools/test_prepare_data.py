@@ -259,7 +259,7 @@ def test_errors_leave_nothing_behind(tmp_path):
   with pytest.raises(ValueError, match=r'none\*.tar matches no'):
     prepare_data.prepare(f'{tmp_path}/none*.tar', str(output))
   with pytest.raises(
-    ValueError, match="no usable record: {'unreadable tar': 1}"
+    ValueError, match="no usable record: {'unreadable tar': 1}.*not a tar"
   ):
     prepare_data.prepare(f'{tmp_path}/bad.tar', str(output))
   with pytest.raises(ValueError, match='fraction=1.0'):
@@ -438,6 +438,70 @@ def test_large_images_are_reduced_and_their_size_is_kept(tmp_path):
   np.testing.assert_allclose(
     pixels, np.broadcast_to(np.linspace(0, 255, 100), (75, 100)), atol=3
   )
+
+
+def test_an_image_too_long_for_jpeg_is_kept(tmp_path):
+  files = good_files(3)
+  files['001.jpg'] = image_file('PNG', 'L', size=(30, 90_000))
+  write_tar(tmp_path / 's.tar', files)
+  for reduce_to in (29, 20):
+    output = tmp_path / str(reduce_to)
+    summary = prepare_data.prepare(
+      f'{tmp_path}/s.tar',
+      str(output),
+      Options(validation_fraction=0, reduce_to=reduce_to),
+    )
+    assert summary['records'] == {'train': 3} and summary['rejected'] == {}
+    record = read_all(output)['s/001']
+    assert record['size'] == 30
+    with Image.open(io.BytesIO(record['image'])) as image:
+      # 90,000 * 29 / 30 pixels are too many.
+      assert image.size == {29: (30, 90_000), 20: (20, 60_000)}[reduce_to]
+
+
+@pytest.mark.parametrize('step', ['load_image', 'resize', 'encode', 'example'])
+def test_a_record_that_cannot_be_made_is_a_reject(tmp_path, monkeypatch, step):
+  """Whatever fails, and with whatever error."""
+  write_tar(tmp_path / 's.tar', good_files(3))
+  owner, name = {
+    'load_image': (prepare_data, 'load_image'),
+    'resize': (Image.Image, 'resize'),
+    'encode': (Image.Image, 'save'),
+    'example': (type(prepare_data._features()), 'encode_example'),
+  }[step]
+  whole, calls = getattr(owner, name), []
+
+  def fail_once(*args, **options):
+    calls.append(step)
+    if len(calls) == 2:
+      raise (ZeroDivisionError, OSError, MemoryError)[len(step) % 3]('a\nb')
+    return whole(*args, **options)
+
+  monkeypatch.setattr(owner, name, fail_once)
+  summary = prepare_data.prepare(
+    f'{tmp_path}/s.tar',
+    str(tmp_path / 'out'),
+    Options(validation_fraction=0, reduce_to=8),
+  )
+  assert summary['records'] == {'train': 2}
+  assert summary['rejected'] == {'record cannot be made': 1}
+  (reject,) = read_rejects(tmp_path / 'out')
+  assert reject['detail'].endswith('Error: a')
+
+
+def test_an_error_of_the_output_is_no_reject(tmp_path, monkeypatch):
+  write_tar(tmp_path / 's.tar', good_files(3))
+
+  class Broken(prepare_data.array_record_module.ArrayRecordWriter):
+    def write(self, record):
+      raise RuntimeError('no space left')
+
+  monkeypatch.setattr(
+    prepare_data.array_record_module, 'ArrayRecordWriter', Broken
+  )
+  with pytest.raises(RuntimeError, match='no space left'):
+    prepare_data.prepare(f'{tmp_path}/s.tar', str(tmp_path / 'out'))
+  assert not (tmp_path / 'out').exists()
 
 
 def test_keys_are_unique(tmp_path):
