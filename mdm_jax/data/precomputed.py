@@ -66,6 +66,7 @@ def read_info(data_path: str) -> TextInfo:
 
   Raises:
     FileNotFoundError: there are no features, or files are missing.
+    ValueError: `info.json` is something else.
   """
   directory = text_directory(data_path)
   path = directory / 'info.json'
@@ -74,7 +75,19 @@ def read_info(data_path: str) -> TextInfo:
       f'There are no text features in {directory}: make them with '
       f'{_COMMAND}, or encode captions during training with text.encoder=t5.'
     )
-  info = TextInfo(**json.loads(path.read_text()))
+  try:
+    info = TextInfo(**json.loads(path.read_bytes()))
+    is_right = (
+      isinstance(info.made_with, dict)
+      and info.dtype in DTYPES
+      and min(info.width, info.shard_size, *info.splits.values()) > 0
+    )
+  except (ValueError, TypeError, AttributeError):
+    is_right = False
+  if not is_right:
+    raise ValueError(
+      f'{path} is damaged: remove {directory} and run {_COMMAND} again.'
+    )
   missing = [
     name
     for split in info.splits
@@ -118,8 +131,21 @@ def require_same(
 
 
 def read_empty(data_path: str) -> np.ndarray:
-  """The features of the empty caption, float32 [n, D]."""
-  return np.load(text_directory(data_path) / 'empty.npy')
+  """The features of the empty caption, float32 [n, D].
+
+  Raises:
+    ValueError: the file is something else.
+  """
+  path = text_directory(data_path) / 'empty.npy'
+  try:
+    features = np.load(path)
+  except (ValueError, EOFError, OSError):
+    features = np.zeros(0)
+  if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
+    raise ValueError(
+      f'{path} is damaged: remove it and run {_COMMAND}, which makes it again.'
+    )
+  return features
 
 
 def pad(features: np.ndarray, length: int) -> np.ndarray:

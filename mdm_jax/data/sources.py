@@ -14,7 +14,15 @@ def _builder(path: str):
   # Slow to import, so it is imported only where such a data set is read.
   import tensorflow_datasets as tfds
 
-  return tfds.builder_from_directory(path)
+  try:
+    return tfds.builder_from_directory(path)
+  # TFDS raises errors of many types for a description that is something else.
+  except Exception as error:
+    detail = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise ValueError(
+      f'dataset_info.json or features.json in {path} is damaged ({detail}): '
+      'prepare the data set again.'
+    ) from error
 
 
 def available_splits(path: str) -> tuple[str, ...]:
@@ -22,6 +30,7 @@ def available_splits(path: str) -> tuple[str, ...]:
 
   Raises:
     FileNotFoundError: if there is no data set in `path`.
+    ValueError: if its description is damaged.
   """
   return tuple(_builder(path).info.splits)
 
@@ -32,7 +41,8 @@ def open_source(path: str, split: str) -> tfds_source.TfdsSource:
   Raises:
     FileNotFoundError: if there is no data set in `path`, or a file of the
       split is missing.
-    ValueError: if the data set has no such split.
+    ValueError: if the data set has no such split, or its description is
+      damaged.
   """
   return tfds_source.open_builder(
     _builder(path),

@@ -134,7 +134,7 @@ def read_index(path: str) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: there is no index, or a tar is missing.
-    ValueError: the size of a tar has changed.
+    ValueError: the size of a tar has changed, or `index.json` is damaged.
   """
   file = pathlib.Path(path) / 'index.json'
   if not file.exists():
@@ -142,8 +142,15 @@ def read_index(path: str) -> dict[str, Any]:
       f"There is no index in {path}: make one with {_COMMAND} --input='…/"
       f"*.tar' --output={path}"
     )
-  index = json.loads(file.read_text())
-  for tar, size in index['tars']:
+  try:
+    index = json.loads(file.read_bytes())
+    listed = [(os.fspath(tar), int(size)) for tar, size in index['tars']]
+    dict(index['splits'])
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(
+      f'{file} is damaged: remove {path} and index the tars again.'
+    ) from error
+  for tar, size in listed:
     if not os.path.exists(tar):
       raise FileNotFoundError(
         f'{tar}, which {path} lists, is missing: restore it, or index the '
@@ -177,6 +184,15 @@ class TarSource:
   def _tars(self) -> list[str]:
     return [tar for tar, _ in read_index(self.path)['tars']]
 
+  def is_whole(self, length: int) -> bool:
+    """Whether the table is one, and has `length` rows."""
+    try:
+      return (
+        len(self._table) == length and self._table.dtype.names == _ROW.names
+      )
+    except (ValueError, EOFError, OSError, TypeError):
+      return False
+
   def __reduce__(self):
     """Pickles the arguments, so that each worker process opens the files."""
     return TarSource, (self.path, self.split)
@@ -199,6 +215,8 @@ class TarSource:
       BadRecord: the tar cannot be read, or the caption is unusable.
     """
     row = self._table[index]
+    if row['tar'] >= len(self._tars):
+      raise BadRecord(f'{self.path}@{index}', 'damaged index')
     path = self._tars[row['tar']]
     start = int(row['image_block']) * _BLOCK
     key = f'{tars.stem(path)}@{start}'
@@ -245,9 +263,15 @@ def open_source(path: str, split: str) -> TarSource:
     FileNotFoundError: as `read_index`.
     ValueError: as `read_index`, or the index has no such split.
   """
-  splits = available_splits(path)
+  splits = read_index(path)['splits']
   if split not in splits:
     raise ValueError(
       f'{path} has no split {split!r}, only: {", ".join(splits)}.'
     )
-  return TarSource(path, split)
+  source = TarSource(path, split)
+  if not source.is_whole(splits[split]):
+    raise ValueError(
+      f'{split}.npy in {path} is damaged: remove {path} and index the tars '
+      'again.'
+    )
+  return source

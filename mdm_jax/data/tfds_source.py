@@ -10,6 +10,7 @@ import hashlib
 import operator
 from typing import Any
 
+from google.protobuf import json_format
 import numpy as np
 
 from mdm_jax.data import captions, tar_members
@@ -276,7 +277,7 @@ def open_by_name(
     builder = tfds.core.read_only_builder.builder_from_files(
       name, data_dir=data_dir or None
     )
-  except ValueError as error:
+  except (ValueError, json_format.ParseError) as error:
     where = f' --data_dir={data_dir}' if data_dir else ''
     raise FileNotFoundError(
       f'TFDS has no data set {name!r} in {data_dir or "its data_dir"}: give '

@@ -1,6 +1,7 @@
 """Prepared data sets as random access records."""
 
 import io
+import pathlib
 import pickle
 import tarfile
 
@@ -109,6 +110,15 @@ def test_what_is_missing_is_named(data_set, tmp_path):
   path.unlink()
   with pytest.raises(FileNotFoundError, match='train.array_record-00000'):
     sources.open_source(data_set, 'train')
+
+
+@pytest.mark.parametrize('name', ['dataset_info.json', 'features.json'])
+@pytest.mark.parametrize('junk', [b'', b'{}', b'\xff', b'[1, 2', b'{"splits":'])
+def test_a_damaged_description_is_named(data_set, name, junk):
+  (pathlib.Path(data_set) / name).write_bytes(junk)
+  with pytest.raises(ValueError, match='json in .*/prepared is damaged') as e:
+    sources.open_source(data_set, 'train')
+  assert '\n' not in str(e.value)
 
 
 def example(**features):

@@ -402,6 +402,43 @@ def test_what_has_changed_is_named(index, tmp_path):
     tar_index.open_source(index, 'train')
 
 
+@pytest.mark.parametrize('junk', [b'', b'junk', b'\xff', b'[]', b'{"tars": 3}'])
+def test_a_damaged_index_is_named(index, tmp_path, junk):
+  directory = tmp_path / 'index'
+  table = np.load(directory / 'train.npy')
+  table['tar'][1] = 9
+  np.save(directory / 'train.npy', table)
+  source = tar_index.open_source(index, 'train')
+  source[0]
+  with pytest.raises(BadRecord, match='damaged index'):
+    source[1]
+  whole = (directory / 'train.npy').read_bytes()
+  for damaged in (junk, whole[:-1], whole[:100]):
+    (directory / 'train.npy').write_bytes(damaged)
+    with pytest.raises(ValueError, match='train.npy in .* is damaged: remove'):
+      tar_index.open_source(index, 'train')
+  (directory / 'index.json').write_bytes(junk)
+  with pytest.raises(ValueError, match='index.json is damaged: remove .*index'):
+    tar_index.open_source(index, 'train')
+
+
+def test_indices_of_older_versions_are_read(index, tmp_path):
+  """Their tables have two bytes for the size of a caption."""
+  path = tmp_path / 'index' / 'train.npy'
+  source = tar_index.open_source(index, 'train')
+  records = [source[i] for i in range(len(source))]
+  old = np.dtype(
+    [
+      (name, '<u2' if name == 'caption_size' else kind)
+      for name, kind in tar_index._ROW.descr
+    ]
+  )
+  assert old.itemsize == 19
+  np.save(path, np.load(path).astype(old))
+  source = tar_index.open_source(index, 'train')
+  assert [source[i] for i in range(len(source))] == records
+
+
 def test_what_cannot_be_indexed_is_named(tmp_path):
   write_tar(tmp_path / 's.tar.gz', good_files(1), 'w:gz')
   with pytest.raises(ValueError, match='s.tar.gz cannot be indexed.*prepare_d'):

@@ -241,6 +241,17 @@ def test_features_that_are_something_else_are_a_bad_record(made):
   assert np.isfinite(source[0]['text']).all()
 
 
+@pytest.mark.parametrize('junk', [b'', b'{}', b'[1]', b'\xff', b'{"width": 3}'])
+def test_damaged_files_beside_the_features_are_named(copied, junk):
+  directory = precomputed.text_directory(copied.data.path)
+  (directory / 'empty.npy').write_bytes(junk)
+  with pytest.raises(ValueError, match='empty.npy is damaged: remove it and'):
+    precomputed.read_empty(copied.data.path)
+  (directory / 'info.json').write_bytes(junk)
+  with pytest.raises(ValueError, match='info.json is damaged: remove .*text'):
+    precomputed.read_info(copied.data.path)
+
+
 def test_a_bad_record_does_not_end_the_command():
   class Source:
     def __getitem__(self, index):
