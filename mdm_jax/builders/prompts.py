@@ -9,7 +9,7 @@ import numpy as np
 
 from mdm_jax.builders.data import held_out_split, make_source
 from mdm_jax.builders.text import make_tokenizer
-from mdm_jax.data import shapes
+from mdm_jax.data import pipeline, shapes
 from mdm_jax.eval.prompt_accuracy import Vocabulary
 
 
@@ -100,7 +100,7 @@ def make_prompts(
   source = make_source(config, split, 0)
   if rows is None:
     rows = range(min(count, len(source)))
-  records = [source[i % len(source)] for i in rows]
+  records = [pipeline.usable_record(source, i) for i in rows]
   captions = [record['caption'] for record in records]
   if config.text.encoder == 'precomputed':
     return Prompts(

@@ -130,10 +130,7 @@ class _Examples:
         last_error = error
         continue
       return {**example, 'bad': np.bool_(replacement > 0)}
-    raise DataError(
-      f'{_MAX_REPLACEMENTS} records in a row are unusable; the last one is '
-      f'{last_error}. Check the data set.'
-    )
+    raise _too_many(last_error)
 
   def _report(self, error: BadRecord) -> None:
     if error.key not in self.reported:
@@ -147,6 +144,28 @@ def _stack(examples: Sequence[Example]) -> Example:
   return {
     name: np.stack([x[name] for x in examples if name in x]) for name in names
   }
+
+
+def usable_record(source: Source, index: int) -> Record:
+  """The record at an index, or the next one that can be used.
+
+  Raises:
+    DataError: 100 records in a row are unusable.
+  """
+  for replacement in range(_MAX_REPLACEMENTS):
+    try:
+      return source[(index + replacement) % len(source)]
+    except BadRecord as error:
+      logging.warning('Replaced an unusable record: %s', error)
+      last_error = error
+  raise _too_many(last_error)
+
+
+def _too_many(last_error: BadRecord) -> DataError:
+  return DataError(
+    f'{_MAX_REPLACEMENTS} records in a row are unusable; the last one is '
+    f'{last_error}. Check the data set.'
+  )
 
 
 def batch_keys(

@@ -4,7 +4,8 @@
 
 The tars must be uncompressed and on a local disk. Only their headers are read,
 which takes seconds where prepare_data takes hours. Images are not checked:
-training replaces records that cannot be used.
+training replaces records that cannot be used. Tars and members that cannot be
+read are listed in DIR/rejects.jsonl.
 """
 
 import sys
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {error}')
   for split, count in counts.items():
     print(f'{split}: {count}')
+  for reason, count in tar_index.read_index(values.output)['rejected'].items():
+    print(f'skipped, {reason}: {count}')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@ import pytest
 from mdm_jax.builders.data import held_out_split, make_dataset, make_source
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
-from mdm_jax.data import shapes
+from mdm_jax.data import pipeline, shapes, tar_index
+from tests.tools.test_prepare_data import good_files, write_tar
 
 
 @pytest.fixture
@@ -151,3 +152,22 @@ def test_an_unmixed_batch_has_one_array_of_images(make_config):
   batch = one_batch(make_config(), (8, 16), (4, 4))
   assert sorted(batch) == ['bad', 'image', 'scale', 'text']
   assert batch['image'].shape == (4, 16, 16, 3)
+
+
+def test_bad_records_are_no_prompts(make_config, tmp_path):
+  files = good_files(4) | {'001.txt': b'caf\xe9'}
+  write_tar(tmp_path / 's.tar', files)
+  tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
+  config = make_config()
+  config.data.update(name='tars', path=f'{tmp_path}/index')
+  assert make_prompts(config, 4).captions == [
+    'picture 0',
+    'picture 2',
+    'picture 2',
+    'picture 3',
+  ]
+  write_tar(tmp_path / 'b.tar', dict.fromkeys(['a.jpg', 'a.txt'], b'\0'))
+  tar_index.write_index([f'{tmp_path}/b.tar'], f'{tmp_path}/bad', 0.0)
+  config.data.path = f'{tmp_path}/bad'
+  with pytest.raises(pipeline.DataError, match='100 records in a row are unus'):
+    make_prompts(config, 1)
