@@ -17,6 +17,8 @@ from mdm_jax.data.transforms import BadRecord
 # C0 and C1 but NUL; those that are white space for Python are no exception.
 _CONTROL = re.compile('[\x01-\x1f\x7f-\x9f]')
 
+_MAX_LENGTH = 2**20  # as many as a file of a tar may have
+
 
 def read(value: Any, key: str) -> list[str]:
   """Checks the captions of a record.
@@ -69,13 +71,15 @@ def clean(text: str | bytes) -> str:
   change the direction of writing.
 
   Raises:
-    ValueError: it is not text, not UTF-8, or has half a surrogate pair or NUL,
-      which is a sign of UTF-16.
+    ValueError: it is not text, not UTF-8, longer than 2^20 characters, or has
+      half a surrogate pair or NUL, which is a sign of UTF-16.
   """
   if isinstance(text, bytes):
     text = text.decode()
   elif not isinstance(text, str):
     raise ValueError(f'{type(text).__name__} instead of text')
+  if len(text) > _MAX_LENGTH:
+    raise ValueError(f'a text of {len(text)} characters')
   text.encode()  # Fails for half a surrogate pair, which JSON can hold.
   if '\0' in text:
     raise ValueError('NUL in a text: it may be UTF-16 instead of UTF-8')

@@ -69,8 +69,8 @@ def write_index(
         f'{path} is not on a local disk: copy it, or use prepare_data.'
       )
     rows = {split: [] for split in parts}
-    for key, row in _rows(path, rejects):
-      rows[tars.split_of(key, validation_fraction)].append((len(used), *row))
+    for key, row in _rows(path, len(used), rejects):
+      rows[tars.split_of(key, validation_fraction)].append(row)
     if any(rows.values()):
       used.append(path)
       for split in parts:
@@ -108,13 +108,15 @@ def write_index(
   return counts
 
 
-def _rows(path: str, rejects: list[BadRecord]):
+def _rows(path: str, number: int, rejects: list[BadRecord] | None = None):
   """Yields the key and the row of every record with an image and a caption."""
+  rejects = [] if rejects is None else rejects
   try:
     for key, image, caption, suffix in tars.find_records(path, rejects):
       yield (
         key,
         (
+          number,
           image.offset // _BLOCK,
           image.size,
           caption.offset // _BLOCK,
