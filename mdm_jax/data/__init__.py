@@ -6,6 +6,7 @@ batches examples in an order that depends on the seed alone.
 
 Sources: `shapes` (procedural), `sources` (written by tools.prepare_data),
 `tar_index` (tars read in place) and `tfds_source` (TensorFlow Datasets).
-Text: `text` (tokenizer), `labels` (classes), `precomputed` (text features).
-`tars` reads tars as streams, for the tools.
+Text: `captions` (checks what comes in), `text` (tokenizer), `labels` (classes),
+`precomputed` (text features).
+`tars` finds the records of tars, from the members that `tar_members` reads.
 """

@@ -49,6 +49,12 @@ def test_neighbours_need_no_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(tars, '_MAX_PENDING', limit)
   write_tar(tmp_path / 's.tar', files)
   assert len(read(tmp_path / 's.tar')[0]) == 20
+  parts = {
+    name.replace('.', '.in.' if name.endswith('jpg') else '.out.'): data
+    for name, data in files.items()
+  }
+  write_tar(tmp_path / 's.tar', parts)
+  assert len(read(tmp_path / 's.tar')[0]) == 20
   apart = sorted(files, key=lambda name: name.rpartition('.')[::-1])
   write_tar(tmp_path / 's.tar', {name: files[name] for name in apart})
   records, rejects = read(tmp_path / 's.tar')
