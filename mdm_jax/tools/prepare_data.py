@@ -36,7 +36,7 @@ from PIL import Image
 import tqdm
 
 from mdm_jax.data import tars
-from mdm_jax.data.transforms import BadRecord, load_image
+from mdm_jax.data.images import BadRecord, load_image
 from mdm_jax.runtime import files
 
 SPLITS = ('train', 'validation')

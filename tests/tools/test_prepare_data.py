@@ -15,7 +15,7 @@ from PIL import Image
 import pytest
 
 from mdm_jax.data import sources, tars
-from mdm_jax.data.transforms import decode_image
+from mdm_jax.data.images import decode_image
 from mdm_jax.runtime import files
 from mdm_jax.tools import prepare_data
 from mdm_jax.tools.prepare_data import Options
