@@ -19,9 +19,9 @@ import PIL.WebPImagePlugin  # noqa: F401
 from mdm_jax.data import metadata
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.webp')
-# What 256 MB hold: decoding an image, turning it upright and converting it to
-# RGB take up to 8 bytes a pixel at once, beside the file.
-MAX_PIXELS = 32_000_000
+# What 256 MB hold: decoding an image, converting it to RGB and turning it
+# upright take up to 8 bytes a pixel at once, and a few MB, beside the file.
+MAX_PIXELS = 30_000_000
 # Pillow's own limit is one for all formats, and does not know of `draft`.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -46,8 +46,8 @@ _TRANSPOSE = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
-# Directories that macOS, Windows and storage devices leave among files, beside
-# names that begin with a dot.
+# What macOS, Windows and storage devices leave among files, beside names that
+# begin with a dot.
 _SYSTEM_NAMES = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'Thumbs.db')
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import zlib
 
 # Parts (segments, chunks, blocks) of a file that are looked at, at most. A PNG
-# of 32 million pixels has some ten thousand.
+# of 30 million pixels has some ten thousand.
 _MAX_PARTS = 100_000
 # Scans of a JPEG, each of which may take as long as the image. Encoders write
 # up to 20.

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image, ImageOps
 import pytest
 
-from mdm_jax.data import images
+from mdm_jax.data import images, metadata
 from mdm_jax.data.images import BadRecord, decode_image
+from tests import fuzzing
 
 
 def ramp(width, height):
@@ -33,11 +34,12 @@ def exif(orientation):
   return tags
 
 
-def png_that_claims(width, height):
-  def chunk(kind, data):
-    checksum = struct.pack('>I', zlib.crc32(kind + data))
-    return struct.pack('>I', len(data)) + kind + data + checksum
+def chunk(kind, data):
+  checksum = struct.pack('>I', zlib.crc32(kind + data))
+  return struct.pack('>I', len(data)) + kind + data + checksum
 
+
+def png_that_claims(width, height):
   header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
   return (
     b'\x89PNG\r\n\x1a\n'
@@ -119,6 +121,53 @@ def test_exif_rotation_is_applied(orientation, file_format):
   np.testing.assert_allclose(image.astype(int), expected, atol=4)
 
 
+def tiff(order, kind, count, value, extra=b''):
+  entry = struct.pack(f'{order}HHL', 0x112, kind, count) + value.ljust(4, b'\0')
+  magic = {'<': b'II*\0', '>': b'MM\0*'}[order]
+  head = magic + struct.pack(f'{order}LH', 8, 1)
+  return head + entry + bytes(4) + extra
+
+
+@pytest.mark.parametrize(
+  'block, expected',
+  [
+    (tiff('<', 3, 1, b'\6\0'), 6),
+    (tiff('>', 3, 1, b'\0\6'), 6),
+    (tiff('>', 4, 1, b'\0\0\0\6'), 6),
+    (tiff('<', 1, 1, b'\6'), 6),
+    (tiff('<', 6, 1, b'\6'), 6),
+    (tiff('<', 3, 2, b'\6\0\1\0'), 6),
+    (tiff('<', 11, 1, struct.pack('<f', 6)), 6),
+    (tiff('<', 5, 1, b'\x1a', struct.pack('<LL', 12, 2)), 6),
+    (b'Exif\0\0' * 3 + tiff('<', 3, 1, b'\6\0'), 6),
+    (tiff('<', 5, 1, b'\x1a', struct.pack('<LL', 12, 0)), 1),
+    (tiff('<', 5, 1, b'\xff\xff\xff\xff'), 1),
+    (tiff('<', 3, 2**31, b'\xff\xff\xff\xff'), 1),
+    (tiff('<', 11, 1, struct.pack('<f', np.nan)), 1),
+    (tiff('<', 3, 0, b'\6\0'), 1),
+    (tiff('<', 2, 2, b'6'), 1),
+    (tiff('<', 99, 1, b'\6'), 1),
+    (tiff('<', 3, 1, b'\0\0'), 1),
+    (tiff('<', 3, 1, b'\x09\0'), 1),
+    (tiff('<', 3, 1, b'\6\0')[:17], 1),
+    (b'II*\0\xff\xff\xff\xff', 1),
+    (b'Exif\0\0', 1),
+    (b'', 1),
+  ],
+)
+def test_the_orientation_is_read_whatever_the_rest_says(block, expected):
+  assert metadata.orientation(block) == expected
+  rgb = ramp(24, 16)
+  files = [encode(rgb, 'PNG')[:33] + chunk(b'eXIf', block)]
+  files[0] += encode(rgb, 'PNG')[33:]
+  files.append(encode(rgb, 'JPEG', exif=b'Exif\0\0' + block))
+  files.append(encode(rgb, 'WEBP', exif=block))
+  for data in files:
+    assert images.load_image(data)[1] == (
+      (16, 24) if expected > 1 else (24, 16)
+    )
+
+
 @pytest.mark.parametrize('mode', ['L', 'P', 'LA', '1', 'I;16', 'CMYK'])
 def test_every_mode_becomes_rgb(mode):
   rgb = ramp(96, 96)
@@ -184,3 +233,160 @@ def test_a_bad_record_survives_a_worker_process():
   bad = pickle.loads(pickle.dumps(BadRecord('k', 'reason', 'detail')))
   assert (bad.key, bad.reason, bad.detail) == ('k', 'reason', 'detail')
   assert str(bad) == 'k: reason (detail)'
+
+
+@pytest.mark.parametrize(
+  'color_type, colors',
+  [
+    *((0, bytes(size)) for size in (0, 1, 3)),
+    *((2, bytes(size)) for size in (1, 5, 7, 9)),
+    *((3, bytes(size)) for size in (0, 255, 257, 300)),
+    (6, bytes(6)),
+  ],
+)
+def test_transparent_colors_of_another_length_are_no_damage(color_type, colors):
+  header = struct.pack('>IIBBBBB', 4, 4, 8, color_type, 0, 0, 0)
+  width = {0: 1, 2: 3, 3: 1, 6: 4}[color_type] * 4
+  data = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+  if color_type == 3:
+    data += chunk(b'PLTE', bytes([7] * 6))
+  data += chunk(b'tRNS', colors)
+  data += chunk(b'IDAT', zlib.compress((b'\0' + b'\1' * width) * 4))
+  image, _ = images.load_image(data + chunk(b'IEND', b''))
+  assert image.size == (4, 4)
+
+
+def many_scans(count):
+  data = encode(ramp(64, 64), 'JPEG', progressive=True)
+  last = data.rindex(b'\xff\xda')
+  return data[:last] + data[last:-2] * count + data[-2:]
+
+
+def many_blocks(count):
+  data = encode(ramp(8, 8).convert('L'), 'GIF')
+  at = data.index(b',')
+  return data[:at] + b'!\xfe\0' * count + data[at:]
+
+
+@pytest.mark.parametrize(
+  'data, detail',
+  [
+    (many_scans(3000), 'over 100 scans'),
+    (png_that_claims(8, 8)[:33] + chunk(b'tEXt', b'') * 200_000, 'chunks'),
+    (png_that_claims(8, 8)[:33] + chunk(b'IDAT', b'') * 200_000, 'chunks'),
+    (encode(ramp(8, 8), 'JPEG')[:2] + b'\xff\xe5\0\2' * 200_000, 'segments'),
+    (many_blocks(200_000), 'blocks'),
+    (encode(ramp(8, 8), 'WEBP') + b'abcd' + bytes(4) * 200_001, 'chunks'),
+  ],
+  ids=['scans', 'texts', 'data', 'segments', 'blocks', 'riff'],
+)
+def test_a_file_of_many_parts_is_refused_at_once(data, detail):
+  def read(data):
+    with pytest.raises(BadRecord, match=detail):
+      images.load_image(data)
+
+  fuzzing.check(read, lambda _: data, 1, refuses=(), seconds=0.7)
+
+
+def test_a_few_scans_are_not_many():
+  assert images.load_image(many_scans(90))[0].size == (64, 64)
+
+
+def largest(form):
+  """An image file of the most pixels that count."""
+  side = int((images.MAX_PIXELS / (1 if form == 'PNG' else 2)) ** 0.5)
+  mode = 'CMYK' if form == 'JPEG' else 'RGBA'
+  options = {
+    'PNG': {'compress_level': 1},
+    'JPEG': {'progressive': True},
+    'WEBP': {'lossless': True, 'method': 0},
+  }[form]
+  image = Image.new(mode, (side, side - 1), (1, 2, 3, 100))
+  return encode(image, form, **options, exif=exif(6))
+
+
+@pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP'])
+def test_the_largest_image_takes_256_mb(form):
+  data = largest(form)
+
+  def read(data):
+    image, size = images.load_image(data)
+    assert image.size == size and size[0] == size[1] - 1
+
+  # In units of 2^20 bytes.
+  fuzzing.check(read, lambda _: data, 1, refuses=(), seconds=20, megabytes=244)
+
+
+@pytest.mark.parametrize(
+  'file_format, options, factor',
+  [
+    ('JPEG', {}, 1),
+    ('PNG', {}, 1),
+    ('BMP', {}, 1),
+    ('GIF', {}, 1),
+    ('JPEG', {'progressive': True}, 2),
+    ('WEBP', {}, 2),
+  ],
+)
+def test_the_limit_counts_what_decoding_costs(file_format, options, factor):
+  data = encode(ramp(200, 100), file_format, **options)
+  limit = 20_000 * factor
+  assert images.load_image(data, max_pixels=limit)[0].size == (200, 100)
+  assert images.image_size(data, max_pixels=limit) == (200, 100)
+  for read in (
+    lambda: images.load_image(data, max_pixels=limit - 1),
+    lambda: images.image_size(data, max_pixels=limit - 1),
+    lambda: decode_image(data, 99, max_pixels=limit - 1),
+  ):
+    with pytest.raises(BadRecord, match='too many pixels .*200 x 100'):
+      read()
+
+
+def test_a_jpeg_counts_as_it_is_decoded():
+  data = encode(Image.new('RGB', (8000, 4000)), 'JPEG')
+  image, side = decode_image(data, 16, max_pixels=1000 * 500)
+  assert image.shape == (16, 16, 3) and side == 4000
+  with pytest.raises(BadRecord, match='too many pixels .*4000 x 2000'):
+    decode_image(data, 1000, max_pixels=1000 * 500)
+
+
+def test_every_error_but_a_stop_becomes_a_bad_record(monkeypatch):
+  data = encode(ramp(8, 8))
+
+  def fails(error):
+    def resize(*_, **__):
+      raise error
+
+    monkeypatch.setattr(Image.Image, 'resize', resize)
+    return lambda: decode_image(data, 4, 'the key')
+
+  for error in (
+    AttributeError('x'),
+    RecursionError(),
+    OverflowError(),
+    DeprecationWarning('old'),
+    AssertionError(),
+  ):
+    with pytest.raises(BadRecord, match='the key: damaged image .*Error|Warn'):
+      fails(error)()
+  with pytest.raises(BadRecord, match='the key: not enough memory'):
+    fails(MemoryError())()
+  for error in (KeyboardInterrupt, SystemExit):
+    with pytest.raises(error):
+      fails(error)()
+
+
+@pytest.mark.parametrize(
+  'path, is_left',
+  [
+    ('a.png', False),
+    ('folder/__a.b/a.png', False),
+    ('._a.png', True),
+    ('.DS_Store', True),
+    ('Thumbs.db', True),
+    ('x/.ipynb_checkpoints/a.png', True),
+    ('__MACOSX/folder/a.png', True),
+  ],
+)
+def test_files_of_systems_are_known(path, is_left):
+  assert images.is_system_file(path) == is_left
