@@ -6,7 +6,8 @@ import pytest
 from mdm_jax.builders.data import held_out_split, make_dataset, make_source
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
-from mdm_jax.data import shapes
+from mdm_jax.data import images, shapes
+from mdm_jax.tools import prepare_data
 
 
 @pytest.fixture
@@ -151,3 +152,12 @@ def test_an_unmixed_batch_has_one_array_of_images(make_config):
   batch = one_batch(make_config(), (8, 16), (4, 4))
   assert sorted(batch) == ['bad', 'image', 'scale', 'text']
   assert batch['image'].shape == (4, 16, 16, 3)
+
+
+def test_the_largest_image_file_is_a_key(config):
+  """Its default is that of prepare_data; flower i has 24 + i x 20 pixels."""
+  default = config.data.max_pixels
+  assert default == images.MAX_PIXELS == prepare_data.Options().max_pixels
+  config.data.max_pixels = 27 * 20
+  bad = one_batch(config, (16,), (7,))['bad'].tolist()
+  assert bad == [False] * 4 + [True] * 3
