@@ -203,7 +203,9 @@ def _strip_png(data: bytes) -> ImageFile:
       kept.append(_transparency(data[start + 4 : position], data[25:26]))
     seen.add(kind)
   else:
-    raise ValueError(f'over {_MAX_PARTS} chunks')
+    # Behind the image, more chunks do not matter.
+    if data[start + 4 : start + 8] == b'IDAT' or b'IDAT' not in seen:
+      raise ValueError(f'over {_MAX_PARTS} chunks')
   return ImageFile('PNG', io.BytesIO(b''.join(kept)), orientation(exif))
 
 
@@ -273,7 +275,8 @@ def _strip_webp(data: bytes) -> ImageFile:
       kept.append(data[start : start + 8] + payload + missing)
       has_image = kind in _WEBP_IMAGES
   else:
-    raise ValueError(f'over {_MAX_PARTS} chunks')
+    if not has_image:
+      raise ValueError(f'over {_MAX_PARTS} chunks before the image')
   total = struct.pack('<L', 4 + sum(map(len, kept)))
   file = io.BytesIO(b''.join([b'RIFF', total, b'WEBP', *kept]))
   return ImageFile('WEBP', file, orientation(exif), size)
