@@ -26,11 +26,10 @@ MAX_PIXELS = 30_000_000
 Image.MAX_IMAGE_PIXELS = None
 
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-# How many pixels each pixel counts for: libwebp holds two more copies of an
-# image; a JPEG with several scans is held as coefficients at its full size; and
-# Pillow decodes run-length encoded BMPs in Python, slowly.
-_TWICE, _RUN_LENGTH = 2, 16
-_RUN_LENGTH_ENCODINGS = (1, 2)
+_BYTES = 8  # of each of those pixels, of which 4 are the decoded image
+# Pillow decodes run-length encoded BMPs in Python, so slowly that each pixel
+# counts as this many.
+_RUN_LENGTH, _RUN_LENGTH_ENCODINGS = 16, (1, 2)
 # The JPEG decoder may reduce an image by 2, 4 or 8 to no less than this many
 # times the needed side. The sharpness then depends on the antialiased resize,
 # and not on the decoder's box filter.
@@ -148,8 +147,9 @@ def load_image(
       1/2, 1/4 or 1/8 of its size, but no smaller than twice the needed size.
       None: the full size.
     key: of the record, for errors.
-    max_pixels: largest number of pixels, after such a reduction. A pixel of a
-      WebP, or of a JPEG with several scans, counts for two.
+    max_pixels: largest number of pixels after such a reduction. What takes more
+      than 8 bytes a pixel to decode counts as more: a WebP twice, a JPEG with
+      several scans up to 1.5 times, also if it is reduced.
 
   Returns:
     The image, and its (width, height) in pixels at full size, upright.
@@ -214,37 +214,46 @@ def _open(
   """
   if not file.format:
     raise BadRecord(key, 'not an image', f'{len(file.file.getbuffer())} bytes')
-
-  def check_pixels(size, weight):
-    if size[0] * size[1] * weight > max_pixels:
-      counted = f', each counted {weight} times' if weight > 1 else ''
-      raise BadRecord(
-        key,
-        'too many pixels',
-        f'{size[0]} x {size[1]}{counted}, the limit is {max_pixels}',
-      )
-
   if file.size:
-    check_pixels(file.size, _TWICE)
+    _check_count(file, file.size, file.size, key, max_pixels)
   try:
     image = open_image(file.file, (file.format,))
   except Image.UnidentifiedImageError:
     raise BadRecord(key, 'damaged image', f'its {file.format} header') from None
-  weight = 1
-  if file.format == 'WEBP' or file.has_scans:
-    weight = _TWICE
-  elif image.info.get('compression') in _RUN_LENGTH_ENCODINGS:
-    weight = _RUN_LENGTH
   size = width, height = image.size
-  if file.has_scans:
-    check_pixels(size, weight)
   if shorter_side and (gap := min(size) / (_REDUCING_GAP * shorter_side)) > 1:
     image.draft('RGB', (int(width / gap), int(height / gap)))
-  if not file.has_scans:
-    check_pixels(image.size, weight)
+  weight = 1
+  if image.info.get('compression') in _RUN_LENGTH_ENCODINGS:
+    weight = _RUN_LENGTH
+  _check_count(file, size, image.size, key, max_pixels // weight)
   if file.orientation >= 5:
     size = height, width
   return image, size
+
+
+def _check_count(
+  file: metadata.ImageFile,
+  full: tuple[int, int],
+  decoded: tuple[int, int],
+  key: str,
+  max_pixels: int,
+) -> None:
+  """Raises BadRecord if decoding takes the memory of over `max_pixels`."""
+  pixels = decoded[0] * decoded[1]
+  held = file.held * full[0] * full[1] + _BYTES / 2 * pixels
+  count = int(max(pixels, held / _BYTES))
+  if count > max_pixels:
+    counted = (
+      f', decoded {decoded[0]} x {decoded[1]}' if decoded != full else ''
+    )
+    if count > pixels:
+      counted += f', which takes as much memory as {count}'
+    raise BadRecord(
+      key,
+      'too many pixels',
+      f'{full[0]} x {full[1]}{counted}, the limit is {max_pixels}',
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

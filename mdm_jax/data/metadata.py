@@ -64,15 +64,16 @@ class ImageFile(NamedTuple):
     orientation: EXIF's, from 1 (upright) to 8.
     size: (width, height) in pixels of a WebP, for which Pillow allocates memory
       before it tells the size; None for other formats.
-    has_scans: whether a JPEG has several scans, so that its decoder holds all
-      of it in memory.
+    held: bytes that a decoder holds of each pixel, at the full size, beside the
+      image that it makes: the coefficients of a JPEG with several scans, three
+      copies of a WebP.
   """
 
   format: str
   file: io.BytesIO
   orientation: int = 1
   size: tuple[int, int] | None = None
-  has_scans: bool = False
+  held: float = 0.0
 
 
 def strip(data: bytes) -> ImageFile:
@@ -150,7 +151,7 @@ def _strip_jpeg(data: bytes) -> ImageFile:
       # A sequential frame is decoded in one pass if its first scan has all
       # components.
       if not scans and frame and frame[0] in _SEQUENTIAL:
-        if frame[1] == payload[:1]:
+        if frame[1][5:6] == payload[:1]:
           break
       scans += 1
       if scans > _MAX_SCANS:
@@ -161,15 +162,24 @@ def _strip_jpeg(data: bytes) -> ImageFile:
     elif marker not in _METADATA or _decides_colors(marker, payload):
       kept.append(data[start:end])
       if marker in _FRAMES:
-        frame = marker, payload[5:6]
+        frame = marker, payload
     elif marker == _APP1 and payload.startswith(_EXIF):
       exif.append(payload[len(_EXIF) :])
   return ImageFile(
     'JPEG',
     io.BytesIO(b''.join(kept)),
     orientation(b''.join(exif)),
-    has_scans=scans > 0,
+    held=_coefficient_bytes(frame) if scans else 0.0,
   )
+
+
+def _coefficient_bytes(frame: tuple[int, bytes] | None) -> float:
+  """Bytes of the coefficients of each pixel, by a JPEG's frame header."""
+  factors = frame[1][7::3] if frame else b''
+  widths, heights = [x >> 4 for x in factors], [x & 15 for x in factors]
+  samples = sum(x * y for x, y in zip(widths, heights))
+  largest = max(widths, default=0) * max(heights, default=0)
+  return 2 * samples / largest if largest else 0.0
 
 
 def _decides_colors(marker: int, payload: bytes) -> bool:
@@ -279,7 +289,7 @@ def _strip_webp(data: bytes) -> ImageFile:
       raise ValueError(f'over {_MAX_PARTS} chunks before the image')
   total = struct.pack('<L', 4 + sum(map(len, kept)))
   file = io.BytesIO(b''.join([b'RIFF', total, b'WEBP', *kept]))
-  return ImageFile('WEBP', file, orientation(exif), size)
+  return ImageFile('WEBP', file, orientation(exif), size, held=12.0)
 
 
 def _webp_size(kind: bytes, payload: bytes) -> tuple[int, int] | None:
