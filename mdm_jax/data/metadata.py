@@ -22,7 +22,7 @@ _MAX_SCANS = 100
 
 # A marker of a JPEG. In the data of a scan, 0xff is followed by zero or is a
 # restart marker.
-_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')
+_MARKER = re.compile(rb'\xff([^\x00\xff\xd0-\xd7])')
 _APP0, _APP1, _APP14, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
 _METADATA = (*range(_APP0, 0xF0), _COMMENT)
 _SCAN, _END = 0xDA, 0xD9

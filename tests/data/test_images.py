@@ -305,6 +305,22 @@ def test_what_follows_the_image_does_not_matter(data):
   assert images.load_image(data)[0].size == (8, 8)
 
 
+@pytest.mark.parametrize(
+  'filling', [b'\xff' * 10**7, b'\0' * 10**7, (b'\xff' * 999 + b'\0') * 10**4]
+)
+def test_filling_between_segments_is_skipped_at_once(filling):
+  data = encode(ramp(8, 8), 'JPEG')
+  for at in (2, 20, len(data) - 2):
+    changed = data[:at] + filling + data[at:]
+    if at == 2:
+      changed = b'\xff\xd8\xff\xe5\0\2' + changed[2:]
+
+    def read(changed):
+      assert images.load_image(changed)[0].size == (8, 8)
+
+    fuzzing.check(read, lambda _: changed, 1, refuses=(), seconds=0.7)
+
+
 def test_a_few_scans_are_not_many():
   assert images.load_image(many_scans(90))[0].size == (64, 64)
 
