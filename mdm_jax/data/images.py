@@ -120,15 +120,20 @@ def decoding(key: str) -> Iterator[None]:
 
 
 def image_size(
-  data: bytes, key: str = 'image', max_pixels: int = MAX_PIXELS
+  data: bytes,
+  shorter_side: int | None = None,
+  key: str = 'image',
+  max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
   """The (width, height) in pixels that `load_image` returns, by the header.
+
+  The arguments are those of `load_image`.
 
   Raises:
     BadRecord: not an image, its header is damaged, or over `max_pixels`.
   """
   with decoding(key):
-    return _open(metadata.strip(data), None, key, max_pixels)[1]
+    return _open(metadata.strip(data), shorter_side, key, max_pixels)[1]
 
 
 def load_image(

@@ -254,7 +254,7 @@ class ImageFolder:
     )
     digest, first = hashlib.blake2b(digest_size=8), None
     for path in self._paths:
-      content, size = _read(path, _hash_and_size)
+      content, size = _read(path, self._hash_and_size)
       digest.update(content)
       first = first or size
       if size != first and not resolution:
@@ -283,6 +283,12 @@ class ImageFolder:
       paths = self._paths[start : start + size]
       yield np.stack([_read(path, self._decode) for path in paths])
 
+  def _hash_and_size(
+    self, data: bytes, key: str
+  ) -> tuple[bytes, tuple[int, int]]:
+    size = images.image_size(data, self.resolution, key)
+    return hashlib.blake2b(data).digest(), size
+
   def _decode(self, data: bytes, key: str) -> np.ndarray:
     if self.resolution:
       return images.decode_image(data, self.resolution, key)[0]
@@ -301,10 +307,6 @@ def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
     raise ValueError(f'{path} cannot be read: {error}.') from None
   except images.BadRecord as error:
     raise ValueError(f'{error}: remove the file, or replace it.') from None
-
-
-def _hash_and_size(data: bytes, key: str) -> tuple[bytes, tuple[int, int]]:
-  return hashlib.blake2b(data).digest(), images.image_size(data, key)
 
 
 def _find_images(directory: str | os.PathLike) -> list[pathlib.Path]:

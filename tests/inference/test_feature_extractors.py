@@ -220,6 +220,10 @@ def test_images_of_any_size_at_one_resolution(tmp_path):
   (batch,) = folder.batches(4)
   assert batch.shape == (4, 8, 8, 3)
   assert batch[:, 0, 0, 0].tolist() == [0, 1, 2, 255]
+  # A large JPEG counts as it is decoded.
+  Image.new('RGB', (8000, 4000)).save(tmp_path / '4.jpg')
+  folder = feature_extractors.ImageFolder(tmp_path, 8)
+  assert list(folder.batches(5))[0].shape == (5, 8, 8, 3)
 
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
