@@ -104,6 +104,8 @@ def _data() -> dict[str, Any]:
     'size': 1_000_000,  # records of the procedural set, 'shapes'
     'flip': False,  # mirror half of the training images
     'random_crop': False,  # crop the square anywhere, not at the centre
+    # Largest image file: what 256 MB hold in each loader process.
+    'max_pixels': 30_000_000,
     'max_bad_fraction': 0.01,  # of the records; more end the run
     'may_change': False,  # continue although the data set has changed
     'num_workers': 0,  # loader processes; 0: threads of this process

@@ -8,6 +8,9 @@ Or compares two directories of images, without a model:
 
   python -m mdm_jax.evaluate --images=DIR --reference=DIR \
       --inception=pt_inception-2015-12-05-6726825d.pth
+
+All images of a directory have one size, or are cropped and resized to
+--resolution. Of samples that mdm_jax.sample wrote, the finest level is used.
 """
 
 import json
@@ -70,7 +73,17 @@ _REFERENCE = flags.DEFINE_string(
   'Directory of images to compare with, instead of the data set.',
 )
 _IMAGES = flags.DEFINE_string(
-  'images', None, 'Directory of images to measure, instead of a --workdir.'
+  'images',
+  None,
+  'Directory of images to measure, such as one that mdm_jax.sample wrote, '
+  'instead of a --workdir.',
+)
+_RESOLUTION = flags.DEFINE_integer(
+  'resolution',
+  None,
+  'Side in pixels, to which the centre square of each image of --images and '
+  '--reference is resized. Default: as they are, all of one size.',
+  lower_bound=1,
 )
 _CACHE = flags.DEFINE_string(
   'cache',
@@ -104,6 +117,7 @@ def main(argv: list[str]) -> None:
     'num_reference': _NUM_REFERENCE.value,
     'reference_split': _REFERENCE_SPLIT.value,
     'reference': _REFERENCE.value,
+    'resolution': _RESOLUTION.value,
     'inception': _INCEPTION.value,
     'clip': _CLIP.value,
     'cache': _CACHE.value,

@@ -189,6 +189,43 @@ def test_a_run_is_opened_in_one_place():
   ] == ['inference.session']
 
 
+def opens_images(source: str) -> bool:
+  """Whether a module lets Pillow, or another package, read image files."""
+  readers = 'imageio', 'cv2', 'skimage', 'PIL.Image.open'
+  if any(is_in(name, reader) for name in imports(source) for reader in readers):
+    return True
+  attributes = [
+    ast.unparse(node)
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.Attribute)
+  ]
+  return any(
+    name.endswith(('Image.open', 'ImageFile.Parser', '.imread'))
+    for name in attributes
+  )
+
+
+def test_image_files_are_opened_in_one_place():
+  """Which lists the formats: of all that Pillow knows, some start programs."""
+  for source in (
+    'from PIL import Image\nImage.open(path)',
+    'import PIL.Image\nopen = PIL.Image.open',
+    'from PIL.Image import open',
+    'from PIL import ImageFile\nImageFile.Parser()',
+    'import imageio.v3',
+    'from matplotlib import pyplot\npyplot.imread(path)',
+  ):
+    assert opens_images(source)
+  assert not opens_images('from PIL import Image\nopen(path)\nImage.new()')
+  folders = ('mdm_jax', 'configs', 'launch')
+  paths = [
+    path for name in folders for path in ROOT.parent.glob(f'{name}/**/*.py')
+  ]
+  found = [path for path in paths if opens_images(path.read_text())]
+  assert found == [ROOT / 'data' / 'images.py']
+  assert found[0].read_text().count('Image.open(file, formats=formats)') == 1
+
+
 def test_functions_are_short():
   folders = ('mdm_jax', 'configs', 'launch', 'tests')
   for path in (

@@ -58,6 +58,11 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   ]:
     if value < 1:
       raise ValueError(f'{key}={value}: give a number of steps.')
+  if config.data.max_pixels < 1:
+    raise ValueError(
+      f'data.max_pixels={config.data.max_pixels}: give the number of pixels '
+      'of the largest image to decode.'
+    )
   for key, value in [
     ('replicas_every', config.replicas_every),
     ('profile_every', config.profile_every),

@@ -1,6 +1,6 @@
 """A run's configuration: as JSON, on disk, and compared with another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import pathlib
@@ -26,6 +26,7 @@ _MAY_CHANGE = (
   'data.prefetch',
   'data.max_bad_fraction',
   'data.may_change',
+  'data.max_pixels',
   'log_every',
   'sample_every',
   'checkpoint_every',
@@ -44,8 +45,13 @@ _MAY_CHANGE = (
   'model.levels.remat',
   'model.levels.lanes',
 )
-# Keys that were added later, with the values that older runs behaved by.
-_ADDED = {'checkpoint_minutes': 0.0, 'profile_every': 0}
+# Keys that were added later, with the values that older runs behaved by. A dot
+# leads into a section, or into each section of a list.
+_ADDED = {
+  'checkpoint_minutes': 0.0,
+  'profile_every': 0,
+  'data.max_pixels': 128_000_000,
+}
 
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:
@@ -70,8 +76,24 @@ def load_config(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
-  missing = {key: _ADDED[key] for key in _ADDED if key not in values}
-  return {**values, **missing}
+  values = dict(values)
+  for path, value in _ADDED.items():
+    _add(values, path.split('.'), value)
+  return values
+
+
+def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
+  """Sets a key in a section that lacks it; copies the sections below."""
+  key, *below = path
+  if not below:
+    section.setdefault(key, value)
+  elif isinstance(section.get(key), list | tuple):
+    section[key] = [dict(child) for child in section[key]]
+    for child in section[key]:
+      _add(child, below, value)
+  elif key in section:
+    section[key] = dict(section[key])
+    _add(section[key], below, value)
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:

@@ -146,6 +146,7 @@ def make_dataset(
       random_crop=data.random_crop and training,
       leave_out=_leave_out(config),
       image_name=mixed_batch.image_names(resolutions)[level],
+      max_pixels=data.max_pixels,
     )
 
   (source, transform), *further_rows = map(

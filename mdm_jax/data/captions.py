@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm_jax.data.transforms import BadRecord
+from mdm_jax.data.images import BadRecord
 
 # C0 and C1 but NUL; those that are white space for Python are no exception.
 _CONTROL = re.compile('[\x01-\x1f\x7f-\x9f]')

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 import PIL
 
-from mdm_jax.data.transforms import BadRecord
+from mdm_jax.data.images import BadRecord
 
 Record = dict[str, Any]
 Example = dict[str, np.ndarray]

@@ -19,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mdm_jax.data.transforms import BadRecord, too_long
+from mdm_jax.data.images import BadRecord
+from mdm_jax.data.transforms import too_long
 
 DTYPES = {
   'float16': np.dtype(np.float16),

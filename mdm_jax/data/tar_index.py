@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mdm_jax.data import tar_members, tars
-from mdm_jax.data.transforms import BadRecord
+from mdm_jax.data.images import BadRecord
 
 # Bytes. Members of a tar begin at multiples of a block.
 _BLOCK = 512

@@ -17,8 +17,8 @@ from typing import Any
 from etils import epath
 
 from mdm_jax.data import captions, tar_members
+from mdm_jax.data.images import BadRecord, is_system_file
 from mdm_jax.data.tar_members import DamagedTar, Member
-from mdm_jax.data.transforms import BadRecord
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
@@ -282,12 +282,11 @@ def _group(
 
 def _parts(name: str) -> tuple[str, str] | None:
   """The name and lower-case suffix of an image or caption, None for others."""
+  if is_system_file(name):
+    return None
   name, _, suffix = name.removeprefix('./').rpartition('.')
   suffix = suffix.lower()
-  base = name.rpartition('/')[2]
-  # A Mac leaves a second file `._x.jpg` for each file x.jpg.
-  is_mac = base.startswith('._') or '__MACOSX' in name.split('/')
-  if suffix in IMAGE_SUFFIXES + CAPTION_SUFFIXES and not is_mac:
+  if suffix in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
     return name, suffix
   return None
 

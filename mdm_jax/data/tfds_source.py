@@ -14,7 +14,7 @@ from google.protobuf import json_format
 import numpy as np
 
 from mdm_jax.data import captions, tar_members
-from mdm_jax.data.transforms import BadRecord
+from mdm_jax.data.images import BadRecord
 
 _INTEGER = int, np.integer
 

@@ -47,6 +47,8 @@ class Options:
     num_reference: images of the data set to compare with, at most.
     reference_split: of the data set; None for the held-out one.
     reference: a directory of images to compare with instead.
+    resolution: in pixels a side, to which images of directories are cropped and
+      resized; None if they all have one size.
     inception: file of the FID's Inception weights.
     clip: directory of a CLIP as Hugging Face lays it out.
     cache: directory of cached reference features; None for the user's own.
@@ -58,6 +60,7 @@ class Options:
   num_reference: int = 10_000
   reference_split: str | None = None
   reference: str | None = None
+  resolution: int | None = None
   inception: str | None = None
   clip: str | None = None
   cache: str | None = None
@@ -95,9 +98,9 @@ def evaluate_folder(
   if not options.reference:
     raise ValueError('--images needs --reference=DIR to compare with.')
   network = feature_extractors.Inception(options.inception, batch_size, mesh)
-  folder = feature_extractors.ImageFolder(images)
+  folder = feature_extractors.ImageFolder(images, options.resolution)
   reference, about = references.of_folder(
-    options.reference, network, batch_size, options.cache
+    options.reference, network, batch_size, options.cache, options.resolution
   )
   batches = feature_extractors.log_progress(
     folder.batches(batch_size), len(folder), f'images of {images}'
@@ -108,7 +111,11 @@ def evaluate_folder(
     metrics,
     settings
     | {
-      'images': {'directory': images, 'files': folder.fingerprint()},
+      'images': {
+        'directory': images,
+        'files': folder.fingerprint(),
+        'resolution': options.resolution,
+      },
       'reference': about,
     },
   )
@@ -131,6 +138,10 @@ def evaluate_run(session: Session, options: Options) -> Result:
   """
   config = session.config
   names = _select_for_run(config, options)
+  if options.resolution and not options.reference:
+    raise ValueError(
+      '--resolution is that of images in directories: give --reference too.'
+    )
   extractors = _load_extractors(names, options, session)
   model = session.restore()
   settings = {
@@ -235,7 +246,7 @@ def _reference(
   if options.reference:
     batch_size = model.stage.config.eval.batch_size
     return references.of_folder(
-      options.reference, network, batch_size, options.cache
+      options.reference, network, batch_size, options.cache, options.resolution
     )
   return references.of_split(
     model.stage,

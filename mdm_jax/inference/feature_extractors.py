@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import hashlib
+import os
 import pathlib
 import time
 from typing import Any
@@ -12,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
-from PIL import Image
 
+from mdm_jax.data import images
 from mdm_jax.eval import clip, fid, inception
 from mdm_jax.eval.clip_tokenizer import ClipTokenizer
 from mdm_jax.interop import hugging_face, torch_checkpoint
-from mdm_jax.report import console
+from mdm_jax.report import console, sample_directory
 from mdm_jax.runtime import sharding
 
-_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 _LOG_SECONDS = 10.0
 # Rows that an `fid.Sample` keeps for KID, precision and recall: 80 MB.
 MAX_ROWS = 10_000
@@ -214,23 +214,56 @@ def collect(
 
 
 class ImageFolder:
-  """The images in a directory, all of one size, in the order of names."""
+  """The images of a directory, all of one size.
 
-  def __init__(self, directory: str):
-    """Lists the images.
+  If `mdm_jax.sample` wrote the directory, they are the finest level of each
+  sample, in the order of the samples. Otherwise they are all images in it and
+  in its subdirectories, ordered by path, without what systems leave there.
+  Images are decoded as for training: upright, transparency on white.
+  """
+
+  def __init__(
+    self, directory: str | os.PathLike, resolution: int | None = None
+  ):
+    """Finds the images, and reads the size of each.
+
+    Args:
+      directory: of the images.
+      resolution: if it is given, the centre square of each image is resized to
+        this many pixels a side, as in training.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: there are none, or a sample is missing.
+      ValueError: a file cannot be read or is no image, or without `resolution`
+        an image has another size than the first.
     """
-    self._paths = sorted(
-      path
-      for path in pathlib.Path(directory).glob('*')
-      if path.suffix.lower() in _SUFFIXES
-    )
+    self.resolution = resolution
+    samples = sample_directory.finest_images(directory)
+    self._paths = _find_images(directory) if samples is None else samples
     if not self._paths:
       raise FileNotFoundError(
-        f'{directory} has no images ({", ".join(_SUFFIXES)}).'
+        f'{directory} has no images ({", ".join(images.SUFFIXES)}).'
       )
+    logging.info(
+      '%s: %d images, %s.',
+      directory,
+      len(self),
+      'with those in subdirectories'
+      if samples is None
+      else 'the finest level of each sample',
+    )
+    digest, first = hashlib.blake2b(digest_size=8), None
+    for path in self._paths:
+      content, size = _read(path, self._hash_and_size)
+      digest.update(content)
+      first = first or size
+      if size != first and not resolution:
+        raise ValueError(
+          f'{path} has {size[0]} x {size[1]} pixels, the first image '
+          f'{first[0]} x {first[1]}: give images of one size, or --resolution '
+          'to crop and resize all.'
+        )
+    self._fingerprint = digest.hexdigest()
 
   def __len__(self) -> int:
     """Number of images."""
@@ -238,30 +271,50 @@ class ImageFolder:
 
   def fingerprint(self) -> str:
     """Changes with the files and their order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in self._paths:
-      digest.update(hashlib.blake2b(path.read_bytes()).digest())
-    return digest.hexdigest()
+    return self._fingerprint
 
   def batches(self, size: int) -> Iterator[np.ndarray]:
     """uint8 `[<= size, H, W, 3]`.
 
     Raises:
-      ValueError: an image cannot be read, or has another size than the first.
+      ValueError: an image cannot be decoded.
     """
-    shape = None
     for start in range(0, len(self), size):
-      images = []
-      for path in self._paths[start : start + size]:
-        try:
-          with Image.open(path) as image:
-            images.append(np.asarray(image.convert('RGB')))
-        except (OSError, Image.DecompressionBombError) as error:
-          raise ValueError(f'{path} cannot be read: {error}.') from None
-        shape = shape or images[-1].shape
-        if images[-1].shape != shape:
-          raise ValueError(
-            f'{path} has {images[-1].shape[:2]} pixels, the first image '
-            f'{shape[:2]}: give images of one size.'
-          )
-      yield np.stack(images)
+      paths = self._paths[start : start + size]
+      yield np.stack([_read(path, self._decode) for path in paths])
+
+  def _hash_and_size(
+    self, data: bytes, key: str
+  ) -> tuple[bytes, tuple[int, int]]:
+    size = images.image_size(data, self.resolution, key)
+    return hashlib.blake2b(data).digest(), size
+
+  def _decode(self, data: bytes, key: str) -> np.ndarray:
+    if self.resolution:
+      return images.decode_image(data, self.resolution, key)[0]
+    return np.asarray(images.load_image(data, key=key)[0])
+
+
+def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
+  """What `use(data, name)` returns for an image file.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  try:
+    return use(path.read_bytes(), str(path))
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error}.') from None
+  except images.BadRecord as error:
+    raise ValueError(f'{error}: remove the file, or replace it.') from None
+
+
+def _find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
+  folder = pathlib.Path(directory)
+  return sorted(
+    path
+    for path in folder.rglob('*')
+    if path.suffix.lower() in images.SUFFIXES
+    and not images.is_system_file(path.relative_to(folder).as_posix())
+    and path.is_file()
+  )

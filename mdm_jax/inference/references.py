@@ -32,7 +32,11 @@ from mdm_jax.runtime import compilation_cache, files
 
 
 def of_folder(
-  directory: str, network: Inception, batch_size: int, cache: str | None
+  directory: str,
+  network: Inception,
+  batch_size: int,
+  cache: str | None,
+  resolution: int | None = None,
 ) -> tuple[fid.Sample, dict]:
   """Features of the images in a directory, and what they depend on (JSON).
 
@@ -41,12 +45,17 @@ def of_folder(
     network: extracts the features.
     batch_size: images at once.
     cache: directory of cached features; None for the user's own.
+    resolution: of `ImageFolder`.
 
   Raises:
     FileNotFoundError, ValueError: an image or a cached file cannot be read.
   """
-  folder = ImageFolder(directory)
-  settings = {'files': folder.fingerprint(), 'inception': network.fingerprint}
+  folder = ImageFolder(directory, resolution)
+  settings = {
+    'files': folder.fingerprint(),
+    'resolution': resolution,
+    'inception': network.fingerprint,
+  }
   batches = log_progress(
     folder.batches(batch_size), len(folder), 'reference images'
   )

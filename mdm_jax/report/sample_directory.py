@@ -7,8 +7,8 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from mdm_jax.data import images
 from mdm_jax.report import gallery, grid
 from mdm_jax.runtime import files
 
@@ -16,6 +16,43 @@ _SHARD = 1000  # samples in a subdirectory; fewer samples need none
 _IN_GRID = 64  # most samples in grid.png
 _IN_GALLERY = 1000  # most samples in index.html
 _LINES = 'samples.jsonl'
+
+
+def finest_images(
+  directory: str | os.PathLike,
+) -> list[pathlib.Path] | None:
+  """The image of the finest level of each complete sample, in their order.
+
+  Returns:
+    The files, or None if the directory has no `samples.jsonl`.
+
+  Raises:
+    FileNotFoundError: a file that `samples.jsonl` lists is missing.
+    ValueError: `samples.jsonl` is damaged.
+  """
+  path = pathlib.Path(directory) / _LINES
+  if not path.exists():
+    return None
+  found = {}
+  # What follows the last line's end was cut off when a process was killed.
+  for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
+    try:
+      record = json.loads(line)
+      level = max(filter(str.isdigit, record['files']), key=int)
+      found[record['index']] = path.parent / record['files'][level]
+    except (ValueError, LookupError, TypeError) as error:
+      raise ValueError(
+        f'{path}: line {number} is damaged: run the command that sampled them '
+        'again.'
+      ) from error
+  paths = [found[index] for index in sorted(found)]
+  missing = [str(image) for image in paths if not image.exists()]
+  if missing:
+    raise FileNotFoundError(
+      f'{missing[0]}, which {_LINES} lists, is missing, and {len(missing) - 1} '
+      'more: run the command that sampled them again.'
+    )
+  return paths
 
 
 class SampleDirectory:
@@ -144,11 +181,11 @@ class SampleDirectory:
     return [name for key, name in self._files[index].items() if key.isdigit()]
 
   def _read(self, index: int) -> tuple[np.ndarray, ...]:
-    images = []
-    for name in self._names(index):
-      with Image.open(self.directory / name) as image:
-        images.append(np.asarray(image.convert('RGB')))
-    return tuple(images)
+    paths = [self.directory / name for name in self._names(index)]
+    return tuple(
+      np.asarray(images.load_image(path.read_bytes(), key=str(path))[0])
+      for path in paths
+    )
 
   def _entry(self, index: int) -> gallery.Entry:
     record = self._records[index]

@@ -23,7 +23,7 @@ from PIL import Image
 from mdm_jax.builders import recipes
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.text import make_tokenizer
-from mdm_jax.data import pipeline, transforms
+from mdm_jax.data import images, pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.report import console
 from mdm_jax.runtime import files
@@ -74,7 +74,7 @@ def pillow(data: bytes, resolution: int, draft: bool = True) -> np.ndarray:
   Returns:
     uint8 [R, R, 3].
   """
-  image = Image.open(io.BytesIO(data))
+  image = images.open_image(io.BytesIO(data))
   side = min(image.size)
   if draft and (reduction := side / (2 * resolution)) > 1:
     image.draft('RGB', [int(size / reduction) for size in image.size])

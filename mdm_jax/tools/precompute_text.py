@@ -24,7 +24,7 @@ import numpy as np
 
 from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
-from mdm_jax.data.transforms import BadRecord
+from mdm_jax.data.images import BadRecord
 from mdm_jax.runtime import files
 
 # Captions per file. At most this many are lost if the program is killed.

@@ -36,7 +36,7 @@ from PIL import Image
 import tqdm
 
 from mdm_jax.data import captions, tars
-from mdm_jax.data.transforms import BadRecord, load_image
+from mdm_jax.data.images import MAX_PIXELS, BadRecord, load_image
 from mdm_jax.runtime import files
 
 SPLITS = ('train', 'validation')
@@ -67,6 +67,7 @@ class Options:
       captions differ.
     reduce_to: length in pixels of the shorter side that larger images are
       reduced to, as JPEG; 0 stores every file unchanged.
+    max_pixels: of an image, see `images.load_image`.
   """
 
   name: str = 'captioned_images'
@@ -76,6 +77,7 @@ class Options:
   max_aspect: float = 0.0
   deduplicate: bool = False
   reduce_to: int = 0
+  max_pixels: int = MAX_PIXELS
 
   def check(self) -> None:
     """Raises ValueError for an invalid option."""
@@ -117,7 +119,9 @@ def make_record(
   if not fitting:
     shortest = min(map(len, texts))
     raise BadRecord(key, 'caption too long', f'{shortest} characters')
-  pixels, (width, height) = load_image(image, options.reduce_to or 1, key)
+  pixels, (width, height) = load_image(
+    image, options.reduce_to or 1, key, options.max_pixels
+  )
   side = min(width, height)
   if side < options.min_side:
     raise BadRecord(key, 'image too small', f'{width} x {height}')
@@ -232,7 +236,8 @@ def _begin(
   settings = {'tars': paths, **dataclasses.asdict(options)}
   if begun.exists():
     found = json.loads(begun.read_text())
-    different = [key for key in settings if found.get(key) != settings[key]]
+    # Options may have been added since.
+    different = [key for key in found if found[key] != settings.get(key)]
     if different:
       raise ValueError(
         f'{partial} was begun with other {", ".join(different)}: remove it, '
@@ -593,6 +598,12 @@ if __name__ == '__main__':
     Options.reduce_to,
     'Reduce larger images to this shorter side in pixels, to save disk space; '
     '0: store all images unchanged.',
+  )
+  flags.DEFINE_integer(
+    'max_pixels',
+    Options.max_pixels,
+    'Skip images of more pixels, counted as by data.max_pixels of a config.',
+    lower_bound=1,
   )
   flags.DEFINE_integer(
     'num_workers', os.cpu_count() or 1, 'Number of worker processes.'

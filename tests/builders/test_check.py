@@ -75,6 +75,7 @@ def test_rows_that_devices_do_not_divide_are_named(make_config):
 
 
 BAD = [
+  ({'data.max_pixels': 0}, 'data.max_pixels=0: give the number of pixels of'),
   ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
   (
     {'stages[0].batch_size': 12},

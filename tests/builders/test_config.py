@@ -19,6 +19,8 @@ def test_an_older_run_lacks_keys_and_goes_on(make_config, tmp_path):
     for key, value in new.items()
     if key not in ('checkpoint_minutes', 'profile_every')
   }
+  old['data'] = dict(old['data'])
+  del old['data']['max_pixels']
   write_config(tmp_path, old)
   require_same_config(tmp_path, new)
   # These may change at any time, others may not.
@@ -27,4 +29,6 @@ def test_an_older_run_lacks_keys_and_goes_on(make_config, tmp_path):
     require_same_config(tmp_path, new | {'seed': 1})
   config = load_config(read_config(tmp_path))
   assert (config.checkpoint_minutes, config.profile_every) == (0, 0)
+  assert config.data.max_pixels == 128_000_000
+  config.data.max_pixels = new['data']['max_pixels']
   assert json.loads(config.to_json()) == new

@@ -6,7 +6,8 @@ import pytest
 from mdm_jax.builders.data import held_out_split, make_dataset, make_source
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
-from mdm_jax.data import pipeline, shapes, tar_index
+from mdm_jax.data import images, pipeline, shapes, tar_index
+from mdm_jax.tools import prepare_data
 from tests.tools.test_prepare_data import good_files, write_tar
 
 
@@ -171,3 +172,12 @@ def test_bad_records_are_no_prompts(make_config, tmp_path):
   config.data.path = f'{tmp_path}/bad'
   with pytest.raises(pipeline.DataError, match='100 records in a row are unus'):
     make_prompts(config, 1)
+
+
+def test_the_largest_image_file_is_a_key(config):
+  """Its default is that of prepare_data; flower i has 24 + i x 20 pixels."""
+  default = config.data.max_pixels
+  assert default == images.MAX_PIXELS == prepare_data.Options().max_pixels
+  config.data.max_pixels = 27 * 20
+  bad = one_batch(config, (16,), (7,))['bad'].tolist()
+  assert bad == [False] * 4 + [True] * 3

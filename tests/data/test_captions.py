@@ -13,7 +13,8 @@ from mdm_jax.data import (
   tars,
   tfds_source,
 )
-from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.data.images import BadRecord
+from mdm_jax.data.transforms import Transform
 from mdm_jax.tools import prepare_data
 from tests.tools.test_prepare_data import image_file, read_rejects, write_tar
 

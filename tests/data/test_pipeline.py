@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mdm_jax.data import pipeline
+from mdm_jax.data.images import BadRecord
 from mdm_jax.data.shapes import ShapesSource
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
-from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.data.transforms import Transform
 
 
 class Numbers:

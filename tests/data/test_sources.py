@@ -10,7 +10,8 @@ from PIL import Image
 import pytest
 
 from mdm_jax.data import pipeline, sources
-from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.data.images import BadRecord
+from mdm_jax.data.transforms import Transform
 from mdm_jax.tools import prepare_data
 from tests import fuzzing
 

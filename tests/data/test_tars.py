@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mdm_jax.data import pipeline, sources, tar_index, tar_members, tars
+from mdm_jax.data.images import BadRecord
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
-from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.data.transforms import Transform
 from mdm_jax.tools import prepare_data
 from tests import fuzzing
 from tests.data.test_tar_members import END, header, padded

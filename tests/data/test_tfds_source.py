@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mdm_jax.data import tfds_source
+from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tfds_source import Features, open_by_name
-from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.data.transforms import Transform
 
 LABEL = Features(label='label')
 NESTED = Features(caption='captions/text')

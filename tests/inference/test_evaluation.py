@@ -1,5 +1,6 @@
 """Metrics of a small untrained model: right for its samples, repeatable."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from mdm_jax.builders.model import make_model
 from mdm_jax.builders.prompts import make_prompts
 from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint.manager import Checkpoints
+from mdm_jax.data.images import decode_image
 from mdm_jax.eval import fid
 from mdm_jax.inference import (
   evaluation,
@@ -20,6 +22,7 @@ from mdm_jax.inference import (
   validation,
 )
 from mdm_jax.inference.session import Session
+from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import sharding
 from tests import commands
 
@@ -251,6 +254,45 @@ def test_folders(tmp_path, mesh):
   )
 
 
+def test_samples_are_compared_with_photographs(tmp_path, mesh):
+  """Of other sizes, as the captions of COCO are sampled."""
+  rng = np.random.default_rng(0)
+  photographs = tmp_path / 'photographs'
+  (photographs / 'more').mkdir(parents=True)
+  records = [{'prompt': 'a', 'seed': i} for i in range(7)]
+  samples = SampleDirectory(tmp_path / 'samples', records)
+  for i in range(7):
+    pixels = rng.integers(0, 256, (12, 9 + i, 3), np.uint8).repeat(5, 0)
+    name = f'more/{i}.png' if i % 2 else f'{i}.png'
+    Image.fromarray(pixels).save(photographs / name)
+    levels = [decode_image((photographs / name).read_bytes(), 8)[0]] * 2
+    samples.add(i, [levels[0][::2, ::2], levels[1]])
+  samples.finish({})
+  options = evaluation.Options(
+    metrics=['fid', 'kid'],
+    inception='inception.pth',
+    reference=str(photographs),
+    cache=tmp_path / 'cache',
+  )
+  with pytest.raises(ValueError, match='give images of one size, or --resol'):
+    evaluation.evaluate_folder(str(tmp_path / 'samples'), options, 4, mesh)
+  options = dataclasses.replace(options, resolution=8)
+  for _ in range(2):  # The second reads the cache.
+    found = evaluation.evaluate_folder(
+      str(tmp_path / 'samples'), options, 4, mesh
+    )
+    # They are the same images.
+    assert found.metrics['fid'] == pytest.approx(0, abs=1e-6)
+  assert found.settings['num_samples'] == found.settings['num_reference'] == 7
+  assert found.settings['reference']['resolution'] == 8
+  assert found.settings['images']['resolution'] == 8
+  # At another resolution they are others, and are read again.
+  seen = Colors.seen
+  options = dataclasses.replace(options, resolution=6)
+  evaluation.evaluate_folder(str(tmp_path / 'samples'), options, 4, mesh)
+  assert Colors.seen == seen + 14
+
+
 @pytest.mark.parametrize(
   'options, message',
   [
@@ -261,6 +303,10 @@ def test_folders(tmp_path, mesh):
     (
       {'metrics': ['fid'], 'inception': 'x', 'reference_split': 'test'},
       "split 'test': choose one of",
+    ),
+    (
+      {'metrics': ['fid'], 'inception': 'x', 'resolution': 8},
+      '--resolution is that of images in directories: give --reference too',
     ),
     (
       {'metrics': ['fid'], 'inception': 'x', 'reference': 'nowhere'},

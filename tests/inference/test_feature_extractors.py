@@ -1,6 +1,7 @@
 """Features of images on a mesh, their cache, and folders of images."""
 
 import pathlib
+import subprocess
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from mdm_jax.eval import clip, fid
 from mdm_jax.inference import feature_extractors, references
 from mdm_jax.interop import torch_checkpoint
+from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import sharding
 
 DATA = pathlib.Path(__file__).parents[1] / 'data' / 'eval'
@@ -140,7 +142,6 @@ def write(directory, *sizes):
 def test_folder(tmp_path):
   write(tmp_path, *[(6, 4)] * 5)
   Image.new('L', (6, 4), 7).save(tmp_path / '5.jpg')
-  (tmp_path / 'samples.jsonl').write_text('')
   folder = feature_extractors.ImageFolder(tmp_path)
   batches = list(folder.batches(4))
   assert len(folder) == 6
@@ -149,15 +150,111 @@ def test_folder(tmp_path):
   assert list(batches[1][1, 0, 0]) == [7, 7, 7]
   before = folder.fingerprint()
   Image.new('RGB', (6, 4), (99, 0, 0)).save(tmp_path / '3.png')
-  assert folder.fingerprint() != before
+  again = feature_extractors.ImageFolder(tmp_path)
+  assert again.fingerprint() != before
 
 
-def test_bad_folders(tmp_path):
+def test_folders_are_read_to_the_bottom_without_what_systems_leave(
+  tmp_path, caplog
+):
+  for name in ('b/1', 'b/10', 'a', '.ipynb_checkpoints', '__MACOSX/a'):
+    (tmp_path / name).mkdir(parents=True)
+  for level, name in enumerate(('c.png', 'a/z.png', 'b/1/x.png', 'b/10/x.png')):
+    Image.new('RGB', (6, 4), (level, 0, 0)).save(tmp_path / name)
+  for name in ('.DS_Store', 'a/._z.png', '__MACOSX/a/z.png', 'Thumbs.db'):
+    (tmp_path / name).write_bytes(b'\0\5\x16\7')
+  Image.new('RGB', (99, 4)).save(tmp_path / '.ipynb_checkpoints' / 'c.png')
+  (tmp_path / 'folder.png').mkdir()
+  (tmp_path / 'list.txt').write_text('words')
+  with caplog.at_level('INFO'):
+    folder = feature_extractors.ImageFolder(tmp_path)
+  assert '4 images, with those in subdirectories' in caplog.text
+  (batch,) = folder.batches(9)
+  assert batch[:, 0, 0, 0].tolist() == [1, 2, 3, 0]
+
+
+def sampled(directory, count):
+  records = [{'prompt': 'a', 'seed': i} for i in range(count)]
+  samples = SampleDirectory(directory, records)
+  for i in range(count):
+    levels = [np.full((size, size, 3), i % 256, np.uint8) for size in (4, 8)]
+    samples.add(i, levels, [levels, levels] if i == 1 else None)
+  samples.finish({})
+
+
+@pytest.mark.parametrize('count', [3, 1001])
+def test_samples_are_read_at_their_finest_level(tmp_path, caplog, count):
+  sampled(tmp_path, count)
+  assert (tmp_path / 'grid.png').exists()
+  with caplog.at_level('INFO'):
+    folder = feature_extractors.ImageFolder(tmp_path)
+  assert f'{count} images, the finest level of each sample' in caplog.text
+  batches = np.concatenate(list(folder.batches(400)))
+  assert batches.shape == (count, 8, 8, 3)
+  assert batches[:, 7, 7, 0].tolist() == [i % 256 for i in range(count)]
+
+
+def test_samples_that_are_missing_or_cut_off(tmp_path):
+  sampled(tmp_path, 3)
+  lines = tmp_path / 'samples.jsonl'
+  with lines.open('a') as file:
+    file.write('{"index": 3, "promp')  # Killed while writing.
+  assert len(feature_extractors.ImageFolder(tmp_path)) == 3
+  (tmp_path / '0001_8.png').unlink()
+  with pytest.raises(FileNotFoundError, match='0001_8.png, which samples.json'):
+    feature_extractors.ImageFolder(tmp_path)
+  lines.write_text('{"index": 0}\n')
+  with pytest.raises(ValueError, match='samples.jsonl: line 1 is damaged'):
+    feature_extractors.ImageFolder(tmp_path)
+  lines.write_text('')
+  with pytest.raises(FileNotFoundError, match='has no images'):
+    feature_extractors.ImageFolder(tmp_path)
+
+
+def test_images_of_any_size_at_one_resolution(tmp_path):
+  write(tmp_path, (6, 4), (40, 30), (8, 8))
+  Image.new('RGBA', (9, 7), (0, 0, 0, 0)).save(tmp_path / '3.webp')
+  with pytest.raises(ValueError, match=r'1.png has 40 x 30 .* --resolution'):
+    feature_extractors.ImageFolder(tmp_path)
+  folder = feature_extractors.ImageFolder(tmp_path, 8)
+  (batch,) = folder.batches(4)
+  assert batch.shape == (4, 8, 8, 3)
+  assert batch[:, 0, 0, 0].tolist() == [0, 1, 2, 255]
+  # A large JPEG counts as it is decoded.
+  Image.new('RGB', (8000, 4000)).save(tmp_path / '4.jpg')
+  folder = feature_extractors.ImageFolder(tmp_path, 8)
+  assert list(folder.batches(5))[0].shape == (5, 8, 8, 3)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+showpage
+"""
+
+
+def test_bad_folders(tmp_path, monkeypatch):
+  def start(*arguments, **_):
+    raise AssertionError(f'{arguments} is started')
+
+  monkeypatch.setattr(subprocess, 'Popen', start)
   with pytest.raises(FileNotFoundError, match='has no images'):
     feature_extractors.ImageFolder(tmp_path)
   write(tmp_path, (6, 4), (6, 4), (6, 5))
-  with pytest.raises(ValueError, match=r'2.png has \(5, 6\) pixels, the first'):
-    list(feature_extractors.ImageFolder(tmp_path).batches(2))
-  (tmp_path / '1.png').write_text('no image')
-  with pytest.raises(ValueError, match='1.png cannot be read'):
-    list(feature_extractors.ImageFolder(tmp_path).batches(2))
+  with pytest.raises(ValueError, match=r'2.png has 6 x 5 pixels, the first'):
+    feature_extractors.ImageFolder(tmp_path)
+  (tmp_path / '2.png').unlink()
+  data = (tmp_path / '1.png').read_bytes()
+  for content, reason in [
+    (EPS, 'not an image'),
+    (b'no image', 'not an image'),
+    (b'', 'not an image'),
+    (data[:20], 'damaged image'),
+    (data[:50], 'damaged image'),
+  ]:
+    (tmp_path / '1.png').write_bytes(content)
+    for resolution in (None, 8):
+      with pytest.raises(
+        ValueError, match=f'1.png: {reason} .*remove the file'
+      ):
+        list(feature_extractors.ImageFolder(tmp_path, resolution).batches(2))

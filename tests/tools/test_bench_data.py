@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from mdm_jax.data.images import decode_image
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
-from mdm_jax.data.transforms import decode_image
 from mdm_jax.tools import bench_data
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -10,6 +11,8 @@ from mdm_jax.builders.config import stage_directory, write_config
 from mdm_jax.builders.model import make_model
 from mdm_jax.checkpoint import restore
 from mdm_jax.checkpoint.manager import Checkpoints
+from mdm_jax.inference.session import Session
+from mdm_jax.runtime import sharding
 from mdm_jax.tools.export_weights import export
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
 
@@ -44,6 +47,11 @@ def test_export_then_import_is_exact(run, tmp_path, suffix):
   assert again.keys() == params.keys() == {'unet'}
   for path, value in _flat(params):
     np.testing.assert_array_equal(dict(_flat(again))[path], value, path)
+  # What is imported can be sampled.
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  model = Session(tmp_path / 'again', config, mesh).restore()
+  assert dict(_flat(params)).keys() < dict(_flat(model.params)).keys()
+  assert model.stage.resolutions == (8, 16)
 
 
 def test_our_names_are_paths(run, tmp_path):

@@ -15,7 +15,8 @@ from mdm_jax.builders.data import make_source
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.text import empty_text, make_tokenizer
 from mdm_jax.data import precomputed
-from mdm_jax.data.transforms import BadRecord, Transform
+from mdm_jax.data.images import BadRecord
+from mdm_jax.data.transforms import Transform
 from mdm_jax.inference.session import open_run
 from mdm_jax.runtime import sharding
 from mdm_jax.tools import precompute_text, prepare_data

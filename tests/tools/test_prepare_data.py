@@ -15,7 +15,7 @@ from PIL import Image
 import pytest
 
 from mdm_jax.data import sources, tars
-from mdm_jax.data.transforms import decode_image
+from mdm_jax.data.images import decode_image
 from mdm_jax.runtime import files
 from mdm_jax.tools import prepare_data
 from mdm_jax.tools.prepare_data import Options
@@ -373,14 +373,24 @@ def test_filters_are_counted(tmp_path):
   for name, size in sizes.items():
     files[f'{name}.jpg'] = image_file(size=size)
     files[f'{name}.txt'] = b'words'
+  files |= {'e.png': image_file('PNG', size=(200, 120)), 'e.txt': b'words'}
   write_tar(tmp_path / 's.tar', files)
   summary = prepare_data.prepare(
     f'{tmp_path}/s.tar',
     str(tmp_path / 'out'),
-    Options(min_side=100, max_aspect=2.0, validation_fraction=0),
+    Options(
+      min_side=100,
+      max_aspect=2.0,
+      max_pixels=200 * 120 - 1,
+      validation_fraction=0,
+    ),
   )
   assert sorted(read_all(tmp_path / 'out')) == ['s/b', 's/d']
-  assert summary['rejected'] == {'image too small': 1, 'image too elongated': 1}
+  assert summary['rejected'] == {
+    'image too small': 1,
+    'image too elongated': 1,
+    'too many pixels': 1,
+  }
 
 
 def test_an_image_is_used_once(tmp_path):

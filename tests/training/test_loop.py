@@ -422,6 +422,7 @@ def test_every_key_but_those_named_must_stay(tmp_path):
     'data.prefetch',
     'data.max_bad_fraction',
     'data.may_change',
+    'data.max_pixels',
     'text.class_names',
   }
   assert {name for name in allowed if name.startswith(('model', 'stages'))} == {
