@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mdm_jax.data.lines import read_entries
+
 # Tokens: 0 is padding, as in any text; 1 is "no class"; classes follow.
 _EMPTY, _FIRST = 1, 2
 
@@ -81,14 +83,14 @@ def read_names(path: str) -> tuple[str, ...]:
 
   Raises:
     FileNotFoundError: there is no such file.
+    ValueError: it is no text in UTF-8.
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
       f'text.class_names={path!r} does not exist: give a file with one name '
       'per line, or leave it empty.'
     )
-  lines = pathlib.Path(path).read_text().splitlines()
-  return tuple(line.strip() for line in lines if line.strip())
+  return tuple(read_entries(path))
 
 
 @dataclasses.dataclass(frozen=True)

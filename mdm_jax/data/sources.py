@@ -1,6 +1,7 @@
 """Data sets of captioned images that tools.prepare_data wrote."""
 
 import pathlib
+import shlex
 
 from mdm_jax.data import tfds_source
 
@@ -9,7 +10,8 @@ def _builder(path: str):
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
     raise FileNotFoundError(
       f'There is no prepared data set in {path}: make one with python -m '
-      f"mdm_jax.tools.prepare_data --input='…/*.tar' --output={path}"
+      "mdm_jax.tools.prepare_data --input='…/*.tar' "
+      f'--output={shlex.quote(str(path))}'
     )
   # Slow to import, so it is imported only where such a data set is read.
   import tensorflow_datasets as tfds

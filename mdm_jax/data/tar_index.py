@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import tarfile
 from typing import Any
 
@@ -148,7 +149,7 @@ def read_index(path: str) -> dict[str, Any]:
   if not file.exists():
     raise FileNotFoundError(
       f"There is no index in {path}: make one with {_COMMAND} --input='…/"
-      f"*.tar' --output={path}"
+      f"*.tar' --output={shlex.quote(path)}"
     )
   index = json.loads(file.read_text())
   for tar, size in index['tars']:

@@ -43,7 +43,7 @@ class SampleDirectory:
     self._files = {}  # names by level, by the index of complete samples
     path = self.directory / _LINES
     if path.exists():
-      for line in path.read_text(encoding='utf-8').splitlines():
+      for line in path.read_bytes().split(b'\n'):
         self._find(line)
     self._write_lines()
     self._lines = path.open('a', encoding='utf-8')
@@ -112,11 +112,13 @@ class SampleDirectory:
       map(self._entry, range(shown)),
     )
 
-  def _find(self, line: str) -> None:
+  def _find(self, line: bytes) -> None:
     try:
       record = json.loads(line)
     except ValueError:
       return  # Cut off, since the process was killed while writing the line.
+    if not isinstance(record, dict):
+      return
     index, names = record.pop('index', None), record.pop('files', {})
     if (
       index in range(len(self._records))

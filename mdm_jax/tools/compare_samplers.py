@@ -14,17 +14,16 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from mdm_jax.runtime import cpu
+from mdm_jax.builders import ranges
+from mdm_jax.runtime import cpu, flag_types, value_types
 
 _BATCH = 128  # images that the classifier sees at once
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Compares samplers, prints a table, and plots it."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   from mdm_jax.inference import session
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache
@@ -39,17 +38,18 @@ def main(argv: list[str]) -> None:
       sys.exit('error: --plot needs matplotlib: pip install matplotlib.')
   try:
     cases = [
-      (name, int(steps))
+      (name, steps)
       for steps, name in itertools.product(values.steps, values.samplers)
     ]
+    path = pathlib.Path(
+      values.output or pathlib.Path(values.workdir, 'samplers.json')
+    )
+    value_types.check_outputs(path.parent)
     opened = session.open_run(values.workdir)
     _check(opened, cases)
     model = opened.restore()
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  path = pathlib.Path(
-    values.output or pathlib.Path(values.workdir) / 'samplers.json'
-  )
   found = _compare(model, cases, path)
   found.sort(
     key=lambda one: (
@@ -300,42 +300,50 @@ def _plot(found: list[dict], path: str) -> None:
 if __name__ == '__main__':
   cpu.use_huge_pages()
   # Here, so that importing this module leaves other programs' flags alone.
-  flags.DEFINE_string(
-    'workdir', None, 'Working directory of a run on shapes.', required=True
+  flag_types.define(
+    'workdir',
+    None,
+    value_types.Path('directory'),
+    'Working directory of a run on shapes.',
+    required=True,
   )
-  flags.DEFINE_list(
+  flag_types.define(
     'samplers',
     ['ddim', 'dpm', 'heun', 'ddpm', 'dpm_sde'],
+    value_types.List(ranges.KEYS['sampler.name']),
     'Samplers to compare.',
   )
-  flags.DEFINE_list(
+  flag_types.define(
     'steps',
-    ['5', '10', '20', '50', '250'],
+    [5, 10, 20, 50, 250],
+    value_types.List(ranges.KEYS['sampler.num_steps']),
     'Numbers of sampling steps to compare.',
   )
-  flags.DEFINE_integer(
-    'num_images', 512, 'Images to sample in each case.', lower_bound=2
+  flag_types.integer(
+    'num_images', 512, 2, 10**7, 'Images to sample in each case.'
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'classifier_images',
     8192,
+    8,
+    10**7,
     'Images to train the classifier on. Half as many held-out images are the '
     'reference of the Fréchet distance.',
-    lower_bound=8,
   )
-  flags.DEFINE_integer(
-    'classifier_steps',
-    1500,
-    'Training steps of the classifier.',
-    lower_bound=1,
+  flag_types.integer(
+    'classifier_steps', 1500, 1, 10**7, 'Training steps of the classifier.'
   )
-  flags.DEFINE_string(
+  flag_types.define(
     'output',
     None,
+    value_types.Path('file', output=True),
     'JSON file for the results. Cases that it already has for the same model '
     'and settings are not measured again. Default: WORKDIR/samplers.json.',
   )
-  flags.DEFINE_string(
-    'plot', None, 'File for a plot of the results, .svg or .png.'
+  flag_types.define(
+    'plot',
+    None,
+    value_types.Path('file', output=True, suffixes=('.svg', '.png')),
+    'File for a plot of the results, .svg or .png.',
   )
-  app.run(main)
+  flag_types.run(main)
