@@ -209,9 +209,9 @@ def check(config: ConfigDict) -> None:
     name, in_list, _ = key.partition('[]')
     count = len(find(config, name) or ()) if in_list else 1
     for i in range(count):
-      if (key := key.replace('[]', f'[{i}]', 1)) not in found:
+      if (each := key.replace('[]', f'[{i}]', 1)) not in found:
         raise ValueError(
-          f'{key} is missing: start from configs/common.py, which has all keys.'
+          f'{each} is missing: start from configs/common.py, which has all keys.'
         )
 
 
