@@ -211,7 +211,8 @@ def check(config: ConfigDict) -> None:
     for i in range(count):
       if (each := key.replace('[]', f'[{i}]', 1)) not in found:
         raise ValueError(
-          f'{each} is missing: start from configs/common.py, which has all keys.'
+          f'{each} is missing: start from configs/common.py, which has all '
+          'keys.'
         )
 
 

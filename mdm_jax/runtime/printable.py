@@ -49,4 +49,6 @@ def quoted(value: Any) -> str:
 
 
 def _escaped(found: re.Match) -> str:
-  return found[0].encode('unicode_escape').decode()
+  number = ord(found[0])
+  # In $'' of bash \x is a byte, of which the rest of UTF-8 takes several.
+  return f'\\x{number:02x}' if number < 0x80 else f'\\u{number:04x}'
