@@ -1,7 +1,9 @@
 """What comes from data is escaped where it is shown, and commands quoted."""
 
 import html
+import os
 import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from mdm_jax.report import gallery
 from mdm_jax.runtime.printable import command, printable, quoted
 from mdm_jax.serving import html as page
-from tests import commands, fuzzing
+from tests import fuzzing
 
 CAPTION = 'a \x1b[31mred\x1b[0m ring\x07\x9b2J\u202egnir\u2066\u2028\x7f\x00'
 ESCAPED = r'a \x1b[31mred\x1b[0m ring\x07\u009b2J\u202egnir\u2066\u2028\x7f\x00'
@@ -86,17 +88,41 @@ def test_pages_escape_captions(tmp_path):
   assert ESCAPED in page.line(caption) and '<script>' not in page.line(caption)
 
 
-@pytest.mark.parametrize('variables', [{}, {'PYTHONIOENCODING': 'ascii'}])
-def test_errors_and_logs_are_escaped(variables, tmp_path):
-  path = tmp_path / 'captions \x1b[31m é.txt'
-  path.write_bytes(b'\xff')
-  result = commands.run(
-    'mdm_jax.tools.train_tokenizer',
-    f'--output={tmp_path}/x.model',
-    f'--captions={path}',
-    env=variables,
+COMMAND = r"""
+import sys
+from absl import logging
+from mdm_jax.runtime import flag_types
+
+def main(_):
+  logging.info('a \x1b[31mring\x1b[0m \u2192 \udcff\n\tline 2')
+  print('\u2192')
+  sys.exit('error: a \x1b[31mring\u2028 \u2192')
+
+flag_types.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  'variables', [{}, {'LC_ALL': 'C', 'PYTHONIOENCODING': 'ascii'}]
+)
+def test_logs_and_errors_are_escaped(variables):
+  result = subprocess.run(
+    [sys.executable, '-c', COMMAND],
+    capture_output=True,
+    env=os.environ | variables,
   )
-  # Control characters are refused in paths, and shown escaped.
+  arrow = r'\u2192' if variables else '→'
   assert result.returncode == 1
-  (line,) = result.stderr.splitlines()
-  assert is_plain(line) and r'captions \x1b[31m ' in line
+  assert result.stdout.decode() == f'{arrow}\n'
+  first, second, last = result.stderr.decode().splitlines()
+  assert first.endswith(rf'a \x1b[31mring\x1b[0m {arrow} \udcff')
+  assert second == '\tline 2'
+  assert last == rf'error: a \x1b[31mring\u2028 {arrow}'
+
+
+def test_what_the_file_system_refuses_is_a_line():
+  text = COMMAND.replace('sys.exit', "open('/dev/null/x') #")
+  result = subprocess.run([sys.executable, '-c', text], capture_output=True)
+  last = result.stderr.decode().splitlines()[-1]
+  assert last == 'error: /dev/null/x: Not a directory.'
+  assert (result.returncode, b'Traceback' in result.stderr) == (1, False)
