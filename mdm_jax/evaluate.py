@@ -20,12 +20,19 @@ from mdm_jax.inference import run_flags
 from mdm_jax.runtime import cpu, flag_types, value_types
 
 # `evaluation.METRICS`, which imports JAX; a test compares them.
-METRICS = ('loss', 'prompt_accuracy', 'fid', 'kid', 'precision_recall', 'clip')
+_METRIC_NAMES = (
+  'loss',
+  'prompt_accuracy',
+  'fid',
+  'kid',
+  'precision_recall',
+  'clip',
+)
 
 _METRICS = flag_types.define(
   'metrics',
   None,
-  value_types.List(value_types.Choice(METRICS)),
+  value_types.List(value_types.Choice(_METRIC_NAMES)),
   'Some of loss, prompt_accuracy, fid, kid, precision_recall, clip. Default: '
   'the first two, which need no files; for directories fid, kid and '
   'precision_recall.',

@@ -12,6 +12,7 @@ from absl import flags
 import pytest
 
 from mdm_jax import inference
+from mdm_jax.inference import evaluation
 from mdm_jax.runtime import cpu, flag_types, value_types
 from tests import commands, fuzzing
 
@@ -110,6 +111,15 @@ def test_every_flag_has_a_kind(defined):
     for module, name, kind, _, is_boolean in defined
     if not kind and not is_boolean and name != 'config'
   ] == []
+
+
+def test_metrics_are_those_of_the_module(defined):
+  (kind,) = (
+    kind
+    for module, name, kind, *_ in defined
+    if (module, name) == ('mdm_jax.evaluate', 'metrics')
+  )
+  assert kind.element.names == evaluation.METRICS
 
 
 def test_flags_are_defined_in_one_place():
