@@ -83,16 +83,21 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
 
 def main(_: list[str]) -> None:
   """Trains and writes one model."""
-  if _CAPTIONS.value is None:
-    model = train(shapes_captions(), _VOCAB_SIZE.value)
-  else:
-    try:
+  try:
+    captions = shapes_captions()
+    if _CAPTIONS.value:
       captions = read_entries(_CAPTIONS.value)
-    except (ValueError, OSError) as error:
-      sys.exit(f'error: {error}')
     if not captions:
-      sys.exit(f'error: {_CAPTIONS.value} has no captions: give one a line.')
+      raise ValueError(f'{_CAPTIONS.value} has no captions: give one a line.')
     model = train(captions, _VOCAB_SIZE.value)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  except RuntimeError as error:
+    reason = ' '.join(str(error).split())
+    sys.exit(
+      f'error: --vocab_size={_VOCAB_SIZE.value}: SentencePiece cannot train on '
+      f'these captions ({reason}): give another size or more captions.'
+    )
   with files.replacing(_OUTPUT.value) as temporary:
     temporary.write_bytes(model)
   logging.info('wrote %s (%d bytes)', _OUTPUT.value, len(model))
