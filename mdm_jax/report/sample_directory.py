@@ -121,7 +121,8 @@ class SampleDirectory:
       return
     index, names = record.pop('index', None), record.pop('files', {})
     if (
-      index in range(len(self._records))
+      isinstance(index, int)
+      and index in range(len(self._records))
       and record == self._records[index]
       and all((self.directory / name).exists() for name in names.values())
     ):
