@@ -430,15 +430,28 @@ def report(found: dict, other: dict | None) -> str:
   return '\n\n'.join(parts)
 
 
+def _read(path: str) -> dict:
+  """Results of another run; raises ValueError for any other file."""
+  try:
+    found = json.loads(pathlib.Path(path).read_bytes())
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, dict) or not all(
+    isinstance(found.get(name), dict) for name in ('train', 'sample')
+  ):
+    raise ValueError(
+      f'--compare={path}: give a file that --output has written.'
+    )
+  return found
+
+
 def main(_: list[str]) -> None:
   """Measures training and sampling, and prints tables."""
   values = flags.FLAGS
   console.setup_logging()
   compilation_cache.enable()
   try:
-    other = values.compare and json.loads(
-      pathlib.Path(values.compare).read_text()
-    )
+    other = values.compare and _read(values.compare)
     config = without_t5(values.config)
     indices = range(len(config.stages))
     if values.stage is not None and values.stage not in indices:

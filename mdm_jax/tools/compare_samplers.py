@@ -45,12 +45,13 @@ def main(_: list[str]) -> None:
       values.output or pathlib.Path(values.workdir, 'samplers.json')
     )
     value_types.check_outputs(path.parent)
+    known = _read(path)
     opened = session.open_run(values.workdir)
     _check(opened, cases)
     model = opened.restore()
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  found = _compare(model, cases, path)
+  found = _compare(model, cases, path, known)
   found.sort(
     key=lambda one: (
       cases.index((one['sampler'], one['steps']))
@@ -96,8 +97,29 @@ def _check(opened, cases: list[tuple[str, int]]) -> None:
     check(changed, opened.mesh)
 
 
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Earlier results; raises ValueError if a file has something else."""
+  if not path.exists():
+    return []
+  try:
+    found = json.loads(path.read_bytes())
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, list) or not all(
+    isinstance(one, dict) and {'sampler', 'steps'} <= one.keys()
+    for one in found
+  ):
+    raise ValueError(
+      f'{path} has no results of this command: give another --output.'
+    )
+  return found
+
+
 def _compare(
-  model, cases: list[tuple[str, int]], path: pathlib.Path
+  model,
+  cases: list[tuple[str, int]],
+  path: pathlib.Path,
+  known: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
   """Measures the cases that are not in a results file, and adds them to it.
 
@@ -105,6 +127,7 @@ def _compare(
     model: an opened model.
     cases: pairs of a sampler and a number of steps.
     path: the JSON file of results.
+    known: the results in it.
 
   Returns:
     All results with this model and these settings, old and new.
@@ -127,7 +150,7 @@ def _compare(
     )
   )
   found, others = [], []
-  for one in json.loads(path.read_text()) if path.exists() else ():
+  for one in known:
     (found if one | settings == one else others).append(one)
   done = {(one['sampler'], one['steps']) for one in found}
   prompts = make_prompts(config, values.num_images)
