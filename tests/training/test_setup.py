@@ -1,7 +1,9 @@
 """What a run needs at its end is checked before it begins."""
 
+from absl import logging
 import pytest
 
+from mdm_jax.builders.prompts import Prompts
 from mdm_jax.training import loop
 
 
@@ -30,3 +32,28 @@ def test_a_working_directory_that_cannot_be_written(
   with pytest.raises(ValueError, match=f'nothing can be written to {tmp_path}'):
     loop.setup(make_config().lock(), str(tmp_path / 'run'))
   assert not list(tmp_path.iterdir())
+
+
+def test_the_command_at_the_end_can_be_pasted(
+  make_config, tmp_path, monkeypatch, caplog
+):
+  config = make_config().lock()
+  workdir = str(tmp_path / 'a run')
+  mesh, frozen = loop.setup(config, workdir)
+  # Nothing is left to train or evaluate.
+  monkeypatch.setattr(loop.grow, 'next_stage', len)
+  monkeypatch.setattr(loop, '_evaluate', lambda *given: None)
+  caption = '"; rm x; \x1b[31m $(y)\n'
+  monkeypatch.setattr(
+    loop, 'make_prompts', lambda *given: Prompts([caption], None, None)
+  )
+  monkeypatch.setattr(logging.get_absl_logger(), 'propagate', True)
+  logging.set_verbosity(logging.INFO)
+  assert loop.train(config, workdir, mesh, frozen)
+  lines = caplog.messages[-1].split('\n')
+  assert lines == [
+    'Next:',
+    f"  python -m mdm_jax.sample --workdir='{workdir}' "
+    r"""--prompt=$'"; rm x; \x1b[31m $(y)\x0a'""",
+    f"  tensorboard --logdir='{workdir}'",
+  ]
