@@ -36,7 +36,7 @@ _DISTRIBUTED = flags.DEFINE_boolean(
 _COORDINATOR = flag_types.define(
   'coordinator',
   None,
-  value_types.Text('HOST:PORT', r'\S+:\d{1,5}'),
+  value_types.ADDRESS,
   'Address of process 0, as HOST:PORT.',
 )
 _NUM_PROCESSES = flag_types.integer(

@@ -170,6 +170,12 @@ NAME = Text(
   r'[^\s/.\x00-\x1f\x7f-\x9f](?:[^/\x00-\x1f\x7f-\x9f]*[^\s/\x00-\x1f\x7f-\x9f])?',
   longest=100,
 )
+ADDRESS = Text(
+  'HOST:PORT, with a port from 1 to 65535',
+  r'\S+:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|'
+  '655[0-2][0-9]|6553[0-5])',
+  longest=300,
+)
 PART = Text('k/n, such as 0/4, with k from 0 to n - 1', r'\d{1,6}/\d{1,6}')
 
 

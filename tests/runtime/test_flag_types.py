@@ -282,6 +282,40 @@ def test_a_range_in_words(kind, text):
   assert str(kind) == text
 
 
+def test_addresses_and_parts_and_names():
+  for kind, right, wrong in (
+    (
+      value_types.ADDRESS,
+      ['a:1', '[::1]:65535', '10.0.0.1:8476', 'x:60000'],
+      ['a', 'a:', ':1', 'a:0', 'a:65536', 'a:99999', 'a:x', 'a b:1', 'a:1 '],
+    ),
+    (value_types.PART, ['0/1', '3/4'], ['', '1', 'a/b', '0/1 ', '-1/2']),
+    (
+      value_types.NAME,
+      ['64', '64+256', 'a b', 'ä-1_x.y'],
+      ['', '.', '..', '.x', 'a/b', ' a', 'a ', 'a\n', 'n' * 101, 'a\x1b', 64],
+    ),
+  ):
+    for value in right:
+      assert kind.check(value) == value
+    for value in wrong:
+      with pytest.raises(ValueError):
+        kind.check(value)
+  assert value_types.parse_part('3/4') == (3, 4)
+  for value in ('4/4', '1/0', '0/0', 'x', ''):
+    with pytest.raises(ValueError, match=f'--part={value}: give k/n'):
+      value_types.parse_part(value)
+
+
+def test_a_pipe_can_be_read_once(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  path = str(tmp_path / 'pipe')
+  assert value_types.Path('text').check(path) == path
+  for kind in (value_types.Path('file'), value_types.Path('file', output=True)):
+    with pytest.raises(ValueError, match='no regular file'):
+      kind.check(path)
+
+
 def test_an_integer_is_a_number_and_true_is_none():
   share = value_types.Number(float, 0, 1)
   assert share.check(1) == 1 and share.check(0.5) == 0.5
