@@ -57,8 +57,10 @@ class _Rules:
   def check(self, value: Any) -> tuple:
     """Returns the value; raises ValueError if it is something else."""
     try:
-      for pattern, axes in value:
-        re.compile(pattern)
+      if not isinstance(value, tuple):
+        raise TypeError
+      for path, axes in value:
+        re.compile(path)
         if not isinstance(axes, tuple) or not set(axes) <= {
           'data',
           'fsdp',
@@ -194,9 +196,7 @@ def check(config: ConfigDict) -> None:
   """
   found = set()
   for section, name, key in _leaves(config, ''):
-    kind = KEYS.get(pattern(key))
-    if kind is None:
-      raise ValueError(f'{key}: no such key; configs/common.py has all keys.')
+    kind = KEYS[pattern(key)]
     found.add(key)
     value = section[name]
     try:
@@ -240,12 +240,14 @@ def _leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
             f'{key}[{i}]={_short(child)}: give a section; {wanted}.'
           )
         yield from _leaves(child, f'{key}[{i}]')
+    elif pattern(key) in KEYS:
+      yield section, name, key
+    elif not any(other.startswith(f'{pattern(key)}.') for other in KEYS):
+      raise ValueError(f'{key}: no such key; configs/common.py has all keys.')
     elif isinstance(value, Mapping | ConfigDict):
       yield from _leaves(value, key)
-    elif any(other.startswith(f'{key}.') for other in KEYS):
-      raise ValueError(f'{key}={_short(value)}: give a section of keys.')
     else:
-      yield section, name, key
+      raise ValueError(f'{key}={_short(value)}: give a section of keys.')
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ import types
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags import config_path
 
 from mdm_jax.builders import ranges
@@ -53,8 +53,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
   except flags.Error as error:
     sys.exit(f'error: {_with_range(argv, flag_types.reason(error))}')
-  # What ConfigDict raises for a key that is not there.
-  except (AttributeError, LookupError, TypeError, ValueError) as error:
+  # What ConfigDict raises for a key that is not there, or a placeholder.
+  except (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    config_dict.RequiredValueError,
+  ) as error:
     sys.exit(f'error: {_explain(argv, error)}')
 
 

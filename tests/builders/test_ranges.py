@@ -2,7 +2,7 @@
 
 import math
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 import numpy as np
 import pytest
 
@@ -130,8 +130,7 @@ def test_values_out_of_range_are_named(make_config):
         ranges.check(config)
       line = str(error.value)
       assert line.startswith(key) and '\n' not in line, (key, value)
-      if not isinstance(value, dict):
-        assert line.startswith(f'{key}={value!r}: '), line
+      assert line.startswith(f'{key}={value!r}: '), line
     put(section, name, right)
 
 
@@ -188,6 +187,14 @@ def test_sections_that_are_something_else(make_config):
   config = make_config()
   config.data.new = 1
   with pytest.raises(ValueError, match='^data.new: no such key'):
+    ranges.check(config)
+  config = make_config()
+  config.data.new = config  # It would never end.
+  with pytest.raises(ValueError, match='^data.new: no such key'):
+    ranges.check(config)
+  config = make_config()
+  config.text.path = config_dict.placeholder(str)
+  with pytest.raises(ValueError, match='^text.path=None: give the path'):
     ranges.check(config)
   with pytest.raises(ValueError, match='is missing'):
     ranges.check(ConfigDict())
