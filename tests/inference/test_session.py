@@ -1,10 +1,13 @@
 """Every command opens a run in the same way."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from mdm_jax.builders import ranges
+from mdm_jax.builders.config import write_config
 from mdm_jax.builders.model import make_model
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference import session
@@ -74,4 +77,11 @@ def test_options_change_the_sampler(run):
 
 def test_no_run(tmp_path):
   with pytest.raises(FileNotFoundError, match='directory of a training run'):
+    session.open_run(str(tmp_path))
+
+
+def test_a_stored_config_is_checked(make_config, tmp_path):
+  values = json.loads(make_config().to_json())
+  write_config(tmp_path, values | {'seed': -1})
+  with pytest.raises(ValueError, match='config.json: seed=-1: give an integer'):
     session.open_run(str(tmp_path))
