@@ -56,6 +56,7 @@ def test_any_file_is_read_or_refused(count, tmp_path):
   def read(data):
     path.write_bytes(data)
     found = lines.read_lines(path)
+    data = data.removeprefix(b'\xef\xbb\xbf')
     assert len(found) == data.count(b'\n') + (data[-1:] not in (b'\n', b''))
 
   fuzzing.check(read, make, count, refuses=ValueError)
