@@ -24,8 +24,10 @@ def read_lines(path: str | pathlib.Path) -> list[str]:
 
 def split_lines(text: str) -> list[str]:
   r"""The lines of a text, of which the last need not end in \n."""
-  lines = [line.removesuffix('\r') for line in text.split('\n')]
-  return lines[:-1] if not lines[-1] else lines
+  lines = text.split('\n')
+  if not lines[-1]:
+    lines.pop()
+  return [line.removesuffix('\r') for line in lines]
 
 
 def read_entries(path: str | pathlib.Path) -> list[str]:
