@@ -63,7 +63,8 @@ class Number:
     Raises:
       ValueError: it is no number, or not in the range.
     """
-    is_number = type(value) is int or type(value) is self.type
+    is_number = isinstance(value, (int, self.type))
+    is_number &= not isinstance(value, bool)
     if is_number and value in self.also:
       return value
     if (
@@ -210,7 +211,7 @@ class Tuple:
 
   def check(self, value: Any) -> tuple:
     """Returns the value; raises ValueError if an element is wrong."""
-    if type(value) is not tuple or self.length not in (None, len(value)):
+    if not isinstance(value, tuple) or self.length not in (None, len(value)):
       raise ValueError(f'give {self}.')
     try:
       return tuple(map(self.element.check, value))
@@ -356,7 +357,7 @@ def check_outputs(directory: str | os.PathLike, *names: str) -> None:
 
 def _check_text(value: Any, remedy: str) -> None:
   """Raises ValueError for what is no text, or not in UTF-8."""
-  if type(value) is not str:
+  if not isinstance(value, str):
     raise ValueError(remedy)
   try:
     value.encode()
