@@ -11,35 +11,36 @@ import signal
 import sys
 import threading
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import cpu, flag_types, value_types
 
-_PORT = flags.DEFINE_integer(
-  'port', 7860, 'Port of the page.', lower_bound=1, upper_bound=65535
-)
-_HOST = flags.DEFINE_string(
+_PORT = flag_types.integer('port', 7860, 1, 65535, 'Port of the page.')
+_HOST = flag_types.define(
   'host',
   '127.0.0.1',
+  value_types.Text('a host name or address', r'[\w.:%-]+', 255),
   'Address to listen at; any but those of this machine itself needs '
   '--password_file.',
 )
-_PASSWORDS = flags.DEFINE_string(
-  'password_file', None, 'File with a line NAME:PASSWORD for each user.'
+_PASSWORDS = flag_types.define(
+  'password_file',
+  None,
+  value_types.Path('text'),
+  'File with a line NAME:PASSWORD for each user.',
 )
-_MAX_WAITING = flags.DEFINE_integer(
+_MAX_WAITING = flag_types.integer(
   'max_waiting',
   4,
+  0,
+  10**4,
   'Requests that may wait for the one being sampled.',
-  lower_bound=0,
 )
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Restores a model, serves the page, and compiles meanwhile."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   from mdm_jax.serving import access
 
   # Turns Gradio's telemetry off; it is read when Gradio is imported.
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     model = session.open_run(
       run_flags.workdir(), any_prompt=True, **run_flags.options()
     ).restore()
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   from mdm_jax.serving.page import launch, make_page
   from mdm_jax.serving.queue import SampleQueue
@@ -98,4 +99,4 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   cpu.use_huge_pages()
   flags.mark_flag_as_required('workdir')
-  app.run(main)
+  flag_types.run(main)

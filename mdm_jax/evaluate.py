@@ -17,92 +17,114 @@ import json
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import cpu, flag_types, value_types
 
-_METRICS = flags.DEFINE_list(
+# `evaluation.METRICS`, which imports JAX; a test compares them.
+_METRIC_NAMES = (
+  'loss',
+  'prompt_accuracy',
+  'fid',
+  'kid',
+  'precision_recall',
+  'clip',
+)
+
+_METRICS = flag_types.define(
   'metrics',
   None,
+  value_types.List(value_types.Choice(_METRIC_NAMES)),
   'Some of loss, prompt_accuracy, fid, kid, precision_recall, clip. Default: '
   'the first two, which need no files; for directories fid, kid and '
   'precision_recall.',
 )
-_NUM_SAMPLES = flags.DEFINE_integer(
+_NUM_SAMPLES = flag_types.integer(
   'num_samples',
   None,
+  1,
+  10**7,
   'Images to sample. Default: eval.num_prompts of the config.',
-  lower_bound=1,
 )
-_SEED = flags.DEFINE_integer(
+_SEED = flag_types.define(
   'seed',
   None,
+  value_types.SEED,
   'Sample i has seed + i. Default: as at the end of training.',
-  lower_bound=0,
 )
-_LOSS_BATCHES = flags.DEFINE_integer(
+_LOSS_BATCHES = flag_types.integer(
   'loss_batches',
   None,
+  1,
+  10**6,
   'Batches of the held-out loss. Default: eval.loss_batches of the config.',
-  lower_bound=1,
 )
-_INCEPTION = flags.DEFINE_string(
+_INCEPTION = flag_types.define(
   'inception',
   None,
+  value_types.Path('file'),
   'File pt_inception-2015-12-05-6726825d.pth, for fid, kid and '
   'precision_recall.',
 )
-_CLIP = flags.DEFINE_string(
-  'clip', None, 'Directory of a CLIP as Hugging Face lays it out, for clip.'
+_CLIP = flag_types.define(
+  'clip',
+  None,
+  value_types.Path('directory'),
+  'Directory of a CLIP as Hugging Face lays it out, for clip.',
 )
-_NUM_REFERENCE = flags.DEFINE_integer(
+_NUM_REFERENCE = flag_types.integer(
   'num_reference',
   None,
+  1,
+  10**9,
   'Images of the data set to compare with, at most. Default: 10,000.',
-  lower_bound=1,
 )
-_REFERENCE_SPLIT = flags.DEFINE_string(
+_REFERENCE_SPLIT = flag_types.define(
   'reference_split',
   None,
+  value_types.Text('the name of a split', r'\S.*'),
   'Split of the data set to compare with. Default: the held-out one.',
 )
-_REFERENCE = flags.DEFINE_string(
+_REFERENCE = flag_types.define(
   'reference',
   None,
+  value_types.Path('directory'),
   'Directory of images to compare with, instead of the data set.',
 )
-_IMAGES = flags.DEFINE_string(
+_IMAGES = flag_types.define(
   'images',
   None,
+  value_types.Path('directory'),
   'Directory of images to measure, such as one that mdm_jax.sample wrote, '
   'instead of a --workdir.',
 )
-_RESOLUTION = flags.DEFINE_integer(
+_RESOLUTION = flag_types.integer(
   'resolution',
   None,
+  1,
+  2**16,
   'Side in pixels, to which the centre square of each image of --images and '
   '--reference is resized. Default: as they are, all of one size.',
-  lower_bound=1,
 )
-_CACHE = flags.DEFINE_string(
+_CACHE = flag_types.define(
   'cache',
   None,
+  value_types.Path('directory', output=True),
   'Directory of cached reference features. Default: '
   '~/.cache/mdm_jax/references.',
 )
-_OUTPUT = flags.DEFINE_string(
+_OUTPUT = flag_types.define(
   'output',
   None,
+  value_types.Path('file', output=True),
   'File to which metrics and settings are appended, as a line of JSON. '
   'Default: WORKDIR/eval/<stage>_<step>.jsonl, or none for --images.',
 )
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Measures, prints, writes."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
   from mdm_jax.inference import evaluation, session
   from mdm_jax.report import console
@@ -139,12 +161,13 @@ def main(argv: list[str]) -> None:
     else:
       changes = run_flags.options()
       changes['evaluation']['loss_batches'] = _LOSS_BATCHES.value
+      value_types.check_outputs(pathlib.Path(workdir, 'eval'))
       opened = session.open_run(workdir, **changes)
       result = evaluation.evaluate_run(opened, options)
       output = output or pathlib.Path(
         workdir, 'eval', '{stage}_{step}.jsonl'.format(**result.settings)
       )
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   _print(result.metrics, console)
   if output:
@@ -180,4 +203,4 @@ def _print(metrics: dict, console) -> None:
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
-  app.run(main)
+  flag_types.run(main)

@@ -7,24 +7,22 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from mdm_jax.builders import recipes
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import cpu, flag_types, value_types
 
 _BEGAN = time.monotonic()
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  None,
+_CONFIG = recipes.define(
   'Recipe: a file such as configs/shapes_64.py, or the name of a shipped one '
   'such as shapes_64; ":smoke" appended to it makes a toy-sized run. '
   '--config.KEY=VALUE changes one key.',
-  lock_config=True,
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = flag_types.define(
   'workdir',
   None,
+  value_types.Path('directory', output=True),
   'Directory for checkpoints, samples and metrics; the same one continues a '
   'run. Default: runs/<name of the config>.',
 )
@@ -35,34 +33,37 @@ _DISTRIBUTED = flags.DEFINE_boolean(
   'tell how to find them; elsewhere give --coordinator, --num_processes and '
   '--process_id.',
 )
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'Address of process 0, as HOST:PORT.'
+_COORDINATOR = flag_types.define(
+  'coordinator',
+  None,
+  value_types.ADDRESS,
+  'Address of process 0, as HOST:PORT.',
 )
-_NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'Number of processes.', lower_bound=1
+_NUM_PROCESSES = flag_types.integer(
+  'num_processes', None, 1, 10**6, 'Number of processes.'
 )
-_PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Index of this process, from 0.', lower_bound=0
+_PROCESS_ID = flag_types.integer(
+  'process_id', None, 0, 10**6, 'Index of this process, from 0.'
 )
-_ARRIVAL = flags.DEFINE_integer(
+_ARRIVAL = flag_types.integer(
   'arrival',
   300,
+  1,
+  10**6,
   'Seconds to wait for the other processes to start. Missing ones are logged '
   'every 30 s, and at the end.',
-  lower_bound=1,
 )
-_HEARTBEAT = flags.DEFINE_integer(
+_HEARTBEAT = flag_types.integer(
   'heartbeat',
   100,
+  1,
+  10**6,
   'Seconds after which a silent process counts as dead, and the others end.',
-  lower_bound=1,
 )
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Trains the run that the flags describe."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   from mdm_jax.runtime import preemption
 
   preemption.exit_on_signals()
@@ -80,9 +81,9 @@ def main(argv: list[str]) -> None:
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, mode = name.partition(':')
-  workdir = _WORKDIR.value or 'runs/' + '_'.join(
-    filter(None, [pathlib.Path(path).stem, mode])
-  )
+  # A recipe may have a mode of any name.
+  name = '_'.join(filter(None, [pathlib.Path(path).stem, mode]))
+  workdir = _WORKDIR.value or 'runs/' + name.replace('/', '_')
   console.setup_logging()
   compilation_cache.enable()
   try:
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
       if jax.process_index():  # Process 0 logs for all.
         logging.set_verbosity(logging.WARNING)
     mesh, frozen = loop.setup(config, workdir)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   with distributed.ending_together(_HEARTBEAT.value):
     try:
@@ -116,5 +117,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
-  flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  flag_types.run(main, recipes.parse_flags)

@@ -8,33 +8,41 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import cpu, flag_types, value_types
 
-_PROMPTS = flags.DEFINE_multi_string(
-  'prompt', [], 'Prompt to sample; may be repeated.'
+_PROMPTS = flag_types.define_repeated(
+  'prompt', [], value_types.Text(), 'Prompt to sample; may be repeated.'
 )
-_PROMPTS_FILE = flags.DEFINE_string(
-  'prompts_file', None, 'Text file with more prompts, one on each line.'
+_PROMPTS_FILE = flag_types.define(
+  'prompts_file',
+  None,
+  value_types.Path('text'),
+  'Text file with more prompts, one on each line.',
 )
-_OUTPUT = flags.DEFINE_string(
+_OUTPUT = flag_types.define(
   'output',
   None,
+  value_types.Path('directory', output=True),
   'Directory for the samples. Those that are there of the same model, prompt, '
   'seed and sampler are not sampled again: the same command continues one that '
   'was stopped. Default: WORKDIR/generated.',
 )
-_NUM_SAMPLES = flags.DEFINE_integer(
-  'num_samples', 4, 'Samples of each prompt.', lower_bound=1
+_NUM_SAMPLES = flag_types.integer(
+  'num_samples', 4, 1, 10**7, 'Samples of each prompt.'
 )
-_NEGATIVE = flags.DEFINE_string(
-  'negative_prompt', '', 'Text that guidance leads away from.'
+_NEGATIVE = flag_types.define(
+  'negative_prompt',
+  '',
+  value_types.Text(),
+  'Text that guidance leads away from.',
 )
-_GUIDE = flags.DEFINE_string(
+_GUIDE = flag_types.define(
   'guide',
   None,
+  value_types.Path('directory'),
   'Working directory of a worse model, smaller or trained for shorter, that '
   'guidance leads away from instead (autoguidance).',
 )
@@ -44,22 +52,21 @@ _ANIMATE = flags.DEFINE_boolean(
   'Also write the sampling steps of each sample as an animated WebP, with all '
   'levels side by side.',
 )
-_SPATIAL = flags.DEFINE_integer(
-  'spatial', 1, 'Devices that share the rows of each image.', lower_bound=1
+_SPATIAL = flag_types.integer(
+  'spatial', 1, 1, 10**6, 'Devices that share the rows of each image.'
 )
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Sample i of a prompt has seed + i.', lower_bound=0
+_SEED = flag_types.define(
+  'seed', 0, value_types.SEED, 'Sample i of a prompt has seed + i.'
 )
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Restores a model, samples, writes."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
   import jax
 
   from mdm_jax.builders.prompts import encode_prompts
+  from mdm_jax.data.lines import read_entries
   from mdm_jax.inference.session import open_run
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache
@@ -67,13 +74,17 @@ def main(argv: list[str]) -> None:
   console.setup_logging()
   compilation_cache.enable()
   try:
-    prompts = _PROMPTS.value + _read_lines(_PROMPTS_FILE.value)
+    prompts = list(_PROMPTS.value)
+    if _PROMPTS_FILE.value:
+      prompts += read_entries(_PROMPTS_FILE.value)
     if not prompts:
       raise ValueError('nothing to sample: give --prompt or --prompts_file.')
     if _GUIDE.value and _NEGATIVE.value:
       raise ValueError(
         'guidance leads away from one thing: give --guide or --negative_prompt.'
       )
+    value_types.check_seeds('--seed', _SEED.value, _NUM_SAMPLES.value)
+    value_types.check_outputs(_output(run_flags.workdir()))
     session = open_run(
       run_flags.workdir(),
       any_prompt=True,
@@ -87,7 +98,7 @@ def main(argv: list[str]) -> None:
     guide = None
     if _GUIDE.value:
       guide = session.restore_guide(model, _GUIDE.value)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   begin = time.monotonic()
   try:
@@ -130,7 +141,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
 
   settings = _settings(model, guide)
   samples = SampleDirectory(
-    _OUTPUT.value or pathlib.Path(model.workdir) / 'generated',
+    _output(model.workdir),
     [
       {
         'prompt': prompt,
@@ -190,17 +201,12 @@ def _settings(model, guide) -> dict[str, Any]:
   return settings | ({'guide': guide.description} if guide else {})
 
 
-def _read_lines(path: str | None) -> list[str]:
-  if path is None:
-    return []
-  try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is no text in UTF-8.') from error
-  return [line.strip() for line in lines if line.strip()]
+def _output(workdir: str) -> pathlib.Path:
+  """The directory of the samples."""
+  return pathlib.Path(_OUTPUT.value or pathlib.Path(workdir, 'generated'))
 
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
   flags.mark_flag_as_required('workdir')
-  app.run(main)
+  flag_types.run(main)

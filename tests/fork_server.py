@@ -132,6 +132,11 @@ def become(request: dict) -> None:
       if isinstance(getattr(jax.config, key), bool):
         value = value.lower() in ('1', 'true')
       jax.config.update(key, value)
+  # The server's own knew what kind of file they wrote to.
+  sys.stdout = open(1, 'w', closefd=False)
+  sys.stderr = open(
+    2, 'w', buffering=1, errors='backslashreplace', closefd=False
+  )
   sys.argv = [request['module'], *request['arguments']]
 
 

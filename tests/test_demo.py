@@ -56,7 +56,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
   'host', ['0.0.0.0', '::', '192.168.1.7', 'example.com']
 )
 def test_an_open_address_needs_a_password(host):
-  result = run('-m', 'mdm_jax.demo', '--workdir=none', f'--host={host}')
+  result = run('-m', 'mdm_jax.demo', '--workdir=.', f'--host={host}')
   assert result.returncode == 1
   assert result.stderr.startswith(
     f'error: --host={host} is open to others: give --password_file'
@@ -95,10 +95,10 @@ def test_without_gradio_says_how_to_install_it():
     """
 import sys
 sys.modules['gradio'] = None
-sys.argv = ['demo', '--workdir=none']
-from absl import app
+sys.argv = ['demo', '--workdir=.']
 from mdm_jax import demo
-app.run(demo.main)""",
+from mdm_jax.runtime import flag_types
+flag_types.run(demo.main)""",
   )
   assert result.returncode == 1
   assert result.stderr == (

@@ -32,6 +32,7 @@ ROWS = (
   'builders.model builders.data',
   'builders.text',
   'builders.config builders.recipes',
+  'builders.ranges',
   'steps.train steps.evaluate steps.sample',
   'steps.objective',
   'steps.state',
@@ -43,10 +44,10 @@ ROWS = (
   'report.background report.console report.gallery report.grid',
   'interop.hugging_face interop.ml_mdm interop.torch_checkpoint',
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
-  'runtime.distributed',
+  'runtime.distributed runtime.flag_types runtime.compilation_cache',
   'runtime.rendezvous runtime.preemption runtime.watchdog '
-  'runtime.replica_check runtime.cpu runtime.compilation_cache '
-  'runtime.peaks runtime.sharding runtime.files',
+  'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
+  'runtime.files runtime.value_types runtime.printable',
   # Packages without order: their own modules may import each other, no others.
   'diffusion models data eval',
   'mixed_batch',

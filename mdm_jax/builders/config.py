@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -131,9 +132,13 @@ def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
     ValueError: they differ in keys that decide on what is learned. The message
       names them.
   """
+  old = _with_added(read_config(workdir))
+  # TFDS replaced '~' when this package did not.
+  path = os.path.expanduser(old['data']['path'])
+  old['data'] = {**old['data'], 'path': path}
   changed = [
     line
-    for line in differences(_with_added(read_config(workdir)), new)
+    for line in differences(old, new)
     if not re.sub(r'\[\d+\]', '', line).startswith(_MAY_CHANGE)
   ]
   if changed:

@@ -18,12 +18,10 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
 
   Raises:
     FileNotFoundError: see `make_text_encoder`.
-    ValueError: an unknown dtype, a number of heads that does not divide the
-      width, or an error of `make_text_encoder`.
+    ValueError: a number of heads that does not divide the width, or an error of
+      `make_text_encoder`.
   """
   check_heads('model.text', config.model.text)
-  if config.dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f'dtype={config.dtype!r}: use float32 or bfloat16.')
   dtype = jnp.dtype(config.dtype)
   return Matryoshka(
     unet=NestedUNet(

@@ -1,62 +1,201 @@
 """The --config flag: finds recipes by name, and explains mistakes in a line."""
 
 from collections.abc import Sequence
+import difflib
+import importlib.machinery
 import importlib.util
+import inspect
 import pathlib
 import re
 import sys
 import traceback
+import types
+from typing import Any
 
-from absl import app, flags
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections.config_flags import config_path
+
+from mdm_jax.builders import ranges
+from mdm_jax.runtime import flag_types
+from mdm_jax.runtime.value_types import Path
+
+# The flag belongs to the module that calls `define`.
+flags.disclaim_key_flags()
+
+
+def define(text: str, *, required: bool = True) -> flags.FlagHolder:
+  """Defines --config.
+
+  `--config=shapes_64` is the shipped recipe of that name, from any directory,
+  `--config=path/to/mine.py` any other.
+
+  Args:
+    text: for --help.
+    required: whether it must be given.
+  """
+  holder = config_flags.DEFINE_config_file('config', None, text)
+  flags.FLAGS['config'].parser = _RecipeParser()
+  if required:
+    flags.mark_flag_as_required('config')
+  return holder
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Absl's parser of flags, for commands with a --config flag.
+  """Parser of flags for commands with a --config flag.
 
-  `--config=shapes_64` is the shipped recipe of that name, from any directory,
-  `--config=path/to/mine.py` any other. Mistakes end the process with one line
-  where absl would print a traceback.
+  A mistake in a flag, the recipe or a key ends the process with one line.
   """
-  argv = _with_paths(argv)
   try:
-    rest = app.parse_flags_with_usage(argv)
-    flags.FLAGS.config.lock()  # Raises if the file could not be read.
+    rest = flag_types.parse(argv)
+    if flags.FLAGS.config is not None:
+      ranges.check(flags.FLAGS.config)
     return rest
-  except OSError as error:
-    sys.exit(f'error: {str(error).splitlines()[-1].strip()}')
-  except (AttributeError, LookupError) as error:
-    frames = traceback.extract_tb(error.__traceback__)
-    if any(frame.name == 'get_config' for frame in frames):
-      raise  # A mistake in the recipe: the traceback says where.
-    # ConfigDict wraps the name in quotes, twice.
-    reason = str(error).strip('"\'')
-    changes = [word for word in argv if word.startswith('--config.')]
-    sys.exit(
-      f'error: {" ".join(changes)}: no such key ({reason}); '
-      'configs/common.py has all keys.'
-    )
+  except flags.Error as error:
+    sys.exit(f'error: {_with_range(argv, flag_types.reason(error))}')
+  # What ConfigDict raises for a key that is not there, or a placeholder.
+  except (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    config_dict.RequiredValueError,
+  ) as error:
+    sys.exit(f'error: {_explain(argv, error)}')
 
 
-def _with_paths(argv: Sequence[str]) -> list[str]:
-  """Replaces the name of a shipped recipe by its path."""
-  words = list(argv)
-  for i, word in enumerate(words):
-    if found := re.fullmatch(r'(--?config=)(\w+)((?::.*)?)', word):
-      flag, name, mode = found.groups()
-      words[i] = f'{flag}{_path(name)}{mode}'
-    elif re.fullmatch(r'--?config', word) and i + 1 < len(words):
-      if found := re.fullmatch(r'(\w+)((?::.*)?)', words[i + 1]):
-        words[i + 1] = f'{_path(found[1])}{found[2]}'
-  return words
+class _RecipeParser(flags.ArgumentParser):
+  """Loads a recipe. All that can be wrong with it is a ValueError."""
+
+  syntactic_help = 'a recipe'
+  loaded = None  # the last config
+
+  def parse(self, argument: str) -> ConfigDict:
+    """The config of FILE, FILE:MODE, NAME or NAME:MODE."""
+    path, *mode = argument.split(':', 1)
+    if re.fullmatch(r'\w+', path) and not pathlib.Path(path).is_file():
+      path = _shipped(path)
+    path = Path('file').check(path)
+    # A recipe is the user's program: whatever it raises is a mistake in it.
+    try:
+      module = _load(path)
+      make = getattr(module, 'get_config', None)
+      if not callable(make):
+        raise ValueError('it has no function get_config().')
+      _check_mode(make, mode)
+      config = make(*mode)
+    except (Exception, SystemExit) as error:
+      raise ValueError(_where(path, error)) from None
+    if not isinstance(config, ConfigDict):
+      raise ValueError(
+        f'get_config() returns {type(config).__name__}: return a ConfigDict, '
+        'as common.get_config() does.'
+      )
+    self.loaded = config.lock()
+    return self.loaded
+
+  def flag_type(self) -> str:
+    """For --helpxml."""
+    return 'recipe'
 
 
-def _path(name: str) -> pathlib.Path:
+def _load(path: str) -> types.ModuleType:
+  loader = importlib.machinery.SourceFileLoader('config_config', path)
+  spec = importlib.util.spec_from_loader(loader.name, loader)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[loader.name] = module
+  loader.exec_module(module)
+  return module
+
+
+def _check_mode(make: Any, mode: list[str]) -> None:
+  """Raises ValueError if a function does not take a mode, or needs one."""
+  try:
+    inspect.signature(make).bind(*mode)
+  except TypeError:
+    raise ValueError(
+      f'it has no variants, so leave out :{mode[0]}.'
+      if mode
+      else 'it needs a variant: append :NAME.'
+    ) from None
+
+
+def _where(path: str, error: BaseException) -> str:
+  """An error in a recipe, in a line that names the recipe's last line run."""
+  text = ' '.join(str(error).split())
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == path
+  ]
+  if isinstance(error, SyntaxError) and error.filename == path:
+    lines, text = [error.lineno], error.msg
+  if not lines:
+    if isinstance(error, ValueError):
+      return text
+    return f'{type(error).__name__}: {text}'
+  if type(error) is ValueError and text.startswith('Unknown mode'):
+    return text
+  return f'{path}, line {lines[-1]}: {type(error).__name__}: {text}'
+
+
+def _with_range(argv: Sequence[str], text: str) -> str:
+  """An error about the value of a key, with what it may be instead."""
+  for word in argv:
+    name, _, value = word.partition('=')
+    kind = ranges.KEYS.get(ranges.pattern(name.lstrip('-')[len('config.') :]))
+    if kind and text.startswith(f'--{name.lstrip("-")}='):
+      return f'{word}: give {kind}.'
+  if found := re.match(
+    r'Type .* of field config\.(\S+) is not supported', text
+  ):
+    return f'--config.{found[1]}: change one of its keys instead.'
+  return text
+
+
+def _explain(argv: Sequence[str], error: Exception) -> str:
+  """Why a key could not be changed, or its value is wrong."""
+  config = flags.FLAGS['config'].parser.loaded
+  for word in argv:
+    found = re.match(r'--?(?:no)?config\.([^=]+)', word)
+    if not found or config is None:
+      continue
+    key = found[1]
+    try:
+      config_path.get_type(key, config)
+    except (AttributeError, LookupError, TypeError, ValueError):
+      return f'{word}: no such key ({key}){_meant(key, config)}'
+  return ' '.join(str(error).split()) or repr(error)
+
+
+def _meant(key: str, config: ConfigDict) -> str:
+  """The end of a message about an unknown key: what was meant perhaps."""
+  known = 'configs/common.py has all keys.'
+  given = re.sub(r'\.(-?\d+)(?=\.|$)', r'[\1]', key)
+  if found := re.match(r'(stages|model\.levels)(\[(-?\d+)\])?', given):
+    count = len(ranges.find(config, found[1]) or ())
+    if found[3] is None:
+      given = given.replace(found[1], f'{found[1]}[0]', 1)
+    elif not -count <= int(found[3]) < count:
+      return f': {found[1]} has {count} elements, from [0]; {known}'
+  near = difflib.get_close_matches(
+    ranges.pattern(given), [str(name) for name in ranges.KEYS], 1, 0.7
+  )
+  if not near:
+    return f'; {known}'
+  for index in re.findall(r'\[-?\d+\]', given):
+    near[0] = near[0].replace('[]', index, 1)
+  return f': did you mean {near[0]}? {known}'
+
+
+def _shipped(name: str) -> str:
+  """Path of a shipped recipe."""
   spec = importlib.util.find_spec('configs')
   for directory in spec.submodule_search_locations if spec else ():
     path = pathlib.Path(directory, f'{name}.py')
     if path.exists():
-      return path
-  sys.exit(
-    f'error: --config={name}: there is no shipped recipe of this name; give '
-    'the path of a file, such as configs/shapes_64.py.'
+      return str(path)
+  raise ValueError(
+    'there is no shipped recipe of this name; give the path of a file, such as '
+    'configs/shapes_64.py.'
   )

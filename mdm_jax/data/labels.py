@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mdm_jax.data import captions
+from mdm_jax.data.lines import read_entries
 
 # Tokens: 0 is padding, as in any text; 1 is "no class"; classes follow.
 _EMPTY, _FIRST = 1, 2
@@ -91,11 +92,10 @@ def read_names(path: str) -> tuple[str, ...]:
       'per line, or leave it empty.'
     )
   try:
-    names = map(captions.clean, pathlib.Path(path).read_bytes().split(b'\n'))
-    return tuple(name for name in names if name)
+    return tuple(filter(None, map(captions.clean, read_entries(path))))
   except ValueError as error:
     raise ValueError(
-      f'text.class_names={path!r} is not a file of text: {error}.'
+      f'text.class_names={path!r} is not a file of text: {error}'
     ) from error
 
 

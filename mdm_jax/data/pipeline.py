@@ -135,7 +135,8 @@ class _Examples:
   def _report(self, error: BadRecord) -> None:
     if error.key not in self.reported:
       self.reported.add(error.key)
-      logging.warning('Replaced an unusable record: %s', error)
+      # Keys may hold control characters, which `repr` escapes.
+      logging.warning('Replaced an unusable record: %s', repr(str(error))[1:-1])
 
 
 def _stack(examples: Sequence[Example]) -> Example:

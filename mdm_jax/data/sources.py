@@ -1,6 +1,7 @@
 """Data sets of captioned images that tools.prepare_data wrote."""
 
 import pathlib
+import shlex
 
 from mdm_jax.data import tfds_source
 
@@ -9,7 +10,8 @@ def _builder(path: str):
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
     raise FileNotFoundError(
       f'There is no prepared data set in {path}: make one with python -m '
-      f"mdm_jax.tools.prepare_data --input='…/*.tar' --output={path}"
+      "mdm_jax.tools.prepare_data --input='…/*.tar' "
+      f'--output={shlex.quote(str(path))}'
     )
   # Slow to import, so it is imported only where such a data set is read.
   import tensorflow_datasets as tfds
@@ -18,7 +20,7 @@ def _builder(path: str):
     return tfds.builder_from_directory(path)
   # TFDS raises errors of many types for a description that is something else.
   except Exception as error:
-    detail = f'{type(error).__name__}: {error}'.splitlines()[0]
+    detail = f'{type(error).__name__}: {error}'.split('\n')[0]
     raise ValueError(
       f'dataset_info.json or features.json in {path} is damaged ({detail}): '
       'prepare the data set again.'

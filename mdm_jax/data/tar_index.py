@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def read_index(path: str) -> dict[str, Any]:
   if not file.exists():
     raise FileNotFoundError(
       f"There is no index in {path}: make one with {_COMMAND} --input='…/"
-      f"*.tar' --output={path}"
+      f"*.tar' --output={shlex.quote(path)}"
     )
   try:
     index = json.loads(file.read_bytes())

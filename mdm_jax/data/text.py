@@ -27,7 +27,8 @@ class Tokenizer:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: max_length is below 2, or pad and `</s>` are not 0 and 1.
+      ValueError: it is no SentencePiece model, max_length is below 2, or pad
+        and `</s>` are not 0 and 1.
     """
     if not os.path.isfile(path):
       raise FileNotFoundError(
@@ -38,7 +39,14 @@ class Tokenizer:
     if max_length < 2:
       raise ValueError(f'max_length {max_length}: must be 2 or more')
     self.path, self.max_length = path, max_length
-    self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    # RuntimeError for what is no model; OSError if it cannot be read.
+    except (RuntimeError, OSError) as error:
+      reason = ' '.join(str(error).split())
+      raise ValueError(
+        f'{path!r} is no SentencePiece model: give a spiece.model ({reason}).'
+      ) from None
     found = self._processor.pad_id(), self._processor.eos_id()
     if found != (_PAD, _EOS):
       raise ValueError(

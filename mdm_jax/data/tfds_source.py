@@ -138,7 +138,7 @@ class TfdsSource:
       }
     # Parsers raise errors of any type for bytes that are something else.
     except Exception as error:
-      detail = f'{type(error).__name__}: {error}'.splitlines()[0]
+      detail = f'{type(error).__name__}: {error}'.split('\n')[0]
       raise BadRecord(key, 'damaged record', detail) from error
     return self._check(parts, key)
 

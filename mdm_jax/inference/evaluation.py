@@ -24,6 +24,7 @@ from mdm_jax.eval import fid, prompt_accuracy
 from mdm_jax.inference import feature_extractors, references, validation
 from mdm_jax.inference.session import Model, Session
 from mdm_jax.report.sample_directory import SampleDirectory
+from mdm_jax.runtime import value_types
 from mdm_jax.steps.evaluate import make_band_step
 
 # Metrics that compare two sets of images.
@@ -142,6 +143,8 @@ def evaluate_run(session: Session, options: Options) -> Result:
     raise ValueError(
       '--resolution is that of images in directories: give --reference too.'
     )
+  count = options.num_samples or config.eval.num_prompts
+  value_types.check_seeds('--seed', options.seed, count)
   extractors = _load_extractors(names, options, session)
   model = session.restore()
   settings = {

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mdm_jax.data import images
+from mdm_jax.data.lines import read_lines
 from mdm_jax.eval import clip, fid, inception
 from mdm_jax.eval.clip_tokenizer import ClipTokenizer
 from mdm_jax.interop import hugging_face, torch_checkpoint
@@ -137,7 +138,7 @@ class Clip:
         raise FileNotFoundError(f'{merges} does not exist: download it too.')
       self._tokenizer = tokenizer = ClipTokenizer(
         vocabulary,
-        merges.read_text(encoding='utf-8').splitlines(),
+        read_lines(merges),
         spec.max_length,
       )
     except ValueError as error:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import pathlib
 from typing import Any
-import zipfile
 
 from absl import logging
 import numpy as np
@@ -48,7 +47,7 @@ def of_folder(
     resolution: of `ImageFolder`.
 
   Raises:
-    FileNotFoundError, ValueError: an image or a cached file cannot be read.
+    FileNotFoundError, ValueError: an image cannot be read.
   """
   folder = ImageFolder(directory, resolution)
   settings = {
@@ -80,9 +79,6 @@ def of_split(
     split: of the data set; None for the held-out one.
     max_images: at most, the first of the split.
     cache: directory of cached features; None for the user's own.
-
-  Raises:
-    ValueError: a cached file is damaged.
   """
   config, resolution = stage.config, stage.resolutions[-1]
   split = split or held_out_split(config)
@@ -130,25 +126,29 @@ def _images_of_split(
       yield images[~is_bad]
 
 
-def _cache(directory: str | None) -> pathlib.Path:
-  return pathlib.Path(directory or compilation_cache.directory('references'))
+def _cache(directory: str | None) -> pathlib.Path | None:
+  if directory:
+    return pathlib.Path(directory)
+  return compilation_cache.directory('references')
 
 
 def cached(
-  directory: pathlib.Path,
+  directory: pathlib.Path | None,
   fingerprint: Mapping[str, Any],
   make: Callable[[], fid.Sample],
 ) -> fid.Sample:
   """Returns `make()`, or what it has returned before for the same fingerprint.
 
+  A file of the cache that is damaged is made again. If it cannot be written,
+  there is a warning.
+
   Args:
-    directory: of the cache.
+    directory: of the cache; None for none.
     fingerprint: all that the features depend on, as JSON.
     make: called if the cache does not have them.
-
-  Raises:
-    ValueError: a file of the cache is damaged.
   """
+  if directory is None:
+    return make()
   text = json.dumps(fingerprint, sort_keys=True)
   name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
   path = directory / f'{name}.npz'
@@ -157,12 +157,14 @@ def cached(
     try:
       with np.load(path) as file:
         return fid.Sample.from_arrays(file)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-      raise ValueError(
-        f'{path} is damaged ({error}): delete it, and it is computed again.'
-      ) from None
+    # Zip files and NumPy's headers break in too many ways to list.
+    except Exception as error:
+      logging.warning('%s is damaged (%s): computing it again.', path, error)
   sample = make()
-  with files.replacing(path, shared=True) as temporary:
-    with temporary.open('wb') as file:
-      np.savez(file, fingerprint=text, **sample.to_arrays())
+  try:
+    with files.replacing(path, shared=True) as temporary:
+      with temporary.open('wb') as file:
+        np.savez(file, fingerprint=text, **sample.to_arrays())
+  except OSError as error:
+    logging.warning('The reference features are not cached: %s', error)
   return sample

@@ -7,39 +7,50 @@ from typing import Any
 
 from absl import flags
 
-# `samplers.SAMPLERS` and `samplers.THRESHOLDS`, which import JAX; a test
-# compares them.
-SAMPLERS = ('ddim', 'ddpm', 'heun', 'dpm', 'dpm_sde')
-THRESHOLDS = ('none', 'clip', 'dynamic', 'dynamic_if')
+from mdm_jax.builders import ranges
+from mdm_jax.runtime import flag_types, value_types
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Working directory of the training run.'
+_WORKDIR = flag_types.define(
+  'workdir',
+  None,
+  value_types.Path('directory'),
+  'Working directory of the training run.',
 )
-_BATCH_SIZE = flags.DEFINE_integer(
+_BATCH_SIZE = flag_types.define(
   'batch_size',
   None,
+  ranges.KEYS['eval.batch_size'],
   'Images at once, over all devices; rounded up to a multiple of them. '
   'Default: eval.batch_size of the config.',
-  lower_bound=1,
 )
-_SAMPLER = flags.DEFINE_enum(
-  'sampler', None, SAMPLERS, 'Sampler. Default: as in the config.'
+_SAMPLER = flag_types.define(
+  'sampler',
+  None,
+  ranges.KEYS['sampler.name'],
+  'Sampler. Default: as in the config.',
 )
-_STEPS = flags.DEFINE_integer(
-  'steps', None, 'Sampling steps. Default: as in the config.', lower_bound=1
+_STEPS = flag_types.define(
+  'steps',
+  None,
+  ranges.KEYS['sampler.num_steps'],
+  'Sampling steps. Default: as in the config.',
 )
-_GUIDANCE = flags.DEFINE_float(
-  'guidance', None, 'Guidance weight, 1 is none. Default: as in the config.'
+_GUIDANCE = flag_types.define(
+  'guidance',
+  None,
+  ranges.KEYS['sampler.guidance'],
+  'Guidance weight, 1 is none. Default: as in the config.',
 )
-_THRESHOLD = flags.DEFINE_enum(
+_THRESHOLD = flag_types.define(
   'threshold',
   None,
-  THRESHOLDS,
+  ranges.KEYS['sampler.threshold'],
   'How predicted images are kept in range. Default: as in the config.',
 )
-_SIGMA_REL = flags.DEFINE_float(
+_SIGMA_REL = flag_types.define(
   'sigma_rel',
   None,
+  ranges.SIGMA_REL,
   'Use a post-hoc EMA of this width, if training has saved snapshots: see '
   "docs/post_hoc_ema.md. Default: the EMA with the optimizer's decay.",
 )

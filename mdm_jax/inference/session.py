@@ -12,10 +12,12 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mdm_jax.builders import ranges
 from mdm_jax.builders.check import check, parts_of_batches
 from mdm_jax.builders.config import (
   differences,
   load_config,
+  naming,
   read_config,
   reading_prompts,
 )
@@ -190,6 +192,8 @@ def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
 
 def _read(workdir: str, any_prompt: bool = False) -> ConfigDict:
   config = load_config(read_config(workdir))
+  with naming(f'{workdir}/config.json'):
+    ranges.check(config)
   return reading_prompts(config) if any_prompt else config
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mdm_jax.runtime import files
+from mdm_jax.runtime.printable import printable
 
 _THUMBNAIL = 256  # largest width and height of a thumbnail in pixels
 _PAGE = """<!DOCTYPE html>
@@ -73,7 +74,7 @@ def save(
   texts = list(map(_figure, entries))
   width = max((164 * text.count('<img') for text in texts), default=164)
   text = _PAGE.format(
-    title=html.escape(title),
+    title=_escape(title),
     width=width,
     entries='\n'.join(texts),
     tables='\n'.join(map(_table, tables, tables.values())),
@@ -81,21 +82,24 @@ def save(
   files.write_text(path, text)
 
 
+def _escape(value: Any) -> str:
+  return html.escape(printable(str(value)))
+
+
 def _table(heading: str, values: Mapping[str, Any]) -> str:
   rows = ''.join(
-    f'<tr><td>{html.escape(str(name))}</td>'
-    f'<td>{html.escape(str(value))}</td></tr>'
+    f'<tr><td>{_escape(name)}</td><td>{_escape(value)}</td></tr>'
     for name, value in values.items()
   )
   return (
-    f'<details open><summary>{html.escape(heading)}</summary>'
+    f'<details open><summary>{_escape(heading)}</summary>'
     f'<table>{rows}</table></details>'
   )
 
 
 def _figure(entry: Entry) -> str:
   images = ''.join(
-    f'<a href="{html.escape(link)}"><img src="{_thumbnail(level)}" '
+    f'<a href="{_escape(link)}"><img src="{_thumbnail(level)}" '
     f'alt="{len(level)} pixels"></a>'
     for level, link in zip(entry.levels, entry.links, strict=True)
   )
@@ -104,8 +108,8 @@ def _figure(entry: Entry) -> str:
   )
   return (
     f'<figure><div>{images}</div>'
-    f'<figcaption>{html.escape(entry.caption)} '
-    f'<small>{html.escape(details)}</small></figcaption></figure>'
+    f'<figcaption>{_escape(entry.caption)} '
+    f'<small>{_escape(details)}</small></figcaption></figure>'
   )
 
 

@@ -128,7 +128,7 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
     holds the time of data and steps that a later session repeated.
   """
   lines, path = [], pathlib.Path(workdir) / _FILE
-  for line in path.read_text().splitlines() if path.is_file() else ():
+  for line in path.read_text().split('\n') if path.is_file() else ():
     with contextlib.suppress(
       json.JSONDecodeError
     ):  # Cut off when a machine was lost.

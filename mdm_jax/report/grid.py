@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mdm_jax.runtime import files
+from mdm_jax.runtime.printable import printable
 
 _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
@@ -147,7 +148,7 @@ def _columns(count: int, aspect_ratio: float) -> int:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
   """Breaks a text into lines of at most `width` pixels."""
-  lines, rest = [], ' '.join(text.split())
+  lines, rest = [], printable(' '.join(text.split()))
   while rest:
     is_last = len(lines) == _MAX_LINES - 1
     line = rest[:width]  # No character is narrower than a pixel.

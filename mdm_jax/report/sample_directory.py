@@ -80,7 +80,7 @@ class SampleDirectory:
     self._files = {}  # names by level, by the index of complete samples
     path = self.directory / _LINES
     if path.exists():
-      for line in path.read_text(encoding='utf-8').splitlines():
+      for line in path.read_bytes().split(b'\n'):
         self._find(line)
     self._write_lines()
     self._lines = path.open('a', encoding='utf-8')
@@ -149,14 +149,17 @@ class SampleDirectory:
       map(self._entry, range(shown)),
     )
 
-  def _find(self, line: str) -> None:
+  def _find(self, line: bytes) -> None:
     try:
       record = json.loads(line)
     except ValueError:
       return  # Cut off, since the process was killed while writing the line.
+    if not isinstance(record, dict):
+      return
     index, names = record.pop('index', None), record.pop('files', {})
     if (
-      index in range(len(self._records))
+      isinstance(index, int)
+      and index in range(len(self._records))
       and record == self._records[index]
       and all((self.directory / name).exists() for name in names.values())
     ):

@@ -1,18 +1,33 @@
-"""Cache directories on disk, and XLA's persistent compilation cache."""
+"""Cache directories on disk, and XLA's persistent compilation cache.
+
+A cache saves time and is never needed: without a home directory, or where
+nothing can be written, a command goes on without it.
+"""
 
 import os
 import pathlib
 
+from absl import logging
 import jax
 
+from mdm_jax.runtime import value_types
 
-def directory(name: str) -> pathlib.Path:
+_OUTPUT = value_types.Path('directory', output=True)
+
+
+def directory(name: str) -> pathlib.Path | None:
   """Path of a cache: `$XDG_CACHE_HOME/mdm_jax/<name>`, by default in ~/.cache.
 
-  It is not created.
+  It is not created. None, with a warning, if nothing can be written there.
   """
-  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(home, 'mdm_jax', name)
+  home = os.environ.get('XDG_CACHE_HOME', '')
+  if not os.path.isabs(home):  # Such are to be ignored, says the standard.
+    home = '~/.cache'
+  try:
+    return pathlib.Path(_OUTPUT.check(os.path.join(home, 'mdm_jax', name)))
+  except ValueError as error:
+    logging.warning('Nothing is cached in %s/mdm_jax/%s: %s', home, name, error)
+    return None
 
 
 def enable() -> None:
@@ -23,5 +38,13 @@ def enable() -> None:
   JAX_ENABLE_COMPILATION_CACHE=false disables the cache. Call it before anything
   is compiled.
   """
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(directory('xla')))
+  given = jax.config.jax_compilation_cache_dir
+  if not given:
+    if found := directory('xla'):
+      jax.config.update('jax_compilation_cache_dir', str(found))
+  elif '://' not in given:
+    try:
+      _OUTPUT.check(given)
+    except ValueError as error:
+      logging.warning('Programs are not cached in %s: %s', given, error)
+      jax.config.update('jax_compilation_cache_dir', None)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from mdm_jax.runtime import preemption, rendezvous
+from mdm_jax.runtime.printable import printable
 
 with epy.lazy_imports():  # 0.7 s; a single process does not need it.
   import orbax.checkpoint as ocp
@@ -194,7 +195,7 @@ def end(code: int | str) -> None:
   if jax.process_count() == 1:
     sys.exit(code)
   if isinstance(code, str):
-    print(code, file=sys.stderr, flush=True)
+    print(printable(code), file=sys.stderr, flush=True)
     code = 1
   # JAX's own shutdown waits minutes for processes that have died.
   peers = Peers()

@@ -1,8 +1,9 @@
 """Access control of the demo: passwords, local addresses, allowed paths."""
 
 import ipaddress
-import pathlib
 import urllib.parse
+
+from mdm_jax.data.lines import read_lines
 
 _MIN_PASSWORD = 8  # characters
 _MAX_BODY = 2**20  # bytes in the body of an HTTP request
@@ -44,7 +45,7 @@ def read_passwords(path: str) -> list[tuple[str, str]]:
       empty.
   """
   users = []
-  for line in pathlib.Path(path).read_text().splitlines():
+  for line in read_lines(path):
     name, colon, password = line.partition(':')
     if not (name and colon and len(password) >= _MIN_PASSWORD):
       raise ValueError(

@@ -1,12 +1,13 @@
 """HTML of the demo's page: status lines, and cards with images."""
 
 import base64
-from html import escape
+import html
 import io
 
 import numpy as np
 from PIL import Image
 
+from mdm_jax.runtime.printable import printable
 from mdm_jax.serving.queue import Progress, Request, SampleQueue
 
 _MAX_PREVIEW = 256  # px; larger levels are averaged down in previews
@@ -38,6 +39,11 @@ footer {display: none !important}
   overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 0;
   min-width: 100%; background: var(--background-fill-secondary)}
 """
+
+
+def escape(text: str) -> str:
+  """A text as HTML, with escapes for what is no character to see."""
+  return html.escape(printable(text))
 
 
 def about(queue: SampleQueue, state: str) -> str:

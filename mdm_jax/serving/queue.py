@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
 import functools
-import shlex
 import threading
 from typing import NamedTuple
 import unicodedata
@@ -19,6 +18,7 @@ from mdm_jax.data.text import Tokenizer
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference.session import Model
 from mdm_jax.runtime import sharding
+from mdm_jax.runtime.printable import command
 from mdm_jax.steps.sample import make_sample_steps
 
 MAX_CHARACTERS = 1000  # most characters in a prompt
@@ -234,16 +234,7 @@ class SampleQueue:
     }
     if not request.negative_prompt:
       del values['negative_prompt']
-    return ' '.join(
-      [
-        'python -m mdm_jax.sample',
-        *(
-          f'--{name}={shlex.quote(str(value))}'
-          for name, value in values.items()
-          if value is not None
-        ),
-      ]
-    )
+    return command('sample', **values)
 
   def submit(self, request: Request) -> Job:
     """Adds a request to the end of the queue.

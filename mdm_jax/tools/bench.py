@@ -19,18 +19,26 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from mdm_jax.builders import recipes
+from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.check import check, parts_of_batches
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
 from mdm_jax.report import console
-from mdm_jax.runtime import compilation_cache, cpu, files, peaks, sharding
+from mdm_jax.runtime import (
+  compilation_cache,
+  cpu,
+  files,
+  flag_types,
+  peaks,
+  sharding,
+  value_types,
+)
 from mdm_jax.steps.sample import jit_sample
 from mdm_jax.steps.train import jit_train_step
 
@@ -246,7 +254,7 @@ def measure(
   *,
   count: int,
   sampling_steps: int,
-  profile: str = '',
+  profile: str | None = None,
 ) -> dict[str, dict[str, Any]]:
   """Times the training step and a sampling step.
 
@@ -256,7 +264,7 @@ def measure(
     count: number of calls to time.
     sampling_steps: number of sampling steps in each timed call. The time of one
       step does not depend on their number.
-    profile: directory for a trace of a few calls, '' for none.
+    profile: directory for a trace of a few calls; None for none.
 
   Returns:
     'train' and 'sample', each a dict of results by name.
@@ -422,17 +430,28 @@ def report(found: dict, other: dict | None) -> str:
   return '\n\n'.join(parts)
 
 
-def main(argv: list[str]) -> None:
+def _read(path: str) -> dict:
+  """Results of another run; raises ValueError for any other file."""
+  try:
+    found = json.loads(pathlib.Path(path).read_bytes())
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, dict) or not all(
+    isinstance(found.get(name), dict) for name in ('train', 'sample')
+  ):
+    raise ValueError(
+      f'--compare={path}: give a file that --output has written.'
+    )
+  return found
+
+
+def main(_: list[str]) -> None:
   """Measures training and sampling, and prints tables."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
   console.setup_logging()
   compilation_cache.enable()
   try:
-    other = values.compare and json.loads(
-      pathlib.Path(values.compare).read_text()
-    )
+    other = values.compare and _read(values.compare)
     config = without_t5(values.config)
     indices = range(len(config.stages))
     if values.stage is not None and values.stage not in indices:
@@ -453,7 +472,7 @@ def main(argv: list[str]) -> None:
       sampling_steps=values.sampling_steps,
       profile=values.profile,
     )
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   device = mesh.devices.flat[0]
   found |= {
@@ -477,42 +496,47 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   cpu.use_huge_pages()
   # Here, so that importing this module leaves other programs' flags alone.
-  config_flags.DEFINE_config_file(
-    'config', None, 'Recipe, as for mdm_jax.main.', lock_config=True
+  recipes.define('Recipe, as for mdm_jax.main.')
+  flag_types.integer(
+    'stage', None, 0, 99, 'Index of the stage, from 0. Default: the last.'
   )
-  flags.DEFINE_integer(
-    'stage', None, 'Index of the stage, from 0. Default: the last.'
-  )
-  flags.DEFINE_integer(
+  flag_types.define(
     'batch_size',
     None,
+    ranges.KEYS['eval.batch_size'],
     'Images of a training step, and images sampled at once. Default: the batch '
     'size of the stage, and eval.batch_size.',
-    lower_bound=1,
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'steps',
     20,
+    1,
+    10**6,
     'Number of training steps, and of sampling calls, to time.',
-    lower_bound=1,
   )
-  flags.DEFINE_integer(
+  flag_types.define(
     'sampling_steps',
     4,
+    ranges.KEYS['sampler.num_steps'],
     'Sampling steps in each timed sampling call.',
-    lower_bound=1,
   )
-  flags.DEFINE_string('output', None, 'JSON file to write the results to.')
-  flags.DEFINE_string(
+  flag_types.define(
+    'output',
+    None,
+    value_types.Path('file', output=True),
+    'JSON file to write the results to.',
+  )
+  flag_types.define(
     'compare',
     None,
+    value_types.Path('file'),
     'JSON file that --output wrote in another run, to compare with.',
   )
-  flags.DEFINE_string(
+  flag_types.define(
     'profile',
-    '',
+    None,
+    value_types.Path('directory', output=True),
     'Directory for a trace of a few steps, for TensorBoard. ui.perfetto.dev '
     'opens its perfetto_trace.json.gz.',
   )
-  flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  flag_types.run(main, recipes.parse_flags)

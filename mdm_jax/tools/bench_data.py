@@ -15,18 +15,17 @@ import io
 import sys
 import time
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 import numpy as np
 from PIL import Image
 
-from mdm_jax.builders import recipes
+from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import images, pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.report import console
-from mdm_jax.runtime import files
+from mdm_jax.runtime import files, flag_types, value_types
 
 _BATCH_SIZE = 8
 # How often each is measured. The best counts, as other programs may interfere.
@@ -158,10 +157,8 @@ def measure(
   return rates
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Measures what the flags ask for and prints a table per resolution."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
   console.setup_logging()
   try:
@@ -177,9 +174,9 @@ def main(argv: list[str]) -> None:
       source = SyntheticImages()
       tokenizer = Tokenizer(CAPTIONS_MODEL, 32)
       resolutions = [64, 256, 1024]
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  counts = sorted(set(map(int, values.workers)))
+  counts = sorted(set(values.workers))
   results = {}
   for resolution in resolutions:
     rates = measure(source, tokenizer, resolution, values.seconds, counts)
@@ -199,17 +196,31 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  config_flags.DEFINE_config_file(
-    'config', None, 'Config with the data set and resolutions to measure.'
+  recipes.define(
+    'Config with the data set and resolutions to measure.', required=False
   )
-  flags.DEFINE_list(
+  flag_types.define(
     'workers',
-    '0,1,2',
+    [0, 1, 2],
+    value_types.List(ranges.KEYS['data.num_workers']),
     'Numbers of worker processes to measure; 0: load in this process.',
   )
-  flags.DEFINE_float('seconds', 3.0, 'Duration of each measurement.')
-  flags.DEFINE_float(
-    'step_rate', None, 'Images/s that training consumes, for comparison.'
+  flag_types.define(
+    'seconds',
+    3.0,
+    value_types.Number(float, 0.001, 10**5),
+    'Duration of each measurement.',
   )
-  flags.DEFINE_string('output', None, 'JSON file for the results.')
-  app.run(main, flags_parser=recipes.parse_flags)
+  flag_types.define(
+    'step_rate',
+    None,
+    value_types.Number(float, 0.001, 10**9),
+    'Images/s that training consumes, for comparison.',
+  )
+  flag_types.define(
+    'output',
+    None,
+    value_types.Path('file', output=True),
+    'JSON file for the results.',
+  )
+  flag_types.run(main, recipes.parse_flags)

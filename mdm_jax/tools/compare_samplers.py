@@ -14,17 +14,16 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from mdm_jax.runtime import cpu
+from mdm_jax.builders import ranges
+from mdm_jax.runtime import cpu, flag_types, value_types
 
 _BATCH = 128  # images that the classifier sees at once
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Compares samplers, prints a table, and plots it."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   from mdm_jax.inference import session
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache
@@ -39,18 +38,20 @@ def main(argv: list[str]) -> None:
       sys.exit('error: --plot needs matplotlib: pip install matplotlib.')
   try:
     cases = [
-      (name, int(steps))
+      (name, steps)
       for steps, name in itertools.product(values.steps, values.samplers)
     ]
+    path = pathlib.Path(
+      values.output or pathlib.Path(values.workdir, 'samplers.json')
+    )
+    value_types.check_outputs(path.parent)
+    known = _read(path)
     opened = session.open_run(values.workdir)
     _check(opened, cases)
     model = opened.restore()
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  path = pathlib.Path(
-    values.output or pathlib.Path(values.workdir) / 'samplers.json'
-  )
-  found = _compare(model, cases, path)
+  found = _compare(model, cases, path, known)
   found.sort(
     key=lambda one: (
       cases.index((one['sampler'], one['steps']))
@@ -96,8 +97,29 @@ def _check(opened, cases: list[tuple[str, int]]) -> None:
     check(changed, opened.mesh)
 
 
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Earlier results; raises ValueError if a file has something else."""
+  if not path.exists():
+    return []
+  try:
+    found = json.loads(path.read_bytes())
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, list) or not all(
+    isinstance(one, dict) and {'sampler', 'steps'} <= one.keys()
+    for one in found
+  ):
+    raise ValueError(
+      f'{path} has no results of this command: give another --output.'
+    )
+  return found
+
+
 def _compare(
-  model, cases: list[tuple[str, int]], path: pathlib.Path
+  model,
+  cases: list[tuple[str, int]],
+  path: pathlib.Path,
+  known: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
   """Measures the cases that are not in a results file, and adds them to it.
 
@@ -105,6 +127,7 @@ def _compare(
     model: an opened model.
     cases: pairs of a sampler and a number of steps.
     path: the JSON file of results.
+    known: the results in it.
 
   Returns:
     All results with this model and these settings, old and new.
@@ -127,7 +150,7 @@ def _compare(
     )
   )
   found, others = [], []
-  for one in json.loads(path.read_text()) if path.exists() else ():
+  for one in known:
     (found if one | settings == one else others).append(one)
   done = {(one['sampler'], one['steps']) for one in found}
   prompts = make_prompts(config, values.num_images)
@@ -300,42 +323,50 @@ def _plot(found: list[dict], path: str) -> None:
 if __name__ == '__main__':
   cpu.use_huge_pages()
   # Here, so that importing this module leaves other programs' flags alone.
-  flags.DEFINE_string(
-    'workdir', None, 'Working directory of a run on shapes.', required=True
+  flag_types.define(
+    'workdir',
+    None,
+    value_types.Path('directory'),
+    'Working directory of a run on shapes.',
+    required=True,
   )
-  flags.DEFINE_list(
+  flag_types.define(
     'samplers',
     ['ddim', 'dpm', 'heun', 'ddpm', 'dpm_sde'],
+    value_types.List(ranges.KEYS['sampler.name']),
     'Samplers to compare.',
   )
-  flags.DEFINE_list(
+  flag_types.define(
     'steps',
-    ['5', '10', '20', '50', '250'],
+    [5, 10, 20, 50, 250],
+    value_types.List(ranges.KEYS['sampler.num_steps']),
     'Numbers of sampling steps to compare.',
   )
-  flags.DEFINE_integer(
-    'num_images', 512, 'Images to sample in each case.', lower_bound=2
+  flag_types.integer(
+    'num_images', 512, 2, 10**7, 'Images to sample in each case.'
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'classifier_images',
     8192,
+    8,
+    10**7,
     'Images to train the classifier on. Half as many held-out images are the '
     'reference of the Fréchet distance.',
-    lower_bound=8,
   )
-  flags.DEFINE_integer(
-    'classifier_steps',
-    1500,
-    'Training steps of the classifier.',
-    lower_bound=1,
+  flag_types.integer(
+    'classifier_steps', 1500, 1, 10**7, 'Training steps of the classifier.'
   )
-  flags.DEFINE_string(
+  flag_types.define(
     'output',
     None,
+    value_types.Path('file', output=True),
     'JSON file for the results. Cases that it already has for the same model '
     'and settings are not measured again. Default: WORKDIR/samplers.json.',
   )
-  flags.DEFINE_string(
-    'plot', None, 'File for a plot of the results, .svg or .png.'
+  flag_types.define(
+    'plot',
+    None,
+    value_types.Path('file', output=True, suffixes=('.svg', '.png')),
+    'File for a plot of the results, .svg or .png.',
   )
-  app.run(main)
+  flag_types.run(main)

@@ -6,6 +6,7 @@ known exactly.
 """
 
 from collections.abc import Callable
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ import re
 import time
 from typing import Any
 
+from absl import logging
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
@@ -255,7 +257,7 @@ def needed_memory(message: str) -> float | None:
 
 
 def measure(
-  config: ConfigDict, topology: str, step: str, directory: pathlib.Path
+  config: ConfigDict, topology: str, step: str, directory: pathlib.Path | None
 ) -> dict[str, Any]:
   """Compiles a step of a prepared config and measures it, or reads the cache.
 
@@ -312,23 +314,30 @@ def _measure(stage: Stage, mesh: Mesh, step: str) -> dict[str, Any]:
 
 
 def cached(
-  directory: pathlib.Path, question: Any, answer: Callable[[], Any]
+  directory: pathlib.Path | None, question: Any, answer: Callable[[], Any]
 ) -> Any:
   """Returns `answer()`, or the cached answer to the same question.
 
   Args:
-    directory: directory of the cache, which has a JSON file for each answer.
+    directory: directory of the cache, which has a JSON file for each answer;
+      None for none.
     question: everything that the answer depends on, of JSON's types.
     answer: computes the answer, of JSON's types.
   """
+  if directory is None:
+    return answer()
   key = hashlib.sha256(
     json.dumps(question, sort_keys=True).encode()
   ).hexdigest()
   path = directory / f'{key[:32]}.json'
   if path.exists():
-    return json.loads(path.read_text())
+    with contextlib.suppress(ValueError, OSError):  # Damaged: computed again.
+      return json.loads(path.read_text())
   result = answer()
-  files.write_json(path, result, shared=True)
+  try:
+    files.write_json(path, result, shared=True)
+  except OSError as error:
+    logging.warning('The result is not cached: %s', error)
   return result
 
 

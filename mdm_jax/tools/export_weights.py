@@ -10,15 +10,15 @@ one. `mdm_jax.tools.import_ml_mdm` reads both kinds of files with these names.
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 import numpy as np
 import safetensors.numpy
 
+from mdm_jax.runtime import flag_types, value_types
 
-def main(argv: list[str]) -> None:
+
+def main(_: list[str]) -> None:
   """Exports the weights of a run."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   from mdm_jax.report import (
     console,
   )  # Slow to import, and not needed for --help.
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   try:
     values = flags.FLAGS
     export(values.workdir, values.output, values.names)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
@@ -85,16 +85,24 @@ def export(workdir: str, output: str, names: str) -> None:
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  flags.DEFINE_string(
-    'workdir', None, 'Working directory of the run.', required=True
+  flag_types.define(
+    'workdir',
+    None,
+    value_types.Path('directory'),
+    'Working directory of the run.',
+    required=True,
   )
-  flags.DEFINE_string(
-    'output', None, 'File to write, .safetensors or .pth.', required=True
+  flag_types.define(
+    'output',
+    None,
+    value_types.Path('file', output=True, suffixes=('.safetensors', '.pth')),
+    'File to write, .safetensors or .pth.',
+    required=True,
   )
-  flags.DEFINE_enum(
+  flag_types.define(
     'names',
     'ours',
-    ['ours', 'release'],
+    value_types.Choice(('ours', 'release')),
     "Names of the parameters: this project's, or those of Apple's ml-mdm.",
   )
-  app.run(main)
+  flag_types.run(main)

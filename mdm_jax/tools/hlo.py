@@ -45,7 +45,7 @@ def collective_bytes(text: str, turns: int = 1) -> dict[str, int]:
     turns: number of iterations of a loop for which the compiler states none.
   """
   computations, entry, lines = {}, None, []
-  for line in text.splitlines():
+  for line in text.split('\n'):
     if found := _COMPUTATION.match(line):
       lines = computations[found[2]] = []
       if found[1]:

@@ -11,16 +11,15 @@ is not needed, and no code in the file is run.
 import json
 import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
 from mdm_jax.builders import recipes
+from mdm_jax.runtime import flag_types, value_types
+from mdm_jax.runtime.printable import command
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Imports a checkpoint."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   # Slow to import, and not needed for --help.
   from mdm_jax.report import console
 
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> None:
   try:
     values = flags.FLAGS
     import_checkpoint(values.checkpoint, values.config, values.workdir)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
@@ -96,28 +95,29 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   if not stage.is_last:
     saved_steps.mark_finished(directory, 0)
   logging.info(
-    'Imported %s as stage %d of %s.\nNext:\n  python -m mdm_jax.sample '
-    '--workdir=%s --prompt="a cat in the snow"',
+    'Imported %s as stage %d of %s.\nNext:\n  %s',
     path,
     index + 1,
     workdir,
-    workdir,
+    command('sample', workdir=workdir, prompt='a cat in the snow'),
   )
 
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  config_flags.DEFINE_config_file(
-    'config', None, 'Recipe with the levels of the model in the file.'
-  )
-  flags.DEFINE_string(
+  recipes.define('Recipe with the levels of the model in the file.')
+  flag_types.define(
     'checkpoint',
     None,
+    value_types.Path('file'),
     "File to import: a .pth of ml-mdm, or a .safetensors with ml-mdm's names.",
     required=True,
   )
-  flags.DEFINE_string(
-    'workdir', None, 'Working directory to create.', required=True
+  flag_types.define(
+    'workdir',
+    None,
+    value_types.Path('directory', output=True),
+    'Working directory to create.',
+    required=True,
   )
-  flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  flag_types.run(main, recipes.parse_flags)

@@ -10,15 +10,14 @@ read are listed in DIR/rejects.jsonl.
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from mdm_jax.data import tar_index, tars
+from mdm_jax.runtime import flag_types, value_types
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Runs `write_index` with the flags and prints the size of each split."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
   try:
     counts = tar_index.write_index(
@@ -34,15 +33,24 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  flags.DEFINE_multi_string(
-    'input', None, 'Glob of tars; may be repeated.', required=True
+  flag_types.define_repeated(
+    'input',
+    None,
+    value_types.Path('glob'),
+    'Glob of tars; may be repeated.',
+    required=True,
   )
-  flags.DEFINE_string(
-    'output', None, 'Directory to write the index to.', required=True
+  flag_types.define(
+    'output',
+    None,
+    value_types.Path('directory', output=True),
+    'Directory to write the index to.',
+    required=True,
   )
-  flags.DEFINE_float(
+  flag_types.define(
     'validation_fraction',
     0.01,
+    value_types.Number(float, 0, 1, below=True),
     'Fraction of the records for the validation split.',
   )
-  app.run(main)
+  flag_types.run(main)

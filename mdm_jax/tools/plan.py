@@ -20,20 +20,24 @@ import sys
 import tempfile
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from mdm_jax.builders import recipes
+from mdm_jax.builders import ranges, recipes
 from mdm_jax.models.unet import REMAT
 from mdm_jax.report import console
-from mdm_jax.runtime import sharding
+from mdm_jax.runtime import (
+  compilation_cache,
+  flag_types,
+  sharding,
+  value_types,
+)
 from mdm_jax.runtime.peaks import Chip
 from mdm_jax.tools.compile_for_tpu import find_devices, measure, prepare
 
 _GIB = 2**30
 _WORTH = 1.05  # least gain in images/s for which the search doubles the batch
-_CACHE = pathlib.Path.home() / '.cache' / 'mdm_jax' / 'plan'
 
 
 def roofline(weight: Mapping[str, Any], chip: Chip) -> dict[str, float]:
@@ -140,7 +144,7 @@ def plan(
   batch_per_chip: int | None,
   step: str,
   price: float | None,
-  directory: pathlib.Path,
+  directory: pathlib.Path | None,
 ) -> None:
   """Prints a table for each stage, and the cost of the run.
 
@@ -210,7 +214,7 @@ def _mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> str:
 
 
 def search(
-  config: ConfigDict, topology: str, index: int, directory: pathlib.Path
+  config: ConfigDict, topology: str, index: int, directory: pathlib.Path | None
 ) -> None:
   """Tries meshes, rematerialisation and batches, and recommends the fastest.
 
@@ -265,20 +269,26 @@ def search(
   print('Nothing fits.' if best is None else f'Best: {best[1]}')
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Plans a run, or searches for the fastest settings."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
   # Arrays on this machine are on the CPU.
   jax.config.update('jax_platforms', 'cpu')
   if values.quick:
     jax.config.update('jax_optimization_level', 'O1')
   console.setup_logging()
-  cache = pathlib.Path(values.cache)
+  cache = compilation_cache.directory('plan')
+  if values.cache:
+    cache = pathlib.Path(values.cache)
   config = values.config
-  stages = range(len(config.stages)) if values.stage is None else [values.stage]
   try:
+    stages = range(len(config.stages))
+    if values.stage is not None:
+      if values.stage not in stages:
+        raise ValueError(
+          f'--stage={values.stage}: the config has stages 0 to {stages[-1]}.'
+        )
+      stages = [values.stage]
     if values.search:
       search(config, values.topology, stages[-1], cache)
     else:
@@ -296,21 +306,33 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  config_flags.DEFINE_config_file(
-    'config', None, 'Recipe, as for mdm_jax.main.'
+  recipes.define('Recipe, as for mdm_jax.main.')
+  flag_types.define(
+    'topology',
+    None,
+    value_types.Text('a TPU slice, such as v5e:4x4', r'\w+:\d+(x\d+)*'),
+    'TPU slice, such as v5e:4x4.',
+    required=True,
   )
-  flags.DEFINE_string('topology', None, 'TPU slice, such as v5e:4x4.')
-  flags.DEFINE_integer(
+  flag_types.integer(
     'stage',
     None,
+    0,
+    99,
     'Index of the stage, from 0. Default: all, or the last with --search.',
   )
-  flags.DEFINE_integer(
+  flag_types.define(
     'batch_per_chip',
     None,
+    ranges.KEYS['eval.batch_size'],
     "Images on each chip. Default: the stage's batch divided by the chips.",
   )
-  flags.DEFINE_enum('step', 'train', ['train', 'sample'], 'Step to compile.')
+  flag_types.define(
+    'step',
+    'train',
+    value_types.Choice(('train', 'sample')),
+    'Step to compile.',
+  )
   flags.DEFINE_bool(
     'search',
     False,
@@ -322,7 +344,16 @@ if __name__ == '__main__':
     "Compile at XLA's optimisation level O1, in a third of the time. Results "
     'are approximate: XLA searches less for the best convolution windows.',
   )
-  flags.DEFINE_float('price', None, 'Price of a chip for an hour.')
-  flags.DEFINE_string('cache', str(_CACHE), 'Directory of cached results.')
-  flags.mark_flags_as_required(['config', 'topology'])
-  app.run(main, flags_parser=recipes.parse_flags)
+  flag_types.define(
+    'price',
+    None,
+    value_types.Number(float, 0, 10**6),
+    'Price of a chip for an hour.',
+  )
+  flag_types.define(
+    'cache',
+    None,
+    value_types.Path('directory', output=True),
+    'Directory of cached results. Default: ~/.cache/mdm_jax/plan.',
+  )
+  flag_types.run(main, recipes.parse_flags)

@@ -13,19 +13,17 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
 import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 import numpy as np
 
 from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
 from mdm_jax.data.images import BadRecord
-from mdm_jax.runtime import files
+from mdm_jax.runtime import files, flag_types, value_types
 
 # Captions per file. At most this many are lost if the program is killed.
 SHARD_SIZE = 4096
@@ -34,10 +32,8 @@ SHARD_SIZE = 4096
 _LENGTH_STEP = 32
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Runs `precompute` with the values of the flags."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   from mdm_jax.report import (
     console,  # Slow to import, and not needed for --help.
   )
@@ -46,7 +42,7 @@ def main(argv: list[str]) -> None:
   try:
     values = flags.FLAGS
     precompute(values.config, values.batch_size, values.storage, values.part)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
@@ -78,7 +74,7 @@ def precompute(
   from mdm_jax.data import sources
   from mdm_jax.runtime import sharding
 
-  index, count = _parse_part(part)
+  index, count = value_types.parse_part(part)
   if config.text.encoder in ('learned', 'label'):
     raise ValueError(
       f'text.encoder={config.text.encoder!r} is trained with the network, so '
@@ -94,6 +90,7 @@ def precompute(
 
   ##### Which files are missing.
   path = config.data.path
+  value_types.check_outputs(precomputed.text_directory(path))
   splits = sources.available_splits(path)
   by_split = {split: sources.open_source(path, split) for split in splits}
   info = precomputed.TextInfo(
@@ -235,14 +232,6 @@ def encode_captions(
   return records
 
 
-def _parse_part(part: str) -> tuple[int, int]:
-  match = re.fullmatch(r'(\d+)/(\d+)', part)
-  index, count = map(int, match.groups()) if match else (0, 0)
-  if index >= count:
-    raise ValueError(f'--part={part}: give k/n with k in 0..n-1.')
-  return index, count
-
-
 def _write_info(path: str, info: precomputed.TextInfo) -> None:
   file = precomputed.text_directory(path) / 'info.json'
   if not file.exists():
@@ -301,22 +290,20 @@ def _write_records(file: pathlib.Path, records: Sequence[bytes]) -> None:
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  config_flags.DEFINE_config_file(
-    'config', None, 'Config of the runs that will read the features.'
+  recipes.define('Config of the runs that will read the features.')
+  flag_types.integer(
+    'batch_size', 256, 1, 10**6, 'Captions that are encoded at once.'
   )
-  flags.DEFINE_integer(
-    'batch_size', 256, 'Captions that are encoded at once.', lower_bound=1
-  )
-  flags.DEFINE_enum(
+  flag_types.define(
     'storage',
     'bfloat16',
-    sorted(precomputed.DTYPES),
+    value_types.Choice(tuple(sorted(precomputed.DTYPES))),
     'Data type of the stored features.',
   )
-  flags.DEFINE_string(
+  flag_types.define(
     'part',
     '0/1',
+    value_types.PART,
     'k/n: this is machine k, from 0, of n machines that share the work.',
   )
-  flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  flag_types.run(main, recipes.parse_flags)

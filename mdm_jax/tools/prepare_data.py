@@ -29,7 +29,7 @@ import shutil
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
@@ -37,7 +37,7 @@ import tqdm
 
 from mdm_jax.data import captions, tars
 from mdm_jax.data.images import MAX_PIXELS, BadRecord, load_image
-from mdm_jax.runtime import files
+from mdm_jax.runtime import files, flag_types, value_types
 
 SPLITS = ('train', 'validation')
 # Records of whole tars are joined into files of up to this many records.
@@ -162,7 +162,7 @@ def _serialize(
   # Whatever an image or a library has in store, it costs one record of
   # millions. Nothing here writes to the disk.
   except Exception as error:
-    lines = f'{type(error).__name__}: {error}'.splitlines()
+    lines = f'{type(error).__name__}: {error}'.split('\n')
     raise BadRecord(key, 'record cannot be made', lines[0]) from error
 
 
@@ -192,7 +192,7 @@ def prepare(
     OSError: a file cannot be written. The same call continues later.
   """
   options.check()
-  index, count = _parse_part(part)
+  index, count = value_types.parse_part(part)
   paths = tars.find([patterns] if isinstance(patterns, str) else patterns)
   target = pathlib.Path(output)
   if target.exists():
@@ -218,14 +218,6 @@ def prepare(
   (partial / 'set').rename(target)
   shutil.rmtree(partial)
   return summary
-
-
-def _parse_part(part: str) -> tuple[int, int]:
-  match = re.fullmatch(r'(\d+)/(\d+)', part)
-  index, count = map(int, match.groups()) if match else (0, 0)
-  if index >= count:
-    raise ValueError(f'--part={part}: give k/n with k in 0..n-1.')
-  return index, count
 
 
 def _begin(
@@ -563,54 +555,79 @@ def main(_) -> None:
 
 if __name__ == '__main__':
   # Here, so that importing this module leaves other programs' flags alone.
-  flags.DEFINE_multi_string(
-    'input', None, 'Glob of tars; may be repeated.', required=True
+  flag_types.define_repeated(
+    'input',
+    None,
+    value_types.Path('glob', schemes=('*',)),
+    'Glob of tars; may be repeated.',
+    required=True,
   )
-  flags.DEFINE_string(
-    'output', None, 'Directory to write the data set to.', required=True
+  flag_types.define(
+    'output',
+    None,
+    value_types.Path('directory', output=True),
+    'Directory to write the data set to.',
+    required=True,
   )
-  flags.DEFINE_string('name', Options.name, 'Name of the data set in TFDS.')
-  flags.DEFINE_float(
+  flag_types.define(
+    'name',
+    Options.name,
+    value_types.Text(
+      'lower-case letters, digits and _', r'[a-z][a-z0-9_]*', 100
+    ),
+    'Name of the data set in TFDS.',
+  )
+  flag_types.define(
     'validation_fraction',
     Options.validation_fraction,
+    value_types.Number(float, 0, 1, below=True),
     'Fraction of the records for the validation split.',
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'max_caption_length',
     Options.max_caption_length,
+    1,
+    10**9,
     'Skip records with longer captions, in characters.',
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'min_side',
     Options.min_side,
+    1,
+    10**6,
     'Skip images whose shorter side has fewer pixels.',
   )
-  flags.DEFINE_float(
+  flag_types.define(
     'max_aspect',
     Options.max_aspect,
+    value_types.Number(float, 1, 10**6, also=(0,)),
     'Skip images with a larger ratio of longer to shorter side; 0: skip none.',
   )
   flags.DEFINE_boolean(
     'deduplicate', Options.deduplicate, 'Use each image file only once.'
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'reduce_to',
     Options.reduce_to,
+    0,
+    10**6,
     'Reduce larger images to this shorter side in pixels, to save disk space; '
     '0: store all images unchanged.',
   )
-  flags.DEFINE_integer(
+  flag_types.integer(
     'max_pixels',
     Options.max_pixels,
+    1,
+    2**32,
     'Skip images of more pixels, counted as by data.max_pixels of a config.',
-    lower_bound=1,
   )
-  flags.DEFINE_integer(
-    'num_workers', os.cpu_count() or 1, 'Number of worker processes.'
+  flag_types.integer(
+    'num_workers', os.cpu_count() or 1, 1, 1000, 'Number of worker processes.'
   )
-  flags.DEFINE_string(
+  flag_types.define(
     'part',
     '0/1',
+    value_types.PART,
     'k/n: this is machine k, from 0, of n machines that share the work.',
   )
-  app.run(main)
+  flag_types.run(main)

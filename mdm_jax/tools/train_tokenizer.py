@@ -9,24 +9,33 @@ are not in the vocabulary are split into bytes.
 
 from collections.abc import Iterable
 import io
+import sys
 
-from absl import app, flags, logging
+from absl import logging
 import sentencepiece
 
 from mdm_jax.data import shapes
-from mdm_jax.runtime import files
+from mdm_jax.data.lines import read_entries
+from mdm_jax.runtime import files, flag_types, value_types
 
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'File to write the model to.', required=True
+_OUTPUT = flag_types.define(
+  'output',
+  None,
+  value_types.Path('file', output=True),
+  'File to write the model to.',
+  required=True,
 )
-_CAPTIONS = flags.DEFINE_string(
+_CAPTIONS = flag_types.define(
   'captions',
   None,
+  value_types.Path('text'),
   'Text file with one caption per line; by default, captions of shapes.',
 )
-_VOCAB_SIZE = flags.DEFINE_integer(
+_VOCAB_SIZE = flag_types.integer(
   'vocab_size',
   450,
+  260,
+  10**6,
   'Size of the vocabulary, of which 256 are bytes and 3 special tokens.',
 )
 _NUM_CAPTIONS = 20_000
@@ -72,19 +81,27 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
   return model.getvalue()
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
   """Trains and writes one model."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  if _CAPTIONS.value is None:
-    model = train(shapes_captions(), _VOCAB_SIZE.value)
-  else:
-    with open(_CAPTIONS.value, encoding='utf-8') as lines:
-      model = train((line.strip() for line in lines), _VOCAB_SIZE.value)
+  try:
+    captions = shapes_captions()
+    if _CAPTIONS.value:
+      captions = read_entries(_CAPTIONS.value)
+    if not captions:
+      raise ValueError(f'{_CAPTIONS.value} has no captions: give one a line.')
+    model = train(captions, _VOCAB_SIZE.value)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  except RuntimeError as error:
+    reason = ' '.join(str(error).split())
+    sys.exit(
+      f'error: --vocab_size={_VOCAB_SIZE.value}: SentencePiece cannot train on '
+      f'these captions ({reason}): give another size or more captions.'
+    )
   with files.replacing(_OUTPUT.value) as temporary:
     temporary.write_bytes(model)
   logging.info('wrote %s (%d bytes)', _OUTPUT.value, len(model))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  flag_types.run(main)

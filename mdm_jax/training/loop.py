@@ -25,7 +25,8 @@ from mdm_jax.data import pipeline
 from mdm_jax.inference import validation
 from mdm_jax.report import console, goodput
 from mdm_jax.report.progress import Progress
-from mdm_jax.runtime import distributed, sharding
+from mdm_jax.runtime import distributed, sharding, value_types
+from mdm_jax.runtime.printable import command, quoted
 from mdm_jax.steps.objective import Batch
 from mdm_jax.steps.state import Params, TrainState
 from mdm_jax.steps.train import jit_train_step
@@ -35,6 +36,16 @@ from mdm_jax.training.initial_state import make_initial_state
 from mdm_jax.training.monitor import Monitor
 from mdm_jax.training.run import Run, running
 from mdm_jax.training.stage_checkpoints import StageCheckpoints
+
+# In the working directory.
+_DIRECTORIES = (
+  'averages',
+  'best',
+  'checkpoints',
+  'eval',
+  'samples',
+  'tensorboard',
+)
 
 
 def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
@@ -47,6 +58,7 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
     ValueError, FileNotFoundError: one line that names the thing and the
       remedy.
   """
+  value_types.check_outputs(workdir, *_DIRECTORIES)
   new = json.loads(config.to_json())
   if has_config(workdir):
     require_same_config(workdir, new)
@@ -114,11 +126,11 @@ def train(
     return False
   logging.info('Finished in %s.', console.duration(time.monotonic() - start))
   logging.info(
-    'Next:\n  python -m mdm_jax.sample --workdir=%s --prompt="%s"\n'
-    '  tensorboard --logdir=%s',
-    workdir,
-    make_prompts(config, 1).captions[0],
-    workdir,
+    'Next:\n  %s\n  tensorboard --logdir=%s',
+    command(
+      'sample', workdir=workdir, prompt=make_prompts(config, 1).captions[0]
+    ),
+    quoted(workdir),
   )
   return True
 

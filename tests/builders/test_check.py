@@ -75,8 +75,7 @@ def test_rows_that_devices_do_not_divide_are_named(make_config):
 
 
 BAD = [
-  ({'data.max_pixels': 0}, 'data.max_pixels=0: give the number of pixels of'),
-  ({'dtype': 'float16'}, "dtype='float16': use float32 or bfloat16"),
+  ({'dtype': 'float16'}, "dtype='float16': use one of float32, bfloat16"),
   (
     {'stages[0].batch_size': 12},
     r'stages\[0\].batch_size=12 is not divisible by 8',
@@ -136,7 +135,7 @@ BAD = [
     'no tokenizer at .nowhere.spiece.model',
   ),
   ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
-  ({'text.max_length': 1}, 'max_length 1'),
+  ({'text.max_length': 1}, 'text.max_length=1: give an integer from 2'),
   ({'text.encoder': 'label'}, 'text.num_classes=0: give the number'),
   (
     {
@@ -147,23 +146,35 @@ BAD = [
     "class_names='no/such' does not exist",
   ),
   ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
-  ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
+  ({'diffusion.schedule': 'linear'}, "schedule='linear': use one of deepfloyd"),
   ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
   ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
   ({'sampler.name': 'euler'}, "sampler.name='euler'"),
-  ({'sampler.threshold': 'hard'}, "threshold 'hard': use none"),
-  ({'sampler.num_steps': 1001}, 'num_steps is 1001'),
+  ({'sampler.threshold': 'hard'}, "threshold='hard': use one of none"),
+  (
+    {'sampler.num_steps': 1001},
+    'num_steps=1001: give an integer from 1 to 1,000',
+  ),
   ({'sampler.eta': 2.0}, 'eta.*2.0'),
-  ({'sampler.guidance_rescale': -0.5}, 'guidance_rescale=-0.5: must be in'),
+  (
+    {'sampler.guidance_rescale': -0.5},
+    'guidance_rescale=-0.5: give a number from',
+  ),
   (
     {'sampler.guidance_interval': (0.5, 0.5)},
     r'guidance_interval=\(0.5, 0.5\): give two rising shares',
   ),
-  ({'optimizer.decay': 'linear'}, "decay 'linear': use constant or cosine"),
-  ({'optimizer.name': 'sgd'}, "optimizer 'sgd': use adamw"),
+  (
+    {'optimizer.decay': 'linear'},
+    "decay='linear': use one of constant, cosine",
+  ),
+  ({'optimizer.name': 'sgd'}, "optimizer.name='sgd': use one of adamw"),
   ({'stages': []}, 'at least one stage and one level'),
   ({'stages[1].name': '8'}, r"stages have names \['8', '8'\]"),
   ({'stages[1].steps': 0}, r'stages\[1\].steps=0'),
+  ({'stages[1].loss_weights': (0.0, 0.0)}, 'loss_weights=.*: give one above 0'),
+  ({'seed': 2**31}, 'seed=2147483648 with 2 stages: .* 0 to 2,147,483,647'),
+  ({'text.width': 15, 'text.num_heads': 3}, 'text.width=15: give an even'),
   ({'stages[1].num_levels': 3}, r'stages\[1\].num_levels=3: give 1 to 2'),
   (
     {
@@ -198,16 +209,19 @@ BAD = [
     {'stages[1].accumulate': 4},
     r'stages\[1\].batch_size=16 / 4 does not .* use a multiple of 32',
   ),
-  ({'guard.spike_factor': 0.5}, 'guard: spike_factor=0.5: give more than 1'),
-  ({'guard.window': 0}, 'guard: window=0'),
-  ({'guard.max_skipped': 0}, 'guard: max_skipped=0'),
+  (
+    {'guard.spike_factor': 0.5},
+    'guard.spike_factor=0.5: give a number above 1 and up to .*, or 0',
+  ),
+  ({'guard.window': 0}, 'guard.window=0'),
+  ({'guard.max_skipped': 0}, 'guard.max_skipped=0'),
   (
     {'averages.widths': (0.05, 0.3)},
-    r'averages.widths=\(0.05, 0.3\): sigma_rel=0.3: it must be ',
+    r'averages.widths=\(0.05, 0.3\): give a tuple, each a number from 0.001',
   ),
   ({'averages.widths': (0.05, 0.05)}, 'averages.widths=.*they must differ'),
-  ({'averages.snapshot_every': 0}, 'averages.snapshot_every=0: give a num'),
-  ({'eval.every': -1}, 'eval.every=-1: give 0 for never'),
+  ({'averages.snapshot_every': 0}, 'averages.snapshot_every=0: give an int'),
+  ({'eval.every': -1}, 'eval.every=-1: give an integer from 0'),
   (
     {'eval.best_metric': 'held_out_loss_8'},
     "eval.best_metric='held_out_loss_8' with eval.every=0: give the steps",

@@ -1,6 +1,7 @@
 """Configurations on disk, also those of older runs."""
 
 import json
+import os
 
 import pytest
 
@@ -27,6 +28,11 @@ def test_an_older_run_lacks_keys_and_goes_on(make_config, tmp_path):
   require_same_config(tmp_path, new | {'checkpoint_minutes': 5.0})
   with pytest.raises(ValueError, match='seed: 0 -> 1'):
     require_same_config(tmp_path, new | {'seed': 1})
+  # The home directory has become a path since.
+  home = new | {'data': new['data'] | {'path': '~/x'}}
+  write_config(tmp_path / 'home', home)
+  home['data']['path'] = os.path.expanduser('~/x')
+  require_same_config(tmp_path / 'home', home)
   config = load_config(read_config(tmp_path))
   assert (config.checkpoint_minutes, config.profile_every) == (0, 0)
   assert config.data.max_pixels == 128_000_000

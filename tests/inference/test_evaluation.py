@@ -369,7 +369,9 @@ def test_command(run):
   'arguments, message',
   [
     ([], 'give either --workdir, or --images and --reference'),
-    (['--workdir=nowhere'], 'nowhere/config.json does not exist'),
+    (['--workdir=nowhere'], '--workdir=nowhere: there is no such directory'),
+    (['--workdir=docs'], 'docs/config.json does not exist'),
+    (['--images=docs', '--reference=docs', '--metrics=fid'], 'inception'),
   ],
 )
 def test_command_ends_in_one_line(arguments, message):

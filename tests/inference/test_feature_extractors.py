@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 
+from absl import logging
 import jax
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ from mdm_jax.inference import feature_extractors, references
 from mdm_jax.interop import torch_checkpoint
 from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import sharding
+from tests import fuzzing
 
 DATA = pathlib.Path(__file__).parents[1] / 'data' / 'eval'
 
@@ -121,17 +123,47 @@ def test_cache_makes_each_sample_once(tmp_path):
   assert len(made) == 2
 
 
-def test_damaged_cache_is_named(tmp_path):
-  def make():
-    sample = fid.Sample(3, 5, 2)
-    sample.add(np.ones((5, 3)))
-    return sample
+def some_sample():
+  sample = fid.Sample(3, 5, 2)
+  sample.add(np.ones((5, 3)))
+  return sample
 
-  references.cached(tmp_path, {}, make)
+
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+  lines = []
+  monkeypatch.setattr(
+    references.logging, 'warning', lambda text, *given: lines.append(text)
+  )
+  references.cached(tmp_path, {}, some_sample)
   (path,) = tmp_path.iterdir()
-  path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ValueError, match=f'{path.name} is damaged .* delete it'):
-    references.cached(tmp_path, {}, make)
+  data = path.read_bytes()
+  path.write_bytes(data[:-100])
+  again = references.cached(tmp_path, {}, some_sample)
+  np.testing.assert_array_equal(again.rows, some_sample().rows)
+  assert len(lines) == 1 and 'is damaged' in lines[0]
+  references.cached(tmp_path, {}, pytest.fail)  # It has been written again.
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_cache_is_read_or_made_again(count, tmp_path, monkeypatch):
+  references.cached(tmp_path, {}, some_sample)
+  (path,) = tmp_path.iterdir()
+  data = path.read_bytes()
+
+  def read(damaged):
+    path.write_bytes(damaged)
+    found = references.cached(tmp_path, {}, some_sample)
+    assert found.statistics.mean.shape == (3,)
+
+  monkeypatch.setattr(logging, 'warning', lambda *given: None)
+  fuzzing.check(read, lambda rng: fuzzing.damage(data, rng), count, refuses=())
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path):
+  (tmp_path / 'file').write_text('')
+  for place in (None, tmp_path / 'file', tmp_path / 'file' / 'below'):
+    found = references.cached(place, {}, some_sample)
+    np.testing.assert_array_equal(found.rows, some_sample().rows)
 
 
 def write(directory, *sizes):

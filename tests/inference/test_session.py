@@ -1,12 +1,16 @@
 """Every command opens a run in the same way."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
+from mdm_jax.builders import ranges
+from mdm_jax.builders.config import write_config
 from mdm_jax.builders.model import make_model
 from mdm_jax.diffusion import samplers
-from mdm_jax.inference import run_flags, session
+from mdm_jax.inference import session
 from mdm_jax.runtime import cpu
 from tests import toy
 
@@ -25,8 +29,8 @@ def run(make_config, random_params, tmp_path_factory):
 
 
 def test_flags_are_those_of_the_samplers():
-  assert set(run_flags.SAMPLERS) == set(samplers.SAMPLERS)
-  assert set(run_flags.THRESHOLDS) == set(samplers.THRESHOLDS)
+  assert set(ranges.SAMPLERS) == set(samplers.SAMPLERS)
+  assert set(ranges.THRESHOLDS) == set(samplers.THRESHOLDS)
 
 
 def test_it_runs_on_the_devices_that_are_here(run, monkeypatch):
@@ -67,10 +71,17 @@ def test_options_change_the_sampler(run):
   )
   assert opened.config.sampler.name == 'heun'
   assert opened.config.sampler.num_steps == 3
-  with pytest.raises(ValueError, match='eta=2.0: must be in 0..1'):
+  with pytest.raises(ValueError, match='eta=2.0: give a number from 0 to 1'):
     session.open_run(workdir, sampler={'eta': 2.0})
 
 
 def test_no_run(tmp_path):
   with pytest.raises(FileNotFoundError, match='directory of a training run'):
+    session.open_run(str(tmp_path))
+
+
+def test_a_stored_config_is_checked(make_config, tmp_path):
+  values = json.loads(make_config().to_json())
+  write_config(tmp_path, values | {'seed': -1})
+  with pytest.raises(ValueError, match='config.json: seed=-1: give an integer'):
     session.open_run(str(tmp_path))

@@ -69,6 +69,19 @@ def test_an_interrupted_directory_is_continued(stopped):
   assert read(stopped / 'grid.png').std() > 10
 
 
+def test_prompts_with_other_line_separators_are_continued(tmp_path):
+  records = [{'prompt': 'a\u2028b\x85c\x1dd\r', 'seed': 0}]
+  SampleDirectory(tmp_path, records).add(0, levels(0))
+  assert SampleDirectory(tmp_path, records).missing == []
+
+
+def test_lines_that_are_no_records_are_left_out(stopped):
+  with (stopped / 'samples.jsonl').open('ab') as file:
+    file.write(b'\n[1]\n3\n{}\n{"index": 1, "files": [3]}\n\xff\n{"a": "\xd0')
+  assert SampleDirectory(stopped, RECORDS).missing == [3, 4]
+  assert [line['index'] for line in lines(stopped)] == [0, 1, 2]
+
+
 def test_samples_with_another_record_are_replaced(stopped):
   (stopped / '0001_8.png').unlink()
   other = [RECORDS[0] | {'seed': 7}, *RECORDS[1:3]]

@@ -216,7 +216,7 @@ def test_divergence_ends_in_one_line(train, tmp_path):
     f'--config={tmp_path / "toy.py"}',
     f'--workdir={tmp_path / "run"}',
     '--config.guard.max_skipped=2',
-    '--config.stages[0].learning_rate=1e30',
+    '--config.stages[0].learning_rate=1000',
   )
   output, _ = process.communicate(timeout=600)
   assert process.returncode == 1

@@ -1,0 +1,166 @@
+"""Defines flags that check themselves, and runs a command with one-line errors.
+
+Flags are checked while they are parsed, before anything slow is imported and
+anything is written. Importing it is quick.
+"""
+
+from collections.abc import Callable, Sequence
+import logging as python_logging
+import re
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+from mdm_jax.runtime import value_types
+from mdm_jax.runtime.printable import printable
+
+# Flags belong to the module that calls the functions below.
+flags.disclaim_key_flags()
+
+_LONGEST = 600  # characters of an error
+
+
+class _Parser(flags.ArgumentParser):
+  """Parses and checks a flag of a kind of `value_types`."""
+
+  def __init__(self, kind: Any):
+    self.kind = kind
+    self.syntactic_help = str(kind)
+
+  def parse(self, argument: Any) -> Any:
+    """The value of a text, checked; a default is only checked."""
+    if isinstance(argument, str):
+      return self.kind.parse(argument)
+    return self.kind.check(argument)
+
+  def flag_type(self) -> str:
+    """The kind of the value, for --helpxml."""
+    return type(self.kind).__name__.lower()
+
+
+def define(
+  name: str, default: Any, kind: Any, text: str, *, required: bool = False
+) -> flags.FlagHolder:
+  """Defines a flag.
+
+  Args:
+    name: of the flag.
+    default: its value if it is not given; None for none.
+    kind: of `value_types`: a `Number`, `Choice`, `Text`, `Path` or `List`.
+    text: for --help.
+    required: whether it must be given.
+  """
+  return flags.DEFINE(
+    _Parser(kind),
+    name,
+    default,
+    text,
+    serializer=flags.ArgumentSerializer(),
+    required=required,
+  )
+
+
+def define_repeated(
+  name: str, default: Any, kind: Any, text: str, *, required: bool = False
+) -> flags.FlagHolder:
+  """Defines a flag that may be given several times, see `define`."""
+  return flags.DEFINE_multi(
+    _Parser(kind),
+    flags.ArgumentSerializer(),
+    name,
+    default,
+    text,
+    required=required,
+  )
+
+
+def integer(name: str, default: int | None, low: int, high: int, text: str):
+  """Defines a flag that is an integer from `low` to `high`."""
+  return define(name, default, value_types.Number(int, low, high), text)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses flags; a mistake ends the process with one line."""
+  try:
+    return parse(argv)
+  except flags.Error as error:
+    sys.exit(f'error: {reason(error)}')
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses flags.
+
+  Returns:
+    The name of the program, which is all that is left.
+
+  Raises:
+    flags.Error: a flag is wrong, or an argument is no flag.
+  """
+  rest = flags.FLAGS(argv)
+  if len(rest) > 1:
+    raise flags.Error(
+      f'{rest[1]!r} is not expected: flags begin with --, and a value with '
+      'spaces needs quotes.'
+    )
+  return rest
+
+
+def reason(error: flags.Error) -> str:
+  """What absl says about a flag, in one line."""
+  text = ' '.join(str(error).split())
+  text = re.sub(
+    r'^flag --(\S+?)=None: Flag --\S+ must have a value other than None\.$',
+    r'--\1 is missing: give a value.',
+    text,
+  )
+  text = re.sub(
+    r": \('Non-boolean argument to boolean flag', .*\)$",
+    ': give true or false.',
+    text,
+  )
+  text = re.sub(r'^flag --', '--', text)
+  if len(text) > _LONGEST:  # The value is long, and what is wrong comes last.
+    text = f'{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}'
+  return text
+
+
+class _PrintableFormatter(logging.PythonFormatter):
+  """Formats log lines as absl does, then escapes control characters."""
+
+  def format(self, record: python_logging.LogRecord) -> str:
+    return printable(super().format(record))
+
+
+def run(
+  main: Callable[[list[str]], None],
+  parse: Callable[[Sequence[str]], list[str]] = parse_flags,
+) -> None:
+  """Parses the flags and runs a command.
+
+  An error that ends it is printed in one line, as is what the file system
+  refuses. In that line and in all log lines what is no character to see is
+  escaped, and so is what the locale cannot write: captions, paths and errors of
+  libraries may hold anything.
+
+  Args:
+    main: the command, called with the arguments that are no flags.
+    parse: parser of the flags, which ends the process if one is wrong.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='backslashreplace')
+  logging.get_absl_handler().setFormatter(_PrintableFormatter())
+  try:
+    app.run(main, flags_parser=parse)
+  except SystemExit as end:
+    if not isinstance(end.code, str):
+      raise
+    text = end.code
+  except OSError as error:
+    # The environment's fault if a file is named, otherwise maybe ours.
+    if error.filename is None:
+      raise
+    text = f'error: {error.filename}: {error.strerror}.'
+  print(printable(text), file=sys.stderr, flush=True)
+  sys.exit(1)

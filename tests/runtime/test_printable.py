@@ -1,0 +1,128 @@
+"""What comes from data is escaped where it is shown, and commands quoted."""
+
+import html
+import os
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+
+from mdm_jax.report import gallery
+from mdm_jax.runtime.printable import command, printable, quoted
+from mdm_jax.serving import html as page
+from tests import fuzzing
+
+CAPTION = 'a \x1b[31mred\x1b[0m ring\x07\x9b2J\u202egnir\u2066\u2028\x7f\x00'
+ESCAPED = r'a \x1b[31mred\x1b[0m ring\x07\u009b2J\u202egnir\u2066\u2028\x7f\x00'
+
+
+def is_plain(text: str) -> bool:
+  """Whether a terminal shows each character as itself, in this order."""
+  return not any(
+    letter not in '\n\t'
+    and unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
+    or unicodedata.bidirectional(letter)
+    in ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')
+    for letter in text
+  )
+
+
+def test_control_characters_are_escaped():
+  assert printable(CAPTION) == ESCAPED
+  assert is_plain(ESCAPED)
+  assert printable('\udcff\ud800') == r'\udcff\ud800'
+  for text in ('a\tring\n', '赤い丸 “é” 👩‍👩‍👧 עִבְרִית', r'\x1b'):
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_text_can_be_shown(count):
+  def make(rng):
+    most = rng.choice([0xA0, 0x2100, 0x10FFFF], 50)
+    return ''.join(map(chr, rng.integers(0, most)))
+
+  def read(text):
+    assert is_plain(printable(text))
+    assert is_plain(quoted(text)) and '\n' not in quoted(text)
+    printable(text).encode()
+
+  fuzzing.check(read, make, count, refuses=())
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'a red ring',
+    '',
+    '"; rm -rf x; \'$(y)` \\',
+    '赤い丸',
+    CAPTION.replace('\0', ''),
+    'line\nnext\ttab \x1b \' \\n "',
+    'wide \u2028 and \u202e',
+  ],
+)
+def test_a_command_means_what_it_says(text):
+  line = command('sample', workdir='a run', prompt=text, best=None)
+  assert line.startswith("python -m mdm_jax.sample --workdir='a run' --prompt=")
+  assert is_plain(line) and '\n' not in line
+  shown = subprocess.run(
+    ['bash', '-c', f'printf %s {quoted(text)}'],
+    capture_output=True,
+    check=True,
+    env={'LC_ALL': 'C.UTF-8'},
+  )
+  assert shown.stdout.decode() == text
+
+
+def test_pages_escape_captions(tmp_path):
+  caption = CAPTION + '<script>'
+  entry = gallery.Entry(
+    caption, (np.zeros((8, 8, 3), np.uint8),), ('0.png',), {'seed': caption}
+  )
+  gallery.save(tmp_path / 'x.html', caption, {caption: {'a': caption}}, [entry])
+  text = (tmp_path / 'x.html').read_text(encoding='utf-8')
+  assert is_plain(text) and '<script>' not in text
+  assert text.count(html.escape(ESCAPED + '<script>')) == 6
+  assert ESCAPED in page.line(caption) and '<script>' not in page.line(caption)
+
+
+COMMAND = r"""
+import sys
+from absl import logging
+from mdm_jax.runtime import flag_types
+
+def main(_):
+  logging.info('a \x1b[31mring\x1b[0m \u2192 \udcff\n\tline 2')
+  print('\u2192')
+  sys.exit('error: a \x1b[31mring\u2028 \u2192')
+
+flag_types.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  'variables', [{}, {'LC_ALL': 'C', 'PYTHONIOENCODING': 'ascii'}]
+)
+def test_logs_and_errors_are_escaped(variables):
+  result = subprocess.run(
+    [sys.executable, '-c', COMMAND],
+    capture_output=True,
+    env=os.environ | variables,
+  )
+  arrow = r'\u2192' if variables else '→'
+  assert result.returncode == 1
+  assert result.stdout.decode() == f'{arrow}\n'
+  first, second, last = result.stderr.decode().splitlines()
+  assert first.endswith(rf'a \x1b[31mring\x1b[0m {arrow} \udcff')
+  assert second == '\tline 2'
+  assert last == rf'error: a \x1b[31mring\u2028 {arrow}'
+
+
+def test_what_the_file_system_refuses_is_a_line():
+  text = COMMAND.replace('sys.exit', "open('/dev/null/x') #")
+  result = subprocess.run([sys.executable, '-c', text], capture_output=True)
+  last = result.stderr.decode().splitlines()[-1]
+  assert last == 'error: /dev/null/x: Not a directory.'
+  assert (result.returncode, b'Traceback' in result.stderr) == (1, False)

@@ -1,0 +1,59 @@
+"""What a run needs at its end is checked before it begins."""
+
+from absl import logging
+import pytest
+
+from mdm_jax.builders.prompts import Prompts
+from mdm_jax.training import loop
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'samples', 'tensorboard'])
+def test_a_file_in_place_of_a_directory_is_named(name, make_config, tmp_path):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  (workdir / name).write_text('')
+  with pytest.raises(ValueError, match=f'{workdir}/{name}: this is a file'):
+    loop.setup(make_config().lock(), str(workdir))
+  assert [path.name for path in workdir.iterdir()] == [name]
+
+
+def test_a_file_in_place_of_the_working_directory(make_config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  for workdir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+    with pytest.raises(ValueError, match='file'):
+      loop.setup(make_config().lock(), str(workdir))
+
+
+def test_a_working_directory_that_cannot_be_written(
+  make_config, tmp_path, monkeypatch
+):
+  # Tests may run as root, who may write anywhere.
+  monkeypatch.setattr('os.access', lambda path, mode: False)
+  with pytest.raises(ValueError, match=f'nothing can be written to {tmp_path}'):
+    loop.setup(make_config().lock(), str(tmp_path / 'run'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_command_at_the_end_can_be_pasted(
+  make_config, tmp_path, monkeypatch, caplog
+):
+  config = make_config().lock()
+  workdir = str(tmp_path / 'a run')
+  mesh, frozen = loop.setup(config, workdir)
+  # Nothing is left to train or evaluate.
+  monkeypatch.setattr(loop.grow, 'next_stage', len)
+  monkeypatch.setattr(loop, '_evaluate', lambda *given: None)
+  caption = '"; rm x; \x1b[31m $(y)\n'
+  monkeypatch.setattr(
+    loop, 'make_prompts', lambda *given: Prompts([caption], None, None)
+  )
+  monkeypatch.setattr(logging.get_absl_logger(), 'propagate', True)
+  logging.set_verbosity(logging.INFO)
+  assert loop.train(config, workdir, mesh, frozen)
+  lines = caplog.messages[-1].split('\n')
+  assert lines == [
+    'Next:',
+    f"  python -m mdm_jax.sample --workdir='{workdir}' "
+    r"""--prompt=$'"; rm x; \x1b[31m $(y)\x0a'""",
+    f"  tensorboard --logdir='{workdir}'",
+  ]
