@@ -39,7 +39,8 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   if another stage follows.
 
   Args:
-    path: a .pth or .safetensors file with ml-mdm's names.
+    path: a file of PyTorch or safetensors with ml-mdm's names, or a directory
+      with one.
     config: configuration of the run.
     workdir: working directory to create.
 
@@ -52,14 +53,9 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   from mdm_jax.builders.stage import make_stage
   from mdm_jax.checkpoint import saved_steps
   from mdm_jax.checkpoint.manager import Checkpoints
-  from mdm_jax.interop import hugging_face, ml_mdm, torch_checkpoint
+  from mdm_jax.interop import hugging_face, ml_mdm
 
-  read = (
-    hugging_face.read_file
-    if str(path).endswith('.safetensors')
-    else torch_checkpoint.read_state_dict
-  )
-  tensors = read(path)
+  tensors = hugging_face.select(hugging_face.open_tensors(path), ml_mdm.NAMES)
   num_levels = 1 + max(name.count('inner_unet.') for name in tensors)
   stages = [
     index
@@ -113,7 +109,7 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'checkpoint',
     None,
-    "File to import: a .pth of ml-mdm, or a .safetensors with ml-mdm's names.",
+    'File to import, of PyTorch or safetensors, with the names of ml-mdm.',
     required=True,
   )
   flags.DEFINE_string(
