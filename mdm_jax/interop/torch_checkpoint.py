@@ -40,6 +40,9 @@ _DTYPES = {
   'BoolStorage': np.bool_,
   'ComplexFloatStorage': np.complex64,
   'ComplexDoubleStorage': np.complex128,
+  'QInt8Storage': np.int8,
+  'QUInt8Storage': np.uint8,
+  'QInt32Storage': np.int32,
   'UntypedStorage': np.uint8,
 }
 # Dtypes whose storages are untyped.
@@ -119,12 +122,8 @@ class Tensor:
       raise ValueError(f'{len(data)} of its {num_bytes} bytes are there')
     if not count:
       return np.zeros(shape, dtype)
-    return np.lib.stride_tricks.as_strided(
-      np.frombuffer(data, dtype, size)[offset:],
-      shape,
-      [stride * dtype.itemsize for stride in strides],
-      writeable=False,
-    )
+    strides = [stride * dtype.itemsize for stride in strides]
+    return np.ndarray(shape, dtype, data, offset * dtype.itemsize, strides)
 
 
 class _View(NamedTuple):
@@ -222,11 +221,14 @@ def _open_zip(
     if name not in members:
       raise ValueError(f'it has no {name[:200]!r}')
     info = members[name]
+    # Programs of TorchScript have compressed members beside the tensors.
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+      raise ValueError(f'{name[:200]!r} is compressed or encrypted')
     header = bytes(data[info.header_offset :][:30])
     if len(header) < 30 or header[:4] != b'PK\3\4':
       raise ValueError(f'{name[:200]!r} is not where its directory says')
     start = info.header_offset + 30 + sum(struct.unpack('<2H', header[26:]))
-    found = data[start : start + info.file_size]
+    found = data[start : start + info.compress_size]
     if len(found) < info.file_size or zlib.crc32(found) != info.CRC:
       raise ValueError(f'Bad CRC-32 of {name[:200]!r}')
     return found
@@ -250,7 +252,7 @@ def _open_zip(
 def _zip_members(
   path: str | os.PathLike, data: np.ndarray
 ) -> dict[str, zipfile.ZipInfo]:
-  """The members of a zip, all stored and no larger than the file together."""
+  """The members of a zip, together no larger than the file."""
   # `zipfile` makes an object of each entry of the directory at the file's end.
   tail = bytes(data[-(2**16 + 22) :])
   at = tail.rfind(b'PK\5\6')
@@ -270,10 +272,7 @@ def _zip_members(
         members[info.filename] = info
   except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
     raise ValueError(str(error)) from None
-  for name, info in members.items():
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-      raise ValueError(f'{name[:200]!r} is compressed or encrypted')
-  if sum(info.file_size for info in members.values()) > len(data):
+  if sum(info.compress_size for info in members.values()) > len(data):
     raise ValueError('its members are larger than the file')
   return members
 

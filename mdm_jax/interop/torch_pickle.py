@@ -12,7 +12,7 @@ import dataclasses
 import struct
 from typing import Any
 
-_MAX_OPCODES = 5_000_000  # a model of 1,000 tensors has 50,000
+_MAX_OPCODES = 2_000_000  # a model of 1,000 tensors has 50,000
 _MAX_NAME = 1000  # bytes in the name of a module or class
 _MAX_INTEGER = 32  # bytes; the states of random generators have 16
 

@@ -406,62 +406,6 @@ def refuse_long_errors(read, *given):
     raise Refused from error
 
 
-def odd_json(rng, depth=0):
-  """A value that a program might not expect."""
-  odd = [
-    None,
-    True,
-    0,
-    -1,
-    1,
-    2**31,
-    2**63,
-    2**64,
-    10**400,
-    1.5,
-    float('nan'),
-    float('inf'),
-    '',
-    '5',
-    'F32',
-    'F8_E4M3',
-    'x' * 10_000,
-    '../x',
-    [],
-    {},
-  ]
-  kind = rng.integers(6 if depth < 3 else 4)
-  if kind < 4:
-    return odd[rng.integers(len(odd))]
-  if kind == 4:
-    return [odd_json(rng, depth + 1) for _ in range(rng.integers(4))]
-  return {str(i): odd_json(rng, depth + 1) for i in range(rng.integers(4))}
-
-
-def changed(value, rng):
-  """JSON with some of its parts replaced by odd ones, or nested deeply."""
-  if rng.random() < 0.1:
-    return odd_json(rng)
-  if isinstance(value, dict):
-    return {
-      (name if rng.random() < 0.9 else 'a'): changed(part, rng)
-      for name, part in value.items()
-    }
-  if isinstance(value, list):
-    return [changed(part, rng) for part in value]
-  return value
-
-
-def odd_text(value, rng):
-  text = json.dumps(changed(value, rng))
-  if rng.random() < 0.1:
-    deep = int(rng.choice((10, 1000, 100_000)))
-    text = text.replace('1', '[' * deep + ']' * deep, 1)
-  if rng.random() < 0.1:
-    text = fuzzing.damage(text.encode(), rng).decode('latin-1')
-  return text
-
-
 @pytest.mark.parametrize('count', fuzzing.COUNTS)
 def test_any_safetensors_is_read_or_refused(tmp_path, count):
   path = tmp_path / 'model.safetensors'
@@ -474,7 +418,7 @@ def test_any_safetensors_is_read_or_refused(tmp_path, count):
     if rng.random() < 0.3:
       path.write_bytes(fuzzing.damage(content, rng))
       return path
-    text = odd_text(header, rng).encode()
+    text = fuzzing.damage_json(header, rng).encode()
     length = len(text)
     if rng.random() < 0.2:
       length = int(rng.choice((0, 1, length - 1, 10**8, 2**47, 2**63)))
@@ -497,7 +441,7 @@ def test_any_index_is_read_or_refused(tmp_path, count):
   value = json.loads(index.read_text(encoding='utf-8-sig'))
 
   def make(rng):
-    index.write_text(odd_text(value, rng), encoding='utf-8')
+    index.write_text(fuzzing.damage_json(value, rng), encoding='utf-8')
     return tmp_path
 
   fuzzing.check(
