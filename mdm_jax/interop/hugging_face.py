@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import hashlib
 import json
+import os
 import pathlib
 import re
 import types
@@ -184,30 +185,25 @@ def select(
     ValueError: a tensor is there twice, or the weights are quantised.
   """
   names = {*names}
-  known = {**dict.fromkeys(names), **{v: k for k, v in aliases.items()}}
-  most_parts = max(name.count('.') + 1 for name in known)
-  found, twice, prefixes = {}, {}, Counter()
+  found, twice = {}, {}
   for raw in tensors:
-    name = '.'.join(part for part in raw.split('.') if part not in _WRAPPERS)
+    name = _unwrap(raw)
     if name in found:
       twice[name] = raw
     found.setdefault(name, raw)
-    for suffix in _suffixes(name, most_parts):
-      if suffix in known:
-        prefixes[name.removesuffix(suffix)] += 1
-  prefix = max(
-    prefixes,
-    key=lambda prefix: (
-      prefixes[prefix],
-      bool(_EMA.search(prefix)),
-      -len(prefix),
-    ),
-    default='',
+  known = names | {*aliases.values()}
+  prefix = _common_prefix(found, known)
+  # What is beside a wrapper ('module.') is not of the network.
+  wrapped = os.path.commonprefix(
+    [found[prefix + name] for name in known if prefix + name in found]
   )
+  wrapped = wrapped[: wrapped.rfind('.') + 1]
+  if _unwrap(wrapped) != prefix:
+    wrapped = ''
   selected = {
     name.removeprefix(prefix): tensors[raw]
     for name, raw in found.items()
-    if name.startswith(prefix)
+    if name.startswith(prefix) and raw.startswith(wrapped)
   }
   for name, alias in aliases.items():
     if name not in selected and alias in selected:
@@ -227,6 +223,31 @@ def select(
         'they were before, in float32, bfloat16 or float16.'
       )
   return selected
+
+
+def _unwrap(name: str) -> str:
+  """A name without the parts that wrappers inserted."""
+  return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
+
+
+def _common_prefix(found: Iterable[str], known: set[str]) -> str:
+  """The prefix with which most of the known names are found."""
+  most_parts = max(name.count('.') + 1 for name in known)
+  prefixes = Counter(
+    name.removesuffix(suffix)
+    for name in found
+    for suffix in _suffixes(name, most_parts)
+    if suffix in known
+  )
+  return max(
+    prefixes,
+    key=lambda prefix: (
+      prefixes[prefix],
+      bool(_EMA.search(prefix)),
+      -len(prefix),
+    ),
+    default='',
+  )
 
 
 def _suffixes(name: str, most: int) -> Iterable[str]:
