@@ -411,9 +411,10 @@ def test_password(tmp_path):
   )
   from mdm_jax.serving import page as pages
 
-  page = pages.make_page(samples)
+  listeners = access.Listeners()
+  page = pages.make_page(samples, listeners)
   _, address, _ = pages.launch(
-    page, '127.0.0.1', free_port(), [('ann', 'long enough')]
+    page, listeners, '127.0.0.1', free_port(), [('ann', 'long enough')]
   )
   try:
     join = f'{address}gradio_api/queue/join'
