@@ -1,6 +1,7 @@
 """The page of mdm_jax.demo in a real browser, and the requests it refuses."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -505,22 +506,53 @@ def test_a_request_without_a_page_is_dropped(page, address):
   assert float(page.status().split()[3]) < 30
 
 
-def test_password(tmp_path):
+@contextlib.contextmanager
+def served(users):
+  """A page without a model, served in this process, and its address."""
   pytest.importorskip('gradio', reason='Gradio is not installed')
+  from mdm_jax.serving import page as pages
+
   samples = types.SimpleNamespace(
     about='a run',
     ready=threading.Event(),
     examples=lambda count: [],
     default_request=queue.Request('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
+    cancel=lambda owner: None,
   )
-  from mdm_jax.serving import page as pages
-
   listeners = access.Listeners()
   page = pages.make_page(samples, listeners)
-  _, address, _ = pages.launch(
-    page, listeners, '127.0.0.1', free_port(), [('ann', 'long enough')]
-  )
   try:
+    yield (
+      page,
+      pages.launch(page, listeners, '127.0.0.1', free_port(), users)[1],
+    )
+  finally:
+    page.close()
+
+
+def test_sessions_are_forgotten(monkeypatch):
+  """Gradio would keep what it has for those that never come back."""
+  monkeypatch.setattr(access, '_ABSENT', 1.0)
+  with served(None) as (page, address):
+    (index,) = (
+      index
+      for index, function in page.fns.items()
+      if getattr(function.fn, '__name__', '') == 'cancel'
+      and function.targets[0][1] == 'click'
+    )
+    for i in range(30):
+      call = {'session_hash': f's{i}', 'fn_index': index, 'data': []}
+      assert status_of(f'{address}{JOIN}', json.dumps(call).encode()) == 200
+    held = page._queue
+    assert len(held.pending_messages_per_session) > 0
+    time.sleep(1.1)
+    assert status_of(address) == 200
+    assert not held.pending_messages_per_session
+    assert not held.pending_event_ids_session
+
+
+def test_password():
+  with served([('ann', 'long enough')]) as (_, address):
     assert status_of(address, Host='example.com') == 200
     assert status_of(f'{address}config') == 401
     for path, method in access._PATHS.items():
@@ -544,5 +576,3 @@ def test_password(tmp_path):
       assert response.status == 200
     with opener.open(f'{address}config') as response:
       assert response.status == 200
-  finally:
-    page.close()

@@ -71,6 +71,7 @@ _WRAPPERS = {
   '_checkpoint_wrapped_module',
   '_forward_module',  # Lightning Fabric
 }
+_MAX_NAME = 1000  # characters
 _EMA = re.compile(r'(^|[._])(ema|averaged|avg|swa)([._]|$)')
 _SCALES = ('weight_scale', 'weight_scale_inv', 'scale_weight', 'SCB')
 
@@ -187,6 +188,9 @@ def select(
   names = {*names}
   found, twice = {}, {}
   for raw in tensors:
+    # No network has other names, which would spoil messages and cost time.
+    if not raw.isprintable() or len(raw) > _MAX_NAME:
+      continue
     name = _unwrap(raw)
     if name in found:
       twice[name] = raw

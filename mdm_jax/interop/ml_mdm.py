@@ -138,7 +138,10 @@ def from_release(
       flat[path] = value
   problems += [f'unknown {name}' for name in sorted(left)]
   if problems:
-    raise ValueError('The weights do not fit: ' + '; '.join(problems))
+    more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
+    raise ValueError(
+      'The weights do not fit: ' + '; '.join(problems[:5]) + more
+    )
   return traverse_util.unflatten_dict(flat)
 
 

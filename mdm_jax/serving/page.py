@@ -236,6 +236,48 @@ def _connect(
 ) -> None:
   """Connects the controls of the page with the queue."""
   buttons = [inputs.generate, inputs.cancel]
+  generate, cancel, show_readiness = _make_handlers(
+    page, queue, listeners, inputs, outputs
+  )
+  gr.on(
+    [
+      inputs.generate.click,
+      inputs.prompt.submit,
+      inputs.negative_prompt.submit,
+    ],
+    generate,
+    [*inputs.request, outputs.cards],
+    [outputs.status, outputs.preview, outputs.gallery, outputs.cards, *buttons],
+    # `SampleQueue` limits the requests, not Gradio's queue.
+    concurrency_limit=None,
+    trigger_mode='once',
+    **_HIDDEN,
+  ).then(
+    lambda: (gr.update(interactive=True), gr.update(interactive=False)),
+    None,
+    buttons,
+    **_HIDDEN,
+  )
+  inputs.cancel.click(cancel, concurrency_limit=None, **_HIDDEN)
+  inputs.random.click(
+    None,
+    None,
+    inputs.seed,
+    api_visibility='private',
+    js='() => Math.floor(Math.random() * 1000000)',
+  )
+  page.load(show_readiness, None, about, concurrency_limit=None, **_HIDDEN)
+  page.unload(cancel)
+
+
+def _make_handlers(
+  page,
+  queue: SampleQueue,
+  listeners: access.Listeners,
+  inputs,
+  outputs,
+) -> tuple[Callable, Callable, Callable]:
+  """Functions that Gradio calls: generate, cancel, show readiness."""
 
   # Gradio passes the browser's HTTP request because of the annotation.
   def generate(
@@ -290,35 +332,7 @@ def _connect(
         return
     yield html.about(queue, 'Ready')
 
-  gr.on(
-    [
-      inputs.generate.click,
-      inputs.prompt.submit,
-      inputs.negative_prompt.submit,
-    ],
-    generate,
-    [*inputs.request, outputs.cards],
-    [outputs.status, outputs.preview, outputs.gallery, outputs.cards, *buttons],
-    # `SampleQueue` limits the requests, not Gradio's queue.
-    concurrency_limit=None,
-    trigger_mode='once',
-    **_HIDDEN,
-  ).then(
-    lambda: (gr.update(interactive=True), gr.update(interactive=False)),
-    None,
-    buttons,
-    **_HIDDEN,
-  )
-  inputs.cancel.click(cancel, concurrency_limit=None, **_HIDDEN)
-  inputs.random.click(
-    None,
-    None,
-    inputs.seed,
-    api_visibility='private',
-    js='() => Math.floor(Math.random() * 1000000)',
-  )
-  page.load(show_readiness, None, about, concurrency_limit=None, **_HIDDEN)
-  page.unload(cancel)
+  return generate, cancel, show_readiness
 
 
 def _generate(

@@ -376,6 +376,11 @@ def test_weights_of_another_meaning_are_refused(weights, message):
     hugging_face.select(weights, ['a.weight'])
 
 
+def test_names_that_no_network_has_are_left_out():
+  names = ['x', 'x\ny', 'x\x1b[2J', '\ud800', 'x' * 1001, 'é']
+  assert [*hugging_face.select(dict.fromkeys(names), ['w'])] == ['x', 'é']
+
+
 def test_a_second_name_is_as_good():
   weights = {'x.encoder.embed': np.zeros(3), 'x.b': np.zeros(3)}
   found = hugging_face.select(
