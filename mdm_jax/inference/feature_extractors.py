@@ -66,6 +66,8 @@ class Inception:
       FileNotFoundError, ValueError: there is no such file, or it is of another
         network.
     """
+    if pathlib.Path(path).is_dir():
+      raise ValueError(f'{path} is a directory: give the file in it.')
     tensors = hugging_face.open_tensors(path)
     try:
       params = inception.from_state_dict(
