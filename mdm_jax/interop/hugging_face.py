@@ -15,6 +15,7 @@ import re
 import types
 from typing import Any
 
+from absl import logging
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ _WRAPPERS = {
   '_forward_module',  # Lightning Fabric
 }
 _MAX_NAME = 1000  # characters
-_EMA = re.compile(r'(^|[._])(ema|averaged|avg|swa)([._]|$)')
+_EMA = re.compile(r'(^|[._])(ema|averaged|avg|swa|shadow)([._]|$)', re.I)
 _SCALES = ('weight_scale', 'weight_scale_inv', 'scale_weight', 'SCB')
 
 
@@ -243,7 +244,7 @@ def _common_prefix(found: Iterable[str], known: set[str]) -> str:
     for suffix in _suffixes(name, most_parts)
     if suffix in known
   )
-  return max(
+  chosen = max(
     prefixes,
     key=lambda prefix: (
       prefixes[prefix],
@@ -252,6 +253,19 @@ def _common_prefix(found: Iterable[str], known: set[str]) -> str:
     ),
     default='',
   )
+  others = [
+    prefix
+    for prefix, count in prefixes.items()
+    # A network may also be a part of the one that is chosen.
+    if count == prefixes[chosen] and not prefix.startswith(chosen)
+  ]
+  if others:
+    logging.info(
+      'The network is in the file as %s: the one in %r is used.',
+      ', '.join(repr(prefix[:60]) for prefix in [chosen, *others][:4]),
+      chosen[:60],
+    )
+  return chosen
 
 
 def _suffixes(name: str, most: int) -> Iterable[str]:

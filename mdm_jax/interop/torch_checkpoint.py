@@ -122,7 +122,11 @@ class Tensor:
       raise ValueError(f'{len(data)} of its {num_bytes} bytes are there')
     if not count:
       return np.zeros(shape, dtype)
-    strides = [stride * dtype.itemsize for stride in strides]
+    # The stride of a single element means nothing, and may be any number.
+    strides = [
+      stride * dtype.itemsize if n > 1 else 0
+      for n, stride in zip(shape, strides)
+    ]
     return np.ndarray(shape, dtype, data, offset * dtype.itemsize, strides)
 
 
