@@ -17,11 +17,17 @@ from mdm_jax.data import precomputed
 from mdm_jax.data.labels import Labels, read_names
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.interop import hugging_face
-from mdm_jax.models import t5
 from mdm_jax.models.conditioning import (
   LabelEncoder,
   LearnedTextEncoder,
   PrecomputedTextEncoder,
+)
+from mdm_jax.models.t5 import (
+  ALIASES,
+  FIRST_LAYER,
+  T5Encoder,
+  T5Spec,
+  hugging_face_name,
 )
 from mdm_jax.runtime import sharding
 
@@ -77,7 +83,7 @@ def make_text_encoder(config: ConfigDict) -> nn.Module:
       )
   if text.encoder == 'precomputed':
     return PrecomputedTextEncoder(spec.width, dtype)
-  return t5.T5Encoder(spec, dtype)
+  return T5Encoder(spec, dtype)
 
 
 def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
       _open_encoder(config.text.path, _frozen_names(shapes)),
       shapes,
       jax.tree.map(lambda x: x.sharding, shapes),
-      t5.hugging_face_name,
+      hugging_face_name,
     )
   return {'text_encoder': params}
 
@@ -151,26 +157,26 @@ def _frozen_shapes(config: ConfigDict) -> dict:
 
 
 def _frozen_names(shapes: dict) -> list[str]:
-  return list(map(t5.hugging_face_name, traverse_util.flatten_dict(shapes)))
+  return list(map(hugging_face_name, traverse_util.flatten_dict(shapes)))
 
 
 def _open_encoder(path: str, names: Iterable[str]) -> dict[str, Any]:
-  return hugging_face.select(hugging_face.open_tensors(path), names, t5.ALIASES)
+  return hugging_face.select(hugging_face.open_tensors(path), names, ALIASES)
 
 
-def _read_spec(path: str) -> t5.T5Spec:
+def _read_spec(path: str) -> T5Spec:
   """The architecture, from `config.json`, or from the weights without one."""
   try:
     config = hugging_face.read_config(path)
   except FileNotFoundError:
     try:
-      tensors = _open_encoder(path, t5.FIRST_LAYER)
+      tensors = _open_encoder(path, FIRST_LAYER)
     except FileNotFoundError:
       tensors = {}
-    if not tensors.keys() & t5.FIRST_LAYER:
+    if not tensors.keys() & FIRST_LAYER:
       raise
-    return t5.T5Spec.from_shapes({k: v.shape for k, v in tensors.items()})
-  return t5.T5Spec.from_hugging_face(config)
+    return T5Spec.from_shapes({k: v.shape for k, v in tensors.items()})
+  return T5Spec.from_hugging_face(config)
 
 
 def check_heads(name: str, section: ConfigDict) -> None:
