@@ -39,8 +39,7 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   if another stage follows.
 
   Args:
-    path: a file of PyTorch or safetensors with ml-mdm's names, or a directory
-      with one.
+    path: a .pth or .safetensors file with ml-mdm's names.
     config: configuration of the run.
     workdir: working directory to create.
 
@@ -109,7 +108,7 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'checkpoint',
     None,
-    'File to import, of PyTorch or safetensors, with the names of ml-mdm.',
+    "File to import: a .pth of ml-mdm, or a .safetensors with ml-mdm's names.",
     required=True,
   )
   flags.DEFINE_string(

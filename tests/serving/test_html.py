@@ -9,10 +9,10 @@ import pytest
 from mdm_jax.serving import html
 from mdm_jax.serving.queue import Progress, Request
 
-HOSTILE = '</b><script>alert("1")</script>\'"&amp; {{x}} \u202e'
+HOSTILE = '</b><script>alert("1")</script>\'"&amp; {{x}}'
 ESCAPED = (
   '&lt;/b&gt;&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&#x27;&quot;'
-  '&amp;amp; {{x}} \u202e'
+  '&amp;amp; {{x}}'
 )
 
 
