@@ -78,12 +78,13 @@ def main(_: list[str]) -> None:
   from mdm_jax.serving.queue import SampleQueue
 
   queue = SampleQueue(model, _MAX_WAITING.value)
-  page = make_page(queue)
+  listeners = access.Listeners()
+  page = make_page(queue, listeners)
   stop = threading.Event()
   for number in preemption.SIGNALS:
     signal.signal(number, lambda number, frame: stop.set())
   try:
-    _, address, _ = launch(page, host, port, users)
+    _, address, _ = launch(page, listeners, host, port, users)
   except OSError:
     sys.exit(
       f'error: {host}:{port} is taken, or not of this machine: give another '

@@ -10,6 +10,7 @@ where `make(rng)` returns the input of a case, a function of `rng` alone.
 """
 
 from collections.abc import Callable
+import json
 import multiprocessing
 import os
 import pathlib
@@ -27,6 +28,26 @@ COUNTS = [500, pytest.param(20_000, marks=pytest.mark.soak)]
 _PAGE = resource.getpagesize()
 # Values that lengths, offsets and counts break at.
 _ODD_BYTES = (0, 1, 2, 127, 128, 254, 255)
+_ODD_JSON = (
+  None,
+  True,
+  0,
+  -1,
+  1,
+  2**31,
+  2**63,
+  2**64,
+  10**400,
+  1.5,
+  float('nan'),
+  float('inf'),
+  '',
+  '5',
+  'x' * 10_000,
+  '../x',
+  [],
+  {},
+)
 
 
 def damage(data: bytes, rng: np.random.Generator) -> bytes:
@@ -52,6 +73,39 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
   return bytes(
     data[: int(rng.integers(len(data) + 1))] if rng.random() < 0.05 else data
   )
+
+
+def damage_json(value: Any, rng: np.random.Generator) -> str:
+  """JSON with some of its parts replaced, nested without end, or damaged."""
+  text = json.dumps(_odd_parts(value, rng))
+  if rng.random() < 0.1:
+    deep = int(rng.choice((10, 1000, 100_000)))
+    text = text.replace('1', '[' * deep + ']' * deep, 1)
+  if rng.random() < 0.1:
+    text = damage(text.encode(), rng).decode('latin-1')
+  return text
+
+
+def _odd_parts(value: Any, rng: np.random.Generator) -> Any:
+  if rng.random() < 0.1:
+    return _odd_value(rng)
+  if isinstance(value, dict):
+    # Now and then a part is missing, and another has its name.
+    names = [name if rng.random() < 0.97 else 'a' for name in value]
+    return {
+      name: _odd_parts(part, rng) for name, part in zip(names, value.values())
+    }
+  if isinstance(value, list):
+    return [_odd_parts(part, rng) for part in value]
+  return value
+
+
+def _odd_value(rng: np.random.Generator, depth: int = 0) -> Any:
+  kind = rng.integers(6 if depth < 3 else 4)
+  if kind < 4:
+    return _ODD_JSON[rng.integers(len(_ODD_JSON))]
+  parts = [_odd_value(rng, depth + 1) for _ in range(rng.integers(4))]
+  return parts if kind == 4 else dict(zip('abc', parts))
 
 
 def check(

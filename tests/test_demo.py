@@ -1,7 +1,9 @@
 """The page of mdm_jax.demo in a real browser, and the requests it refuses."""
 
 import base64
+import contextlib
 import io
+import json
 import os
 import pathlib
 import shlex
@@ -401,31 +403,176 @@ def test_only_the_page_is_served(address):
   assert status_of(address, Origin=address) == 200
 
 
-def test_password(tmp_path):
+def raw_status(address: str, request: bytes) -> int:
+  """HTTP status of a request that no client would send."""
+  host, port = address.removeprefix('http://').rstrip('/').split(':')
+  with socket.create_connection((host, int(port)), WAIT) as connection:
+    connection.sendall(request)
+    return int(connection.recv(64).split()[1])
+
+
+JOIN = 'gradio_api/queue/join'
+# Also in the guard's own tests; here Gradio, its server and its parsers reply.
+MALFORMED = {
+  'Host': b'GET / HTTP/1.1\r\nHost: [\r\n\r\n',
+  'Host of other bytes': b'GET / HTTP/1.1\r\nHost: loc\xe4l\r\n\r\n',
+  'no Host': b'GET / HTTP/1.1\r\n\r\n',
+  'no Host, before 1.1': b'GET / HTTP/1.0\r\n\r\n',
+  'two Hosts': b'GET / HTTP/1.1\r\nHost: localhost\r\nHost: x\r\n\r\n',
+  'port': b'GET / HTTP/1.1\r\nHost: localhost:99999\r\n\r\n',
+  'Origin': b'GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[\r\n\r\n',
+  'Origin and preflight': (
+    b'OPTIONS / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[\r\n'
+    b'Access-Control-Request-Method: GET\r\n\r\n'
+  ),
+  'proxy': (
+    b'GET / HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-Host: [\r\n\r\n'
+  ),
+  'large header': (
+    b'GET / HTTP/1.1\r\nHost: localhost\r\nA: ' + b'a' * 10**6 + b'\r\n\r\n'
+  ),
+  'no HTTP': b'\x16\x03\x01\r\n\r\n',
+  'null in a path': b'GET /assets/%00 HTTP/1.1\r\nHost: localhost\r\n\r\n',
+  'WebSocket': (
+    b'GET /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\n'
+    b'Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13'
+    b'\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n'
+  ),
+}
+
+
+@pytest.mark.parametrize('name', MALFORMED)
+def test_malformed_requests_are_refused(address, name):
+  assert 400 <= raw_status(address, MALFORMED[name]) < 500
+
+
+def test_malformed_calls_are_refused(address):
+  kind = {'Content-Type': 'application/json'}
+
+  def post(path, body):
+    return status_of(f'{address}/{path}', json.dumps(body).encode(), **kind)
+
+  call = {'session_hash': 'x', 'fn_index': 99, 'data': []}
+  assert post(JOIN, call) == 404
+  for changes in (
+    {'fn_index': -1},
+    {'fn_index': 'a'},
+    {'fn_index': None},
+    {'fn_index': 1},
+    {'session_hash': '../x'},
+    {'data': 7},
+    {'data': [[]] * 9},
+  ):
+    assert 400 <= post(JOIN, call | changes) < 500, changes
+  assert 400 <= post('gradio_api/cancel', {}) < 500
+  data = f'{address}/gradio_api/queue/data'
+  assert status_of(data) == 400
+  assert status_of(f'{data}?session_hash=unknown') == 404
+  assert status_of(f'{address}/gradio_api/heartbeat/%2e%2e') == 400
+  assert status_of(f'{address}/login', b'\xff') == 422
+  assert status_of(address) == 200
+
+
+def test_a_request_without_a_page_is_dropped(page, address):
+  """Requests that scripts leave behind do not keep the others waiting."""
+  config = json.loads(
+    urllib.request.urlopen(f'{address}/config', timeout=WAIT).read()
+  )
+  ids = {
+    part['props'].get('elem_id'): part['id'] for part in config['components']
+  }
+  (index,) = (
+    call['id']
+    for call in config['dependencies']
+    if [ids['generate'], 'click'] in call['targets']
+  )
+  for session in ('left', 'behind'):
+    body = {
+      'session_hash': session,
+      'fn_index': index,
+      'data': ['', '', 1.0, STEPS, 'ddpm', 'clip', 0, 1, None],
+    }
+    assert (
+      status_of(
+        f'{address}/{JOIN}',
+        json.dumps(body).encode(),
+        **{'Content-Type': 'application/json'},
+      )
+      == 200
+    )
+  page.press('generate')
+  page.wait(lambda: len(page.all('#gallery figure')) == 4)
+  # Ten seconds, in which they may still connect; not thousands of steps.
+  assert float(page.status().split()[3]) < 30
+
+
+@contextlib.contextmanager
+def served(users):
+  """A page without a model, served in this process, and its address."""
   pytest.importorskip('gradio', reason='Gradio is not installed')
+  from mdm_jax.serving import page as pages
+
   samples = types.SimpleNamespace(
     about='a run',
     ready=threading.Event(),
     examples=lambda count: [],
     default_request=queue.Request('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
+    cancel=lambda owner: None,
   )
-  from mdm_jax.serving import page as pages
-
-  page = pages.make_page(samples)
-  _, address, _ = pages.launch(
-    page, '127.0.0.1', free_port(), [('ann', 'long enough')]
-  )
+  listeners = access.Listeners()
+  page = pages.make_page(samples, listeners)
   try:
-    join = f'{address}gradio_api/queue/join'
+    yield (
+      page,
+      pages.launch(page, listeners, '127.0.0.1', free_port(), users)[1],
+    )
+  finally:
+    page.close()
+
+
+def test_sessions_are_forgotten(monkeypatch):
+  """Gradio would keep what it has for those that never come back."""
+  monkeypatch.setattr(access, '_ABSENT', 1.0)
+  with served(None) as (page, address):
+    (index,) = (
+      index
+      for index, function in page.fns.items()
+      if getattr(function.fn, '__name__', '') == 'cancel'
+      and function.targets[0][1] == 'click'
+    )
+    for i in range(30):
+      call = {'session_hash': f's{i}', 'fn_index': index, 'data': []}
+      assert status_of(f'{address}{JOIN}', json.dumps(call).encode()) == 200
+    held = page._queue
+    assert len(held.pending_messages_per_session) > 0
+    time.sleep(1.1)
+    assert status_of(address) == 200
+    assert not held.pending_messages_per_session
+    assert not held.pending_event_ids_session
+
+
+def test_password():
+  with served([('ann', 'long enough')]) as (_, address):
     assert status_of(address, Host='example.com') == 200
     assert status_of(f'{address}config') == 401
-    assert status_of(join, b'{}', **{'Content-Type': 'application/json'}) == 401
+    for path, method in access._PATHS.items():
+      expected = 200 if path in access._BEFORE_LOGIN else 401
+      if path != '/login':
+        body = b'{}' if method == 'POST' else None
+        assert status_of(address[:-1] + path, body) == expected, path
+    assert status_of(f'{address}gradio_api/heartbeat/x') == 401
     login = f'{address}login'
     assert status_of(login, b'username=ann&password=long+enougH') == 400
+    assert status_of(login, 'username=ä&password=%FF'.encode()) == 400
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-    with opener.open(login, b'username=ann&password=long+enough') as response:
+    # As browsers send it.
+    form = b''.join(
+      b'--x1\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % pair
+      for pair in ((b'username', b'ann'), (b'password', b'long enough'))
+    )
+    kind = {'Content-Type': 'multipart/form-data; boundary=x1'}
+    request = urllib.request.Request(login, form + b'--x1--\r\n', kind)
+    with opener.open(request) as response:
       assert response.status == 200
     with opener.open(f'{address}config') as response:
       assert response.status == 200
-  finally:
-    page.close()

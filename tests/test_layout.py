@@ -42,7 +42,9 @@ ROWS = (
   'checkpoint.manifest',
   'report.sample_directory report.progress report.metric_writer report.goodput',
   'report.background report.console report.gallery report.grid',
-  'interop.hugging_face interop.ml_mdm interop.torch_checkpoint',
+  'interop.hugging_face interop.ml_mdm',
+  'interop.torch_checkpoint',
+  'interop.torch_pickle interop.file_types',
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
   'runtime.distributed runtime.flag_types runtime.compilation_cache',
   'runtime.rendezvous runtime.preemption runtime.watchdog '

@@ -1,5 +1,6 @@
 """Builds text encoders and tokenizers, and loads frozen text encoders."""
 
+from collections.abc import Iterable
 import os
 from typing import Any
 
@@ -21,7 +22,13 @@ from mdm_jax.models.conditioning import (
   LearnedTextEncoder,
   PrecomputedTextEncoder,
 )
-from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
+from mdm_jax.models.t5 import (
+  ALIASES,
+  FIRST_LAYER,
+  T5Encoder,
+  T5Spec,
+  hugging_face_name,
+)
 from mdm_jax.runtime import sharding
 
 
@@ -36,7 +43,7 @@ def make_tokenizer(config: ConfigDict) -> Tokenizer | Labels:
   own = (
     CAPTIONS_MODEL
     if config.text.encoder == 'learned'
-    else os.path.join(config.text.path, 'spiece.model')
+    else os.path.join(hugging_face.folder(config.text.path), 'spiece.model')
   )
   return Tokenizer(config.text.tokenizer or own, config.text.max_length)
 
@@ -68,7 +75,7 @@ def make_text_encoder(config: ConfigDict) -> nn.Module:
       num_pieces, text.width, text.num_layers, text.num_heads, dtype
     )
   with naming(f'text.path={text.path!r}'):
-    spec = T5Spec.from_hugging_face(hugging_face.read_config(text.path))
+    spec = _read_spec(text.path)
     if num_pieces > spec.vocab_size:
       raise ValueError(
         f'the tokenizer has {num_pieces} pieces, but this encoder only '
@@ -86,11 +93,9 @@ def text_fingerprint(config: ConfigDict) -> dict[str, Any]:
     'encoder' and 'tokenizer', hashes, and 'max_length' in tokens.
   """
   with naming(f'text.path={config.text.path!r}'):
-    names = map(
-      hugging_face_name, traverse_util.flatten_dict(_frozen_shapes(config))
-    )
+    names = _frozen_names(_frozen_shapes(config))
     encoder = hugging_face.fingerprint(
-      hugging_face.open_tensors(config.text.path), names
+      _open_encoder(config.text.path, names), names
     )
   return {
     'encoder': encoder,
@@ -135,7 +140,7 @@ def load_frozen(config: ConfigDict, mesh: Mesh) -> dict:
   shapes = shapes['text_encoder']
   with naming(f'text.path={config.text.path!r}'):
     params = hugging_face.load(
-      hugging_face.open_tensors(config.text.path),
+      _open_encoder(config.text.path, _frozen_names(shapes)),
       shapes,
       jax.tree.map(lambda x: x.sharding, shapes),
       hugging_face_name,
@@ -149,6 +154,29 @@ def _frozen_shapes(config: ConfigDict) -> dict:
     jax.random.key(0),
     jnp.ones((1, config.text.max_length), jnp.int32),
   )['params']
+
+
+def _frozen_names(shapes: dict) -> list[str]:
+  return list(map(hugging_face_name, traverse_util.flatten_dict(shapes)))
+
+
+def _open_encoder(path: str, names: Iterable[str]) -> dict[str, Any]:
+  return hugging_face.select(hugging_face.open_tensors(path), names, ALIASES)
+
+
+def _read_spec(path: str) -> T5Spec:
+  """The architecture, from `config.json`, or from the weights without one."""
+  try:
+    config = hugging_face.read_config(path)
+  except FileNotFoundError:
+    try:
+      tensors = _open_encoder(path, FIRST_LAYER)
+    except FileNotFoundError:
+      tensors = {}
+    if not tensors.keys() & FIRST_LAYER:
+      raise
+    return T5Spec.from_shapes({k: v.shape for k, v in tensors.items()})
+  return T5Spec.from_hugging_face(config)
 
 
 def check_heads(name: str, section: ConfigDict) -> None:

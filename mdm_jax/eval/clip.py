@@ -8,6 +8,7 @@ and openai/clip-vit-large-patch14. All in float32.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import reprlib
 from typing import Any
 
 from flax import linen as nn
@@ -19,6 +20,8 @@ from PIL import Image
 _FAMILY = 'give a CLIP model with a ViT, such as openai/clip-vit-base-patch16'
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+# Far beyond every model; with more, nothing would end.
+_MAX_SIZE, _MAX_LAYERS, _MAX_IMAGE = 2**24, 1000, 4096
 # Defaults of Hugging Face's CLIPConfig, which config.json omits.
 _TOWER = {
   'hidden_act': 'quick_gelu',
@@ -56,6 +59,24 @@ class TowerSpec:
   activation: str
   epsilon: float
 
+  def __post_init__(self):
+    """Raises ValueError if a field is of another type or not in its range."""
+    _check_sizes(
+      width=self.width,
+      ffn_width=self.ffn_width,
+      num_layers=self.num_layers,
+      num_heads=self.num_heads,
+    )
+    if self.width % self.num_heads or self.num_layers > _MAX_LAYERS:
+      raise ValueError(
+        f'{self.num_heads} heads of {self.width} features in '
+        f'{self.num_layers} layers: {_FAMILY}.'
+      )
+    if type(self.epsilon) is not float or not 0 < self.epsilon < 1:
+      raise ValueError(
+        f'layer_norm_eps is {reprlib.repr(self.epsilon)}: {_FAMILY}.'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
@@ -69,6 +90,21 @@ class ClipSpec:
   max_length: int  # tokens
   width: int  # of the common space
 
+  def __post_init__(self):
+    """Raises ValueError if a field is of another type or not in its range."""
+    _check_sizes(
+      image_size=self.image_size,
+      patch_size=self.patch_size,
+      vocab_size=self.vocab_size,
+      max_length=self.max_length,
+      projection_dim=self.width,
+    )
+    if not self.patch_size <= self.image_size <= _MAX_IMAGE:
+      raise ValueError(
+        f'images of {self.image_size} px in patches of {self.patch_size}: '
+        f'{_FAMILY}.'
+      )
+
   @classmethod
   def from_hugging_face(cls, config: Mapping[str, Any]) -> 'ClipSpec':
     """Reads the fields of a `config.json`.
@@ -78,7 +114,7 @@ class ClipSpec:
     """
     if config.get('model_type') != 'clip':
       raise ValueError(
-        f'model_type is {config.get("model_type")!r}: {_FAMILY}.'
+        f'model_type is {reprlib.repr(config.get("model_type"))}: {_FAMILY}.'
       )
     config = {
       'projection_dim': 512,
@@ -86,8 +122,13 @@ class ClipSpec:
       'vision_config': {},
       **config,
     }
-    vision = _VISION | config['vision_config']
-    text = _TEXT | config['text_config']
+    vision, text = (
+      defaults | _section(config, name)
+      for defaults, name in (
+        (_VISION, 'vision_config'),
+        (_TEXT, 'text_config'),
+      )
+    )
     return cls(
       vision=_tower(vision),
       text=_tower(text),
@@ -99,10 +140,23 @@ class ClipSpec:
     )
 
 
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  section = config[name] or {}  # Some files have null.
+  if not isinstance(section, dict):
+    raise ValueError(f'{name} is {reprlib.repr(section)}: {_FAMILY}.')
+  return section
+
+
+def _check_sizes(**values: Any) -> None:
+  for name, value in values.items():
+    if type(value) is not int or not 0 < value <= _MAX_SIZE:
+      raise ValueError(f'{name} is {reprlib.repr(value)}: {_FAMILY}.')
+
+
 def _tower(config: Mapping[str, Any]) -> TowerSpec:
-  if config['hidden_act'] not in _ACTIVATIONS:
+  if config['hidden_act'] not in list(_ACTIVATIONS):
     raise ValueError(
-      f'hidden_act is {config["hidden_act"]!r}, supported are '
+      f'hidden_act is {reprlib.repr(config["hidden_act"])}, supported are '
       f'{sorted(_ACTIVATIONS)}: {_FAMILY}.'
     )
   return TowerSpec(

@@ -217,6 +217,15 @@ class _Block8(nn.Module):
     )
 
 
+# Tensors by which the network is found in a checkpoint.
+NAMES = (
+  'fc.weight',
+  'fc.bias',
+  'Conv2d_1a_3x3.conv.weight',
+  'Mixed_7c.branch_pool.conv.weight',
+)
+
+
 def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict:
   """Converts pytorch-fid's weights to parameters of `Inception`.
 

@@ -18,7 +18,7 @@ from mdm_jax.data import images
 from mdm_jax.data.lines import read_lines
 from mdm_jax.eval import clip, fid, inception
 from mdm_jax.eval.clip_tokenizer import ClipTokenizer
-from mdm_jax.interop import hugging_face, torch_checkpoint
+from mdm_jax.interop import hugging_face
 from mdm_jax.report import console, sample_directory
 from mdm_jax.runtime import sharding
 
@@ -67,9 +67,13 @@ class Inception:
       FileNotFoundError, ValueError: there is no such file, or it is of another
         network.
     """
-    tensors = torch_checkpoint.read_state_dict(path)
+    if pathlib.Path(path).is_dir():
+      raise ValueError(f'{path} is a directory: give the file in it.')
+    tensors = hugging_face.open_tensors(path)
     try:
-      params = inception.from_state_dict(tensors)
+      params = inception.from_state_dict(
+        hugging_face.select(tensors, inception.NAMES)
+      )
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
     digest = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=8)
@@ -100,8 +104,8 @@ class Clip:
     """Reads a directory as Hugging Face lays it out.
 
     Args:
-      directory: with `config.json`, the safetensors, `vocab.json` and
-        `merges.txt`.
+      directory: with `config.json`, the weights, `vocab.json` and
+        `merges.txt`; or the file of the weights among them.
       batch_size: images at once, at most; a multiple of the mesh's shards.
       mesh: the devices.
 
@@ -109,7 +113,7 @@ class Clip:
       FileNotFoundError, ValueError: a file is missing, damaged or of another
         model.
     """
-    folder = pathlib.Path(directory)
+    folder = hugging_face.folder(directory)
     try:
       self._spec = spec = clip.ClipSpec.from_hugging_face(
         hugging_face.read_config(directory)
@@ -121,7 +125,8 @@ class Clip:
         jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.uint8),
         jnp.zeros((1, spec.max_length), jnp.int32),
       )['params']
-      tensors = hugging_face.open_tensors(directory)
+      names = [*map(clip.hugging_face_name, traverse_util.flatten_dict(shapes))]
+      tensors = hugging_face.select(hugging_face.open_tensors(directory), names)
       params = hugging_face.load(
         tensors,
         shapes,
@@ -129,6 +134,13 @@ class Clip:
         clip.hugging_face_name,
       )
       vocabulary = hugging_face.read_json(folder / 'vocab.json')
+      if not all(
+        type(token) is int and 0 <= token < spec.vocab_size
+        for token in vocabulary.values()
+      ):
+        raise ValueError(
+          'vocab.json does not number the tokens that the network knows'
+        )
       if len(vocabulary) > spec.vocab_size:
         raise ValueError(
           f'vocab.json has {len(vocabulary)} tokens, the '
@@ -144,9 +156,7 @@ class Clip:
     except ValueError as error:
       raise ValueError(f'{directory}: {error}') from None
     self.fingerprint = {
-      'weights': hugging_face.fingerprint(
-        tensors, map(clip.hugging_face_name, traverse_util.flatten_dict(shapes))
-      ),
+      'weights': hugging_face.fingerprint(tensors, names),
       'image_size': spec.image_size,
       'patch_size': spec.patch_size,
     }

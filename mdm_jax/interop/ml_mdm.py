@@ -41,6 +41,9 @@ _LEVEL = {
   'scale_in': 'cond_layers.scale.0',
   'scale_out': 'cond_layers.scale.1',
 }
+# Tensors by which a network is found in a checkpoint: its finest level has
+# them, and every coarser one after 'inner_unet.'.
+NAMES = ('conv_in.weight', 'conv_in.bias', 'temb_layer1.weight')
 _LEAF = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
 
 
@@ -135,7 +138,10 @@ def from_release(
       flat[path] = value
   problems += [f'unknown {name}' for name in sorted(left)]
   if problems:
-    raise ValueError('The weights do not fit: ' + '; '.join(problems))
+    more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
+    raise ValueError(
+      'The weights do not fit: ' + '; '.join(problems[:5]) + more
+    )
   return traverse_util.unflatten_dict(flat)
 
 

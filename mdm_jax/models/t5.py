@@ -9,6 +9,7 @@ activations in `dtype`.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+import reprlib
 from typing import Any
 
 from flax import linen as nn
@@ -16,6 +17,19 @@ import jax
 import jax.numpy as jnp
 
 _FAMILY = 'a T5 v1.1 or Flan-T5 model, such as google/flan-t5-xl'
+
+
+# Far beyond every model; with more, nothing would end.
+_RANGES = {
+  'vocab_size': (1, 2**24),
+  'width': (1, 2**20),
+  'head_width': (1, 2**20),
+  'ffn_width': (1, 2**20),
+  'num_layers': (1, 1000),
+  'num_heads': (1, 2**12),
+  'num_buckets': (4, 2**12),
+  'max_distance': (2, 2**20),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +46,26 @@ class T5Spec:
   max_distance: int = 128  # tokens; all larger distances share a bucket
   epsilon: float = 1e-6
 
+  def __post_init__(self):
+    """Raises ValueError if a field is of another type or not in its range."""
+    for name, (least, most) in _RANGES.items():
+      value = getattr(self, name)
+      if type(value) is not int or not least <= value <= most:
+        raise ValueError(
+          f'{name} is {reprlib.repr(value)}, not a whole number from {least} '
+          f'to {most}: give {_FAMILY}.'
+        )
+    if type(self.epsilon) is not float or not 0 < self.epsilon < 1:
+      raise ValueError(
+        f'epsilon is {reprlib.repr(self.epsilon)}, not between 0 and 1: give '
+        f'{_FAMILY}.'
+      )
+    if self.max_distance <= self.num_buckets // 4:
+      raise ValueError(
+        f'max_distance {self.max_distance} is too small for num_buckets '
+        f'{self.num_buckets}: give {_FAMILY}.'
+      )
+
   @classmethod
   def from_hugging_face(cls, config: Mapping[str, Any]) -> 'T5Spec':
     """Reads the fields of a `config.json`.
@@ -42,8 +76,8 @@ class T5Spec:
     kind = config.get('feed_forward_proj')
     if config.get('model_type') != 't5' or kind != 'gated-gelu':
       raise ValueError(
-        f'model_type {config.get("model_type")!r} with feed_forward_proj '
-        f'{kind!r}: give {_FAMILY}.'
+        f'model_type {reprlib.repr(config.get("model_type"))} with '
+        f'feed_forward_proj {reprlib.repr(kind)}: give {_FAMILY}.'
       )
     names = {
       'vocab_size': 'vocab_size',
@@ -56,17 +90,52 @@ class T5Spec:
       'max_distance': 'relative_attention_max_distance',
       'epsilon': 'layer_norm_epsilon',
     }
+    defaults = 'num_buckets', 'max_distance', 'epsilon'
     try:
       return cls(
         **{
           ours: config[theirs]
           for ours, theirs in names.items()
-          # Older files lack it; all models have the default.
-          if theirs in config or ours != 'max_distance'
+          # Older files lack some; all models have the defaults.
+          if theirs in config or ours not in defaults
         }
       )
     except KeyError as error:
       raise ValueError(f'no {error} in it: give {_FAMILY}.') from None
+
+  @classmethod
+  def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> 'T5Spec':
+    """Finds the architecture of weights that have no `config.json`.
+
+    Args:
+      shapes: shapes of the tensors, by Hugging Face's names.
+
+    Raises:
+      ValueError: they are not those of a T5 with gated GELU.
+    """
+    try:
+      embedding, bias, query, ffn = (shapes[name] for name in FIRST_LAYER)
+      (vocab_size, width), (num_buckets, num_heads) = embedding, bias
+      (inner, _), (ffn_width, _) = query, ffn
+      head_width = inner // num_heads
+    except (KeyError, ValueError, ZeroDivisionError):
+      raise ValueError(
+        f'no config.json, and no weights of a T5 with gated GELU: give '
+        f'{_FAMILY}.'
+      ) from None
+    query_of = FIRST_LAYER[2].replace('block.0', 'block.{}')
+    num_layers = 1
+    while query_of.format(num_layers) in shapes:
+      num_layers += 1
+    return cls(
+      vocab_size=vocab_size,
+      width=width,
+      head_width=head_width,
+      ffn_width=ffn_width,
+      num_layers=num_layers,
+      num_heads=num_heads,
+      num_buckets=num_buckets,
+    )
 
 
 def distance_buckets(
@@ -179,11 +248,21 @@ _NAMES = {
 }
 
 
-def hugging_face_name(path: Sequence[str]) -> str:
-  """The name of a parameter in Hugging Face's files.
+# A file with the encoder alone may have the second name instead.
+ALIASES = {'shared.weight': 'encoder.embed_tokens.weight'}
+# Tensors whose shapes tell the architecture.
+FIRST_LAYER = (
+  'shared.weight',
+  f'{_NAMES["distance_bias"]}.weight',
+  'encoder.block.0.layer.0.SelfAttention.q.weight',
+  'encoder.block.0.layer.1.DenseReluDense.wi_0.weight',
+)
 
-  Their kernels are transposed. A file with the encoder alone may have
-  'encoder.embed_tokens.weight' instead of 'shared.weight'.
+
+def hugging_face_name(path: Sequence[str]) -> str:
+  """The name of a parameter in Hugging Face's files, see also `ALIASES`.
+
+  Their kernels are transposed.
   """
   if path[0].startswith('layer_'):
     layer = path[0].removeprefix('layer_')

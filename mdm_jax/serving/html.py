@@ -125,13 +125,18 @@ def card(
     f'{request.sampler}, {request.steps} steps, guidance '
     f'{request.guidance:g}, threshold {request.threshold}'
   )
+  settings = escape(settings)
+  # Right-to-left text must not reorder what is around it.
   if request.negative_prompt:
-    settings += f', negative prompt: {request.negative_prompt}'
+    negative = escape(request.negative_prompt)
+    settings += f', negative prompt: <bdi>{negative}</bdi>'
   few = ' mdm-few' if request.num_images <= _FEW else ''
-  title = escape(request.prompt) or '<i>the empty prompt</i>'
+  title = f'<bdi>{escape(request.prompt)}</bdi>'
+  if not request.prompt:
+    title = '<i>the empty prompt</i>'
   return (
     f'<div class="mdm-card"><b>{title}</b>'
-    f'<div class="mdm-small">{escape(settings)}</div>'
+    f'<div class="mdm-small">{settings}</div>'
     f'<div class="mdm-samples{few}">{samples}</div></div>'
   )
 

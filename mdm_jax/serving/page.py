@@ -1,28 +1,37 @@
 """The demo's page, in Gradio: inputs, live previews and a gallery."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import contextlib
 import time
 import types
+from typing import Any
 
 import gradio as gr
 import jax
-from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
 
 from mdm_jax.diffusion import samplers
-from mdm_jax.serving import html
-from mdm_jax.serving.access import OnlyThePage, is_loopback
+from mdm_jax.serving import access, html
 from mdm_jax.serving.queue import MAX_GUIDANCE, Job, Request, SampleQueue
 
 _FRAME = 0.1  # seconds between two previews
+_MAX_BACKLOG = 8  # messages that wait for a slow browser
 _NUM_EXAMPLES = 5
 _HIDDEN = {'api_visibility': 'private', 'show_progress': 'hidden'}
 
 
-def launch(page, host: str, port: int, users: list[tuple[str, str]] | None):
+def launch(
+  page,
+  listeners: access.Listeners,
+  host: str,
+  port: int,
+  users: list[tuple[str, str]] | None,
+):
   """Serves a page in another thread, see `gradio.Blocks.launch`.
 
   Args:
     page: from `make_page`.
+    listeners: of `make_page`.
     host: address to listen at.
     port: TCP port to listen at.
     users: pairs of a name and a password; None for no login.
@@ -30,6 +39,19 @@ def launch(page, host: str, port: int, users: list[tuple[str, str]] | None):
   Raises:
     OSError: the port is in use.
   """
+
+  @contextlib.asynccontextmanager
+  async def guarded(app):
+    # Around Gradio's own middleware, which fails on malformed headers. The
+    # server accepts connections after this.
+    app.middleware_stack = access.OnlyThePage(
+      app.middleware_stack,
+      _describe(app, page),
+      listeners,
+      is_local=access.is_loopback(host) and not users,
+    )
+    yield
+
   return page.launch(
     server_name=host,
     server_port=port,
@@ -51,16 +73,73 @@ def launch(page, host: str, port: int, users: list[tuple[str, str]] | None):
     pwa=False,
     run_history=False,
     footer_links=[],
-    app_kwargs={
-      'middleware': [
-        Middleware(OnlyThePage, is_local=is_loopback(host) and not users)
-      ]
-    },
+    app_kwargs={'lifespan': guarded},
   )
 
 
-def make_page(queue: SampleQueue) -> gr.Blocks:
-  """Makes the page, which submits requests to a queue."""
+def _describe(app, page: gr.Blocks) -> access.Page:
+  """What the middleware has to know of Gradio's application and the page."""
+  queue = page._queue
+
+  def has_entered(scope) -> bool:
+    if not app.auth:
+      return True
+    # `launch` asks for it once, without a password.
+    if scope['path'].endswith('/startup-events'):
+      return not app.startup_events_triggered
+    cookies = HTTPConnection(scope).cookies
+    names = (
+      f'access-token-{kind}{app.cookie_id}' for kind in ('', 'unsecure-')
+    )
+    return any(cookies.get(name) in app.tokens for name in names)
+
+  async def forget(session: str) -> None:
+    await queue.clean_events(session_hash=session)
+    queue.pending_messages_per_session.pop(session, None)
+    queue.pending_event_ids_session.pop(session, None)
+
+  return access.Page(
+    {
+      index: [_check_of(component) for component in function.inputs]
+      for index, function in page.fns.items()
+      if function.fn
+    },
+    lambda session: session in queue.pending_messages_per_session,
+    has_entered,
+    forget,
+  )
+
+
+def _check_of(component) -> Callable[[Any], bool]:
+  """Whether a value that a browser sends is one of a component."""
+  match component:
+    case gr.Textbox():
+      return lambda value: isinstance(value, str)
+    case gr.Dropdown():
+      known = [value for _, value in component.choices]
+      return lambda value: isinstance(value, str) and value in known
+    case gr.Number():
+      return lambda value: value is None or _is_number(value, -(2**53), 2**53)
+    case gr.Slider():
+      least, most = component.minimum, component.maximum
+      return lambda value: _is_number(value, least, most)
+    case gr.Dataset():
+      count = len(component.samples)
+      return lambda value: type(value) is int and 0 <= value < count
+    case gr.State():
+      return lambda value: value is None  # It is kept here.
+  raise TypeError(f'no check of {component}')
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+  return type(value) in (int, float) and least <= value <= most
+
+
+def make_page(queue: SampleQueue, listeners: access.Listeners) -> gr.Blocks:
+  """Makes the page, which submits requests to a queue.
+
+  A request is dropped when the browser that sent it has left `listeners`.
+  """
   with gr.Blocks(title='mdm_jax', analytics_enabled=False) as page:
     about = gr.HTML(html.about(queue, 'Loading'))
     with gr.Row():
@@ -68,7 +147,7 @@ def make_page(queue: SampleQueue) -> gr.Blocks:
         inputs = _add_inputs(queue)
       with gr.Column(scale=5):
         outputs = _add_outputs()
-    _connect(page, queue, about, inputs, outputs)
+    _connect(page, queue, listeners, about, inputs, outputs)
   return page.queue(api_open=False, max_size=64)
 
 
@@ -147,49 +226,19 @@ def _add_outputs() -> types.SimpleNamespace:
   )
 
 
-def _connect(page, queue: SampleQueue, about, inputs, outputs) -> None:
+def _connect(
+  page,
+  queue: SampleQueue,
+  listeners: access.Listeners,
+  about,
+  inputs,
+  outputs,
+) -> None:
   """Connects the controls of the page with the queue."""
-  jobs: dict[str, Job] = {}  # pending jobs by browser session
   buttons = [inputs.generate, inputs.cancel]
-
-  # Gradio passes the browser's HTTP request because of the annotation.
-  def generate(
-    prompt,
-    negative_prompt,
-    guidance,
-    steps,
-    sampler,
-    threshold,
-    seed,
-    num_images,
-    cards,
-    browser: gr.Request,
-  ):
-    request = Request(
-      # Line breaks in prompts are spaces, as in captions.
-      prompt=' '.join(prompt.split()),
-      negative_prompt=' '.join(negative_prompt.split()),
-      guidance=guidance,
-      steps=steps,
-      sampler=sampler,
-      threshold=threshold,
-      seed=seed,
-      num_images=num_images,
-    )
-    yield from _generate(
-      queue, jobs, inputs, outputs, request, cards, browser.session_hash
-    )
-
-  def cancel(browser: gr.Request):
-    if job := jobs.get(browser.session_hash):
-      job.cancel()
-
-  def show_readiness() -> Iterator[str]:
-    if not queue.ready.is_set():
-      yield html.about(queue, 'Warming up')
-      queue.ready.wait()
-    yield html.about(queue, 'Ready')
-
+  generate, cancel, show_readiness = _make_handlers(
+    page, queue, listeners, inputs, outputs
+  )
   gr.on(
     [
       inputs.generate.click,
@@ -221,31 +270,89 @@ def _connect(page, queue: SampleQueue, about, inputs, outputs) -> None:
   page.unload(cancel)
 
 
+def _make_handlers(
+  page,
+  queue: SampleQueue,
+  listeners: access.Listeners,
+  inputs,
+  outputs,
+) -> tuple[Callable, Callable, Callable]:
+  """Functions that Gradio calls: generate, cancel, show readiness."""
+
+  # Gradio passes the browser's HTTP request because of the annotation.
+  def generate(
+    prompt,
+    negative_prompt,
+    guidance,
+    steps,
+    sampler,
+    threshold,
+    seed,
+    num_images,
+    cards,
+    browser: gr.Request,
+  ):
+    request = Request(
+      # Line breaks in prompts are spaces, as in captions.
+      prompt=' '.join(prompt.split()),
+      negative_prompt=' '.join(negative_prompt.split()),
+      guidance=guidance,
+      steps=steps,
+      sampler=sampler,
+      threshold=threshold,
+      seed=seed,
+      num_images=num_images,
+    )
+    session = browser.session_hash
+    queue.cancel(session)  # The page has one request at a time.
+    try:
+      job = queue.submit(request, session, lambda: listeners.is_there(session))
+    except ValueError as error:
+      yield {outputs.status: html.error(str(error))}
+      return
+    messages = page._queue.pending_messages_per_session.get(session)
+    yield from _generate(
+      queue,
+      job,
+      inputs,
+      outputs,
+      cards,
+      # What a slow browser does not fetch would be kept for it.
+      lambda: messages is not None and messages.qsize() > _MAX_BACKLOG,
+    )
+
+  def cancel(browser: gr.Request):
+    queue.cancel(browser.session_hash)
+
+  def show_readiness(browser: gr.Request) -> Iterator[str]:
+    if not queue.ready.is_set():
+      yield html.about(queue, 'Warming up')
+    while not queue.ready.wait(1):
+      if not listeners.is_there(browser.session_hash):
+        return
+    yield html.about(queue, 'Ready')
+
+  return generate, cancel, show_readiness
+
+
 def _generate(
   queue: SampleQueue,
-  jobs: dict[str, Job],
+  job: Job,
   inputs: types.SimpleNamespace,
   outputs: types.SimpleNamespace,
-  request: Request,
   cards: list[str],
-  browser: str,
+  is_behind: Callable[[], bool],
 ) -> Iterator[dict]:
-  """Samples a request, and yields what changes on the page.
+  """Waits for a job, and yields what changes on the page.
 
   Args:
     queue: the queue that samples.
-    jobs: receives the job by `browser`, for the cancel button.
+    job: the job of the user's request.
     inputs, outputs: components of the page.
-    request: the user's request.
     cards: HTML of the cards in the gallery, newest first.
-    browser: identifies the browser's session.
+    is_behind: whether the browser has not fetched many changes.
   """
-  try:
-    job = queue.submit(request)
-  except ValueError as error:
-    yield {outputs.status: html.error(str(error))}
-    return
-  jobs[browser] = job
+  request = job.request
   begin = time.monotonic()
   buttons = {
     inputs.generate: gr.update(interactive=False),
@@ -253,6 +360,8 @@ def _generate(
   }
   try:
     for progress in queue.watch(job):
+      if is_behind():
+        continue
       yield buttons | {
         outputs.status: html.progress_line(queue, request, progress),
         outputs.preview: html.card(request, progress.images),
@@ -267,8 +376,6 @@ def _generate(
       ),
     }
     return
-  finally:
-    jobs.pop(browser, None)
   if progress.step < request.steps:  # Cancelled.
     text = f'Cancelled after step {progress.step} of {request.steps}.'
     yield {outputs.preview: '', outputs.status: html.line(text)}

@@ -1,6 +1,6 @@
 """The demo's first-in-first-out queue of sampling requests, with previews."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import concurrent.futures
 import dataclasses
 import functools
@@ -67,15 +67,22 @@ class Job:
 
   Attributes:
     request: the request.
+    owner: who asked for it.
+    is_wanted: whether somebody waits for it.
     cancelled: an event, set by `cancel`.
     step: number of sampling steps taken.
     images: see `Progress`.
     future: done when the job has ended.
   """
 
-  def __init__(self, request: Request):
+  def __init__(
+    self,
+    request: Request,
+    owner: str = '',
+    is_wanted: Callable[[], bool] = lambda: True,
+  ):
     """A job that has not begun."""
-    self.request = request
+    self.request, self.owner, self.is_wanted = request, owner, is_wanted
     self.cancelled = threading.Event()
     self.step, self.images = 0, ()
     self.future: concurrent.futures.Future | None = None
@@ -236,15 +243,28 @@ class SampleQueue:
       del values['negative_prompt']
     return command('sample', **values)
 
-  def submit(self, request: Request) -> Job:
+  def submit(
+    self,
+    request: Request,
+    owner: str = '',
+    is_wanted: Callable[[], bool] = lambda: True,
+  ) -> Job:
     """Adds a request to the end of the queue.
+
+    Args:
+      request: the request.
+      owner: who asks, see `cancel`.
+      is_wanted: whether somebody still waits for the images. It is asked at
+        every step of whatever is being sampled, in another thread; the job is
+        cancelled once nobody does.
 
     Raises:
       ValueError: the request cannot be sampled; see `check`.
       QueueFull: too many requests are waiting.
     """
     self.check(request)
-    job = Job(request)
+    job = Job(request, owner, is_wanted)
+    self._drop_unwanted()
     with self._changed:
       if len(self._jobs) > self._max_waiting:
         raise QueueFull(
@@ -283,13 +303,23 @@ class SampleQueue:
     finally:
       job.cancel()
 
+  def cancel(self, owner: str) -> None:
+    """Cancels all jobs of an owner."""
+    self._cancel(lambda job: job.owner == owner)
+
   def close(self) -> None:
     """Cancels all requests, without waiting for a compilation."""
+    self._cancel(lambda job: True)
+    self._thread.shutdown(wait=False, cancel_futures=True)
+
+  def _drop_unwanted(self) -> None:
+    self._cancel(lambda job: not job.is_wanted())
+
+  def _cancel(self, is_meant: Callable[[Job], bool]) -> None:
     with self._changed:
       jobs = list(self._jobs)
-    for job in jobs:
+    for job in filter(is_meant, jobs):
       job.cancel()
-    self._thread.shutdown(wait=False, cancel_futures=True)
 
   def _place(self, job: Job) -> tuple[int, int]:
     return self._jobs.index(job) if job in self._jobs else 0, job.step
@@ -315,6 +345,9 @@ class SampleQueue:
     )
 
   def _sample(self, job: Job) -> None:
+    self._drop_unwanted()
+    if job.cancelled.is_set():
+      return
     request, count = job.request, job.request.num_images
     size = next(size for size in self._sizes if size >= count)
     text, negative = (
@@ -334,5 +367,6 @@ class SampleQueue:
       with self._changed:
         job.step, job.images = step, images
         self._changed.notify_all()
+      self._drop_unwanted()
       if job.cancelled.is_set():
         return

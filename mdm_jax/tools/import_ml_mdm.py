@@ -51,14 +51,9 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   from mdm_jax.builders.stage import make_stage
   from mdm_jax.checkpoint import saved_steps
   from mdm_jax.checkpoint.manager import Checkpoints
-  from mdm_jax.interop import hugging_face, ml_mdm, torch_checkpoint
+  from mdm_jax.interop import hugging_face, ml_mdm
 
-  read = (
-    hugging_face.read_file
-    if str(path).endswith('.safetensors')
-    else torch_checkpoint.read_state_dict
-  )
-  tensors = read(path)
+  tensors = hugging_face.select(hugging_face.open_tensors(path), ml_mdm.NAMES)
   num_levels = 1 + max(name.count('inner_unet.') for name in tensors)
   stages = [
     index

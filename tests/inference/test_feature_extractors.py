@@ -55,6 +55,11 @@ def test_other_weights_are_named(tmp_path, mesh):
     feature_extractors.Inception(path, 2, mesh)
 
 
+def test_inception_is_a_file(tmp_path, mesh):
+  with pytest.raises(ValueError, match='is a directory: give the file in it'):
+    feature_extractors.Inception(tmp_path, 2, mesh)
+
+
 def test_clip_scores_equal_pytorch(clip_directory, mesh):
   """Images are wider, higher and smaller than the 24 px of the encoder."""
   rng = np.random.default_rng(0)
@@ -89,6 +94,24 @@ def test_clip_scores_equal_pytorch(clip_directory, mesh):
       r'weights do not fit: text_model.* is \(24,\), not \(2048,\)',
     ),
     ('vocab.json', '{"a": 0}', 'not those of CLIP'),
+    ('vocab.json', '{"a": "0"}', 'does not number the tokens'),
+    ('vocab.json', '[]', 'vocab.json is JSON, but no object'),
+    ('vocab.json', '<html>', 'vocab.json is no JSON .* is a web page'),
+    (
+      'config.json',
+      '{"model_type": "clip", "text_config": 7}',
+      'text_config is 7: give a CLIP',
+    ),
+    (
+      'config.json',
+      '{"model_type": "clip", "vision_config": {"hidden_size": "768"}}',
+      "width is '768': give a CLIP",
+    ),
+    (
+      'config.json',
+      '{"model_type": "clip", "vision_config": {"num_hidden_layers": 1e9}}',
+      'num_layers is 1000000000.0: give a CLIP',
+    ),
     ('merges.txt', None, 'merges.txt does not exist'),
   ],
 )

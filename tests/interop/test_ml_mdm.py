@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.interop.ml_mdm import from_release, release_names, to_release
+from mdm_jax.interop import hugging_face
+from mdm_jax.interop.ml_mdm import (
+  NAMES,
+  from_release,
+  release_names,
+  to_release,
+)
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.unet import LevelSpec
@@ -72,6 +78,26 @@ def test_names_and_shapes_equal_the_release(resolution):
   )
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
   assert manifest['num_params'] == count
+
+
+@pytest.mark.parametrize(
+  'prefix', ['', 'module.', '_orig_mod.module.', 'state_dict.', 'ema.module.']
+)
+@pytest.mark.parametrize('resolution', RELEASED)
+def test_a_network_is_found_in_a_checkpoint(resolution, prefix):
+  """And not the coarser networks inside of it, which have the same names."""
+  manifest = json.loads(
+    (GOLDEN / f'manifest_{resolution}x{resolution}.json').read_text()
+  )
+  own, other = np.zeros(1), np.ones(1)
+  tensors = {f'{prefix}{name}': own for name in manifest['state_dict']}
+  if prefix.endswith('module.'):
+    tensors |= {f'raw.{name}': other for name in [*NAMES][:2]}
+  if prefix.startswith('ema'):
+    tensors |= {f'state_dict.{name}': other for name in manifest['state_dict']}
+  found = hugging_face.select(tensors, NAMES)
+  assert found.keys() == manifest['state_dict'].keys()
+  assert all(value is own for value in found.values())
 
 
 @pytest.fixture(scope='module')

@@ -1,11 +1,16 @@
 """T5 against the outputs of PyTorch's T5EncoderModel (transformers 5.23)."""
 
+import dataclasses
+import json
+
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mdm_jax.models import t5
+from tests import fuzzing
 
 
 def test_equals_pytorch(t5_directory):
@@ -89,3 +94,64 @@ def test_other_models_are_refused(t5_directory, change, message):
   }
   with pytest.raises(ValueError, match=message):
     t5.T5Spec.from_hugging_face(config)
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('d_model', '40', "width is '40', not a whole number from 1 to"),
+    ('d_model', 40.0, 'width is 40.0, not a whole number'),
+    ('d_model', True, 'width is True, not a whole number'),
+    ('d_model', None, 'width is None, not a whole number'),
+    ('d_model', [[1] * 99] * 99, r'width is \[\[1, .* not a whole number'),
+    ('num_layers', 10**9, 'num_layers is 1000000000, not .* from 1 to 1000:'),
+    ('num_layers', 0, 'num_layers is 0, not'),
+    ('vocab_size', -1, 'vocab_size is -1, not'),
+    ('num_heads', float('nan'), 'num_heads is nan, not'),
+    ('relative_attention_num_buckets', 2, 'num_buckets is 2, not .* from 4'),
+    ('relative_attention_max_distance', 8, 'max_distance 8 is too small for'),
+    ('layer_norm_epsilon', '1e-6', "epsilon is '1e-6', not between 0 and 1"),
+    ('layer_norm_epsilon', float('nan'), 'epsilon is nan, not'),
+    (
+      'feed_forward_proj',
+      ['gated-gelu'],
+      r"feed_forward_proj \['gated-gelu'\]",
+    ),
+  ],
+)
+def test_odd_values_are_named(t5_directory, field, value, message):
+  with pytest.raises(ValueError, match=message + '.* give a T5') as error:
+    t5.T5Spec.from_hugging_face(t5_directory.config | {field: value})
+  assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_config_is_read_or_refused(t5_directory, count):
+  def make(rng):
+    try:
+      config = json.loads(fuzzing.damage_json(t5_directory.config, rng))
+    except (ValueError, RecursionError):
+      return t5_directory.config
+    return config if isinstance(config, dict) else {}
+
+  fuzzing.check(t5.T5Spec.from_hugging_face, make, count, refuses=ValueError)
+
+
+def test_shapes_tell_the_architecture(t5_directory):
+  shapes = {
+    t5.hugging_face_name(path): leaf.shape[::-1]
+    for path, leaf in traverse_util.flatten_dict(t5_directory.params).items()
+  }
+  # Embeddings are not transposed.
+  for name in ('shared.weight', t5.FIRST_LAYER[1]):
+    shapes[name] = shapes[name][::-1]
+  assert t5.T5Spec.from_shapes(shapes) == dataclasses.replace(
+    t5_directory.spec, max_distance=128, epsilon=1e-6
+  )
+  for name in t5.FIRST_LAYER:
+    for other in (None, (3,), (0, 0)):
+      changed = {**shapes, name: other}
+      if other is None:
+        del changed[name]
+      with pytest.raises(ValueError, match='give a T5 v1.1'):
+        t5.T5Spec.from_shapes(changed)

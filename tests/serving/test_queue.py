@@ -1,6 +1,7 @@
 """The demo's queue: images, order of requests, cancellation and messages."""
 
 import dataclasses
+import functools
 import shlex
 import threading
 
@@ -232,6 +233,51 @@ def test_cancelled_while_waiting(gated):
     1,
   ]
   assert gate.begun == [0, 2]
+
+
+def test_what_nobody_waits_for_is_dropped(gated):
+  sample_queue, gate = gated
+  wanted = [True] * 4
+  jobs = [
+    sample_queue.submit(
+      request(sample_queue, steps=1000, seed=i),
+      is_wanted=functools.partial(wanted.__getitem__, i),
+    )
+    for i in range(3)
+  ]
+  # The place of one that waited is free at once, without a step.
+  wanted[1] = False
+  jobs.append(
+    sample_queue.submit(
+      request(sample_queue, steps=1, seed=3),
+      is_wanted=functools.partial(wanted.__getitem__, 3),
+    )
+  )
+  assert jobs[1].future.cancelled()
+  # One that is being sampled ends with its step, and those that wait with it.
+  gate.let(1)
+  view = sample_queue.watch(jobs[0])
+  while not next(view).step:
+    pass
+  wanted[0] = wanted[2] = False
+  gate.let(2)
+  jobs[3].future.result(600)
+  assert jobs[0].step <= 2 and jobs[2].step == 0 and jobs[3].step == 1
+  assert gate.begun == [0, 3]
+
+
+def test_an_owner_cancels_its_own(gated):
+  sample_queue, gate = gated
+  mine, other, mine_too = (
+    sample_queue.submit(request(sample_queue, steps=2, seed=i), owner)
+    for i, owner in enumerate(('me', 'you', 'me'))
+  )
+  sample_queue.cancel('me')
+  assert mine_too.future.cancelled() and not other.cancelled.is_set()
+  gate.let(3)
+  mine.future.result(600)
+  other.future.result(600)
+  assert mine.step == 1 and other.step == 2
 
 
 def test_closing_the_iterator_cancels(gated):
