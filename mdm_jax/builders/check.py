@@ -22,7 +22,7 @@ from mdm_jax.builders.stage import (
 )
 from mdm_jax.builders.text import make_tokenizer, text_fingerprint
 from mdm_jax.data import precomputed
-from mdm_jax.diffusion import samplers
+from mdm_jax.diffusion import pyramid, samplers
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.runtime import sharding
@@ -135,6 +135,10 @@ def _check_text(config: ConfigDict) -> None:
     raise ValueError(
       f'text.long_captions={text.long_captions!r}: use cut or leave_out.'
     )
+  if text.padding not in ('max_length', 'longest'):
+    raise ValueError(
+      f'text.padding={text.padding!r}: use max_length or longest.'
+    )
   if not 0 <= text.caption_dropout <= 1:
     raise ValueError(
       f'text.caption_dropout={text.caption_dropout}: give a share, 0 to 1.'
@@ -166,6 +170,10 @@ def _check_sampler(config: ConfigDict) -> None:
   if not 0 <= sampler.guidance_rescale <= 1:
     raise ValueError(
       f'sampler.guidance_rescale={sampler.guidance_rescale}: must be in 0..1.'
+    )
+  if sampler.pixels not in pyramid.PIXELS:
+    raise ValueError(
+      f'sampler.pixels={sampler.pixels!r}: use one of {pyramid.PIXELS}.'
     )
   low, high = sampler.guidance_interval
   if not 0 <= low < high <= 1:

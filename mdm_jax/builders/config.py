@@ -1,6 +1,6 @@
 """A run's configuration: as JSON, on disk, and compared with another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import pathlib
@@ -44,8 +44,16 @@ _MAY_CHANGE = (
   'model.levels.remat',
   'model.levels.lanes',
 )
-# Keys that were added later, with the values that older runs behaved by.
-_ADDED = {'checkpoint_minutes': 0.0, 'profile_every': 0}
+# Keys that were added later, with the values that older runs behaved by. A dot
+# leads into a section, or into each section of a list.
+_ADDED = {
+  'checkpoint_minutes': 0.0,
+  'profile_every': 0,
+  'text.tokenizer_rules': 'sentencepiece',
+  'text.padding': 'max_length',
+  'diffusion.normalize_time_weights': False,
+  'sampler.pixels': 'round',
+}
 
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:
@@ -70,8 +78,24 @@ def load_config(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
-  missing = {key: _ADDED[key] for key in _ADDED if key not in values}
-  return {**values, **missing}
+  values = dict(values)
+  for path, value in _ADDED.items():
+    _add(values, path.split('.'), value)
+  return values
+
+
+def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
+  """Sets a key that a section, of which its parent owns a copy, may lack."""
+  key, *below = path
+  if not below:
+    section.setdefault(key, value)
+  elif isinstance(section.get(key), list | tuple):
+    section[key] = [dict(child) for child in section[key]]
+    for child in section[key]:
+      _add(child, below, value)
+  elif key in section:
+    section[key] = dict(section[key])
+    _add(section[key], below, value)
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
@@ -98,21 +122,25 @@ def has_config(workdir: epath.PathLike) -> bool:
   return (epath.Path(workdir) / _FILE).exists()
 
 
-def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
+def require_same_config(
+  workdir: epath.PathLike, new: Mapping, may_change: Sequence[str] = ()
+) -> None:
   """Compares a configuration with the one that a run was begun with.
 
   Args:
     workdir: of the run.
     new: configuration that is to continue it, as JSON.
+    may_change: further keys that may differ.
 
   Raises:
     ValueError: they differ in keys that decide on what is learned. The message
       names them.
   """
+  free = (*_MAY_CHANGE, *(f'{key}:' for key in may_change))
   changed = [
     line
     for line in differences(_with_added(read_config(workdir)), new)
-    if not re.sub(r'\[\d+\]', '', line).startswith(_MAY_CHANGE)
+    if not re.sub(r'\[\d+\]', '', line).startswith(free)
   ]
   if changed:
     raise ValueError(

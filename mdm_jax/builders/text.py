@@ -14,7 +14,7 @@ import numpy as np
 from mdm_jax.builders.config import naming, reading_prompts
 from mdm_jax.data import precomputed
 from mdm_jax.data.labels import Labels, read_names
-from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.data.text import CAPTIONS_MODEL, TOKENIZERS, Tokenizer
 from mdm_jax.interop import hugging_face
 from mdm_jax.models.conditioning import (
   LabelEncoder,
@@ -25,10 +25,20 @@ from mdm_jax.models.t5 import T5Encoder, T5Spec, hugging_face_name
 from mdm_jax.runtime import sharding
 
 
-def make_tokenizer(config: ConfigDict) -> Tokenizer | Labels:
-  """The tokenizer of captions, or the labels of class-conditional models.
+def make_tokenizer(
+  config: ConfigDict, of_captions: bool = False
+) -> Tokenizer | Labels:
+  """The tokenizer, or the labels of class-conditional models.
 
   A T5 encoder has T5's own tokenizer, unless `text.tokenizer` names another.
+
+  Args:
+    config: configuration of the run.
+    of_captions: whether it encodes captions of the data set, to compute losses,
+      and not prompts: the release gives captions one more space.
+
+  Raises:
+    ValueError, FileNotFoundError: there are no such rules, or no such file.
   """
   if config.text.encoder == 'label':
     path = config.text.class_names
@@ -38,11 +48,21 @@ def make_tokenizer(config: ConfigDict) -> Tokenizer | Labels:
     if config.text.encoder == 'learned'
     else os.path.join(config.text.path, 'spiece.model')
   )
-  return Tokenizer(config.text.tokenizer or own, config.text.max_length)
+  rules = config.text.tokenizer_rules
+  if rules not in TOKENIZERS:
+    raise ValueError(
+      f'text.tokenizer_rules={rules!r}: use one of {tuple(TOKENIZERS)}.'
+    )
+  return TOKENIZERS[rules](
+    config.text.tokenizer or own, config.text.max_length, of_captions
+  )
 
 
 def empty_text(config: ConfigDict) -> np.ndarray:
-  """The empty caption as the text encoder reads it: [L] or [L, D]."""
+  """The empty prompt as the text encoder reads it: [L] or [L, D].
+
+  Caption dropout trains on it, as it is what guidance leads away from.
+  """
   if config.text.encoder == 'precomputed':
     return precomputed.pad(
       precomputed.read_empty(config.data.path), config.text.max_length

@@ -19,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mdm_jax.data.transforms import BadRecord, too_long
+from mdm_jax.data.text import Tokenizer
+from mdm_jax.data.transforms import BadRecord
 
 DTYPES = {
   'float16': np.dtype(np.float16),
@@ -112,8 +113,8 @@ def require_same(
     raise ValueError(
       f'{text_directory(data_path)} was made with another text encoder: '
       + ', '.join(different)
-      + f'. Remove it and run {_COMMAND}, or set text.path and '
-      'text.max_length to the values it was made with.'
+      + f'. Remove it and run {_COMMAND}, or set text.path, text.max_length '
+      'and text.tokenizer_rules to the values it was made with.'
     )
 
 
@@ -151,16 +152,17 @@ class PrecomputedText:
     data_path: directory of the data set.
     split: of the data set.
     info: of the features.
-    max_length: L, number of tokens that 'text' [L, D] is padded to.
-    leave_out: whether a caption with more tokens than `max_length` is a bad
-      record; otherwise it is truncated.
+    tokenizer: that the features were made with; 'text' [L, D] is padded to its
+      `max_length`.
+    leave_out: whether a caption that is too long for it is a bad record;
+      otherwise it is truncated.
   """
 
   source: Any
   data_path: str
   split: str
   info: TextInfo
-  max_length: int
+  tokenizer: Tokenizer
   leave_out: bool
 
   @functools.cached_property
@@ -190,7 +192,7 @@ class PrecomputedText:
     return len(self.source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """The record of the wrapped source, with 'text' [max_length, D] added.
+    """The record of the wrapped source, with 'text' [L, D] added.
 
     Raises:
       BadRecord: the record or its features are damaged, or the caption is too
@@ -209,8 +211,10 @@ class PrecomputedText:
         f'{text_directory(self.data_path)} has the features of another '
         f'caption for {key}: remove it and run {_COMMAND}.'
       )
-    if self.leave_out and num_tokens > self.max_length:
-      raise too_long(key, num_tokens, self.max_length)
+    if self.leave_out and (
+      excess := self.tokenizer.excess(record['caption'], num_tokens)
+    ):
+      raise BadRecord(key, 'caption too long', excess)
     features = np.frombuffer(data, DTYPES[self.info.dtype], offset=_HEADER.size)
     features = features.reshape(-1, self.info.width)
-    return record | {'text': pad(features, self.max_length)}
+    return record | {'text': pad(features, self.tokenizer.max_length)}

@@ -70,6 +70,7 @@ def precompute(
 
   from mdm_jax.builders.config import reading_prompts
   from mdm_jax.builders.text import (
+    empty_text,
     make_text_encoder,
     make_tokenizer,
     text_fingerprint,
@@ -88,7 +89,7 @@ def precompute(
   config.mesh.update(data=-1, fsdp=1, spatial=1)
   mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
   batch_size = sharding.round_up(batch_size, mesh)
-  tokenizer = make_tokenizer(config)
+  tokenizer = make_tokenizer(config, of_captions=True)
   encoder = make_text_encoder(config)
 
   ##### Which files are missing.
@@ -121,7 +122,9 @@ def precompute(
   ##### Encode.
   encode = _make_encode(config, encoder, mesh, storage)
   if index == 0:
-    _write_empty(directory / 'empty.npy', tokenizer, encode, batch_size)
+    _write_empty(
+      directory / 'empty.npy', empty_text(config), encode, batch_size
+    )
   _write_shards(
     missing,
     lambda captions: encode_captions(captions, tokenizer, encode, batch_size),
@@ -259,9 +262,8 @@ def _write_info(path: str, info: precomputed.TextInfo) -> None:
 
 
 def _write_empty(
-  file: pathlib.Path, tokenizer, encode: Callable, batch_size: int
+  file: pathlib.Path, tokens: np.ndarray, encode: Callable, batch_size: int
 ) -> None:
-  tokens = tokenizer.encode('')
   features = np.asarray(encode(np.tile(tokens, (batch_size, 1))))[0]
   with files.replacing(file) as temporary, temporary.open('wb') as output:
     np.save(output, features[: (tokens != 0).sum()].astype(np.float32))
