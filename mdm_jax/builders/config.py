@@ -85,7 +85,7 @@ def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
-  """Sets a key that a section, of which its parent owns a copy, may lack."""
+  """Sets a key in a section that lacks it; copies the sections below."""
   key, *below = path
   if not below:
     section.setdefault(key, value)

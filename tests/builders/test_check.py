@@ -146,6 +146,15 @@ BAD = [
     "class_names='no/such' does not exist",
   ),
   ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
+  (
+    {'text.padding': 'batch'},
+    "text.padding='batch': use max_length or longest",
+  ),
+  (
+    {'text.tokenizer_rules': 't5'},
+    r"tokenizer_rules='t5': use one of \('sentencepiece', 'release'\)",
+  ),
+  ({'sampler.pixels': 'floor'}, r"pixels='floor': use one of \('round', 'tr"),
   ({'diffusion.schedule': 'linear'}, "schedule 'linear': use deepfloyd"),
   ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
   ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
@@ -301,6 +310,21 @@ def test_recipe(name, mode, mesh, t5_directory):
     assert keys(level) == keys(common.level(8))
   for stage in config.stages:
     assert keys(stage) == keys(common.stage('8', 1))
+
+
+@pytest.mark.parametrize('mode', ['', 'smoke'])
+@pytest.mark.parametrize('name', RECIPES)
+def test_only_recipes_of_released_models_follow_the_release(name, mode):
+  config = recipe(name, mode)
+  text = config.text.tokenizer_rules, config.text.padding
+  trainer = config.diffusion.normalize_time_weights, config.sampler.pixels
+  is_released = name.startswith('flickr')
+  assert text == (
+    ('release', 'longest')
+    if is_released or name.startswith('cc12m')
+    else ('sentencepiece', 'max_length')
+  )
+  assert trainer == ((True, 'truncate') if is_released else (False, 'round'))
 
 
 @pytest.mark.parametrize('name', RECIPES)
