@@ -209,7 +209,7 @@ def encode_captions(
     ValueError: features are not finite.
   """
   tokens = np.stack(list(map(tokenizer.encode, captions)))
-  lengths = (tokens != 0).sum(axis=1)
+  lengths = np.array(list(map(_length, tokens)))
   order = np.argsort(lengths, kind='stable')
   # Dispatch all batches before waiting for the first: no device is idle.
   encoded = []
@@ -266,7 +266,12 @@ def _write_empty(
 ) -> None:
   features = np.asarray(encode(np.tile(tokens, (batch_size, 1))))[0]
   with files.replacing(file) as temporary, temporary.open('wb') as output:
-    np.save(output, features[: (tokens != 0).sum()].astype(np.float32))
+    np.save(output, features[: _length(tokens)].astype(np.float32))
+
+
+def _length(tokens: np.ndarray) -> int:
+  """Positions up to the last token; a literal `<pad>` may come before it."""
+  return max(np.flatnonzero(tokens), default=-1) + 1
 
 
 def _captions(source, indices: range) -> list[str]:
