@@ -284,9 +284,10 @@ def test_the_network_as_its_own_guide_changes_nothing(config, made):
 
 @pytest.fixture(scope='module')
 def reads_padding(config, random_params):
-  """(to_longest, **changes of the spec) -> jitted (text, negative) -> images.
+  """(to_longest, ...) -> jitted (text, negative) -> images.
 
-  A network of one level that attends to padding, on features [8, L, 12].
+  A network of one level that attends to padding, on features [8, L, 12]. With
+  `is_guide` it guides itself; further options change the sampler.
   """
   changed = config.copy_and_resolve_references()
   changed.model.text.masked_attention = False
@@ -301,15 +302,17 @@ def reads_padding(config, random_params):
   mesh = sharding.make_mesh(config.mesh)
   shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
 
-  def make(to_longest, **changes):
-    sampler = stage.make_sampler(mesh, **changes)
+  def make(to_longest, is_guide=False, **changes):
+    network = dataclasses.replace(model, to_longest=to_longest)
     sampler = dataclasses.replace(
-      sampler, model=dataclasses.replace(model, to_longest=to_longest)
+      stage.make_sampler(mesh, **changes),
+      model=network,
+      guide=network if is_guide else None,
     )
-    sample = jit_sample(sampler, shardings)
+    sample = jit_sample(sampler, shardings | {'guide': shardings})
     seeds = np.zeros(8, np.uint32)
     return lambda text, negative: np.asarray(
-      sample(params, text, negative, seeds)[0], int
+      sample(params | {'guide': params}, text, negative, seeds)[0], int
     )
 
   return make
@@ -344,6 +347,10 @@ def test_without_guidance_a_prompt_has_its_own_length(reads_padding):
   bare = reads_padding(False, guidance=1.0)(text[:, :9], negative[:, :9])
   assert np.abs(unguided[1] - bare[1]).max() <= 1
   assert np.abs(unguided[0] - bare[0]).mean() > 1
+  # A guide reads the prompt, and no negative prompt. Led away from itself, the
+  # network stays where it was.
+  guided = reads_padding(True, is_guide=True)(text, negative)
+  assert np.abs(guided - unguided).max() <= 1
 
 
 def test_pixels_are_rounded_or_truncated(reads_padding):

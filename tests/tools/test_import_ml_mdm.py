@@ -18,6 +18,7 @@ from mdm_jax.models.conditioning import Cond
 from mdm_jax.runtime import sharding
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
 from mdm_jax.training import loop
+from tests import commands
 from tests import toy as toy_run
 
 
@@ -198,10 +199,42 @@ def test_it_is_sampled_in_float32_and_trained_as_the_recipe_says(
     loop.setup(toy, workdir)
 
 
-def test_it_is_sampled_in_another_dtype_if_asked(toy, random_params, tmp_path):
-  write_toy(toy, tmp_path / 'a.pth', 0, random_params)
-  import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run', dtype='bfloat16')
-  assert read_config(tmp_path / 'run')['dtype'] == 'bfloat16'
+def test_the_command_says_what_it_changes(
+  t5_directory, random_params, tmp_path
+):
+  text = toy_run.recipe(
+    1,
+    2,
+    dtype='bfloat16',
+    text__encoder='t5',
+    text__path=str(t5_directory.path),
+  )
+  (tmp_path / 'recipe.py').write_text(text)
+  exec(text, found := {})
+  stray(tmp_path, found['get_config'](), 0, random_params)
+
+  def run(workdir, *flags):
+    return commands.run(
+      'mdm_jax.tools.import_ml_mdm',
+      f'--checkpoint={tmp_path / "a.pth"}',
+      f'--config={tmp_path / "recipe.py"}',
+      f'--workdir={tmp_path / workdir}',
+      *flags,
+    )
+
+  refused = run('a', '--ignore=[')
+  assert refused.returncode == 1
+  assert "error: --ignore='[' is no regular expression" in refused.stderr
+  assert 'Traceback' not in refused.stderr
+  for workdir, flags, dtype in [
+    ('a', [], 'float32'),
+    ('b', ['--config.dtype=bfloat16'], 'bfloat16'),
+  ]:
+    result = run(workdir, '--ignore=num|ema', *flags)
+    assert result.returncode == 0, result.stderr
+    assert 'Ignored 2 tensors: ' in result.stderr
+    assert ('computed in float32' in result.stderr) == (dtype == 'float32')
+    assert read_config(tmp_path / workdir)['dtype'] == dtype
 
 
 def test_misfits_are_named(toy, random_params, tmp_path):
