@@ -16,7 +16,13 @@ def get_config(mode: str = ''):
   config = common.get_config()
   config.dtype = 'bfloat16'
   config.data.update(name='captioned_images', num_workers=8)
-  config.text.update(encoder='t5', max_length=128, long_captions='leave_out')
+  config.text.update(
+    encoder='t5',
+    tokenizer_rules='release',
+    max_length=128,
+    padding='longest',
+    long_captions='leave_out',
+  )
   config.model.text.update(width=2048, masked_attention=False)
   config.model.levels = [
     common.level(

@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
         'parameterization': 'v',  # what the network predicts: v, eps, x0
         'loss_space': 'eps',  # where the error is measured: v, eps, x0
         'time_weights': 'none',  # or 'vdm': those of the variational bound
+        # Divide them by their mean over the batch, as the release does.
+        'normalize_time_weights': False,
       },
       'stages': [],  # in order, each a stage()
       'optimizer': _optimizer(),
@@ -123,7 +125,13 @@ def _text() -> dict[str, Any]:
     'encoder': 'learned',
     'path': '',  # directory of the T5, in Hugging Face's layout
     'tokenizer': '',  # a SentencePiece model; '': the encoder's own
+    # How text becomes tokens: by 'sentencepiece', or by the 'release' of MDM,
+    # with the same model's pieces.
+    'tokenizer_rules': 'sentencepiece',
     'max_length': 32,  # tokens, </s> included
+    # What the network sees as the length of a text: 'max_length', or 'longest':
+    # that of the longest text of the batch, as the released models need.
+    'padding': 'max_length',
     'long_captions': 'cut',  # or 'leave_out': not used in training
     'num_classes': 0,  # with 'label'
     'class_names': '',  # file with one name a line, usable as prompts
@@ -145,6 +153,7 @@ def _sampler() -> dict[str, Any]:
     # First and last noising step that is guided, as shares of T.
     'guidance_interval': (0.0, 1.0),
     'threshold': 'dynamic_if',  # of x0; or none, clip, dynamic
+    'pixels': 'round',  # to 8 bits; or 'truncate', as in the release
   }
 
 

@@ -8,9 +8,16 @@ T5 is a directory with the files of google/flan-t5-xl. docs/weights.md says
 where Apple's files are and what else can be done with them.
 """
 
-from configs import cc12m_64
+from configs import cc12m_64, common
 
 
 def get_config(mode: str = ''):
   """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
-  return cc12m_64.get_config(mode)
+  return common.in_mode(as_released(cc12m_64.get_config()), mode)
+
+
+def as_released(config):
+  """Returns the recipe with what the release computes otherwise than we do."""
+  config.diffusion.normalize_time_weights = True
+  config.sampler.pixels = 'truncate'
+  return config

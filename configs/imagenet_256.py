@@ -23,7 +23,13 @@ def get_config(mode: str = ''):
   """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = cc12m_256.get_config()
   config.data.update(name='tfds:imagenet2012', flip=True)
-  config.text.update(encoder='label', num_classes=1000, width=1024)
+  config.text.update(
+    encoder='label',
+    tokenizer_rules='sentencepiece',
+    padding='max_length',
+    num_classes=1000,
+    width=1024,
+  )
   config.model.text.width = 1024
   training = {'learning_rate': 1e-4, 'warmup_steps': 10_000}
   config.stages = [

@@ -198,6 +198,9 @@ def _settings(model, guide) -> dict[str, Any]:
     **model.stage.config.sampler.to_dict(),
     'negative_prompt': _NEGATIVE.value,
   }
+  # Samples of older versions, which were rounded, go on without the key.
+  if settings['pixels'] == 'round':
+    del settings['pixels']
   return settings | ({'guide': guide.description} if guide else {})
 
 

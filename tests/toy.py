@@ -3,7 +3,12 @@
 import inspect
 import json
 
-from mdm_jax.builders.config import stage_directory, write_config
+from mdm_jax.builders.config import (
+  _ADDED,
+  read_config,
+  stage_directory,
+  write_config,
+)
 from mdm_jax.checkpoint.manager import Checkpoints
 
 
@@ -41,6 +46,15 @@ def get_config():
   config.update_from_flattened_dict({changes!r})
   return config
 """
+
+
+def make_older(workdir) -> None:
+  """Takes from a run's config the keys that its sections had not always."""
+  config = read_config(workdir)
+  for path in _ADDED:
+    section, _, key = path.rpartition('.')
+    del (config[section] if section else config)[key]
+  write_config(workdir, config)
 
 
 def save_run(workdir, config, index: int, step: int, params) -> None:

@@ -52,6 +52,10 @@ _ADDED = {
   'checkpoint_minutes': 0.0,
   'profile_every': 0,
   'data.max_pixels': 128_000_000,
+  'text.tokenizer_rules': 'sentencepiece',
+  'text.padding': 'max_length',
+  'diffusion.normalize_time_weights': False,
+  'sampler.pixels': 'round',
 }
 
 
@@ -121,12 +125,15 @@ def has_config(workdir: epath.PathLike) -> bool:
   return (epath.Path(workdir) / _FILE).exists()
 
 
-def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
+def require_same_config(
+  workdir: epath.PathLike, new: Mapping, may_change: Sequence[str] = ()
+) -> None:
   """Compares a configuration with the one that a run was begun with.
 
   Args:
     workdir: of the run.
     new: configuration that is to continue it, as JSON.
+    may_change: further keys that may differ.
 
   Raises:
     ValueError: they differ in keys that decide on what is learned. The message
@@ -136,10 +143,11 @@ def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
   # TFDS replaced '~' when this package did not.
   path = os.path.expanduser(old['data']['path'])
   old['data'] = {**old['data'], 'path': path}
+  free = (*_MAY_CHANGE, *(f'{key}:' for key in may_change))
   changed = [
     line
     for line in differences(old, new)
-    if not re.sub(r'\[\d+\]', '', line).startswith(_MAY_CHANGE)
+    if not re.sub(r'\[\d+\]', '', line).startswith(free)
   ]
   if changed:
     raise ValueError(

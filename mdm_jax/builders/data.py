@@ -59,7 +59,7 @@ def make_source(
       data.path,
       split,
       precomputed.read_info(data.path),
-      text.max_length,
+      make_tokenizer(config, of_captions=True),
       _leave_out(config),
     )
   return source
@@ -133,7 +133,7 @@ def make_dataset(
   """
   data, training = config.data, split == 'train' and num_batches is None
   finest = make_source(config, split, resolutions[-1])
-  tokenizer = make_tokenizer(config)
+  tokenizer = make_tokenizer(config, of_captions=True)
 
   def row(level):
     source = finest

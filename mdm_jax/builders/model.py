@@ -30,6 +30,7 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
     text_encoder=make_text_encoder(config),
     resolutions=resolutions(config, stage),
     frozen_text=config.text.encoder not in TRAINED_ENCODERS,
+    to_longest=config.text.padding == 'longest',
   )
 
 

@@ -45,18 +45,16 @@ def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
   tokenizer = make_tokenizer(config)
   if config.text.encoder != 'label':
     cut = [
-      caption
+      (caption, excess)
       for caption in captions
-      if tokenizer.count(caption) > config.text.max_length
+      if (excess := tokenizer.excess(caption))
     ]
     if cut:
       logging.warning(
-        '%d of %d prompts are cut to %d tokens, the most that the model '
-        'reads, such as "%.60s".',
+        '%d of %d prompts are cut, such as "%.60s": %s.',
         len(cut),
         len(captions),
-        config.text.max_length - 1,
-        cut[0],
+        *cut[0],
       )
   return np.stack(list(map(tokenizer.encode, captions)))
 

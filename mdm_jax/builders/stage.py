@@ -269,6 +269,7 @@ def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
     weights=tuple(stage.loss_weights),
     fractions=mixed_batch.batch_fractions(stage.mixed_ratio),
     time_weights=vdm_weights(schedule.gammas[0]) if weighted else None,
+    normalize_weights=diffusion.normalize_time_weights,
   )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from mdm_jax.builders.config import naming, reading_prompts
 from mdm_jax.data import precomputed
 from mdm_jax.data.labels import Labels, read_names
-from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.data.text import CAPTIONS_MODEL, TOKENIZERS, Tokenizer
 from mdm_jax.interop import hugging_face
 from mdm_jax.models.conditioning import (
   LabelEncoder,
@@ -32,10 +32,20 @@ from mdm_jax.models.t5 import (
 from mdm_jax.runtime import sharding
 
 
-def make_tokenizer(config: ConfigDict) -> Tokenizer | Labels:
-  """The tokenizer of captions, or the labels of class-conditional models.
+def make_tokenizer(
+  config: ConfigDict, of_captions: bool = False
+) -> Tokenizer | Labels:
+  """The tokenizer, or the labels of class-conditional models.
 
   A T5 encoder has T5's own tokenizer, unless `text.tokenizer` names another.
+
+  Args:
+    config: configuration of the run.
+    of_captions: whether it encodes captions of the data set, to compute losses,
+      and not prompts: the release gives captions one more space.
+
+  Raises:
+    ValueError, FileNotFoundError: there are no such rules, or no such file.
   """
   if config.text.encoder == 'label':
     path = config.text.class_names
@@ -45,11 +55,15 @@ def make_tokenizer(config: ConfigDict) -> Tokenizer | Labels:
     if config.text.encoder == 'learned'
     else os.path.join(hugging_face.folder(config.text.path), 'spiece.model')
   )
-  return Tokenizer(config.text.tokenizer or own, config.text.max_length)
+  make = TOKENIZERS[config.text.tokenizer_rules]
+  return make(config.text.tokenizer or own, config.text.max_length, of_captions)
 
 
 def empty_text(config: ConfigDict) -> np.ndarray:
-  """The empty caption as the text encoder reads it: [L] or [L, D]."""
+  """The empty prompt as the text encoder reads it: [L] or [L, D].
+
+  Caption dropout trains on it, as it is what guidance leads away from.
+  """
   if config.text.encoder == 'precomputed':
     return precomputed.pad(
       precomputed.read_empty(config.data.path), config.text.max_length

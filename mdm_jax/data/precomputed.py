@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from mdm_jax.data.images import BadRecord
-from mdm_jax.data.transforms import too_long
+from mdm_jax.data.text import Tokenizer
 
 DTYPES = {
   'float16': np.dtype(np.float16),
@@ -126,8 +126,8 @@ def require_same(
     raise ValueError(
       f'{text_directory(data_path)} was made with another text encoder: '
       + ', '.join(different)
-      + f'. Remove it and run {_COMMAND}, or set text.path and '
-      'text.max_length to the values it was made with.'
+      + f'. Remove it and run {_COMMAND}, or set text.path, text.max_length '
+      'and text.tokenizer_rules to the values it was made with.'
     )
 
 
@@ -178,16 +178,17 @@ class PrecomputedText:
     data_path: directory of the data set.
     split: of the data set.
     info: of the features.
-    max_length: L, number of tokens that 'text' [L, D] is padded to.
-    leave_out: whether a caption with more tokens than `max_length` is a bad
-      record; otherwise it is truncated.
+    tokenizer: that the features were made with; 'text' [L, D] is padded to its
+      `max_length`.
+    leave_out: whether a caption that is too long for it is a bad record;
+      otherwise it is truncated.
   """
 
   source: Any
   data_path: str
   split: str
   info: TextInfo
-  max_length: int
+  tokenizer: Tokenizer
   leave_out: bool
 
   @functools.cached_property
@@ -217,7 +218,7 @@ class PrecomputedText:
     return len(self.source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """The record of the wrapped source, with 'text' [max_length, D] added.
+    """The record of the wrapped source, with 'text' [L, D] added.
 
     Raises:
       BadRecord: the record or its features are damaged or those of another
@@ -241,11 +242,14 @@ class PrecomputedText:
         'text features of another caption',
         f'remove {text_directory(self.data_path)} and run {_COMMAND}',
       )
-    if self.leave_out and num_tokens > self.max_length:
-      raise too_long(key, num_tokens, self.max_length)
+    if self.leave_out and (
+      excess := self.tokenizer.excess(record['caption'], num_tokens)
+    ):
+      raise BadRecord(key, 'caption too long', excess)
+    max_length = self.tokenizer.max_length
     # float32 is exact, and NumPy cannot test all of `DTYPES`.
     if (
-      len(features) > self.max_length
+      len(features) > max_length
       or not np.isfinite(features.astype(np.float32)).all()
     ):
       raise BadRecord(
@@ -253,4 +257,4 @@ class PrecomputedText:
         'damaged text features',
         f'{len(features)} tokens, or numbers that are not finite',
       )
-    return record | {'text': pad(features, self.max_length)}
+    return record | {'text': pad(features, max_length)}

@@ -1,8 +1,10 @@
-"""Tokenizes captions with SentencePiece."""
+"""Tokenizes captions: by SentencePiece, or by the rules of Apple's release."""
 
+import functools
 import hashlib
 import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -10,20 +12,31 @@ import sentencepiece
 CAPTIONS_MODEL = os.path.join(os.path.dirname(__file__), 'captions.model')
 
 _PAD, _EOS = 0, 1
+# T5 has 100 sentinels behind the pieces of its SentencePiece model, the last
+# one first.
+_T5_PIECES, _T5_SENTINELS = 32_000, 100
 
 
 class Tokenizer:
   """A SentencePiece model with T5's conventions: pad 0, `</s>` 1.
 
   Only its arguments are pickled, so that each worker process loads the file.
+
+  Attributes:
+    path, max_length, is_of_captions: the arguments.
+    max_characters: of a text; None for any number.
   """
 
-  def __init__(self, path: str, max_length: int):
+  max_characters: int | None = None
+
+  def __init__(self, path: str, max_length: int, is_of_captions: bool = False):
     """Loads a model.
 
     Args:
       path: a SentencePiece file. CAPTIONS_MODEL comes with this package.
       max_length: tokens of every encoded caption, `</s>` and padding included.
+      is_of_captions: whether it encodes the captions of training data, and not
+        prompts; SentencePiece's rules are the same for both.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -39,6 +52,7 @@ class Tokenizer:
     if max_length < 2:
       raise ValueError(f'max_length {max_length}: must be 2 or more')
     self.path, self.max_length = path, max_length
+    self.is_of_captions = is_of_captions
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
     # RuntimeError for what is no model; OSError if it cannot be read.
@@ -56,7 +70,7 @@ class Tokenizer:
 
   def __reduce__(self):
     """Pickles the arguments, not the loaded model."""
-    return type(self), (self.path, self.max_length)
+    return type(self), (self.path, self.max_length, self.is_of_captions)
 
   def fingerprint(self) -> str:
     """Changes with the file's contents."""
@@ -75,14 +89,160 @@ class Tokenizer:
       int32 `[max_length]`: the caption is truncated if it is too long, and
       `</s>` is followed by padding with 0.
     """
-    pieces = self._pieces(caption)[: self.max_length - 1]
+    kept = self._truncated(caption)
     tokens = np.full(self.max_length, _PAD, np.int32)
-    tokens[: len(pieces) + 1] = [*pieces, _EOS]
+    tokens[: len(kept)] = kept
     return tokens
 
   def count(self, caption: str) -> int:
     """The number of tokens of a caption and `</s>`, without truncation."""
     return len(self._pieces(caption)) + 1
 
+  def excess(self, caption: str, num_tokens: int | None = None) -> str:
+    """Says why `encode` truncates a text; '' if it does not.
+
+    Args:
+      caption: the text.
+      num_tokens: its `count`, if that is known.
+
+    Returns:
+      Such as '140 tokens, the limit is 128'.
+    """
+    limit = self.max_characters
+    if limit is not None and len(caption) > limit:
+      return f'{len(caption)} characters, the limit is {limit}'
+    count = self.count(caption) if num_tokens is None else num_tokens
+    if count > self.max_length:
+      return f'{count} tokens, the limit is {self.max_length}'
+    return ''
+
+  def _truncated(self, caption: str) -> list[int]:
+    """At most `max_length` tokens, `</s>` included."""
+    return [*self._pieces(caption)[: self.max_length - 1], _EOS]
+
   def _pieces(self, caption: str) -> list[int]:
     return self._processor.encode(' ' + caption)
+
+
+class ReleaseTokenizer(Tokenizer):
+  """The rules of Apple's `ml-mdm` over the pieces of a SentencePiece model.
+
+  A text becomes the pieces with the largest sum of scores, as in SentencePiece,
+  but it is not normalised: all spaces are kept, and what is no piece is
+  dropped. `</s>` and other special pieces are parsed where a text has them.
+  The captions of training data end with a space more than prompts, so that a
+  lone space stands before `</s>`.
+  """
+
+  max_characters = 512
+
+  def __init__(self, path: str, max_length: int, is_of_captions: bool = False):
+    """Loads a model; the arguments are those of `Tokenizer`."""
+    super().__init__(path, max_length, is_of_captions)
+    self._vocabulary = _read_vocabulary(pathlib.Path(path).read_bytes())
+
+  def fingerprint(self) -> str:
+    """Changes with the file's contents, and is not that of `Tokenizer`."""
+    return f'{super().fingerprint()} release'
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of pieces, special pieces and T5's sentinels included."""
+    return self._vocabulary.size
+
+  def _truncated(self, caption: str) -> list[int]:
+    # Too many tokens are cut after `</s>` is appended, as in the release.
+    tokens = [*self._pieces(caption[: self.max_characters]), _EOS]
+    return tokens[: self.max_length]
+
+  def _pieces(self, caption: str) -> list[int]:
+    end = ' ' if self.is_of_captions else ''
+    return _best_pieces(f' {caption}{end}', self._vocabulary)
+
+
+# By the value of `text.tokenizer_rules`.
+TOKENIZERS = {'sentencepiece': Tokenizer, 'release': ReleaseTokenizer}
+
+
+class _Vocabulary(NamedTuple):
+  """The pieces of a model, in UTF-8 with plain spaces.
+
+  Attributes:
+    pieces: id and cost of each piece; the cost is minus its score.
+    beginnings: of all pieces that are longer.
+    size: number of ids.
+  """
+
+  pieces: dict[bytes, tuple[int, float]]
+  beginnings: frozenset[bytes]
+  size: int
+
+
+@functools.lru_cache(2)
+def _read_vocabulary(model: bytes) -> _Vocabulary:
+  """Reads the contents of a SentencePiece file."""
+  processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  size = processor.vocab_size()
+  scores = {
+    # The release reads scores from a text file with five decimals.
+    processor.id_to_piece(i): (i, round(-processor.get_score(i), 5))
+    for i in range(size)
+    if not processor.is_byte(i)
+  }
+  if size == _T5_PIECES:
+    size += _T5_SENTINELS
+    scores |= {
+      f'<extra_id_{i}>': (size - 1 - i, 0.0) for i in range(_T5_SENTINELS)
+    }
+  pieces = {
+    piece.replace('\N{LOWER ONE EIGHTH BLOCK}', ' ').encode(): value
+    for piece, value in scores.items()
+  }
+  beginnings = frozenset(
+    piece[:end] for piece in pieces for end in range(1, len(piece))
+  )
+  return _Vocabulary(pieces, beginnings, size)
+
+
+def _best_pieces(text: str, vocabulary: _Vocabulary) -> list[int]:
+  """Cuts a text into the known pieces with the smallest sum of costs.
+
+  It works on bytes, as MLX Data does, which the release tokenizes with. Where
+  no piece goes on, everything since the last place where a piece ended is
+  dropped, and the next piece begins after it.
+
+  Args:
+    text: any text.
+    vocabulary: the pieces.
+
+  Returns:
+    The ids of the pieces.
+  """
+  # Lone surrogates are no characters, and have no bytes.
+  data = text.encode(errors='ignore')
+  # Node 0 is the start of the text, and each place where pieces end has
+  # another: the least cost up to it, the node before and the id between.
+  costs, back = [0.0], [(0, -1)]
+  begun, last = [(0, 0)], 0  # pieces that may go on: first byte and node
+  for end in range(1, len(data) + 1):
+    ending, going_on = [], []
+    for start, node in begun:
+      piece = data[start:end]
+      if piece in vocabulary.pieces:
+        token, cost = vocabulary.pieces[piece]
+        ending.append((costs[node] + cost, node, token))
+      if piece in vocabulary.beginnings:
+        going_on.append((start, node))
+    if ending:
+      # Of equals the longest piece, whose node is the earliest.
+      cost, node, token = min(ending)
+      last = len(costs)
+      costs.append(cost)
+      back.append((node, token))
+      going_on.append((end, last))
+    begun = going_on or [(end, last)]
+  tokens = []
+  while last:
+    last, token = back[last]
+    tokens.append(token)
+  return tokens[::-1]

@@ -8,23 +8,14 @@ import numpy as np
 from mdm_jax.data.images import MAX_PIXELS, BadRecord, decode_image
 
 
-def too_long(key: str, num_tokens: int, max_length: int) -> BadRecord:
-  """The error for a record whose caption has too many tokens."""
-  return BadRecord(
-    key, 'caption too long', f'{num_tokens} tokens, the limit is {max_length}'
-  )
-
-
 class Tokenizer(Protocol):
   """The interface that `Transform` needs from a tokenizer."""
-
-  max_length: int
 
   def encode(self, caption: str) -> np.ndarray:
     """Returns int32 tokens [L], truncated if there are more."""
 
-  def count(self, caption: str) -> int:
-    """The number of tokens before truncation."""
+  def excess(self, caption: str) -> str:
+    """Says why a caption is truncated; '' if it is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +28,8 @@ class Transform:
     flip: mirrors half of the images. Off by default, because captions may
       mention left and right.
     random_crop: crops a square at random; otherwise the centre.
-    leave_out: whether a caption with too many tokens is a bad record;
-      otherwise it is truncated.
+    leave_out: whether a caption that is too long is a bad record; otherwise it
+      is truncated.
     image_name: name of the image in the example.
     max_pixels: of an image file, see `images.load_image`.
   """
@@ -102,8 +93,6 @@ class Transform:
     caption = record['caption']
     if len(record.get('captions', ())) > 1:
       caption = record['captions'][rng.integers(len(record['captions']))]
-    if self.leave_out:
-      count = self.tokenizer.count(caption)
-      if count > self.tokenizer.max_length:
-        raise too_long(record['key'], count, self.tokenizer.max_length)
+    if self.leave_out and (excess := self.tokenizer.excess(caption)):
+      raise BadRecord(record['key'], 'caption too long', excess)
     return self.tokenizer.encode(caption)

@@ -53,7 +53,7 @@ def guided_denoise_fn(
     pairs = both.reshape(-1, 2, *both.shape[1:])
     return pairs[:, 0], pairs[:, 1]
 
-  if _is_one(w):
+  if is_none(w):
     return plain
   both_conds = jax.tree.map(join, uncond, cond)
 
@@ -87,7 +87,7 @@ def autoguided_denoise_fn(
   Returns:
     A function (x_t pyramid, t [B]) -> predictions.
   """
-  if _is_one(w):
+  if is_none(w):
     return denoise_fn
 
   def pairs(x_t, t):
@@ -96,7 +96,8 @@ def autoguided_denoise_fn(
   return _guided(denoise_fn, pairs, w, rescale, interval)
 
 
-def _is_one(w: float | jax.Array) -> bool:
+def is_none(w: float | jax.Array) -> bool:
+  """Whether a weight is known to be 1, with which there is no guidance."""
   return isinstance(w, int | float) and w == 1
 
 

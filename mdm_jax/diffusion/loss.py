@@ -40,6 +40,11 @@ def training_gammas(
   )
 
 
+def weights_at(time_weights: jax.Array, t: jax.Array) -> jax.Array:
+  """Weights [B] of the time indices `t` [B], read at t + 1 like the gammas."""
+  return jnp.asarray(time_weights)[t + 1]
+
+
 def level_loss(
   prediction: jax.Array,
   x_t: jax.Array,
@@ -132,5 +137,5 @@ def multi_resolution_loss(
     scale = weight * len(t) / len(losses)
     total += scale * mixed_batch.pad(losses, len(t), repeats)
   if time_weights is not None:
-    total *= jnp.asarray(time_weights)[t + 1]
+    total *= weights_at(time_weights, t)
   return total, {'level_losses': jnp.stack(level_losses)}

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from mdm_jax import mixed_batch
 
 Pyramid = tuple[jax.Array, ...]
+# How images become uint8.
+PIXELS = ('round', 'truncate')
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -15,13 +17,16 @@ def to_float(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) - 127) / 128
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-  """Maps floats to uint8 pixels: `x * 128 + 127`, clipped and rounded.
+def to_uint8(images: jax.Array, pixels: str = 'round') -> jax.Array:
+  """Maps floats to uint8 pixels: `x * 128 + 127`, clipped.
 
-  The inverse of `to_float`. Halves round to even.
+  Args:
+    images: floats of any shape.
+    pixels: one of PIXELS. 'round' makes it the inverse of `to_float`; halves
+      round to even. 'truncate' is what the release does.
   """
-  pixels = images.astype(jnp.float32) * 128 + 127
-  return jnp.round(jnp.clip(pixels, 0, 255)).astype(jnp.uint8)
+  values = jnp.clip(images.astype(jnp.float32) * 128 + 127, 0, 255)
+  return (jnp.round(values) if pixels == 'round' else values).astype(jnp.uint8)
 
 
 def make_pyramid(

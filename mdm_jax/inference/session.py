@@ -202,7 +202,11 @@ def _compared(stage: Stage) -> dict[str, Any]:
   config = stage.config
   return {
     'resolutions': stage.resolutions,
-    'diffusion': config.diffusion.to_dict(),
+    'diffusion': {
+      key: value
+      for key, value in config.diffusion.items()
+      if key != 'normalize_time_weights'  # Matters to the loss alone.
+    },
     'shift_power': stage.settings.shift_power,
     'tokenizer': make_tokenizer(config).fingerprint(),
     'text.max_length': config.text.max_length,

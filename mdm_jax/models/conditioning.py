@@ -23,6 +23,8 @@ class Cond(NamedTuple):
     text_mask: [B, L] bool, True for tokens, False for padding.
     scale: [B] float32, the shorter side of the original images in pixels; None
       for each level's `LevelSpec.scale_condition`.
+    length: [B] int32, positions of the text that exist, padding included. The
+      network does as if the arrays ended there. None for L.
     context: the parts of the network that depend on the text alone, computed
       once by `Matryoshka.prepare`; None computes them at every call.
   """
@@ -30,7 +32,29 @@ class Cond(NamedTuple):
   text: jax.Array
   text_mask: jax.Array
   scale: jax.Array | None = None
+  length: jax.Array | None = None
   context: dict | None = None
+
+  def existing(self) -> jax.Array | None:
+    """Mask [B, L] of the positions that exist; None for all."""
+    if self.length is None:
+      return None
+    return jnp.arange(self.text.shape[1]) < self.length[:, None]
+
+
+def token_mask(text: jax.Array) -> jax.Array:
+  """Mask [B, L] of a text encoder's input, True for tokens.
+
+  Args:
+    text: tokens [B, L] or features [B, L, D], where zeros are padding.
+  """
+  return text != 0 if text.ndim == 2 else (text != 0).any(axis=-1)
+
+
+def num_positions(text: jax.Array) -> jax.Array:
+  """Positions up to the last token, int32 [B], of a text encoder's input."""
+  mask = token_mask(text)
+  return jnp.max(jnp.arange(1, mask.shape[1] + 1) * mask, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +84,25 @@ class TextConditioning(nn.Module):
     """Projects and pools the text.
 
     Returns:
-      Text [B, L, width]; the mask [B, L] for attention, None without
-      `masked_attention`; pooled text [B, temporal_dim].
+      Text [B, L, width]; the mask [B, L] for attention, None to attend to all
+      positions; pooled text [B, temporal_dim].
     """
     spec = self.spec
-    attention_mask = cond.text_mask if spec.masked_attention else None
+    # Without `masked_attention` padding is attended to, as in the release.
+    attention_mask = (
+      cond.text_mask if spec.masked_attention else cond.existing()
+    )
     text = dense_layer(spec.width, 'lm_proj', dtype=self.dtype)(cond.text)
     for i in range(spec.num_layers):
       text = TransformerLayer(spec.num_heads, self.dtype, name=f'layer_{i}')(
         text, attention_mask
       )
     # As in the release, padding is pooled too if layers have not masked it.
-    if spec.num_layers and not spec.masked_attention:
+    pooled_mask = attention_mask if spec.num_layers else cond.text_mask
+    if pooled_mask is None:
       pooled = text.mean(axis=1)
     else:
-      weight = cond.text_mask.astype(jnp.float32)
+      weight = pooled_mask.astype(jnp.float32)
       weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
       pooled = jnp.einsum('bld,bl->bd', text.astype(jnp.float32), weight)
     pooled = nn.Dense(
@@ -91,7 +119,7 @@ class PrecomputedTextEncoder(nn.Module):
 
   def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
     """text [B, L, width], 0 is padding -> text [B, L, width], mask [B, L]."""
-    return text.astype(self.dtype), (text != 0).any(axis=-1)
+    return text.astype(self.dtype), token_mask(text)
 
 
 class LabelEncoder(nn.Module):
@@ -104,7 +132,7 @@ class LabelEncoder(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """tokens [B, L] int32, 0 is padding -> text [B, L, width], mask [B, L]."""
-    mask = tokens != 0
+    mask = token_mask(tokens)
     x = nn.Embed(
       self.vocab_size,
       self.width,
@@ -126,7 +154,7 @@ class LearnedTextEncoder(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """tokens [B, L] int32, 0 is padding -> text [B, L, width], mask [B, L]."""
-    mask = tokens != 0
+    mask = token_mask(tokens)
     x = nn.Embed(
       self.vocab_size,
       self.width,

@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.conditioning import Cond
+from mdm_jax.models.conditioning import Cond, num_positions
 from mdm_jax.models.initialize import initial_params
 from mdm_jax.models.nested_unet import NestedUNet
 
@@ -22,12 +22,15 @@ class Matryoshka:
     resolutions: of the pyramid in pixels, coarse to fine.
     frozen_text: the text encoder is not trained. `shapes` and `init` then omit
       its parameters, and the caller of `encode` adds them.
+    to_longest: the texts of a batch count as padded to the longest of them, as
+      in the release, whatever the length of the arrays.
   """
 
   unet: NestedUNet
   text_encoder: nn.Module
   resolutions: tuple[int, ...]
   frozen_text: bool = False
+  to_longest: bool = False
 
   def shapes(self, num_tokens: int) -> dict:
     """Shapes and dtypes of the trained parameters.
@@ -58,7 +61,11 @@ class Matryoshka:
     return initial_params(self.shapes(num_tokens), seed)
 
   def encode(
-    self, params: dict, text: jax.Array, scale: jax.Array | None = None
+    self,
+    params: dict,
+    text: jax.Array,
+    scale: jax.Array | None = None,
+    length: jax.Array | None = None,
   ) -> Cond:
     """Encodes text into the network's conditioning.
 
@@ -67,11 +74,17 @@ class Matryoshka:
       text: tokens [B, L] int32, where 0 is padding, or what else the text
         encoder reads.
       scale: [B] shorter sides of the original images in pixels, or None.
+      length: int32 [B], positions that each text is padded to; None for the
+        longest of these texts. Only read with `to_longest`.
     """
+    if not self.to_longest:
+      length = None
+    elif length is None:
+      length = longest(text)
     text, mask = self.text_encoder.apply(
       {'params': params.get('text_encoder', {})}, text
     )
-    return Cond(text, mask, scale)
+    return Cond(text, mask, scale, length)
 
   def prepare(self, params: dict, cond: Cond) -> Cond:
     """Adds to the conditioning what `denoise` would compute at every call.
@@ -100,3 +113,9 @@ class Matryoshka:
     if cond.context is not None:
       variables['context'] = cond.context
     return self.unet.apply(variables, x_t, t, cond, repeats)
+
+
+def longest(text: jax.Array) -> jax.Array:
+  """The most positions of any text of a batch, for each of them: int32 [B]."""
+  lengths = num_positions(text)
+  return jnp.full_like(lengths, lengths.max())

@@ -219,10 +219,8 @@ class SampleQueue:
     tokenizer = make_tokenizer(self._config)
     if not isinstance(tokenizer, Tokenizer):
       return ''
-    tokens, most = tokenizer.count(request.prompt), tokenizer.max_length
-    if tokens <= most:
-      return ''
-    return f'The prompt has {tokens} tokens, and was cut to {most}.'
+    excess = tokenizer.excess(request.prompt)
+    return excess and f'The prompt was cut: it has {excess}.'
 
   def command(self, request: Request, i: int = 0) -> str:
     """The shell command that samples image i of a request again."""

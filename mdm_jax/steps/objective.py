@@ -13,7 +13,7 @@ import numpy as np
 from mdm_jax import mixed_batch
 from mdm_jax.diffusion import loss, process, pyramid
 from mdm_jax.diffusion.schedule import Schedule
-from mdm_jax.models.matryoshka import Matryoshka
+from mdm_jax.models.matryoshka import Matryoshka, longest
 from mdm_jax.steps.state import Params
 
 # A batch of B examples:
@@ -24,6 +24,9 @@ from mdm_jax.steps.state import Params
 #   bad: the record was unusable and has been replaced.
 #   stop: a process has received a stop request.
 #   save: a checkpoint is due by time.
+# What depends on the whole batch, see `with_whole`, [B] with equal values:
+#   length: int32, positions that every text is padded to.
+#   mean_weight: float32, the mean weight of the times.
 # In a mixed batch `image` may hold only the examples that the finest level
 # sees. Others are in image_<resolution>, by the finest level that sees them.
 Batch = dict[str, jax.Array]
@@ -40,6 +43,8 @@ class Objective:
     weights: weights of the levels' losses, coarse to fine.
     fractions: fraction of the batch that each level sees, coarse to fine.
     time_weights: [T + 1], weights of the times; None for equal weights.
+    normalize_weights: whether the weights of the times are divided by their
+      mean over the batch, as in the release's trainer.
   """
 
   schedule: Schedule
@@ -48,6 +53,7 @@ class Objective:
   weights: tuple[float, ...]
   fractions: tuple[float, ...]
   time_weights: np.ndarray | None = None
+  normalize_weights: bool = False
 
 
 def num_repeats(objective: Objective, batch: Batch) -> int:
@@ -79,6 +85,29 @@ def sample_noise(
   )
 
 
+def with_whole(
+  model: Matryoshka, objective: Objective, batch: Batch, t: jax.Array
+) -> Batch:
+  """Adds what the losses of single examples need to know of the whole batch.
+
+  Call it before a batch is split into microbatches. What the batch has already
+  is kept.
+
+  Args:
+    model: the network.
+    objective: the objective.
+    batch: the global batch of B examples, or a part to which it was added.
+    t: int32 [B], times.
+  """
+  whole = {}
+  if model.to_longest:
+    whole['length'] = longest(batch['text'])
+  if objective.time_weights is not None and objective.normalize_weights:
+    weights = loss.weights_at(objective.time_weights, t)
+    whole['mean_weight'] = jnp.full_like(weights, weights.mean())
+  return whole | batch
+
+
 def batch_losses(
   model: Matryoshka,
   objective: Objective,
@@ -100,6 +129,7 @@ def batch_losses(
   Returns:
     Weighted loss of each example [B], and mean loss of each level [levels].
   """
+  batch = with_whole(model, objective, batch, t)
   repeats = num_repeats(objective, batch)
   names = mixed_batch.image_names(model.resolutions)
   own = {
@@ -114,7 +144,9 @@ def batch_losses(
     coarse=own,
     repeats=repeats,
   )
-  cond = model.encode(params, batch['text'], batch['scale'])
+  cond = model.encode(
+    params, batch['text'], batch['scale'], batch.get('length')
+  )
   per_example, aux = loss.multi_resolution_loss(
     lambda x_t, t: model.denoise(params, x_t, t, cond, repeats),
     objective.schedule,
@@ -127,4 +159,6 @@ def batch_losses(
     time_weights=objective.time_weights,
     repeats=repeats,
   )
+  if 'mean_weight' in batch:
+    per_example /= batch['mean_weight']
   return per_example, aux['level_losses']

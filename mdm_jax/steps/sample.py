@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -12,7 +13,7 @@ from mdm_jax.diffusion import guidance, pyramid, samplers
 from mdm_jax.diffusion.process import DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
-from mdm_jax.models.conditioning import Cond
+from mdm_jax.models.conditioning import Cond, num_positions
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.runtime import sharding
 
@@ -33,6 +34,7 @@ class SamplerSpec:
     guidance_rescale: see `guidance.guided_denoise_fn`.
     guidance_interval: times at which to guide, as fractions of T.
     threshold: one of `samplers.THRESHOLDS`, for the predicted x0.
+    pixels: one of `pyramid.PIXELS`: how images become uint8.
   """
 
   name: str
@@ -42,6 +44,7 @@ class SamplerSpec:
   guidance_rescale: float
   guidance_interval: tuple[float, float]
   threshold: str
+  pixels: str = 'round'
 
 
 class Prepared(NamedTuple):
@@ -90,12 +93,19 @@ class Sampler:
       params: parameters of the model, with 'guide' if there is one.
       text: [B, ...], prompts as the text encoder reads them.
       negative: [B, ...], negative prompts, which guidance leads away from. The
-        model was trained on the empty one.
+        model was trained on the empty one. Without guidance, the prompts.
       seeds: uint32 [B].
     """
 
+    # Both passes of guidance see texts of one length, that of the longer of
+    # prompt and negative prompt. An image thus does not depend on its batch.
+    length = num_positions(text)
+    if not self.guide:
+      length = jnp.maximum(length, num_positions(negative))
+
     def encode(model, params, text):
-      return model.prepare(params, model.encode(params, text))
+      cond = model.encode(params, text, length=length)
+      return model.prepare(params, cond)
 
     return Prepared(
       encode(self.model, params, text),
@@ -158,8 +168,10 @@ class Sampler:
     Returns:
       uint8 images [B, H_r, H_r, 3], coarse to fine.
     """
-    params = self._gather(params)
-    prepared, spec = self.prepare(params, text, negative, seeds), self.spec
+    params, spec = self._gather(params), self.spec
+    if guidance.is_none(spec.guidance):
+      negative = text
+    prepared = self.prepare(params, text, negative, seeds)
     images = samplers.sample(
       self._denoise_fn(params, prepared, spec.guidance),
       self.start(prepared),
@@ -172,7 +184,11 @@ class Sampler:
       parameterization=self.parameterization,
       noise_fn=lambda index: self._noise(prepared, index),
     )
-    return tuple(map(pyramid.to_uint8, images))
+    return self.to_uint8(images)
+
+  def to_uint8(self, images: Pyramid) -> tuple[jax.Array, ...]:
+    """uint8 images of floats, by `spec.pixels`."""
+    return tuple(pyramid.to_uint8(level, self.spec.pixels) for level in images)
 
   def _gather(self, params):
     # Gathers the networks on every device once; text encoders stay sharded.
@@ -358,11 +374,12 @@ def make_sample_steps(
   start = jax.jit(sampler.start, compiler_options=options)
   step = jax.jit(sampler.step, donate_argnums=2, compiler_options=options)
   to_uint8 = jax.jit(
-    lambda images: tuple(map(pyramid.to_uint8, images)),
-    out_shardings=sharding.replicated(sampler.mesh),
+    sampler.to_uint8, out_shardings=sharding.replicated(sampler.mesh)
   )
 
   def sample_steps(params, text, negative, seeds, num_steps, w):
+    if guidance.is_none(w):
+      negative = text
     prepared = prepare(params, *_place(sampler.mesh, text, negative, seeds))
     # Two separate buffers, since both are donated.
     state = start(prepared), start(prepared)

@@ -20,6 +20,7 @@ from mdm_jax.steps.objective import (
   batch_losses,
   num_repeats,
   sample_noise,
+  with_whole,
 )
 from mdm_jax.steps.state import Params, TrainState
 
@@ -148,6 +149,7 @@ def _gradients(
   if accumulate == 1:
     return differentiate(batch, t, eps)
   repeats = num_repeats(objective, batch)
+  batch = with_whole(model, objective, batch, t)
   return _mean_over_parts(
     differentiate, mixed_batch.split((batch, t, eps), accumulate, repeats)
   )

@@ -164,7 +164,7 @@ def main(_: list[str]) -> None:
   try:
     if config := values.config:
       source = make_source(config, 'train', 0)
-      tokenizer = make_tokenizer(config)
+      tokenizer = make_tokenizer(config, of_captions=True)
       resolutions = [level.resolution for level in config.model.levels]
       if not isinstance(source[0]['image'], bytes):
         raise ValueError(

@@ -8,10 +8,13 @@ working directory fine-tunes the model, or grows the next stage from it. PyTorch
 is not needed, and no code in the file is run.
 """
 
+from collections.abc import Iterable, Mapping
 import json
+import re
 import sys
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from mdm_jax.builders import recipes
 from mdm_jax.runtime import flag_types, value_types
@@ -26,12 +29,26 @@ def main(_: list[str]) -> None:
   console.setup_logging()
   try:
     values = flags.FLAGS
-    import_checkpoint(values.checkpoint, values.config, values.workdir)
+    given = config_flags.get_override_values(values['config'])
+    import_checkpoint(
+      values.checkpoint,
+      values.config,
+      values.workdir,
+      dtype=given.get('dtype', 'float32'),
+      ignore=values.ignore,
+    )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
-def import_checkpoint(path: str, config, workdir: str) -> None:
+def import_checkpoint(
+  path: str,
+  config,
+  workdir: str,
+  *,
+  dtype: str = 'float32',
+  ignore: str | None = None,
+) -> None:
   """Writes the weights of a file as step 0 of the stage that they fit.
 
   That is the last stage with as many levels as the file. It counts as finished
@@ -41,11 +58,15 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
     path: a .pth or .safetensors file with ml-mdm's names.
     config: configuration of the run.
     workdir: working directory to create.
+    dtype: `config.dtype` of the working directory, by which it is sampled.
+    ignore: regular expression; tensors that the model does not have are left
+      out if it is found in their names.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is damaged, its tensors do not fit the config, or the
-      working directory has checkpoints already.
+    ValueError: the file is damaged, its tensors do not fit the config, the
+      working directory has checkpoints already, or `ignore` is no regular
+      expression or is found in no such name.
   """
   from mdm_jax.builders.config import write_config
   from mdm_jax.builders.stage import make_stage
@@ -53,31 +74,18 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   from mdm_jax.checkpoint.manager import Checkpoints
   from mdm_jax.interop import hugging_face, ml_mdm
 
+  try:
+    ignored = re.compile(ignore) if ignore else None
+  except re.error as error:
+    raise ValueError(
+      f'--ignore={ignore!r} is no regular expression: {error}.'
+    ) from error
+  recipe, config = config, config.copy_and_resolve_references()
+  config.dtype = dtype
   tensors = hugging_face.select(hugging_face.open_tensors(path), ml_mdm.NAMES)
-  num_levels = 1 + max(name.count('inner_unet.') for name in tensors)
-  stages = [
-    index
-    for index, settings in enumerate(config.stages)
-    if settings.num_levels == num_levels
-  ]
-  if not stages:
-    raise ValueError(
-      f'{path} has {num_levels} levels, but the stages of the config have '
-      f'{[settings.num_levels for settings in config.stages]}: give the config '
-      'of this model.'
-    )
-  index = stages[-1]
+  index = _stage_of(path, tensors, config)
   stage = make_stage(config, index)
-  model = stage.model
-  shapes = model.shapes(config.text.max_length)
-  if set(shapes) != {'unet'}:
-    raise ValueError(
-      f'text.encoder={config.text.encoder!r} is trained with the network, '
-      "but the file has no text encoder: use 't5'."
-    )
-  params = {
-    'unet': ml_mdm.from_release(shapes['unet'], model.unet.levels, tensors)
-  }
+  params = _params(stage, tensors, ignored)
 
   directory = stage.directory(workdir)
   if directory.exists():
@@ -89,6 +97,14 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
   checkpoints.close()
   if not stage.is_last:
     saved_steps.mark_finished(directory, 0)
+  if dtype != recipe.dtype:
+    logging.info(
+      'Samples are computed in %s, where the recipe trains in %s: import with '
+      '--config.dtype=%s to sample in that.',
+      dtype,
+      recipe.dtype,
+      recipe.dtype,
+    )
   logging.info(
     'Imported %s as stage %d of %s.\nNext:\n  %s',
     path,
@@ -96,6 +112,65 @@ def import_checkpoint(path: str, config, workdir: str) -> None:
     workdir,
     command('sample', workdir=workdir, prompt='a cat in the snow'),
   )
+
+
+def _stage_of(path: str, names: Iterable[str], config) -> int:
+  """The index of the last stage that has as many levels as the file."""
+  from mdm_jax.interop import ml_mdm
+
+  num_levels = 1 + max(
+    (
+      name.count('inner_unet.')
+      for name in names
+      if name.rpartition('inner_unet.')[2] in ml_mdm.NAMES
+    ),
+    default=0,
+  )
+  stages = [
+    index
+    for index, settings in enumerate(config.stages)
+    if settings.num_levels == num_levels
+  ]
+  if not stages:
+    raise ValueError(
+      f'{path} has {num_levels} levels, but the stages of the config have '
+      f'{[settings.num_levels for settings in config.stages]}: give the config '
+      'of this model.'
+    )
+  return stages[-1]
+
+
+def _params(stage, tensors: Mapping, ignored: re.Pattern | None) -> dict:
+  """The stage's parameters from a file's tensors, see `import_checkpoint`."""
+  from mdm_jax.interop import ml_mdm
+
+  config, levels = stage.config, stage.model.unet.levels
+  shapes = stage.model.shapes(config.text.max_length)
+  if set(shapes) != {'unet'}:
+    raise ValueError(
+      f'text.encoder={config.text.encoder!r} is trained with the network, '
+      "but the file has no text encoder: use 't5'."
+    )
+  names = {name for _, name, _ in ml_mdm.release_names(shapes['unet'], levels)}
+  unknown = sorted(set(tensors) - names)
+  if ignored:
+    left_out = [name for name in unknown if ignored.search(name)]
+    if not left_out:
+      raise ValueError(
+        f'--ignore={ignored.pattern!r} is found in no tensor that the model '
+        f'does not have: those are {", ".join(unknown[:5]) or "none"}.'
+      )
+    logging.info('Ignored %d tensors: %s.', len(left_out), ', '.join(left_out))
+    unknown = [name for name in unknown if name not in left_out]
+    tensors = {name: x for name, x in tensors.items() if name not in left_out}
+  try:
+    return {'unet': ml_mdm.from_release(shapes['unet'], levels, tensors)}
+  except ValueError as error:
+    if unknown:
+      raise ValueError(
+        f'{error}. --ignore=REGEX leaves out unknown tensors.'
+      ) from error
+    raise
 
 
 if __name__ == '__main__':
@@ -107,6 +182,13 @@ if __name__ == '__main__':
     value_types.Path('file'),
     "File to import: a .pth of ml-mdm, or a .safetensors with ml-mdm's names.",
     required=True,
+  )
+  flag_types.define(
+    'ignore',
+    None,
+    value_types.Text('a regular expression', r'.+'),
+    'Regular expression: tensors that the model does not have are left out if '
+    'it is found in their names. Default: they are an error.',
   )
   flag_types.define(
     'workdir',

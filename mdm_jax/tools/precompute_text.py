@@ -67,6 +67,7 @@ def precompute(
 
   from mdm_jax.builders.config import reading_prompts
   from mdm_jax.builders.text import (
+    empty_text,
     make_text_encoder,
     make_tokenizer,
     text_fingerprint,
@@ -85,12 +86,13 @@ def precompute(
   config.mesh.update(data=-1, fsdp=1, spatial=1)
   mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
   batch_size = sharding.round_up(batch_size, mesh)
-  tokenizer = make_tokenizer(config)
+  tokenizer = make_tokenizer(config, of_captions=True)
   encoder = make_text_encoder(config)
 
   ##### Which files are missing.
   path = config.data.path
-  value_types.check_outputs(precomputed.text_directory(path))
+  directory = precomputed.text_directory(path)
+  value_types.check_outputs(directory)
   splits = sources.available_splits(path)
   by_split = {split: sources.open_source(path, split) for split in splits}
   info = precomputed.TextInfo(
@@ -100,7 +102,6 @@ def precompute(
     shard_size=SHARD_SIZE,
     splits={split: len(source) for split, source in by_split.items()},
   )
-  directory = precomputed.text_directory(path)
   _write_info(path, info)
   names = [
     (split, k, name)
@@ -119,7 +120,9 @@ def precompute(
   ##### Encode.
   encode = _make_encode(config, encoder, mesh, storage)
   if index == 0:
-    _write_empty(directory / 'empty.npy', tokenizer, encode, batch_size)
+    _write_empty(
+      directory / 'empty.npy', empty_text(config), encode, batch_size
+    )
   _write_shards(
     missing,
     lambda captions: encode_captions(captions, tokenizer, encode, batch_size),
@@ -204,7 +207,7 @@ def encode_captions(
     ValueError: features are not finite.
   """
   tokens = np.stack(list(map(tokenizer.encode, captions)))
-  lengths = (tokens != 0).sum(axis=1)
+  lengths = np.array(list(map(_length, tokens)))
   order = np.argsort(lengths, kind='stable')
   # Dispatch all batches before waiting for the first: no device is idle.
   encoded = []
@@ -249,12 +252,16 @@ def _write_info(path: str, info: precomputed.TextInfo) -> None:
 
 
 def _write_empty(
-  file: pathlib.Path, tokenizer, encode: Callable, batch_size: int
+  file: pathlib.Path, tokens: np.ndarray, encode: Callable, batch_size: int
 ) -> None:
-  tokens = tokenizer.encode('')
   features = np.asarray(encode(np.tile(tokens, (batch_size, 1))))[0]
   with files.replacing(file) as temporary, temporary.open('wb') as output:
-    np.save(output, features[: (tokens != 0).sum()].astype(np.float32))
+    np.save(output, features[: _length(tokens)].astype(np.float32))
+
+
+def _length(tokens: np.ndarray) -> int:
+  """Positions up to the last token; a literal `<pad>` may come before it."""
+  return max(np.flatnonzero(tokens), default=-1) + 1
 
 
 def _captions(source, indices: range) -> list[str]:

@@ -14,6 +14,7 @@ from mdm_jax.builders.check import check
 from mdm_jax.builders.config import (
   has_config,
   require_same_config,
+  stage_directory,
   write_config,
 )
 from mdm_jax.builders.data import data_fingerprint, held_out_split, make_source
@@ -61,7 +62,9 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   value_types.check_outputs(workdir, *_DIRECTORIES)
   new = json.loads(config.to_json())
   if has_config(workdir):
-    require_same_config(workdir, new)
+    # An import sets the dtype of sampling; training has that of its recipe.
+    imported = _is_imported(config, workdir)
+    require_same_config(workdir, new, ('dtype',) if imported else ())
   mesh = sharding.make_mesh(config.mesh)
   check(config, mesh)
   resolution = config.model.levels[-1].resolution
@@ -72,6 +75,15 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   if jax.process_index() == 0:
     write_config(workdir, new)
   return mesh, frozen
+
+
+def _is_imported(config: ConfigDict, workdir: str) -> bool:
+  """Whether a run has imported weights and has not been trained yet."""
+  steps = {
+    saved_steps.latest_step(stage_directory(workdir, config, index))
+    for index in range(len(config.stages))
+  }
+  return 0 in steps and steps <= {0, None}
 
 
 def train(

@@ -147,6 +147,15 @@ BAD = [
   ),
   ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
   ({'diffusion.schedule': 'linear'}, "schedule='linear': use one of deepfloyd"),
+  (
+    {'text.padding': 'batch'},
+    "text.padding='batch': use one of max_length, longest",
+  ),
+  (
+    {'text.tokenizer_rules': 't5'},
+    "tokenizer_rules='t5': use one of sentencepiece, release",
+  ),
+  ({'sampler.pixels': 'floor'}, "pixels='floor': use one of round, truncate"),
   ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
   ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
   ({'sampler.name': 'euler'}, "sampler.name='euler'"),
@@ -316,6 +325,21 @@ def test_recipe(name, mode, mesh, t5_directory):
     assert keys(level) == keys(common.level(8))
   for stage in config.stages:
     assert keys(stage) == keys(common.stage('8', 1))
+
+
+@pytest.mark.parametrize('mode', ['', 'smoke'])
+@pytest.mark.parametrize('name', RECIPES)
+def test_only_recipes_of_released_models_follow_the_release(name, mode):
+  config = recipe(name, mode)
+  text = config.text.tokenizer_rules, config.text.padding
+  trainer = config.diffusion.normalize_time_weights, config.sampler.pixels
+  is_released = name.startswith('flickr')
+  assert text == (
+    ('release', 'longest')
+    if is_released or name.startswith('cc12m')
+    else ('sentencepiece', 'max_length')
+  )
+  assert trainer == ((True, 'truncate') if is_released else (False, 'round'))
 
 
 @pytest.mark.parametrize('name', RECIPES)

@@ -1,10 +1,13 @@
 """Configurations on disk, also those of older runs."""
 
+import functools
 import json
 import os
 
 import pytest
 
+from configs import cc12m_64
+from mdm_jax.builders import config as builders_config
 from mdm_jax.builders.config import (
   load_config,
   read_config,
@@ -38,3 +41,53 @@ def test_an_older_run_lacks_keys_and_goes_on(make_config, tmp_path):
   assert config.data.max_pixels == 128_000_000
   config.data.max_pixels = new['data']['max_pixels']
   assert json.loads(config.to_json()) == new
+
+
+# Of sections, with the values that older runs behaved by.
+ADDED = {
+  'text.tokenizer_rules': 'sentencepiece',
+  'text.padding': 'max_length',
+  'diffusion.normalize_time_weights': False,
+  'sampler.pixels': 'round',
+}
+
+
+def without(values: dict, path: str) -> dict:
+  """A config as JSON, without a key of a section."""
+  section, key = path.split('.')
+  rest = {name: x for name, x in values[section].items() if name != key}
+  return values | {section: rest}
+
+
+def test_an_older_run_lacks_keys_of_sections(make_config, tmp_path):
+  new = json.loads(make_config().to_json())
+  old = functools.reduce(without, ADDED, new)
+  assert 'padding' not in old['text'] and 'pixels' not in old['sampler']
+  write_config(tmp_path, old)
+  require_same_config(tmp_path, new)
+  assert json.loads(load_config(read_config(tmp_path)).to_json()) == new
+  assert read_config(tmp_path) == old  # What was read has not been changed.
+  # A recipe that has changed since does not change a run in silence.
+  new['text']['padding'] = 'longest'
+  with pytest.raises(
+    ValueError, match="text.padding: 'max_length' -> 'longest'"
+  ):
+    require_same_config(tmp_path, new)
+
+
+def test_an_older_run_of_cc12m_behaves_as_it_did(tmp_path):
+  recipe = json.loads(cc12m_64.get_config().to_json())
+  write_config(tmp_path, functools.reduce(without, ADDED, recipe))
+  config = load_config(read_config(tmp_path))
+  for path, value in ADDED.items():
+    section, key = path.split('.')
+    assert config[section][key] == value
+
+
+def test_keys_of_sections_in_lists_are_added(make_config, monkeypatch):
+  monkeypatch.setattr(builders_config, '_ADDED', {'stages.accumulate': 3})
+  values = json.loads(make_config().to_json())
+  del values['stages'][0]['accumulate']
+  stages = load_config(values).stages
+  assert [stage.accumulate for stage in stages] == [3, 1]
+  assert 'accumulate' not in values['stages'][0]

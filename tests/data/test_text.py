@@ -1,14 +1,22 @@
 """The tokenizer, and the model in this package."""
 
+import json
+import lzma
+import pathlib
 import pickle
 import re
 
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from mdm_jax.data import shapes, text
 from mdm_jax.tools import train_tokenizer
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+# What the release makes of prompts.
+TOKENS = json.loads((GOLDEN / 'tokens.json').read_text())
 
 
 @pytest.fixture(scope='module')
@@ -105,3 +113,114 @@ def test_shipped_model_is_what_the_command_trains():
   model = train_tokenizer.train(train_tokenizer.shapes_captions(), 450)
   with open(text.CAPTIONS_MODEL, 'rb') as file:
     assert file.read() == model
+
+
+@pytest.fixture(scope='module')
+def t5_model(tmp_path_factory):
+  """T5's SentencePiece model, of the vocabulary that the release reads."""
+  model = sentencepiece_model_pb2.ModelProto()
+  model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+  for name, value in ('pad', 0), ('eos', 1), ('unk', 2), ('bos', -1):
+    setattr(model.trainer_spec, f'{name}_id', value)
+  kinds = {'<pad>': 'CONTROL', '</s>': 'CONTROL', '<unk>': 'UNKNOWN'}
+  kind_of = model.SentencePiece.Type.Value
+  with lzma.open(GOLDEN / 't5.vocab.xz', 'rt', encoding='utf-8') as lines:
+    for line in list(lines)[:32_000]:  # The rest are sentinels.
+      piece, score = line.rstrip('\n').split('\t')
+      kind = kind_of(kinds.get(piece, 'NORMAL'))
+      model.pieces.add(piece=piece, score=float(score), type=kind)
+  path = tmp_path_factory.mktemp('t5') / 'spiece.model'
+  path.write_bytes(model.SerializeToString())
+  return str(path)
+
+
+def release(t5_model, caption, is_of_captions=False):
+  """The release's tokens, without padding."""
+  tokens = text.ReleaseTokenizer(t5_model, 128, is_of_captions).encode(caption)
+  assert tokens.dtype == np.int32 and len(tokens) == 128
+  return tokens[: max(np.flatnonzero(tokens)) + 1].tolist()
+
+
+@pytest.mark.parametrize('prompt', TOKENS['prompt'], ids=lambda x: ascii(x[:9]))
+def test_prompts_have_the_tokens_of_the_release(t5_model, prompt):
+  assert release(t5_model, prompt) == TOKENS['prompt'][prompt]
+
+
+@pytest.mark.parametrize(
+  'prompt, expected',
+  [
+    # No other piece goes on from `<`, and what follows is dropped with it.
+    ('a <b> c', [3, 9, 3, 3155, 3, 75]),
+    ('a <painting of', [3, 9, 3, 29, 1222, 13]),
+    ('tail <', [9891, 3]),
+    ('</s', [3]),
+    ('<pad> a', [3, 0, 3, 9]),
+    ('<extra_id_99>a<extra_id_100>', [3, 32000, 9, 3155]),
+    # Of cuts with the same score the one with a longer last piece.
+    ('444 SSS', [314, 3628, 180, 4256]),
+    ('x\N{LOWER ONE EIGHTH BLOCK}y', [3, 226, 63]),
+    ('fi \ufb01 \xbd', [361, 3, 3]),
+    ('\xe9 e\u0301', [3, 154, 3, 15]),
+    ('\ud800a', [3, 9]),
+  ],
+)
+def test_prompts_have_the_tokens_of_mlx_data(t5_model, prompt, expected):
+  """Expected is what MLX Data 0.2.0 makes of them, without `</s>`."""
+  assert release(t5_model, prompt) == [*expected, 1]
+
+
+def test_captions_end_with_one_more_space(t5_model):
+  for caption, expected in [
+    ('', [3, 3, 1]),
+    ('a cat', [3, 9, 1712, 3, 1]),
+    ('a cat ', [3, 9, 1712, 3, 3, 1]),
+  ]:
+    assert release(t5_model, caption, True) == expected
+
+
+def test_long_texts_are_cut_as_in_the_release(t5_model):
+  prompts = text.ReleaseTokenizer(t5_model, 128)
+  words = 'a red ring ' * 60
+  assert len(words) > 512
+  np.testing.assert_array_equal(
+    prompts.encode(words), prompts.encode(words[:512])
+  )
+  assert prompts.encode(words)[127] != 1  # `</s>` is cut off.
+  assert prompts.excess(words) == '660 characters, the limit is 512'
+  assert prompts.excess('x ' * 64) == '130 tokens, the limit is 128'
+  # A caption has one more.
+  fits = 'x ' * 63
+  assert prompts.count(fits) == 128 and prompts.excess(fits) == ''
+  captions = text.ReleaseTokenizer(t5_model, 128, is_of_captions=True)
+  assert captions.excess(fits) == '129 tokens, the limit is 128'
+  assert text.Tokenizer(t5_model, 128).excess('a' * 600) != ''
+  assert text.Tokenizer(t5_model, 128).max_characters is None
+
+
+def test_rules_are_in_the_fingerprint_and_pickled(t5_model):
+  kinds = [
+    text.Tokenizer(t5_model, 8),
+    text.ReleaseTokenizer(t5_model, 8),
+    text.ReleaseTokenizer(t5_model, 8, True),
+  ]
+  plain, prompts, captions = (kind.fingerprint() for kind in kinds)
+  assert plain != prompts == captions
+  assert [kind.vocab_size for kind in kinds] == [32_000, 32_100, 32_100]
+  data = [pickle.dumps(kind) for kind in kinds]
+  assert max(map(len, data)) < 400
+  tokens = [pickle.loads(one).encode('a cat').tolist()[:5] for one in data]
+  assert tokens == [[3, 9, 1712, 1, 0], [3, 9, 1712, 1, 0], [3, 9, 1712, 3, 1]]
+
+
+def test_any_model_can_have_the_rules_of_the_release():
+  tokenizer = text.ReleaseTokenizer(text.CAPTIONS_MODEL, 32)
+  assert tokenizer.vocab_size == 450  # Without sentinels.
+  plain = text.Tokenizer(text.CAPTIONS_MODEL, 32)
+  caption = 'a red ring left of a blue cross'
+  np.testing.assert_array_equal(
+    tokenizer.encode(caption), plain.encode(caption)
+  )
+  # Dropped, and not spelt in bytes.
+  np.testing.assert_array_equal(
+    tokenizer.encode('a red\N{SNOWMAN} ring'), tokenizer.encode('a red ring')
+  )

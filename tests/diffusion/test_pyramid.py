@@ -30,6 +30,16 @@ def test_pixels_are_rounded_and_clipped():
   )
 
 
+def test_pixels_are_truncated_as_in_the_release():
+  values = np.array([-2.0, -1, (9.4 - 127) / 128, (9.6 - 127) / 128, 1, 1.1])
+  np.testing.assert_array_equal(
+    pyramids.to_uint8(values, 'truncate'), [0, 0, 9, 9, 255, 255]
+  )
+  pixels = np.arange(256, dtype=np.uint8)
+  floats = pyramids.to_float(pixels)
+  np.testing.assert_array_equal(pyramids.to_uint8(floats, 'truncate'), pixels)
+
+
 def test_levels_are_block_means_of_the_first_examples():
   images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
   images = images.astype(np.float32)

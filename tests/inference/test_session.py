@@ -75,6 +75,16 @@ def test_options_change_the_sampler(run):
     session.open_run(workdir, sampler={'eta': 2.0})
 
 
+def test_a_run_of_an_older_version_is_opened_as_it_was(run):
+  config, params, workdir = run
+  expected = session.open_run(workdir).config
+  toy.make_older(workdir)
+  opened = session.open_run(workdir)
+  assert opened.config == expected
+  assert opened.config.text.padding == config.text.padding == 'max_length'
+  jax.tree.map(np.testing.assert_array_equal, opened.restore().params, params)
+
+
 def test_no_run(tmp_path):
   with pytest.raises(FileNotFoundError, match='directory of a training run'):
     session.open_run(str(tmp_path))

@@ -352,7 +352,7 @@ def test_a_truncated_prompt_is_noted(real):
   assert sample_queue.note(request(sample_queue, prompt='a ring')) == ''
   assert sample_queue.note(
     request(sample_queue, prompt='a ring, ' * 9)
-  ).endswith('and was cut to 8.')
+  ).endswith(' tokens, the limit is 8.')
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.diffusion import samplers
+from mdm_jax.models.conditioning import PrecomputedTextEncoder
 from mdm_jax.runtime import sharding
 from mdm_jax.steps.sample import jit_sample, make_sample_fn, make_sample_steps
 from mdm_jax.tools import hlo
@@ -279,3 +280,83 @@ def test_the_network_as_its_own_guide_changes_nothing(config, made):
   )
   assert np.abs(same - expected).max() <= 1
   assert np.abs(better - expected).mean() > 1
+
+
+@pytest.fixture(scope='module')
+def reads_padding(config, random_params):
+  """(to_longest, ...) -> jitted (text, negative) -> images.
+
+  A network of one level that attends to padding, on features [8, L, 12]. With
+  `is_guide` it guides itself; further options change the sampler.
+  """
+  changed = config.copy_and_resolve_references()
+  changed.model.text.masked_attention = False
+  changed.sampler.num_steps = 2
+  stage = make_stage(changed, 0)
+  model = dataclasses.replace(
+    stage.model,
+    text_encoder=PrecomputedTextEncoder(12, np.float32),
+    frozen_text=True,
+  )
+  params = random_params(model, 4)
+  mesh = sharding.make_mesh(config.mesh)
+  shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
+
+  def make(to_longest, is_guide=False, **changes):
+    network = dataclasses.replace(model, to_longest=to_longest)
+    sampler = dataclasses.replace(
+      stage.make_sampler(mesh, **changes),
+      model=network,
+      guide=network if is_guide else None,
+    )
+    sample = jit_sample(sampler, shardings | {'guide': shardings})
+    seeds = np.zeros(8, np.uint32)
+    return lambda text, negative: np.asarray(
+      sample(params | {'guide': params}, text, negative, seeds)[0], int
+    )
+
+  return make
+
+
+def features(*lengths):
+  """Features [8, 16, 12] of texts of these lengths, which repeat."""
+  rng = np.random.default_rng(0)
+  text = 5 * rng.standard_normal((len(lengths), 16, 12), np.float32)
+  text *= (np.arange(16) < np.array(lengths)[:, None])[..., None]
+  return text[np.arange(8) % len(lengths)]
+
+
+def test_a_prompt_is_as_long_as_the_longer_of_it_and_its_negative(
+  reads_padding,
+):
+  text, negative = features(2, 9, 4, 16, 7), features(2, 2, 11, 5)
+  sample = reads_padding(True)
+  together = sample(text, negative)
+  for i in (0, 1, 2, 7):  # Alone, in a batch of its own.
+    alone = [np.repeat(x[i : i + 1], 8, axis=0) for x in (text, negative)]
+    np.testing.assert_array_equal(sample(*alone)[0], together[i])
+  # As with bare arrays of 11 positions: prompts of 4, negative prompts of 11.
+  bare = reads_padding(False)(text[:, :11], negative[:, :11])
+  assert np.abs(bare[2] - together[2]).max() <= 1
+  assert np.abs(bare[1] - together[1]).mean() > 1
+
+
+def test_without_guidance_a_prompt_has_its_own_length(reads_padding):
+  text, negative = features(2, 9), features(16)
+  unguided = reads_padding(True, guidance=1.0)(text, negative)
+  bare = reads_padding(False, guidance=1.0)(text[:, :9], negative[:, :9])
+  assert np.abs(unguided[1] - bare[1]).max() <= 1
+  assert np.abs(unguided[0] - bare[0]).mean() > 1
+  # A guide reads the prompt, and no negative prompt. Led away from itself, the
+  # network stays where it was.
+  guided = reads_padding(True, is_guide=True)(text, negative)
+  assert np.abs(guided - unguided).max() <= 1
+
+
+def test_pixels_are_rounded_or_truncated(reads_padding):
+  text = features(4, 9)
+  rounded, truncated = (
+    reads_padding(True, pixels=pixels)(text, text)
+    for pixels in ('round', 'truncate')
+  )
+  assert set(np.unique(rounded - truncated)) == {0, 1}

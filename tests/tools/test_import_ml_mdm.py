@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from configs import common
-from mdm_jax.builders.config import stage_directory
+from mdm_jax.builders.config import read_config, stage_directory
 from mdm_jax.builders.model import make_model
 from mdm_jax.checkpoint import restore, saved_steps
+from mdm_jax.inference import session
 from mdm_jax.interop import torch_checkpoint
 from mdm_jax.interop.ml_mdm import to_release
 from mdm_jax.models.conditioning import Cond
 from mdm_jax.runtime import sharding
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
 from mdm_jax.training import loop
+from tests import commands
+from tests import toy as toy_run
 
 
 @pytest.fixture
@@ -111,6 +114,127 @@ def test_training_goes_on(toy, random_params, tmp_path, index):
     trained,
     params['unet']['level_0'],
   )
+
+
+def stray(tmp_path, config, index, random_params):
+  """A file of a stage's weights, with tensors that it does not need."""
+  model = make_model(config, config.stages[index])
+  params = random_params(model, config.text.max_length)
+  tensors = to_release(params['unet'], model.unet.levels)
+  for name in ('num_batches', 'inner_unet.inner_unet.ema.decay'):
+    tensors[name] = np.zeros(1, np.float32)
+  torch_checkpoint.write_state_dict(tmp_path / 'a.pth', tensors)
+  return params
+
+
+def test_stray_tensors_are_left_out_if_asked(
+  toy, random_params, tmp_path, caplog
+):
+  caplog.set_level('INFO')
+  params = stray(tmp_path, toy, 1, random_params)
+
+  def run(ignore):
+    import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run', ignore=ignore)
+
+  with pytest.raises(
+    ValueError,
+    match='unknown inner_unet.inner_unet.ema.decay; unknown num_batches. '
+    '--ignore=REGEX leaves out unknown tensors.',
+  ):
+    run(None)
+  with pytest.raises(ValueError, match='fit: unknown num_batches. --ignore='):
+    run('ema')
+  with pytest.raises(
+    ValueError, match='in no tensor .* not have: those are inner.*, num_batch'
+  ):
+    run('optimizer')
+  with pytest.raises(ValueError, match=r"--ignore='\(' is no regular expr"):
+    run('(')
+  assert not (tmp_path / 'run').exists()
+  run('.')  # It matches the model's own tensors, too.
+  assert (
+    'Ignored 2 tensors: inner_unet.inner_unet.ema.decay, num_batches.'
+    in caplog.text
+  )
+  found = restore.restore_item(
+    stage_directory(tmp_path / 'run', toy, 1), 0, 'ema'
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_what_is_missing_is_never_ignored(toy, random_params, tmp_path):
+  model = make_model(toy, toy.stages[0])
+  params = random_params(model, toy.text.max_length)
+  tensors = to_release(params['unet'], model.unet.levels)
+  path = tmp_path / 'a.pth'
+  torch_checkpoint.write_state_dict(path, tensors)
+  with pytest.raises(ValueError, match='does not have: those are none'):
+    import_checkpoint(path, toy, tmp_path / 'run', ignore='.')
+  del tensors['lm_proj.bias']
+  tensors['stray'] = np.zeros(1, np.float32)
+  torch_checkpoint.write_state_dict(path, tensors)
+  with pytest.raises(ValueError, match='fit: missing lm_proj.bias$'):
+    import_checkpoint(path, toy, tmp_path / 'run', ignore='.')
+
+
+def test_it_is_sampled_in_float32_and_trained_as_the_recipe_says(
+  toy, random_params, tmp_path, caplog
+):
+  caplog.set_level('INFO')
+  toy.dtype = 'bfloat16'
+  params = write_toy(toy, tmp_path / 'a.pth', 0, random_params)
+  workdir = tmp_path / 'run'
+  import_checkpoint(tmp_path / 'a.pth', toy, workdir)
+  assert toy.dtype == 'bfloat16'
+  assert caplog.text.count('in float32, where the recipe trains in bf') == 1
+  assert '--config.dtype=bfloat16 to sample in that' in caplog.text
+  assert session.open_run(str(workdir)).config.dtype == 'float32'
+  # Training has not begun, and may have the dtype of its recipe.
+  loop.setup(toy, workdir)
+  assert session.open_run(str(workdir)).config.dtype == 'bfloat16'
+  # Then it stays.
+  toy_run.save_run(workdir, toy, 1, 1, params)
+  toy.dtype = 'float32'
+  with pytest.raises(ValueError, match="dtype: 'bfloat16' -> 'float32'"):
+    loop.setup(toy, workdir)
+
+
+def test_the_command_says_what_it_changes(
+  t5_directory, random_params, tmp_path
+):
+  text = toy_run.recipe(
+    1,
+    2,
+    dtype='bfloat16',
+    text__encoder='t5',
+    text__path=str(t5_directory.path),
+  )
+  (tmp_path / 'recipe.py').write_text(text)
+  exec(text, found := {})
+  stray(tmp_path, found['get_config'](), 0, random_params)
+
+  def run(workdir, *flags):
+    return commands.run(
+      'mdm_jax.tools.import_ml_mdm',
+      f'--checkpoint={tmp_path / "a.pth"}',
+      f'--config={tmp_path / "recipe.py"}',
+      f'--workdir={tmp_path / workdir}',
+      *flags,
+    )
+
+  refused = run('a', '--ignore=[')
+  assert refused.returncode == 1
+  assert "error: --ignore='[' is no regular expression" in refused.stderr
+  assert 'Traceback' not in refused.stderr
+  for workdir, flags, dtype in [
+    ('a', [], 'float32'),
+    ('b', ['--config.dtype=bfloat16'], 'bfloat16'),
+  ]:
+    result = run(workdir, '--ignore=num|ema', *flags)
+    assert result.returncode == 0, result.stderr
+    assert 'Ignored 2 tensors: ' in result.stderr
+    assert ('computed in float32' in result.stderr) == (dtype == 'float32')
+    assert read_config(tmp_path / workdir)['dtype'] == dtype
 
 
 def test_misfits_are_named(toy, random_params, tmp_path):

@@ -54,7 +54,14 @@ def make_config(data, t5):
   config.stages = [common.stage('8', 1)]
   config = toy.shrink(common.smoke(config))
   config.data.update(name='captioned_images', path=str(data))
-  config.text.update(encoder='t5', path=str(t5), max_length=MAX_LENGTH)
+  config.text.update(
+    encoder='t5',
+    path=str(t5),
+    tokenizer_rules='release',
+    max_length=MAX_LENGTH,
+    padding='longest',
+  )
+  config.model.text.masked_attention = False
   config.stages[0].update(steps=2, batch_size=8)
   config.eval.update(num_prompts=8, batch_size=8)
   return config.lock()
@@ -103,7 +110,7 @@ def mesh_of(config):
 
 
 def test_features_are_the_encoders(made, t5_directory):
-  tokenizer = make_tokenizer(made)
+  tokenizer = make_tokenizer(made, of_captions=True)
   check(made, mesh_of(made))
   lengths = set()
   for split in ('train', 'validation'):
@@ -118,7 +125,10 @@ def test_features_are_the_encoders(made, t5_directory):
       lengths.add(int(mask.sum()))
   # Of both compiled lengths, and a caption that was cut.
   assert min(lengths) < 32 and MAX_LENGTH in lengths
-  empty, mask = t5_directory.encode(tokenizer.encode('')[None])
+  # Not the empty caption, which has a space more.
+  prompts = make_tokenizer(made)
+  assert prompts.count('') < tokenizer.count('')
+  empty, mask = t5_directory.encode(prompts.encode('')[None])
   np.testing.assert_allclose(empty_text(made), empty[0], rtol=2**-8, atol=1e-5)
 
 
@@ -174,6 +184,10 @@ def test_what_was_made_with_something_else_is_refused(
   with pytest.raises(ValueError, match='max_length 40 instead of 32'):
     precompute_text.precompute(copied, batch_size=8)
   copied.text.max_length = MAX_LENGTH
+  copied.text.tokenizer_rules = 'sentencepiece'
+  with pytest.raises(ValueError, match='tokenizer [0-9a-f]+ release instead'):
+    check(copied, mesh_of(copied))
+  copied.text.tokenizer_rules = 'release'
   with pytest.raises(ValueError, match='bfloat16.* asked for.*float16'):
     precompute_text.precompute(copied, batch_size=8, storage='float16')
 
@@ -191,7 +205,7 @@ def test_what_was_made_with_something_else_is_refused(
   with pytest.raises(ValueError, match='encoder [0-9a-f]+ instead of') as error:
     check(copied, mesh_of(copied))
   assert 'precompute_text' in str(error.value)
-  assert 'tokenizer' not in str(error.value)
+  assert ', tokenizer' not in str(error.value)
 
 
 def test_features_of_another_data_set_are_refused(copied):
@@ -270,7 +284,7 @@ def test_a_bad_record_does_not_end_the_command():
 def test_long_captions_are_left_out(made):
   config = made.copy_and_resolve_references()
   config.text.long_captions = 'leave_out'
-  tokenizer = make_tokenizer(config)
+  tokenizer = make_tokenizer(config, of_captions=True)
   source = make_source(config, 'train', 8)
   plain = Transform(tokenizer, 8, leave_out=True)
   left_out = 0
