@@ -120,9 +120,7 @@ def precompute(
   ##### Encode.
   encode = _make_encode(config, encoder, mesh, storage)
   if index == 0:
-    _write_empty(
-      directory / 'empty.npy', empty_text(config), encode, batch_size
-    )
+    _write_empty(directory, empty_text(config), encode, batch_size)
   _write_shards(
     missing,
     lambda captions: encode_captions(captions, tokenizer, encode, batch_size),
@@ -252,9 +250,13 @@ def _write_info(path: str, info: precomputed.TextInfo) -> None:
 
 
 def _write_empty(
-  file: pathlib.Path, tokens: np.ndarray, encode: Callable, batch_size: int
+  directory: pathlib.Path,
+  tokens: np.ndarray,
+  encode: Callable,
+  batch_size: int,
 ) -> None:
   features = np.asarray(encode(np.tile(tokens, (batch_size, 1))))[0]
+  file = directory / 'empty.npy'
   with files.replacing(file) as temporary, temporary.open('wb') as output:
     np.save(output, features[: _length(tokens)].astype(np.float32))
 
