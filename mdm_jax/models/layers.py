@@ -234,11 +234,9 @@ class GroupNorm(nn.Module):
     groups = jnp.kron(jnp.eye(self.num_groups), jnp.ones((1, size)))
     product = functools.partial(jnp.matmul, precision='highest')
 
-    def group_means(power):  # [B, groups]
+    def group_means(arrays):  # [B, groups]
       means = []
-      for features in inputs:
-        # XLA fuses the power into the sum and never stores it.
-        x = features.x.astype(jnp.float32) ** power
+      for features, x in zip(inputs, arrays):
         # A sum over all pixels at once loses digits as it grows; a mean of the
         # means of a few blocks of rows loses fewer. Devices that share the
         # rows of an image have whole blocks.
@@ -256,8 +254,16 @@ class GroupNorm(nn.Module):
         means.append(x.reshape(len(x), features.pixels, -1).mean(axis=1))
       return product(jnp.concatenate(means, axis=-1), groups.T) / size
 
-    mean = group_means(1)
-    variance = jnp.maximum(group_means(2) - mean**2, 0)
+    # XLA fuses differences and squares into the sums and never stores them.
+    arrays = [features.x.astype(jnp.float32) for features in inputs]
+    mean = group_means(arrays)
+    # E[x^2] - mean^2 would cancel where the mean is large. The variance is at
+    # its minimum over the centre, so that no gradient flows through that.
+    centre = _split(product(jax.lax.stop_gradient(mean), groups), inputs, -1)
+    variance = group_means(
+      (x - features.per_channel(channels)) ** 2
+      for features, x, channels in zip(inputs, arrays, centre)
+    )
     factor = jax.lax.rsqrt(variance + EPSILON)
     mean, factor = (product(x, groups) for x in (mean, factor))
     factor *= scale

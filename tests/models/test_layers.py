@@ -1,6 +1,9 @@
-"""Position features and attention against plain NumPy."""
+"""Position features, attention and norms against plain NumPy."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mdm_jax.models import layers, packing
 
@@ -38,3 +41,41 @@ def test_attention_equals_numpy():
       np.testing.assert_allclose(
         out[b, :, head], weights @ v[b, :, head], atol=1e-5
       )
+
+
+# Means over standard deviations, and the largest error of values of about 1.
+@pytest.mark.parametrize(
+  'mean, tolerance', [(0, 1.5e-6), (4, 2e-6), (16, 5e-6)]
+)
+def test_norms_keep_their_digits(mean, tolerance):
+  rng = np.random.default_rng(0)
+  x = (mean + rng.standard_normal((2, 128, 128, 16))).astype(np.float32)
+  out = np.asarray(jax.jit(_norm)(x))
+  groups = x.astype(np.float64).reshape(2, 128 * 128, 4, 4)
+  groups -= groups.mean(axis=(1, 3), keepdims=True)
+  groups /= np.sqrt(np.square(groups).mean(axis=(1, 3), keepdims=True) + 1e-5)
+  np.testing.assert_allclose(out, groups.reshape(x.shape), 0, tolerance)
+
+
+def test_gradients_of_norms():
+  rng = np.random.default_rng(0)
+  x, weights = rng.standard_normal((2, 1, 6, 4, 8), np.float32)
+
+  def plain(x):
+    groups = x.reshape(1, 24, 4, 2)
+    groups -= groups.mean(axis=(1, 3), keepdims=True)
+    groups /= jnp.sqrt((groups**2).mean(axis=(1, 3), keepdims=True) + 1e-5)
+    return groups.reshape(x.shape)
+
+  ours, expected = (
+    jax.grad(lambda x: (norm(x) * weights).sum())(x) for norm in (_norm, plain)
+  )
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+
+
+def _norm(x):
+  """A norm of four groups; its scale is 1 and its bias 0."""
+  features = packing.Features(x, (1, 1))
+  norm = layers.GroupNorm(4, jnp.float32)
+  params = norm.init(jax.random.key(0), features)
+  return norm.apply(params, features)[0].x
