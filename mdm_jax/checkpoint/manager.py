@@ -1,12 +1,13 @@
 """Saves the checkpoints of one stage while it is trained.
 
-A working directory holds `config.json` and one directory of checkpoints for
-each stage: `checkpoints/<index>_<stage name>/<step>/`. A step directory holds
-two items: `state`, a tree of arrays, and `extra`, other values that a resume
-needs, as JSON. This module does not depend on the structure of the state.
+A working directory holds `config.json`, `run.json` and one directory of
+checkpoints for each stage: `checkpoints/<index>_<stage name>/<step>/`. A step
+directory holds two items: `state`, a tree of arrays, and `extra`, other values
+that a resume needs, as JSON. This module does not depend on the structure of
+the state.
 
-After a step is committed, a manifest of file hashes is added to it. Every
-restore first compares the files with the manifest.
+After a step is committed, a manifest is added to it: file hashes, and which
+checkpoint it is. Every restore first compares both.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.checkpoint.saved_steps import CheckpointError
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
@@ -141,8 +142,8 @@ class Checkpoints:
     Raises:
       FileNotFoundError: if there is no such step.
       CheckpointError: if the step, or with None every step, is damaged.
-      ValueError: if a leaf is missing, unexpected, or of another shape or
-        dtype than in the checkpoint. The message names the leaves.
+      CheckpointError: also if a leaf is missing, unexpected, or of another
+        shape or dtype than in the checkpoint. The message names the leaves.
     """
     if step is None:
       self._settle()
@@ -227,7 +228,10 @@ class Checkpoints:
     """Waits for the commit and adds the manifest; runs in a thread."""
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
-      manifest.write(self._directory / str(step))
+      path = self._directory / str(step)
+      if lacking := contents.hollow(path):
+        raise FileNotFoundError(f'{path}: {lacking}')
+      manifest.write(path)
 
   def _settle(self, last: bool = False) -> None:
     """Waits for the save in flight, and logs the error if it failed.

@@ -156,8 +156,12 @@ def read_json_lines(
 
 def is_number(value: Any) -> bool:
   """Whether a JSON value is a finite number."""
-  is_real = isinstance(value, int | float) and not isinstance(value, bool)
-  return is_real and math.isfinite(value)
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # A whole number of hundreds of digits.
+    return False
 
 
 def is_count(value: Any) -> bool:
