@@ -1,7 +1,7 @@
 """What is inside of a step's directory, whether or not it has a manifest.
 
 Orbax writes `state`, a tree of arrays, and `extra`, a JSON file, each into a
-directory of its own.
+directory of its own. Arrays are read by TensorStore, on which Orbax is based.
 """
 
 import functools
@@ -9,7 +9,6 @@ from typing import Any
 
 from etils import epath, epy
 import jax
-import numpy as np
 
 from mdm_jax.checkpoint import manifest
 from mdm_jax.checkpoint.identity import Identity
@@ -17,10 +16,13 @@ from mdm_jax.runtime import files
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
   import orbax.checkpoint as ocp
+  import tensorstore
 
 PyTree = Any
+# What is raised if files are missing or damaged.
+READ_ERRORS = (OSError, ValueError, KeyError)
 _STATE, _EXTRA = 'state/_METADATA', 'extra/metadata'
-_STEP = '_CHECKPOINT_METADATA'
+_STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 # Names of data files are hashes. All others are short, and are read whole.
 _DATA = '/d/'
 _SHORT = 2**26  # Bytes.
@@ -38,30 +40,62 @@ def is_committed(directory: epath.PathLike) -> bool:
     return path.exists()
 
 
-def state_metadata(directory: epath.PathLike) -> PyTree:
-  """Shapes and dtypes of the state of a step, as Orbax describes them."""
-  path = epath.Path(directory).absolute() / 'state'
-  return ocp.PyTreeCheckpointHandler().metadata(path).tree
+def abstract_state(directory: epath.PathLike) -> PyTree:
+  """Shapes and dtypes of the state of a step.
 
+  Returns:
+    Nested dicts of `jax.ShapeDtypeStruct`; a tuple of the state is a dict of
+    its indices, as text.
 
-def read_state(
-  directory: epath.PathLike, item: PyTree, restore_args: PyTree
-) -> PyTree:
-  """Reads a part of the state of a step.
-
-  Args:
-    directory: of the step.
-    item: the part, as nested dicts of what `state_metadata` gives.
-    restore_args: of the same structure, of `ocp.RestoreArgs`.
+  Raises:
+    READ_ERRORS: it cannot be read.
   """
-  # Unlike a checkpointer, the handler does not wait for other processes, which
-  # may have failed.
-  return ocp.PyTreeCheckpointHandler().restore(
-    epath.Path(directory).absolute() / 'state',
-    args=ocp.args.PyTreeRestore(
-      item=item, restore_args=restore_args, partial_restore=True
-    ),
+  return jax.tree.map(
+    lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype),
+    _open_state(directory),
   )
+
+
+def read_field(directory: epath.PathLike, key: str) -> PyTree:
+  """Reads a top-level field of the state of a step to the host.
+
+  Orbax could read it as well. But it waits for other processes, which may have
+  failed, and after an error its threads write tracebacks to the console.
+
+  Returns:
+    Nested dicts of NumPy arrays, see `abstract_state`.
+
+  Raises:
+    READ_ERRORS: it cannot be read.
+  """
+  field = _open_state(directory, key)[key]
+  reads = jax.tree.map(lambda array: array.read(), field)
+  return jax.tree.map(lambda read: read.result(), reads)
+
+
+def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
+  """Opens the arrays of a state, or those of one field."""
+  directory = epath.Path(directory).absolute()
+  description = files.read_json(directory / _STATE)
+  driver = 'zarr3' if description['use_zarr3'] else 'zarr'
+  base = f'{directory}/state/'
+  if files.is_local(directory):
+    base = {'driver': 'file', 'path': base}
+  tree = {}
+  for leaf in description['tree_metadata'].values():
+    *outer, last = path = [part['key'] for part in leaf['key_metadata']]
+    if key not in (None, path[0]):
+      continue
+    node = tree
+    for name in outer:
+      node = node.setdefault(name, {})
+    node[last] = {}
+    if not leaf['value_metadata']['skip_deserialize']:  # It is not empty.
+      store = {'driver': 'ocdbt', 'base': base, 'path': '.'.join(path)}
+      node[last] = tensorstore.open(
+        {'driver': driver, 'kvstore': store}, read=True
+      )
+  return jax.tree.map(lambda opening: opening.result(), tree)
 
 
 def read_extra(directory: epath.PathLike) -> dict[str, Any]:
@@ -71,6 +105,26 @@ def read_extra(directory: epath.PathLike) -> dict[str, Any]:
     UnreadableFile: they cannot be read.
   """
   return files.read_json(epath.Path(directory) / _EXTRA)
+
+
+def cannot_be_opened(directory: epath.PathLike) -> str | None:
+  """Says what Orbax stumbles over when it looks for the steps that exist."""
+  directory = epath.Path(directory)
+  try:
+    manifest.list_files(directory)
+    _require_step_metadata(directory)
+  except files.UnreadableFile as error:
+    return str(error).removeprefix(f'{directory}/')
+
+
+def _require_step_metadata(directory: epath.Path) -> None:
+  path = directory / _STEP
+  files.read_json(path)  # Orbax would wait for a pipe, and recurse.
+  try:
+    _ = ocp.path.step.Metadata(0, directory).commit_timestamp_nsecs
+  except ValueError as error:
+    reason = f'is not what Orbax writes: {error}'
+    raise files.UnreadableFile(path, reason) from None
 
 
 def hollow(directory: epath.PathLike) -> str | None:
@@ -105,10 +159,9 @@ def other_identity(directory: epath.PathLike) -> str | None:
   stage = read_extra(directory).get('stage')
   if stage is not None and stage != place.stage.partition('_')[2]:
     return f'it was saved in stage {stage!r}'
-  tree = state_metadata(directory)
-  if 'step' not in tree:  # Imported weights, or an EMA.
+  if 'step' not in abstract_state(directory):  # Imported weights, or an EMA.
     return None
-  step = int(_read_to_host(directory, {'step': tree['step']})['step'])
+  step = int(read_field(directory, 'step'))
   return None if step == place.step else f'it was saved as step {step}'
 
 
@@ -120,22 +173,15 @@ def _problem(directory: str, listed: manifest.Files) -> str | None:
   for name, size, _ in listed:
     if _DATA not in name and size > _SHORT:
       return f'{name} is larger than {_SHORT >> 20} MiB'
-  for name in (_STEP, _STATE, _EXTRA):
+  _require_step_metadata(directory)
+  described = (name for name, *_ in listed if name.startswith(_SHAPES))
+  for name in (_STATE, _EXTRA, *described):
     files.read_json(directory / name)
-  # Whatever Orbax and TensorStore raise: there is no limit to the kinds of
-  # errors that damaged files cause in them.
+  # There is no limit to the kinds of errors that damaged files cause.
   try:
-    # One field at a time: a save holds all of them in host memory.
-    for key, field in state_metadata(directory).items():
-      _read_to_host(directory, {key: field})
+    for array in jax.tree.leaves(_open_state(directory)):
+      array.read().result()
     return other_identity(directory)
   except Exception as error:
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     return f'its state cannot be read: {reason}'
-
-
-def _read_to_host(directory: epath.PathLike, item: PyTree) -> PyTree:
-  restore_args = jax.tree.map(
-    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
-  )
-  return read_state(directory, item, restore_args)

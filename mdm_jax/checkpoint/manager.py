@@ -151,14 +151,25 @@ class Checkpoints:
       self._manager.reload()
       step = saved_steps.latest_step(self._directory)
     step = saved_steps.require_step(self._directory, step)
-    restore.require_same_leaves(self._directory / str(step), abstract_state)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        extra=ocp.args.JsonRestore(),
-      ),
-    )
+    path = self._directory / str(step)
+    restore.require_same_leaves(path, abstract_state)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state),
+          extra=ocp.args.JsonRestore(),
+        ),
+      )
+    # Without a manifest, small files that only this needs may be damaged. There
+    # is no limit to the kinds of errors that they cause in Orbax.
+    except Exception as error:
+      if manifest.exists(path):
+        raise
+      raise saved_steps.CheckpointError(
+        f'{path} has no manifest, and cannot be restored '
+        f'({" ".join(str(error).split())[:200]}): move it away.'
+      ) from error
     return restored['state'], restored['extra']
 
   def latest_step(self) -> int | None:

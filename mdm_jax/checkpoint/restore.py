@@ -7,19 +7,15 @@ replaced by the newest one, unless the step was asked for by its number.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from etils import epath, epy
+from etils import epath
 import jax
 import numpy as np
 
 from mdm_jax.checkpoint import contents, saved_steps
-
-with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
-  import orbax.checkpoint as ocp
+from mdm_jax.runtime import sharding
 
 PyTree = Any
 T = TypeVar('T')
-# What Orbax and TensorStore raise if files are missing or damaged.
-READ_ERRORS = (OSError, ValueError, KeyError)
 TRIES = 5  # Steps that may be removed while they are read.
 
 
@@ -42,7 +38,7 @@ def from_newest(
     chosen = saved_steps.require_step(directory, step)
     try:
       return read(chosen)
-    except READ_ERRORS:
+    except contents.READ_ERRORS:
       try:
         saved_steps.require_step(directory, chosen)
       except (FileNotFoundError, saved_steps.CheckpointError):
@@ -77,14 +73,12 @@ def abstract_item(
 
 
 def _abstract_item(step_directory: epath.Path, key: str) -> PyTree:
-  tree = contents.state_metadata(step_directory)
+  tree = contents.abstract_state(step_directory)
   if key not in tree:
     raise saved_steps.CheckpointError(
       f'{step_directory} has no {key!r}, only {", ".join(sorted(tree))}.'
     )
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[key]
-  )
+  return tree[key]
 
 
 def restore_item(
@@ -121,22 +115,13 @@ def restore_item(
 def _restore_item(
   step_directory: epath.Path, key: str, shardings: PyTree
 ) -> PyTree:
-  item = _abstract_item(step_directory, key)
+  _abstract_item(step_directory, key)  # Raises if there is no such field.
+  item = contents.read_field(step_directory, key)
   if shardings is None:
-    restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
-    )
-  else:
-    if isinstance(shardings, jax.sharding.Sharding):
-      shardings = jax.tree.map(lambda _: shardings, item)
-    restore_args = jax.tree.map(
-      lambda _, sharding: ocp.ArrayRestoreArgs(sharding=sharding),
-      item,
-      shardings,
-    )
-  return contents.read_state(step_directory, {key: item}, {key: restore_args})[
-    key
-  ]
+    return item
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, item)
+  return sharding.place(item, shardings)
 
 
 def read_extra(
@@ -177,7 +162,7 @@ def require_same_leaves(
       for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
 
-  saved = describe(contents.state_metadata(step_directory))
+  saved = describe(contents.abstract_state(step_directory))
   wanted = describe(abstract_state)
   different = [
     f'{path} is {saved.get(path, "absent")}, not {wanted.get(path, "absent")}'

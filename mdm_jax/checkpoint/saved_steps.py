@@ -175,7 +175,7 @@ def newest_good_step(
   Args:
     directory: checkpoint directory of one stage.
     set_aside: whether to rename newer steps, which are damaged or have no
-      manifest, and older ones whose files cannot even be listed. Otherwise
+      manifest, and older ones that Orbax cannot open. Otherwise
       another process may be removing steps.
 
   Raises:
@@ -215,7 +215,7 @@ def _look_for_newest(
     path = directory / str(step)
     if newest is not None:
       # An older step is verified when it is needed. Orbax opens its files.
-      if problem := _cannot_be_listed(path):
+      if problem := contents.cannot_be_opened(path):
         problems[step] = problem
     elif not manifest.exists(path):
       unverified.append(step)
@@ -242,13 +242,6 @@ def _problem(path: epath.Path) -> str | None:
   if problem is None and manifest.identity(path) is None:
     problem = contents.other_identity(path)  # An earlier version has saved it.
   return problem
-
-
-def _cannot_be_listed(path: epath.Path) -> str | None:
-  try:
-    manifest.list_files(path)
-  except files.UnreadableFile as error:
-    return str(error).removeprefix(f'{path}/')
 
 
 def _require_none_damaged(

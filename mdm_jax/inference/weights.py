@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders.config import stage_directory
-from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.runtime import files, sharding
 from mdm_jax.steps.state import Params
@@ -115,7 +115,7 @@ def _reconstruct(
     steps = saved_steps.good_steps(directory)
     try:
       return _reconstruct_from(directory, steps, sigma_rel)
-    except restore.READ_ERRORS:
+    except contents.READ_ERRORS:
       # Another result without the snapshots that somebody has removed.
       if saved_steps.good_steps(directory) == steps:
         raise
