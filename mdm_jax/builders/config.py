@@ -7,6 +7,7 @@ import pathlib
 import re
 from typing import Any
 
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -76,7 +77,10 @@ def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
   """Writes `config.json`. One process calls it."""
-  files.write_json(epath.Path(workdir) / _FILE, config)
+  path = epath.Path(workdir) / _FILE
+  if path.is_dir():
+    files.set_aside(path)
+  files.write_json(path, config)
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -84,13 +88,21 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the directory has none.
+    UnreadableFile: it cannot be read, or is no JSON of a dict.
   """
   path = epath.Path(workdir) / _FILE
   if not path.exists():
     raise FileNotFoundError(
       f'{path} does not exist: is this the directory of a training run?'
     )
-  return json.loads(path.read_text())
+  try:
+    return files.read_json(path)
+  except files.UnreadableFile as error:
+    raise files.UnreadableFile(
+      path,
+      f'{error.reason}: restore it from a backup, or run the command that '
+      'trains the run once more, which makes it anew',
+    ) from None
 
 
 def has_config(workdir: epath.PathLike) -> bool:
@@ -101,6 +113,8 @@ def has_config(workdir: epath.PathLike) -> bool:
 def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
   """Compares a configuration with the one that a run was begun with.
 
+  If that cannot be read, it counts as lost, and the new one takes its place.
+
   Args:
     workdir: of the run.
     new: configuration that is to continue it, as JSON.
@@ -109,9 +123,17 @@ def require_same_config(workdir: epath.PathLike, new: Mapping) -> None:
     ValueError: they differ in keys that decide on what is learned. The message
       names them.
   """
+  try:
+    old = files.read_json(epath.Path(workdir) / _FILE)
+  except files.UnreadableFile as error:
+    logging.warning(
+      '%s: it is made anew from --config, which could not be compared with it.',
+      error,
+    )
+    return
   changed = [
     line
-    for line in differences(_with_added(read_config(workdir)), new)
+    for line in differences(_with_added(old), new)
     if not re.sub(r'\[\d+\]', '', line).startswith(_MAY_CHANGE)
   ]
   if changed:
