@@ -54,8 +54,8 @@ def require_step(directory: epath.PathLike, step: int | None = None) -> int:
     CheckpointError: if the step, or with None every step, is damaged.
   """
   directory = epath.Path(directory)
-  if step is None:
-    step = newest_good_step(directory)
+  if step is None and (newest := newest_good_step(directory)) is not None:
+    return newest
   committed = sorted(_committed_steps(directory))
   if step not in committed:
     raise FileNotFoundError(
@@ -184,9 +184,8 @@ def newest_good_step(
   for _ in range(_LOOKS):
     steps = _committed_steps(directory)
     newest, problems, unverified = _look_for_newest(directory, steps)
-    if (
-      not problems or set_aside or set(steps) <= {*_committed_steps(directory)}
-    ):
+    # A step that is being removed looks damaged; another may be the newest now.
+    if not problems or {*steps} == {*_committed_steps(directory)}:
       break
   for step, problem in problems.items():
     logging.warning('%s is damaged: %s.', directory / str(step), problem)
