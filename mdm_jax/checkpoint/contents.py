@@ -20,7 +20,7 @@ with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
 
 PyTree = Any
 # What is raised if files are missing or damaged.
-READ_ERRORS = (OSError, ValueError, KeyError)
+READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 _STATE, _EXTRA = 'state/_METADATA', 'extra/metadata'
 _STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 # Names of data files are hashes. All others are short, and are read whole.
@@ -37,7 +37,7 @@ def is_committed(directory: epath.PathLike) -> bool:
   try:
     return files.read_json(path).get('commit_timestamp_nsecs') is not None
   except files.UnreadableFile:
-    return path.exists()
+    return files.is_there(path)
 
 
 def abstract_state(directory: epath.PathLike) -> PyTree:
@@ -150,11 +150,26 @@ def problem(directory: epath.PathLike) -> str | None:
 
 
 def other_identity(directory: epath.PathLike) -> str | None:
-  """Compares the place of a readable step with what its content says.
+  """Compares the place of a step with what its content says.
 
   For steps whose manifests do not say it. The state of a stage in training has
   its step, and `extra` the name of its stage.
+
+  Returns:
+    What other checkpoint it is, or why that cannot be told; None if it is none.
   """
+  try:
+    return _other_identity(epath.Path(directory))
+  except READ_ERRORS as error:
+    return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> str:
+  reason = ' '.join(str(error).split())[:200] or type(error).__name__
+  return f'its state cannot be read: {reason}'
+
+
+def _other_identity(directory: epath.Path) -> str | None:
   place = Identity.of(directory)
   stage = read_extra(directory).get('stage')
   if stage is not None and stage != place.stage.partition('_')[2]:
@@ -181,7 +196,6 @@ def _problem(directory: str, listed: manifest.Files) -> str | None:
   try:
     for array in jax.tree.leaves(_open_state(directory)):
       array.read().result()
-    return other_identity(directory)
+    return _other_identity(directory)
   except Exception as error:
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    return f'its state cannot be read: {reason}'
+    return _unreadable(error)

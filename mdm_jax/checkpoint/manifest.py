@@ -29,8 +29,7 @@ Files = tuple[tuple[str, int, int], ...]
 
 def exists(directory: epath.PathLike) -> bool:
   """Whether a directory has a manifest, valid or not."""
-  path = epath.Path(directory) / _NAME
-  return os.path.lexists(path) if files.is_local(path) else path.exists()
+  return files.is_there(epath.Path(directory) / _NAME)
 
 
 def write(directory: epath.PathLike) -> None:

@@ -63,6 +63,11 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
   return found.st_size, found.st_mtime_ns
 
 
+def is_there(path: epath.PathLike) -> bool:
+  """Whether there is anything of a name, be it a link that leads nowhere."""
+  return os.path.lexists(path) if is_local(path) else epath.Path(path).exists()
+
+
 def is_local(path: epath.PathLike) -> bool:
   """Whether a path is on a file system, not in a bucket."""
   return '://' not in os.fspath(path)
@@ -130,7 +135,7 @@ def read_json_lines(
     is_valid: see `read_json`, of the value of a line.
   """
   values, odd = [], 0
-  if is_local(path) and not os.path.lexists(path):
+  if not is_there(path):
     return values
   try:
     size, _ = require_file(path)

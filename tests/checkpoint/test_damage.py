@@ -197,6 +197,11 @@ def other_leaf(step):
   path.write_text(path.read_text().replace('"opt_state"', '"opt_stare"'))
 
 
+def link_metadata(step):
+  (step / '_CHECKPOINT_METADATA').unlink()
+  (step / '_CHECKPOINT_METADATA').symlink_to('nowhere')
+
+
 HOLLOW = {
   'only markers': (only_markers, 'state/_METADATA is missing'),
   'no state': (without('state'), 'state/_METADATA is missing'),
@@ -226,6 +231,7 @@ HOLLOW = {
     with_content('_CHECKPOINT_METADATA', b'{"commit_timestamp_nsecs": "a"}'),
     '_CHECKPOINT_METADATA is not what Orbax writes',
   ),
+  'no metadata': (link_metadata, '_CHECKPOINT_METADATA cannot be read'),
   'deep metadata': (
     with_content('_CHECKPOINT_METADATA', b'[' * 10_000),
     '_CHECKPOINT_METADATA is nested too deep',
