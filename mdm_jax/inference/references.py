@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 import zipfile
+import zlib
 
 from absl import logging
 import numpy as np
@@ -30,6 +31,19 @@ from mdm_jax.inference.feature_extractors import (
 )
 from mdm_jax.runtime import compilation_cache, files
 
+# What reading a damaged file of arrays raises.
+_DAMAGED = (
+  OSError,
+  ValueError,
+  KeyError,
+  TypeError,
+  EOFError,
+  MemoryError,
+  RuntimeError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+
 
 def of_folder(
   directory: str, network: Inception, batch_size: int, cache: str | None
@@ -43,7 +57,7 @@ def of_folder(
     cache: directory of cached features; None for the user's own.
 
   Raises:
-    FileNotFoundError, ValueError: an image or a cached file cannot be read.
+    FileNotFoundError, ValueError: an image cannot be read.
   """
   folder = ImageFolder(directory)
   settings = {'files': folder.fingerprint(), 'inception': network.fingerprint}
@@ -71,9 +85,6 @@ def of_split(
     split: of the data set; None for the held-out one.
     max_images: at most, the first of the split.
     cache: directory of cached features; None for the user's own.
-
-  Raises:
-    ValueError: a cached file is damaged.
   """
   config, resolution = stage.config, stage.resolutions[-1]
   split = split or held_out_split(config)
@@ -125,6 +136,22 @@ def _cache(directory: str | None) -> pathlib.Path:
   return pathlib.Path(directory or compilation_cache.directory('references'))
 
 
+def _read(path: pathlib.Path, fingerprint: str) -> fid.Sample:
+  files.require_file(path)
+  with np.load(path) as file:
+    arrays = dict(file)
+  (width,) = arrays['mean'].shape
+  is_right = (
+    str(arrays['fingerprint']) == fingerprint
+    and arrays['count'].shape == ()
+    and arrays['scatter'].shape == (width, width)
+    and arrays['rows'].shape == (len(arrays['rows']), width)
+  )
+  if not is_right:
+    raise ValueError('it has other arrays')
+  return fid.Sample.from_arrays(arrays)
+
+
 def cached(
   directory: pathlib.Path,
   fingerprint: Mapping[str, Any],
@@ -135,23 +162,21 @@ def cached(
   Args:
     directory: of the cache.
     fingerprint: all that the features depend on, as JSON.
-    make: called if the cache does not have them.
-
-  Raises:
-    ValueError: a file of the cache is damaged.
+    make: called if the cache does not have them, or cannot be read.
   """
   text = json.dumps(fingerprint, sort_keys=True)
   name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
   path = directory / f'{name}.npz'
   if path.exists():
-    logging.info('Reading the reference features from %s.', path)
     try:
-      with np.load(path) as file:
-        return fid.Sample.from_arrays(file)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-      raise ValueError(
-        f'{path} is damaged ({error}): delete it, and it is computed again.'
-      ) from None
+      sample = _read(path, text)
+      logging.info('Read the reference features from %s.', path)
+      return sample
+    except _DAMAGED as error:
+      reason = ' '.join(str(error).split())
+      logging.warning('%s is damaged (%s): it is made anew.', path, reason)
+    if path.is_dir():
+      files.set_aside(path)
   sample = make()
   with files.replacing(path, shared=True) as temporary:
     with temporary.open('wb') as file:

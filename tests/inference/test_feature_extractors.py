@@ -11,6 +11,8 @@ from mdm_jax.eval import clip, fid
 from mdm_jax.inference import feature_extractors, references
 from mdm_jax.interop import torch_checkpoint
 from mdm_jax.runtime import sharding
+from tests import fuzzing
+from tests.runtime.test_files import UNREADABLE
 
 DATA = pathlib.Path(__file__).parents[1] / 'data' / 'eval'
 
@@ -119,17 +121,61 @@ def test_cache_makes_each_sample_once(tmp_path):
   assert len(made) == 2
 
 
-def test_damaged_cache_is_named(tmp_path):
-  def make():
-    sample = fid.Sample(3, 5, 2)
-    sample.add(np.ones((5, 3)))
-    return sample
+@pytest.fixture
+def make_sample():
+  """Makes the features of five images, and counts."""
+  made = []
 
-  references.cached(tmp_path, {}, make)
+  def make():
+    made.append(fid.Sample(3, 5, 2))
+    made[-1].add(np.ones((5, 3)))
+    return made[-1]
+
+  make.made = made
+  return make
+
+
+@pytest.mark.parametrize('case', [*UNREADABLE, 'cut', 'another'])
+def test_a_damaged_cache_is_made_anew(
+  make_sample, tmp_path, monkeypatch, caplog, case
+):
+  references.cached(tmp_path, {}, make_sample)
   (path,) = tmp_path.iterdir()
-  path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ValueError, match=f'{path.name} is damaged .* delete it'):
-    references.cached(tmp_path, {}, make)
+  whole = path.read_bytes()
+  path.unlink()
+  monkeypatch.chdir(tmp_path)
+  if case == 'cut':
+    path.write_bytes(whole[:-100])
+  elif case == 'another':
+    references.cached(tmp_path, {'seed': 1}, make_sample)
+    next(tmp_path.iterdir()).rename(path)
+    make_sample.made.pop()
+  else:
+    UNREADABLE[case][0](path)
+  is_there = path.exists()
+  for _ in range(2):
+    found = references.cached(tmp_path, {}, make_sample)
+    assert found.rows.tolist() == [[1.0] * 3] * 2
+  assert len(make_sample.made) == 2
+  assert (f'{path.name} is damaged (' in caplog.text) == is_there
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_cached_file_is_read_or_refused(make_sample, tmp_path, count):
+  references.cached(tmp_path, {}, make_sample)
+  (path,) = tmp_path.iterdir()
+  whole, harmed = path.read_bytes(), tmp_path / 'harmed.npz'
+
+  def read(data):
+    harmed.write_bytes(data)
+    references._read(harmed, '{}')
+
+  fuzzing.check(
+    read,
+    lambda rng: fuzzing.damage(whole, rng),
+    count,
+    refuses=references._DAMAGED,
+  )
 
 
 def write(directory, *sizes):
