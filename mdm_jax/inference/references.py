@@ -139,7 +139,7 @@ def _cache(directory: str | None) -> pathlib.Path:
 def _read(path: pathlib.Path, fingerprint: str) -> fid.Sample:
   files.require_file(path)
   with np.load(path) as file:
-    arrays = dict(file)
+    arrays = {name: np.asarray(value) for name, value in file.items()}
   (width,) = arrays['mean'].shape
   is_right = (
     str(arrays['fingerprint']) == fingerprint
