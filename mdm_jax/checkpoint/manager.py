@@ -55,7 +55,8 @@ class Checkpoints:
       save_failures: consecutive failed saves after which to raise an error.
 
     Raises:
-      CheckpointError: there are checkpoints, but none is good.
+      CheckpointError: there are checkpoints, but none is good, or the directory
+        cannot be opened.
     """
     self._directory = epath.Path(directory).absolute()
     # Orbax's save_interval_steps would also save the first step of each run,
@@ -214,14 +215,19 @@ class Checkpoints:
 
   def _open(self) -> None:
     self._set_aside()
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(**self._options),
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'extra': ocp.JsonCheckpointHandler(),
-      },
-    )
+    try:
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(**self._options),
+        item_handlers={
+          'state': ocp.StandardCheckpointHandler(),
+          'extra': ocp.JsonCheckpointHandler(),
+        },
+      )
+    except OSError as error:
+      raise CheckpointError(
+        f'{self._directory} cannot be opened for checkpoints: {error}.'
+      ) from error
 
   def _set_aside(self) -> None:
     """Renames directories of steps newer than the newest good step."""

@@ -184,6 +184,10 @@ def newest_good_step(
   for _ in range(_LOOKS):
     steps = _committed_steps(directory)
     newest, problems, unverified = _look_for_newest(directory, steps)
+    older = [step for step in steps if newest is not None and step < newest]
+    if set_aside:  # An older step is verified when it is needed.
+      found = {s: contents.cannot_be_opened(directory / str(s)) for s in older}
+      problems |= {step: text for step, text in found.items() if text}
     # A step that is being removed looks damaged; another may be the newest now.
     if not problems or {*steps} == {*_committed_steps(directory)}:
       break
@@ -212,16 +216,13 @@ def _look_for_newest(
   newest, problems, unverified = None, {}, []
   for step in sorted(steps, reverse=True):
     path = directory / str(step)
-    if newest is not None:
-      # An older step is verified when it is needed. Orbax opens its files.
-      if problem := contents.cannot_be_opened(path):
-        problems[step] = problem
-    elif not manifest.exists(path):
+    if not manifest.exists(path):
       unverified.append(step)
     elif problem := _problem(path):
       problems[step] = problem
     else:
       newest = step
+      break
   if newest is None:
     for step in list(unverified):
       problem = _problem(directory / str(step))

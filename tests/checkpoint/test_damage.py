@@ -328,3 +328,13 @@ def test_finding_a_step_reads_its_files_once(two, monkeypatch):
   )
   assert restored(two) == 10
   assert len(reads) == len(set(reads)) == len(manifest.list_files(two / '10'))
+
+
+@pytest.mark.parametrize('case', ['empty', 'pipe', 'circular link', 'device'])
+@pytest.mark.parametrize('name', ['checkpoints', 'checkpoints/0_8'])
+def test_what_should_be_a_directory_is_named(tmp_path, name, case):
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  UNREADABLE[case][0](path)
+  with pytest.raises(saved_steps.CheckpointError, match='0_8 cannot be '):
+    Checkpoints(tmp_path / 'checkpoints/0_8', save_interval=1, max_to_keep=1)
