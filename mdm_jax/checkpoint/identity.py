@@ -6,11 +6,14 @@ record it with the stage and the step, so that a checkpoint of another run, or
 one under another's name, is not taken for what its directory says.
 """
 
+import contextlib
+import json
 from typing import Any, NamedTuple
 import uuid
 
 from absl import logging
 from etils import epath
+import xxhash
 
 from mdm_jax.runtime import files
 
@@ -37,15 +40,17 @@ class Identity(NamedTuple):
     return cls(read_run(_workdir(path)), stage_of(path.parent), int(path.name))
 
   @classmethod
-  def from_json(cls, values: dict[str, Any]) -> 'Identity | None':
-    """Reads what `_asdict` gives; None if there is no such thing."""
+  def from_json(cls, values: Any) -> 'Identity | None':
+    """Reads what `to_json` gives; None if it is not there or was changed."""
+    if not isinstance(values, dict):
+      return None
     found = cls(values.get('run'), values.get('stage'), values.get('step'))
-    valid = (
-      isinstance(found.run, str | None)
-      and isinstance(found.stage, str)
-      and files.is_count(found.step)
-    )
-    return found if valid else None
+    return found if values.items() >= found.to_json().items() else None
+
+  def to_json(self) -> dict[str, Any]:
+    """The fields, and their hash, so that damage makes no other identity."""
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(self).encode())
+    return {**self._asdict(), 'hash': digest}
 
   def problem(self, directory: epath.PathLike) -> str | None:
     """What speaks against a step's directory being this checkpoint."""
@@ -111,10 +116,10 @@ def _run_of_newest(workdir: epath.Path) -> str | None:
     if stage.isdecimal() and step.isdecimal():
       found.append((int(stage), int(step), path))
   for *_, path in sorted(found, reverse=True):
-    try:
-      return files.read_json(path, _is_run)['run']
-    except files.UnreadableFile:
-      continue
+    with contextlib.suppress(files.UnreadableFile):
+      recorded = Identity.from_json(files.read_json(path))
+      if recorded and recorded.run:
+        return recorded.run
   return None
 
 

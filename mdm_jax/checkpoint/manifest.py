@@ -176,7 +176,5 @@ def _text(identity: Identity | None, hashes: dict[str, list[str]]) -> str:
   """The content of the manifest; without an identity, that of old ones."""
   value = hashes
   if identity is not None:
-    # So that damage to the identity is not taken for another identity.
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
-    value = {**identity._asdict(), 'hash': digest, 'files': hashes}
+    value = identity.to_json() | {'files': hashes}
   return json.dumps(value, indent=1, sort_keys=True) + '\n'

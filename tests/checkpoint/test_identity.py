@@ -168,6 +168,18 @@ def test_an_identifier_that_is_lost_is_that_of_the_newest(
   assert identity.read_run(runs / 'a') == run
 
 
+def test_a_damaged_manifest_gives_no_identifier(own, runs):
+  shutil.rmtree(own.with_name('1_16'))
+  path = own / '10' / 'manifest.json'
+  run = identity.read_run(runs / 'a')
+  path.write_text(path.read_text().replace(run, run[::-1]))
+  assert manifest.problem(own / '10') == 'manifest.json is damaged'
+  (runs / 'a' / 'run.json').unlink()
+  identity.begin_run(runs / 'a')
+  assert identity.read_run(runs / 'a') == run
+  assert train(own) == 5
+
+
 def test_manifests_of_earlier_versions_are_used(own, runs, caplog):
   for step in ('5', '10'):
     as_before(own / step)
