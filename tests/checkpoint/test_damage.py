@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.checkpoint.manager import Checkpoints
+from tests import fuzzing
 from tests.runtime.test_files import UNREADABLE
 
 NOT_FILES = (
@@ -70,9 +71,9 @@ def train(directory):
 
 
 @pytest.fixture(autouse=True)
-def bounded():
-  """Ends a test that waits, as for the writer of a pipe."""
-  signal.alarm(60)
+def bounded(request):
+  """Ends tests that wait for ever, as for the writer of a pipe."""
+  signal.alarm(3600 if request.node.get_closest_marker('soak') else 120)
   yield
   signal.alarm(0)
 
@@ -141,6 +142,38 @@ def test_odd_values_in_a_manifest_are_damage(two, key, value):
   path.write_text(json.dumps(found | {key: value}, indent=1, sort_keys=True))
   assert manifest.problem(two / '10')
   assert restored(two) == 5
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_damage_to_a_manifest_is_found(two, count):
+  path = two / '10' / 'manifest.json'
+  whole = path.read_bytes()
+
+  def read(data):
+    path.write_bytes(data)
+    assert (manifest.problem(two / '10') is None) == (data == whole)
+    manifest.identity(two / '10')
+
+  fuzzing.check(read, lambda rng: fuzzing.damage(whole, rng), count, refuses=())
+
+
+@pytest.mark.parametrize(
+  'count', [100, pytest.param(2000, marks=pytest.mark.soak)]
+)
+@pytest.mark.parametrize(
+  'name', ['_CHECKPOINT_METADATA', 'state/_METADATA', 'extra/metadata']
+)
+def test_any_damage_without_a_manifest_is_survived(bare, name, count):
+  path = bare / '10' / name
+  whole = path.read_bytes()
+  for index in range(count):  # TensorStore works in no forked process.
+    path.write_bytes(
+      fuzzing.case(lambda rng: fuzzing.damage(whole, rng), 0, index)
+    )
+    contents.is_committed(bare / '10')
+    contents.cannot_be_opened(bare / '10')
+    found = contents.problem(bare / '10')
+    assert found is None or '\n' not in found
 
 
 def test_an_error_of_the_disk_while_hashing_is_named(two, monkeypatch):

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from mdm_jax.runtime import files
+from tests import fuzzing
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -41,6 +42,7 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_cleans_up(tmp_path):
   program = f"""
 import os, signal
 from mdm_jax.runtime import files
+from tests import fuzzing
 with files.replacing({str(path)!r}) as temporary:
   temporary.write_text('half of it')
   os.kill(os.getpid(), signal.SIGKILL)
@@ -176,3 +178,26 @@ def test_nothing_set_aside_is_lost(tmp_path):
     'a.json.unreadable+': 'y',
     'a.json.unreadable++': 'z',
   }
+
+
+_FILE = b"""{"run": "a", "step": 10, "seconds": {"step": 1.5e3, "\\u00fc": -2},
+"files": [null, true, [[]], "\xc3\xbc"]}
+{"b": 2}
+"""
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_any_file_is_read_or_refused(tmp_path, count):
+  path = tmp_path / 'a'
+
+  def read(data):
+    path.write_bytes(data)
+    assert all(isinstance(x, dict) for x in files.read_json_lines(path))
+    assert isinstance(files.read_json(path), dict)
+
+  fuzzing.check(
+    read,
+    lambda rng: fuzzing.damage(_FILE[: rng.choice((-9, None))], rng),
+    count,
+    refuses=files.UnreadableFile,
+  )
