@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import Any
 
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -88,22 +89,31 @@ def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
-  """Sets a key in a section that lacks it; copies the sections below."""
+  """Sets a key in a section that lacks it; copies the sections below.
+
+  What should be a section and is none stays, for `ranges.check` to name.
+  """
   key, *below = path
+  child = section.get(key)
   if not below:
     section.setdefault(key, value)
-  elif isinstance(section.get(key), list | tuple):
-    section[key] = [dict(child) for child in section[key]]
-    for child in section[key]:
-      _add(child, below, value)
-  elif key in section:
-    section[key] = dict(section[key])
+  elif isinstance(child, list | tuple) and all(
+    isinstance(part, Mapping) for part in child
+  ):
+    section[key] = [dict(part) for part in child]
+    for part in section[key]:
+      _add(part, below, value)
+  elif isinstance(child, Mapping):
+    section[key] = dict(child)
     _add(section[key], below, value)
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
   """Writes `config.json`. One process calls it."""
-  files.write_json(epath.Path(workdir) / _FILE, config)
+  path = epath.Path(workdir) / _FILE
+  if path.is_dir():
+    files.set_aside(path)
+  files.write_json(path, config)
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -111,13 +121,21 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the directory has none.
+    UnreadableFile: it cannot be read, or is no JSON of a dict.
   """
   path = epath.Path(workdir) / _FILE
   if not path.exists():
     raise FileNotFoundError(
       f'{path} does not exist: is this the directory of a training run?'
     )
-  return json.loads(path.read_text())
+  try:
+    return files.read_json(path)
+  except files.UnreadableFile as error:
+    raise files.UnreadableFile(
+      path,
+      f'{error.reason}: restore it from a backup, or run the command that '
+      'trains the run once more, which makes it anew',
+    ) from None
 
 
 def has_config(workdir: epath.PathLike) -> bool:
@@ -130,6 +148,8 @@ def require_same_config(
 ) -> None:
   """Compares a configuration with the one that a run was begun with.
 
+  If that cannot be read, it counts as lost, and the new one takes its place.
+
   Args:
     workdir: of the run.
     new: configuration that is to continue it, as JSON.
@@ -139,10 +159,17 @@ def require_same_config(
     ValueError: they differ in keys that decide on what is learned. The message
       names them.
   """
-  old = _with_added(read_config(workdir))
+  try:
+    old = _with_added(files.read_json(epath.Path(workdir) / _FILE))
+  except files.UnreadableFile as error:
+    logging.warning(
+      '%s: it is made anew from --config, which could not be compared with it.',
+      error,
+    )
+    return
   # TFDS replaced '~' when this package did not.
-  path = os.path.expanduser(old['data']['path'])
-  old['data'] = {**old['data'], 'path': path}
+  if isinstance(data := old.get('data'), dict) and 'path' in data:
+    old['data'] = data | {'path': os.path.expanduser(str(data['path']))}
   free = (*_MAY_CHANGE, *(f'{key}:' for key in may_change))
   changed = [
     line

@@ -1,12 +1,13 @@
 """Saves the checkpoints of one stage while it is trained.
 
-A working directory holds `config.json` and one directory of checkpoints for
-each stage: `checkpoints/<index>_<stage name>/<step>/`. A step directory holds
-two items: `state`, a tree of arrays, and `extra`, other values that a resume
-needs, as JSON. This module does not depend on the structure of the state.
+A working directory holds `config.json`, `run.json` and one directory of
+checkpoints for each stage: `checkpoints/<index>_<stage name>/<step>/`. A step
+directory holds two items: `state`, a tree of arrays, and `extra`, other values
+that a resume needs, as JSON. This module does not depend on the structure of
+the state.
 
-After a step is committed, a manifest of file hashes is added to it. Every
-restore first compares the files with the manifest.
+After a step is committed, a manifest is added to it: file hashes, and which
+checkpoint it is. Every restore first compares both.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.checkpoint.saved_steps import CheckpointError
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
@@ -54,7 +55,8 @@ class Checkpoints:
       save_failures: consecutive failed saves after which to raise an error.
 
     Raises:
-      CheckpointError: there are checkpoints, but none is good.
+      CheckpointError: there are checkpoints, but none is good, or the directory
+        cannot be opened.
     """
     self._directory = epath.Path(directory).absolute()
     # Orbax's save_interval_steps would also save the first step of each run,
@@ -141,8 +143,8 @@ class Checkpoints:
     Raises:
       FileNotFoundError: if there is no such step.
       CheckpointError: if the step, or with None every step, is damaged.
-      ValueError: if a leaf is missing, unexpected, or of another shape or
-        dtype than in the checkpoint. The message names the leaves.
+      CheckpointError: also if a leaf is missing, unexpected, or of another
+        shape or dtype than in the checkpoint. The message names the leaves.
     """
     if step is None:
       self._settle()
@@ -150,14 +152,25 @@ class Checkpoints:
       self._manager.reload()
       step = saved_steps.latest_step(self._directory)
     step = saved_steps.require_step(self._directory, step)
-    restore.require_same_leaves(self._directory / str(step), abstract_state)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        extra=ocp.args.JsonRestore(),
-      ),
-    )
+    path = self._directory / str(step)
+    restore.require_same_leaves(path, abstract_state)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state),
+          extra=ocp.args.JsonRestore(),
+        ),
+      )
+    # Without a manifest, small files that only this needs may be damaged. There
+    # is no limit to the kinds of errors that they cause in Orbax.
+    except Exception as error:
+      if manifest.exists(path):
+        raise
+      raise saved_steps.CheckpointError(
+        f'{path} has no manifest, and cannot be restored '
+        f'({" ".join(str(error).split())[:200]}): move it away.'
+      ) from error
     return restored['state'], restored['extra']
 
   def latest_step(self) -> int | None:
@@ -202,14 +215,19 @@ class Checkpoints:
 
   def _open(self) -> None:
     self._set_aside()
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(**self._options),
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'extra': ocp.JsonCheckpointHandler(),
-      },
-    )
+    try:
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(**self._options),
+        item_handlers={
+          'state': ocp.StandardCheckpointHandler(),
+          'extra': ocp.JsonCheckpointHandler(),
+        },
+      )
+    except OSError as error:
+      raise CheckpointError(
+        f'{self._directory} cannot be opened for checkpoints: {error}.'
+      ) from error
 
   def _set_aside(self) -> None:
     """Renames directories of steps newer than the newest good step."""
@@ -227,7 +245,10 @@ class Checkpoints:
     """Waits for the commit and adds the manifest; runs in a thread."""
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
-      manifest.write(self._directory / str(step))
+      path = self._directory / str(step)
+      if lacking := contents.hollow(path):
+        raise FileNotFoundError(f'{path}: {lacking}')
+      manifest.write(path)
 
   def _settle(self, last: bool = False) -> None:
     """Waits for the save in flight, and logs the error if it failed.

@@ -1,17 +1,51 @@
-"""Restores parts of a checkpointed state onto given devices."""
+"""Restores parts of a checkpointed state onto given devices.
 
-from typing import Any
+A run may be in training while it is read: a step that is removed meanwhile is
+replaced by the newest one, unless the step was asked for by its number.
+"""
 
-from etils import epath, epy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from etils import epath
 import jax
 import numpy as np
 
-from mdm_jax.checkpoint import saved_steps
-
-with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
-  import orbax.checkpoint as ocp
+from mdm_jax.checkpoint import contents, saved_steps
+from mdm_jax.runtime import sharding
 
 PyTree = Any
+T = TypeVar('T')
+TRIES = 5  # Steps that may be removed while they are read.
+
+
+def from_newest(
+  directory: epath.PathLike, read: Callable[[int], T], step: int | None = None
+) -> T:
+  """Returns `read(step)` of the newest good step.
+
+  Args:
+    directory: checkpoint directory of one stage.
+    read: reads from a step, which has been verified. If it raises because the
+      step has been removed or damaged meanwhile, it is called with another.
+    step: step to read instead; then there is no other.
+
+  Raises:
+    FileNotFoundError: if there is no such step.
+    CheckpointError: if the step, or with None every step, is damaged.
+  """
+  for left in reversed(range(TRIES)):
+    chosen = saved_steps.require_step(directory, step)
+    try:
+      return read(chosen)
+    except contents.READ_ERRORS:
+      try:
+        saved_steps.require_step(directory, chosen)
+      except (FileNotFoundError, saved_steps.CheckpointError):
+        if step is not None or not left:
+          raise
+      else:
+        raise  # It is as it was, so that is not the reason.
 
 
 def abstract_item(
@@ -30,18 +64,21 @@ def abstract_item(
   Raises:
     FileNotFoundError: if there is no such step.
     CheckpointError: if the step, or with None every step, is damaged.
-    ValueError: if the state has no such field.
+    CheckpointError: also if the state has no such field.
   """
-  directory = epath.Path(directory)
-  step_directory = directory / str(saved_steps.require_step(directory, step))
-  tree = _metadata(step_directory)
+  directory = epath.Path(directory).absolute()
+  return from_newest(
+    directory, lambda step: _abstract_item(directory / str(step), key), step
+  )
+
+
+def _abstract_item(step_directory: epath.Path, key: str) -> PyTree:
+  tree = contents.abstract_state(step_directory)
   if key not in tree:
-    raise ValueError(
+    raise saved_steps.CheckpointError(
       f'{step_directory} has no {key!r}, only {", ".join(sorted(tree))}.'
     )
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[key]
-  )
+  return tree[key]
 
 
 def restore_item(
@@ -65,32 +102,26 @@ def restore_item(
   Raises:
     FileNotFoundError: if there is no such step.
     CheckpointError: if the step, or with None every step, is damaged.
-    ValueError: if the state has no such field.
+    CheckpointError: also if the state has no such field.
   """
   directory = epath.Path(directory).absolute()
-  step = saved_steps.require_step(directory, step)
-  item = abstract_item(directory, step, key)
+  return from_newest(
+    directory,
+    lambda step: _restore_item(directory / str(step), key, shardings),
+    step,
+  )
+
+
+def _restore_item(
+  step_directory: epath.Path, key: str, shardings: PyTree
+) -> PyTree:
+  _abstract_item(step_directory, key)  # Raises if there is no such field.
+  item = contents.read_field(step_directory, key)
   if shardings is None:
-    restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
-    )
-  else:
-    if isinstance(shardings, jax.sharding.Sharding):
-      shardings = jax.tree.map(lambda _: shardings, item)
-    restore_args = jax.tree.map(
-      lambda _, sharding: ocp.ArrayRestoreArgs(sharding=sharding),
-      item,
-      shardings,
-    )
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(
-      directory / str(step) / 'state',
-      args=ocp.args.PyTreeRestore(
-        item={key: item},
-        restore_args={key: restore_args},
-        partial_restore=True,
-      ),
-    )[key]
+    return item
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, item)
+  return sharding.place(item, shardings)
 
 
 def read_extra(
@@ -106,12 +137,10 @@ def read_extra(
     FileNotFoundError: if there is no such step.
     CheckpointError: if the step, or with None every step, is damaged.
   """
-  directory = epath.Path(directory).absolute()
-  step = saved_steps.require_step(directory, step)
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(
-      directory / str(step) / 'extra', args=ocp.args.JsonRestore()
-    )
+  directory = epath.Path(directory)
+  return from_newest(
+    directory, lambda step: contents.read_extra(directory / str(step)), step
+  )
 
 
 def require_same_leaves(
@@ -120,7 +149,8 @@ def require_same_leaves(
   """Checks that a checkpoint has the leaves of a given state.
 
   Raises:
-    ValueError: a leaf is missing, unexpected, or of another shape or dtype.
+    CheckpointError: a leaf is missing, unexpected, or of another shape or
+      dtype.
   """
 
   # Orbax raises for shapes and keys, one at a time, but casts dtypes silently.
@@ -132,7 +162,7 @@ def require_same_leaves(
       for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
 
-  saved = describe(_metadata(step_directory))
+  saved = describe(contents.abstract_state(step_directory))
   wanted = describe(abstract_state)
   different = [
     f'{path} is {saved.get(path, "absent")}, not {wanted.get(path, "absent")}'
@@ -141,13 +171,8 @@ def require_same_leaves(
   ]
   if different:
     more = f'; and {len(different) - 8} more' if len(different) > 8 else ''
-    raise ValueError(
+    raise saved_steps.CheckpointError(
       f'{step_directory} was saved by another model or optimizer: '
       + '; '.join(different[:8])
       + more
     )
-
-
-def _metadata(step_directory: epath.Path) -> PyTree:
-  path = (step_directory / 'state').absolute()
-  return ocp.PyTreeCheckpointHandler().metadata(path).tree

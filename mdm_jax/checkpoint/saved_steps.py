@@ -1,25 +1,26 @@
 """Finds the checkpoints of a stage that are committed and undamaged.
 
-If a step is damaged, an older one is used. A committed step has no manifest if
-the process died before writing it, or if an earlier version saved the step. It
-is used only if no other step is good.
+Whatever keeps a step from being read makes it a damaged step, and so does being
+another checkpoint than its directory says. If a step is damaged, an older one
+is used. A committed step has no manifest if the process died before writing it,
+or if an earlier version saved the step. It is used only if no other step is
+good, and if all of it can be read.
 """
 
-from collections.abc import Mapping
-import json
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any
 
 from absl import logging
-from etils import epath, epy
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 
-from mdm_jax.checkpoint import manifest
+from mdm_jax.checkpoint import contents, identity, manifest
 from mdm_jax.runtime import files
 
-with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
-  import orbax.checkpoint as ocp
-
 _FINISHED = 'finished.json'
+_LOOKS = 5  # Times to look again for steps while another process removes some.
 
 
 class CheckpointError(ValueError):
@@ -53,18 +54,16 @@ def require_step(directory: epath.PathLike, step: int | None = None) -> int:
     CheckpointError: if the step, or with None every step, is damaged.
   """
   directory = epath.Path(directory)
+  if step is None and (newest := newest_good_step(directory)) is not None:
+    return newest
   committed = sorted(_committed_steps(directory))
-  if step is None:
-    step = newest_good_step(directory)
-  elif step in committed and manifest.exists(directory / str(step)):
-    problem = manifest.problem(directory / str(step))
-    if problem:
-      raise CheckpointError(f'{directory / str(step)} is damaged: {problem}.')
   if step not in committed:
     raise FileNotFoundError(
       f'{directory} has no checkpoint{"" if step is None else f" {step}"}:'
       f' committed steps are {committed}.'
     )
+  if problem := _problem(directory / str(step)):
+    raise CheckpointError(f'{directory / str(step)} is damaged: {problem}.')
   return step
 
 
@@ -75,7 +74,7 @@ def good_steps(directory: epath.PathLike) -> list[int]:
     path = directory / str(step)
     problem = 'it has no manifest'
     if manifest.exists(path):
-      problem = manifest.problem(path)
+      problem = _problem(path)
     if problem is None:
       good.append(step)
     else:
@@ -97,7 +96,17 @@ def mark_finished(directory: epath.PathLike, step: int) -> None:
   if step not in _committed_steps(directory):
     raise FileNotFoundError(f'{directory} has no checkpoint {step}.')
   if jax.process_index() == 0:
-    files.write_json(directory / _FINISHED, {'step': step})
+    path, workdir = directory / _FINISHED, directory.parent.parent
+    if path.is_dir():
+      files.set_aside(path)
+    files.write_json(
+      path,
+      {
+        'step': step,
+        'stage': identity.stage_of(directory),
+        'run': identity.read_run(workdir),
+      },
+    )
   multihost_utils.sync_global_devices(f'{directory} is finished')
 
 
@@ -114,7 +123,20 @@ def finished_step(directory: epath.PathLike) -> int | None:
   path = directory / _FINISHED
   if not path.exists():
     return None
-  step = json.loads(path.read_text())['step']
+  try:
+    finished = files.read_json(path, _is_finished)
+  except files.UnreadableFile as error:
+    logging.warning('%s: it is made anew.', error)
+    # If the stage was complete, it is found so again from its last checkpoint.
+    # Only imported weights have no steps to take.
+    return 0 if newest_good_step(directory) == 0 else None
+  step, stage = finished['step'], identity.stage_of(directory)
+  other = identity.other_run(directory.parent.parent, finished.get('run'))
+  if finished.get('stage', stage) != stage:
+    other = f'it is of {finished["stage"]}'
+  if other:
+    logging.warning('%s is not used: %s.', path, other)
+    return None
   newest = newest_good_step(directory)
   if newest in (None, step):
     return step
@@ -128,6 +150,10 @@ def finished_step(directory: epath.PathLike) -> int | None:
   return None
 
 
+def _is_finished(value: Any) -> bool:
+  return isinstance(value, dict) and files.is_count(value.get('step'))
+
+
 def set_uncommitted_aside(directory: epath.Path) -> None:
   """Renames step directories that were never committed. Process 0 calls it."""
   newest = max(_committed_steps(directory), default=-1)
@@ -137,7 +163,7 @@ def set_uncommitted_aside(directory: epath.Path) -> None:
       logging.warning('%s is not committed.', path)
       # An interrupted save leaves some files; an interrupted deletion may leave
       # none, but only old steps are deleted. So a new and empty one is damaged.
-      emptied = step > newest and not any(path.iterdir())
+      emptied = step > newest and _is_empty(path)
       _rename(path, 'corrupt' if emptied else 'uncommitted')
 
 
@@ -149,25 +175,25 @@ def newest_good_step(
   Args:
     directory: checkpoint directory of one stage.
     set_aside: whether to rename newer steps, which are damaged or have no
-      manifest.
+      manifest, and older ones that Orbax cannot open. Otherwise
+      another process may be removing steps.
 
   Raises:
     CheckpointError: there are checkpoints, but none is good.
   """
-  newest, problems, unknown = None, {}, []
-  for step in sorted(_committed_steps(directory), reverse=True):
-    path = directory / str(step)
-    if not manifest.exists(path):
-      unknown.append(step)
-      continue
-    problem = manifest.problem(path)
-    if problem is None:
-      newest = step
+  for _ in range(_LOOKS):
+    steps = _committed_steps(directory)
+    newest, problems, unverified = _look_for_newest(directory, steps)
+    older = [step for step in steps if newest is not None and step < newest]
+    if set_aside:  # An older step is verified when it is needed.
+      found = {s: contents.cannot_be_opened(directory / str(s)) for s in older}
+      problems |= {step: text for step, text in found.items() if text}
+    # A step that is being removed looks damaged; another may be the newest now.
+    if not problems or {*steps} == {*_committed_steps(directory)}:
       break
-    problems[step] = problem
-    logging.warning('%s is damaged: %s.', path, problem)
-  if newest is None and unknown:
-    newest = unknown[0]
+  for step, problem in problems.items():
+    logging.warning('%s is damaged: %s.', directory / str(step), problem)
+  if newest in unverified:
     logging.warning(
       '%s has no manifest, and no other step is good: it is used unverified.',
       directory / str(newest),
@@ -175,12 +201,47 @@ def newest_good_step(
   if set_aside:
     for step in problems:
       _rename(directory / str(step), 'corrupt')
-    for step in unknown:
-      if step > newest:
+    for step in unverified:
+      if newest is not None and step > newest:
         _rename(directory / str(step), 'uncommitted')
   if newest is None:
     _require_none_damaged(directory, problems)
   return newest
+
+
+def _look_for_newest(
+  directory: epath.Path, steps: Sequence[int]
+) -> tuple[int | None, dict[int, str], list[int]]:
+  """The newest good step, problems of other steps, steps without a manifest."""
+  newest, problems, unverified = None, {}, []
+  for step in sorted(steps, reverse=True):
+    path = directory / str(step)
+    if not manifest.exists(path):
+      unverified.append(step)
+    elif problem := _problem(path):
+      problems[step] = problem
+    else:
+      newest = step
+      break
+  if newest is None:
+    for step in list(unverified):
+      problem = _problem(directory / str(step))
+      if problem is None:
+        newest = step
+        break
+      problems[step] = problem
+      unverified.remove(step)
+  return newest, problems, unverified
+
+
+def _problem(path: epath.Path) -> str | None:
+  """What speaks against using a committed step, None if nothing does."""
+  if not manifest.exists(path):
+    return contents.problem(path)
+  problem = manifest.problem(path) or contents.hollow(path)
+  if problem is None and manifest.identity(path) is None:
+    problem = contents.other_identity(path)  # An earlier version has saved it.
+  return problem
 
 
 def _require_none_damaged(
@@ -192,8 +253,7 @@ def _require_none_damaged(
     damaged = [
       path.name
       for path in directory.iterdir()
-      if '.corrupt' in path.name
-      or (path.name.isdigit() and not any(path.iterdir()))
+      if '.corrupt' in path.name or (path.name.isdigit() and _is_empty(path))
     ]
   if damaged:
     raise CheckpointError(
@@ -203,26 +263,35 @@ def _require_none_damaged(
     )
 
 
+def _is_empty(path: epath.Path) -> bool:
+  """Whether there is nothing in a directory, or it is none."""
+  return not path.is_dir() or not any(path.iterdir())
+
+
 def _rename(path: epath.Path, suffix: str) -> None:
   target = path.with_name(f'{path.name}.{suffix}')
-  if suffix == 'uncommitted' and target.exists():
-    target.rmtree()
-  while target.exists():
-    target = target.with_name(f'{target.name}+')
-  path.rename(target)
-  logging.warning('%s is now %s.', path, target.name)
+  try:
+    if suffix == 'uncommitted' and target.exists():
+      target.rmtree()
+    files.set_aside(path, suffix)
+  except OSError as error:
+    raise CheckpointError(
+      f'{path} is not to be used, and cannot be renamed ({error}): move it '
+      'away.'
+    ) from error
 
 
 def _step_directories(directory: epath.Path) -> dict[int, bool]:
   """Steps, and whether each was committed."""
-  # Orbax counts any directory with a number for a name as a step. Only a
-  # committed one has a commit timestamp.
-  if not directory.exists():
-    return {}
-  found = ocp.path.step.standard_name_format().find_all(directory)
+  # Orbax counts whatever has such a number for a name as a step.
+  try:
+    found = [*directory.iterdir()] if directory.exists() else []
+  except OSError as error:
+    raise CheckpointError(f'{directory} cannot be read ({error}).') from error
   return {
-    s.step: manifest.exists(s.path) or s.commit_timestamp_nsecs is not None
-    for s in found
+    int(path.name): manifest.exists(path) or contents.is_committed(path)
+    for path in found
+    if re.fullmatch('0|[1-9][0-9]*', path.name)
   }
 
 

@@ -132,6 +132,22 @@ def _cache(directory: str | None) -> pathlib.Path | None:
   return compilation_cache.directory('references')
 
 
+def _read(path: pathlib.Path, fingerprint: str) -> fid.Sample:
+  files.require_file(path)
+  with np.load(path) as file:
+    arrays = {name: np.asarray(value) for name, value in file.items()}
+  (width,) = arrays['mean'].shape
+  is_right = (
+    str(arrays['fingerprint']) == fingerprint
+    and arrays['count'].shape == ()
+    and arrays['scatter'].shape == (width, width)
+    and arrays['rows'].shape == (len(arrays['rows']), width)
+  )
+  if not is_right:
+    raise ValueError('it has other arrays')
+  return fid.Sample.from_arrays(arrays)
+
+
 def cached(
   directory: pathlib.Path | None,
   fingerprint: Mapping[str, Any],
@@ -139,13 +155,12 @@ def cached(
 ) -> fid.Sample:
   """Returns `make()`, or what it has returned before for the same fingerprint.
 
-  A file of the cache that is damaged is made again. If it cannot be written,
-  there is a warning.
+  If a file of the cache cannot be written, there is a warning.
 
   Args:
     directory: of the cache; None for none.
     fingerprint: all that the features depend on, as JSON.
-    make: called if the cache does not have them.
+    make: called if the cache does not have them, or cannot be read.
   """
   if directory is None:
     return make()
@@ -153,13 +168,16 @@ def cached(
   name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
   path = directory / f'{name}.npz'
   if path.exists():
-    logging.info('Reading the reference features from %s.', path)
     try:
-      with np.load(path) as file:
-        return fid.Sample.from_arrays(file)
+      sample = _read(path, text)
+      logging.info('Read the reference features from %s.', path)
+      return sample
     # Zip files and NumPy's headers break in too many ways to list.
     except Exception as error:
-      logging.warning('%s is damaged (%s): computing it again.', path, error)
+      reason = ' '.join(str(error).split())
+      logging.warning('%s is damaged (%s): it is made anew.', path, reason)
+    if path.is_dir():
+      files.set_aside(path)
   sample = make()
   try:
     with files.replacing(path, shared=True) as temporary:

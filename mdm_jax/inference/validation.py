@@ -1,7 +1,6 @@
 """Metrics of a stage on held-out data, while it trains and at its end."""
 
 from collections.abc import Callable, Iterable, Mapping
-import json
 import pathlib
 from typing import Any
 
@@ -44,10 +43,13 @@ def validate_last(
     mesh: the devices.
     frozen: parameters that the model needs beside the trained ones.
   """
-  path = _metrics_path(stage, workdir)
+  values, path = None, _metrics_path(stage, workdir)
   if path.exists():
-    values = json.loads(path.read_text())
-  else:
+    try:
+      values = files.read_json(path, lambda values: _are_metrics(stage, values))
+    except files.UnreadableFile as error:
+      logging.warning('%s: it is made anew.', error)
+  if values is None:
     weights = restore_weights(stage.config, workdir, mesh)
     if weights.index != stage.index:
       raise CheckpointError(
@@ -70,12 +72,28 @@ def write_metrics(
   stage: Stage, workdir: str, values: Mapping[str, float]
 ) -> None:
   """Writes what `validate_last` reads back. All processes call it."""
+  path = _metrics_path(stage, workdir)
   if jax.process_index() == 0:
-    files.write_json(_metrics_path(stage, workdir), values)
+    if path.is_dir():
+      files.set_aside(path)
+    files.write_json(path, values)
 
 
 def _metrics_path(stage: Stage, workdir: str) -> pathlib.Path:
   return pathlib.Path(workdir) / 'eval' / f'{stage.num_steps}.json'
+
+
+def _are_metrics(stage: Stage, values: Any) -> bool:
+  """Whether these are a stage's metrics; a broken model's loss may be NaN."""
+  losses = {f'held_out_loss_{size}' for size in stage.resolutions}
+  return (
+    isinstance(values, dict)
+    and losses <= values.keys()
+    and all(
+      name.isidentifier() and isinstance(value, float)
+      for name, value in values.items()
+    )
+  )
 
 
 def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 import jax
@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders.config import stage_directory
-from mdm_jax.checkpoint import manifest, restore, saved_steps
+from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.optim import post_hoc_ema
-from mdm_jax.runtime import sharding
+from mdm_jax.runtime import files, sharding
 from mdm_jax.steps.state import Params
 
 _REMEDIES = {
@@ -94,13 +94,16 @@ def restore_weights(
       )
     fingerprint = manifest.fingerprint(directory / str(step))
     return Weights(index, step, params, fingerprint, sigma_rel=sigma_rel)
-  step = saved_steps.require_step(directory)
-  fingerprint = manifest.fingerprint(directory / str(step))
-  shardings = mesh and sharding.tree_shardings(
-    restore.abstract_item(directory, step, 'ema'), mesh, config.sharding_rules
-  )
-  params = restore.restore_item(directory, step, 'ema', shardings)
-  return Weights(index, step, params, fingerprint, best=best)
+
+  def read(step):
+    fingerprint = manifest.fingerprint(directory / str(step))
+    shardings = mesh and sharding.tree_shardings(
+      restore.abstract_item(directory, step, 'ema'), mesh, config.sharding_rules
+    )
+    params = restore.restore_item(directory, step, 'ema', shardings)
+    return Weights(index, step, params, fingerprint, best=best)
+
+  return restore.from_newest(directory, read)
 
 
 def _reconstruct(
@@ -108,9 +111,30 @@ def _reconstruct(
 ) -> tuple[int, Params]:
   """A post-hoc EMA at the newest snapshot: its step, and host arrays."""
   post_hoc_ema.exponent(sigma_rel)  # Raises before anything is read.
+  for _ in range(restore.TRIES):
+    steps = saved_steps.good_steps(directory)
+    try:
+      return _reconstruct_from(directory, steps, sigma_rel)
+    except contents.READ_ERRORS:
+      # Another result without the snapshots that somebody has removed.
+      if saved_steps.good_steps(directory) == steps:
+        raise
+  raise saved_steps.CheckpointError(
+    f'{directory}: snapshots are being removed; try again.'
+  )
+
+
+def _reconstruct_from(
+  directory: pathlib.Path, steps: list[int], sigma_rel: float
+) -> tuple[int, Params]:
   snapshots = {}
-  for step in saved_steps.good_steps(directory):
+  for step in steps:
     extra = restore.read_extra(directory, step)
+    if not _is_snapshot(extra):
+      logging.warning(
+        '%s is no snapshot: it is not used.', directory / str(step)
+      )
+      continue
     # A snapshot after skipped steps alone has as many updates as the one
     # before, or none: each number of updates counts once.
     if count := extra['updates']:
@@ -137,3 +161,13 @@ def _reconstruct(
     len(snapshots),
   )
   return max(snapshots.values()), jax.tree.map(np.float32, total)
+
+
+def _is_snapshot(extra: dict[str, Any]) -> bool:
+  """Whether these are the values that are saved with a snapshot."""
+  widths = extra.get('widths')
+  return (
+    files.is_count(extra.get('updates'))
+    and isinstance(widths, list)
+    and all(isinstance(name, str) for name in widths)
+  )

@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 import contextlib
-import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 
 from mdm_jax.report.background import LineFile
+from mdm_jax.runtime import files
 
 _FILE = 'goodput.jsonl'
 _LOST = 'lost'
@@ -127,12 +128,7 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
     The number of sessions, and seconds by bucket, most first. The bucket 'lost'
     holds the time of data and steps that a later session repeated.
   """
-  lines, path = [], pathlib.Path(workdir) / _FILE
-  for line in path.read_text().split('\n') if path.is_file() else ():
-    with contextlib.suppress(
-      json.JSONDecodeError
-    ):  # Cut off when a machine was lost.
-      lines.append(json.loads(line))
+  lines = files.read_json_lines(pathlib.Path(workdir) / _FILE, _is_line)
   begun = {}
   for line in lines:
     begun.setdefault((line['session'], line['stage']), line['step'])
@@ -148,3 +144,18 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
       lost = repeated and name in _REPEATED
       seconds[_LOST if lost else name] += value
   return len({session for session, _ in begun}), dict(seconds.most_common())
+
+
+def _is_line(line: Any) -> bool:
+  """Whether it is a line as `Goodput` writes it."""
+  return (
+    isinstance(line, dict)
+    and files.is_number(line.get('session'))
+    and isinstance(line.get('stage'), str)
+    and files.is_count(line.get('step'))
+    and isinstance(line.get('seconds'), dict)
+    and all(
+      name.isidentifier() and files.is_number(value) and value >= 0
+      for name, value in line['seconds'].items()
+    )
+  )

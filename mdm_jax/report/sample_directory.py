@@ -79,9 +79,10 @@ class SampleDirectory:
     self._records = json.loads(json.dumps(records))
     self._files = {}  # names by level, by the index of complete samples
     path = self.directory / _LINES
-    if path.exists():
-      for line in path.read_bytes().split(b'\n'):
-        self._find(line)
+    for record in files.read_json_lines(path):
+      self._find(record)
+    if path.is_dir():
+      files.set_aside(path)
     self._write_lines()
     self._lines = path.open('a', encoding='utf-8')
 
@@ -149,19 +150,19 @@ class SampleDirectory:
       map(self._entry, range(shown)),
     )
 
-  def _find(self, line: bytes) -> None:
-    try:
-      record = json.loads(line)
-    except ValueError:
-      return  # Cut off, since the process was killed while writing the line.
-    if not isinstance(record, dict):
-      return
-    index, names = record.pop('index', None), record.pop('files', {})
+  def _find(self, record: dict[str, Any]) -> None:
+    """Counts a sample as complete, if its record and its files are there."""
+    index, names = record.pop('index', None), record.pop('files', None)
     if (
-      isinstance(index, int)
-      and index in range(len(self._records))
+      files.is_count(index)
+      and index < len(self._records)
       and record == self._records[index]
-      and all((self.directory / name).exists() for name in names.values())
+      and isinstance(names, dict)
+      and names
+      and all(
+        isinstance(name, str) and (self.directory / name).is_file()
+        for name in names.values()
+      )
     ):
       self._files[index] = names
 

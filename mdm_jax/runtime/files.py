@@ -1,12 +1,225 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read with care.
 
-from collections.abc import Iterator
+Disks fail, people edit, and programs are killed: what is read back may be
+anything. The functions here tell in bounded time and memory, with one error,
+`UnreadableFile`, that a file is not what it should be.
+"""
+
+from collections.abc import Callable, Iterator
 import contextlib
 import json
+import math
+import os
+import stat
 from typing import Any
 import uuid
 
+from absl import logging
 from etils import epath
+
+_LARGEST = 2**26  # Bytes of a file that is read at once.
+_LARGEST_LINES = 2**30  # Bytes of a file of lines.
+_LONGEST_LINE = 2**20  # Bytes.
+_DEEPEST = 64  # Dicts and lists inside each other. Python's own limit is 1000.
+_KINDS = {
+  stat.S_IFDIR: 'a directory',
+  stat.S_IFIFO: 'a named pipe',
+  stat.S_IFSOCK: 'a socket',
+  stat.S_IFCHR: 'a device',
+  stat.S_IFBLK: 'a device',
+}
+
+
+class UnreadableFile(ValueError):
+  """A file is missing, is no file, or does not hold what it should.
+
+  Attributes:
+    reason: what is wrong, as in 'is empty'.
+  """
+
+  def __init__(self, path: epath.PathLike, reason: str):
+    """The message is the path and the reason."""
+    super().__init__(f'{path} {reason}')
+    self.reason = reason
+
+
+def require_file(path: epath.PathLike) -> tuple[int, int]:
+  """Size in bytes of a file, and time of its last change in ns.
+
+  Opening a named pipe would wait for a writer, for ever. A file in a bucket has
+  the time 0, as it is never changed.
+
+  Raises:
+    UnreadableFile: there is no file, or it is a directory, a pipe, a device.
+  """
+  with naming_errors(path):
+    if not is_local(path):
+      return epath.Path(path).stat().length, 0
+    # epath has whole seconds only, and looks up the names of owners.
+    found = os.stat(path)
+  if not stat.S_ISREG(found.st_mode):
+    kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
+    raise UnreadableFile(path, f'is {kind}, not a file')
+  return found.st_size, found.st_mtime_ns
+
+
+def is_there(path: epath.PathLike) -> bool:
+  """Whether there is anything of a name, be it a link that leads nowhere."""
+  return os.path.lexists(path) if is_local(path) else epath.Path(path).exists()
+
+
+def is_local(path: epath.PathLike) -> bool:
+  """Whether a path is on a file system, not in a bucket."""
+  return '://' not in os.fspath(path)
+
+
+@contextlib.contextmanager
+def naming_errors(path: epath.PathLike) -> Iterator[None]:
+  """Turns an OSError raised inside into an `UnreadableFile`."""
+  try:
+    yield
+  except OSError as error:
+    reason = error.strerror or ' '.join(str(error).split()) or 'unknown error'
+    raise UnreadableFile(path, f'cannot be read ({reason})') from error
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """Reads a file of 64 MiB at most.
+
+  Raises:
+    UnreadableFile: it cannot be read, or is larger.
+  """
+  require_file(path)
+  with naming_errors(path), epath.Path(path).open('rb') as file:
+    data = file.read(_LARGEST + 1)
+  if len(data) > _LARGEST:
+    raise UnreadableFile(path, f'is larger than {_LARGEST >> 20} MiB')
+  return data
+
+
+def read_json(
+  path: epath.PathLike,
+  is_valid: Callable[[Any], bool] = lambda value: isinstance(value, dict),
+) -> Any:
+  """Reads a JSON file.
+
+  Args:
+    path: of the file.
+    is_valid: whether a value of JSON's types, at most 64 deep, is one that the
+      file should hold.
+
+  Raises:
+    UnreadableFile: it cannot be read, is empty or no JSON, or is not valid.
+  """
+  data = read_bytes(path)
+  if not data.strip():
+    raise UnreadableFile(path, 'is empty')
+  try:
+    return _parse(data, is_valid)
+  except ValueError as error:
+    raise UnreadableFile(path, str(error)) from None
+
+
+def read_json_lines(
+  path: epath.PathLike,
+  is_valid: Callable[[Any], bool] = lambda value: isinstance(value, dict),
+) -> list[Any]:
+  """Reads what can be read of a file with a JSON value on each line.
+
+  Other lines are left out, and their number is logged: a killed process may
+  have cut off the last one. A file that cannot be read at all is logged too,
+  and is as one without lines; so is a missing one, which is not logged.
+
+  Args:
+    path: of the file.
+    is_valid: see `read_json`, of the value of a line.
+  """
+  values, odd = [], 0
+  if not is_there(path):
+    return values
+  try:
+    size, _ = require_file(path)
+    if size > _LARGEST_LINES:
+      raise UnreadableFile(path, f'is larger than {_LARGEST_LINES >> 30} GiB')
+    with naming_errors(path), epath.Path(path).open('rb') as file:
+      whole = True
+      while line := file.readline(_LONGEST_LINE):
+        # The rest of a line that was too long is no line of its own.
+        begins, whole = whole, line.endswith(b'\n')
+        if not begins or not line.strip():
+          continue
+        try:
+          values.append(_parse(line, is_valid))
+        except ValueError:
+          odd += 1
+  except UnreadableFile as error:
+    logging.warning('%s: it is not used.', error)
+  if odd:
+    logging.warning('%s: %d lines cannot be read; left out.', path, odd)
+  return values
+
+
+def is_number(value: Any) -> bool:
+  """Whether a JSON value is a finite number."""
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # A whole number of hundreds of digits.
+    return False
+
+
+def is_count(value: Any) -> bool:
+  """Whether a JSON value is a whole number that is not negative."""
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parse(data: bytes, is_valid: Callable[[Any], bool]) -> Any:
+  """Decodes JSON.
+
+  Raises:
+    ValueError: says what is wrong, as `UnreadableFile.reason`.
+  """
+  try:
+    value = json.loads(data)
+  except ValueError as error:  # Also UnicodeDecodeError.
+    raise ValueError(f'is no JSON ({" ".join(str(error).split())})') from None
+  except RecursionError:
+    raise ValueError('is nested too deep') from None
+  if _is_deep(value):
+    raise ValueError('is nested too deep')
+  if not is_valid(value):
+    raise ValueError('does not hold what it should')
+  return value
+
+
+def _is_deep(value: Any) -> bool:
+  level = [value]
+  for _ in range(_DEEPEST):
+    level = [
+      child
+      for parent in level
+      if isinstance(parent, dict | list)
+      for child in (parent.values() if isinstance(parent, dict) else parent)
+    ]
+    if not level:
+      return False
+  return True
+
+
+def set_aside(path: epath.PathLike, suffix: str = 'unreadable') -> None:
+  """Renames what is not what it should be, so that it can be made anew.
+
+  Args:
+    path: of a file or a directory; its new name ends in the suffix.
+    suffix: without a dot. A `+` is added for each name that exists already.
+  """
+  path = epath.Path(path)
+  target = path.with_name(f'{path.name}.{suffix}')
+  while target.exists():
+    target = target.with_name(f'{target.name}+')
+  path.rename(target)
+  logging.warning('%s is now %s.', path, target.name)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ command makes the missing files. Several machines divide the work by
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -239,7 +238,10 @@ def _write_info(path: str, info: precomputed.TextInfo) -> None:
     # The machines that share the work all write it.
     files.write_json(file, dataclasses.asdict(info), shared=True)
     return
-  found = precomputed.TextInfo(**json.loads(file.read_text()))
+  try:
+    found = precomputed.TextInfo(**files.read_json(file))
+  except (files.UnreadableFile, TypeError) as error:
+    raise ValueError(f'{file} is damaged ({error}): remove it.') from None
   precomputed.require_same(path, found, info.made_with)
   if found != info:
     raise ValueError(

@@ -29,7 +29,7 @@ import shutil
 import sys
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
@@ -207,7 +207,7 @@ def prepare(
     [
       (path, report)
       for path, report in list(zip(paths, reports))[index::count]
-      if not report.exists()
+      if not _is_finished(report)
     ],
     num_workers,
     'tar',
@@ -227,7 +227,10 @@ def _begin(
   begun = partial / 'options.json'
   settings = {'tars': paths, **dataclasses.asdict(options)}
   if begun.exists():
-    found = json.loads(begun.read_text())
+    try:
+      found = files.read_json(begun)
+    except files.UnreadableFile as error:
+      raise ValueError(f'{error}: remove {partial}.') from None
     # Options may have been added since.
     different = [key for key in found if found[key] != settings.get(key)]
     if different:
@@ -376,7 +379,7 @@ def _read_reports(
   parts, rejected = [], collections.Counter()
   with rejects.open('w') as lines:
     for report in reports:
-      found = json.loads(report.read_text())
+      found = files.read_json(report)
       parts += [
         (split, _records(report, split), np.ones(count, bool))
         for split, count in found['counts'].items()
@@ -388,6 +391,32 @@ def _read_reports(
           json.dumps({'key': key, 'reason': reason, 'detail': detail}) + '\n'
         )
   return parts, rejected
+
+
+def _is_finished(report: pathlib.Path) -> bool:
+  """Whether a tar has its report; one that cannot be read is made anew."""
+  try:
+    files.read_json(report, _is_report)
+  except files.UnreadableFile as error:
+    if report.exists():
+      logging.warning('%s: the tar is read again.', error)
+    if report.is_dir():
+      files.set_aside(report)
+    return False
+  return True
+
+
+def _is_report(value: Any) -> bool:
+  return (
+    isinstance(value, dict)
+    and isinstance(value.get('counts'), dict)
+    and all(map(files.is_count, value['counts'].values()))
+    and isinstance(value.get('rejects'), list)
+    and all(
+      isinstance(reject, list) and [*map(type, reject)] == [str, str, str]
+      for reject in value['rejects']
+    )
+  )
 
 
 def _deduplicate(parts: Sequence[Part]) -> tuple[list[Part], int]:

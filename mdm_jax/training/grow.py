@@ -38,7 +38,7 @@ def grow(fresh: Any, trained: Any) -> Any:
     `trained` where it has a parameter, else `fresh`.
 
   Raises:
-    ValueError: a trained parameter has no place or another shape, or a
+    CheckpointError: a trained parameter has no place or another shape, or a
       parameter outside the new levels is missing. The message names them.
   """
   fresh = traverse_util.flatten_dict(fresh, sep='/')
@@ -56,7 +56,7 @@ def grow(fresh: Any, trained: Any) -> Any:
     if _block(name) in blocks
   ]
   if problems:
-    raise ValueError(
+    raise saved_steps.CheckpointError(
       'The last stage does not fit into this one: '
       + '; '.join(sorted(problems))
     )

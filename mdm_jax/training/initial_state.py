@@ -32,9 +32,8 @@ def make_initial_state(
     data: fingerprint of the data set.
 
   Raises:
-    CheckpointError: no checkpoint is good.
+    CheckpointError: no checkpoint is good, or one does not fit.
     DataError: the data set is not that of the checkpoint.
-    ValueError: the last stage does not fit into this one.
   """
   if saved.last_step:
     state, extra = saved.checkpoints.restore(shapes)

@@ -280,9 +280,9 @@ def _evaluate(run: Run, stage: Stage) -> None:
 
 def _report_goodput(run: Run) -> None:
   sessions, seconds = goodput.totals(run.workdir)
-  if not sessions:  # The file could not be written.
-    return
   total = sum(seconds.values())
+  if not total:  # The file could not be written, or not be read.
+    return
   run.writer.scalars(sessions, seconds, stage='goodput')
   logging.info(
     'Time spent, in %d session%s:\n%s',

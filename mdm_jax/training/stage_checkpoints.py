@@ -16,10 +16,10 @@ from absl import logging
 import jax
 
 from mdm_jax.builders.stage import Stage
-from mdm_jax.checkpoint import restore
+from mdm_jax.checkpoint import identity, restore
 from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.optim import post_hoc_ema
-from mdm_jax.runtime import distributed
+from mdm_jax.runtime import distributed, files
 from mdm_jax.steps.state import Params, TrainState
 
 
@@ -38,6 +38,8 @@ class StageCheckpoints:
       CheckpointError: there are checkpoints of a kind, but none is good.
     """
     config = stage.config
+    if jax.process_index() == 0:
+      identity.begin_run(workdir)
     self._metric, self._best_value = config.eval.best_metric, -math.inf
     self._open = contextlib.ExitStack()
 
@@ -62,8 +64,9 @@ class StageCheckpoints:
       self._best = opened('best', save_interval=1, max_to_keep=1)
       if self._best.latest_step() is not None:
         best = restore.read_extra(stage.directory(workdir, 'best'))
-        if best['metric'] == self._metric:
-          self._best_value = self._score(best['value'])
+        value = best.get('value')
+        if best.get('metric') == self._metric and files.is_number(value):
+          self._best_value = self._score(value)
     self.last_step = self.checkpoints.latest_step() or 0
     self._every = config.checkpoint_every
     self._seconds = 60 * config.checkpoint_minutes or math.inf

@@ -14,6 +14,7 @@ from mdm_jax.builders.config import (
   require_same_config,
   write_config,
 )
+from tests.runtime.test_files import UNREADABLE
 
 
 def test_an_older_run_lacks_keys_and_goes_on(make_config, tmp_path):
@@ -91,3 +92,25 @@ def test_keys_of_sections_in_lists_are_added(make_config, monkeypatch):
   stages = load_config(values).stages
   assert [stage.accumulate for stage in stages] == [3, 1]
   assert 'accumulate' not in values['stages'][0]
+
+
+@pytest.mark.parametrize('case', UNREADABLE)
+def test_a_config_that_cannot_be_read_is_named_or_made_anew(
+  make_config, tmp_path, monkeypatch, caplog, case
+):
+  make, reason = UNREADABLE[case]
+  monkeypatch.chdir(tmp_path)
+  make(tmp_path / 'config.json')
+  with pytest.raises((ValueError, FileNotFoundError)) as error:
+    read_config(tmp_path)
+  if (tmp_path / 'config.json').exists():
+    assert f'config.json {reason}' in str(error.value)
+    assert 'run the command that trains the run once more' in str(error.value)
+  assert '\n' not in str(error.value)
+
+  new = json.loads(make_config().to_json())
+  require_same_config(tmp_path, new)
+  (record,) = caplog.records
+  assert f'config.json {reason}' in record.getMessage()
+  write_config(tmp_path, new)
+  assert read_config(tmp_path) == new

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mdm_jax.report import background, goodput
+from tests.runtime.test_files import ODD, UNREADABLE
 
 
 @pytest.fixture
@@ -106,3 +107,36 @@ def test_repeated_steps_count_as_lost(tmp_path, clock):
   sessions, seconds = goodput.totals(tmp_path)
   assert sessions == 3
   assert seconds == {'start_up': 30.0, 'step': 12.0, 'lost': 7.0, 'data': 4.0}
+
+
+@pytest.mark.parametrize('key', ['session', 'stage', 'step', 'seconds'])
+def test_odd_lines_are_left_out(tmp_path, clock, caplog, key):
+  train(tmp_path, clock, 0, 4)
+  expected = goodput.totals(tmp_path)
+  path = tmp_path / 'goodput.jsonl'
+  good = path.read_text().splitlines()[0]
+  odd = ODD if key != 'stage' else [x for x in ODD if x[0] != '"']
+  if key == 'seconds':
+    odd = [x for x in odd if x != '{}']
+    odd += ['{"step": ' + x + '}' for x in ODD if x != '1.5e300']
+    odd += ['{"a b": 1}', '{"\\u001b[1m": 1}']
+  if key == 'session':
+    odd = [x for x in odd if x not in ('-1', '1.5e300')]
+  lines = []
+  for value in odd:
+    line = json.loads(good)
+    line[key] = '?'
+    lines.append(json.dumps(line).replace('"?"', value))
+    del line[key]
+    lines.append(json.dumps(line))
+  with path.open('a') as file:
+    file.write('\n'.join(lines) + '\nnull\n3\n')
+  assert goodput.totals(tmp_path) == expected
+  assert f'{len(lines) + 2} lines cannot be read' in caplog.text
+
+
+@pytest.mark.parametrize('case', UNREADABLE)
+def test_a_file_that_cannot_be_read_has_no_totals(tmp_path, monkeypatch, case):
+  monkeypatch.chdir(tmp_path)
+  UNREADABLE[case][0](tmp_path / 'goodput.jsonl')
+  assert goodput.totals(tmp_path) == (0, {})

@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 
 from mdm_jax.report.sample_directory import SampleDirectory
+from tests.runtime.test_files import ODD, UNREADABLE
 
 RECORDS = [
   {'prompt': f'<b>{i}</b> круг', 'seed': i, 'weights': [0.5, 1]}
@@ -88,6 +89,38 @@ def test_samples_with_another_record_are_replaced(stopped):
   assert SampleDirectory(stopped, other).missing == [0, 1]
   # Samples with another record or without files have no line any more.
   assert [line['index'] for line in lines(stopped)] == [2]
+
+
+@pytest.mark.parametrize('case', UNREADABLE)
+def test_without_readable_lines_all_samples_are_missing(
+  stopped, monkeypatch, case
+):
+  monkeypatch.chdir(stopped)
+  path = stopped / 'samples.jsonl'
+  path.unlink()
+  UNREADABLE[case][0](path)
+  samples = SampleDirectory(stopped, RECORDS)
+  assert samples.missing == [0, 1, 2, 3, 4]
+  samples.add(0, levels(0))
+  assert SampleDirectory(stopped, RECORDS).missing == [1, 2, 3, 4]
+
+
+def test_odd_lines_are_no_samples(stopped):
+  path = stopped / 'samples.jsonl'
+  good = json.loads(path.read_text().splitlines()[0])
+  odd = []
+  for value in [
+    *map(json.loads, ODD),
+    [[]],
+    {'4': 1},
+    {'4': 'a\0b'},
+    {'4': ''},
+  ]:
+    odd += [good | {'files': value}]
+    if value not in ({}, -1):
+      odd += [good | {'index': value}, good | {'prompt': value}]
+  path.write_text('\n'.join(map(json.dumps, odd)))
+  assert SampleDirectory(stopped, RECORDS).missing == [0, 1, 2, 3, 4]
 
 
 def test_thousands_of_samples_are_in_subdirectories(tmp_path):

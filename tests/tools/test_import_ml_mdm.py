@@ -130,7 +130,7 @@ def stray(tmp_path, config, index, random_params):
 def test_stray_tensors_are_left_out_if_asked(
   toy, random_params, tmp_path, caplog
 ):
-  caplog.set_level('INFO')
+  caplog.set_level('INFO', logger='absl')
   params = stray(tmp_path, toy, 1, random_params)
 
   def run(ignore):
@@ -180,7 +180,7 @@ def test_what_is_missing_is_never_ignored(toy, random_params, tmp_path):
 def test_it_is_sampled_in_float32_and_trained_as_the_recipe_says(
   toy, random_params, tmp_path, caplog
 ):
-  caplog.set_level('INFO')
+  caplog.set_level('INFO', logger='absl')
   toy.dtype = 'bfloat16'
   params = write_toy(toy, tmp_path / 'a.pth', 0, random_params)
   workdir = tmp_path / 'run'

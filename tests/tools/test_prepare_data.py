@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from mdm_jax.data.images import decode_image
 from mdm_jax.runtime import files
 from mdm_jax.tools import prepare_data
 from mdm_jax.tools.prepare_data import Options
+from tests.runtime.test_files import UNREADABLE
 
 RED = (200, 30, 40)
 
@@ -317,6 +319,51 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
   ]
   assert contents(output) == contents(whole)
   assert {'out', 'whole'} == {p.name for p in tmp_path.iterdir() if p.is_dir()}
+
+
+def test_reports_that_cannot_be_read_are_made_anew(tmp_path, monkeypatch):
+  for i in range(2):
+    write_tar(tmp_path / f'{i}.tar', good_files(3))
+  output, whole = tmp_path / 'out', tmp_path / 'whole'
+  options = Options(validation_fraction=0.5)
+  prepare_data.prepare(f'{tmp_path}/*.tar', str(whole), options)
+  with monkeypatch.context() as patch:
+    patch.setattr(files, 'write_text', fail_on('summary.json'))
+    with pytest.raises(KeyboardInterrupt):
+      prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
+  (begun,) = tmp_path.glob('*/options.json')
+  report = begun.with_name('000001.json')
+  good = report.read_text()
+  odd = [
+    good.replace('"counts": {', '"counts": {"train": "3", "x": '),
+    good.replace('"rejects": []', '"rejects": [["a", "b"]]'),
+    good.replace('"rejects"', '"rejected"'),
+  ]
+  assert good not in odd
+  monkeypatch.chdir(begun.parent)
+  for make in [*(make for make, _ in UNREADABLE.values()), *odd]:
+    report.unlink()
+    if isinstance(make, str):
+      report.write_text(make)
+    else:
+      make(report)
+    assert not prepare_data._is_finished(report)
+    prepare_data._convert(options, (str(tmp_path / '1.tar'), report))
+    assert report.read_text() == good
+
+  settings = begun.read_text()
+  for make, reason in UNREADABLE.values():
+    begun.unlink(missing_ok=True)
+    make(begun)
+    if begun.exists():
+      with pytest.raises(ValueError, match=re.escape(reason)):
+        prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
+    if begun.is_dir():
+      begun.rmdir()
+      begun.touch()
+  begun.write_text(settings)
+  prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
+  assert contents(output) == contents(whole)
 
 
 def fail_on(name):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -29,6 +30,7 @@ from mdm_jax.runtime import replica_check, sharding
 from mdm_jax.training import loop, monitor
 from tests import commands, toy
 from tests.report.test_metric_writer import read_events
+from tests.runtime.test_files import UNREADABLE
 from tests.tools.test_prepare_data import good_files, write_tar
 
 
@@ -235,6 +237,48 @@ def test_a_damaged_last_checkpoint_is_trained_again(finished, tmp_path, caplog):
   )
   assert (directory / '6.corrupt').exists()
   assert digest(workdir, config, 1) == digest(finished, config, 1)
+
+
+@pytest.mark.parametrize(
+  'case, is_finished', [('empty', True), ('directory', False)]
+)
+def test_side_files_that_cannot_be_read_are_made_anew(
+  finished, tmp_path, case, is_finished, caplog
+):
+  config = toy_config()
+  workdir = shutil.copytree(finished, tmp_path / 'run')
+  last = stage_directory(workdir, config, 1).relative_to(workdir)
+  # A stage that is not finished is evaluated anew at its end, in any case.
+  named = ['config.json', 'eval/6.json']
+  if not is_finished:
+    named = ['config.json', 'run.json', f'{last}/finished.json']
+  compared = [*named, 'eval/6.json']
+  for name in {*named, 'eval/6.json', 'goodput.jsonl', 'metrics.jsonl'}:
+    (workdir / name).unlink()
+    UNREADABLE[case][0](workdir / name)
+  run(config, workdir)
+  assert digest(workdir, config, 1) == digest(finished, config, 1)
+  for name in named:
+    assert f'{name} is ' in caplog.text
+  for name in compared:
+    made, old = (
+      json.loads((path / name).read_text()) for path in (workdir, finished)
+    )
+    assert made == old, name
+
+
+def test_swapped_stages_end_the_run_with_one_line(finished, tmp_path):
+  config = toy_config()
+  workdir = shutil.copytree(finished, tmp_path / 'run')
+  first, last = (stage_directory(workdir, config, index) for index in range(2))
+  first.rename(tmp_path / 'first')
+  last.rename(first)
+  (tmp_path / 'first').rename(last)
+  with pytest.raises(saved_steps.CheckpointError) as error:
+    run(config, workdir)
+  assert f'6: it was saved as step 6 of checkpoints/{first.name}' in (
+    str(error.value)
+  )
 
 
 def test_checkpoints_by_time_change_nothing_else(finished, tmp_path):
@@ -513,6 +557,21 @@ def test_sample_command(finished, tmp_path):
   assert '1 of 2 prompts are cut, such as "a star a star' in result.stderr
   with Image.open(tmp_path / '0003.webp') as animation:
     assert animation.n_frames == 2
+
+
+def test_sample_uses_an_older_checkpoint(finished, tmp_path):
+  workdir = shutil.copytree(finished, tmp_path / 'run')
+  last = stage_directory(workdir, toy_config(), 1) / '6'
+  path = next((last / 'state' / 'd').iterdir())
+  path.unlink()
+  os.mkfifo(path)
+  result = run_sample(workdir=workdir, prompt='x', num_samples=1, steps=1)
+  assert result.returncode == 0, result.stderr
+  text = f'{last.name} is damaged: {path.relative_to(last)} is a named pipe'
+  assert text in result.stderr
+  assert 'Traceback' not in result.stderr
+  (line,) = lines_of(workdir / 'generated' / 'samples.jsonl')
+  assert line['step'] == 4
 
 
 def test_sample_with_a_guide(finished, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from mdm_jax.builders.config import stage_directory
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.checkpoint import restore, saved_steps
+from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.inference import weights
 from mdm_jax.optim import post_hoc_ema, skip_step
 from mdm_jax.runtime import sharding
@@ -180,3 +181,47 @@ def test_the_best_stays_until_there_is_a_better_one(config, tmp_path):
   ) == [9, 9, 11]
   with StageCheckpoints(make_stage(config, 0), tmp_path) as saved:
     saved.save_if_best(12, {}, {'held_out_loss_8': 0.1})  # No such metric.
+
+
+@pytest.mark.parametrize(
+  'extra',
+  [
+    {},
+    {'metric': 'accuracy_shape'},
+    {'metric': ['accuracy_shape'], 'value': 0.9},
+    {'metric': 'accuracy_shape', 'value': '0.9'},
+    {'metric': 'accuracy_shape', 'value': float('nan')},
+    {'metric': 'accuracy_shape', 'value': None},
+  ],
+)
+def test_a_best_without_its_metric_is_replaced(config, tmp_path, extra):
+  directory = stage_directory(tmp_path, config, 0, 'best')
+  with Checkpoints(directory, save_interval=1, max_to_keep=1) as opened:
+    opened.save(1, {'ema': {'bias': jnp.ones(3)}}, extra)
+  assert best_steps(config, tmp_path, 'accuracy_shape', {2: 0.2, 3: 0.1}) == [
+    2,
+    2,
+  ]
+
+
+@pytest.mark.parametrize(
+  'extra',
+  [
+    {},
+    {'updates': 12},
+    {'updates': '12', 'widths': ['0.1']},
+    {'updates': 12, 'widths': '0.1'},
+    {'updates': 12, 'widths': [0.1]},
+    {'updates': -1, 'widths': ['0.1']},
+  ],
+)
+def test_what_is_no_snapshot_is_left_out(
+  config, workdir, tmp_path, caplog, extra
+):
+  copy = shutil.copytree(workdir, tmp_path / 'run')
+  directory = stage_directory(copy, config, 0, 'averages')
+  with Checkpoints(directory, save_interval=1, max_to_keep=None) as opened:
+    opened.save(13, {'0.1': {'bias': jnp.ones(3)}}, extra)
+  found = weights.restore_weights(config, copy, sigma_rel=0.1).params
+  np.testing.assert_allclose(flat(found), brute_force(0.1), rtol=0, atol=1e-6)
+  assert '13 is no snapshot' in caplog.text

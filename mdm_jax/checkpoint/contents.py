@@ -1,0 +1,201 @@
+"""What is inside of a step's directory, whether or not it has a manifest.
+
+Orbax writes `state`, a tree of arrays, and `extra`, a JSON file, each into a
+directory of its own. Arrays are read by TensorStore, on which Orbax is based.
+"""
+
+import functools
+from typing import Any
+
+from etils import epath, epy
+import jax
+
+from mdm_jax.checkpoint import manifest
+from mdm_jax.checkpoint.identity import Identity
+from mdm_jax.runtime import files
+
+with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
+  import orbax.checkpoint as ocp
+  import tensorstore
+
+PyTree = Any
+# What is raised if files are missing or damaged.
+READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
+_STATE, _EXTRA = 'state/_METADATA', 'extra/metadata'
+_STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
+# Names of data files are hashes. All others are short, and are read whole.
+_DATA = '/d/'
+_SHORT = 2**26  # Bytes.
+
+
+def is_committed(directory: epath.PathLike) -> bool:
+  """Whether Orbax has committed a step, as far as its directory tells.
+
+  One that cannot tell is damaged, and so counts as committed.
+  """
+  path = epath.Path(directory) / _STEP
+  try:
+    return files.read_json(path).get('commit_timestamp_nsecs') is not None
+  except files.UnreadableFile:
+    return files.is_there(path)
+
+
+def abstract_state(directory: epath.PathLike) -> PyTree:
+  """Shapes and dtypes of the state of a step.
+
+  Returns:
+    Nested dicts of `jax.ShapeDtypeStruct`; a tuple of the state is a dict of
+    its indices, as text.
+
+  Raises:
+    READ_ERRORS: it cannot be read.
+  """
+  return jax.tree.map(
+    lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype),
+    _open_state(directory),
+  )
+
+
+def read_field(directory: epath.PathLike, key: str) -> PyTree:
+  """Reads a top-level field of the state of a step to the host.
+
+  Orbax could read it as well. But it waits for other processes, which may have
+  failed, and after an error its threads write tracebacks to the console.
+
+  Returns:
+    Nested dicts of NumPy arrays, see `abstract_state`.
+
+  Raises:
+    READ_ERRORS: it cannot be read.
+  """
+  field = _open_state(directory, key)[key]
+  reads = jax.tree.map(lambda array: array.read(), field)
+  return jax.tree.map(lambda read: read.result(), reads)
+
+
+def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
+  """Opens the arrays of a state, or those of one field."""
+  directory = epath.Path(directory).absolute()
+  description = files.read_json(directory / _STATE)
+  driver = 'zarr3' if description['use_zarr3'] else 'zarr'
+  base = f'{directory}/state/'
+  if files.is_local(directory):
+    base = {'driver': 'file', 'path': base}
+  tree = {}
+  for leaf in description['tree_metadata'].values():
+    *outer, last = path = [part['key'] for part in leaf['key_metadata']]
+    if key not in (None, path[0]):
+      continue
+    node = tree
+    for name in outer:
+      node = node.setdefault(name, {})
+    node[last] = {}
+    if not leaf['value_metadata']['skip_deserialize']:  # It is not empty.
+      store = {'driver': 'ocdbt', 'base': base, 'path': '.'.join(path)}
+      node[last] = tensorstore.open(
+        {'driver': driver, 'kvstore': store}, read=True
+      )
+  return jax.tree.map(lambda opening: opening.result(), tree)
+
+
+def read_extra(directory: epath.PathLike) -> dict[str, Any]:
+  """Reads the JSON values that were saved with a state.
+
+  Raises:
+    UnreadableFile: they cannot be read.
+  """
+  return files.read_json(epath.Path(directory) / _EXTRA)
+
+
+def cannot_be_opened(directory: epath.PathLike) -> str | None:
+  """Says what Orbax stumbles over when it looks for the steps that exist."""
+  directory = epath.Path(directory)
+  try:
+    manifest.list_files(directory)
+    _require_step_metadata(directory)
+  except files.UnreadableFile as error:
+    return str(error).removeprefix(f'{directory}/')
+
+
+def _require_step_metadata(directory: epath.Path) -> None:
+  path = directory / _STEP
+  files.read_json(path)  # Orbax would wait for a pipe, and recurse.
+  try:
+    _ = ocp.path.step.Metadata(0, directory).commit_timestamp_nsecs
+  except ValueError as error:
+    reason = f'is not what Orbax writes: {error}'
+    raise files.UnreadableFile(path, reason) from None
+
+
+def hollow(directory: epath.PathLike) -> str | None:
+  """Names an item that a step lacks, as in 'state/_METADATA is missing'."""
+  for name in (_STATE, _EXTRA):
+    if not (epath.Path(directory) / name).exists():
+      return f'{name} is missing'
+  return None
+
+
+def problem(directory: epath.PathLike) -> str | None:
+  """Looks into a step that has no manifest, by reading all of it once.
+
+  Returns:
+    What keeps the step from being restored, or what other checkpoint it is;
+    None if it can be used.
+  """
+  directory = epath.Path(directory)
+  try:
+    return _problem(str(directory), manifest.list_files(directory))
+  except files.UnreadableFile as error:
+    return str(error).removeprefix(f'{directory}/')
+
+
+def other_identity(directory: epath.PathLike) -> str | None:
+  """Compares the place of a step with what its content says.
+
+  For steps whose manifests do not say it. The state of a stage in training has
+  its step, and `extra` the name of its stage.
+
+  Returns:
+    What other checkpoint it is, or why that cannot be told; None if it is none.
+  """
+  try:
+    return _other_identity(epath.Path(directory))
+  except READ_ERRORS as error:
+    return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> str:
+  reason = ' '.join(str(error).split())[:200] or type(error).__name__
+  return f'its state cannot be read: {reason}'
+
+
+def _other_identity(directory: epath.Path) -> str | None:
+  place = Identity.of(directory)
+  stage = read_extra(directory).get('stage')
+  if stage is not None and stage != place.stage.partition('_')[2]:
+    return f'it was saved in stage {stage!r}'
+  if 'step' not in abstract_state(directory):  # Imported weights, or an EMA.
+    return None
+  step = int(read_field(directory, 'step'))
+  return None if step == place.step else f'it was saved as step {step}'
+
+
+@functools.lru_cache(maxsize=64)
+def _problem(directory: str, listed: manifest.Files) -> str | None:
+  directory = epath.Path(directory)
+  if lacking := hollow(directory):
+    return lacking
+  for name, size, _ in listed:
+    if _DATA not in name and size > _SHORT:
+      return f'{name} is larger than {_SHORT >> 20} MiB'
+  _require_step_metadata(directory)
+  described = (name for name, *_ in listed if name.startswith(_SHAPES))
+  for name in (_STATE, _EXTRA, *described):
+    files.read_json(directory / name)
+  # There is no limit to the kinds of errors that damaged files cause.
+  try:
+    for array in jax.tree.leaves(_open_state(directory)):
+      array.read().result()
+    return _other_identity(directory)
+  except Exception as error:
+    return _unreadable(error)
