@@ -7,14 +7,13 @@ It needs Gradio: pip install -r requirements-demo.txt
 
 import importlib.util
 import os
-import signal
 import sys
 import threading
 
 from absl import app, flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import command, cpu
 
 _PORT = flags.DEFINE_integer(
   'port', 7860, 'Port of the page.', lower_bound=1, upper_bound=65535
@@ -78,9 +77,8 @@ def main(argv: list[str]) -> None:
 
   queue = SampleQueue(model, _MAX_WAITING.value)
   page = make_page(queue)
-  stop = threading.Event()
-  for number in preemption.SIGNALS:
-    signal.signal(number, lambda number, frame: stop.set())
+  # It never waits for a compilation.
+  preemption.StopHandler(queue.close, code=0)
   try:
     _, address, _ = launch(page, host, port, users)
   except OSError:
@@ -90,12 +88,10 @@ def main(argv: list[str]) -> None:
     )
   logging.info('The page is at %s; Ctrl-C ends it.', address)
   queue.warm_up()
-  stop.wait()
-  queue.close()
-  preemption.leave(0)  # Without waiting for a compilation.
+  threading.Event().wait()  # A signal ends it.
 
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
   flags.mark_flag_as_required('workdir')
-  app.run(main)
+  command.run(main)

@@ -17,7 +17,7 @@ import sys
 from absl import app, flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import command, cpu
 
 _METRICS = flags.DEFINE_list(
   'metrics',
@@ -166,4 +166,4 @@ def _print(metrics: dict, console) -> None:
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
-  app.run(main)
+  command.run(main)

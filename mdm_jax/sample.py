@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import command, cpu, directory_lock
 
 _PROMPTS = flags.DEFINE_multi_string(
   'prompt', [], 'Prompt to sample; may be repeated.'
@@ -90,8 +90,10 @@ def main(argv: list[str]) -> None:
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
   begin = time.monotonic()
+  output = _OUTPUT.value or pathlib.Path(model.workdir) / 'generated'
   try:
-    count, directory = _sample(model, guide, prompts, text, negative)
+    with directory_lock.holding(output):
+      count = _sample(output, model, guide, prompts, text, negative)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -104,14 +106,15 @@ def main(argv: list[str]) -> None:
     'Sampled %d images in %s: %s',
     count,
     console.duration(time.monotonic() - begin),
-    directory / 'index.html',
+    pathlib.Path(output) / 'index.html',
   )
 
 
-def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
+def _sample(output, model, guide, prompts, text, negative) -> int:
   """Samples what is missing in the output directory.
 
   Args:
+    output: the directory.
     model: a `session.Model`.
     guide: another, or None.
     prompts: texts.
@@ -119,7 +122,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
     negative: [...] the negative prompt as the text encoder reads it.
 
   Returns:
-    The number of new samples, and their directory.
+    The number of new samples.
   """
   import jax
   import numpy as np
@@ -130,7 +133,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
 
   settings = _settings(model, guide)
   samples = SampleDirectory(
-    _OUTPUT.value or pathlib.Path(model.workdir) / 'generated',
+    output,
     [
       {
         'prompt': prompt,
@@ -178,7 +181,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
       'Sampler': settings,
     }
   )
-  return len(rows), samples.directory
+  return len(rows)
 
 
 def _settings(model, guide) -> dict[str, Any]:
@@ -203,4 +206,4 @@ def _read_lines(path: str | None) -> list[str]:
 if __name__ == '__main__':
   cpu.use_huge_pages()
   flags.mark_flag_as_required('workdir')
-  app.run(main)
+  command.run(main)

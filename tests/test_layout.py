@@ -43,13 +43,14 @@ ROWS = (
   'report.background report.console report.gallery report.grid',
   'interop.hugging_face interop.ml_mdm interop.torch_checkpoint',
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
-  'runtime.distributed',
-  'runtime.rendezvous runtime.preemption runtime.watchdog '
+  'runtime.command runtime.distributed',
+  'runtime.preemption runtime.watchdog',
+  'runtime.ending runtime.directory_lock runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.compilation_cache '
   'runtime.peaks runtime.sharding runtime.files',
   # Packages without order: their own modules may import each other, no others.
   'diffusion models data eval',
-  'mixed_batch',
+  'mixed_batch child_process',
 )
 LEAVES = 'diffusion', 'models', 'data', 'eval'
 CONFIG_DICT = (

@@ -30,7 +30,14 @@ from mdm_jax.builders.check import check, parts_of_batches
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
 from mdm_jax.report import console
-from mdm_jax.runtime import compilation_cache, cpu, files, peaks, sharding
+from mdm_jax.runtime import (
+  command,
+  compilation_cache,
+  cpu,
+  files,
+  peaks,
+  sharding,
+)
 from mdm_jax.steps.sample import jit_sample
 from mdm_jax.steps.train import jit_train_step
 
@@ -515,4 +522,4 @@ if __name__ == '__main__':
     'opens its perfetto_trace.json.gz.',
   )
   flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  command.run(main, flags_parser=recipes.parse_flags)

@@ -26,7 +26,7 @@ from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.report import console
-from mdm_jax.runtime import files
+from mdm_jax.runtime import command, files
 
 _BATCH_SIZE = 8
 # How often each is measured. The best counts, as other programs may interfere.
@@ -212,4 +212,4 @@ if __name__ == '__main__':
     'step_rate', None, 'Images/s that training consumes, for comparison.'
   )
   flags.DEFINE_string('output', None, 'JSON file for the results.')
-  app.run(main, flags_parser=recipes.parse_flags)
+  command.run(main, flags_parser=recipes.parse_flags)

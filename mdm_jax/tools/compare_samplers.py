@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import command, cpu, directory_lock
 
 _BATCH = 128  # images that the classifier sees at once
 
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
   path = pathlib.Path(
     values.output or pathlib.Path(values.workdir) / 'samplers.json'
   )
-  found = _compare(model, cases, path)
+  with directory_lock.holding_file(path):
+    found = _compare(model, cases, path)
   found.sort(
     key=lambda one: (
       cases.index((one['sampler'], one['steps']))
@@ -338,4 +339,4 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'plot', None, 'File for a plot of the results, .svg or .png.'
   )
-  app.run(main)
+  command.run(main)

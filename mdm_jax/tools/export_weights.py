@@ -14,6 +14,8 @@ from absl import app, flags, logging
 import numpy as np
 import safetensors.numpy
 
+from mdm_jax.runtime import command, directory_lock
+
 
 def main(argv: list[str]) -> None:
   """Exports the weights of a run."""
@@ -26,7 +28,8 @@ def main(argv: list[str]) -> None:
   console.setup_logging()
   try:
     values = flags.FLAGS
-    export(values.workdir, values.output, values.names)
+    with directory_lock.holding_file(values.output):
+      export(values.workdir, values.output, values.names)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
@@ -97,4 +100,4 @@ if __name__ == '__main__':
     ['ours', 'release'],
     "Names of the parameters: this project's, or those of Apple's ml-mdm.",
   )
-  app.run(main)
+  command.run(main)

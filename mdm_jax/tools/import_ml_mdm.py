@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mdm_jax.builders import recipes
+from mdm_jax.runtime import command, directory_lock
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> None:
   console.setup_logging()
   try:
     values = flags.FLAGS
-    import_checkpoint(values.checkpoint, values.config, values.workdir)
+    with directory_lock.holding(values.workdir):
+      import_checkpoint(values.checkpoint, values.config, values.workdir)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
@@ -120,4 +122,4 @@ if __name__ == '__main__':
     'workdir', None, 'Working directory to create.', required=True
   )
   flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  command.run(main, flags_parser=recipes.parse_flags)

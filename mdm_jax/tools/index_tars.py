@@ -12,6 +12,7 @@ import sys
 from absl import app, flags
 
 from mdm_jax.data import tar_index, tars
+from mdm_jax.runtime import command, directory_lock
 
 
 def main(argv: list[str]) -> None:
@@ -20,9 +21,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   values = flags.FLAGS
   try:
-    counts = tar_index.write_index(
-      tars.find(values.input), values.output, values.validation_fraction
-    )
+    with directory_lock.holding_file(values.output):
+      counts = tar_index.write_index(
+        tars.find(values.input), values.output, values.validation_fraction
+      )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   for split, count in counts.items():
@@ -42,4 +44,4 @@ if __name__ == '__main__':
     0.01,
     'Fraction of the records for the validation split.',
   )
-  app.run(main)
+  command.run(main)

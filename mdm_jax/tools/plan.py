@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from mdm_jax.builders import recipes
 from mdm_jax.models.unet import REMAT
 from mdm_jax.report import console
-from mdm_jax.runtime import sharding
+from mdm_jax.runtime import command, sharding
 from mdm_jax.runtime.peaks import Chip
 from mdm_jax.tools.compile_for_tpu import find_devices, measure, prepare
 
@@ -325,4 +325,4 @@ if __name__ == '__main__':
   flags.DEFINE_float('price', None, 'Price of a chip for an hour.')
   flags.DEFINE_string('cache', str(_CACHE), 'Directory of cached results.')
   flags.mark_flags_as_required(['config', 'topology'])
-  app.run(main, flags_parser=recipes.parse_flags)
+  command.run(main, flags_parser=recipes.parse_flags)

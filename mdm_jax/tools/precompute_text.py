@@ -24,7 +24,7 @@ import numpy as np
 
 from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
-from mdm_jax.runtime import files
+from mdm_jax.runtime import command, directory_lock, files
 
 # Captions per file. At most this many are lost if the program is killed.
 SHARD_SIZE = 4096
@@ -44,7 +44,11 @@ def main(argv: list[str]) -> None:
   console.setup_logging()
   try:
     values = flags.FLAGS
-    precompute(values.config, values.batch_size, values.storage, values.part)
+    with directory_lock.holding_part(
+      precomputed.text_directory(values.config.data.path),
+      *_parse_part(values.part),
+    ):
+      precompute(values.config, values.batch_size, values.storage, values.part)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f'error: {error}')
 
@@ -310,4 +314,4 @@ if __name__ == '__main__':
     'k/n: this is machine k, from 0, of n machines that share the work.',
   )
   flags.mark_flag_as_required('config')
-  app.run(main, flags_parser=recipes.parse_flags)
+  command.run(main, flags_parser=recipes.parse_flags)

@@ -29,20 +29,25 @@ import shutil
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 import tqdm
 
+from mdm_jax import child_process
 from mdm_jax.data import tars
 from mdm_jax.data.transforms import BadRecord, load_image
-from mdm_jax.runtime import files
+from mdm_jax.runtime import command, directory_lock, files
 
 SPLITS = ('train', 'validation')
 # Records of whole tars are joined into files of up to this many records.
 _RECORDS_PER_SHARD = 10_000
 _JPEG_QUALITY = 95
+# Seconds from SIGTERM to the end of a worker: time enough for this process, if
+# it gets the same signal, to end as it should, and for an executor that ends
+# its workers so.
+_PATIENCE = 5.0
 _DIGEST = np.dtype('V16')  # hash of an image file
 
 # A split, a file of records, and bool [records]: which records to use.
@@ -239,7 +244,10 @@ def _run_all(
       return
     pool = stack.enter_context(
       concurrent.futures.ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context('spawn')
+        num_workers,
+        multiprocessing.get_context('spawn'),
+        child_process.begin,
+        (_PATIENCE,),
       )
     )
     # After an error no further job is started.
@@ -507,9 +515,12 @@ def main(_) -> None:
     }
   )
   try:
-    summary = prepare(
-      values.input, values.output, options, values.num_workers, values.part
-    )
+    with directory_lock.holding_part(
+      f'{values.output}.incomplete', *_parse_part(values.part)
+    ):
+      summary = prepare(
+        values.input, values.output, options, values.num_workers, values.part
+      )
   except ValueError as error:
     sys.exit(f'prepare_data: {error}')
   except (OSError, RuntimeError) as error:
@@ -576,4 +587,4 @@ if __name__ == '__main__':
     '0/1',
     'k/n: this is machine k, from 0, of n machines that share the work.',
   )
-  app.run(main)
+  command.run(main)

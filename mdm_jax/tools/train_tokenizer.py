@@ -14,7 +14,7 @@ from absl import app, flags, logging
 import sentencepiece
 
 from mdm_jax.data import shapes
-from mdm_jax.runtime import files
+from mdm_jax.runtime import command, directory_lock, files
 
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'File to write the model to.', required=True
@@ -81,10 +81,13 @@ def main(argv: list[str]) -> None:
   else:
     with open(_CAPTIONS.value, encoding='utf-8') as lines:
       model = train((line.strip() for line in lines), _VOCAB_SIZE.value)
-  with files.replacing(_OUTPUT.value) as temporary:
+  with (
+    directory_lock.holding_file(_OUTPUT.value),
+    files.replacing(_OUTPUT.value) as temporary,
+  ):
     temporary.write_bytes(model)
   logging.info('wrote %s (%d bytes)', _OUTPUT.value, len(model))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -64,7 +64,7 @@ def running(
     workdir, mesh, frozen: see `Run`.
     began: `time.monotonic()` at the start of the process; None for now.
   """
-  dog = watchdog.Watchdog(config.watchdog, preemption.leave)
+  dog = watchdog.Watchdog(config.watchdog)
   writer = MetricWriter(workdir)
   goodput = Goodput(
     workdir, began, lambda bucket: dog.watch(_PHASES.get(bucket, bucket))
@@ -72,6 +72,7 @@ def running(
   stop = preemption.StopHandler(
     lambda: (goodput.flush(), writer.flush()),
     distributed.Peers() if jax.process_count() > 1 else None,
+    lambda: dog.watch('save'),
   )
   with (
     contextlib.closing(dog),

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from mdm_jax.runtime import preemption
 from tests import commands, toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -125,7 +126,8 @@ def test_second_signal_does_not_wait(start):
   process = start('-c', BUSY + "stop.defer(); say('ready'); work()")
   read_until(process, 'ready')
   process.terminate()
-  read_until(process, 'a second signal')
+  read_until(process, 'the same signal again')
+  time.sleep(2 * preemption._SAME)
   code, output, seconds = end(process)
   assert (code, output) == (75, '')
   assert seconds < SOON

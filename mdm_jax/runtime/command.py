@@ -1,0 +1,74 @@
+"""Runs a command, from its flags to its end: the same way for all commands."""
+
+from collections.abc import Callable
+import errno
+import sys
+from typing import Any, NoReturn
+
+from absl import app
+
+from mdm_jax.runtime import directory_lock, ending, preemption
+
+# A disk that takes no more, not a mistake in the program.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+
+
+def run(main: Callable[[list[str]], Any], **options: Any) -> NoReturn:
+  """Runs `main` as `absl.app.run` does, and then ends the process soon.
+
+  A stop request ends it with `preemption.EXIT_CODE`, at once where `main` has
+  no `StopHandler` of its own.
+
+  Args:
+    main: of the command.
+    options: of `absl.app.run`.
+  """
+  sys.stderr = _Stderr(sys.stderr)
+  stop = preemption.StopHandler(lambda: None)
+  code, message = 0, ''
+  try:
+    app.run(main, **options)
+  except SystemExit as exited:
+    code = exited.code or 0
+    if not isinstance(code, int):
+      code, message = 1, str(code)
+  except directory_lock.InUse as error:
+    code, message = 1, f'error: {error}'
+  # The only place that catches everything: whatever has happened, the process
+  # ends now, and the threads of libraries have no say in it.
+  except BaseException as error:
+    code = 1
+    if isinstance(error, OSError) and error.errno in _DISK:
+      message = f'error: {error}. What is finished is kept.'
+    else:
+      sys.excepthook(*sys.exc_info())
+  stop.close()
+  # Schedulers repeat signals.
+  preemption.ignore_signals()
+  ending.finish(code, message)
+
+
+class _Stderr:
+  """Standard error that may vanish, with its terminal or on a full disk.
+
+  What cannot be written is lost, and ends nothing: a progress bar or a log line
+  is no reason to lose a checkpoint.
+  """
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    try:
+      return self._stream.write(text)
+    except OSError:
+      return len(text)
+
+  def flush(self) -> None:
+    try:
+      self._stream.flush()
+    except OSError:
+      pass
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
