@@ -82,25 +82,21 @@ def end_rest(group: int) -> None:
   send(group, signal.SIGKILL)
 
 
-def start_guard() -> subprocess.Popen:
-  """Starts the process that ends the command if this one is killed."""
-  return subprocess.Popen(
+def start(command: list[str]) -> tuple[subprocess.Popen, subprocess.Popen]:
+  """Starts the command in its own process group, and the guard of the group.
+
+  So Ctrl-C in a terminal reaches the command once, passed on, and not twice.
+  """
+  guard = subprocess.Popen(
     ['/bin/sh', '-c', GUARD], stdin=subprocess.PIPE, process_group=0
   )
 
-
-def start(command: list[str], guard: subprocess.Popen) -> subprocess.Popen:
-  """Starts the command in its own process group, under guard.
-
-  So Ctrl-C in a terminal reaches it once, passed on, and not twice.
-  """
-
   def tell_guard():
     # In the child: the guard learns of it even if this script is killed now.
-    with contextlib.suppress(OSError):  # Nor does the guard live for ever.
-      os.write(guard.stdin.fileno(), b'%d\n' % os.getpid())
+    os.write(guard.stdin.fileno(), b'%d\n' % os.getpid())
 
-  return subprocess.Popen(command, process_group=0, preexec_fn=tell_guard)
+  child = subprocess.Popen(command, process_group=0, preexec_fn=tell_guard)
+  return child, guard
 
 
 def say(text: str) -> None:
@@ -147,16 +143,18 @@ def main() -> int:
     if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, stop)
 
-  guard = start_guard()
   failures, crashes, best = 0, 0, progress(args.workdir)
   while True:
-    child = start(args.command, guard)
+    child, guard = start(args.command)
     if stopped.is_set():  # The signal came while the command was starting.
       send(child.pid, signal.SIGTERM)
-    code = child.wait()
+    code = None
+    while code is None:
+      # A signal that comes just before it waits is handled only afterwards.
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        code = child.wait(1.0)
     end_rest(child.pid)
-    with contextlib.suppress(OSError):
-      os.write(guard.stdin.fileno(), b'\n')
+    guard.communicate(b'\n')
     # A command ended by signal n has -n here and 128 + n in a shell.
     code = 128 - code if code < 0 else code
     if code == 0 or stopped.is_set():

@@ -13,8 +13,8 @@ import sys
 import threading
 from typing import NoReturn
 
-# Seconds from `begin` to the end of the process; one more if no thread of
-# Python can run, since another holds the interpreter lock.
+# Seconds from `begin` to the end of the process; half a second more if no
+# thread of Python can run, since another holds the interpreter lock.
 LIMIT = 9.0
 
 _lock = threading.Lock()
@@ -40,7 +40,7 @@ def begin(code: int) -> None:
   timer.start()
   # A thread in C. It writes nothing, since standard error may block it.
   faulthandler.dump_traceback_later(
-    LIMIT + 1, exit=True, file=open(os.devnull, 'wb')
+    LIMIT + 0.5, exit=True, file=open(os.devnull, 'wb')
   )
 
 
