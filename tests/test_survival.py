@@ -137,7 +137,7 @@ def test_a_disk_that_stays_full_ends_the_command(tmp_path):
 
 
 @commands.lists_processes
-@pytest.mark.parametrize('victim', ['a worker', 'all'])
+@pytest.mark.parametrize('victim', ['a worker', 'all', 'SIGTERM to all'])
 def test_no_worker_outlives_its_run(tmp_path, victim):
   """Nor does a run outlive a worker; a broken TensorBoard ends neither."""
   recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
@@ -167,14 +167,26 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
     time.sleep(0.05)
   workers = commands.children(run.pid, 'spawn_main')
   assert len(workers) == 2
-  os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
+  if victim == 'SIGTERM to all':  # As Slurm does it.
+    os.killpg(run.pid, signal.SIGTERM)
+  else:
+    os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
   code = run.wait(600)
   text = (tmp_path / 'log').read_text()
   if victim == 'a worker':
     assert code == 1
     assert 'error: Worker process was terminated' in text
-    assert 'Traceback' not in text
+  if victim == 'SIGTERM to all':
+    assert code == 75
+    [step] = (workdir / 'checkpoints' / '0_8').glob('*/manifest.json')
+    assert int(step.parent.name) >= 20
+  assert 'Traceback' not in text
+  assert 'resource_tracker' not in text
   assert commands.all_end(run.pid)
   assert 'TensorBoard cannot be written' in text
-  steps = [json.loads(line)['step'] for line in lines.read_text().splitlines()]
+  steps = [
+    line['step']
+    for line in map(json.loads, lines.read_text().splitlines())
+    if 'loss' in line
+  ]
   assert steps == [*range(1, len(steps) + 1)]

@@ -24,6 +24,9 @@ def run(main: Callable[[list[str]], Any], **options: Any) -> NoReturn:
     options: of `absl.app.run`.
   """
   sys.stderr = _Stderr(sys.stderr)
+  # Python's process that removes shared memory after an ending that leaves it
+  # behind, as all do here, warns that it has to.
+  sys.warnoptions.append('ignore:resource_tracker:UserWarning')
   stop = preemption.StopHandler(lambda: None)
   code, message = 0, ''
   try:
