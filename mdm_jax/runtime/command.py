@@ -23,14 +23,19 @@ def run(main: Callable[[list[str]], Any], **options: Any) -> NoReturn:
     main: of the command.
     options: of `absl.app.run`.
   """
-  sys.stderr = _Stderr(sys.stderr)
   # Python's process that removes shared memory after an ending that leaves it
   # behind, as all do here, warns that it has to.
   sys.warnoptions.append('ignore:resource_tracker:UserWarning')
+
+  def run_main(argv):
+    # Not before: absl looks for handlers that log to standard error.
+    sys.stderr = _Stderr(sys.stderr)
+    return main(argv)
+
   stop = preemption.StopHandler(lambda: None)
   code, message = 0, ''
   try:
-    app.run(main, **options)
+    app.run(run_main, **options)
   except SystemExit as exited:
     code = exited.code or 0
     if not isinstance(code, int):

@@ -101,6 +101,7 @@ def train(
     finished = True
     for stage in stages[first:]:
       finished = train_stage(run, stage)
+      run.goodput.switch('start_up')  # Until the next stage's first step.
       if not finished:
         break
       run.stop.allow()  # Between stages a stop request exits at once.
@@ -132,7 +133,10 @@ def train_stage(run: Run, stage: Stage) -> bool:
   Raises:
     See `train`.
   """
-  with StageCheckpoints(stage, run.workdir) as saved:
+  with (
+    StageCheckpoints(stage, run.workdir) as saved,
+    run.saving_at_the_end(),
+  ):
     ##### Restore or create the state, open the data, compile the step.
     data = data_fingerprint(stage.config)
     shapes = stage.state_shapes(run.mesh)
@@ -200,7 +204,6 @@ def train_stage(run: Run, stage: Stage) -> bool:
     saved.wait()
     if not stopped:
       saved_steps.mark_finished(stage.directory(run.workdir), stage.num_steps)
-    run.goodput.switch('start_up')  # Until the next stage's first step.
     return not stopped
 
 

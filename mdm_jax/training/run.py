@@ -48,6 +48,17 @@ class Run:
       self.stop.allow(distributed.any_of(self.stop.requested))
       self.stop.defer()
 
+  @contextlib.contextmanager
+  def saving_at_the_end(self) -> Iterator[None]:
+    """What is closed after this, however it ends, waits for saves.
+
+    The watchdog's limit is then that of a save.
+    """
+    try:
+      yield
+    finally:
+      self.goodput.switch('save')
+
 
 @contextlib.contextmanager
 def running(
