@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from mdm_jax.runtime import directory_lock
 from tests import commands, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -216,6 +217,23 @@ def test_a_save_that_hangs_ends_with_its_limit(tmp_path, how):
   assert code == 70
   assert 'watchdog: save has not ended in 3 s, watchdog.save' in text
   assert seconds < 10
+
+
+def test_a_second_run_is_refused(tmp_path):
+  (tmp_path / 'recipe.py').write_text(toy.recipe(1, 8))
+  workdir = tmp_path / 'run'
+  with directory_lock.holding(workdir):
+    result = commands.run(
+      'mdm_jax.main',
+      f'--config={tmp_path / "recipe.py"}',
+      f'--workdir={workdir}',
+    )
+    assert os.listdir(workdir) == ['.lock']
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith(
+    f'error: {workdir} is in use: process {os.getpid()} on '
+  )
+  assert 'Traceback' not in result.stderr
 
 
 @commands.lists_processes
