@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from mdm_jax.child_process import STOP_SIGNALS
 from mdm_jax.runtime import ending
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,6 +89,15 @@ def test_an_ending_that_hangs_is_short():
   for process in processes.values():
     process.stdout.close()
     process.stderr.close()
+
+
+@pytest.mark.parametrize('number', STOP_SIGNALS)
+def test_a_signal_ends_any_command(number):
+  process = start('ctypes.CDLL(None).sleep(60)')
+  assert process.stdout.readline() == 'done\n'
+  process.send_signal(number)
+  process.communicate(timeout=30)
+  assert process.returncode == 75
 
 
 def test_output_that_is_lost_is_an_error():
