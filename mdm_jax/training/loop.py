@@ -133,10 +133,7 @@ def train_stage(run: Run, stage: Stage) -> bool:
   Raises:
     See `train`.
   """
-  with (
-    StageCheckpoints(stage, run.workdir) as saved,
-    run.saving_at_the_end(),
-  ):
+  with StageCheckpoints(stage, run.workdir) as saved, run.saving_at_the_end():
     ##### Restore or create the state, open the data, compile the step.
     data = data_fingerprint(stage.config)
     shapes = stage.state_shapes(run.mesh)
