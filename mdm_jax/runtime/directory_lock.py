@@ -83,19 +83,20 @@ def holding(
 
 @contextlib.contextmanager
 def holding_part(
-  directory: str | os.PathLike, index: int, count: int
+  path: str | os.PathLike, index: int, count: int
 ) -> Iterator[None]:
-  """Holds the lock of one of several parts of the work, see `holding`.
+  """Holds the lock of one of several parts of the work, see `holding_file`.
 
   Args:
-    directory: that all parts write to, at the same time.
+    path: what all parts write to, at the same time.
     index: of the part, from 0.
     count: of parts. A single part excludes those of any other count.
   """
+  directory, name = _beside(path)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(holding(directory, shared=count > 1))
+    stack.enter_context(holding(directory, name, shared=count > 1))
     if count > 1:
-      stack.enter_context(holding(directory, f'{NAME}-{index}-of-{count}'))
+      stack.enter_context(holding(directory, f'{name}-{index}-of-{count}'))
     yield
 
 
@@ -107,8 +108,13 @@ def holding_file(
   Args:
     path: of the file; the lock is a file beside it, which is removed again.
   """
+  return holding(*_beside(path))
+
+
+def _beside(path: str | os.PathLike) -> tuple[pathlib.Path, str]:
+  """The directory and the name of the lock of a path."""
   path = pathlib.Path(path)
-  return holding(path.parent, f'.{path.name}{NAME}')
+  return path.parent, f'.{path.name}{NAME}'
 
 
 def _acquire(path: pathlib.Path, shared: bool) -> int | None:
@@ -131,7 +137,7 @@ def _acquire(path: pathlib.Path, shared: bool) -> int | None:
         os.close(file)
         logging.warning(
           '%s cannot be locked (%s): start one writer only.',
-          path.parent,
+          path,
           error.strerror,
         )
         return None
@@ -193,9 +199,10 @@ def _message(path: pathlib.Path, holder: dict) -> str:
     who = 'process {pid} on {host}, since {since},'.format_map(
       {'pid': '?', 'host': '?', 'since': '?'} | holder
     )
+  what = path.parent / path.name.removeprefix('.').rpartition(NAME)[0]
   return (
-    f'{path.parent} is in use: {who} writes to it. Wait until that has ended, '
-    'or give another directory.'
+    f'{what} is in use: {who} writes to it. Wait until that has ended, '
+    'or write to another place.'
   )
 
 

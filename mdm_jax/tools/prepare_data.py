@@ -515,9 +515,7 @@ def main(_) -> None:
     }
   )
   try:
-    with directory_lock.holding_part(
-      f'{values.output}.incomplete', *_parse_part(values.part)
-    ):
+    with directory_lock.holding_part(values.output, *_parse_part(values.part)):
       summary = prepare(
         values.input, values.output, options, values.num_workers, values.part
       )

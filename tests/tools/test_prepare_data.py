@@ -534,8 +534,7 @@ def test_a_command_that_is_stopped_keeps_what_is_done(tmp_path, how, expected):
     second = commands.run(*arguments)
     assert second.returncode == 1
     assert second.stderr.startswith(
-      f'prepare_data: {tmp_path}/out.incomplete is in use: process '
-      f'{process.pid} on '
+      f'prepare_data: {tmp_path}/out is in use: process {process.pid} on '
     )
   if how == 'SIGKILL':
     process.kill()
