@@ -94,9 +94,9 @@ def holding_part(
   """
   directory, name = _beside(path)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(holding(directory, name, shared=count > 1))
     if count > 1:
       stack.enter_context(holding(directory, f'{name}-{index}-of-{count}'))
+    stack.enter_context(holding(directory, name, shared=count > 1))
     yield
 
 
@@ -141,7 +141,7 @@ def _acquire(path: pathlib.Path, shared: bool) -> int | None:
           error.strerror,
         )
         return None
-      holder, found = _read(file), os.fstat(file)
+      holder, found = _holder(path, file), os.fstat(file)
       os.close(file)
       found = found.st_ino, found.st_mtime_ns
       if holder.get('machine') in (None, _machine()) or (
@@ -165,12 +165,13 @@ def _acquire(path: pathlib.Path, shared: bool) -> int | None:
     # The last holder may have removed the file in between.
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file), os.stat(path)):
-        _write(file)
+        _write(file, shared)
         return file
     os.close(file)
 
 
-def _write(file: int) -> None:
+def _write(file: int, shared: bool) -> None:
+  """Says who holds the lock, or nothing if others may hold it too."""
   text = json.dumps(
     {
       'host': socket.gethostname(),
@@ -181,16 +182,32 @@ def _write(file: int) -> None:
   )
   with contextlib.suppress(OSError):  # The disk is full.
     os.ftruncate(file, 0)
-    os.pwrite(file, text.encode() + b'\n', 0)
+    if not shared:
+      os.pwrite(file, text.encode() + b'\n', 0)
 
 
-def _read(file: int) -> dict:
-  """What the holder has written; nothing if that was not possible."""
+def _holder(path: pathlib.Path, file: int) -> dict:
+  """What the holder has written, of several that share the lock any one.
+
+  Nothing if a full disk has made that impossible.
+  """
   with contextlib.suppress(OSError, ValueError):
-    found = json.loads(os.pread(file, 4096, 0))
+    text = os.pread(file, 4096, 0)
+    for part in path.parent.glob(f'{path.name}-*') if not text else ():
+      text = part.read_bytes() if _is_held(part) else text
+    found = json.loads(text)
     if isinstance(found, dict):
       return found
   return {}
+
+
+def _is_held(path: pathlib.Path) -> bool:
+  with path.open('r+') as file:
+    try:
+      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      return True
+  return False
 
 
 def _message(path: pathlib.Path, holder: dict) -> str:

@@ -93,16 +93,28 @@ def test_no_crash_leaves_it_behind(hold, tmp_path):
 
 
 def test_different_parts_share_a_directory(hold, tmp_path):
-  hold('holding_part', tmp_path, 0, 3)
-  hold('holding_part', tmp_path, 2, 3)
-  with directory_lock.holding_part(tmp_path, 1, 3):
+  path = tmp_path / 'out'
+  first, second = (hold('holding_part', path, index, 3) for index in (0, 2))
+  with directory_lock.holding_part(path, 1, 3):
     pass
-  for index, count in [(0, 3), (2, 3), (0, 1)]:
+  for index, count, holder in [(2, 3, second), (0, 3, first), (0, 1, None)]:
     with (
-      pytest.raises(directory_lock.InUse, match='is in use: process '),
-      directory_lock.holding_part(tmp_path, index, count),
+      pytest.raises(directory_lock.InUse) as refused,
+      directory_lock.holding_part(path, index, count),
     ):
       raise AssertionError
+    text = str(refused.value)
+    assert any(
+      text.startswith(f'{path} is in use: process {one.pid} on ')
+      for one in ([holder] if holder else [first, second])
+    )
+  second.kill()
+  second.wait()
+  with (
+    pytest.raises(directory_lock.InUse, match=f'process {first.pid} on'),
+    directory_lock.holding_part(path, 0, 1),
+  ):
+    raise AssertionError
 
 
 def test_the_whole_excludes_all_parts(hold, tmp_path):
