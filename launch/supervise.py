@@ -47,7 +47,7 @@ SIGNALS = (
 GUARD = """
 trap '' HUP INT QUIT TERM
 while read -r line; do group=$line; done
-[ -z "$group" ] || kill -s TERM -- "-$group"
+[ -z "$group" ] || kill -s TERM -- "-$group" 2> /dev/null
 """
 
 

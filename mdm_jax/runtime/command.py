@@ -50,6 +50,7 @@ def run(main: Callable[[list[str]], Any], **options: Any) -> NoReturn:
       message = f'error: {error}. What is finished is kept.'
     else:
       sys.excepthook(*sys.exc_info())
+  ending.begin(code)
   stop.close()
   # Schedulers repeat signals.
   preemption.ignore_signals()

@@ -17,6 +17,8 @@ from typing import NoReturn
 # thread of Python can run, since another holds the interpreter lock.
 LIMIT = 9.0
 
+# Opened now: at the end there may be too many open files.
+_NOWHERE = open(os.devnull, 'wb')
 _lock = threading.Lock()
 _begun = threading.Event()
 _farewells = []
@@ -37,11 +39,11 @@ def begin(code: int) -> None:
     _begun.set()
   timer = threading.Timer(LIMIT, os._exit, [code])
   timer.daemon = True
-  timer.start()
+  with contextlib.suppress(RuntimeError):  # No further thread can be started.
+    timer.start()
   # A thread in C. It writes nothing, since standard error may block it.
-  faulthandler.dump_traceback_later(
-    LIMIT + 0.5, exit=True, file=open(os.devnull, 'wb')
-  )
+  with contextlib.suppress(RuntimeError):
+    faulthandler.dump_traceback_later(LIMIT + 0.5, exit=True, file=_NOWHERE)
 
 
 def has_begun() -> bool:

@@ -169,7 +169,7 @@ stop.defer()
 say('ready')
 while not stop.requested:
   time.sleep(0.01)
-time.sleep(2)
+time.sleep(1.5)
 say('saved')
 stop.allow()
 """,
