@@ -111,6 +111,23 @@ def test_output_that_is_lost_is_an_error():
   assert process.returncode == 1
 
 
+def test_standard_error_may_vanish():
+  """As with a full disk, or the terminal: a progress bar ends nothing."""
+  with open('/dev/full', 'w') as full:
+    process = subprocess.run(
+      [
+        sys.executable,
+        '-c',
+        COMMAND % 'print("bar", file=sys.stderr, flush=True); sys.exit(3)',
+      ],
+      cwd=ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=full,
+      timeout=600,
+    )
+  assert process.returncode == 3
+
+
 def test_all_commands_end_so():
   """None calls `app.run`, which ends as Python does."""
   calls = []
