@@ -11,18 +11,44 @@ after a pause that doubles with each crash. After --attempts consecutive
 attempts without a newer checkpoint in WORKDIR/checkpoints it gives up and
 returns the command's exit code.
 
-SIGTERM and Ctrl-C are passed on to the command; it is then not started again.
+SIGTERM, Ctrl-C and SIGHUP are passed on to the command, as are SIGQUIT,
+SIGUSR1, SIGUSR2 and SIGXCPU; it is then not started again. Those that are
+ignored when this script starts, as SIGHUP under nohup, stay ignored. The
+command never outlives this script: if the script is killed by SIGKILL, the
+command receives SIGTERM, and saves a checkpoint. Both hold for all processes of
+its process group, so that the command may be a script that starts the training.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 MAX_PAUSE = 300.0  # seconds
+# Seconds for the rest of a command to end by SIGTERM, once its first process
+# has ended; then SIGKILL follows.
+REST = 60.0
+SIGNALS = (
+  signal.SIGHUP,
+  signal.SIGINT,
+  signal.SIGQUIT,
+  signal.SIGTERM,
+  signal.SIGUSR1,
+  signal.SIGUSR2,
+  signal.SIGXCPU,
+)
+# Reads process groups, an empty line for none. When this script has ended,
+# however it has, nothing more can come: then the last group is to stop.
+GUARD = """
+trap '' HUP INT QUIT TERM
+while read -r line; do group=$line; done
+[ -z "$group" ] || kill -s TERM -- "-$group" 2> /dev/null
+"""
 
 
 def progress(workdir: pathlib.Path) -> tuple[int, int]:
@@ -33,6 +59,50 @@ def progress(workdir: pathlib.Path) -> tuple[int, int]:
     if path.name.isdigit()
   ]
   return max(found, default=(-1, -1))
+
+
+def send(group: int, number: int) -> bool:
+  """Signals a process group; returns whether it has any process."""
+  try:
+    os.killpg(group, number)
+  except ProcessLookupError:
+    return False
+  return True
+
+
+def end_rest(group: int) -> None:
+  """Ends what is left of a command after its first process has ended."""
+  end = time.monotonic() + REST
+  number = signal.SIGTERM
+  while send(group, number) and time.monotonic() < end:
+    number = 0  # Only asks: a second SIGTERM would not let it save.
+    time.sleep(0.1)
+    with contextlib.suppress(ChildProcessError):
+      os.waitpid(-group, os.WNOHANG)  # In a container it may be ours.
+  send(group, signal.SIGKILL)
+
+
+def start(command: list[str]) -> tuple[subprocess.Popen, subprocess.Popen]:
+  """Starts the command in its own process group, and the guard of the group.
+
+  So Ctrl-C in a terminal reaches the command once, passed on, and not twice.
+  """
+  guard = subprocess.Popen(
+    ['/bin/sh', '-c', GUARD], stdin=subprocess.PIPE, process_group=0
+  )
+
+  def tell_guard():
+    # In the child: the guard learns of it even if this script is killed now.
+    os.write(guard.stdin.fileno(), b'%d\n' % os.getpid())
+
+  child = subprocess.Popen(command, process_group=0, preexec_fn=tell_guard)
+  return child, guard
+
+
+def say(text: str) -> None:
+  """Writes a line to standard error, which may have vanished."""
+  with contextlib.suppress(OSError):
+    print(f'supervise: {text}', file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -67,19 +137,24 @@ def main() -> int:
   def stop(number, frame):
     stopped.set()
     if child and child.poll() is None:
-      child.send_signal(number)
+      send(child.pid, number)
 
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, stop)
+  for number in SIGNALS:
+    if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, stop)
 
   failures, crashes, best = 0, 0, progress(args.workdir)
   while True:
-    # The command gets its own process group, so that Ctrl-C in a terminal
-    # reaches it once, through `stop`, and not twice.
-    child = subprocess.Popen(args.command, process_group=0)
+    child, guard = start(args.command)
     if stopped.is_set():  # The signal came while the command was starting.
-      child.terminate()
-    code = child.wait()
+      send(child.pid, signal.SIGTERM)
+    code = None
+    while code is None:
+      # A signal that comes just before it waits is handled only afterwards.
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        code = child.wait(1.0)
+    end_rest(child.pid)
+    guard.communicate(b'\n')
     # A command ended by signal n has -n here and 128 + n in a shell.
     code = 128 - code if code < 0 else code
     if code == 0 or stopped.is_set():
@@ -90,21 +165,16 @@ def main() -> int:
     else:
       failures += 1
     if failures >= args.attempts:
-      print(
-        f'supervise: exit code {code}, and no newer checkpoint after '
-        f'{failures} attempts: giving up.',
-        file=sys.stderr,
+      say(
+        f'exit code {code}, and no newer checkpoint after {failures} attempts: '
+        'giving up.'
       )
       return code
     crashes += code != os.EX_TEMPFAIL
     pause = 0.0
     if code != os.EX_TEMPFAIL:
       pause = min(args.pause * 2 ** (crashes - 1), MAX_PAUSE)
-    print(
-      f'supervise: exit code {code}, starting again in {pause:g} s.',
-      file=sys.stderr,
-      flush=True,
-    )
+    say(f'exit code {code}, starting again in {pause:g} s.')
     if stopped.wait(pause):
       return os.EX_TEMPFAIL
 

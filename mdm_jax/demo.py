@@ -7,14 +7,13 @@ It needs Gradio: pip install -r requirements-demo.txt
 
 import importlib.util
 import os
-import signal
 import sys
 import threading
 
 from absl import flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu, flag_types, value_types
+from mdm_jax.runtime import command, cpu, flag_types, value_types
 
 _PORT = flag_types.integer('port', 7860, 1, 65535, 'Port of the page.')
 _HOST = flag_types.define(
@@ -80,9 +79,8 @@ def main(_: list[str]) -> None:
   queue = SampleQueue(model, _MAX_WAITING.value)
   listeners = access.Listeners()
   page = make_page(queue, listeners)
-  stop = threading.Event()
-  for number in preemption.SIGNALS:
-    signal.signal(number, lambda number, frame: stop.set())
+  # It never waits for a compilation.
+  preemption.StopHandler(queue.close, code=0)
   try:
     _, address, _ = launch(page, listeners, host, port, users)
   except OSError:
@@ -92,12 +90,10 @@ def main(_: list[str]) -> None:
     )
   logging.info('The page is at %s; Ctrl-C ends it.', address)
   queue.warm_up()
-  stop.wait()
-  queue.close()
-  preemption.leave(0)  # Without waiting for a compilation.
+  threading.Event().wait()  # A signal ends it.
 
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
   flags.mark_flag_as_required('workdir')
-  flag_types.run(main)
+  command.run(main)

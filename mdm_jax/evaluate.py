@@ -20,7 +20,7 @@ import sys
 from absl import logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu, flag_types, value_types
+from mdm_jax.runtime import command, cpu, flag_types, value_types
 
 # `evaluation.METRICS`, which imports JAX; a test compares them.
 _METRIC_NAMES = (
@@ -203,4 +203,4 @@ def _print(metrics: dict, console) -> None:
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
-  flag_types.run(main)
+  command.run(main)

@@ -3,6 +3,7 @@
 python -m mdm_jax.main --config=configs/shapes_64.py
 """
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -11,7 +12,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mdm_jax.builders import recipes
-from mdm_jax.runtime import cpu, flag_types, value_types
+from mdm_jax.runtime import command, cpu, flag_types, value_types
 
 _BEGAN = time.monotonic()
 _CONFIG = recipes.define(
@@ -64,9 +65,6 @@ _HEARTBEAT = flag_types.integer(
 
 def main(_: list[str]) -> None:
   """Trains the run that the flags describe."""
-  from mdm_jax.runtime import preemption
-
-  preemption.exit_on_signals()
   # Slow to import, and not needed for --help.
   import jax
 
@@ -75,7 +73,12 @@ def main(_: list[str]) -> None:
   from mdm_jax.data.pipeline import DataError
   from mdm_jax.optim import skip_step
   from mdm_jax.report import console
-  from mdm_jax.runtime import compilation_cache, distributed, replica_check
+  from mdm_jax.runtime import (
+    compilation_cache,
+    distributed,
+    preemption,
+    replica_check,
+  )
   from mdm_jax.training import loop
 
   config = _CONFIG.value
@@ -86,22 +89,24 @@ def main(_: list[str]) -> None:
   workdir = _WORKDIR.value or 'runs/' + name.replace('/', '_')
   console.setup_logging()
   compilation_cache.enable()
-  try:
-    cpu.use_cores(parts_of_batches(config))
-    if _DISTRIBUTED.value:
-      distributed.join(
-        _COORDINATOR.value,
-        _NUM_PROCESSES.value,
-        _PROCESS_ID.value,
-        arrival=_ARRIVAL.value,
-        heartbeat=_HEARTBEAT.value,
-      )
-      if jax.process_index():  # Process 0 logs for all.
-        logging.set_verbosity(logging.WARNING)
-    mesh, frozen = loop.setup(config, workdir)
-  except (ValueError, OSError) as error:
-    sys.exit(f'error: {error}')
-  with distributed.ending_together(_HEARTBEAT.value):
+  with contextlib.ExitStack() as open_run:
+    try:
+      cpu.use_cores(parts_of_batches(config))
+      if _DISTRIBUTED.value:
+        distributed.join(
+          _COORDINATOR.value,
+          _NUM_PROCESSES.value,
+          _PROCESS_ID.value,
+          arrival=_ARRIVAL.value,
+          heartbeat=_HEARTBEAT.value,
+        )
+        if jax.process_index():  # Process 0 logs for all.
+          logging.set_verbosity(logging.WARNING)
+      open_run.enter_context(distributed.writing_alone(workdir))
+      mesh, frozen = loop.setup(config, workdir)
+    except (ValueError, OSError) as error:
+      sys.exit(f'error: {error}')
+    open_run.enter_context(distributed.naming_the_dead(_HEARTBEAT.value))
     try:
       finished = loop.train(config, workdir, mesh, frozen, _BEGAN)
     except (
@@ -110,11 +115,10 @@ def main(_: list[str]) -> None:
       DataError,
       replica_check.ReplicasDiffer,
     ) as error:
-      distributed.end(f'error: {error}')
-  preemption.ignore_signals()
-  distributed.end(0 if finished else preemption.EXIT_CODE)
+      sys.exit(f'error: {error}')
+  sys.exit(0 if finished else preemption.EXIT_CODE)
 
 
 if __name__ == '__main__':
   cpu.use_huge_pages()
-  flag_types.run(main, recipes.parse_flags)
+  command.run(main, recipes.parse_flags)

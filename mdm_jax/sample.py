@@ -11,7 +11,13 @@ from typing import Any
 from absl import flags, logging
 
 from mdm_jax.inference import run_flags
-from mdm_jax.runtime import cpu, flag_types, value_types
+from mdm_jax.runtime import (
+  command,
+  cpu,
+  directory_lock,
+  flag_types,
+  value_types,
+)
 
 _PROMPTS = flag_types.define_repeated(
   'prompt', [], value_types.Text(), 'Prompt to sample; may be repeated.'
@@ -101,8 +107,10 @@ def main(_: list[str]) -> None:
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   begin = time.monotonic()
+  output = _output(model.workdir)
   try:
-    count, directory = _sample(model, guide, prompts, text, negative)
+    with directory_lock.holding(output):
+      count = _sample(output, model, guide, prompts, text, negative)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -115,14 +123,15 @@ def main(_: list[str]) -> None:
     'Sampled %d images in %s: %s',
     count,
     console.duration(time.monotonic() - begin),
-    directory / 'index.html',
+    pathlib.Path(output) / 'index.html',
   )
 
 
-def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
+def _sample(output, model, guide, prompts, text, negative) -> int:
   """Samples what is missing in the output directory.
 
   Args:
+    output: the directory.
     model: a `session.Model`.
     guide: another, or None.
     prompts: texts.
@@ -130,7 +139,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
     negative: [...] the negative prompt as the text encoder reads it.
 
   Returns:
-    The number of new samples, and their directory.
+    The number of new samples.
   """
   import jax
   import numpy as np
@@ -141,7 +150,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
 
   settings = _settings(model, guide)
   samples = SampleDirectory(
-    _output(model.workdir),
+    output,
     [
       {
         'prompt': prompt,
@@ -189,7 +198,7 @@ def _sample(model, guide, prompts, text, negative) -> tuple[int, pathlib.Path]:
       'Sampler': settings,
     }
   )
-  return len(rows), samples.directory
+  return len(rows)
 
 
 def _settings(model, guide) -> dict[str, Any]:
@@ -212,4 +221,4 @@ def _output(workdir: str) -> pathlib.Path:
 if __name__ == '__main__':
   cpu.use_huge_pages()
   flags.mark_flag_as_required('workdir')
-  flag_types.run(main)
+  command.run(main)

@@ -99,8 +99,8 @@ import sys
 sys.modules['gradio'] = None
 sys.argv = ['demo', '--workdir=.']
 from mdm_jax import demo
-from mdm_jax.runtime import flag_types
-flag_types.run(demo.main)""",
+from mdm_jax.runtime import command
+command.run(demo.main)""",
   )
   assert result.returncode == 1
   assert result.stderr == (

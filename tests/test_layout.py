@@ -48,13 +48,15 @@ ROWS = (
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
+  'runtime.command',
   'runtime.distributed runtime.flag_types runtime.compilation_cache',
-  'runtime.rendezvous runtime.preemption runtime.watchdog '
+  'runtime.preemption runtime.watchdog',
+  'runtime.ending runtime.directory_lock runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
   'runtime.files runtime.value_types runtime.printable',
   # Packages without order: their own modules may import each other, no others.
   'diffusion models data eval',
-  'mixed_batch',
+  'mixed_batch child_process',
 )
 LEAVES = 'diffusion', 'models', 'data', 'eval'
 CONFIG_DICT = (

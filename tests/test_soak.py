@@ -60,7 +60,7 @@ def flip_a_bit(step, rng):
 
 def harm(how, supervisor, workdir, rng, flipped):
   """Does a harm if that is possible now, and returns whether it did."""
-  runs = commands.children(supervisor.pid)
+  runs = commands.children(supervisor.pid, 'mdm_jax.main')
   workers = runs and commands.children(runs[0], 'spawn_main')
   steps = good_steps(workdir)
   if not runs or (how == 'kill a worker' and not workers):

@@ -1,9 +1,11 @@
 """A killed writer loses nothing that was committed; a full disk is an error."""
 
+import itertools
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 
 import pytest
 
+from mdm_jax.runtime import directory_lock
 from tests import commands, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -96,48 +99,145 @@ def test_kills_at_random_moments(tmp_path, kills):
   assert not list(directory.glob('*.corrupt'))
 
 
-def test_a_disk_that_stays_full_ends_the_command(tmp_path):
+def run_and_time(directory, *arguments, at='', act=None):
+  """Runs a command to its end; calls `act(process)` at some words in its log.
+
+  Returns:
+    The exit code, the log, and the seconds from its last line to the end.
+  """
+  path = directory / 'log'
+  with path.open('w') as log:
+    process = commands.start(*arguments, stdout=log, stderr=log)
+  while at not in path.read_text():
+    assert process.poll() is None, path.read_text()
+    time.sleep(0.02)
+  if act:
+    act(process)
+  code = process.wait(600)
+  return code, path.read_text(), time.time() - path.stat().st_mtime
+
+
+def fill(directory, what):
+  """Fills a disk with blocks, or with files."""
+  with pytest.raises(OSError, match='No space'):
+    if what == 'files':
+      for i in itertools.count():
+        (directory / f'ballast{i}').touch()
+    with (directory / 'ballast').open('wb', buffering=0) as file:
+      while True:
+        file.write(bytes(4096))
+
+
+@pytest.mark.parametrize('kind', ['tmpfs', 'ext4', 'ext4, files'])
+def test_a_disk_that_fills_up_and_stays_full_ends_the_command(tmp_path, kind):
   """Each failed save, and the end of the command, is one log line."""
   disk = tmp_path / 'run' / 'checkpoints'
   disk.mkdir(parents=True)
+  words = ['-t', 'tmpfs', '-o', 'size=32m', 'tmpfs']
+  if kind != 'tmpfs':
+    image = tmp_path / 'image'
+    with image.open('wb') as file:
+      file.truncate(2**25)
+    if not shutil.which('mkfs.ext4'):
+      pytest.skip('there is no mkfs.ext4')
+    subprocess.run(['mkfs.ext4', '-q', '-F', '-m0', '-N256', image], check=True)
+    words = ['-o', 'loop', image]
   mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk],
-    capture_output=True,
-    text=True,
+    ['mount', *words, disk], capture_output=True, text=True
   )
   if mounted.returncode:
     pytest.skip(f'may not mount: {mounted.stderr}')
   recipe = tmp_path / 'recipe.py'
   recipe.write_text(
     toy.recipe(
-      1, 8, log_every=100, sample_every=100, checkpoint_every=1, save_failures=2
+      1, 300, log_every=1, sample_every=300, checkpoint_every=1, save_failures=2
     )
   )
 
   try:
-    with (
-      pytest.raises(OSError, match='No space'),
-      (disk / 'ballast').open('wb', buffering=0) as file,
-    ):
-      while True:
-        file.write(bytes(4096))
-    result = commands.run(
-      'mdm_jax.main', f'--config={recipe}', f'--workdir={tmp_path / "run"}'
+    code, text, seconds = run_and_time(
+      tmp_path,
+      'mdm_jax.main',
+      f'--config={recipe}',
+      f'--workdir={tmp_path / "run"}',
+      at=' step 2/300 ',
+      act=lambda _: fill(disk, 'files' if 'files' in kind else 'blocks'),
     )
   finally:
     subprocess.run(['umount', disk], check=True)
-  assert result.returncode == 1
-  lines = result.stderr.splitlines()
+  assert code == 1
+  lines = text.splitlines()
   first, second, last = (line for line in lines if ' in a row): ' in line)
   assert last == lines[-1]
-  assert 'saving step 1 failed (1 of 2 in a row): ' in first
-  assert 'saving step 2 failed (2 of 2 in a row): ' in second
-  assert last.startswith('error: ') and 'saving step 2 failed' in last
+  assert ' failed (1 of 2 in a row): ' in first
+  assert ' failed (2 of 2 in a row): ' in second
+  assert last.startswith('error: ') and ' failed (2 of 2 in a row)' in last
+  assert 'Traceback' not in text
+  assert seconds < 10
+
+
+# Saves never end, and in one case a step fails while one is in flight.
+_HANGS = """
+import threading
+from mdm_jax.checkpoint import manifest
+from mdm_jax.training import monitor
+
+manifest.write = lambda *_, **__: threading.Event().wait()
+add = monitor.Monitor.add
+def add_or_fail(self, step, values):
+  if step == %d:
+    raise KeyError('a defect')
+  add(self, step, values)
+monitor.Monitor.add = add_or_fail
+"""
+
+
+@pytest.mark.parametrize('how', ['is stopped', 'has an error'])
+def test_a_save_that_hangs_ends_with_its_limit(tmp_path, how):
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(
+    toy.recipe(
+      1,
+      300,
+      log_every=1,
+      sample_every=1000,
+      checkpoint_every=100,
+      watchdog__save=3,
+    )
+    + _HANGS % (110 if how == 'has an error' else 0)
+  )
+  code, text, seconds = run_and_time(
+    tmp_path,
+    'mdm_jax.main',
+    f'--config={recipe}',
+    f'--workdir={tmp_path / "run"}',
+    at=' step 100/300 ',
+    act=commands.Fork.terminate if how == 'is stopped' else None,
+  )
+  assert code == 70
+  assert 'watchdog: save has not ended in 3 s, watchdog.save' in text
+  assert seconds < 10
+
+
+def test_a_second_run_is_refused(tmp_path):
+  (tmp_path / 'recipe.py').write_text(toy.recipe(1, 8))
+  workdir = tmp_path / 'run'
+  with directory_lock.holding(workdir):
+    result = commands.run(
+      'mdm_jax.main',
+      f'--config={tmp_path / "recipe.py"}',
+      f'--workdir={workdir}',
+    )
+    assert os.listdir(workdir) == ['.lock']
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith(
+    f'error: {workdir} is in use: process {os.getpid()} on '
+  )
   assert 'Traceback' not in result.stderr
 
 
 @commands.lists_processes
-@pytest.mark.parametrize('victim', ['a worker', 'all'])
+@pytest.mark.parametrize('victim', ['a worker', 'all', 'SIGTERM to all'])
 def test_no_worker_outlives_its_run(tmp_path, victim):
   """Nor does a run outlive a worker; a broken TensorBoard ends neither."""
   recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
@@ -167,14 +267,26 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
     time.sleep(0.05)
   workers = commands.children(run.pid, 'spawn_main')
   assert len(workers) == 2
-  os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
+  if victim == 'SIGTERM to all':  # As Slurm does it.
+    os.killpg(run.pid, signal.SIGTERM)
+  else:
+    os.kill(workers[1] if victim == 'a worker' else run.pid, signal.SIGKILL)
   code = run.wait(600)
   text = (tmp_path / 'log').read_text()
   if victim == 'a worker':
     assert code == 1
     assert 'error: Worker process was terminated' in text
-    assert 'Traceback' not in text
+  if victim == 'SIGTERM to all':
+    assert code == 75
+    [step] = (workdir / 'checkpoints' / '0_8').glob('*/manifest.json')
+    assert int(step.parent.name) >= 20
+  assert 'Traceback' not in text
+  assert 'resource_tracker' not in text
   assert commands.all_end(run.pid)
   assert 'TensorBoard cannot be written' in text
-  steps = [json.loads(line)['step'] for line in lines.read_text().splitlines()]
+  steps = [
+    line['step']
+    for line in map(json.loads, lines.read_text().splitlines())
+    if 'loss' in line
+  ]
   assert steps == [*range(1, len(steps) + 1)]

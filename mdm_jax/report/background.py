@@ -50,9 +50,10 @@ class BackgroundWriter:
         lambda: not self._queue.unfinished_tasks, seconds
       )
 
-  def close(self) -> None:
+  def close(self, seconds: float | None = None) -> None:
     """Waits some seconds for pending calls, and logs how many were dropped."""
-    if self._thread.is_alive() and self.settle(_CLOSING):
+    seconds = _CLOSING if seconds is None else seconds
+    if self._thread.is_alive() and self.settle(seconds):
       self._queue.put(None)
       self._thread.join()
     self._lost += self._queue.unfinished_tasks
@@ -92,6 +93,13 @@ def settle(
     part.settle(max(0.0, end - time.monotonic()))
 
 
+def close(parts: Iterable['BackgroundWriter | LineFile']) -> None:
+  """Closes all parts, and waits no longer for all than for one."""
+  end = time.monotonic() + _CLOSING
+  for part in parts:
+    part.close(max(0.0, end - time.monotonic()))
+
+
 class LineFile:
   """A file of JSON objects, one on each line, written in the background.
 
@@ -112,9 +120,9 @@ class LineFile:
     """Waits for pending lines, up to a time limit; returns whether all ran."""
     return self._background.settle(seconds)
 
-  def close(self) -> None:
+  def close(self, seconds: float | None = None) -> None:
     """Waits some seconds for pending lines."""
-    self._background.close()
+    self._background.close(seconds)
 
   def _write(self, line: str) -> None:
     self._path.parent.mkdir(parents=True, exist_ok=True)

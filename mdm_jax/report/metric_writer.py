@@ -118,8 +118,7 @@ class MetricWriter:
   def close(self) -> None:
     """Waits some seconds for pending writes, then closes the files."""
     if self._lines:
-      for part in self._parts:
-        part.close()
+      background.close(self._parts)
 
   def _write_event(self, summary, step: int, now: float) -> None:
     if self._events is None:

@@ -18,8 +18,7 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mdm_jax.runtime import preemption, rendezvous
-from mdm_jax.runtime.printable import printable
+from mdm_jax.runtime import directory_lock, ending, preemption, rendezvous
 
 with epy.lazy_imports():  # 0.7 s; a single process does not need it.
   import orbax.checkpoint as ocp
@@ -34,7 +33,9 @@ _GONE = 'gone'  # it exits now
 _KEY = 'mdm_jax/status'
 _POLL = 0.2  # seconds between two reads of the others' status
 _ANSWER = 1.0  # seconds after which the coordinator counts as hanging
-_PATIENCE = 8.0  # seconds to wait for other processes that are leaving
+# Seconds to wait for other processes that are leaving, with `_FAREWELL` less
+# than `ending.LIMIT`.
+_PATIENCE = 7.0
 _FAREWELL = 1.0  # seconds from a process's 'gone' to its exit
 
 
@@ -48,7 +49,8 @@ def join(
 ) -> None:
   """Joins the other processes of a run. Call it before JAX is used.
 
-  If one of them dies later, JAX ends the others with an error message.
+  If one of them dies later, JAX ends the others with an error message. If one
+  ends in another way, it waits until all are about to end.
 
   Args:
     coordinator: 'host:port' of process 0. `coordinator`, `num_processes` and
@@ -96,6 +98,7 @@ def join(
     initialization_timeout=int(arrival) + 1,
     heartbeat_timeout_seconds=heartbeat,
   )
+  ending.say_farewell(_end_together)
 
 
 def any_of(flag: bool) -> bool:
@@ -103,6 +106,27 @@ def any_of(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+@contextlib.contextmanager
+def writing_alone(workdir: str) -> Iterator[None]:
+  """Locks the working directory of a run. All its processes call it.
+
+  Raises:
+    ValueError: another run writes to it, or it cannot be written to.
+  """
+  with contextlib.ExitStack() as stack:
+    refused = None
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(directory_lock.holding(workdir))
+      except ValueError as error:
+        refused = error
+    if any_of(refused is not None):
+      raise refused or ValueError(
+        f'process 0 cannot write to {workdir}: see its log.'
+      )
+    yield
 
 
 class Peers:
@@ -186,48 +210,38 @@ class Peers:
       return answers.get(timeout=_ANSWER)
 
 
-def end(code: int | str) -> None:
-  """Ends this process; with several, waits until all are about to end.
-
-  Args:
-    code: exit code of this process; a text is printed and the code is then 1.
-  """
-  if jax.process_count() == 1:
-    sys.exit(code)
-  if isinstance(code, str):
-    print(printable(code), file=sys.stderr, flush=True)
-    code = 1
-  # JAX's own shutdown waits minutes for processes that have died.
+def _end_together(code: int) -> None:
+  """Waits until all processes are about to end. JAX's own way waits minutes."""
   peers = Peers()
   agreed = code in (0, preemption.EXIT_CODE)
   if not agreed:
     peers.begin_to_leave()
   peers.leave_together(done=agreed)
-  preemption.leave(code)
 
 
 @contextlib.contextmanager
-def ending_together(heartbeat: float) -> Iterator[None]:
-  """Makes an error in one of several processes stop them all, as a signal does.
+def naming_the_dead(heartbeat: float) -> Iterator[None]:
+  """Gives JAX time to say which process has died, before this one ends.
 
-  Otherwise the other processes would wait in a collective operation for the one
-  that failed, and that one, on exit, for the others.
+  That is the usual cause of JAX's errors where several processes train, and JAX
+  notices it only after the heartbeat.
 
   Args:
     heartbeat: seconds after which JAX names a process that has died.
+
+  Raises:
+    SystemExit: JAX has named none; the error has been printed.
   """
   try:
     yield
-  finally:
-    error = sys.exception()
-    if error and jax.process_count() > 1:
-      traceback.print_exception(error)
-      if isinstance(error, jax.errors.JaxRuntimeError):
-        # The usual cause is the death of another process, which JAX notices
-        # only after the heartbeat.
-        logging.error(
-          'Waiting up to %g s for JAX to say whether another process has died.',
-          heartbeat + _GRACE,
-        )
-        time.sleep(heartbeat + _GRACE)
-      end(1)
+  except jax.errors.JaxRuntimeError:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    seconds = heartbeat + _GRACE
+    logging.error(
+      'Waiting up to %g s for JAX to say whether another process has died.',
+      seconds,
+    )
+    time.sleep(seconds)
+    sys.exit('error: see the traceback above; JAX names no dead process.')

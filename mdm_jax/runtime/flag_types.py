@@ -1,19 +1,17 @@
-"""Defines flags that check themselves, and runs a command with one-line errors.
+"""Defines flags that check themselves.
 
 Flags are checked while they are parsed, before anything slow is imported and
 anything is written. Importing it is quick.
 """
 
-from collections.abc import Callable, Sequence
-import logging as python_logging
+from collections.abc import Sequence
 import re
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from mdm_jax.runtime import value_types
-from mdm_jax.runtime.printable import printable
 
 # Flags belong to the module that calls the functions below.
 flags.disclaim_key_flags()
@@ -109,11 +107,12 @@ def parse(argv: Sequence[str]) -> list[str]:
 def reason(error: flags.Error) -> str:
   """What absl says about a flag, in one line."""
   text = ' '.join(str(error).split())
-  text = re.sub(
-    r'^flag --(\S+?)=None: Flag --\S+ must have a value other than None\.$',
-    r'--\1 is missing: give a value.',
-    text,
+  missing = re.findall(
+    r'flag --(\S+?)=None: Flag --\S+ must have a value other than None\.', text
   )
+  if missing:
+    verb = 'is' if len(missing) == 1 else 'are'
+    return f'--{", --".join(missing)} {verb} missing: give a value.'
   text = re.sub(
     r": \('Non-boolean argument to boolean flag', .*\)$",
     ': give true or false.',
@@ -123,44 +122,3 @@ def reason(error: flags.Error) -> str:
   if len(text) > _LONGEST:  # The value is long, and what is wrong comes last.
     text = f'{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}'
   return text
-
-
-class _PrintableFormatter(logging.PythonFormatter):
-  """Formats log lines as absl does, then escapes control characters."""
-
-  def format(self, record: python_logging.LogRecord) -> str:
-    return printable(super().format(record))
-
-
-def run(
-  main: Callable[[list[str]], None],
-  parse: Callable[[Sequence[str]], list[str]] = parse_flags,
-) -> None:
-  """Parses the flags and runs a command.
-
-  An error that ends it is printed in one line, as is what the file system
-  refuses. In that line and in all log lines what is no character to see is
-  escaped, and so is what the locale cannot write: captions, paths and errors of
-  libraries may hold anything.
-
-  Args:
-    main: the command, called with the arguments that are no flags.
-    parse: parser of the flags, which ends the process if one is wrong.
-  """
-  for stream in (sys.stdout, sys.stderr):
-    if hasattr(stream, 'reconfigure'):
-      stream.reconfigure(errors='backslashreplace')
-  logging.get_absl_handler().setFormatter(_PrintableFormatter())
-  try:
-    app.run(main, flags_parser=parse)
-  except SystemExit as end:
-    if not isinstance(end.code, str):
-      raise
-    text = end.code
-  except OSError as error:
-    # The environment's fault if a file is named, otherwise maybe ours.
-    if error.filename is None:
-      raise
-    text = f'error: {error.filename}: {error.strerror}.'
-  print(printable(text), file=sys.stderr, flush=True)
-  sys.exit(1)

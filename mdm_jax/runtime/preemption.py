@@ -1,41 +1,51 @@
-"""Handles preemption: Ctrl-C and SIGTERM become stop requests, or an exit."""
+"""Handles preemption: signals become stop requests, or an exit."""
 
 from collections.abc import Callable
-import multiprocessing
 import os
 import signal
-import sys
 import threading
+import time
 from typing import Protocol
 
 from absl import logging
 
+from mdm_jax.child_process import STOP_SIGNALS
+from mdm_jax.runtime import ending
+
 # EX_TEMPFAIL of sysexits.h: the same command continues. 0 means finished.
 EXIT_CODE = 75
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# These stay ignored if they are when the process starts: nohup does that, and
+# shells without job control do it to commands in the background.
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+# Sent by people, who repeat them if they cannot wait. Others come twice of
+# themselves: SIGHUP from the kernel and the shell, SIGXCPU every second.
+_INSISTENT = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+# Seconds in which signals are one request: `timeout` sends SIGTERM twice.
+_SAME = 0.5
 # Bytes that wake the waiting thread, beside the numbers of signals.
 _CLOSE, _PEER = b'\0', b'\xff'
 _POLL = 0.2  # seconds between two reads of the other processes' status
 
 
-def exit_on_signals() -> None:
-  """Makes Ctrl-C and SIGTERM exit with `EXIT_CODE`, until a `StopHandler`."""
-  for number in SIGNALS:
-    signal.signal(number, lambda number, frame: sys.exit(EXIT_CODE))
+def handle_signals(
+  handler: Callable | signal.Handlers,
+) -> dict[int, Callable | signal.Handlers]:
+  """Sets the handler of all stop signals that are not to stay ignored.
+
+  Returns:
+    The former handlers, by signal.
+  """
+  return {
+    number: signal.signal(number, handler)
+    for number in STOP_SIGNALS
+    if number not in _MAY_BE_IGNORED
+    or signal.getsignal(number) != signal.SIG_IGN
+  }
 
 
 def ignore_signals() -> None:
   """Ignores further signals while the process exits: schedulers repeat them."""
-  for number in SIGNALS:
-    signal.signal(number, signal.SIG_IGN)
-
-
-def leave(code: int) -> None:
-  """Ends the process at once, from any thread, without cleaning up."""
-  # Data workers would outlive a parent that exits like this.
-  for child in multiprocessing.active_children():
-    child.kill()
-  os._exit(code)
+  handle_signals(signal.SIG_IGN)
 
 
 class Peers(Protocol):
@@ -58,15 +68,16 @@ class Peers(Protocol):
 
 
 class StopHandler:
-  """Turns Ctrl-C and SIGTERM into stop requests.
+  """Turns signals into stop requests, all those of `STOP_SIGNALS` alike.
 
   In a preemptible section, such as compiling or sampling, a request ends the
   process at once: work since the last checkpoint is repeated later. A thread
   does that, since Python runs its signal handlers in the main thread, which may
   be compiling for minutes. From `defer` to `allow` a request only sets
-  `requested`, and the training loop saves and returns. A second signal always
-  ends the process at once. That is safe, since a checkpoint is either committed
-  or ignored.
+  `requested`, and the training loop saves and returns. SIGINT, SIGQUIT or
+  SIGTERM a second time, later than half a second after the first, ends the
+  process at once. That is safe, since a checkpoint is either committed or
+  ignored.
 
   A signal to one of several processes stops all of them.
 
@@ -74,15 +85,25 @@ class StopHandler:
     requested: whether this or another process has received a stop request.
   """
 
-  def __init__(self, finish: Callable[[], None], peers: Peers | None = None):
+  def __init__(
+    self,
+    finish: Callable[[], None],
+    peers: Peers | None = None,
+    begin_to_save: Callable[[], None] = lambda: None,
+    code: int = EXIT_CODE,
+  ):
     """Handles signals until `close`. Call it in the main thread.
 
     Args:
       finish: called in another thread before the process exits.
       peers: the other processes; None for a single process.
+      begin_to_save: called before waiting for pending saves.
+      code: exit code of the process after a stop request.
     """
     self.requested = False
     self._finish = finish
+    self._begin_to_save = begin_to_save
+    self._code = code
     self._peers = peers
     self._wait = lambda: None
     self._deferred = False
@@ -92,10 +113,7 @@ class StopHandler:
     os.set_blocking(self._writer, False)
     # Python's C signal handler writes there even while the main thread is busy.
     self._wakeup = signal.set_wakeup_fd(self._writer)
-    self._handlers = {
-      number: signal.signal(number, lambda number, frame: None)
-      for number in SIGNALS
-    }
+    self._handlers = handle_signals(lambda number, frame: None)
     self._closed = threading.Event()
     self._threads = [threading.Thread(target=self._watch, daemon=True)]
     if peers:
@@ -144,21 +162,29 @@ class StopHandler:
       threading.Event().wait()  # Another thread is ending the process.
 
   def _watch(self) -> None:
-    signalled = False
+    first = {}  # times of the first signals, by number
     while (byte := os.read(self._reader, 1)) != _CLOSE:
+      number = byte[0]
       if byte != _PEER:
-        if signalled:
-          os._exit(EXIT_CODE)
-        signalled = True
+        if number not in STOP_SIGNALS:  # Of another handler.
+          continue
+        age = time.monotonic() - first.setdefault(number, time.monotonic())
+        if number in _INSISTENT and age > _SAME:
+          ending.leave(self._code)
       # Schedulers signal all processes of a job, one after the other.
       if self.requested:
         continue
       with self._lock:
         self.requested, deferred = True, self._deferred
-      logging.info(
-        'Stopping %s; a second signal stops at once.',
-        'after this step' if deferred else 'now',
-      )
+      # Another thread, as a terminal that takes no output would hold up this.
+      threading.Thread(
+        target=logging.info,
+        args=(
+          'Stopping %s; the same signal again stops at once.',
+          'after this step' if deferred else 'now',
+        ),
+        daemon=True,
+      ).start()
       if not deferred:
         threading.Thread(target=self._leave, daemon=True).start()
 
@@ -179,9 +205,12 @@ class StopHandler:
     try:
       if self._peers:
         self._peers.begin_to_leave()
+      self._begin_to_save()
       self._wait()
+      ending.begin(self._code)
       self._finish()
     finally:
+      ending.begin(self._code)
       if self._peers:
         self._peers.leave_together()
-      leave(EXIT_CODE)
+      ending.leave(self._code)

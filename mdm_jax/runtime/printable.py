@@ -24,7 +24,7 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub(_escaped, text)
 
 
-def command(module: str, **values: Any) -> str:
+def command_line(module: str, **values: Any) -> str:
   """A shell command that runs a module of this package.
 
   Args:

@@ -1,6 +1,6 @@
 """Ends a process that hangs, because it lost a device, a disk or a process."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import faulthandler
 import math
 import sys
@@ -8,6 +8,8 @@ import threading
 import time
 
 from absl import logging
+
+from mdm_jax.runtime import ending
 
 # EX_SOFTWARE of sysexits.h.
 EXIT_CODE = 70
@@ -24,15 +26,13 @@ class Watchdog:
   `EXIT_CODE`, or 1 if another thread holds the interpreter lock.
   """
 
-  def __init__(self, limits: Mapping[str, float], leave: Callable[[int], None]):
+  def __init__(self, limits: Mapping[str, float]):
     """Starts the thread; there is no limit before the first `watch`.
 
     Args:
       limits: time limit of each phase in seconds, 0 for none.
-      leave: ends the process with an exit code.
     """
     self._limits = limits
-    self._leave = leave
     self._phase, self._deadline = '', math.inf
     self._closed = threading.Event()
     self._thread = threading.Thread(
@@ -46,12 +46,13 @@ class Watchdog:
     self._phase, self._deadline = phase, time.monotonic() + limit
 
   def close(self) -> None:
-    """Ends the thread; from then on there is no limit."""
+    """Ends the thread; from then on there is no limit but that of `ending`."""
     self._closed.set()
     self._thread.join()
 
   def _run(self) -> None:
-    while not self._closed.wait(_POLL):
+    # An ending has a limit of its own, and uses the same timer.
+    while not (self._closed.wait(_POLL) or ending.has_begun()):
       left = self._deadline - time.monotonic()
       if left < 0:
         self._bite()
@@ -61,10 +62,13 @@ class Watchdog:
         )
       else:
         faulthandler.cancel_dump_traceback_later()
-    faulthandler.cancel_dump_traceback_later()
+    if not ending.has_begun():
+      faulthandler.cancel_dump_traceback_later()
 
   def _bite(self) -> None:
     phase = self._phase
+    # Before it logs, since whatever hangs may hold up the log too.
+    ending.begin(EXIT_CODE)
     logging.error(
       'watchdog: %s has not ended in %g s, watchdog.%s; the stacks follow. '
       'The same command continues from the last checkpoint.',
@@ -73,4 +77,4 @@ class Watchdog:
       phase,
     )
     faulthandler.dump_traceback(file=sys.__stderr__)
-    self._leave(EXIT_CODE)
+    ending.leave(EXIT_CODE)

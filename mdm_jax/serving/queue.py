@@ -18,7 +18,7 @@ from mdm_jax.data.text import Tokenizer
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference.session import Model
 from mdm_jax.runtime import sharding
-from mdm_jax.runtime.printable import command
+from mdm_jax.runtime.printable import command_line
 from mdm_jax.steps.sample import make_sample_steps
 
 MAX_CHARACTERS = 1000  # most characters in a prompt
@@ -239,7 +239,7 @@ class SampleQueue:
     }
     if not request.negative_prompt:
       del values['negative_prompt']
-    return command('sample', **values)
+    return command_line('sample', **values)
 
   def submit(
     self,

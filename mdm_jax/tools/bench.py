@@ -31,6 +31,7 @@ from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
 from mdm_jax.report import console
 from mdm_jax.runtime import (
+  command,
   compilation_cache,
   cpu,
   files,
@@ -539,4 +540,4 @@ if __name__ == '__main__':
     'Directory for a trace of a few steps, for TensorBoard. ui.perfetto.dev '
     'opens its perfetto_trace.json.gz.',
   )
-  flag_types.run(main, recipes.parse_flags)
+  command.run(main, recipes.parse_flags)

@@ -25,7 +25,7 @@ from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import images, pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.report import console
-from mdm_jax.runtime import files, flag_types, value_types
+from mdm_jax.runtime import command, files, flag_types, value_types
 
 _BATCH_SIZE = 8
 # How often each is measured. The best counts, as other programs may interfere.
@@ -223,4 +223,4 @@ if __name__ == '__main__':
     value_types.Path('file', output=True),
     'JSON file for the results.',
   )
-  flag_types.run(main, recipes.parse_flags)
+  command.run(main, recipes.parse_flags)

@@ -17,7 +17,13 @@ from typing import Any
 from absl import flags, logging
 
 from mdm_jax.builders import ranges
-from mdm_jax.runtime import cpu, flag_types, value_types
+from mdm_jax.runtime import (
+  command,
+  cpu,
+  directory_lock,
+  flag_types,
+  value_types,
+)
 
 _BATCH = 128  # images that the classifier sees at once
 
@@ -51,7 +57,8 @@ def main(_: list[str]) -> None:
     model = opened.restore()
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  found = _compare(model, cases, path, known)
+  with directory_lock.holding_file(path):
+    found = _compare(model, cases, path, known)
   found.sort(
     key=lambda one: (
       cases.index((one['sampler'], one['steps']))
@@ -369,4 +376,4 @@ if __name__ == '__main__':
     value_types.Path('file', output=True, suffixes=('.svg', '.png')),
     'File for a plot of the results, .svg or .png.',
   )
-  flag_types.run(main)
+  command.run(main)

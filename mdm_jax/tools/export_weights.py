@@ -14,7 +14,7 @@ from absl import flags, logging
 import numpy as np
 import safetensors.numpy
 
-from mdm_jax.runtime import flag_types, value_types
+from mdm_jax.runtime import command, directory_lock, flag_types, value_types
 
 
 def main(_: list[str]) -> None:
@@ -26,7 +26,8 @@ def main(_: list[str]) -> None:
   console.setup_logging()
   try:
     values = flags.FLAGS
-    export(values.workdir, values.output, values.names)
+    with directory_lock.holding_file(values.output):
+      export(values.workdir, values.output, values.names)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
@@ -105,4 +106,4 @@ if __name__ == '__main__':
     value_types.Choice(('ours', 'release')),
     "Names of the parameters: this project's, or those of Apple's ml-mdm.",
   )
-  flag_types.run(main)
+  command.run(main)

@@ -17,8 +17,12 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mdm_jax.builders import recipes
-from mdm_jax.runtime import flag_types, value_types
-from mdm_jax.runtime.printable import command
+from mdm_jax.runtime import (
+  command,
+  directory_lock,
+  flag_types,
+  value_types,
+)
 
 
 def main(_: list[str]) -> None:
@@ -30,13 +34,14 @@ def main(_: list[str]) -> None:
   try:
     values = flags.FLAGS
     given = config_flags.get_override_values(values['config'])
-    import_checkpoint(
-      values.checkpoint,
-      values.config,
-      values.workdir,
-      dtype=given.get('dtype', 'float32'),
-      ignore=values.ignore,
-    )
+    with directory_lock.holding(values.workdir):
+      import_checkpoint(
+        values.checkpoint,
+        values.config,
+        values.workdir,
+        dtype=given.get('dtype', 'float32'),
+        ignore=values.ignore,
+      )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
@@ -110,7 +115,9 @@ def import_checkpoint(
     path,
     index + 1,
     workdir,
-    command('sample', workdir=workdir, prompt='a cat in the snow'),
+    printable.command_line(
+      'sample', workdir=workdir, prompt='a cat in the snow'
+    ),
   )
 
 
@@ -197,4 +204,4 @@ if __name__ == '__main__':
     'Working directory to create.',
     required=True,
   )
-  flag_types.run(main, recipes.parse_flags)
+  command.run(main, recipes.parse_flags)

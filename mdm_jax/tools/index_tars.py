@@ -13,16 +13,17 @@ import sys
 from absl import flags
 
 from mdm_jax.data import tar_index, tars
-from mdm_jax.runtime import flag_types, value_types
+from mdm_jax.runtime import command, directory_lock, flag_types, value_types
 
 
 def main(_: list[str]) -> None:
   """Runs `write_index` with the flags and prints the size of each split."""
   values = flags.FLAGS
   try:
-    counts = tar_index.write_index(
-      tars.find(values.input), values.output, values.validation_fraction
-    )
+    with directory_lock.holding_file(values.output):
+      counts = tar_index.write_index(
+        tars.find(values.input), values.output, values.validation_fraction
+      )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   for split, count in counts.items():
@@ -53,4 +54,4 @@ if __name__ == '__main__':
     value_types.Number(float, 0, 1, below=True),
     'Fraction of the records for the validation split.',
   )
-  flag_types.run(main)
+  command.run(main)

@@ -28,6 +28,7 @@ from mdm_jax.builders import ranges, recipes
 from mdm_jax.models.unet import REMAT
 from mdm_jax.report import console
 from mdm_jax.runtime import (
+  command,
   compilation_cache,
   flag_types,
   sharding,
@@ -356,4 +357,4 @@ if __name__ == '__main__':
     value_types.Path('directory', output=True),
     'Directory of cached results. Default: ~/.cache/mdm_jax/plan.',
   )
-  flag_types.run(main, recipes.parse_flags)
+  command.run(main, recipes.parse_flags)

@@ -22,7 +22,13 @@ import numpy as np
 from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
 from mdm_jax.data.images import BadRecord
-from mdm_jax.runtime import files, flag_types, value_types
+from mdm_jax.runtime import (
+  command,
+  directory_lock,
+  files,
+  flag_types,
+  value_types,
+)
 
 # Captions per file. At most this many are lost if the program is killed.
 SHARD_SIZE = 4096
@@ -40,7 +46,11 @@ def main(_: list[str]) -> None:
   console.setup_logging()
   try:
     values = flags.FLAGS
-    precompute(values.config, values.batch_size, values.storage, values.part)
+    with directory_lock.holding_part(
+      precomputed.text_directory(values.config.data.path),
+      *value_types.parse_part(values.part),
+    ):
+      precompute(values.config, values.batch_size, values.storage, values.part)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
@@ -317,4 +327,4 @@ if __name__ == '__main__':
     value_types.PART,
     'k/n: this is machine k, from 0, of n machines that share the work.',
   )
-  flag_types.run(main, recipes.parse_flags)
+  command.run(main, recipes.parse_flags)

@@ -35,15 +35,26 @@ import numpy as np
 from PIL import Image
 import tqdm
 
+from mdm_jax import child_process
 from mdm_jax.data import captions, tars
 from mdm_jax.data.images import MAX_PIXELS, BadRecord, load_image
-from mdm_jax.runtime import files, flag_types, value_types
+from mdm_jax.runtime import (
+  command,
+  directory_lock,
+  files,
+  flag_types,
+  value_types,
+)
 
 SPLITS = ('train', 'validation')
 # Records of whole tars are joined into files of up to this many records.
 _RECORDS_PER_SHARD = 10_000
 _JPEG_QUALITY = 95
 _MAX_JPEG_SIDE = 65_500  # pixels
+# Seconds from SIGTERM to the end of a worker: time enough for this process, if
+# it gets the same signal, to end as it should, and for an executor that ends
+# its workers so.
+_PATIENCE = 5.0
 _DIGEST = np.dtype('V16')  # hash of an image file
 
 # A split, a file of records, and bool [records]: which records to use.
@@ -263,7 +274,10 @@ def _run_all(
       return
     pool = stack.enter_context(
       concurrent.futures.ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context('spawn')
+        num_workers,
+        multiprocessing.get_context('spawn'),
+        child_process.begin,
+        (_PATIENCE,),
       )
     )
     # After an error no further job is started.
@@ -559,9 +573,12 @@ def main(_) -> None:
     }
   )
   try:
-    summary = prepare(
-      values.input, values.output, options, values.num_workers, values.part
-    )
+    with directory_lock.holding_part(
+      values.output, *value_types.parse_part(values.part)
+    ):
+      summary = prepare(
+        values.input, values.output, options, values.num_workers, values.part
+      )
   except ValueError as error:
     sys.exit(f'prepare_data: {error}')
   except (OSError, RuntimeError) as error:
@@ -659,4 +676,4 @@ if __name__ == '__main__':
     value_types.PART,
     'k/n: this is machine k, from 0, of n machines that share the work.',
   )
-  flag_types.run(main)
+  command.run(main)

@@ -16,7 +16,13 @@ import sentencepiece
 
 from mdm_jax.data import shapes
 from mdm_jax.data.lines import read_entries
-from mdm_jax.runtime import files, flag_types, value_types
+from mdm_jax.runtime import (
+  command,
+  directory_lock,
+  files,
+  flag_types,
+  value_types,
+)
 
 _OUTPUT = flag_types.define(
   'output',
@@ -98,10 +104,13 @@ def main(_: list[str]) -> None:
       f'error: --vocab_size={_VOCAB_SIZE.value}: SentencePiece cannot train on '
       f'these captions ({reason}): give another size or more captions.'
     )
-  with files.replacing(_OUTPUT.value) as temporary:
+  with (
+    directory_lock.holding_file(_OUTPUT.value),
+    files.replacing(_OUTPUT.value) as temporary,
+  ):
     temporary.write_bytes(model)
   logging.info('wrote %s (%d bytes)', _OUTPUT.value, len(model))
 
 
 if __name__ == '__main__':
-  flag_types.run(main)
+  command.run(main)

@@ -27,7 +27,7 @@ from mdm_jax.inference import validation
 from mdm_jax.report import console, goodput
 from mdm_jax.report.progress import Progress
 from mdm_jax.runtime import distributed, sharding, value_types
-from mdm_jax.runtime.printable import command, quoted
+from mdm_jax.runtime.printable import command_line, quoted
 from mdm_jax.steps.objective import Batch
 from mdm_jax.steps.state import Params, TrainState
 from mdm_jax.steps.train import jit_train_step
@@ -125,6 +125,7 @@ def train(
     finished = True
     for stage in stages[first:]:
       finished = train_stage(run, stage)
+      run.goodput.switch('start_up')  # Until the next stage's first step.
       if not finished:
         break
       run.stop.allow()  # Between stages a stop request exits at once.
@@ -139,7 +140,7 @@ def train(
   logging.info('Finished in %s.', console.duration(time.monotonic() - start))
   logging.info(
     'Next:\n  %s\n  tensorboard --logdir=%s',
-    command(
+    command_line(
       'sample', workdir=workdir, prompt=make_prompts(config, 1).captions[0]
     ),
     quoted(workdir),
@@ -156,7 +157,7 @@ def train_stage(run: Run, stage: Stage) -> bool:
   Raises:
     See `train`.
   """
-  with StageCheckpoints(stage, run.workdir) as saved:
+  with StageCheckpoints(stage, run.workdir) as saved, run.saving_at_the_end():
     ##### Restore or create the state, open the data, compile the step.
     data = data_fingerprint(stage.config)
     shapes = stage.state_shapes(run.mesh)
@@ -224,7 +225,6 @@ def train_stage(run: Run, stage: Stage) -> bool:
     saved.wait()
     if not stopped:
       saved_steps.mark_finished(stage.directory(run.workdir), stage.num_steps)
-    run.goodput.switch('start_up')  # Until the next stage's first step.
     return not stopped
 
 

@@ -48,6 +48,17 @@ class Run:
       self.stop.allow(distributed.any_of(self.stop.requested))
       self.stop.defer()
 
+  @contextlib.contextmanager
+  def saving_at_the_end(self) -> Iterator[None]:
+    """What is closed after this, however it ends, waits for saves.
+
+    The watchdog's limit is then that of a save.
+    """
+    try:
+      yield
+    finally:
+      self.goodput.switch('save')
+
 
 @contextlib.contextmanager
 def running(
@@ -64,7 +75,7 @@ def running(
     workdir, mesh, frozen: see `Run`.
     began: `time.monotonic()` at the start of the process; None for now.
   """
-  dog = watchdog.Watchdog(config.watchdog, preemption.leave)
+  dog = watchdog.Watchdog(config.watchdog)
   writer = MetricWriter(workdir)
   goodput = Goodput(
     workdir, began, lambda bucket: dog.watch(_PHASES.get(bucket, bucket))
@@ -72,6 +83,7 @@ def running(
   stop = preemption.StopHandler(
     lambda: (goodput.flush(), writer.flush()),
     distributed.Peers() if jax.process_count() > 1 else None,
+    lambda: dog.watch('save'),
   )
   with (
     contextlib.closing(dog),

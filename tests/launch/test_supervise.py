@@ -1,5 +1,6 @@
 """The supervisor restarts a command, but not for ever."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -8,6 +9,15 @@ import time
 
 import pytest
 
+SIGNALS = (
+  signal.SIGHUP,
+  signal.SIGINT,
+  signal.SIGQUIT,
+  signal.SIGTERM,
+  signal.SIGUSR1,
+  signal.SIGUSR2,
+  signal.SIGXCPU,
+)
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'supervise.py'
 # Counts its runs in WORKDIR/runs, then runs the test's code.
 COMMAND = """
@@ -26,7 +36,7 @@ def start(tmp_path):
   """(code) -> a supervisor that runs the code."""
   started = []
 
-  def start(code, *options):
+  def start(code, *options, wrapper=()):
     started.append(
       subprocess.Popen(
         [
@@ -37,6 +47,7 @@ def start(tmp_path):
           '--pause=0.1',
           *options,
           '--',
+          *wrapper,
           sys.executable,
           '-c',
           COMMAND + code,
@@ -97,19 +108,93 @@ def test_progress_resets_the_count(start, tmp_path):
   assert (process.returncode, runs(tmp_path)) == (1, 7)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_passed_on(start, tmp_path, number):
-  process = start("""
-for number in (signal.SIGTERM, signal.SIGINT):
-  signal.signal(number, lambda number, frame: sys.exit(75))
-(workdir / 'ready').touch()
-time.sleep(60)
-""")
-  while not (tmp_path / 'ready').exists():
+# Saves when it is asked to stop, which takes a while, and tells the signal.
+SAVE_AND_STOP = """
+def stop(number, frame):
+  time.sleep(0.3)
+  (workdir / 'saved').write_text(signal.Signals(number).name)
+  sys.exit(75)
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
+               signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+  signal.signal(number, stop)
+(workdir / 'ready').write_text('x')
+while True:
+  time.sleep(0.01)  # A signal just before a sleep is handled after it.
+"""
+
+
+def wait_for(path):
+  end = time.monotonic() + 60
+  while not (path.exists() and path.read_text()):
+    assert time.monotonic() < end, f'no {path}'
     time.sleep(0.01)
+  return path.read_text()
+
+
+@pytest.mark.parametrize('number', SIGNALS)
+def test_signals_are_passed_on(start, tmp_path, number):
+  process = start(SAVE_AND_STOP)
+  wait_for(tmp_path / 'ready')
   process.send_signal(number)
   process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (75, 1)
+  assert (tmp_path / 'saved').read_text() == number.name
+
+
+@pytest.mark.parametrize('wrapper', [(), ('bash', '-c', '"$@"; exit', 'bash')])
+def test_a_killed_supervisor_leaves_no_run(start, tmp_path, wrapper):
+  """The run saves, also if it is the child of a script."""
+  process = start(SAVE_AND_STOP, wrapper=wrapper)
+  wait_for(tmp_path / 'ready')
+  process.kill()
+  assert wait_for(tmp_path / 'saved') == 'SIGTERM'
+  # All processes that have its standard error have ended.
+  process.communicate(timeout=600)
+  assert runs(tmp_path) == 1
+
+
+def test_killed_at_any_moment_it_leaves_no_run(start, tmp_path):
+  for i in range(12):
+    process = start('sys.exit(75)', '--attempts=1000')
+    process.stderr.readline()
+    time.sleep(0.003 * i)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_a_script_that_is_killed_takes_its_run_along(start, tmp_path):
+  """Or the next attempt would make two."""
+  process = start(
+    'if run > 1: sys.exit(0)\n' + SAVE_AND_STOP,
+    wrapper=('bash', '-c', 'echo $$ > "${@: -1}/pid"; "$@"; exit', 'bash'),
+  )
+  wait_for(tmp_path / 'ready')
+  os.kill(int((tmp_path / 'pid').read_text()), signal.SIGKILL)
+  process.communicate(timeout=600)
+  assert (process.returncode, runs(tmp_path)) == (0, 2)
+  assert (tmp_path / 'saved').read_text() == 'SIGTERM'
+
+
+def test_what_is_ignored_stays_ignored(start, tmp_path):
+  """As SIGHUP under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    process = start(
+      "(workdir / 'ready').write_text('x'); time.sleep(0.5); sys.exit(0)"
+    )
+  finally:
+    signal.signal(signal.SIGHUP, before)
+  wait_for(tmp_path / 'ready')
+  process.send_signal(signal.SIGHUP)
+  process.communicate(timeout=600)
+  assert (process.returncode, runs(tmp_path)) == (0, 1)
+
+
+def test_it_goes_on_without_its_terminal(start, tmp_path):
+  process = start('sys.exit([75, 75, 0][run - 1])')
+  process.stderr.close()
+  assert process.wait(600) == 0
+  assert runs(tmp_path) == 3
 
 
 def test_a_signal_ends_the_pause(start, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from mdm_jax import inference
 from mdm_jax.inference import evaluation
-from mdm_jax.runtime import cpu, flag_types, value_types
+from mdm_jax.runtime import command, cpu, flag_types, value_types
 from tests import commands, fuzzing
 
 ROOT = pathlib.Path(flag_types.__file__).parents[1]
@@ -31,7 +31,7 @@ NUMBERS = (
 
 def define_all(pipe) -> None:
   """Sends what flags the commands define. It runs in a process of its own."""
-  flag_types.run = lambda *given: None
+  command.run = lambda *given: None
   cpu.use_huge_pages = lambda: None
   found = []
   for module in COMMANDS:

@@ -1,7 +1,9 @@
 """Real signals to real processes: their exit codes, and how soon they exit."""
 
 import json
+import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import time
 
 import pytest
 
+from mdm_jax.child_process import STOP_SIGNALS
+from mdm_jax.runtime import preemption
 from tests import commands, toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -18,6 +22,7 @@ SOON = 30
 BUSY = """
 import hashlib, os, time
 from absl import logging
+from mdm_jax.child_process import STOP_SIGNALS
 from mdm_jax.runtime import preemption
 logging.set_verbosity('info')
 def say(word):
@@ -90,7 +95,19 @@ def end(process, number=signal.SIGTERM):
   return process.returncode, output, time.monotonic() - begin
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_these_signals_are_stop_requests():
+  assert {number.name for number in STOP_SIGNALS} == {
+    'SIGHUP',
+    'SIGINT',
+    'SIGQUIT',
+    'SIGTERM',
+    'SIGUSR1',
+    'SIGUSR2',
+    'SIGXCPU',
+  }
+
+
+@pytest.mark.parametrize('number', STOP_SIGNALS)
 def test_a_signal_ends_c_code_at_once(start, number):
   process = start('-c', BUSY + "say('ready'); work()")
   read_until(process, 'ready')
@@ -125,10 +142,69 @@ def test_second_signal_does_not_wait(start):
   process = start('-c', BUSY + "stop.defer(); say('ready'); work()")
   read_until(process, 'ready')
   process.terminate()
-  read_until(process, 'a second signal')
+  read_until(process, 'the same signal again')
+  time.sleep(2 * preemption._SAME)
   code, output, seconds = end(process)
   assert (code, output) == (75, '')
   assert seconds < SOON
+
+
+@pytest.mark.parametrize(
+  'number, pause',
+  [
+    # `timeout` and Slurm may send it to the process and to its group.
+    (signal.SIGTERM, 0),
+    # From the kernel and from the shell, when a terminal is closed.
+    (signal.SIGHUP, 2 * preemption._SAME),
+    # Every second, until the hard limit.
+    (signal.SIGXCPU, 2 * preemption._SAME),
+  ],
+)
+def test_a_request_may_come_twice(start, number, pause):
+  process = start(
+    '-c',
+    BUSY
+    + """
+stop.defer()
+say('ready')
+while not stop.requested:
+  time.sleep(0.01)
+time.sleep(1.5)
+say('saved')
+stop.allow()
+""",
+  )
+  read_until(process, 'ready')
+  process.send_signal(number)
+  time.sleep(pause)
+  code, output, _ = end(process, number)
+  assert code == 75
+  assert 'saved' in output
+
+
+@pytest.mark.parametrize(
+  'ignored, number, expected',
+  [
+    ([signal.SIGHUP], signal.SIGHUP, 3),  # nohup
+    # A command in the background of a script.
+    ([signal.SIGINT, signal.SIGQUIT], signal.SIGINT, 3),
+    ([signal.SIGINT, signal.SIGQUIT], signal.SIGQUIT, 3),
+    ([signal.SIGINT, signal.SIGQUIT, signal.SIGHUP], signal.SIGTERM, 75),
+    ([signal.SIGTERM], signal.SIGTERM, 75),
+  ],
+)
+def test_what_is_ignored_at_the_start(start, ignored, number, expected):
+  process = start(
+    '-c',
+    'import os, signal, sys\n'
+    f'for number in {list(map(int, ignored))}:\n'
+    '  signal.signal(number, signal.SIG_IGN)\n'
+    'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])',
+    '-c',
+    BUSY + "say('ready'); time.sleep(1); os._exit(3)",
+  )
+  read_until(process, 'ready')
+  assert end(process, number)[0] == expected
 
 
 def test_waits_for_pending_saves(start):
@@ -224,3 +300,54 @@ def test_divergence_ends_in_one_line(train, tmp_path):
     "error: stage 1/1 '8': 2 consecutive steps were skipped"
   )
   assert 'Traceback' not in output
+
+
+@commands.lists_processes
+def test_a_run_whose_terminal_is_closed_saves(tmp_path):
+  """Its data workers get the signal too, and nothing can be logged any more."""
+  (tmp_path / 'toy.py').write_text(
+    toy.recipe(
+      1,
+      100_000,
+      data__num_workers=1,
+      log_every=1,
+      sample_every=100_000,
+      checkpoint_every=100_000,
+    )
+  )
+  run, lines = tmp_path / 'run', tmp_path / 'run' / 'metrics.jsonl'
+  master, slave = pty.openpty()
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      '-c',
+      # The terminal is that of the session, as after a login.
+      'import os, sys; os.login_tty(0); '
+      'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])',
+      '-m',
+      'mdm_jax.main',
+      f'--config={tmp_path / "toy.py"}',
+      f'--workdir={run}',
+    ],
+    cwd=ROOT,
+    stdin=slave,
+    stdout=slave,
+    stderr=slave,
+  )
+  os.close(slave)
+  output = b''
+  while b' step 5/100000 ' not in output:
+    output += os.read(master, 2**16)
+  os.close(master)
+  assert process.wait(600) == 75
+  assert commands.all_end(process.pid)
+  [step] = [
+    int(path.name)
+    for path in (run / 'checkpoints' / '0_8').glob('*')
+    if (path / 'manifest.json').exists()
+  ]
+  assert step >= 5
+  done = map(json.loads, lines.read_text().splitlines())
+  assert [line['step'] for line in done if 'loss' in line] == (
+    [*range(1, step + 1)]
+  )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.report import gallery
-from mdm_jax.runtime.printable import command, printable, quoted
+from mdm_jax.runtime.printable import command_line, printable, quoted
 from mdm_jax.serving import html as page
 from tests import fuzzing
 
@@ -64,7 +64,7 @@ def test_any_text_can_be_shown(count):
   ],
 )
 def test_a_command_means_what_it_says(text):
-  line = command('sample', workdir='a run', prompt=text, best=None)
+  line = command_line('sample', workdir='a run', prompt=text, best=None)
   assert line.startswith("python -m mdm_jax.sample --workdir='a run' --prompt=")
   assert is_plain(line) and '\n' not in line
   shown = subprocess.run(
@@ -91,14 +91,14 @@ def test_pages_escape_captions(tmp_path):
 COMMAND = r"""
 import sys
 from absl import logging
-from mdm_jax.runtime import flag_types
+from mdm_jax.runtime import command
 
 def main(_):
   logging.info('a \x1b[31mring\x1b[0m \u2192 \udcff\n\tline 2')
   print('\u2192')
   sys.exit('error: a \x1b[31mring\u2028 \u2192')
 
-flag_types.run(main)
+command.run(main)
 """
 
 

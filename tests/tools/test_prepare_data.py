@@ -5,10 +5,12 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 
 import numpy as np
@@ -20,6 +22,7 @@ from mdm_jax.data.images import decode_image
 from mdm_jax.runtime import files
 from mdm_jax.tools import prepare_data
 from mdm_jax.tools.prepare_data import Options
+from tests import commands
 from tests.runtime.test_files import UNREADABLE
 
 RED = (200, 30, 40)
@@ -625,3 +628,40 @@ def test_the_command_says_one_line_and_fails(tmp_path):
   assert done.stderr.splitlines() == [
     f'prepare_data: --input={tmp_path}/*.tar matches no file.'
   ]
+
+
+@commands.lists_processes
+@pytest.mark.parametrize(
+  'how, expected', [('SIGHUP', 75), ('SIGTERM', 75), ('SIGKILL', -9)]
+)
+def test_a_command_that_is_stopped_keeps_what_is_done(tmp_path, how, expected):
+  """A signal to all its processes too; and no worker is left, ever."""
+  write_tar(tmp_path / '0.tar', good_files(2))
+  large = image_file(size=(3000, 3000))
+  for i in (1, 2, 3):
+    files = {f'{j}.jpg': large for j in range(300)}
+    texts = {f'{j}.txt': b'a' for j in range(300)}
+    write_tar(tmp_path / f'{i}.tar', files | texts)
+  arguments = (
+    'mdm_jax.tools.prepare_data',
+    f'--input={tmp_path}/*.tar',
+    f'--output={tmp_path / "out"}',
+  )
+  process = commands.start(*arguments, '--num_workers=2')
+  while not (tmp_path / 'out.incomplete' / '000000.json').exists():
+    assert process.poll() is None
+    time.sleep(0.02)
+  if how == 'SIGHUP':  # Meanwhile no other may write there.
+    second = commands.run(*arguments)
+    assert second.returncode == 1
+    assert second.stderr.startswith(
+      f'prepare_data: {tmp_path}/out is in use: process {process.pid} on '
+    )
+  if how == 'SIGKILL':
+    process.kill()
+  else:
+    os.killpg(process.pid, signal.Signals[how])
+  assert process.wait(600) == expected
+  assert commands.all_end(process.pid, 5)
+  assert (tmp_path / 'out.incomplete' / '000000.json').exists()
+  assert not (tmp_path / 'out').exists()

@@ -26,7 +26,7 @@ from mdm_jax.data.transforms import Transform
 from mdm_jax.inference import validation, weights
 from mdm_jax.optim import skip_step
 from mdm_jax.report import goodput
-from mdm_jax.runtime import replica_check, sharding
+from mdm_jax.runtime import directory_lock, replica_check, sharding
 from mdm_jax.training import loop, monitor
 from tests import commands, toy
 from tests.report.test_metric_writer import read_events
@@ -508,15 +508,16 @@ def run_sample(real=False, **options):
 
 def test_sample_command(finished, tmp_path):
   prompts = ['a red ring, on grey', 'a small blue star, on white']
-  result = run_sample(
-    real=True,
-    workdir=finished,
-    prompt=prompts,
-    num_samples=2,
-    steps=2,
-    output=tmp_path,
-    seed=5,
-  )
+  with directory_lock.holding(finished):  # It only reads there.
+    result = run_sample(
+      real=True,
+      workdir=finished,
+      prompt=prompts,
+      num_samples=2,
+      steps=2,
+      output=tmp_path,
+      seed=5,
+    )
   assert result.returncode == 0, result.stderr
   lines = [
     json.loads(line)
@@ -572,6 +573,18 @@ def test_sample_uses_an_older_checkpoint(finished, tmp_path):
   assert 'Traceback' not in result.stderr
   (line,) = lines_of(workdir / 'generated' / 'samples.jsonl')
   assert line['step'] == 4
+
+
+def test_a_second_sampler_is_refused(finished):
+  output = finished / 'generated'
+  with directory_lock.holding(output):
+    result = run_sample(workdir=finished, prompt='a red ring')
+    assert [path.name for path in output.iterdir()] == ['.lock']
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith(
+    f'error: {output} is in use: process {os.getpid()} on '
+  )
+  assert not output.exists()
 
 
 def test_sample_with_a_guide(finished, tmp_path):

@@ -1,0 +1,107 @@
+"""Runs a command, from its flags to its end: the same way for all commands."""
+
+from collections.abc import Callable, Sequence
+import errno
+import logging as python_logging
+import sys
+from typing import Any, NoReturn
+
+from absl import app, logging
+
+from mdm_jax.runtime import directory_lock, ending, flag_types, preemption
+from mdm_jax.runtime.printable import printable
+
+# A disk that takes no more, not a mistake in the program.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+
+
+def run(
+  main: Callable[[list[str]], Any],
+  parse: Callable[[Sequence[str]], list[str]] = flag_types.parse_flags,
+) -> NoReturn:
+  """Parses the flags, runs `main`, and then ends the process soon.
+
+  A stop request ends it with `preemption.EXIT_CODE`, at once where `main` has
+  no `StopHandler` of its own.
+
+  An error that ends it is printed in one line, as is what the file system
+  refuses. In that line and in all log lines what is no character to see is
+  escaped, and so is what the locale cannot write: captions, paths and errors of
+  libraries may hold anything.
+
+  Args:
+    main: of the command, called with the name of the program.
+    parse: parser of the flags, which ends the process if one is wrong.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='backslashreplace')
+  logging.get_absl_handler().setFormatter(_PrintableFormatter())
+  # Python's process that removes shared memory after an ending that leaves it
+  # behind, as all do here, warns that it has to.
+  sys.warnoptions.append('ignore:resource_tracker:UserWarning')
+
+  def run_main(argv):
+    # Not before: absl looks for handlers that log to standard error.
+    sys.stderr = _Stderr(sys.stderr)
+    return main(argv)
+
+  stop = preemption.StopHandler(lambda: None)
+  code, message = 0, ''
+  try:
+    app.run(run_main, flags_parser=parse)
+  except SystemExit as exited:
+    code = exited.code or 0
+    if not isinstance(code, int):
+      code, message = 1, str(code)
+  except directory_lock.InUse as error:
+    code, message = 1, f'error: {error}'
+  # The only place that catches everything: whatever has happened, the process
+  # ends now, and the threads of libraries have no say in it.
+  except BaseException as error:
+    code = 1
+    if isinstance(error, OSError) and error.errno in _DISK:
+      message = f'error: {error}. What is finished is kept.'
+    # The environment's fault if a file is named, otherwise maybe ours.
+    elif isinstance(error, OSError) and error.filename is not None:
+      message = f'error: {error.filename}: {error.strerror}.'
+    else:
+      sys.excepthook(*sys.exc_info())
+  ending.begin(code)
+  stop.close()
+  # Schedulers repeat signals.
+  preemption.ignore_signals()
+  ending.finish(code, printable(message))
+
+
+class _PrintableFormatter(logging.PythonFormatter):
+  """Formats log lines as absl does, then escapes control characters."""
+
+  def format(self, record: python_logging.LogRecord) -> str:
+    return printable(super().format(record))
+
+
+class _Stderr:
+  """Standard error that may vanish, with its terminal or on a full disk.
+
+  What cannot be written is lost, and ends nothing: a progress bar or a log line
+  is no reason to lose a checkpoint.
+  """
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    try:
+      return self._stream.write(text)
+    except OSError:
+      return len(text)
+
+  def flush(self) -> None:
+    try:
+      self._stream.flush()
+    except OSError:
+      pass
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
