@@ -115,9 +115,7 @@ def import_checkpoint(
     path,
     index + 1,
     workdir,
-    printable.command_line(
-      'sample', workdir=workdir, prompt='a cat in the snow'
-    ),
+    command_line('sample', workdir=workdir, prompt='a cat in the snow'),
   )
 
 
