@@ -17,12 +17,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mdm_jax.builders import recipes
-from mdm_jax.runtime import (
-  command,
-  directory_lock,
-  flag_types,
-  value_types,
-)
+from mdm_jax.runtime import command, directory_lock, flag_types, value_types
+from mdm_jax.runtime.printable import command_line
 
 
 def main(_: list[str]) -> None:
