@@ -652,7 +652,7 @@ def test_samplers_are_compared(finished, tmp_path):
 def test_sample_without_a_run_names_the_directory(tmp_path):
   result = run_sample(workdir=tmp_path / 'none', prompt='x')
   assert result.returncode == 1
-  assert 'none/config.json does not exist' in result.stderr
+  assert 'none: there is no such directory' in result.stderr
   assert 'Traceback' not in result.stderr
 
 
