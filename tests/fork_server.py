@@ -7,6 +7,7 @@ A command spends seconds on imports alone, and the tests start many of them.
 import array
 import gc
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -137,6 +138,8 @@ def become(request: dict) -> None:
   sys.stderr = open(
     2, 'w', buffering=1, errors='backslashreplace', closefd=False
   )
+  # What a library has logged in the server was shown by a handler of its own.
+  logging.root.handlers.clear()
   sys.argv = [request['module'], *request['arguments']]
 
 

@@ -237,6 +237,12 @@ def test_a_second_run_is_refused(tmp_path):
 
 
 @commands.lists_processes
+def wait_for(run, condition):
+  while not condition():
+    assert run.poll() is None
+    time.sleep(0.05)
+
+
 @pytest.mark.parametrize('victim', ['a worker', 'all', 'SIGTERM to all'])
 def test_no_worker_outlives_its_run(tmp_path, victim):
   """Nor does a run outlive a worker; a broken TensorBoard ends neither."""
@@ -251,8 +257,6 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
       checkpoint_every=100_000,
     )
   )
-  workdir.mkdir()
-  (workdir / 'tensorboard').write_text('no directory')
   lines = workdir / 'metrics.jsonl'
   with (tmp_path / 'log').open('w') as log:
     run = commands.start(
@@ -262,9 +266,10 @@ def test_no_worker_outlives_its_run(tmp_path, victim):
       stdout=log,
       stderr=log,
     )
-  while not (lines.exists() and '"step": 20,' in lines.read_text()):
-    assert run.poll() is None, (tmp_path / 'log').read_text()
-    time.sleep(0.05)
+  wait_for(run, (workdir / 'config.json').exists)
+  # Training compiles now. Earlier, a file in this place would be refused.
+  (workdir / 'tensorboard').write_text('no directory')
+  wait_for(run, lambda: lines.exists() and '"step": 20,' in lines.read_text())
   workers = commands.children(run.pid, 'spawn_main')
   assert len(workers) == 2
   if victim == 'SIGTERM to all':  # As Slurm does it.
