@@ -101,8 +101,9 @@ def start(command: list[str]) -> tuple[subprocess.Popen, subprocess.Popen]:
 
 def say(text: str) -> None:
   """Writes a line to standard error, which may have vanished."""
+  # Not through sys.stderr: what that cannot write makes the exit code 120.
   with contextlib.suppress(OSError):
-    print(f'supervise: {text}', file=sys.stderr, flush=True)
+    os.write(2, f'supervise: {text}\n'.encode())
 
 
 def main() -> int:
