@@ -580,10 +580,10 @@ def main(_) -> None:
         values.input, values.output, options, values.num_workers, values.part
       )
   except ValueError as error:
-    sys.exit(f'prepare_data: {error}')
+    sys.exit(f'error: {error}')
   except (OSError, RuntimeError) as error:
     sys.exit(
-      f'prepare_data: {error}. Finished tars are kept: run the same command '
+      f'error: {error}. Finished tars are kept: run the same command '
       'again to continue.'
     )
   if summary is None:

@@ -626,7 +626,7 @@ def test_the_command_says_one_line_and_fails(tmp_path):
   )  # fmt: skip
   assert done.returncode == 1
   assert done.stderr.splitlines() == [
-    f'prepare_data: --input={tmp_path}/*.tar matches no file.'
+    f'error: --input={tmp_path}/*.tar matches no file.'
   ]
 
 
@@ -655,7 +655,7 @@ def test_a_command_that_is_stopped_keeps_what_is_done(tmp_path, how, expected):
     second = commands.run(*arguments)
     assert second.returncode == 1
     assert second.stderr.startswith(
-      f'prepare_data: {tmp_path}/out is in use: process {process.pid} on '
+      f'error: {tmp_path}/out is in use: process {process.pid} on '
     )
   if how == 'SIGKILL':
     process.kill()
