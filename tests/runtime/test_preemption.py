@@ -144,6 +144,7 @@ def test_second_signal_does_not_wait(start):
     BUSY
     + """
 from mdm_jax.report import console
+logging.use_absl_handler()
 console.setup_logging()
 stop.defer()
 say('ready')
