@@ -54,7 +54,7 @@ def run(
     code = exited.code or 0
     if not isinstance(code, int):
       code, message = 1, str(code)
-  except directory_lock.InUse as error:
+  except directory_lock.NotWritable as error:
     code, message = 1, f'error: {error}'
   # The only place that catches everything: whatever has happened, the process
   # ends now, and the threads of libraries have no say in it.

@@ -28,7 +28,11 @@ _POLL = 1.0  # seconds between two attempts meanwhile
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
-class InUse(ValueError):
+class NotWritable(ValueError):
+  """The directory cannot be written to."""
+
+
+class InUse(NotWritable):
   """Another process writes to the directory."""
 
 
@@ -48,7 +52,7 @@ def holding(
 
   Raises:
     InUse: another process has it. The message names the process.
-    ValueError: the directory cannot be created or written to.
+    NotWritable: the directory cannot be created or written to.
   """
   if '://' in str(directory):
     logging.warning('%s cannot be locked: start one writer only.', directory)
@@ -61,7 +65,7 @@ def holding(
   except InUse:
     raise
   except OSError as error:
-    raise ValueError(
+    raise NotWritable(
       f'{path.parent} cannot be written to: {error.strerror}.'
     ) from error
   ended = threading.Event()
@@ -114,6 +118,8 @@ def holding_file(
 def _beside(path: str | os.PathLike) -> tuple[pathlib.Path, str]:
   """The directory and the name of the lock of a path."""
   path = pathlib.Path(path)
+  if path.is_dir():  # It has other names, such as '.' or that of a link.
+    path = path.resolve()
   return path.parent, f'.{path.name}{NAME}'
 
 

@@ -178,11 +178,8 @@ class StopHandler:
         self.requested, deferred = True, self._deferred
       # Another thread, as a terminal that takes no output would hold up this.
       threading.Thread(
-        target=logging.info,
-        args=(
-          'Stopping %s; the same signal again stops at once.',
-          'after this step' if deferred else 'now',
-        ),
+        target=_say,
+        args=('after this step' if deferred else 'now',),
         daemon=True,
       ).start()
       if not deferred:
@@ -214,3 +211,8 @@ class StopHandler:
       if self._peers:
         self._peers.leave_together()
       ending.leave(self._code)
+
+
+def _say(when: str) -> None:
+  # A line of this file: of libraries' threads only warnings are shown.
+  logging.info('Stopping %s; the same signal again stops at once.', when)

@@ -136,6 +136,20 @@ def test_files_of_a_directory_have_locks_of_their_own(hold, tmp_path):
     raise AssertionError
 
 
+def test_a_directory_of_two_names_has_one_lock(hold, tmp_path, monkeypatch):
+  path = tmp_path / 'a'
+  path.mkdir()
+  (tmp_path / 'link').symlink_to(path)
+  hold('holding_part', path, 0, 1)
+  monkeypatch.chdir(path)
+  for other in ('.', tmp_path / 'link', tmp_path / 'link' / '..' / 'a'):
+    with (
+      pytest.raises(directory_lock.InUse),
+      directory_lock.holding_part(other, 0, 1),
+    ):
+      raise AssertionError
+
+
 @pytest.fixture
 def of_another_machine(hold, tmp_path, monkeypatch):
   """A directory that seems to be held by another machine."""

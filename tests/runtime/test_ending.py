@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 COMMAND = r"""
 import concurrent.futures, ctypes, os, sys, threading, time
 from absl import logging
-from mdm_jax.runtime import command, ending, watchdog
+from mdm_jax.runtime import command, directory_lock, ending, watchdog
 
 def hang():
   threading.Event().wait()
@@ -39,6 +39,10 @@ SOON = {
   'raise OSError(28, "No space left on device", "a")': (
     1,
     "error: [Errno 28] No space left on device: 'a'. What is finished is kept.",
+  ),
+  'directory_lock.holding_file("/dev/null/a").__enter__()': (
+    1,
+    'error: /dev/null cannot be written to: File exists.',
   ),
   'threading.Thread(target=ending.leave, args=(70,)).start(); hang()': (70, ''),
 }

@@ -139,7 +139,18 @@ say('never')
 
 
 def test_second_signal_does_not_wait(start):
-  process = start('-c', BUSY + "stop.defer(); say('ready'); work()")
+  process = start(
+    '-c',
+    BUSY
+    + """
+from mdm_jax.report import console
+logging.use_absl_handler()
+console.setup_logging()
+stop.defer()
+say('ready')
+work()
+""",
+  )
   read_until(process, 'ready')
   process.terminate()
   read_until(process, 'the same signal again')
