@@ -212,9 +212,10 @@ def check(config: ConfigDict) -> None:
       section[name] = checked
   for key in KEYS:
     name, in_list, _ = key.partition('[]')
-    count = len(find(config, name) or ()) if in_list else 1
-    for i in range(count):
-      if (each := key.replace('[]', f'[{i}]', 1)) not in found:
+    items = find(config, name) if in_list else [None]
+    needed = [key.replace('[]', f'[{i}]', 1) for i in range(len(items or ()))]
+    for each in [name] if items is None else needed:
+      if each not in found:
         raise ValueError(
           f'{each} is missing: start from configs/common.py, which has all '
           'keys.'

@@ -8,6 +8,7 @@ one under another's name, is not taken for what its directory says.
 
 import contextlib
 import json
+import re
 from typing import Any, NamedTuple
 import uuid
 
@@ -105,7 +106,9 @@ def begin_run(workdir: epath.PathLike) -> None:
 
 
 def _is_run(value: Any) -> bool:
-  return isinstance(value, dict) and isinstance(value.get('run'), str)
+  run = value.get('run') if isinstance(value, dict) else None
+  # Any other text was never an identifier; it would refuse all checkpoints.
+  return isinstance(run, str) and bool(re.fullmatch('[0-9a-f]{32}', run))
 
 
 def _run_of_newest(workdir: epath.Path) -> str | None:

@@ -73,7 +73,11 @@ _WRAPPERS = {
   '_forward_module',  # Lightning Fabric
 }
 _MAX_NAME = 1000  # characters
-_EMA = re.compile(r'(^|[._])(ema|averaged|avg|swa|shadow)([._]|$)', re.I)
+_EMA = re.compile(r'(^|[._])(emas?|averaged|avg|swa|shadow)([._]|$)', re.I)
+# Of what an optimizer stores for each weight, perhaps by the weight's name.
+_OPTIMIZER = re.compile(
+  r'(^|[._])(opt|optim|optimizers?|exp_avg|momentum)([._]|$)', re.I
+)
 _SCALES = ('weight_scale', 'weight_scale_inv', 'scale_weight', 'SCB')
 
 
@@ -248,6 +252,7 @@ def _common_prefix(found: Iterable[str], known: set[str]) -> str:
     prefixes,
     key=lambda prefix: (
       prefixes[prefix],
+      not _OPTIMIZER.search(prefix),
       bool(_EMA.search(prefix)),
       -len(prefix),
     ),

@@ -119,7 +119,7 @@ def from_release(
     Float32 parameters of the structure of `params`.
 
   Raises:
-    ValueError: a tensor is missing, unknown or of another shape.
+    ValueError: a tensor is missing, unknown, of another shape or not finite.
   """
   flat, problems, left = {}, [], set(state_dict)
   for path, name, shape in release_names(params, levels):
@@ -127,9 +127,12 @@ def from_release(
       problems.append(f'missing {name}')
       continue
     left.remove(name)
-    value = np.asarray(state_dict[name], np.float32)
+    with np.errstate(over='ignore'):
+      value = np.asarray(state_dict[name], np.float32)
     if value.shape != shape:
       problems.append(f'{name} is {value.shape}, not {shape}')
+    elif not np.isfinite(value).all():
+      problems.append(f'{name} has numbers that are not finite')
     elif value.ndim == 4 and shape[2:] == (3, 3):
       flat[path] = value.transpose(2, 3, 1, 0)
     elif value.ndim >= 2:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 import contextlib
+import math
 import pathlib
 import time
 from typing import Any
@@ -17,6 +18,7 @@ _LOST = 'lost'
 _SECONDS = 2.0  # least time between two lines that are not forced
 # Buckets of work that is repeated if a run is killed between two checkpoints.
 _REPEATED = ('data', 'step')
+_LONGEST = 1e12  # seconds in a bucket; more would not add up to a number
 _PATIENCE = 0.5  # seconds for a line to reach the file before it is read
 
 
@@ -132,14 +134,14 @@ def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
   begun = {}
   for line in lines:
     begun.setdefault((line['session'], line['stage']), line['step'])
+  # The first step at which any later session was in the stage.
+  repeated_from, least = {}, {}
+  for session, stage in sorted(begun, reverse=True):
+    repeated_from[session, stage] = least.get(stage, math.inf)
+    least[stage] = min(repeated_from[session, stage], begun[session, stage])
   seconds = Counter()
   for line in lines:
-    repeated = any(
-      session > line['session']
-      and stage == line['stage']
-      and step < line['step']
-      for (session, stage), step in begun.items()
-    )
+    repeated = line['step'] > repeated_from[line['session'], line['stage']]
     for name, value in line['seconds'].items():
       lost = repeated and name in _REPEATED
       seconds[_LOST if lost else name] += value
@@ -155,7 +157,7 @@ def _is_line(line: Any) -> bool:
     and files.is_count(line.get('step'))
     and isinstance(line.get('seconds'), dict)
     and all(
-      name.isidentifier() and files.is_number(value) and value >= 0
+      name.isidentifier() and files.is_number(value) and 0 <= value < _LONGEST
       for name, value in line['seconds'].items()
     )
   )

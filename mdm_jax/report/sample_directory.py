@@ -39,14 +39,14 @@ def finest_images(
     try:
       record = json.loads(line)
       level = max(filter(str.isdigit, record['files']), key=int)
-      found[record['index']] = path.parent / record['files'][level]
-    except (ValueError, LookupError, TypeError) as error:
+      found[int(record['index'])] = path.parent / record['files'][level]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
       raise ValueError(
         f'{path}: line {number} is damaged: run the command that sampled them '
         'again.'
       ) from error
   paths = [found[index] for index in sorted(found)]
-  missing = [str(image) for image in paths if not image.exists()]
+  missing = [str(image) for image in paths if not os.path.exists(image)]
   if missing:
     raise FileNotFoundError(
       f'{missing[0]}, which {_LINES} lists, is missing, and {len(missing) - 1} '
@@ -131,7 +131,7 @@ class SampleDirectory:
     self._lines.close()
     self._write_lines()
     first = range(min(_IN_GRID, len(self._records)))
-    read = [self._read(i) for i in first]
+    read = [self._read(self._files[i]) for i in first]
     grid.save_png(
       self.directory / 'grid.png',
       grid.grid(
@@ -158,13 +158,22 @@ class SampleDirectory:
       and index < len(self._records)
       and record == self._records[index]
       and isinstance(names, dict)
-      and names
-      and all(
-        isinstance(name, str) and (self.directory / name).is_file()
-        for name in names.values()
-      )
+      and self._are_there(names, index < _IN_GALLERY)
     ):
       self._files[index] = names
+
+  def _are_there(self, names: dict[str, Any], shown: bool) -> bool:
+    """Whether a sample has its files; if it is shown, its images are read."""
+    sizes = [int(key) for key in names if key.isdecimal()]
+    try:
+      for name in names.values():
+        files.require_file(self.directory / name)
+      read = self._read(names) if shown else ()
+    except (ValueError, TypeError, OSError):
+      return False
+    return bool(sizes) and all(
+      image.shape == (size, size, 3) for image, size in zip(read, sizes)
+    )
 
   def _line(self, index: int) -> str:
     return (
@@ -181,11 +190,8 @@ class SampleDirectory:
       ''.join(map(self._line, sorted(self._files))),
     )
 
-  def _names(self, index: int) -> list[str]:
-    return [name for key, name in self._files[index].items() if key.isdigit()]
-
-  def _read(self, index: int) -> tuple[np.ndarray, ...]:
-    paths = [self.directory / name for name in self._names(index)]
+  def _read(self, names: Mapping[str, str]) -> tuple[np.ndarray, ...]:
+    paths = [self.directory / name for name in _images(names)]
     return tuple(
       np.asarray(images.load_image(path.read_bytes(), key=str(path))[0])
       for path in paths
@@ -195,7 +201,12 @@ class SampleDirectory:
     record = self._records[index]
     return gallery.Entry(
       record['prompt'],
-      self._read(index),
-      tuple(self._names(index)),
+      self._read(self._files[index]),
+      tuple(_images(self._files[index])),
       {'seed': record['seed']},
     )
+
+
+def _images(names: Mapping[str, str]) -> list[str]:
+  """The images of a sample's levels, among the names of its files."""
+  return [name for key, name in names.items() if key.isdecimal()]

@@ -180,6 +180,11 @@ def test_sections_that_are_something_else(make_config):
     del config.stages[1].steps
   with pytest.raises(ValueError, match=r'^stages\[1\].steps is missing'):
     ranges.check(config)
+  for section, name in (('', 'stages'), ('model', 'levels')):
+    config = make_config()
+    del (config[section] if section else config)[name]
+    with pytest.raises(ValueError, match=f'{name} is missing: start from'):
+      ranges.check(config)
   config = make_config()
   config.stages = [*config.stages, 3]
   with pytest.raises(ValueError, match=r'^stages\[2\]=3: give a section'):

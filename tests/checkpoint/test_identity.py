@@ -151,7 +151,7 @@ def test_a_run_may_be_moved_and_copied(runs, tmp_path):
     assert train(tmp_path / name / 'checkpoints' / '0_8') == 10
 
 
-@pytest.mark.parametrize('case', [*UNREADABLE, *ODD])
+@pytest.mark.parametrize('case', [*UNREADABLE, *ODD, '""', '"a"'])
 def test_an_identifier_that_is_lost_is_that_of_the_newest(
   own, runs, monkeypatch, case
 ):
@@ -161,7 +161,7 @@ def test_an_identifier_that_is_lost_is_that_of_the_newest(
   path.unlink()
   if case in UNREADABLE:
     UNREADABLE[case][0](path)
-  elif not case.startswith('"'):
+  else:
     path.write_text(f'{{"run": {case}}}')
   assert restored(own) == 10
   identity.begin_run(runs / 'a')

@@ -191,6 +191,12 @@ SAVED = {
     | prefixed('ema_model.', own)
     | {'step': other['a.weight']}
   ),
+  'several EMAs': lambda own, other: {'model': other, 'emas': [own]},
+  'an optimizer by names': lambda own, other: {
+    'model': own,
+    'optimizer': {'exp_avg': other, 'exp_avg_sq': other},
+    'opt': {'ema': other},
+  },
   'AveragedModel': lambda own, other: (
     prefixed('module.', own) | {'n_averaged': other['a.weight']}
   ),

@@ -160,6 +160,16 @@ def test_from_release_names_tensors_that_do_not_fit(small):
   }
 
 
+@pytest.mark.parametrize('number', [np.nan, np.inf, 1e300])
+def test_from_release_names_tensors_that_are_not_finite(small, number):
+  levels, shapes, state_dict = small
+  weight = state_dict['lm_proj.weight'].copy()
+  weight[1, 2] = number
+  state_dict = state_dict | {'lm_proj.weight': weight}
+  with pytest.raises(ValueError, match='lm_proj.weight has numbers that are'):
+    from_release(shapes, levels, state_dict)
+
+
 def test_to_release_is_the_inverse(small):
   levels, shapes, state_dict = small
   back = to_release(from_release(shapes, levels, state_dict), levels)

@@ -3,13 +3,14 @@
 import base64
 import io
 import json
+import os
 import re
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from mdm_jax.report.sample_directory import SampleDirectory
+from mdm_jax.report.sample_directory import SampleDirectory, finest_images
 from tests.runtime.test_files import ODD, UNREADABLE
 
 RECORDS = [
@@ -35,6 +36,10 @@ def lines(directory):
     json.loads(line)
     for line in (directory / 'samples.jsonl').read_text().splitlines()
   ]
+
+
+def first_line(directory):
+  return json.loads((directory / 'samples.jsonl').read_text().splitlines()[0])
 
 
 @pytest.fixture
@@ -121,6 +126,46 @@ def test_odd_lines_are_no_samples(stopped):
       odd += [good | {'index': value}, good | {'prompt': value}]
   path.write_text('\n'.join(map(json.dumps, odd)))
   assert SampleDirectory(stopped, RECORDS).missing == [0, 1, 2, 3, 4]
+
+
+ODD_FILES = {
+  'an empty image': lambda path: path.write_bytes(b''),
+  'half an image': lambda path: path.write_bytes(path.read_bytes()[:50]),
+  'a smaller image': lambda path: Image.new('RGB', (3, 3)).save(path),
+  'text': lambda path: path.write_text('no image'),
+  'a pipe': lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize('case', ODD_FILES)
+def test_samples_whose_images_cannot_be_read_are_replaced(stopped, case):
+  ODD_FILES[case](stopped / first_line(stopped)['files']['8'])
+  samples = SampleDirectory(stopped, RECORDS)
+  assert 0 in samples.missing
+  for index in samples.missing:
+    samples.add(index, levels(index))
+  samples.finish({})
+
+
+@pytest.mark.parametrize('name', ['a' * 5000, '../../x', 'a\0b'])
+@pytest.mark.parametrize('key', ['4', '\N{SUPERSCRIPT TWO}', 'path'])
+def test_odd_names_of_files_are_no_samples(stopped, name, key):
+  good = first_line(stopped)
+  path = stopped / 'samples.jsonl'
+  path.write_text(json.dumps(good | {'files': {key: name}}) + '\n')
+  with pytest.raises((ValueError, FileNotFoundError)):
+    finest_images(stopped)
+  assert SampleDirectory(stopped, RECORDS).missing == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('value', ['x', None, [1]])
+def test_odd_indices_of_samples_are_damage(stopped, value):
+  good = first_line(stopped)
+  (stopped / 'samples.jsonl').write_text(
+    ''.join(json.dumps(x) + '\n' for x in (good, good | {'index': value}))
+  )
+  with pytest.raises(ValueError, match='line 2 is damaged'):
+    finest_images(stopped)
 
 
 def test_thousands_of_samples_are_in_subdirectories(tmp_path):
