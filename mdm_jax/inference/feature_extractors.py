@@ -321,10 +321,19 @@ def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
 
 
 def _find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
-  folder = pathlib.Path(directory)
+  folder, seen, paths = pathlib.Path(directory), set(), []
+  # Unlike rglob, follows links to directories. Links may be circular, so each
+  # directory is read once.
+  for parent, subdirectories, names in os.walk(folder, followlinks=True):
+    if (real := os.path.realpath(parent)) in seen:
+      subdirectories.clear()
+      continue
+    seen.add(real)
+    subdirectories.sort()
+    paths += [pathlib.Path(parent, name) for name in names]
   return sorted(
     path
-    for path in folder.rglob('*')
+    for path in paths
     if path.suffix.lower() in images.SUFFIXES
     and not images.is_system_file(path.relative_to(folder).as_posix())
     and path.is_file()
