@@ -253,6 +253,12 @@ def test_folders_are_read_to_the_bottom_without_what_systems_leave(
   assert batch[:, 0, 0, 0].tolist() == [1, 2, 3, 0]
 
 
+def test_large_images_are_used(tmp_path):
+  Image.new('1', (7680, 4320)).save(tmp_path / '8k.png')
+  (batch,) = feature_extractors.ImageFolder(tmp_path, 8).batches(1)
+  assert batch.shape == (1, 8, 8, 3)
+
+
 def test_links_to_directories_are_followed_once(tmp_path):
   for level, name in enumerate(('a/x.png', 'set/y.png', 'set/b/z.png')):
     path = tmp_path / name
