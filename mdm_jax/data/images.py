@@ -73,15 +73,16 @@ class BadRecord(ValueError):
     return f'{self.key}: {self.reason}{detail}'
 
 
-def is_system_file(path: str) -> bool:
+def is_system_file(path: str, prefix: str = '.') -> bool:
   """Whether a system left a file among the user's own: `._a.png`, `.DS_Store`.
 
   Args:
     path: relative to the directory or the tar that the user named, with
       slashes.
+    prefix: how the names of such files begin.
   """
   return any(
-    part in _SYSTEM_NAMES or (part.startswith('.') and part != '..')
+    part in _SYSTEM_NAMES or (part.startswith(prefix) and part != '..')
     for part in pathlib.PurePosixPath(path).parts
   )
 

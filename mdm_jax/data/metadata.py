@@ -35,6 +35,10 @@ _PNG = b'\x89PNG\r\n\x1a\n'
 _WEBP_IMAGES = (b'VP8 ', b'VP8L', b'ANMF')
 _WEBP_PARTS = (b'VP8X', b'ANIM', b'ALPH', *_WEBP_IMAGES)
 
+# ImageMagick stores EXIF so: hexadecimal digits after three lines. EXIF has at
+# most 64 kB in a JPEG.
+_RAW_EXIF, _MAX_RAW = b'Raw profile type exif\0', 2**18
+
 _EXIF = b'Exif\0\0'
 _EXIF_HEADS = re.compile(rb'(?:Exif\0\0)*')  # some programs write it twice
 _ORIENTATION = 0x0112
@@ -192,7 +196,8 @@ def _decides_colors(marker: int, payload: bytes) -> bool:
 
 
 def _strip_png(data: bytes) -> ImageFile:
-  kept, exif, seen, position = [_PNG], b'', set(), len(_PNG)
+  kept, seen, position = [_PNG], set(), len(_PNG)
+  exif, raw_exif = b'', None
   for _ in range(_MAX_PARTS):
     if position + 8 > len(data):
       break
@@ -202,6 +207,10 @@ def _strip_png(data: bytes) -> ImageFile:
       kept.append(data[start:position])
     elif kind == b'eXIf':
       exif = exif or data[start + 8 : position - 4]
+    elif kind in (b'tEXt', b'zTXt'):
+      text = data[start + 8 : position - 4]
+      if raw_exif is None and text.startswith(_RAW_EXIF):
+        raw_exif = _parse_raw_exif(kind, text.removeprefix(_RAW_EXIF))
     elif kind == b'IEND':
       kept.append(data[start:position])
       break
@@ -216,7 +225,21 @@ def _strip_png(data: bytes) -> ImageFile:
     # Behind the image, more chunks do not matter.
     if data[start + 4 : start + 8] == b'IDAT' or b'IDAT' not in seen:
       raise ValueError(f'over {_MAX_PARTS} chunks')
-  return ImageFile('PNG', io.BytesIO(b''.join(kept)), orientation(exif))
+  return ImageFile(
+    'PNG',
+    io.BytesIO(b''.join(kept)),
+    orientation(exif or raw_exif or b''),
+  )
+
+
+def _parse_raw_exif(kind: bytes, text: bytes) -> bytes:
+  """EXIF in a text of a PNG; empty if it is damaged."""
+  try:
+    if kind == b'zTXt':  # A byte for the method, and what it compressed.
+      text = zlib.decompressobj().decompress(text[1:], _MAX_RAW)
+    return bytes.fromhex(b''.join(text.split(b'\n')[3:]).decode())
+  except (zlib.error, ValueError):
+    return b''
 
 
 def _transparency(chunk: bytes, color_type: bytes) -> bytes:

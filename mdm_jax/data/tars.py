@@ -282,7 +282,8 @@ def _group(
 
 def _parts(name: str) -> tuple[str, str] | None:
   """The name and lower-case suffix of an image or caption, None for others."""
-  if is_system_file(name):
+  # Records may be called `...and more.jpg`, or lie in a hidden directory.
+  if is_system_file(name, prefix='._'):
     return None
   name, _, suffix = name.removeprefix('./').rpartition('.')
   suffix = suffix.lower()

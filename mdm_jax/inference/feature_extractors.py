@@ -25,6 +25,9 @@ from mdm_jax.runtime import sharding
 _LOG_SECONDS = 10.0
 # Rows that an `fid.Sample` keeps for KID, precision and recall: 80 MB.
 MAX_ROWS = 10_000
+# Of an image of a directory. They are decoded one at a time, in up to 1 GB, so
+# there is room for more than in the loaders of training.
+_MAX_PIXELS = 128_000_000
 
 
 def _jit(
@@ -297,13 +300,16 @@ class ImageFolder:
   def _hash_and_size(
     self, data: bytes, key: str
   ) -> tuple[bytes, tuple[int, int]]:
-    size = images.image_size(data, self.resolution, key)
+    size = images.image_size(data, self.resolution, key, _MAX_PIXELS)
     return hashlib.blake2b(data).digest(), size
 
   def _decode(self, data: bytes, key: str) -> np.ndarray:
     if self.resolution:
-      return images.decode_image(data, self.resolution, key)[0]
-    return np.asarray(images.load_image(data, key=key)[0])
+      return images.decode_image(
+        data, self.resolution, key, max_pixels=_MAX_PIXELS
+      )[0]
+    image, _ = images.load_image(data, key=key, max_pixels=_MAX_PIXELS)
+    return np.asarray(image)
 
 
 def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
@@ -321,10 +327,19 @@ def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
 
 
 def _find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
-  folder = pathlib.Path(directory)
+  folder, seen, paths = pathlib.Path(directory), set(), []
+  # Unlike rglob, follows links to directories. Links may be circular, so each
+  # directory is read once.
+  for parent, subdirectories, names in os.walk(folder, followlinks=True):
+    if (real := os.path.realpath(parent)) in seen:
+      subdirectories.clear()
+      continue
+    seen.add(real)
+    subdirectories.sort()
+    paths += [pathlib.Path(parent, name) for name in names]
   return sorted(
     path
-    for path in folder.rglob('*')
+    for path in paths
     if path.suffix.lower() in images.SUFFIXES
     and not images.is_system_file(path.relative_to(folder).as_posix())
     and path.is_file()

@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 import pytest
 
 from mdm_jax.data import images, metadata
@@ -120,6 +120,30 @@ def test_exif_rotation_is_applied(orientation, file_format):
   assert shorter_side == 700
   expected = decode_image(encode(upright), 32)[0]
   np.testing.assert_allclose(image.astype(int), expected, atol=4)
+
+
+@pytest.mark.parametrize('is_compressed', [False, True])
+@pytest.mark.parametrize(
+  'text, expected',
+  [
+    ('\nexif\n{size:8}\n{digits}\n', 6),
+    ('\nexif\n{size:8}\n{digits}0\n', 1),
+    ('\nexif\n{size:8}\né\n', 1),
+    ('', 1),
+  ],
+)
+def test_exif_as_imagemagick_stores_it_is_applied(
+  text, expected, is_compressed
+):
+  block = exif(6).tobytes()
+  texts = PngImagePlugin.PngInfo()
+  text = text.format(size=len(block), digits=block.hex())
+  texts.add_text('Raw profile type exif', text, zip=is_compressed)
+  data = encode(ramp(20, 10), pnginfo=texts)
+  assert metadata.strip(data).orientation == expected
+  if expected == 6:
+    rotated = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(images.load_image(data)[0], rotated)
 
 
 def tiff(order, kind, count, value, extra=b''):

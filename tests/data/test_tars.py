@@ -132,6 +132,11 @@ ODD = {
     {'a': 'words'},
     [],
   ),
+  'names with dots': (
+    {'...a.jpg': JPEG, '...a.txt': TEXT, '.b/c.jpg': JPEG, '.b/c.txt': TEXT},
+    {'...a': 'words', '.b/c': 'words'},
+    [],
+  ),
   'names': (
     {'./a.jpg': JPEG, 'a.txt': TEXT, '/b.jpg': JPEG, '/b.txt': TEXT}
     | {'../c.jpg': JPEG, '../c.txt': TEXT, 'd.é.jpg': JPEG, 'd.é.txt': TEXT}

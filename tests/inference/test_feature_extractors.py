@@ -253,6 +253,25 @@ def test_folders_are_read_to_the_bottom_without_what_systems_leave(
   assert batch[:, 0, 0, 0].tolist() == [1, 2, 3, 0]
 
 
+def test_large_images_are_used(tmp_path):
+  Image.new('1', (7680, 4320)).save(tmp_path / '8k.png')
+  (batch,) = feature_extractors.ImageFolder(tmp_path, 8).batches(1)
+  assert batch.shape == (1, 8, 8, 3)
+
+
+def test_links_to_directories_are_followed_once(tmp_path):
+  for level, name in enumerate(('a/x.png', 'set/y.png', 'set/b/z.png')):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (6, 4), (level, 0, 0)).save(path)
+  folder = tmp_path / 'set'
+  (folder / 'a').symlink_to(tmp_path / 'a')
+  (folder / 'b' / 'circle').symlink_to(folder)
+  (folder / 'dangling').symlink_to(tmp_path / 'nothing')
+  (batch,) = feature_extractors.ImageFolder(folder).batches(9)
+  assert batch[:, 0, 0, 0].tolist() == [0, 2, 1]
+
+
 def sampled(directory, count):
   records = [{'prompt': 'a', 'seed': i} for i in range(count)]
   samples = SampleDirectory(directory, records)
