@@ -1,14 +1,13 @@
 """Records -> examples: captions, crops and flips."""
 
-import io
 import pickle
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from mdm_jax.data import transforms
 from mdm_jax.data.transforms import Transform
+from tests.data.test_images import encode, ramp
 
 
 class Lengths:
@@ -16,20 +15,6 @@ class Lengths:
 
   def encode(self, caption):
     return np.full(2, len(caption), np.int32)
-
-
-def ramp(width, height):
-  """Red grows to the right and green downwards, from 0 to 255."""
-  x = np.linspace(0, 255, width)[None, :, None]
-  y = np.linspace(0, 255, height)[:, None, None]
-  pixels = [x + 0 * y, y + 0 * x, 0 * x + 0 * y + 128]
-  return Image.fromarray(np.concatenate(pixels, -1).round().astype(np.uint8))
-
-
-def encode(image, file_format='PNG', **options):
-  buffer = io.BytesIO()
-  image.save(buffer, file_format, **options)
-  return buffer.getvalue()
 
 
 def test_transform_of_a_file():
