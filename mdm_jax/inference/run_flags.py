@@ -47,6 +47,13 @@ _THRESHOLD = flag_types.define(
   ranges.KEYS['sampler.threshold'],
   'How predicted images are kept in range. Default: as in the config.',
 )
+_STAGE = flag_types.define(
+  'stage',
+  None,
+  ranges.KEYS['stages[].name'],
+  "Use the weights of this stage of training, such as '16' in shapes_64. "
+  'Default: the last stage that has any.',
+)
 _SIGMA_REL = flag_types.define(
   'sigma_rel',
   None,
@@ -79,6 +86,7 @@ def options() -> dict[str, Any]:
       'threshold': _THRESHOLD.value,
     },
     'evaluation': {'batch_size': _BATCH_SIZE.value},
+    'stage': _STAGE.value,
     'sigma_rel': _SIGMA_REL.value,
     'best': _BEST.value,
   }

@@ -34,7 +34,7 @@ class Model:
 
   Attributes:
     workdir: of the run.
-    stage: the last stage for which the requested weights exist.
+    stage: the one asked for, or the last one that has the requested weights.
     weights: EMA weights of the trained parameters.
     params: all parameters that the model needs, on the mesh.
     mesh: the devices.
@@ -57,11 +57,15 @@ class Model:
     }
 
   @property
+  def is_finished_stage(self) -> bool:
+    """Whether training of the stage has ended, as far as these weights tell."""
+    # The best EMA may be of an earlier step.
+    return self.weights.best or self.weights.step >= self.stage.num_steps
+
+  @property
   def is_finished(self) -> bool:
     """Whether training has ended, as far as these weights tell."""
-    # The best EMA may be of an earlier step.
-    has_ended = self.weights.best or self.weights.step >= self.stage.num_steps
-    return self.stage.is_last and has_ended
+    return self.stage.is_last and self.is_finished_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +76,13 @@ class Session:
     workdir: of the run.
     config: of the run, with the options of `open_run`.
     mesh: the devices.
-    sigma_rel, best: which weights to restore, see `restore_weights`.
+    stage, sigma_rel, best: which weights to restore, see `restore_weights`.
   """
 
   workdir: str
   config: ConfigDict
   mesh: Mesh
+  stage: str | None = None
   sigma_rel: float | None = None
   best: bool = False
 
@@ -89,7 +94,8 @@ class Session:
     """
     stage, weights = self._restore_weights()
     model = self._load_frozen(stage, weights)
-    if not model.is_finished:
+    # An earlier stage that was asked for is not taken for want of a later one.
+    if not (model.is_finished or self.stage and model.is_finished_stage):
       logging.warning(
         'The run is not finished: this is %s at step %d of %d.',
         stage.title,
@@ -124,6 +130,7 @@ class Session:
       self.config,
       self.workdir,
       self.mesh,
+      stage=self.stage,
       sigma_rel=self.sigma_rel,
       best=self.best,
     )
@@ -142,6 +149,7 @@ def open_run(
   evaluation: Mapping[str, Any] | None = None,
   num_images: int | None = None,
   spatial: int = 1,
+  stage: str | None = None,
   sigma_rel: float | None = None,
   best: bool = False,
 ) -> Session:
@@ -160,7 +168,7 @@ def open_run(
     num_images: number of images to sample; lowers `eval.batch_size` if that is
       larger. None keeps it.
     spatial: devices that share the rows of each image.
-    sigma_rel, best: which weights to restore, see `restore_weights`.
+    stage, sigma_rel, best: which weights to restore, see `restore_weights`.
 
   Raises:
     FileNotFoundError, ValueError: the run's config is missing or wrong, here or
@@ -181,7 +189,7 @@ def open_run(
   mesh = sharding.make_mesh(config.mesh)
   config.eval.batch_size = sharding.round_up(config.eval.batch_size, mesh)
   check(config, mesh)
-  return Session(workdir, config, mesh, sigma_rel, best)
+  return Session(workdir, config, mesh, stage, sigma_rel, best)
 
 
 def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:

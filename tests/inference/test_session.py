@@ -97,3 +97,19 @@ def test_a_stored_config_is_checked(make_config, tmp_path):
   write_config(tmp_path, values | {'seed': -1})
   with pytest.raises(ValueError, match='config.json: seed=-1: give an integer'):
     session.open_run(str(tmp_path))
+
+
+def test_a_stage_that_is_asked_for(make_config, tmp_path, caplog):
+  config = make_config()
+  names = [stage.name for stage in config.stages]
+  for index, stage in enumerate(config.stages):
+    params = {'x': np.float32([index])}
+    toy.save_run(tmp_path, config, index, stage.steps - index, params)
+  for name, warned in ((names[0], False), (names[1], True), (None, True)):
+    caplog.clear()
+    with caplog.at_level('WARNING', logger='absl'):
+      model = session.open_run(str(tmp_path), stage=name).restore()
+    assert model.description['stage'] == (name or names[1])
+    assert ('The run is not finished' in caplog.text) == warned
+  with pytest.raises(ValueError, match="no stage 'x': give one of 8, 16."):
+    session.open_run(str(tmp_path), stage='x').restore()
