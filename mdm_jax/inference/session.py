@@ -67,6 +67,24 @@ class Model:
     """Whether training has ended, as far as these weights tell."""
     return self.stage.is_last and self.is_finished_stage
 
+  def changed(
+    self, sampler: Mapping[str, Any], evaluation: Mapping[str, Any]
+  ) -> 'Model':
+    """The same weights with other options, see `open_run`.
+
+    Raises:
+      ValueError: an option is wrong.
+    """
+    config = self.stage.config.copy_and_resolve_references()
+    _change(config, sampler, evaluation)
+    config.eval.batch_size = sharding.round_up(
+      config.eval.batch_size, self.mesh
+    )
+    check(config, self.mesh)
+    return dataclasses.replace(
+      self, stage=dataclasses.replace(self.stage, config=config)
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Session:
@@ -147,7 +165,6 @@ def open_run(
   any_prompt: bool = False,
   sampler: Mapping[str, Any] | None = None,
   evaluation: Mapping[str, Any] | None = None,
-  num_images: int | None = None,
   spatial: int = 1,
   stage: str | None = None,
   sigma_rel: float | None = None,
@@ -165,8 +182,6 @@ def open_run(
       features then loads the T5.
     sampler: keys of `config.sampler` to change; None leaves a value as it is.
     evaluation: keys of `config.eval` to change; None leaves a value as it is.
-    num_images: number of images to sample; lowers `eval.batch_size` if that is
-      larger. None keeps it.
     spatial: devices that share the rows of each image.
     stage, sigma_rel, best: which weights to restore, see `restore_weights`.
 
@@ -175,15 +190,7 @@ def open_run(
       with these options; one line that names the remedy.
   """
   config = _read(workdir, any_prompt)
-  for section, changes in (
-    (config.sampler, sampler or {}),
-    (config.eval, evaluation or {}),
-  ):
-    section.update(
-      {key: value for key, value in changes.items() if value is not None}
-    )
-  if num_images is not None:
-    config.eval.batch_size = min(config.eval.batch_size, num_images)
+  _change(config, sampler, evaluation)
   config.mesh.update(data=-1, fsdp=1, spatial=spatial)
   cpu.use_cores(parts_of_batches(config))
   mesh = sharding.make_mesh(config.mesh)
@@ -196,6 +203,23 @@ def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
   """The config and the newest EMA weights in host memory, to export them."""
   config = _read(workdir)
   return config, restore_weights(config, workdir)
+
+
+def _change(
+  config: ConfigDict,
+  sampler: Mapping[str, Any] | None,
+  evaluation: Mapping[str, Any] | None,
+) -> None:
+  """Changes keys of two sections; None leaves a value as it is.
+
+  Raises:
+    ValueError: a value is wrong.
+  """
+  for section, changes in (('sampler', sampler), ('eval', evaluation)):
+    for key, value in (changes or {}).items():
+      if value is not None:
+        with naming(f'{section}.{key}={value!r}'):
+          config[section][key] = ranges.KEYS[f'{section}.{key}'].check(value)
 
 
 def _read(workdir: str, any_prompt: bool = False) -> ConfigDict:

@@ -12,16 +12,18 @@ import numpy as np
 from mdm_jax.builders.data import held_out_split
 from mdm_jax.builders.prompts import (
   can_score_prompts,
+  chance_accuracy,
   make_prompts,
   make_vocabulary,
 )
 from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint.saved_steps import CheckpointError
-from mdm_jax.eval import prompt_accuracy
+from mdm_jax.eval import estimate, prompt_accuracy
+from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference.weights import restore_weights
-from mdm_jax.report import console
+from mdm_jax.report import evaluations
 from mdm_jax.runtime import files, sharding
-from mdm_jax.steps.evaluate import make_eval_step
+from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.sample import SampleFn
 from mdm_jax.steps.state import Params
 
@@ -58,14 +60,60 @@ def validate_last(
       )
     values = validate(stage, mesh, weights.params | frozen)
     write_metrics(stage, workdir, values)
+  earlier = evaluations.find_earlier(path.parent, settings(stage))
   logging.info(
-    'Held-out metrics:\n%s',
-    console.table(
-      [[name.replace('_', ' '), value] for name, value in values.items()],
-      ['metric', 'value'],
+    '%s',
+    evaluations.Evaluation(
+      values,
+      settings(stage) | {'step': stage.num_steps},
+      chance(stage),
+      tuple(each for each in earlier if each.step != stage.num_steps),
     ),
   )
   return values
+
+
+def settings(stage: Stage) -> dict[str, Any]:
+  """What the metrics of `make_validation` depend on beside the weights. JSON.
+
+  The keys are those of the settings of `mdm_jax.evaluate`.
+  """
+  config = stage.config
+  found = {'stage': stage.name, 'weights': 'EMA', 'loss': loss_settings(stage)}
+  if can_score_prompts(config):
+    found |= sample_settings(stage, config.eval.num_prompts, GRID_PROMPTS)
+  return found
+
+
+def chance(stage: Stage) -> dict[str, float]:
+  """What a model scores that ignores its prompts; {} if nothing is scored."""
+  if not can_score_prompts(stage.config):
+    return {}
+  return {
+    f'accuracy_{name}': value for name, value in chance_accuracy().items()
+  }
+
+
+def loss_settings(stage: Stage) -> dict[str, Any]:
+  """What the losses of a stage depend on beside the weights. JSON."""
+  config = stage.config
+  return {
+    'split': held_out_split(config),
+    'batches': config.eval.loss_batches,
+    'batch_size': stage.batch_size,
+    'seed': LOSS_SEED,
+    'loss_space': stage.objective.loss_space,
+  }
+
+
+def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
+  """What so many samples of a stage depend on beside the weights. JSON."""
+  return {
+    'num_samples': count,
+    'seed': seed,
+    'prompts': held_out_split(stage.config),
+    'sampler': stage.config.sampler.to_dict(),
+  }
 
 
 def write_metrics(
@@ -96,7 +144,7 @@ def _are_metrics(stage: Stage, values: Any) -> bool:
   )
 
 
-def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, float]:
+def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, Estimate]:
   """Metrics of some parameters, see `make_validation`."""
   sample_fn = stage.make_sample_fn(mesh, params)
   return make_validation(stage, mesh, sample_fn)(params)
@@ -104,7 +152,7 @@ def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, float]:
 
 def make_validation(
   stage: Stage, mesh: Mesh, sample_fn: SampleFn
-) -> Callable[[Params], dict[str, float]]:
+) -> Callable[[Params], dict[str, Estimate]]:
   """Held-out loss of each level and, for shapes, prompt accuracy.
 
   Args:
@@ -120,13 +168,16 @@ def make_validation(
   """
   config = stage.config
   warn_if_not_held_out(stage)
-  eval_step = jax.jit(make_eval_step(stage.model, stage.objective, LOSS_SEED))
+  loss_step = jax.jit(
+    make_band_step(stage.model, stage.objective, LOSS_SEED, 1),
+    out_shardings=sharding.replicated(mesh),
+  )
 
   def validation(params):
-    losses = list(over_held_out(stage, mesh, params, eval_step))
+    losses = mean_losses(over_held_out(stage, mesh, params, loss_step))
     values = {
-      f'held_out_loss_{resolution}': float(loss)
-      for resolution, loss in zip(stage.resolutions, np.mean(losses, 0))
+      f'held_out_loss_{resolution}': loss
+      for resolution, loss in zip(stage.resolutions, losses)
     }
     if not can_score_prompts(config):
       return values
@@ -143,6 +194,12 @@ def make_validation(
     }
 
   return validation
+
+
+def mean_losses(sums: Iterable[Any]) -> list[Estimate]:
+  """The loss of each level, from all that `make_band_step` returns."""
+  totals, counts, squares = np.sum(list(sums), axis=0, dtype=np.float64).sum(-1)
+  return list(map(estimate.from_sums, totals, squares, counts))
 
 
 def warn_if_not_held_out(stage: Stage) -> None:

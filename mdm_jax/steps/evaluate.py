@@ -48,7 +48,7 @@ def make_band_step(
   objective: Objective,
   seed: int,
   num_bands: int,
-) -> Callable[[Params, Batch, Any], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Params, Batch, Any], tuple[jax.Array, ...]]:
   """Makes (params, batch, index) -> losses by level and band of times.
 
   The bands divide the times into equal parts, least noise first. Times and
@@ -61,8 +61,8 @@ def make_band_step(
     num_bands: number of bands.
 
   Returns:
-    A function that returns sums over the losses of examples, and numbers of
-    examples; both [levels, bands].
+    A function that returns sums over the losses of examples, numbers of
+    examples, and sums over the squares of the losses; all [levels, bands].
   """
 
   def band_step(params, batch, index):
@@ -90,6 +90,6 @@ def make_band_step(
     bands = jax.nn.one_hot(
       t * num_bands // objective.schedule.num_steps, num_bands
     )
-    return losses @ bands, seen @ bands
+    return losses @ bands, seen @ bands, losses**2 @ bands
 
   return band_step

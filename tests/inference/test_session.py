@@ -51,8 +51,6 @@ def test_it_runs_on_the_devices_that_are_here(run, monkeypatch):
   'options, expected',
   [
     ({}, 16),
-    ({'num_images': 3}, 8),
-    ({'num_images': 99}, 16),
     ({'evaluation': {'batch_size': 9}}, 16),
     ({'evaluation': {'batch_size': 3}, 'spatial': 4}, 4),
     ({'evaluation': {'batch_size': None}}, 16),

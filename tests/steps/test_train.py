@@ -458,7 +458,7 @@ def test_losses_by_bands_of_noise(training, batch, random_params, make_config):
       batch_losses(model, coarse, params, batch, t, eps)[0],
     )
 
-  (sums, counts), means, t, coarse_losses = measure(
+  (sums, counts, squares), means, t, coarse_losses = measure(
     random_params(made.model, 8), batch
   )
   np.testing.assert_allclose(sums.sum(1) / counts.sum(1), means, rtol=1e-5)
@@ -467,6 +467,9 @@ def test_losses_by_bands_of_noise(training, batch, random_params, make_config):
     np.testing.assert_array_equal(row, np.bincount(seen, minlength=4))
   np.testing.assert_allclose(
     sums[0], np.bincount(bands, coarse_losses, 4), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    squares[0], np.bincount(bands, coarse_losses**2, 4), rtol=1e-5
   )
 
 
