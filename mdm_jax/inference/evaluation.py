@@ -345,11 +345,14 @@ def _compare(
       fid.frechet_distance(sample.statistics, reference.statistics), counts[0]
     )
   if 'kid' in names:
-    # The standard deviation is that of subsets: it has a key of its own.
-    kid, metrics['kid_standard_deviation'] = fid.kernel_distance(
+    rows = len(sample.rows), len(reference.rows)
+    kid, deviation = fid.kernel_distance(
       sample.rows, reference.rows, **_SUBSETS
     )
-    metrics['kid'] = Estimate(kid, len(sample.rows))
+    # Subsets that are a whole set say nothing of how exact it is.
+    is_known = min(rows) > _SUBSETS['subset_size']
+    metrics['kid'] = Estimate(kid, rows[0], deviation if is_known else None)
+    metrics['kid_standard_deviation'] = deviation
     settings['kid'] = _SUBSETS
   if 'precision_recall' in names:
     precision, recall = fid.precision_recall(

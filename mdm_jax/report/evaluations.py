@@ -14,6 +14,7 @@ from mdm_jax.runtime import files
 # Beginnings of the names of metrics that are shares, printed in percent.
 _SHARES = ('accuracy_', 'precision', 'recall')
 _HIGHER = (*_SHARES, 'clip_score')
+_OF_KID = 'kid_standard_deviation'  # shown as the standard error of 'kid'
 # Settings that say where and when, not how.
 _PLACES = ('workdir', 'step', 'fingerprint', 'devices', 'jax')
 
@@ -98,15 +99,18 @@ class Evaluation:
     return '\n\n'.join(parts)
 
   def _table(self) -> str:
-    found = {name: self._find(name) for name in self.values}
+    values = {
+      name: value for name, value in self.values.items() if name != _OF_KID
+    }
+    found = {name: self._find(name) for name in values}
     columns = {
       'metric': list(found),
-      'value': [_format(name, value) for name, value in self.values.items()],
+      'value': [_format(name, value) for name, value in values.items()],
       'std. error': [
         _format(name, getattr(value, 'standard_error', None), digits=2)
-        for name, value in self.values.items()
+        for name, value in values.items()
       ],
-      'n': [getattr(value, 'count', None) for value in self.values.values()],
+      'n': [getattr(value, 'count', None) for value in values.values()],
       'chance': [self._chance(name) for name in found],
       'better': [
         'higher' if name.startswith(_HIGHER) else 'lower' for name in found

@@ -229,6 +229,19 @@ def test_warns_of_singular_covariances(caplog):
   )
 
 
+def test_kid_has_the_standard_error_of_its_subsets(monkeypatch):
+  rng = np.random.default_rng(0)
+  sets = [
+    statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8)) for n in (7, 9)
+  ]
+  found, _ = evaluation._compare(['kid'], *sets)
+  assert found['kid'].standard_error is None  # There is one subset of the 7.
+  monkeypatch.setitem(evaluation._SUBSETS, 'subset_size', 5)
+  found, _ = evaluation._compare(['kid'], *sets)
+  assert found['kid'].standard_error == found['kid_standard_deviation'] > 0
+  assert found['kid'].count == 7
+
+
 def test_folders(tmp_path, mesh):
   rng = np.random.default_rng(0)
   for name, low in (('a', 0), ('b', 0), ('c', 99)):
