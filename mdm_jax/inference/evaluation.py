@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax.builders.data import held_out_split
+from mdm_jax.builders.data import held_out_split, loss_names
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   make_prompts,
@@ -295,7 +295,7 @@ def _losses(model: Model) -> tuple[dict, dict]:
     axis=0,
     dtype=np.float64,
   )
-  names = [f'held_out_loss_{pixels}' for pixels in stage.resolutions]
+  names = loss_names(config, stage.resolutions)
   bands = {'noise': [f'{10 * i} to {10 * i + 10} %' for i in range(_NUM_BANDS)]}
   for name, row, number in zip(names, sums, counts):
     bands[name] = [

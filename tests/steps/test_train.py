@@ -157,19 +157,28 @@ def batch(make_config):
 
 
 @pytest.fixture(scope='module')
-def losses(training, batch, random_params):
-  """Runs five steps -> [5, 1 + levels], the loss and the loss of each level."""
+def metrics(training, batch, random_params):
+  """Runs five steps -> their metrics, with the first and last parameters."""
 
   @functools.cache
   def run(mesh_name, accumulate=1):
     made = training(mesh_name, accumulate)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
+      before = jax.device_get(state.params)
       state, metrics = made.run(state, batch)
-      values.append([metrics['loss'], *metrics['level_losses']])
-    return np.array(values)
+      values.append(jax.device_get(metrics))
+    return values, before, jax.device_get(state.params)
 
   return run
+
+
+@pytest.fixture(scope='module')
+def losses(metrics):
+  """Five steps -> [5, 1 + levels], the loss and the loss of each level."""
+  return lambda *given: np.array(
+    [[each['loss'], *each['level_losses']] for each in metrics(*given)[0]]
+  )
 
 
 @pytest.mark.parametrize(
@@ -185,10 +194,38 @@ def losses(training, batch, random_params):
     ('all', 4),
   ],
 )
-def test_equals_one_device_and_the_whole_batch(losses, mesh_name, accumulate):
+def test_equals_one_device_and_the_whole_batch(
+  losses, metrics, mesh_name, accumulate
+):
   expected = losses('one')
   assert np.ptp(expected[:, 0]) > 1e-2
   np.testing.assert_allclose(losses(mesh_name, accumulate), expected, rtol=1e-5)
+  # What is logged beside the losses.
+  for each, other in zip(metrics(mesh_name, accumulate)[0], metrics('one')[0]):
+    for name in ('grad_norm', 'update_norm', 'param_norm'):
+      np.testing.assert_allclose(each[name], other[name], rtol=1e-4)
+    for name in ('noise_sums', 'noise_counts'):  # Means over microbatches.
+      np.testing.assert_allclose(
+        accumulate * each[name], other[name], rtol=1e-4, atol=1e-5
+      )
+
+
+def test_norms_and_losses_by_noise(metrics):
+  def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+
+  values, before, after = metrics('one')
+  last = values[-1]
+  change = jax.tree.map(np.subtract, after, before)
+  np.testing.assert_allclose(last['update_norm'], norm(change), rtol=1e-4)
+  np.testing.assert_allclose(last['param_norm'], norm(after), rtol=1e-5)
+  assert 0.01 < last['update_norm'] < 0.1 * last['param_norm']
+  sums, counts = last['noise_sums'], last['noise_counts']
+  assert sums.shape == counts.shape == (2, 4)
+  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
+  np.testing.assert_allclose(
+    sums.sum(1) / counts.sum(1), last['level_losses'], rtol=1e-5
+  )
 
 
 @pytest.fixture(scope='module')
@@ -297,6 +334,7 @@ def poisoned(training, batch, random_params):
         for name in ('params', 'ema', 'opt_state')
       }
       assert int(after.step) == step + 1
+      assert (metrics['update_norm'] == 0) == (step in (3, 5, 7))
       assert int(metrics['skipped']) == int(after.guard.skipped)
       assert int(metrics['skipped_in_a_row']) == int(after.guard.in_a_row)
       seen.append((float(metrics['loss']), learned, after.guard))
