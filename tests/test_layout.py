@@ -45,7 +45,7 @@ ROWS = (
   'checkpoint.identity',
   'report.sample_directory report.progress report.metric_writer '
   'report.goodput report.evaluations',
-  'report.background report.console report.gallery report.grid',
+  'report.background report.console report.gallery report.grid report.trackers',
   'interop.hugging_face interop.ml_mdm',
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mdm_jax.builders.data import loss_names
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   make_prompts,
@@ -313,7 +314,7 @@ def _losses(model: Model) -> dict[str, Any]:
     validation.over_held_out(stage, model.mesh, model.params, band_step)
   )
   sums, counts, _ = np.sum(found, axis=0, dtype=np.float64)
-  names = [f'held_out_loss_{pixels}' for pixels in stage.resolutions]
+  names = loss_names(stage.config, stage.resolutions)
   bands = {'noise': [f'{10 * i} to {10 * i + 10} %' for i in range(_NUM_BANDS)]}
   for name, row, number in zip(names, sums, counts):
     bands[name] = [

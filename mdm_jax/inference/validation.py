@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from mdm_jax.builders.data import held_out_split
+from mdm_jax.builders import data
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   chance_accuracy,
@@ -48,7 +48,9 @@ def validate_last(
   values, path = None, _metrics_path(stage, workdir)
   if path.exists():
     try:
-      values = files.read_json(path, lambda values: _are_metrics(stage, values))
+      values = _current_names(
+        stage, files.read_json(path, lambda values: _are_metrics(stage, values))
+      )
     except files.UnreadableFile as error:
       logging.warning('%s: it is made anew.', error)
   if values is None:
@@ -98,7 +100,7 @@ def loss_settings(stage: Stage) -> dict[str, Any]:
   """What the losses of a stage depend on beside the weights. JSON."""
   config = stage.config
   return {
-    'split': held_out_split(config),
+    'split': data.held_out_split(config),
     'batches': config.eval.loss_batches,
     'batch_size': stage.batch_size,
     'seed': LOSS_SEED,
@@ -111,7 +113,7 @@ def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
   return {
     'num_samples': count,
     'seed': seed,
-    'prompts': held_out_split(stage.config),
+    'prompts': data.held_out_split(stage.config),
     'sampler': stage.config.sampler.to_dict(),
   }
 
@@ -133,15 +135,25 @@ def _metrics_path(stage: Stage, workdir: str) -> pathlib.Path:
 
 def _are_metrics(stage: Stage, values: Any) -> bool:
   """Whether these are a stage's metrics; a broken model's loss may be NaN."""
-  losses = {f'held_out_loss_{size}' for size in stage.resolutions}
+  losses = set(data.loss_names(stage.config, stage.resolutions))
   return (
     isinstance(values, dict)
-    and losses <= values.keys()
     and all(
       name.isidentifier() and isinstance(value, float)
       for name, value in values.items()
     )
+    and losses <= _current_names(stage, values).keys()
   )
+
+
+def _current_names(
+  stage: Stage, values: Mapping[str, float]
+) -> dict[str, float]:
+  """Metrics by the names that they have now, see `data.current_name`."""
+  return {
+    data.current_name(stage.config, name): value
+    for name, value in values.items()
+  }
 
 
 def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, Estimate]:
@@ -152,7 +164,7 @@ def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, Estimate]:
 
 def make_validation(
   stage: Stage, mesh: Mesh, sample_fn: SampleFn
-) -> Callable[[Params], dict[str, Estimate]]:
+) -> Callable[..., dict[str, Estimate]]:
   """Held-out loss of each level and, for shapes, prompt accuracy.
 
   Args:
@@ -161,10 +173,10 @@ def make_validation(
     sample_fn: of the stage.
 
   Returns:
-    params -> 'held_out_loss_<resolution>' of each level; for shapes also
-    'accuracy_<attribute>', from 0 to 1, see `prompt_accuracy`. It takes all
-    parameters that the model needs, on the mesh; it compiles once, and reads
-    the same data each time.
+    (params, prompts=True) -> the loss of each level, by `data.loss_names`; for
+    shapes, if `prompts`, also 'accuracy_<attribute>', from 0 to 1, see
+    `prompt_accuracy`. It takes all parameters that the model needs, on the
+    mesh; it compiles once, and reads the same data each time.
   """
   config = stage.config
   warn_if_not_held_out(stage)
@@ -172,22 +184,20 @@ def make_validation(
     make_band_step(stage.model, stage.objective, LOSS_SEED, 1),
     out_shardings=sharding.replicated(mesh),
   )
+  names = data.loss_names(config, stage.resolutions)
 
-  def validation(params):
+  def validation(params, prompts=True):
     losses = mean_losses(over_held_out(stage, mesh, params, loss_step))
-    values = {
-      f'held_out_loss_{resolution}': loss
-      for resolution, loss in zip(stage.resolutions, losses)
-    }
-    if not can_score_prompts(config):
+    values = dict(zip(names, losses))
+    if not prompts or not can_score_prompts(config):
       return values
-    prompts = make_prompts(config, config.eval.num_prompts)
-    logging.info('Sampling %d held-out prompts.', len(prompts.captions))
+    asked = make_prompts(config, config.eval.num_prompts)
+    logging.info('Sampling %d held-out prompts.', len(asked.captions))
     # Other noise than that of the grids.
-    seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts.captions))
-    images = sample_fn(params, prompts.text, seeds)
+    seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(asked.captions))
+    images = sample_fn(params, asked.text, seeds)
     accuracy = prompt_accuracy.accuracy(
-      images[-1], prompts.statements, make_vocabulary()
+      images[-1], asked.statements, make_vocabulary()
     )
     return values | {
       f'accuracy_{name}': value for name, value in accuracy.items()
@@ -204,10 +214,10 @@ def mean_losses(sums: Iterable[Any]) -> list[Estimate]:
 
 def warn_if_not_held_out(stage: Stage) -> None:
   """Logs that a data set has no validation split."""
-  if held_out_split(stage.config) == 'train':
+  if data.held_out_split(stage.config) == 'train':
     logging.warning(
-      'The data set has no validation split: held-out losses are of training '
-      'images.'
+      'The data set has no validation split: the evaluation measures '
+      'train_split_loss, of training images, instead of held_out_loss.'
     )
 
 
@@ -216,7 +226,8 @@ def over_held_out(
 ) -> Iterable[Any]:
   """`step(params, batch, i)` of each held-out batch, as host arrays."""
   batches = stage.make_dataset(
-    held_out_split(stage.config), num_batches=stage.config.eval.loss_batches
+    data.held_out_split(stage.config),
+    num_batches=stage.config.eval.loss_batches,
   )
   for i, batch in enumerate(batches):
     # One at a time: with many in flight, collectives on a CPU have deadlocked.

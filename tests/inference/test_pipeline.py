@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -190,6 +191,36 @@ def test_too_little_memory(model, monkeypatch):
 def test_no_run(tmp_path):
   with pytest.raises(FileNotFoundError, match='directory of a training run'):
     mdm_jax.load(str(tmp_path))
+
+
+def test_the_page_of_the_docs(workdir, tmp_path, monkeypatch):
+  """Its code runs, on a model that is smaller."""
+  page = (commands.ROOT / 'docs' / 'python.md').read_text()
+  blocks = re.findall(r'```python\n(.*?)```', page, re.S)
+  first, cache, parts = blocks
+  assert 'compilation_cache.enable()' in cache
+  for old, new in (
+    ("'runs/shapes_64'", repr(workdir)),
+    ('num_samples=64', 'num_samples=8, steps=2'),
+    ("'a.png'", repr(str(tmp_path / 'a.png'))),
+    ('seed=1)', 'seed=1, steps=2)'),
+  ):
+    assert old in first
+    first, parts = first.replace(old, new), parts.replace(old, new)
+  shown = []
+  monkeypatch.setattr(Image.Image, 'show', shown.append)
+  space = {}
+  exec(first + parts, space)
+  assert shown == [space['samples'][0]]
+  assert 0 <= space['found'].metrics['accuracy_all'] <= 1
+  assert space['batch']['image'].dtype == np.uint8
+  assert [x.shape for x in space['predictions']] == [
+    (1, 8, 8, 3),
+    (1, 16, 16, 3),
+  ]
+  assert [len(levels) for levels in space['steps']] == [2, 2]
+  with Image.open(tmp_path / 'a.png') as image:
+    assert image.width > 100
 
 
 def test_importing_the_package_imports_nothing():
