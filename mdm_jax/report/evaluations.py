@@ -255,20 +255,20 @@ def _heading(settings: Mapping[str, Any]) -> str:
     return 'Metrics'
   parts = []
   if loss := settings.get('loss'):
-    parts.append(f'losses of {_images(loss["split"])}')
+    count = loss['batches'] * loss['batch_size']
+    parts.append(f'losses of {count:,} {_split(loss["split"])} images')
   if count := settings.get('num_samples'):
-    prompts = settings.get('prompts')
-    parts.append(f'{count:,} samples of {prompts} prompts')
+    split = _split(settings.get('prompts'))
+    parts.append(f'{count:,} samples of {split} prompts')
   return (
     f'Metrics of stage {settings["stage"]} at step {settings["step"]:,} '
     f'({settings["weights"]}); {"; ".join(parts)}'
   )
 
 
-def _images(split: str) -> str:
-  if split == 'train':
-    return 'TRAINING images, as the data set has no validation split'
-  return f'{split} images'
+def _split(name: str) -> str:
+  # What the network has been trained on says little of other images.
+  return 'TRAINING' if name == 'train' else name
 
 
 def _format(

@@ -208,7 +208,7 @@ def test_the_page_of_the_docs(workdir, tmp_path, monkeypatch):
     assert old in first
     first, parts = first.replace(old, new), parts.replace(old, new)
   shown = []
-  monkeypatch.setattr(Image.Image, 'show', shown.append)
+  monkeypatch.setattr(Image.Image, 'show', lambda image: shown.append(image))
   space = {}
   exec(first + parts, space)
   assert shown == [space['samples'][0]]

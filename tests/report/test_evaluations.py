@@ -13,7 +13,7 @@ SETTINGS = {
   'stage': '64',
   'step': 540,
   'weights': 'EMA',
-  'loss': {'split': 'held_out', 'batches': 4},
+  'loss': {'split': 'held_out', 'batches': 4, 'batch_size': 64},
   'num_samples': 64,
   'seed': 16,
   'prompts': 'held_out',
@@ -38,8 +38,8 @@ def test_first_evaluation():
   text = str(Evaluation(METRICS, SETTINGS, CHANCE))
   heading, names, _, *cells, summary = rows(text)
   assert heading == [
-    'Metrics of stage 64 at step 540 (EMA); losses of held_out images; '
-    '64 samples of held_out prompts:'
+    'Metrics of stage 64 at step 540 (EMA); losses of 256 held_out '
+    'images; 64 samples of held_out prompts:'
   ]
   assert names == ['metric', 'value', 'std. error', 'n', 'chance', 'better']
   assert cells == [
@@ -58,9 +58,11 @@ def test_first_evaluation():
 
 
 def test_training_images_are_not_called_held_out():
-  settings = SETTINGS | {'loss': {'split': 'train', 'batches': 4}}
+  loss = SETTINGS['loss'] | {'split': 'train'}
+  settings = SETTINGS | {'loss': loss, 'prompts': 'train'}
   metrics = {'train_split_loss_64': Estimate(0.1, 8, 0.01)}
-  assert 'losses of TRAINING images' in str(Evaluation(metrics, settings))
+  text = str(Evaluation(metrics, settings))
+  assert 'losses of 256 TRAINING images; 64 samples of TRAINING prompts' in text
 
 
 def test_earlier_evaluations(tmp_path):
