@@ -225,9 +225,16 @@ def test_measured_numbers_are_those_of_the_results(page):
 
 
 def test_every_file_of_results_is_shown_and_says_where_it_is_from():
-  pages = ''.join(page.read_text() for page in PAGES)
-  shown = set(re.findall(r'<!-- results: ([^>]*?) -->', pages))
-  shown = {name.split('/')[0] for each in shown for name in each.split(', ')}
+  comments = [
+    comment.removeprefix('results: ')
+    for page in PAGES
+    for block in blocks(page.read_text())
+    for comment in block.comments
+    if comment.startswith('results: ')
+  ]
+  shown = {
+    name.split('/')[0] for comment in comments for name in comment.split(', ')
+  }
   files = {path.stem: path for path in RESULTS.glob('*.json')}
   assert shown == files.keys()
   for name, path in files.items():

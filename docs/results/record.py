@@ -51,6 +51,9 @@ def main() -> None:
   parser.add_argument('name', help='NAME of docs/results/NAME.json')
   parser.add_argument('--command', required=True, help='what was run')
   parser.add_argument(
+    '--note', help='what else matters, such as programs that ran beside'
+  )
+  parser.add_argument(
     'files', nargs='+', type=pathlib.Path, help='JSON files that it wrote'
   )
   arguments = parser.parse_args()
@@ -65,7 +68,7 @@ def main() -> None:
   document = {
     'command': arguments.command,
     'date': datetime.date.today().isoformat(),
-    'machine': machine(),
+    'machine': machine() | ({'note': arguments.note} if arguments.note else {}),
     'versions': {each: importlib.metadata.version(each) for each in PACKAGES},
     'commit': head.stdout.strip(),
     'results': found[0]
