@@ -77,5 +77,5 @@ def get_config(mode: str = ''):
 
 def _long(config):
   """Returns the recipe with a longer 64 px stage; the 16 px stage is equal."""
-  config.stages[1].steps = 4000
+  config.stages[1].steps = 3000
   return config
