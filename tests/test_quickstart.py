@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -65,8 +66,13 @@ def test_outputs_are_stored():
   assert (ROOT / 'docs/quickstart.ipynb').stat().st_size < 2**20
 
 
+def test_the_address_is_that_of_the_project():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  address = project['urls']['Repository']
+  assert f"REPOSITORY = '{address}'\n" in CODE[0]
+
+
 def test_without_the_package_it_says_what_to_do(tmp_path):
-  assert CODE[0].count("REPOSITORY = 'https://") == 1
   result = subprocess.run(
     [sys.executable, '-S', '-c', CODE[0]],  # Without installed packages.
     cwd=tmp_path,

@@ -73,6 +73,9 @@ def test_earlier_evaluations(tmp_path):
   first = Evaluation({'fid': 15.0}, SETTINGS | {'step': 250, 'num_samples': 9})
   first.append_to(tmp_path / '64_250.jsonl')
   with (tmp_path / '64_250.jsonl').open('a') as lines:
+    old = first.to_json() | {'date': '2020-01-02T03:04:05+00:00'}
+    old['settings'] = old['settings'] | {'step': 400}
+    lines.write(json.dumps(old) + '\n')
     # Of other tools, damaged, and without numbers.
     lines.write('{}\n[1]\n{"metrics": {"fid": "x"}, "settings": {"step": 1}}\n')
     lines.write('{"metrics": {"fid": 1.0}, "settings": {"step": -1}}\n{"met')
@@ -83,7 +86,7 @@ def test_earlier_evaluations(tmp_path):
   }
   del training['step']
   earlier = find_earlier(tmp_path, training)
-  assert {each.step for each in earlier} == {540, 250, 1}
+  assert {each.step for each in earlier} == {540, 250, 400, 1}
   text = str(Evaluation(METRICS, SETTINGS, CHANCE, earlier))
   _, names, _, *cells, _, from_training, from_file = rows(text)
   assert names[-2:] == ['before', 'change']
