@@ -70,15 +70,16 @@ class MetricWriter:
       step: number of steps taken in the stage.
       groups: numbers by group and name, which is unique among all groups. In
         `metrics.jsonl` they are called `<name>`, in trackers `<group>/<name>`.
-        They are anything that `float` accepts; waits for arrays on devices. NaN
-        and Inf are written as strings, since JSON has no numbers for them.
+        They are integers or anything that `float` accepts; waits for arrays on
+        devices. NaN and Inf are written as strings, since JSON has no numbers
+        for them.
       stage: name of the stage.
     """
     if not self._lines:
       return
     now, step = time.time(), int(step)
     named = {
-      (group, name): float(value)
+      (group, name): value if isinstance(value, int) else float(value)
       for group, values in groups.items()
       for name, value in values.items()
     }

@@ -80,6 +80,7 @@ def test_a_run_of_an_older_version_is_opened_as_it_was(run):
   opened = session.open_run(workdir)
   with expected.unlocked():
     expected.data.max_pixels = 128_000_000
+    expected.eval.loss_every = 0
   assert opened.config == expected
   assert opened.config.text.padding == config.text.padding == 'max_length'
   jax.tree.map(np.testing.assert_array_equal, opened.restore().params, params)
