@@ -27,7 +27,8 @@ def test_every_cell_runs(tmp_path):
     ('shapes_64.get_config()', "toy.shrink(shapes_64.get_config('smoke'))"),
     ('steps = 1500', 'steps = 8'),
     ('steps = 200', 'steps = 8'),
-    ('num_prompts = 64', 'num_prompts = 8'),
+    ('num_prompts = 64', 'num_prompts, config.eval.loss_every = 8, 0'),
+    ('log_every = 100', 'log_every = config.sample_every = 100'),
     ('num_samples=64', 'num_samples=8'),
     ('steps=6', 'steps=4'),
   ):
