@@ -125,7 +125,7 @@ class Evaluation:
       ],
     }
     columns = {
-      name: cells if name in ('metric', 'better') else _align(cells)
+      name: cells if name in ('metric', 'better') else _align(name, cells)
       for name, cells in columns.items()
       if any(cell is not None for cell in cells)
     }
@@ -151,12 +151,11 @@ class Evaluation:
     return value <= self.chance[name] + 2 * error
 
   def _summary(self) -> Iterator[str]:
-    names = [name for name in self.values if name in self.chance]
-    at = [name for name in names if self._is_at_chance(name)]
-    if at:
+    at = [name for name in self.chance if name in self.metrics]
+    if at := [name for name in at if self._is_at_chance(name)]:
       yield (
-        f'{len(at)} of {len(names)} accuracies are at chance: as to them the '
-        'images do not depend on their prompts.'
+        f'at chance: {", ".join(at)}; in this the images do not depend on '
+        'their prompts'
       )
 
   def _find(self, name: str) -> Earlier | None:
@@ -271,30 +270,31 @@ def _split(name: str) -> str:
   return 'TRAINING' if name == 'train' else name
 
 
-def _format(
-  name: str, value: float | None, *, sign: str = '', digits: int = 4
-) -> str | None:
+def _format(name: str, value: float | None, digits: int = 4) -> str | None:
   """A metric's value: shares in percent, others in significant digits."""
   if value is None:
     return None
   if name.startswith(_SHARES):
-    return f'{100 * value:{sign}.1f} %'
-  return f'{value:{sign}.{digits}g}'
+    return f'{100 * value:.1f} %'
+  return f'{value:.{digits}g}'
 
 
 def _change(name: str, before: float, value: float) -> str:
   """A difference that can be seen in the values as they are printed."""
   if _format(name, before) == _format(name, value):
     return '0'
-  return _format(name, value - before, sign='+', digits=2)
+  if name.startswith(_SHARES):
+    return f'{100 * (value - before):+.1f} points'
+  return f'{value - before:+.2g}'
 
 
-def _align(cells: list[Any]) -> list[Any]:
+def _align(header: str, cells: list[Any]) -> list[str]:
   """Moves the cells of a column to its right edge."""
   texts = [
     f'{cell:,}' if isinstance(cell, int) else cell or '-' for cell in cells
   ]
-  return [text.rjust(max(map(len, texts))) for text in texts]
+  width = max(map(len, [header, *texts]))
+  return [text.rjust(width) for text in texts]
 
 
 def _now() -> str:

@@ -50,7 +50,7 @@ def test_first_evaluation():
     + ['higher'],
     ['fid', '12.35', '-', '64', '-', 'lower'],
   ]
-  assert summary[0].startswith('1 of 2 accuracies are at chance')
+  assert summary[0].startswith('at chance: accuracy_pattern; in this')
   better = Evaluation(
     METRICS | {'accuracy_pattern': Estimate(0.35, 53, 0.05)}, SETTINGS, CHANCE
   )
@@ -92,7 +92,7 @@ def test_earlier_evaluations(tmp_path):
   assert names[-2:] == ['before', 'change']
   assert [row[-2:] for row in cells] == [
     ['0.02317', '0'],
-    ['70.0 %', '+5.6 %'],
+    ['70.0 %', '+5.6 points'],
     ['-', '-'],
     ['15', '-2.7'],
   ]
