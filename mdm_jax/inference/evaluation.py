@@ -160,7 +160,7 @@ def evaluate_run(
     metrics = _losses(model)
     settings['loss'] = validation.loss_settings(model.stage)
   if set(names) - {'loss'}:
-    of_samples, about = _measure_samples(
+    of_samples, about = _evaluate_samples(
       model, names, options, extractors, sample_fn, settings
     )
     metrics |= of_samples
@@ -175,7 +175,7 @@ def evaluate_run(
   )
 
 
-def _measure_samples(
+def _evaluate_samples(
   model: Model,
   names: Sequence[str],
   options: Options,
@@ -192,7 +192,7 @@ def _measure_samples(
   if extractors.clip:
     about['clip'] = extractors.clip.fingerprint
   saved = _first_samples(model, options)
-  metrics, of_metrics = _sample(
+  metrics, of_metrics = _measure_samples(
     model, names, options, extractors, sample_fn, reference, saved
   )
   about |= of_metrics | validation.sample_settings(
@@ -367,7 +367,7 @@ def _compare(
   return metrics, settings
 
 
-def _sample(
+def _measure_samples(
   model: Model,
   names: Sequence[str],
   options: Options,

@@ -185,6 +185,14 @@ def test_metrics_of_training(config, run, mesh, caplog):
     measured, rel=1e-5
   )
   assert measured.keys() >= {'held_out_loss_8', 'accuracy_all'}
+  for name, count in (('held_out_loss_8', 32), ('accuracy_all', 5)):
+    assert measured[name].count == found[name].count == count
+    assert measured[name].standard_error == pytest.approx(
+      found[name].standard_error, rel=1e-4
+    )
+  assert (
+    0 < measured['held_out_loss_8'].standard_error < measured['held_out_loss_8']
+  )
   table = found['losses_by_noise']
   count = np.array(table['examples'])
   assert count.sum() == 2 * config.stages[0].batch_size

@@ -14,7 +14,7 @@ import pytest
 
 import mdm_jax
 from mdm_jax.builders.model import make_model
-from mdm_jax.inference import pipeline
+from mdm_jax.inference import pipeline, validation
 from mdm_jax.steps import sample as steps_sample
 from tests import commands, toy
 
@@ -155,6 +155,25 @@ def test_evaluations_are_added_and_compared(model):
   assert line['metrics'] == second.metrics
   assert line['n']['accuracy_all'] == 5
   assert line['standard_errors']['held_out_loss_16'] > 0
+
+
+def test_the_table_at_the_end_of_training(model, tmp_path, caplog):
+  """That of `evaluate`, here of what has been measured already."""
+  values = {
+    'held_out_loss_8': 0.5,
+    'held_out_loss_16': 0.25,
+    'accuracy_shape': 0.1,
+  }
+  (tmp_path / 'eval').mkdir()
+  (tmp_path / 'eval' / '20.json').write_text(json.dumps(values))
+  stage, mesh = model.model.stage, model.model.mesh
+  with caplog.at_level('INFO', logger='absl'):
+    assert validation.validate_last(stage, str(tmp_path), mesh, {}) == values
+  assert (
+    'Metrics of stage 16 at step 20 (EMA); losses of 16 held_out images; '
+    '8 samples of held_out prompts:\nmetric'
+  ) in caplog.text
+  assert re.search(r'accuracy_shape +10.0 % .*\(at chance\)', caplog.text)
 
 
 @pytest.mark.parametrize(
