@@ -53,6 +53,9 @@ assert abs(coarse[0] - both[0]).max() == abs(both[1]).max() == 0
   )  # One device, as on a laptop.
   assert result.returncode == 0, result.stderr
   assert 'accuracy_all' in result.stdout
+  # Progress is logged, and nothing of what libraries log.
+  assert "stage 2/2 '64'  step 8/8" in result.stderr
+  assert 'CheckpointManager' not in result.stderr
 
 
 def test_outputs_are_stored():
