@@ -37,9 +37,9 @@ def load(
     `evaluate`.
 
   Raises:
-    FileNotFoundError: there is no such run, or it has no such weights yet.
-    ValueError: an option or the run's config is wrong, or its checkpoints are
-      damaged.
+    FileNotFoundError: the directory is of no run, or has no such weights yet.
+    ValueError: there is no such directory, an option or the run's config is
+      wrong, or its checkpoints are damaged.
   """
   # Importing JAX takes seconds, which no `import mdm_jax` and no --help pays.
   from mdm_jax.inference import pipeline

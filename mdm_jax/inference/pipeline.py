@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -37,7 +38,7 @@ class OutOfMemory(ValueError):
 
 
 def load(
-  workdir: str,
+  workdir: str | os.PathLike,
   *,
   stage: str | None = None,
   best: bool = False,
@@ -47,7 +48,7 @@ def load(
 ) -> 'Pipeline':
   """Loads a trained model, see `mdm_jax.load`."""
   session = open_run(
-    workdir,
+    _directory('workdir', workdir),
     any_prompt=any_prompt,
     spatial=spatial,
     stage=stage,
@@ -192,7 +193,7 @@ class Pipeline:
     sampler: str | None = None,
     threshold: str | None = None,
     negative_prompt: str = '',
-    guide: str | None = None,
+    guide: str | os.PathLike | None = None,
     batch_size: int | None = None,
   ) -> Request:
     """Checks what is to be sampled, and encodes the prompts.
@@ -224,6 +225,8 @@ class Pipeline:
       )
     text = encode_prompts(model.stage.config, prompts)
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
+    if guide:
+      guide = _directory('guide', guide)
     guided_by = self._guide(guide) if guide else None
     spec = model.stage.make_sampler(model.mesh).spec
     params = model.params
@@ -346,12 +349,18 @@ class Pipeline:
     )
 
 
+def _directory(name: str, path: str | os.PathLike) -> str:
+  """A directory as a flag reads it; raises ValueError if there is none."""
+  with naming(f'{name}={str(path)!r}'):
+    return value_types.Path('directory').check(os.fspath(path))
+
+
 def _check(
   prompts: Sequence[str],
   num_samples: int,
   seed: int,
   negative_prompt: str,
-  guide: str | None,
+  guide: str | os.PathLike | None,
 ) -> None:
   """Raises ValueError for arguments of `request` that make no sense."""
   if not prompts:

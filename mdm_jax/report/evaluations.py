@@ -200,7 +200,9 @@ def find_earlier(
         continue
       date = _date(path.stat().st_mtime)
       found.append(Earlier(int(path.stem), date, metrics, training))
-  return tuple(sorted(found, key=lambda each: each.date, reverse=True))
+  # Of two of one second the later line.
+  found.sort(key=lambda each: each.date)
+  return tuple(reversed(found))
 
 
 def _read(line: dict[str, Any]) -> Earlier | None:

@@ -188,6 +188,7 @@ def test_the_table_at_the_end_of_training(model, tmp_path, caplog):
     ('a', {'seed': -1}, 'seed=-1: give an integer from 0'),
     ([1], {}, 'prompts=1: give a text.'),
     ('a', {'guide': 'b', 'negative_prompt': 'c'}, 'leads away from one thing'),
+    ('a', {'guide': 'nowhere'}, "guide='nowhere': there is no such directory"),
   ],
 )
 def test_wrong_options(model, prompts, options, message):
@@ -208,8 +209,10 @@ def test_too_little_memory(model, monkeypatch):
 
 
 def test_no_run(tmp_path):
+  with pytest.raises(ValueError, match='nothing.: there is no such directory'):
+    mdm_jax.load(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='directory of a training run'):
-    mdm_jax.load(str(tmp_path))
+    mdm_jax.load(tmp_path)
 
 
 def test_the_page_of_the_docs(workdir, tmp_path, monkeypatch):
