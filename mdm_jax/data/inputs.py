@@ -1,0 +1,318 @@
+"""Finds out what the inputs of prepare_data are, and divides them into parts.
+
+An input is a folder, or a glob of files, of one of these forms: tars, images
+with captions in files or in a table, Parquet files.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+import dataclasses
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from etils import epath
+
+from mdm_jax.data import folders, parquet, tables, tars
+from mdm_jax.data.images import BadRecord
+from mdm_jax.data.tar_members import readable
+
+_ENTRIES = 500  # images of a folder that are read as one part
+_TAR = re.compile(r'.*\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)', re.IGNORECASE)
+# What img2dataset writes beside a tar or a folder.
+_STATISTICS = re.compile(r'\d+_stats\.json')
+# Names of splits as in `datasets`, for folders and files.
+_SPLITS = {
+  'train': ('train', 'training'),
+  'validation': ('validation', 'valid', 'val', 'dev'),
+  'test': ('test', 'testing', 'eval', 'evaluation'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TarPart:
+  """A tar.
+
+  Attributes:
+    path: local or in a bucket, compressed or not.
+    split: of its records; None if it is not known.
+  """
+
+  path: str
+  split: str | None = None
+
+  def identity(self) -> str:
+    """Tells from other parts."""
+    return self.path
+
+  def read(
+    self, rejects: list[BadRecord]
+  ) -> Iterator[tuple[str, bytes, list[str]]]:
+    """Yields records, see `tars.read_records`."""
+    yield from tars.read_records(self.path, rejects)
+
+
+# Each has `identity()`, `read(rejects)` and `split`.
+Part = TarPart | folders.FolderPart | parquet.ParquetPart
+# What they are, in the plural and as the unit of a progress bar.
+NOUNS = {
+  TarPart: ('tars', ' tar'),
+  folders.FolderPart: ('folders', ' image folder part'),
+  parquet.ParquetPart: ('Parquet files', ' Parquet file'),
+}
+
+
+class _Files(NamedTuple):
+  """Names by what the files are."""
+
+  tars: list[str]
+  parquet: list[str]
+  tables: list[str]
+  images: list[str]
+  others: list[str]
+
+
+def find(inputs: Sequence[str], caption_column: str = '') -> list[Part]:
+  """The parts of inputs, in the order of the inputs and of their names.
+
+  Args:
+    inputs: folders, or globs of folders and files. Tars and Parquet files may
+      be in buckets that fsspec can read.
+    caption_column: of tables, see `tables.caption_column`.
+
+  Raises:
+    ValueError: an input does not exist, is nothing that can be read, or may be
+      meant in several ways; or the records of two would have the same keys.
+  """
+  parts = []
+  for given in inputs:
+    if os.path.isdir(given):
+      parts += _find_in_folder(given, caption_column)
+      continue
+    paths = tars.match(given)
+    for path in filter(os.path.isdir, paths):
+      parts += _find_in_folder(path, caption_column)
+    parts += _find_files(
+      given, [path for path in paths if not os.path.isdir(path)], caption_column
+    )
+  _check_columns(parts, caption_column)
+  prefixes = {part.path: _prefix(part) for part in parts}
+  tars.require_distinct((prefix, path) for path, prefix in prefixes.items())
+  return parts
+
+
+def read(
+  part: Part, rejects: list[BadRecord]
+) -> Iterator[tuple[str, bytes, list[str]]]:
+  """Yields the key, the image file and the captions of a part's records.
+
+  Args:
+    part: of `find`.
+    rejects: unusable records are appended to it.
+  """
+  if part.split == 'test':
+    rejects.append(BadRecord(readable(part.path), 'file of the test split'))
+  else:
+    yield from part.read(rejects)
+
+
+def count(parts: Sequence[Part]) -> dict[str, int]:
+  """'tars' -> number of tars, and so on for all kinds that there are."""
+  return {
+    noun: len({part.path for part in parts if type(part) is kind})
+    for kind, (noun, _) in NOUNS.items()
+    if any(type(part) is kind for part in parts)
+  }
+
+
+def unit(parts: Sequence[Part]) -> str:
+  """What a part is, for a progress bar."""
+  units = {NOUNS[type(part)][1] for part in parts}
+  return units.pop() if len(units) == 1 else ' input'
+
+
+def _prefix(part: Part) -> str:
+  if isinstance(part, TarPart):
+    return tars.stem(part.path)
+  if isinstance(part, parquet.ParquetPart):
+    return part.prefix
+  return folders.key_prefix(part.path)
+
+
+def _check_columns(parts: Sequence[Part], caption_column: str) -> None:
+  """Raises ValueError if there is no such column, as far as is soon known."""
+  files = [part for part in parts if isinstance(part, parquet.ParquetPart)]
+  if files:
+    files[0].check()
+  if caption_column and parts and all(isinstance(p, TarPart) for p in parts):
+    raise ValueError(
+      f'--caption_column={caption_column}: tars have no columns, but a caption '
+      'beside each image.'
+    )
+
+
+def _classify(names: Sequence[str]) -> _Files:
+  """Sorts names by what the files are."""
+  files = _Files([], [], [], [], [])
+  # img2dataset writes 00000.parquet, without images, beside 00000.tar or the
+  # folder 00000.
+  beside = {name.partition('.tar')[0] for name in names if _TAR.fullmatch(name)}
+  beside |= {os.path.dirname(name) for name in names}
+  for name in names:
+    base, (stem, suffix) = os.path.basename(name), os.path.splitext(name)
+    if _TAR.fullmatch(name):
+      files.tars.append(name)
+    elif suffix.lower() == '.parquet':
+      if stem not in beside:
+        files.parquet.append(name)
+    elif base in tables.NAMES:
+      files.tables.append(name)
+    elif folders.is_image(name):
+      files.images.append(name)
+    elif not _STATISTICS.fullmatch(base):
+      files.others.append(name)
+  return files
+
+
+def _find_files(
+  given: str, paths: Sequence[str], caption_column: str
+) -> Iterator[Part]:
+  """Yields the parts of files that the user has named."""
+  files = _classify(paths)
+  if files.images or files.tables and len(paths) > 1:
+    example = (files.images + files.tables)[0]
+    raise ValueError(
+      f'--input={given} matches {_list(files)}: name the folder instead, '
+      f'--input={os.path.dirname(example) or "."}.'
+    )
+  for path in paths:
+    if path in files.parquet:
+      yield parquet.ParquetPart(
+        path, readable(epath.Path(path).stem), caption_column
+      )
+    elif path.endswith(tables.SUFFIXES):
+      folder, name = os.path.split(path)
+      yield from _find_images(folder or '.', [name], caption_column)
+    # Whatever else the user has named is meant to be a tar.
+    elif path in files.tars or path in files.others:
+      yield TarPart(path)
+
+
+def _find_in_folder(folder: str, caption_column: str) -> Iterator[Part]:
+  """Yields the parts of a folder."""
+  try:
+    os.scandir(folder).close()
+  except OSError as error:
+    raise ValueError(
+      f'--input={folder} cannot be read: {error.strerror}.'
+    ) from None
+  names = folders.walk(folder)
+  files = _classify(names)
+  forms = [bool(x) for x in (files.tars, files.parquet, files.images)]
+  if sum(forms) > 1:
+    shown = files._replace(others=[])
+    raise ValueError(
+      f'--input={folder} holds {_list(shown)}: choose by a glob in quotes, '
+      f"such as --input='{folder}/*.tar', or name a subfolder."
+    )
+  if not any(forms):
+    raise ValueError(
+      f'--input={folder} holds {_list(files)}: give a folder with images and '
+      'their captions, with tars, or with Parquet files.'
+    )
+  if files.images:
+    yield from _find_images(folder, files.tables, caption_column, names)
+    return
+  found = files.tars or files.parquet
+  for name, split in zip(found, _splits(found, are_shards=True)):
+    path = os.path.join(folder, name)
+    if files.tars:
+      yield TarPart(path, split)
+    else:
+      prefix = f'{folders.key_prefix(folder)}/{os.path.splitext(name)[0]}'
+      yield parquet.ParquetPart(path, readable(prefix), caption_column, split)
+
+
+def _find_images(
+  folder: str,
+  table_names: Sequence[str],
+  caption_column: str,
+  names: Sequence[str] | None = None,
+) -> Iterator[folders.FolderPart]:
+  """Yields the parts of a folder of images, see `folders.find`."""
+  if names is None:
+    names = folders.walk(folder)
+  entries = folders.find(folder, names, table_names, caption_column)
+  rejects = [entry for entry in entries if isinstance(entry, BadRecord)]
+  if len(rejects) == len(entries):
+    counts = collections.Counter(bad.reason for bad in rejects)
+    shown = ', '.join(f'{reason}: {n}' for reason, n in counts.items())
+    raise ValueError(
+      f'--input={folder} holds no image with a caption ({shown}; such as '
+      f'{rejects[0]}). A caption is a file beside its image, a.jpg and a.txt, '
+      'or a row of metadata.csv or metadata.jsonl with the columns file_name '
+      'and text.'
+    )
+  images = ['' if isinstance(x, BadRecord) else x.image for x in entries]
+  by_split = collections.defaultdict(list)
+  for entry, split in zip(entries, _splits(images, are_shards=False)):
+    if split == 'test' and isinstance(entry, folders.Entry):
+      entry, split = BadRecord(entry.key, 'image of the test split'), 'train'
+    by_split[split].append(entry)
+  for split, found in by_split.items():
+    for start in range(0, len(found), _ENTRIES):
+      part = tuple(found[start : start + _ENTRIES])
+      yield folders.FolderPart(folder, part, split)
+
+
+def _splits(names: Sequence[str], are_shards: bool) -> list[str | None]:
+  """The split of each file: 'train', 'validation', 'test'; None if unknown.
+
+  Names are known as those of splits if there are some for training and some
+  for another purpose. What belongs to none is for training. Without a
+  validation split, the test split is the validation split.
+
+  Args:
+    names: of files, relative to the folder.
+    are_shards: whether not only folders have names of splits, but also files:
+      `train-00000-of-00002.parquet`.
+  """
+  splits = [_split_of_name(name, are_shards) for name in names]
+  found = {*splits}
+  if 'train' not in found or not found & {'validation', 'test'}:
+    return [None] * len(splits)
+  test = 'test' if 'validation' in found else 'validation'
+  return [{'test': test}.get(split, split or 'train') for split in splits]
+
+
+def _split_of_name(name: str, is_shard: bool) -> str | None:
+  *parts, base = pathlib.PurePosixPath(name).parts or ('',)
+  if is_shard:  # `train.tar`, `train_00.tar`, `train-00000-of-00002.parquet`
+    parts.append(re.split(r'[-_.]\d|\.', base)[0])
+  for split, words in _SPLITS.items():
+    if any(part.lower() in words for part in parts):
+      return split
+  return None
+
+
+def _list(files: _Files) -> str:
+  """What there is, in words: '3 tars, 2 images'."""
+  by_suffix = collections.Counter(
+    os.path.splitext(name)[1].lower() or 'files without a suffix'
+    for name in files.others
+  )
+  counts = [
+    *(
+      (len(names), noun)
+      for names, noun in (
+        (files.tars, 'tars'),
+        (files.parquet, 'Parquet files'),
+        (files.images, 'images'),
+        (files.tables, 'tables of captions'),
+      )
+    ),
+    *((n, suffix) for suffix, n in by_suffix.most_common(5)),
+  ]
+  shown = [f'{n} {noun}' for n, noun in counts if n]
+  return readable(', '.join(shown)) or 'no files'
