@@ -25,7 +25,7 @@ def test_dependencies_are_those_of_the_requirements():
   assert project['dependencies'] == requirements('requirements.txt')
   extras = project['optional-dependencies']
   assert extras['demo'] == requirements('requirements-demo.txt')
-  assert extras.keys() == {'demo', 'tpu', 'cuda'}
+  assert extras.keys() == {'demo', 'parquet', 'tpu', 'cuda'}
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:

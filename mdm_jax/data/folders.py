@@ -92,7 +92,7 @@ class FolderPart:
         detail = f'{readable(name)}: {found.st_size} bytes'
         raise BadRecord(key, 'file too large', detail)
       with open(path, 'rb') as file:
-        return file.read(limit)
+        return file.read(found.st_size)
     except FileNotFoundError:
       detail = f'there is no {readable(name)}'
       raise BadRecord(key, 'caption without image', detail) from None
@@ -175,7 +175,7 @@ def find(
 
 def key_prefix(folder: str) -> str:
   """What the keys of a folder's records begin with: its name."""
-  return readable(os.path.basename(os.path.realpath(folder)) or 'images')
+  return readable(os.path.basename(os.path.abspath(folder)) or 'images')
 
 
 def _find_by_table(

@@ -19,7 +19,7 @@ from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tar_members import readable
 
 _ENTRIES = 500  # images of a folder that are read as one part
-_TAR = re.compile(r'.*\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)', re.IGNORECASE)
+_TAR = re.compile(r'(?is)(.*)\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)')
 # What img2dataset writes beside a tar or a folder.
 _STATISTICS = re.compile(r'\d+_stats\.json')
 # Names of splits as in `datasets`, for folders and files.
@@ -85,20 +85,14 @@ def find(inputs: Sequence[str], caption_column: str = '') -> list[Part]:
     ValueError: an input does not exist, is nothing that can be read, or may be
       meant in several ways; or the records of two would have the same keys.
   """
-  parts = []
+  parts, prefixes = [], []
   for given in inputs:
-    if os.path.isdir(given):
-      parts += _find_in_folder(given, caption_column)
-      continue
-    paths = tars.match(given)
-    for path in filter(os.path.isdir, paths):
-      parts += _find_in_folder(path, caption_column)
-    parts += _find_files(
-      given, [path for path in paths if not os.path.isdir(path)], caption_column
-    )
+    found = list(_find(given, caption_column))
+    parts += found
+    # A folder has several parts.
+    prefixes += {(_prefix(part), part.path): None for part in found}
   _check_columns(parts, caption_column)
-  prefixes = {part.path: _prefix(part) for part in parts}
-  tars.require_distinct((prefix, path) for path, prefix in prefixes.items())
+  tars.require_distinct(prefixes)
   return parts
 
 
@@ -132,6 +126,25 @@ def unit(parts: Sequence[Part]) -> str:
   return units.pop() if len(units) == 1 else ' input'
 
 
+def counted(count: int, noun: str) -> str:
+  """'2 tars', '1 tar'."""
+  return f'{count} {noun if count != 1 else noun.removesuffix("s")}'
+
+
+def _find(given: str, caption_column: str) -> Iterator[Part]:
+  """Yields the parts of an input."""
+  # A folder may have a name that looks like a glob.
+  paths = [given] if os.path.isdir(given) else tars.match(given)
+  others = []
+  for path in paths:
+    if os.path.isdir(path):
+      yield from _find_in_folder(path, caption_column)
+    else:
+      others.append(path)
+  if others:
+    yield from _find_files(given, others, caption_column)
+
+
 def _prefix(part: Part) -> str:
   if isinstance(part, TarPart):
     return tars.stem(part.path)
@@ -157,7 +170,7 @@ def _classify(names: Sequence[str]) -> _Files:
   files = _Files([], [], [], [], [])
   # img2dataset writes 00000.parquet, without images, beside 00000.tar or the
   # folder 00000.
-  beside = {name.partition('.tar')[0] for name in names if _TAR.fullmatch(name)}
+  beside = {found[1] for found in map(_TAR.fullmatch, names) if found}
   beside |= {os.path.dirname(name) for name in names}
   for name in names:
     base, (stem, suffix) = os.path.basename(name), os.path.splitext(name)
@@ -175,28 +188,40 @@ def _classify(names: Sequence[str]) -> _Files:
   return files
 
 
+def _walk(folder: str) -> list[str]:
+  """The files of a folder, see `folders.walk`, without img2dataset's own."""
+  return [
+    name
+    for name in folders.walk(folder)
+    if not _STATISTICS.fullmatch(os.path.basename(name))
+  ]
+
+
 def _find_files(
   given: str, paths: Sequence[str], caption_column: str
 ) -> Iterator[Part]:
   """Yields the parts of files that the user has named."""
   files = _classify(paths)
-  if files.images or files.tables and len(paths) > 1:
-    example = (files.images + files.tables)[0]
+  if files.images:
+    folder = os.path.dirname(files.images[0]) or '.'
     raise ValueError(
       f'--input={given} matches {_list(files)}: name the folder instead, '
-      f'--input={os.path.dirname(example) or "."}.'
+      f'--input={folder}.'
     )
+  parquet_files, by_folder = {*files.parquet}, collections.defaultdict(list)
+  # Whatever else the user has named is meant to be a tar.
+  tar_files = {*files.tars, *files.others}
   for path in paths:
-    if path in files.parquet:
-      yield parquet.ParquetPart(
-        path, readable(epath.Path(path).stem), caption_column
-      )
+    if path in parquet_files:
+      prefix = readable(epath.Path(path).stem)
+      yield parquet.ParquetPart(path, prefix, caption_column)
     elif path.endswith(tables.SUFFIXES):
       folder, name = os.path.split(path)
-      yield from _find_images(folder or '.', [name], caption_column)
-    # Whatever else the user has named is meant to be a tar.
-    elif path in files.tars or path in files.others:
+      by_folder[folder or '.'].append(name)
+    elif path in tar_files:
       yield TarPart(path)
+  for folder, names in by_folder.items():
+    yield from _find_images(folder, names, caption_column)
 
 
 def _find_in_folder(folder: str, caption_column: str) -> Iterator[Part]:
@@ -207,7 +232,7 @@ def _find_in_folder(folder: str, caption_column: str) -> Iterator[Part]:
     raise ValueError(
       f'--input={folder} cannot be read: {error.strerror}.'
     ) from None
-  names = folders.walk(folder)
+  names = _walk(folder)
   files = _classify(names)
   forms = [bool(x) for x in (files.tars, files.parquet, files.images)]
   if sum(forms) > 1:
@@ -242,7 +267,7 @@ def _find_images(
 ) -> Iterator[folders.FolderPart]:
   """Yields the parts of a folder of images, see `folders.find`."""
   if names is None:
-    names = folders.walk(folder)
+    names = _walk(folder)
   entries = folders.find(folder, names, table_names, caption_column)
   rejects = [entry for entry in entries if isinstance(entry, BadRecord)]
   if len(rejects) == len(entries):
@@ -252,7 +277,7 @@ def _find_images(
       f'--input={folder} holds no image with a caption ({shown}; such as '
       f'{rejects[0]}). A caption is a file beside its image, a.jpg and a.txt, '
       'or a row of metadata.csv or metadata.jsonl with the columns file_name '
-      'and text.'
+      'and text. Name a table that is called otherwise as the --input.'
     )
   images = ['' if isinstance(x, BadRecord) else x.image for x in entries]
   by_split = collections.defaultdict(list)
@@ -290,29 +315,25 @@ def _split_of_name(name: str, is_shard: bool) -> str | None:
   *parts, base = pathlib.PurePosixPath(name).parts or ('',)
   if is_shard:  # `train.tar`, `train_00.tar`, `train-00000-of-00002.parquet`
     parts.append(re.split(r'[-_.]\d|\.', base)[0])
-  for split, words in _SPLITS.items():
-    if any(part.lower() in words for part in parts):
-      return split
+  for part in parts:
+    for split, words in _SPLITS.items():
+      if part.lower() in words:
+        return split
   return None
 
 
 def _list(files: _Files) -> str:
   """What there is, in words: '3 tars, 2 images'."""
   by_suffix = collections.Counter(
-    os.path.splitext(name)[1].lower() or 'files without a suffix'
+    os.path.splitext(name)[1].lower() or 'without a suffix'
     for name in files.others
   )
-  counts = [
-    *(
-      (len(names), noun)
-      for names, noun in (
-        (files.tars, 'tars'),
-        (files.parquet, 'Parquet files'),
-        (files.images, 'images'),
-        (files.tables, 'tables of captions'),
-      )
-    ),
-    *((n, suffix) for suffix, n in by_suffix.most_common(5)),
-  ]
-  shown = [f'{n} {noun}' for n, noun in counts if n]
+  counts = {
+    'tars': len(files.tars),
+    'Parquet files': len(files.parquet),
+    'images': len(files.images),
+    'tables of captions': len(files.tables),
+  }
+  shown = [counted(count, noun) for noun, count in counts.items() if count]
+  shown += [f'{count} {suffix}' for suffix, count in by_suffix.most_common(5)]
   return readable(', '.join(shown)) or 'no files'

@@ -1,11 +1,11 @@
 """Captioned images in Parquet, as img2dataset and Hugging Face write them.
 
 A row has an image file, as bytes or as {'bytes': …, 'path': …}, and a caption.
-Rows are read in batches, so a file may be larger than the memory. Reading needs
-pyarrow.
+Rows are read in batches, so that the memory holds no more than a row group, and
+less if a group has several pages. Reading needs pyarrow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 from typing import Any
@@ -68,28 +68,46 @@ class ParquetPart:
     row, from 0.
     """
     arrow, parquet = _import_pyarrow()
-    seen, count = set(), 0
+    errors = OSError, ValueError, arrow.ArrowException
+    name = readable(self.path)
     try:
       with _open(parquet, self.path) as file:
-        image, caption, key = _columns(
-          file.schema_arrow.names, self.caption_column
-        )
-        names = [name for name in (image, caption, key) if name]
-        for batch in file.iter_batches(_BATCH, columns=names):
-          for row in range(len(batch)):
-            count += 1
-            try:
-              yield self._record(batch, row, count - 1, names, seen)
-            except BadRecord as bad:
-              rejects.append(bad)
-    except (OSError, ValueError, arrow.ArrowException) as error:
-      # The rows before the damage are still good.
-      reason = 'damaged Parquet file' if count else 'unreadable Parquet file'
-      detail = f'after {count} rows: {error}' if count else str(error)
-      rejects.append(BadRecord(readable(self.path), reason, detail))
+        columns = _columns(file.schema_arrow.names, self.caption_column)
+        seen, first = set(), 0
+        for group in range(file.num_row_groups):
+          try:
+            yield from self._read_group(
+              file, group, first, columns, seen, rejects
+            )
+          except errors as error:
+            detail = f'row group {group}: {error}'
+            rejects.append(BadRecord(name, 'damaged Parquet file', detail))
+          first += file.metadata.row_group(group).num_rows
+    except errors as error:
+      rejects.append(BadRecord(name, 'unreadable Parquet file', str(error)))
+
+  def _read_group(
+    self,
+    file,
+    group: int,
+    first: int,
+    columns: Sequence[str],
+    seen: set[str],
+    rejects: list[BadRecord],
+  ) -> Iterator[tuple[str, bytes, list[str]]]:
+    """Yields the records of a row group, of which `first` is the first row."""
+    for batch in file.iter_batches(
+      _BATCH, row_groups=[group], columns=columns, use_threads=False
+    ):
+      for row in range(len(batch)):
+        try:
+          yield self._record(batch, row, first + row, columns, seen)
+        except BadRecord as bad:
+          rejects.append(bad)
+      first += len(batch)
 
   def _record(
-    self, batch, row: int, number: int, names: list[str], seen: set[str]
+    self, batch, row: int, number: int, columns: Sequence[str], seen: set[str]
   ) -> tuple[str, bytes, list[str]]:
     """A row of a batch.
 
@@ -97,7 +115,7 @@ class ParquetPart:
       batch: of rows.
       row: index in the batch.
       number: of the row in the file.
-      names: columns of images, of captions, and perhaps of keys.
+      columns: of images, of captions, and perhaps of keys.
       seen: keys so far; that of the row is added.
 
     Raises:
@@ -105,7 +123,7 @@ class ParquetPart:
     """
     key = f'{self.prefix}/{number}'
     try:
-      values = [batch.column(name)[row].as_py() for name in names]
+      values = [batch.column(name)[row].as_py() for name in columns]
     except ValueError as error:  # such as text that is not UTF-8
       raise BadRecord(key, 'unreadable row', str(error)) from error
     if len(values) > 2 and values[2] is not None:
@@ -134,7 +152,7 @@ def _open(parquet, path: str) -> Iterator[Any]:
     yield parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
 
 
-def _columns(names: list[str], wanted: str) -> tuple[str, str, str | None]:
+def _columns(names: Sequence[str], wanted: str) -> list[str]:
   """The columns of images, of captions, and of keys if there is one.
 
   Raises:
@@ -146,8 +164,8 @@ def _columns(names: list[str], wanted: str) -> tuple[str, str, str | None]:
       f'the images are in a column {" or ".join(IMAGE_COLUMNS)}; there are '
       f'{", ".join(names[:20])}.'
     )
-  key = _KEY_COLUMN if _KEY_COLUMN in names else None
-  return found[0], tables.caption_column(names, wanted), key
+  found.append(tables.caption_column(names, wanted))
+  return found + [name for name in names if name == _KEY_COLUMN]
 
 
 def _image(value: Any, key: str) -> bytes:

@@ -78,6 +78,8 @@ def require_distinct(prefixes: Iterable[tuple[str, str]]) -> None:
   """
   by_prefix = {}
   for prefix, path in prefixes:
+    if by_prefix.get(prefix) == path:
+      raise ValueError(f'{path} is given twice.')
     if prefix in by_prefix:
       raise ValueError(
         f'{by_prefix[prefix]} and {path} would give their records the same '

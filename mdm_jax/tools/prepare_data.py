@@ -26,6 +26,7 @@ from typing import Any
 
 from absl import flags
 
+from mdm_jax.data.inputs import counted
 from mdm_jax.runtime import (
   command,
   directory_lock,
@@ -49,9 +50,7 @@ def describe(summary: dict[str, Any], output: str) -> str:
   """
   records, rejected = summary['records'], summary['rejected']
   inputs = [
-    f'{n} {noun if n > 1 else noun.removesuffix("s")}'
-    for noun, n in summary.items()
-    if isinstance(n, int)
+    counted(n, noun) for noun, n in summary.items() if isinstance(n, int)
   ]
   lines = [f'{", ".join(inputs)} -> {output}']
   lines += [f'  {split}: {count}' for split, count in records.items()]
@@ -62,7 +61,7 @@ def describe(summary: dict[str, Any], output: str) -> str:
     )
   lines += [f'  skipped, {reason}: {n}' for reason, n in rejected.items()]
   if rejected:
-    lines.append(f'  Each is listed in {os.path.join(output, "rejects.jsonl")}')
+    lines.append(f'  (details: {os.path.join(output, "rejects.jsonl")})')
   path = {'config.data.path': output}
   if sum(records.values()) <= _FEW:
     lines += [
