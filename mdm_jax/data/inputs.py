@@ -247,6 +247,7 @@ def _find_in_folder(folder: str, caption_column: str) -> Iterator[Part]:
       'their captions, with tars, or with Parquet files.'
     )
   if files.images:
+    _require_one_table(folder, files.tables)
     yield from _find_images(folder, files.tables, caption_column, names)
     return
   found = files.tars or files.parquet
@@ -257,6 +258,18 @@ def _find_in_folder(folder: str, caption_column: str) -> Iterator[Part]:
     else:
       prefix = f'{folders.key_prefix(folder)}/{os.path.splitext(name)[0]}'
       yield parquet.ParquetPart(path, readable(prefix), caption_column, split)
+
+
+def _require_one_table(folder: str, table_names: Sequence[str]) -> None:
+  """Raises ValueError if a folder has two tables for its images."""
+  by_folder = {}
+  for name in table_names:
+    other = by_folder.setdefault(os.path.dirname(name), name)
+    if other != name:
+      raise ValueError(
+        f'--input={folder} has {other} and {name}: remove one, or name the one '
+        'to use as the --input.'
+      )
 
 
 def _find_images(

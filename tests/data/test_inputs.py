@@ -115,6 +115,11 @@ def test_a_large_folder_has_several_parts(tmp_path, monkeypatch):
       'f/* matches 2 images, 1 .txt: name the folder instead, --input=',
     ),
     (('a.jpg', 'a.txt'), 'g', 'g matches no file.'),
+    (
+      ('a.jpg', 'x/metadata.csv', 'x/metadata.jsonl'),
+      'f',
+      'f has x/metadata.csv and x/metadata.jsonl: remove one, or name',
+    ),
     (('a.tar', 'sub/a.tar'), 'f', 'would give their records the same keys'),
   ],
 )
