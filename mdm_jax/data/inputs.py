@@ -286,11 +286,18 @@ def _find_images(
   if len(rejects) == len(entries):
     counts = collections.Counter(bad.reason for bad in rejects)
     shown = ', '.join(f'{reason}: {n}' for reason, n in counts.items())
+    detail = f' ({rejects[0].detail})' if rejects[0].detail else ''
+    other = [name for name in names if name.endswith(tables.SUFFIXES)]
+    remedy = (
+      f'If {other[0]} is a table of captions, name it: '
+      f'--input={os.path.join(folder, other[0])}.'
+      if other and not table_names
+      else 'A caption is a file beside its image, a.jpg and a.txt, or a row of '
+      'metadata.csv or metadata.jsonl with the columns file_name and text.'
+    )
     raise ValueError(
-      f'--input={folder} holds no image with a caption ({shown}; such as '
-      f'{rejects[0]}). A caption is a file beside its image, a.jpg and a.txt, '
-      'or a row of metadata.csv or metadata.jsonl with the columns file_name '
-      'and text. Name a table that is called otherwise as the --input.'
+      f'--input={folder} holds no image with a caption ({shown}; the first is '
+      f'{rejects[0].key}{detail}). {remedy}'
     )
   images = ['' if isinstance(x, BadRecord) else x.image for x in entries]
   by_split = collections.defaultdict(list)
@@ -345,7 +352,7 @@ def _list(files: _Files) -> str:
     'tars': len(files.tars),
     'Parquet files': len(files.parquet),
     'images': len(files.images),
-    'tables of captions': len(files.tables),
+    'caption tables': len(files.tables),
   }
   shown = [counted(count, noun) for noun, count in counts.items() if count]
   shown += [f'{count} {suffix}' for suffix, count in by_suffix.most_common(5)]

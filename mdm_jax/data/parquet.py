@@ -8,6 +8,7 @@ less if a group has several pages. Reading needs pyarrow.
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import os
 from typing import Any
 
 from etils import epath
@@ -57,7 +58,10 @@ class ParquetPart:
     try:
       _columns(names, self.caption_column)
     except ValueError as error:
-      raise ValueError(f'{self.path}: {error}') from None
+      tar = f'{self.path.removesuffix(".parquet")}.tar'
+      # img2dataset writes such a file beside each tar.
+      remedy = f' Use {tar} instead.' if os.path.exists(tar) else ''
+      raise ValueError(f'{self.path}: {error}{remedy}') from None
 
   def read(
     self, rejects: list[BadRecord]
@@ -160,9 +164,11 @@ def _columns(names: Sequence[str], wanted: str) -> list[str]:
   """
   found = [name for name in IMAGE_COLUMNS if name in names]
   if len(found) != 1:
+    *known, last = IMAGE_COLUMNS
+    which = 'several' if found else 'none'
     raise ValueError(
-      f'the images are in a column {" or ".join(IMAGE_COLUMNS)}; there are '
-      f'{", ".join(names[:20])}.'
+      f'{which} of the columns ({", ".join(names[:20])}) are called '
+      f'{", ".join(known)} or {last}, as the one of image files is.'
     )
   found.append(tables.caption_column(names, wanted))
   return found + [name for name in names if name == _KEY_COLUMN]
@@ -178,7 +184,7 @@ def _image(value: Any, key: str) -> bytes:
   if isinstance(value, dict):
     path, value = value.get('path'), value.get('bytes')
   if value is None:
-    detail = f'only its path: {readable(str(path))}' if path else ''
+    detail = f'only a path, {readable(str(path))}' if path else ''
     raise BadRecord(key, 'caption without image', detail)
   if not isinstance(value, bytes):
     detail = f'{type(value).__name__} instead of bytes'

@@ -38,13 +38,17 @@ def caption_column(columns: Iterable[str], wanted: str = '') -> str:
     ValueError: there is no such column, or there are several.
   """
   columns = list(columns)
-  names = [wanted] if wanted else CAPTION_COLUMNS
-  found = [name for name in names if name in columns]
-  if not found:
+  shown = ', '.join(map(str, columns[:_LISTED]))
+  if wanted and wanted not in columns:
     raise ValueError(
-      f'there is no column {" or ".join(names)}, but '
-      f'{", ".join(map(str, columns[:_LISTED])) or "none"}: name the one of '
-      'the captions by --caption_column.'
+      f'--caption_column={wanted} is none of the columns ({shown}).'
+    )
+  found = [wanted] if wanted else [x for x in CAPTION_COLUMNS if x in columns]
+  if not found:
+    *names, last = CAPTION_COLUMNS
+    raise ValueError(
+      f'none of the columns ({shown}) is called {", ".join(names)} or {last}: '
+      'name the one of the captions by --caption_column.'
     )
   if len(found) > 1:
     raise ValueError(
@@ -113,9 +117,9 @@ def _read_csv(
       header = [_readable(name.strip()) for name in row]
       if FILE_COLUMN not in header:
         raise ValueError(
-          f'there is no column {FILE_COLUMN}, but '
-          f'{", ".join(header[:_LISTED])}. The first line names the columns, '
-          'separated by commas.'
+          f'none of the columns ({", ".join(header[:_LISTED])}) is called '
+          f'{FILE_COLUMN}. The first line names the columns, separated by '
+          'commas.'
         )
       name_at = header.index(FILE_COLUMN)
       caption_at = header.index(caption_column(header, wanted))

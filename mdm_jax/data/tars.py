@@ -66,7 +66,9 @@ def match(pattern: str) -> list[str]:
   except (OSError, ImportError, ValueError) as error:
     raise ValueError(f'--input={pattern} cannot be read: {error}.') from error
   if not found:
-    raise ValueError(f'--input={pattern} matches no file.')
+    is_glob = re.search(r'[*?[]', pattern)
+    problem = 'matches no file' if is_glob else 'does not exist'
+    raise ValueError(f'--input={pattern} {problem}.')
   return found
 
 

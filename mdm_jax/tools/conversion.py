@@ -305,9 +305,13 @@ def _finish(
   if not parts:
     first = (directory / 'rejects.jsonl').read_text().partition('\n')[0]
     shutil.rmtree(directory.parent)
+    remedy = (
+      ' An image and its caption need the same name up to the last dot.'
+      if 'tars' in counts
+      else ''
+    )
     raise ValueError(
-      f'There is no usable record: {dict(rejected)}, such as {first}. An image '
-      'and its caption need the same name up to the last dot.'
+      f'There is no usable record: {dict(rejected)}, such as {first}.{remedy}'
     )
   if options.deduplicate:
     parts, duplicates = tfds_writer.deduplicate(parts)

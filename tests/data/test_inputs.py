@@ -96,8 +96,13 @@ def test_a_large_folder_has_several_parts(tmp_path, monkeypatch):
     (
       ('a.jpg', 'b.jpg'),
       'f',
-      'f holds no image with a caption (image without caption: 2; such as '
-      'f/a: image without caption). A caption is a file beside its image',
+      'f holds no image with a caption (image without caption: 2; the first '
+      'is f/a). A caption is a file beside its image, a.jpg and a.txt, or a',
+    ),
+    (
+      ('a.jpg', 'words.csv'),
+      'f',
+      'first is f/a). If words.csv is a table of captions, name it: --input=',
     ),
     (
       ('a.jpg', 'a.txt', 'x.tar', 'x.parquet'),
@@ -114,7 +119,7 @@ def test_a_large_folder_has_several_parts(tmp_path, monkeypatch):
       'f/*',
       'f/* matches 2 images, 1 .txt: name the folder instead, --input=',
     ),
-    (('a.jpg', 'a.txt'), 'g', 'g matches no file.'),
+    (('a.jpg', 'a.txt'), 'g', 'g does not exist.'),
     (
       ('a.jpg', 'x/metadata.csv', 'x/metadata.jsonl'),
       'f',

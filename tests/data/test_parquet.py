@@ -77,9 +77,21 @@ def test_text_that_is_no_utf8_costs_one_row(tmp_path):
 @pytest.mark.parametrize(
   'columns, caption_column, problem',
   [
-    ({'url': ['a'], 'caption': ['b']}, '', 'images are in a column image or'),
-    ({'image': [b''], 'label': [1]}, '', 'no column text or caption.*label'),
-    ({'image': [b''], 'text': ['a']}, 'x', 'no column x, but image, text'),
+    (
+      {'url': ['a'], 'caption': ['b']},
+      '',
+      r'none of the columns .url, caption. are called image',
+    ),
+    (
+      {'image': [b''], 'label': [1]},
+      '',
+      r'none of the columns .image, label. is called text',
+    ),
+    (
+      {'image': [b''], 'text': ['a']},
+      'x',
+      r'caption_column=x is none of the columns .image, text.',
+    ),
   ],
 )
 def test_missing_columns_are_told_first(
