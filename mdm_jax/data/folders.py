@@ -7,6 +7,7 @@ A caption is a file beside its image, `a.jpg` and `a.txt` (or the 'caption' of
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -117,11 +118,10 @@ def walk(folder: str | os.PathLike) -> list[str]:
     subfolders[:] = sorted(
       name for name in subfolders if not images.is_system_file(name)
     )
-    inside = pathlib.PurePath(os.path.relpath(parent, folder))
+    inside = os.path.relpath(parent, folder)
+    prefix = '' if inside == os.curdir else f'{inside}/'
     found += [
-      (inside / name).as_posix()
-      for name in names
-      if not images.is_system_file(name)
+      prefix + name for name in names if not images.is_system_file(name)
     ]
   return sorted(found)
 
@@ -158,18 +158,19 @@ def find(
   for name in table_names:
     found += _find_by_table(folder, name, prefix, used, caption_column)
   parents = {os.path.dirname(name) for name in table_names}
+  # Whether there is a table in a folder or above it.
+  has_table = functools.cache(
+    lambda path: (
+      path in parents or bool(path) and has_table(os.path.dirname(path))
+    )
+  )
   beside = []
   for name in names:
-    above = {
-      '' if str(p) == '.' else str(p)
-      for p in pathlib.PurePosixPath(name).parents
-    }
-    if not above & parents:
+    if not has_table(os.path.dirname(name)):
       beside.append(name)
     elif name not in used and is_image(name):
-      found.append(
-        BadRecord(f'{prefix}/{readable(name)}', 'image without caption')
-      )
+      key = f'{prefix}/{readable(name)}'
+      found.append(BadRecord(key, 'image without caption'))
   return found + _find_by_name(beside, prefix)
 
 

@@ -8,7 +8,6 @@ import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
 import os
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -332,7 +331,7 @@ def _splits(names: Sequence[str], are_shards: bool) -> list[str | None]:
 
 
 def _split_of_name(name: str, is_shard: bool) -> str | None:
-  *parts, base = pathlib.PurePosixPath(name).parts or ('',)
+  *parts, base = name.split('/')
   if is_shard:  # `train.tar`, `train_00.tar`, `train-00000-of-00002.parquet`
     parts.append(re.split(r'[-_.]\d|\.', base)[0])
   for part in parts:
