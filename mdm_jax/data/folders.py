@@ -154,9 +154,9 @@ def find(
     ValueError: a table is none.
   """
   prefix = key_prefix(folder)
-  found, used = [], set()
+  found, used, keys = [], set(), set()
   for name in table_names:
-    found += _find_by_table(folder, name, prefix, used, caption_column)
+    found += _find_by_table(folder, name, prefix, used, keys, caption_column)
   parents = {os.path.dirname(name) for name in table_names}
   # Whether there is a table in a folder or above it.
   has_table = functools.cache(
@@ -180,7 +180,12 @@ def key_prefix(folder: str) -> str:
 
 
 def _find_by_table(
-  folder: str, table: str, prefix: str, used: set[str], caption_column: str
+  folder: str,
+  table: str,
+  prefix: str,
+  used: set[str],
+  keys: set[str],
+  caption_column: str,
 ) -> Iterator[Entry | BadRecord]:
   """Yields the images of a table.
 
@@ -189,10 +194,10 @@ def _find_by_table(
     table: relative to the folder.
     prefix: of the keys.
     used: images that have a caption already; those found are added to it.
+    keys: the same, without their suffixes.
     caption_column: see `find`.
   """
   path, directory = os.path.join(folder, table), os.path.dirname(table)
-  keys = set()
   for row in tables.read(path, f'{prefix}/{readable(table)}', caption_column):
     if isinstance(row, BadRecord):
       yield row

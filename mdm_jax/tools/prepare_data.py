@@ -113,8 +113,9 @@ if __name__ == '__main__':
   flag_types.define_repeated(
     'input',
     None,
-    value_types.Path('glob', schemes=('*',)),
-    'Folder, or glob of tars or Parquet files in quotes; may be repeated.',
+    value_types.Path('input', schemes=('*',)),
+    'Folder of images, tars or Parquet files, or glob in quotes; may be '
+    'repeated.',
     required=True,
   )
   flag_types.define(

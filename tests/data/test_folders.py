@@ -156,8 +156,15 @@ def test_a_table_is_for_its_folder_and_those_below(tmp_path):
   write(
     folder, {'metadata.csv': 'file_name,text\none/a.jpg,x\nthree/a.jpg,y\n'}
   )
+  write(folder, {'one/metadata.csv': 'file_name,text\na.jpg,one\na.png,z\n'})
+  write(folder, {'one/a.png': JPEG})
   found, rejects = read(folder)
-  assert found['f/one/a'] == ['x'] and found['f/three/a'] == ['y']
+  assert found == {
+    'f/one/a': ['x'],
+    'f/three/a': ['y'],
+    'f/one/a.png': ['z'],
+    'f/two/deep/a': ['two'],
+  }
   assert rejects == [('f/one/metadata.csv:2', 'name used twice')]
 
 
