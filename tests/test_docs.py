@@ -17,7 +17,6 @@ RESULTS = ROOT / 'docs' / 'results'
 LATER = {
   *('README', 'CONTRIBUTING', 'configuration', 'data', 'demo'),
   *('evaluation', 'post_hoc_ema', 'reference', 'reliability', 'sampling'),
-  *('weights'),
 }
 PAGES = [
   ROOT / 'README.md',
