@@ -292,3 +292,57 @@ def test_what_is_accepted(page, run_json):
 )
 def test_what_is_refused(page, problem, run_json):
   assert problem in '\n'.join(problems(page, run_json))
+
+
+# Private words, and those of the field. `draw` is for the procedural shapes.
+WORDS = {
+  r'dr(?:aw|aws|awn|ew)': 'sample, generate',
+  r'(?:picture|paint)\w*': 'image, sampler',
+  'figures': 'metrics, results',
+  r'(?:best|tracked|stored|other|decaying) averages?|average decaying': 'EMA',
+  'lags': 'EMA minus parameters',
+  'let go|wish(?:es|ed)? to stop': 'preemptible, stop request',
+  '(?:left|leaves?|leaving) out': 'skipped, replaced, not shown',
+  r'offer(?:s|ed|ing)?|owe[ds]?': 'say what is done',
+  'those who|likewise|see there': 'a sentence that stands alone',
+  'rooms?': 'folder',
+}
+
+
+def private_words(page: str) -> list[str]:
+  found = []
+  for block in blocks(page):
+    text = ' '.join(prose(block).split())
+    if text.startswith('```'):
+      continue
+    for pattern, better in WORDS.items():
+      for match in re.finditer(rf'\b(?:{pattern})\b', text, re.IGNORECASE):
+        drawn = match[0].lower().startswith('dr')
+        if not (drawn and re.search('shapes?|scenes?', text)):
+          found.append(f'{block.line}: {match[0]} (better: {better})')
+  return found
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_words_are_those_of_the_field(page):
+  if page.stem in LATER:
+    pytest.skip('not checked yet')
+  assert private_words(page.read_text()) == []
+
+
+def test_private_words_are_found():
+  page = """
+The painter draws pictures; figures of the best average.
+
+Procedural shapes are drawn. `draw` and `leave_out` are code, the figure
+is a diagram, on average. Records are left
+out.
+
+```sh
+draw figures
+```
+"""
+  assert [line.partition(' (')[0] for line in private_words(page)] == [
+    *('2: draws', '2: painter', '2: pictures', '2: figures', '2: best average'),
+    '4: left out',
+  ]
