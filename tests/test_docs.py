@@ -3,6 +3,7 @@
 CONTRIBUTING.md, "Add a result to the docs", says how to write them.
 """
 
+import ast
 import datetime
 import json
 import pathlib
@@ -346,3 +347,11 @@ draw figures
     *('2: draws', '2: painter', '2: pictures', '2: figures', '2: best average'),
     '4: left out',
   ]
+
+
+def test_commands_in_docstrings_can_be_pasted():
+  # In a string that is not raw, \ at the end of a line joins it with the next.
+  modules = [*ROOT.glob('mdm_jax/**/*.py'), *ROOT.glob('configs/*.py')]
+  for path in modules:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ''
+    assert not re.search(r'\S {4,}-', text), path
