@@ -44,7 +44,8 @@ QUANTITY = re.compile(
   rf'(?:[ \n]?(?P<unit>{_UNIT}))?)'
   r'(?![\w/^]|[.,:-]\d)'
 )
-# The header of a column of measured numbers that have no unit of their own.
+# Headers of columns of numbers that have no unit of their own.
+GIVEN = re.compile(r'default|tolerance')
 MEASURED = re.compile(
   r'measured|\btimes?\b|seconds|memory|\bpeak|differen|accurac|distance'
   rf'|ratio\b|\b(?:{_UNIT})(?!\w)'
@@ -115,18 +116,21 @@ def cells(row: str) -> list[str]:
 
 
 def looks_measured(block: Block) -> list[Quantity]:
-  """Numbers with a unit, and those in columns of measured numbers."""
+  """Numbers with a unit, and cells of tables that are numbers."""
   if re.match(r'\s*```\w', block.text):  # Commands, Python.
     return []
   text = prose(block)
   found = [each for each in quantities(text) if each.unit]
   rows = text.splitlines()
   if len(rows) > 2 and re.fullmatch(r'[|\s:-]+', rows[1]):
-    measured = list(map(bool, map(MEASURED.search, cells(rows[0]))))
+    headers = cells(rows[0])
     for row in rows[2:]:
-      for cell, is_measured in zip(cells(row), measured):
-        if is_measured and re.match(r'[\d.]', cell):
-          found += [each for each in quantities(cell) if not each.unit]
+      for header, cell in list(zip(headers, cells(row)))[1:]:
+        numbers = [each for each in quantities(cell) if not each.unit]
+        is_number = [each.text for each in numbers] == [cell]
+        starts_with_one = re.match(r'\d', cell) and MEASURED.search(header)
+        if (is_number or starts_with_one) and not GIVEN.search(header):
+          found += numbers
   return found
 
 
@@ -266,6 +270,7 @@ def run_json(tmp_path):
     '<!-- results: run -->\n<!-- settings: 7 s,\n9 -->\n1,205 images/s; 7 s, 9',
     '<!-- settings: 7 s -->\n```\n7 s\n\n```',
     '```sh\nsleep 7 s\n```\nThe 3 levels of 64 px are 2x2, since `7 s`.',
+    '| steps | default |\n|-|-|\n| 5 | 463 |',
   ),
 )
 def test_what_is_accepted(page, run_json):
@@ -277,7 +282,8 @@ def test_what_is_accepted(page, run_json):
   (
     ('A step takes 429 ms.', '1: 429 ms is in no'),
     ('```\n\n2m03s\n```', '1: 2m03s is in no'),
-    ('| | seconds |\n|-|-|\n| a | 3 |', '1: 3 is in no'),
+    ('| | seconds |\n|-|-|\n| a | 3 to 4 |', '1: 4 is in no'),
+    ('| steps | dpm |\n|-|-|\n| 5 | 463 |', '1: 463 is in no'),
     ('<!-- results: run -->\n428 ms', '1: 428 ms is in no'),
     ('<!-- results: run -->\n429 s', '1: 429 s is in no'),
     ('<!-- results: run -->\n70.4 %', '1: 70.4 % is in no'),
