@@ -361,3 +361,23 @@ def test_commands_in_docstrings_can_be_pasted():
   for path in modules:
     text = ast.get_docstring(ast.parse(path.read_text())) or ''
     assert not re.search(r'\S {4,}-', text), path
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+  """The anchors that GitHub gives the headings of a page."""
+  text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+  return {
+    re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+    for heading in re.findall(r'^#+ (.*)', text, re.MULTILINE)
+  }
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+  text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+  for link in re.findall(r'\]\(([^)\s]+)\)', text):
+    if '://' not in link:
+      path, _, anchor = link.partition('#')
+      target = page.parent / path if path else page
+      assert target.exists(), link
+      assert not anchor or anchor in anchors(target), link
