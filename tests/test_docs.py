@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from configs import common
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'docs' / 'results'
 # Not checked yet.
@@ -381,3 +383,57 @@ def test_links_lead_somewhere(page):
       target = page.parent / path if path else page
       assert target.exists(), link
       assert not anchor or anchor in anchors(target), link
+
+
+def rows_of_keys() -> dict[str, str]:
+  """The keys that docs/configuration.md has rows for, and their defaults."""
+  found, prefix = {}, None
+  for line in (ROOT / 'docs/configuration.md').read_text().splitlines():
+    if not line.startswith('|'):
+      prefix = None
+      continue
+    names, default, *_ = cells(line)
+    names = re.findall('`([^`]+)`', names)
+    if prefix is None:
+      prefix = names[0] if names else ''
+    else:
+      defaults = default.split(', ') if len(names) > 1 else [default]
+      found |= {prefix + name: each for name, each in zip(names, defaults)}
+  return found
+
+
+def flatten(tree: dict, prefix: str = ''):
+  for key, value in tree.items():
+    if isinstance(value, dict) and key != 'mesh':
+      yield from flatten(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
+
+
+def as_shown(value) -> str:
+  if isinstance(value, tuple):
+    return ', '.join(map(str, value)) or '()'
+  if isinstance(value, float):
+    return str(value).replace('e-0', 'e-')
+  return f'{value:,}' if type(value) is int and value > 9999 else str(value)
+
+
+def test_every_key_has_a_row_with_its_default():
+  values = dict(flatten(common.get_config().to_dict()))
+  del values['stages']  # Lists, whose elements have tables of their own.
+  for prefix, section in (
+    ('model.levels[i].', common.level(64)),
+    ('stages[i].', common.stage('64', 2)),
+  ):
+    values |= {prefix + key: value for key, value in section.items()}
+  rows = rows_of_keys()
+  assert rows.keys() == values.keys()
+  in_words = {
+    *('mesh', 'sharding_rules', 'model.levels', 'sampler.guidance_interval'),
+    *('model.levels[i].resolution', 'model.levels[i].scale_condition'),
+    *('stages[i].name', 'stages[i].num_levels', 'stages[i].loss_weights'),
+    'stages[i].mixed_ratio',
+  }
+  for key, value in values.items():
+    if key not in in_words:
+      assert rows[key] == as_shown(value), key
