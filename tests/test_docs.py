@@ -8,6 +8,8 @@ import datetime
 import json
 import pathlib
 import re
+import runpy
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -301,6 +303,29 @@ def test_what_is_accepted(page, run_json):
 )
 def test_what_is_refused(page, problem, run_json):
   assert problem in '\n'.join(problems(page, run_json))
+
+
+def test_a_result_is_recorded_with_where_it_is_from(tmp_path, monkeypatch):
+  path = tmp_path / 'new.json'
+  path.write_text('{"step_seconds": 0.25}')
+  lines = tmp_path / 'lines.jsonl'
+  lines.write_text('{"fid": 9.5}\n{"fid": 8.5}\n')
+  record = runpy.run_path(str(RESULTS / 'record.py'))['main']
+  monkeypatch.setitem(record.__globals__, 'HERE', tmp_path)
+  monkeypatch.setitem(record.__globals__, 'commit', lambda: '0123abc')
+  for name, files in (('one', [path]), ('two', [path, lines])):
+    argv = ['record.py', name, '--command=x', '--note=busy', *map(str, files)]
+    monkeypatch.setattr(sys, 'argv', argv)
+    record()
+  document = json.loads((tmp_path / 'one.json').read_text())
+  assert list(document) == KEYS
+  assert document['results'] == {'step_seconds': 0.25}
+  assert (document['command'], document['commit']) == ('x', '0123abc')
+  assert document['machine']['note'] == 'busy'
+  assert document['machine']['devices'].endswith('x cpu')
+  assert problems('<!-- results: one -->\nA step takes 250 ms.', tmp_path) == []
+  both = json.loads((tmp_path / 'two.json').read_text())['results']
+  assert both == {'new': {'step_seconds': 0.25}, 'lines': {'fid': 8.5}}
 
 
 # Private words, and those of the field. `draw` is for the procedural shapes.
