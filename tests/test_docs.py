@@ -462,3 +462,21 @@ def test_every_key_has_a_row_with_its_default():
   for key, value in values.items():
     if key not in in_words:
       assert rows[key] == as_shown(value), key
+
+
+@pytest.mark.parametrize(
+  'name, terms',
+  (
+    ('configuration', 'CFG; gradient accumulation; mixed precision; EMA; fsdp'),
+    ('how_it_works', 'CFG; inference; mixed precision; gradient accumulation'),
+    ('weights', 'fine-tun; inference; mixed precision; LoRA'),
+    ('tpu', 'gradient accumulation; fsdp; Spot'),
+    ('tpu_memory', 'gradient checkpointing; inference'),
+    ('reference', 'classifier-free guidance; inference'),
+    ('benchmarks', 'inference; MFU; CFG'),
+  ),
+)
+def test_a_page_is_found_by_the_words_of_the_field(name, terms):
+  text = (ROOT / 'docs' / f'{name}.md').read_text()
+  for term in terms.split('; '):
+    assert re.search(term.replace(' ', r'\s+'), text, re.IGNORECASE), term
