@@ -28,7 +28,6 @@ def test_nothing_slow_is_imported(module):
     'orbax',
     'grain',
     'tensorflow_datasets',
-    'clu',
   }
 
 

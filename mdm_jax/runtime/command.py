@@ -36,7 +36,7 @@ def run(
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='backslashreplace')
-  logging.get_absl_handler().setFormatter(_PrintableFormatter())
+  logging.get_absl_handler().setFormatter(_LineFormatter())
   # Python's process that removes shared memory after an ending that leaves it
   # behind, as all do here, warns that it has to.
   sys.warnoptions.append('ignore:resource_tracker:UserWarning')
@@ -74,10 +74,18 @@ def run(
   ending.finish(code, printable(message))
 
 
-class _PrintableFormatter(logging.PythonFormatter):
-  """Formats log lines as absl does, then escapes control characters."""
+class _LineFormatter(python_logging.Formatter):
+  """Log lines such as '20:52:06 WARNING text': control characters are escaped.
+
+  What is neither a warning nor an error has no word before its text.
+  """
+
+  def __init__(self):
+    super().__init__('%(asctime)s %(severity)s%(message)s', '%H:%M:%S')
 
   def format(self, record: python_logging.LogRecord) -> str:
+    is_bad = record.levelno >= python_logging.WARNING
+    record.severity = f'{record.levelname} ' if is_bad else ''
     return printable(super().format(record))
 
 
