@@ -1,6 +1,7 @@
 """The --config flag: finds recipes by name, and explains mistakes in a line."""
 
 from collections.abc import Sequence
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
@@ -16,8 +17,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags import config_path
 
-from mdm_jax.builders import ranges
+from mdm_jax.builders import listing, ranges
 from mdm_jax.runtime import flag_types
+from mdm_jax.runtime.printable import printable
 from mdm_jax.runtime.value_types import Path
 
 # The flag belongs to the module that calls `define`.
@@ -64,6 +66,27 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     config_dict.RequiredValueError,
   ) as error:
     sys.exit(f'error: {_explain(argv, error)}')
+
+
+def print_config(config: ConfigDict, workdir: str) -> None:
+  """Prints the configuration that a run would use, to standard output.
+
+  Args:
+    config: of the flag, with the changes of the command line.
+    workdir: of the run, which need not exist.
+  """
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  recipe = _RecipeParser().parse(path)
+  # Replaces '~'. What is missing or wrong, the command line has given.
+  with contextlib.suppress(ValueError):
+    ranges.check(recipe)
+  text = [
+    f'# --config={path} --workdir={workdir}',
+    listing.listing(config, recipe, _load(_shipped('common'))),
+    listing.run_changes(config, workdir),
+  ]
+  # At once: `head` may close the pipe after the first lines.
+  print(printable('\n'.join(text)), flush=True)
 
 
 class _RecipeParser(flags.ArgumentParser):
