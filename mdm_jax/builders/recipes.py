@@ -80,13 +80,10 @@ def print_config(config: ConfigDict, workdir: str) -> None:
   # Replaces '~'. What is missing or wrong, the command line has given.
   with contextlib.suppress(ValueError):
     ranges.check(recipe)
-  text = [
-    f'# --config={path} --workdir={workdir}',
-    listing.listing(config, recipe, _load(_shipped('common'))),
-    listing.run_changes(config, workdir),
-  ]
-  # At once: `head` may close the pipe after the first lines.
-  print(printable('\n'.join(text)), flush=True)
+  print(printable(f'# --config={path} --workdir={workdir}'))
+  common = _load(_shipped('common'))
+  print(printable(listing.listing(config, recipe, common)))
+  print(printable(listing.run_changes(config, workdir)))
 
 
 class _RecipeParser(flags.ArgumentParser):

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 import errno
 import logging as python_logging
+import select
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import app, logging
 
@@ -60,7 +61,9 @@ def run(
   # ends now, and the threads of libraries have no say in it.
   except BaseException as error:
     code = 1
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+      pass  # The reader of a pipe, such as `head`, has read enough.
+    elif isinstance(error, OSError) and error.errno in _DISK:
       message = f'error: {error}. What is finished is kept.'
     # The environment's fault if a file is named, otherwise maybe ours.
     elif isinstance(error, OSError) and error.filename is not None:
@@ -72,6 +75,13 @@ def run(
   # Schedulers repeat signals.
   preemption.ignore_signals()
   ending.finish(code, printable(message))
+
+
+def _is_unread(stream: TextIO) -> bool:
+  """Whether a stream is a pipe that its reader has closed."""
+  poll = select.poll()
+  poll.register(stream, 0)  # Errors are always reported.
+  return bool(poll.poll(0))
 
 
 class _LineFormatter(python_logging.Formatter):

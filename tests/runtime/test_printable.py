@@ -127,6 +127,17 @@ def test_logs_and_errors_are_escaped(variables):
   assert last == rf'error: a \x1b[31mring\u2028 {arrow}'
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+  text = COMMAND.replace("print('\\u2192')", "print('x' * 10**6)")
+  process = subprocess.Popen(
+    [sys.executable, '-c', text], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  process.stdout.close()
+  lines = process.stderr.read().decode().splitlines()
+  assert process.wait() == 1
+  assert lines[-1].endswith(' ERROR wrong')  # The last of its log.
+
+
 def test_what_the_file_system_refuses_is_a_line():
   text = COMMAND.replace('sys.exit', "open('/dev/null/x') #")
   result = subprocess.run([sys.executable, '-c', text], capture_output=True)
