@@ -241,6 +241,7 @@ def _compile(
   run: Run, stage: Stage, state: TrainState, batch: Batch
 ) -> jax.stages.Compiled:
   begin = time.monotonic()
+  logging.info('%s: compiling the training step.', stage.title)
   with run.goodput.time('compile'):
     arguments = state, batch, run.frozen
     train_step = stage.make_train_step(empty_text(stage.config))

@@ -8,6 +8,7 @@ import pytest
 
 from mdm_jax.builders.stage import make_stages
 from mdm_jax.checkpoint import saved_steps
+from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.runtime import environment, sharding
 from mdm_jax.training import loop, summary
 
@@ -94,6 +95,30 @@ def test_a_data_set_without_a_validation_split(log, monkeypatch):
     'shapes in /my/images: 1,234 training records, no validation split: '
     'held-out metrics are of training images'
   )
+
+
+@pytest.mark.parametrize(
+  'encoder, expected',
+  [
+    ('t5', 'frozen T5 in /t5: 24 layers, width 2048, at most 8 tokens of 450'),
+    (
+      'precomputed',
+      'precomputed T5 features: width 2048, at most 8 tokens of 450',
+    ),
+    ('label', 'label: 1,000 classes, width 2048'),
+  ],
+)
+def test_kinds_of_text(encoder, expected, make_config):
+  config = make_config()
+  config.text.update(
+    encoder=encoder, path='/t5', tokenizer=CAPTIONS_MODEL, num_classes=1000
+  )
+  spec = types.SimpleNamespace(num_layers=24)
+  model = types.SimpleNamespace(
+    text_encoder=types.SimpleNamespace(width=2048, spec=spec)
+  )
+  stage = types.SimpleNamespace(config=config, model=model)
+  assert summary._text(stage) == expected
 
 
 def test_work_of_later_stages_is_counted_in_flops(make_config, monkeypatch):
