@@ -174,10 +174,12 @@ def _wrong_key(error: BaseException) -> str | None:
     return None
   section, name, value = found
   key = '.'.join(filter(None, [_place(section), name]))
-  if name not in section:
+  if isinstance(error, KeyError | AttributeError) and name not in section:
     return f'no such key ({key}){_or_rather(_near(key))}'
   if isinstance(error, TypeError) and key in ranges.KEYS:
     return f'{key}={value!r}: give {ranges.KEYS[key]}.'
+  if isinstance(error, TypeError) and key in _sections():
+    return f'{key}={value!r}: change one of its keys instead.'
   return None
 
 
