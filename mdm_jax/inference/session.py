@@ -24,8 +24,8 @@ from mdm_jax.builders.config import (
 from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import load_frozen, make_tokenizer
 from mdm_jax.inference.weights import Weights, restore_weights
-from mdm_jax.report import console
-from mdm_jax.runtime import cpu, environment, sharding
+from mdm_jax.runtime import cpu, sharding
+from mdm_jax.runtime.environment import log_start
 from mdm_jax.steps.state import Params
 
 
@@ -89,15 +89,11 @@ class Session:
       FileNotFoundError, ValueError: see `restore_weights` and `load_frozen`.
     """
     stage, weights = self._restore_weights()
-    model = self._load_frozen(stage, weights)
-    console.log_rows(
-      {
-        'version': environment.versions(),
-        'devices': environment.devices(),
-        'weights': f'{self.workdir}: {stage.title}, step {weights.step} of '
-        f'{stage.num_steps}, {weights.ema}',
-      }
+    log_start(
+      weights=f'{self.workdir}: {stage.title}, step {weights.step} of '
+      f'{stage.num_steps}, {weights.ema}'
     )
+    model = self._load_frozen(stage, weights)
     if not model.is_finished:
       logging.warning(
         'The run is not finished: this is %s at step %d of %d.',

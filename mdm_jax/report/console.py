@@ -75,17 +75,6 @@ def parameter_table(params: Mapping[str, Any]) -> str:
   return table(list(counts.items()), ['block', 'parameters'])
 
 
-def log_rows(rows: Mapping[str, str]) -> None:
-  """Logs a line for each row, with the values aligned.
-
-  Args:
-    rows: values by label.
-  """
-  width = max(map(len, rows), default=0)
-  for label, value in rows.items():
-    logging.info('%s  %s', label.ljust(width), value)
-
-
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
   """Formats an aligned plain-text table.
 

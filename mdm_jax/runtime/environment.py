@@ -18,6 +18,18 @@ _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 _VENDORS, _GOOGLE = '/sys/bus/pci/devices/*/vendor', '0x1ae0'
 
 
+def log_start(**rows: str) -> None:
+  """Logs versions, devices and further rows, a line each, values aligned.
+
+  Args:
+    **rows: values by label.
+  """
+  rows = {'version': versions(), 'devices': devices()} | rows
+  width = max(map(len, rows))
+  for label, value in rows.items():
+    logging.info('%s  %s', label.ljust(width), value)
+
+
 def versions() -> str:
   """Versions of this package, JAX and Python."""
   return (

@@ -24,17 +24,14 @@ def log_summary(run: Run, stages: Sequence[Stage], first: int) -> None:
   """
   config = stages[0].config
   mesh = ', '.join(f'{name} {size}' for name, size in run.mesh.shape.items())
-  console.log_rows(
-    {
-      'version': environment.versions(),
-      'devices': f'{environment.devices()}, mesh: {mesh}',
-      'precision': f'{config.dtype} activations, float32 parameters',
-      'data': _data(config),
-      'text': _text(stages[-1]),
-      'parameters': _parameters(run, stages),
-      'workdir': run.workdir,
-      'run': f'{time.strftime("%Y-%m-%d")}: {_resumed(run, stages, first)}',
-    }
+  environment.log_start(
+    mesh=mesh,
+    precision=f'{config.dtype} activations, float32 parameters',
+    data=_data(config),
+    text=_text(stages[-1]),
+    parameters=_parameters(run, stages),
+    workdir=run.workdir,
+    run=f'{time.strftime("%Y-%m-%d")}: {_resumed(run, stages, first)}',
   )
 
 

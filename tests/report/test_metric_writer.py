@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.report import background, console, metric_writer, progress
-from mdm_jax.runtime import peaks
+from mdm_jax.runtime import environment, peaks
 
 
 def read_lines(workdir, name='metrics'):
@@ -297,9 +297,9 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   logging.info('of a library')
   logging.warning('its warning')
   logging.warning('An NVIDIA GPU may be present on this machine, but …')
-  console.log_rows({'a': 'b'})
+  environment.log_start()
   logging.set_verbosity(verbosity)
-  assert seen == ['its warning', '%s  %s']
+  assert seen == ['its warning', '%s  %s', '%s  %s']
 
 
 def test_table_is_aligned():

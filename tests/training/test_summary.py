@@ -40,6 +40,7 @@ def test_lines_of_a_new_run(log, tmp_path):
   assert list(lines) == [
     'version',
     'devices',
+    'mesh',
     'precision',
     'data',
     'text',
@@ -48,7 +49,8 @@ def test_lines_of_a_new_run(log, tmp_path):
     'run',
   ]
   assert lines['version'] == environment.versions()
-  assert lines['devices'] == '8 CPU devices, mesh: data 8, fsdp 1, spatial 1'
+  assert lines['devices'] == '8 CPU devices'
+  assert lines['mesh'] == 'data 8, fsdp 1, spatial 1'
   assert lines['precision'] == 'float32 activations, float32 parameters'
   assert lines['data'] == (
     'shapes: 1,000,000 training records, 1,000,000 validation records'
