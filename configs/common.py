@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
       'watchdog': _watchdog(),
       'eval': _eval(),
     }
-  )
+  ).lock()
 
 
 def _data() -> dict[str, Any]:
