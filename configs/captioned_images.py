@@ -1,10 +1,10 @@
 r"""Your own captioned images, 64 px and then 256 px.
 
-    python -m mdm_jax.tools.prepare_data --input=PHOTOS --output=data/mine
+    python -m mdm_jax.tools.prepare_data --input=IMAGES --output=data/mine
     python -m mdm_jax.main --config=configs/captioned_images.py \
         --config.data.path=data/mine
 
-PHOTOS is a folder of images, each with its caption in a text file of the same
+IMAGES is a folder of images, each with its caption in a text file of the same
 name (cat.jpg, cat.txt) or in a row of metadata.csv; or of tars or Parquet
 files, see docs/data.md.
 
