@@ -28,8 +28,8 @@ from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.runtime import sharding, value_types
 from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
-# Of one prompt.
-NUM_SAMPLES = value_types.Number(int, 1, 10**7)
+_TEXT = value_types.Text()
+_NUM_SAMPLES = value_types.Number(int, 1, 10**7)
 _PROGRAMS = 8  # most samplers whose compiled programs are kept
 
 
@@ -165,7 +165,9 @@ class Pipeline:
 
     Args:
       prompts: a prompt, or several; for class-conditional models class labels.
-      **options: those of `request`.
+      **options: `num_samples` of each prompt (1) and their `seed` (0), `steps`,
+        `guidance`, `sampler`, `threshold`, `negative_prompt`, `guide` and
+        `batch_size`, see `request`.
 
     Returns:
       `num_samples` images of the first prompt, then of the second, …
@@ -297,6 +299,10 @@ class Pipeline:
       ValueError, FileNotFoundError: an option is wrong, or a file cannot be
         used.
     """
+    if num_samples is not None:
+      _check_one('num_samples', _NUM_SAMPLES, num_samples)
+    if seed is not None:
+      _check_one('seed', value_types.SEED, seed)
     given = {
       'metrics': metrics.split(',') if isinstance(metrics, str) else metrics,
       'num_samples': num_samples,
@@ -365,20 +371,21 @@ def _check(
   """Raises ValueError for arguments of `request` that make no sense."""
   if not prompts:
     raise ValueError('nothing to sample: give a prompt.')
-  for name, kind, values in (
-    ('prompts', value_types.Text(), prompts),
-    ('negative_prompt', value_types.Text(), [negative_prompt]),
-    ('num_samples', NUM_SAMPLES, [num_samples]),
-    ('seed', value_types.SEED, [seed]),
-  ):
-    for value in values:
-      with naming(f'{name}={value!r:.60}'):
-        kind.check(value)
+  for prompt in prompts:
+    _check_one('prompts', _TEXT, prompt)
+  _check_one('negative_prompt', _TEXT, negative_prompt)
+  _check_one('num_samples', _NUM_SAMPLES, num_samples)
+  _check_one('seed', value_types.SEED, seed)
   value_types.check_seeds('seed', seed, num_samples)
   if guide and negative_prompt:
     raise ValueError(
       'guidance leads away from one thing: give a guide or a negative prompt.'
     )
+
+
+def _check_one(name: str, kind: Any, value: Any) -> None:
+  with naming(f'{name}={value!r:.60}'):
+    kind.check(value)
 
 
 def _sampler(

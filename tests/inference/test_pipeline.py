@@ -198,6 +198,20 @@ def test_wrong_options(model, prompts, options, message):
   assert '\n' not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'num_samples': 0}, 'num_samples=0: give an integer from 1'),
+    ({'seed': -1}, 'seed=-1: give an integer from 0'),
+    ({'metrics': 'fidd'}, 'metrics=fidd: here they are some of loss'),
+    ({'loss_batches': 0}, 'eval.loss_batches=0: give an integer from 1'),
+  ],
+)
+def test_wrong_options_of_an_evaluation(model, options, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    model.evaluate(**options)
+
+
 def test_too_little_memory(model, monkeypatch):
   def fail(*args):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no memory')
