@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(mode: str = ''):
-  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` is '', 'smoke' (toy-sized) or 'long'."""
   config = common.get_config()
   shared = {
     'temporal_dim': 128,
@@ -72,4 +72,10 @@ def get_config(mode: str = ''):
   config.sample_every = 1000
   config.checkpoint_every = 250
   config.eval.update(loss_batches=4, batch_size=32)
-  return common.in_mode(config, mode)
+  return common.in_mode(config, mode, long=_long)
+
+
+def _long(config):
+  """Returns the recipe with a longer 64 px stage; the 16 px stage is equal."""
+  config.stages[1].steps = 3000
+  return config
