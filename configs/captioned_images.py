@@ -1,4 +1,4 @@
-"""Your own captioned images, 64 px and then 256 px.
+r"""Your own captioned images, 64 px and then 256 px.
 
     python -m mdm_jax.tools.prepare_data --input='DIR/*.tar' --output=data/mine
     python -m mdm_jax.main --config=configs/captioned_images.py \

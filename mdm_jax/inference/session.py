@@ -25,6 +25,7 @@ from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import load_frozen, make_tokenizer
 from mdm_jax.inference.weights import Weights, restore_weights
 from mdm_jax.runtime import cpu, sharding
+from mdm_jax.runtime.environment import log_start
 from mdm_jax.steps.state import Params
 
 
@@ -88,6 +89,10 @@ class Session:
       FileNotFoundError, ValueError: see `restore_weights` and `load_frozen`.
     """
     stage, weights = self._restore_weights()
+    log_start(
+      weights=f'{self.workdir}: {stage.title}, step {weights.step} of '
+      f'{stage.num_steps}, {weights.ema}'
+    )
     model = self._load_frozen(stage, weights)
     if not model.is_finished:
       logging.warning(
