@@ -206,7 +206,8 @@ def test_the_end_of_the_run_is_estimated(
 ):
   clock = types.SimpleNamespace(monotonic=lambda: 0.0)
   monkeypatch.setattr(progress, 'time', clock)
-  lines_of = progress.Progress('a stage', 100, 1100, 8, later_steps)
+  lines_of = progress.Progress('a stage', 100, 1100, 8)
+  lines_of.later_steps = later_steps
   clock.monotonic = lambda: 50.0
   with caplog.at_level('INFO', logger='absl'):
     lines_of.report(
