@@ -3,9 +3,12 @@
     python -m mdm_jax.main --config=configs/shapes_64.py
 
 Made for two CPU cores, on which it takes about 12 minutes. The cheap 16 px
-stage learns what the words mean, so the 64 px stage needs few steps. Both
+stage learns what the words mean, so the 64 px stage needs fewer. Both
 levels work on patches of pixels and therefore predict x0: a patch's noise has
 more dimensions than their narrow channels can carry.
+
+`:long` trains the 64 px stage for 3,000 steps instead of 1,200, with crisper
+edges and better patterns.
 """
 
 from configs import common
@@ -48,7 +51,7 @@ def get_config(mode: str = ''):
     common.stage(
       '64',
       2,
-      steps=540,
+      steps=1200,
       batch_size=64,
       learning_rate=0.01,
       warmup_steps=20,
@@ -77,5 +80,5 @@ def get_config(mode: str = ''):
 
 def _long(config):
   """Returns the recipe with a longer 64 px stage; the 16 px stage is equal."""
-  config.stages[1].steps = 4000
+  config.stages[1].steps = 3000
   return config

@@ -37,6 +37,15 @@ def machine() -> dict:
   }
 
 
+def commit() -> str:
+  """The commit that is checked out."""
+  git = ('git', 'rev-parse', '--short=12', 'HEAD')
+  found = subprocess.run(
+    git, cwd=HERE, capture_output=True, check=True, text=True
+  )
+  return found.stdout.strip()
+
+
 def read(path: pathlib.Path):
   """A JSON document, or the last one of JSON lines."""
   text = path.read_text()
@@ -58,19 +67,12 @@ def main() -> None:
   )
   arguments = parser.parse_args()
   found = [read(path) for path in arguments.files]
-  head = subprocess.run(
-    ('git', 'rev-parse', '--short=12', 'HEAD'),
-    cwd=HERE,
-    capture_output=True,
-    check=True,
-    text=True,
-  )
   document = {
     'command': arguments.command,
     'date': datetime.date.today().isoformat(),
     'machine': machine() | ({'note': arguments.note} if arguments.note else {}),
     'versions': {each: importlib.metadata.version(each) for each in PACKAGES},
-    'commit': head.stdout.strip(),
+    'commit': commit(),
     'results': found[0]
     if len(found) == 1
     else {path.stem: each for path, each in zip(arguments.files, found)},

@@ -1,4 +1,4 @@
-"""Writes a picture of samples beside the images of the data set.
+r"""Writes an image of samples beside the images of the data set.
 
   python -m mdm_jax.tools.compare_with_data --workdir=runs/shapes_64 \
       --output=comparison.png
@@ -35,7 +35,7 @@ _SEED = flag_types.define('seed', 0, value_types.SEED, 'Sample i has seed + i.')
 
 
 def main(_: list[str]) -> None:
-  """Samples, and writes the picture."""
+  """Samples, and writes the image."""
   # Slow to import, and not needed for --help.
   from mdm_jax.builders.prompts import encode_prompts
   from mdm_jax.inference import session
