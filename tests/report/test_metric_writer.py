@@ -1,6 +1,7 @@
 """Metrics survive a kill, rates exclude pauses, and peaks are right."""
 
 import json
+import logging as python_logging
 import os
 import pathlib
 import signal
@@ -287,8 +288,9 @@ def test_parameters_are_summed_over_blocks():
 def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   handler = logging.get_absl_handler()
   monkeypatch.setattr(handler, 'filters', [])
-  logger = logging.get_absl_logger()
-  monkeypatch.setattr(logger, 'handlers', [handler])
+  # As commands have it, once.
+  monkeypatch.setattr(python_logging.root, 'handlers', [handler])
+  monkeypatch.setattr(logging.get_absl_logger(), 'propagate', True)
   verbosity = logging.get_verbosity()
   seen = []
   monkeypatch.setattr(
