@@ -70,6 +70,8 @@ def get_config() -> ConfigDict:
       },
       'sampler': _sampler(),
       'log_every': 50,  # steps between two progress lines
+      # Where to follow a run: 'tensorboard', 'wandb', or both.
+      'trackers': ('tensorboard',),
       'sample_every': 1000,  # steps between two sample grids
       'checkpoint_every': 1000,  # steps between two checkpoints
       # Minutes since the last checkpoint after which another is saved,
@@ -190,6 +192,7 @@ def _eval() -> dict[str, Any]:
     'loss_batches': 8,  # held-out batches of the loss
     'batch_size': 16,  # images sampled at once
     'every': 0,  # steps; 0: only at the end of the run
+    'loss_every': 500,  # steps between two held-out losses; 0: by `every`
     # Metric by which each stage's best EMA is kept, such as
     # 'held_out_loss_64' or 'accuracy_shape'; '': none is kept.
     'best_metric': '',
@@ -328,5 +331,6 @@ def smoke(config: ConfigDict) -> ConfigDict:
     loss_batches=1,
     batch_size=8,
     every=min(config.eval.every, 3),
+    loss_every=min(config.eval.loss_every, 3),
   )
   return config

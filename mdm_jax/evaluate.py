@@ -13,7 +13,6 @@ All images of a directory have one size, or are cropped and resized to
 --resolution. Of samples that mdm_jax.sample wrote, the finest level is used.
 """
 
-import json
 import pathlib
 import sys
 
@@ -126,13 +125,13 @@ _OUTPUT = flag_types.define(
 def main(_: list[str]) -> None:
   """Measures, prints, writes."""
   # Slow to import, and not needed for --help.
-  from mdm_jax.inference import evaluation, session
+  from mdm_jax.inference import evaluation, pipeline
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache, sharding
 
   console.setup_logging()
   compilation_cache.enable()
-  given = {
+  options = {
     'metrics': _METRICS.value,
     'num_samples': _NUM_SAMPLES.value,
     'seed': _SEED.value,
@@ -144,61 +143,33 @@ def main(_: list[str]) -> None:
     'clip': _CLIP.value,
     'cache': _CACHE.value,
   }
-  options = evaluation.Options(
-    **{name: value for name, value in given.items() if value is not None}
-  )
-  output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)
-  workdir = run_flags.workdir()
+  workdir, output = run_flags.workdir(), _OUTPUT.value
   try:
     if bool(workdir) == bool(_IMAGES.value):
       raise ValueError('give either --workdir, or --images and --reference.')
     if _IMAGES.value:
       mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
       batch_size = sharding.round_up(run_flags.batch_size() or 16, mesh)
-      result = evaluation.evaluate_folder(
-        _IMAGES.value, options, batch_size, mesh
+      found = evaluation.evaluate_folder(
+        _IMAGES.value, evaluation.make_options(options), batch_size, mesh
       )
+      if output:
+        found.append_to(output)
     else:
-      changes = run_flags.options()
-      changes['evaluation']['loss_batches'] = _LOSS_BATCHES.value
       value_types.check_outputs(pathlib.Path(workdir, 'eval'))
-      opened = session.open_run(workdir, **changes)
-      result = evaluation.evaluate_run(opened, options)
-      output = output or pathlib.Path(
-        workdir, 'eval', '{stage}_{step}.jsonl'.format(**result.settings)
+      model = pipeline.load(workdir, any_prompt=False, **run_flags.weights())
+      output = output or model.evaluations
+      found = model.evaluate(
+        loss_batches=_LOSS_BATCHES.value,
+        output=output,
+        **options,
+        **run_flags.sampling(),
       )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  _print(result.metrics, console)
+  logging.info('%s', found)
   if output:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open('a') as lines:
-      lines.write(json.dumps(result._asdict()) + '\n')
     logging.info('Added to %s.', output)
-
-
-def _print(metrics: dict, console) -> None:
-  """Logs tables, and then all numbers in one table."""
-  tables = {
-    name: value for name, value in metrics.items() if isinstance(value, dict)
-  }
-  for name, columns in tables.items():
-    logging.info(
-      '%s:\n%s',
-      name.replace('_', ' ').capitalize(),
-      console.table(list(zip(*columns.values())), list(columns)),
-    )
-  logging.info(
-    'Metrics:\n%s',
-    console.table(
-      [
-        [name.replace('_', ' '), value]
-        for name, value in metrics.items()
-        if name not in tables
-      ],
-      ['metric', 'value'],
-    ),
-  )
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring"
 import pathlib
 import sys
 import time
-from typing import Any
 
 from absl import flags, logging
 
@@ -67,13 +66,10 @@ _SEED = flag_types.define(
 
 
 def main(_: list[str]) -> None:
-  """Restores a model, samples, writes."""
+  """Loads a model, samples, writes."""
   # Slow to import, and not needed for --help.
-  import jax
-
-  from mdm_jax.builders.prompts import encode_prompts
   from mdm_jax.data.lines import read_entries
-  from mdm_jax.inference.session import open_run
+  from mdm_jax.inference.pipeline import OutOfMemory, load
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache
 
@@ -85,40 +81,27 @@ def main(_: list[str]) -> None:
       prompts += read_entries(_PROMPTS_FILE.value)
     if not prompts:
       raise ValueError('nothing to sample: give --prompt or --prompts_file.')
-    if _GUIDE.value and _NEGATIVE.value:
-      raise ValueError(
-        'guidance leads away from one thing: give --guide or --negative_prompt.'
-      )
-    value_types.check_seeds('--seed', _SEED.value, _NUM_SAMPLES.value)
-    value_types.check_outputs(_output(run_flags.workdir()))
-    session = open_run(
-      run_flags.workdir(),
-      any_prompt=True,
-      num_images=len(prompts) * _NUM_SAMPLES.value,
-      spatial=_SPATIAL.value,
-      **run_flags.options(),
+    output = _output(run_flags.workdir())
+    value_types.check_outputs(output)
+    model = load(
+      run_flags.workdir(), spatial=_SPATIAL.value, **run_flags.weights()
     )
-    text = encode_prompts(session.config, prompts)
-    (negative,) = encode_prompts(session.config, [_NEGATIVE.value])
-    model = session.restore()
-    guide = None
-    if _GUIDE.value:
-      guide = session.restore_guide(model, _GUIDE.value)
+    request = model.request(
+      prompts,
+      num_samples=_NUM_SAMPLES.value,
+      seed=_SEED.value,
+      negative_prompt=_NEGATIVE.value,
+      guide=_GUIDE.value,
+      **run_flags.sampling(),
+    )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   begin = time.monotonic()
-  output = _output(model.workdir)
   try:
     with directory_lock.holding(output):
-      count = _sample(output, model, guide, prompts, text, negative)
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    sys.exit(
-      'error: memory does not suffice for '
-      f'{session.config.eval.batch_size} images at once: give a smaller '
-      '--batch_size; finished samples are kept.'
-    )
+      count = _sample(output, model.model, request)
+  except OutOfMemory as error:
+    sys.exit(f'error: {error} Finished samples are kept.')
   logging.info(
     'Sampled %d images in %s: %s',
     count,
@@ -127,90 +110,43 @@ def main(_: list[str]) -> None:
   )
 
 
-def _sample(output, model, guide, prompts, text, negative) -> int:
+def _sample(output, model, request) -> int:
   """Samples what is missing in the output directory.
 
   Args:
     output: the directory.
     model: a `session.Model`.
-    guide: another, or None.
-    prompts: texts.
-    text: [N, ...] the prompts as the text encoder reads them.
-    negative: [...] the negative prompt as the text encoder reads it.
+    request: a `pipeline.Request`.
 
   Returns:
     The number of new samples.
   """
-  import jax
-  import numpy as np
-  import tqdm
-
   from mdm_jax.report.sample_directory import SampleDirectory
-  from mdm_jax.steps.sample import make_sample_batches
 
-  settings = _settings(model, guide)
   samples = SampleDirectory(
     output,
     [
-      {
-        'prompt': prompt,
-        'seed': _SEED.value + i,
-        **model.description,
-        **settings,
-      }
-      for prompt in prompts
-      for i in range(_NUM_SAMPLES.value)
+      {'prompt': prompt, 'seed': seed, **model.description, **request.settings}
+      for prompt, seed in zip(request.prompts, request.seeds)
     ],
   )
-  rows = np.array(samples.missing, int)
-  total = len(prompts) * _NUM_SAMPLES.value
-  if len(rows) < total:
-    logging.info('%d of %d samples exist already.', total - len(rows), total)
-  params = model.params | ({'guide': guide.params} if guide else {})
-  batch_size = model.stage.config.eval.batch_size
-  sample_batches = make_sample_batches(
-    model.stage.make_sampler(model.mesh, guide and guide.stage.model),
-    negative,
-    batch_size,
-    jax.tree.map(lambda x: x.sharding, params),
-    path=_ANIMATE.value,
-  )
-  batches = sample_batches(
-    params,
-    text[rows // _NUM_SAMPLES.value],
-    _SEED.value + rows % _NUM_SAMPLES.value,
-  )
-  left = iter(rows.tolist())
-  with tqdm.tqdm(
-    total=len(rows),
-    unit='image',
-    smoothing=0,
-    disable=len(rows) <= batch_size,
-  ) as bar:
-    for batch in batches:
-      # Of each sample the images of its steps; the last ones are the sample.
-      for *path, levels in zip(*(zip(*images) for images in batch)):
-        samples.add(next(left), levels, [*path, levels] if path else None)
-        bar.update()
+  rows = samples.missing
+  if len(rows) < len(request.seeds):
+    logging.info(
+      '%d of %d samples exist already.',
+      len(request.seeds) - len(rows),
+      len(request.seeds),
+    )
+  # Of each sample the levels at its steps; the last ones are the sample.
+  for row, steps in zip(rows, request.sample(rows, _ANIMATE.value)):
+    samples.add(row, steps[-1], steps if _ANIMATE.value else None)
   samples.finish(
     {
       'Model': {'workdir': model.workdir, **model.description},
-      'Sampler': settings,
+      'Sampler': request.settings,
     }
   )
   return len(rows)
-
-
-def _settings(model, guide) -> dict[str, Any]:
-  """What samples depend on beside prompt, seed and model."""
-  settings = {
-    **model.stage.config.sampler.to_dict(),
-    'negative_prompt': _NEGATIVE.value,
-  }
-  # Samples of older versions, which were rounded, go on without the key.
-  if settings['pixels'] == 'round':
-    del settings['pixels']
-  return settings | ({'guide': guide.description} if guide else {})
 
 
 def _output(workdir: str) -> pathlib.Path:

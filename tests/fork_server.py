@@ -22,7 +22,7 @@ def _import() -> None:
   """What commands import; no backend may be started before a fork."""
   import orbax.checkpoint  # noqa: F401
   import PIL.PngImagePlugin  # noqa: F401
-  import tensorboardX  # noqa: F401
+  import tensorboard.compat.proto.event_pb2  # noqa: F401
 
   from configs import common  # noqa: F401
   from mdm_jax.inference import evaluation, session  # noqa: F401

@@ -26,6 +26,7 @@ ROWS = (
   'training.hooks training.initial_state',
   'training.monitor',
   'training.stage_checkpoints training.run training.grow',
+  'inference.pipeline',
   'inference.evaluation',
   'inference.references',
   'inference.session inference.validation inference.feature_extractors',
@@ -47,8 +48,9 @@ ROWS = (
   'checkpoint.contents',
   'checkpoint.manifest',
   'checkpoint.identity',
-  'report.sample_directory report.progress report.metric_writer report.goodput',
-  'report.background report.console report.gallery report.grid',
+  'report.sample_directory report.progress report.metric_writer '
+  'report.goodput report.evaluations',
+  'report.background report.console report.gallery report.grid report.trackers',
   'interop.hugging_face interop.ml_mdm',
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',
@@ -182,8 +184,10 @@ def test_a_package_is_described_and_imports_nothing():
     tree = ast.parse(path.read_text())
     if path.parent != ROOT:
       assert len(ast.get_docstring(tree)) > 60, path
-    # Importing a module must not import its whole package.
-    assert not imports(path.read_text()), path
+    # Importing a module must not import its whole package. `mdm_jax.load`
+    # imports what it needs when it is called.
+    now = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    assert not imports(ast.unparse(now)), path
 
 
 def test_the_table_of_modules_is_complete():

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mdm_jax import mixed_batch
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import TRAINED_ENCODERS, naming
+from mdm_jax.builders.data import current_name, loss_names
 from mdm_jax.builders.model import (
   level_spec,
   resolutions,
@@ -149,22 +150,23 @@ def _check_averages(config: ConfigDict) -> None:
 
 
 def _check_evaluation(config: ConfigDict) -> None:
-  metric, every = config.eval.best_metric, config.eval.every
+  settings = config.eval
+  metric = settings.best_metric
   if not metric or not config.stages:
     return
-  if not every:
-    raise ValueError(
-      f'eval.best_metric={metric!r} with eval.every={every}: give the steps '
-      'between two evaluations.'
-    )
-  names = [
-    f'held_out_loss_{resolution}'
-    for resolution in resolutions(config, config.stages[-1])
-  ]
+  losses = loss_names(config, resolutions(config, config.stages[-1]))
+  scores = []
   if can_score_prompts(config):
-    names += [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
-  if metric not in names:
-    raise ValueError(f'eval.best_metric={metric!r}: use one of {names}.')
+    scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  if current_name(config, metric) not in losses + scores:
+    raise ValueError(
+      f'eval.best_metric={metric!r}: use one of {losses + scores}.'
+    )
+  if not settings.every and (metric in scores or not settings.loss_every):
+    raise ValueError(
+      f'eval.best_metric={metric!r} with eval.every=0: give the steps between '
+      'two evaluations.'
+    )
 
 
 def _check_resolutions(config: ConfigDict) -> None:

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
   'data.may_change',
   'data.max_pixels',
   'log_every',
+  'trackers',
   'sample_every',
   'checkpoint_every',
   'checkpoint_minutes',
@@ -52,11 +53,13 @@ _MAY_CHANGE = (
 _ADDED = {
   'checkpoint_minutes': 0.0,
   'profile_every': 0,
+  'trackers': ('tensorboard',),
   'data.max_pixels': 128_000_000,
   'text.tokenizer_rules': 'sentencepiece',
   'text.padding': 'max_length',
   'diffusion.normalize_time_weights': False,
   'sampler.pixels': 'round',
+  'eval.loss_every': 0,
 }
 
 

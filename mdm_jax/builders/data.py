@@ -19,6 +19,7 @@ from mdm_jax.data.transforms import Transform
 
 _DATA_SETS = ('shapes', 'captioned_images', 'tars', 'tfds:NAME')
 _TFDS = 'tfds:'
+_HELD_OUT = 'held_out_loss'
 
 
 def make_source(
@@ -98,10 +99,28 @@ def held_out_split(config: ConfigDict) -> str:
   if config.data.name == 'shapes':
     return 'held_out'
   if config.data.name.startswith(_TFDS):
-    return 'validation' if config.data.validation_split else 'train'
+    splits = '', config.data.train_split
+    return 'train' if config.data.validation_split in splits else 'validation'
   kind = tar_index if config.data.name == 'tars' else sources
   splits = kind.available_splits(config.data.path)
   return 'validation' if 'validation' in splits else 'train'
+
+
+def loss_names(config: ConfigDict, resolutions: Sequence[int]) -> list[str]:
+  """Names of the losses that an evaluation measures, coarse to fine.
+
+  They are 'held_out_loss_<px>', or 'train_split_loss_<px>' where the data set
+  has no validation split.
+  """
+  is_train = held_out_split(config) == 'train'
+  prefix = 'train_split_loss' if is_train else _HELD_OUT
+  return [f'{prefix}_{pixels}' for pixels in resolutions]
+
+
+def current_name(config: ConfigDict, metric: str) -> str:
+  """The name of a metric; older runs called every loss a held-out one."""
+  prefix, _, pixels = metric.rpartition('_')
+  return loss_names(config, [pixels])[0] if prefix == _HELD_OUT else metric
 
 
 def make_dataset(

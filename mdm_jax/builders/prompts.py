@@ -1,6 +1,7 @@
 """Prompts to sample: encodes captions, and takes captions of the data set."""
 
 from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 from absl import logging
@@ -10,7 +11,10 @@ import numpy as np
 from mdm_jax.builders.data import held_out_split, make_source
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import pipeline, shapes
+from mdm_jax.eval import prompt_accuracy
 from mdm_jax.eval.prompt_accuracy import Vocabulary
+
+_CHANCE = 4000  # scenes from which the level of chance is computed
 
 
 class Prompts(NamedTuple):
@@ -125,3 +129,26 @@ def make_vocabulary() -> Vocabulary:
     period=shapes.PERIOD,
     sizes={name: float(np.mean(radii)) for name, radii in shapes.SIZES.items()},
   )
+
+
+@functools.cache
+def chance_accuracy() -> dict[str, float]:
+  """Accuracies of perfect images of other prompts: the level of chance.
+
+  A model that draws shapes well but ignores its prompts scores as much. It is
+  more than one over the number of words for attributes of which some values are
+  more frequent, such as one object instead of two, and since found objects are
+  assigned to stated ones such that most marks are right.
+
+  Returns:
+    By the names of `prompt_accuracy.NAMES`, from 0 to 1.
+  """
+  source = shapes.ShapesSource(0, 'held_out', _CHANCE, 8)
+  scenes = [source.scene(i) for i in range(len(source))]
+  return {
+    name: float(value)
+    for name, value in prompt_accuracy.mean_marks(
+      prompt_accuracy.compare(scene.background, scene.objects, stated)
+      for (scene, *_), (*_, stated) in zip(scenes, [*scenes[1:], scenes[0]])
+    ).items()
+  }

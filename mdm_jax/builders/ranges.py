@@ -167,6 +167,7 @@ KEYS = {
   'sampler.pixels': Choice(('round', 'truncate')),
   'sampler.threshold': Choice(THRESHOLDS),
   'log_every': _PERIOD,
+  'trackers': Tuple(Choice(('tensorboard', 'wandb'))),
   'sample_every': _PERIOD,
   'checkpoint_every': _PERIOD,
   'checkpoint_minutes': Number(float, 0, 10**6),
@@ -182,6 +183,7 @@ KEYS = {
   'eval.loss_batches': Number(int, 1, 10**6),
   'eval.batch_size': _BATCH,
   'eval.every': _RARELY,
+  'eval.loss_every': _RARELY,
   'eval.best_metric': Text('the name of a metric', r'\w*'),
 }
 _LISTS = ('model.levels', 'stages')

@@ -116,8 +116,9 @@ def multi_resolution_loss(
     repeats: periods of a mixed batch, see `mixed_batch`.
 
   Returns:
-    The loss per example, float32 [B], and {'level_losses': [levels]}, each
-    level's unweighted mean over the examples that it sees.
+    The loss per example, float32 [B], and {'losses': a tuple with the
+    unweighted losses [B_r] of each level, 'level_losses': their means
+    [levels]}.
 
   Raises:
     ValueError: if `parameterization` or `loss_space` is unknown.
@@ -126,16 +127,19 @@ def multi_resolution_loss(
   x_t = tuple(map(process.add_noise, pyramid, eps, gammas))
   predictions = denoise_fn(x_t, t)
   total = jnp.zeros(len(t), jnp.float32)
-  level_losses = []
+  level_losses = []  # of examples
   for weight, *level in zip(
     weights, predictions, x_t, pyramid, eps, gammas, strict=True
   ):
     losses = level_loss(
       *level, parameterization=parameterization, loss_space=loss_space
     )
-    level_losses.append(losses.mean())
+    level_losses.append(losses)
     scale = weight * len(t) / len(losses)
     total += scale * mixed_batch.pad(losses, len(t), repeats)
   if time_weights is not None:
     total *= weights_at(time_weights, t)
-  return total, {'level_losses': jnp.stack(level_losses)}
+  return total, {
+    'losses': tuple(level_losses),
+    'level_losses': jnp.stack([losses.mean() for losses in level_losses]),
+  }

@@ -13,6 +13,9 @@ import itertools
 import numpy as np
 from scipy import ndimage
 
+from mdm_jax.eval import estimate
+from mdm_jax.eval.estimate import Estimate
+
 # Pixels. Larger images are averaged down to about this, which removes their
 # fine texture.
 _RESOLUTION = 64
@@ -330,7 +333,13 @@ def score(
   Raises:
     ValueError: if the image is not a square of three channels.
   """
-  background, objects = analyze(image, vocabulary)
+  return compare(*analyze(image, vocabulary), stated)
+
+
+def compare(
+  background: str, objects: tuple[Found, ...], stated: dict
+) -> dict[str, list[bool]]:
+  """Marks what `analyze` has found in an image, see `score`."""
   count = len(stated['objects'])
   candidates = (*objects, *[None] * count)
   marks = max(
@@ -351,7 +360,7 @@ def accuracy(
   images: Iterable[np.ndarray],
   statements: Iterable[dict],
   vocabulary: Vocabulary,
-) -> dict[str, float]:
+) -> dict[str, Estimate]:
   """Accuracy (0..1) of each attribute, over every time it was stated.
 
   Args:
@@ -373,11 +382,19 @@ def accuracy(
   )
 
 
-def mean_marks(marks: Iterable[dict[str, list[bool]]]) -> dict[str, float]:
-  """The accuracies that `accuracy` returns, from each image's `score`."""
-  totals: dict[str, list[bool]] = {}
+def mean_marks(marks: Iterable[dict[str, list[bool]]]) -> dict[str, Estimate]:
+  """The accuracies that `accuracy` returns, from each image's `score`.
+
+  The count of an accuracy is that of its marks; the marks of an image are not
+  independent of each other, which its standard error takes into account.
+  """
+  groups: dict[str, list[list[bool]]] = {}
   for each in marks:
     each = each | {'all': [all(map(all, each.values()))]}
     for attribute, marked in each.items():
-      totals.setdefault(attribute, []).extend(marked)
-  return {name: float(np.mean(each)) for name, each in totals.items() if each}
+      groups.setdefault(attribute, []).append(marked)
+  return {
+    name: estimate.of_groups(list(map(sum, each)), list(map(len, each)))
+    for name, each in groups.items()
+    if any(each)
+  }

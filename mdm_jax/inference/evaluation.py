@@ -3,7 +3,7 @@
 The settings are what someone else needs to get the same numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any, NamedTuple
@@ -14,18 +14,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax.builders.data import held_out_split
+from mdm_jax.builders.data import loss_names
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   make_prompts,
   make_vocabulary,
 )
-from mdm_jax.eval import fid, prompt_accuracy
+from mdm_jax.builders.stage import Stage
+from mdm_jax.eval import estimate, fid, prompt_accuracy
+from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference import feature_extractors, references, validation
-from mdm_jax.inference.session import Model, Session
+from mdm_jax.inference.session import Model
+from mdm_jax.report import evaluations
+from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import value_types
 from mdm_jax.steps.evaluate import make_band_step
+from mdm_jax.steps.sample import SampleFn
 
 # Metrics that compare two sets of images.
 SET_METRICS = ('fid', 'kid', 'precision_recall')
@@ -67,16 +72,11 @@ class Options:
   cache: str | None = None
 
 
-class Result(NamedTuple):
-  """An evaluation, as JSON can hold it.
-
-  Attributes:
-    metrics: values by name; a dict is a table, its lists are columns.
-    settings: that they depend on.
-  """
-
-  metrics: dict[str, Any]
-  settings: dict[str, Any]
+def make_options(given: Mapping[str, Any]) -> Options:
+  """Options of which those that are None have their defaults."""
+  return Options(
+    **{name: value for name, value in given.items() if value is not None}
+  )
 
 
 class _Extractors(NamedTuple):
@@ -88,7 +88,7 @@ class _Extractors(NamedTuple):
 
 def evaluate_folder(
   images: str, options: Options, batch_size: int, mesh: Mesh
-) -> Result:
+) -> Evaluation:
   """Compares a directory of images with that of `options.reference`.
 
   Raises:
@@ -108,7 +108,7 @@ def evaluate_folder(
   )
   sample = feature_extractors.collect(network, batches, len(folder))
   metrics, settings = _compare(names, sample, reference)
-  return Result(
+  return Evaluation(
     metrics,
     settings
     | {
@@ -122,22 +122,24 @@ def evaluate_folder(
   )
 
 
-def evaluate_run(session: Session, options: Options) -> Result:
-  """Measures the newest stage of a run.
+def evaluate_run(
+  model: Model, options: Options, sample_fn: SampleFn, trained: Stage
+) -> Evaluation:
+  """Measures a stage of a run.
 
   The first samples are written to `eval/<stage>_<step>/`, with an
   `index.html`.
 
   Args:
-    session: of the run; `config.sampler` and `config.eval.batch_size` are used
-      for sampling.
+    model: the stage, with weights.
     options: what to measure.
+    sample_fn: samples images with `model.params`.
+    trained: the stage with the options of the run's own config.
 
   Raises:
-    ValueError, FileNotFoundError: an option is wrong, weights cannot be used,
-      or nothing has been saved yet.
+    ValueError, FileNotFoundError: an option is wrong, or a file cannot be used.
   """
-  config = session.config
+  config = model.stage.config
   names = _select_for_run(config, options)
   if options.resolution and not options.reference:
     raise ValueError(
@@ -145,8 +147,7 @@ def evaluate_run(session: Session, options: Options) -> Result:
     )
   count = options.num_samples or config.eval.num_prompts
   value_types.check_seeds('--seed', options.seed, count)
-  extractors = _load_extractors(names, options, session)
-  model = session.restore()
+  extractors = _load_extractors(names, options, model)
   settings = {
     'workdir': str(model.workdir),
     **model.description,
@@ -156,34 +157,54 @@ def evaluate_run(session: Session, options: Options) -> Result:
   }
   metrics = {}
   if 'loss' in names:
-    metrics, settings['loss'] = _losses(model)
-  if set(names) == {'loss'}:
-    return Result(metrics, settings)
+    metrics = _losses(model)
+    settings['loss'] = validation.loss_settings(model.stage)
+  if set(names) - {'loss'}:
+    of_samples, about = _evaluate_samples(
+      model, names, options, extractors, sample_fn, settings
+    )
+    metrics |= of_samples
+    settings |= about
+  return Evaluation(
+    metrics,
+    settings,
+    validation.chance(model.stage),
+    evaluations.find_earlier(
+      pathlib.Path(model.workdir, 'eval'), validation.settings(trained)
+    ),
+  )
 
-  reference = None
+
+def _evaluate_samples(
+  model: Model,
+  names: Sequence[str],
+  options: Options,
+  extractors: _Extractors,
+  sample_fn: SampleFn,
+  settings: dict,
+) -> tuple[dict, dict]:
+  """Metrics of samples, and their settings; writes the first samples."""
+  reference, about = None, {}
   if extractors.inception:
-    reference, settings['reference'] = _reference(
+    reference, about['reference'] = _reference(
       model, options, extractors.inception
     )
   if extractors.clip:
-    settings['clip'] = extractors.clip.fingerprint
+    about['clip'] = extractors.clip.fingerprint
   saved = _first_samples(model, options)
-  of_samples, about = _measure_samples(
-    model, names, options, extractors, reference, saved
+  metrics, of_metrics = _measure_samples(
+    model, names, options, extractors, sample_fn, reference, saved
   )
-  metrics |= of_samples
-  settings |= about | {
-    'seed': options.seed,
-    'prompts': held_out_split(config),
-    'sampler': config.sampler.to_dict(),
-  }
+  about |= of_metrics | validation.sample_settings(
+    model.stage, _count(model, options), options.seed
+  )
   scalars = {
     name: f'{value:.4g}'
     for name, value in metrics.items()
     if not isinstance(value, dict)
   }
-  saved.finish({'Metrics': scalars, 'Settings': settings})
-  return Result(metrics, settings)
+  saved.finish({'Metrics': scalars, 'Settings': settings | about})
+  return metrics, about
 
 
 def _select_for_run(config: ConfigDict, options: Options) -> Sequence[str]:
@@ -232,9 +253,9 @@ def _select(
 
 
 def _load_extractors(
-  names: Sequence[str], options: Options, session: Session
+  names: Sequence[str], options: Options, model: Model
 ) -> _Extractors:
-  size, mesh = session.config.eval.batch_size, session.mesh
+  size, mesh = model.stage.config.eval.batch_size, model.mesh
   inception = clip = None
   if set(names) & set(SET_METRICS):
     inception = feature_extractors.Inception(options.inception, size, mesh)
@@ -280,36 +301,28 @@ def _first_samples(model: Model, options: Options) -> SampleDirectory:
   )
 
 
-def _losses(model: Model) -> tuple[dict, dict]:
+def _losses(model: Model) -> dict[str, Any]:
   """Held-out losses of each level, over all noise and by bands of it."""
   stage = model.stage
-  config = stage.config
   validation.warn_if_not_held_out(stage)
   band_step = jax.jit(
     make_band_step(
       stage.model, stage.objective, validation.LOSS_SEED, _NUM_BANDS
     )
   )
-  sums, counts = np.sum(
-    list(validation.over_held_out(stage, model.mesh, model.params, band_step)),
-    axis=0,
-    dtype=np.float64,
+  found = list(
+    validation.over_held_out(stage, model.mesh, model.params, band_step)
   )
-  names = [f'held_out_loss_{pixels}' for pixels in stage.resolutions]
+  sums, counts, _ = np.sum(found, axis=0, dtype=np.float64)
+  names = loss_names(stage.config, stage.resolutions)
   bands = {'noise': [f'{10 * i} to {10 * i + 10} %' for i in range(_NUM_BANDS)]}
   for name, row, number in zip(names, sums, counts):
     bands[name] = [
       float(each / n) if n else None for each, n in zip(row, number)
     ]
   bands['examples'] = [int(n) for n in counts[0]]
-  totals = sums.sum(1) / counts.sum(1)
-  return dict(zip(names, map(float, totals))) | {'losses_by_noise': bands}, {
-    'split': held_out_split(config),
-    'batches': config.eval.loss_batches,
-    'batch_size': stage.batch_size,
-    'seed': validation.LOSS_SEED,
-    'loss_space': stage.objective.loss_space,
-  }
+  totals = validation.mean_losses(found)
+  return dict(zip(names, totals)) | {'losses_by_noise': bands}
 
 
 def _compare(
@@ -329,18 +342,25 @@ def _compare(
         *counts,
         width,
       )
-    metrics['fid'] = fid.frechet_distance(
-      sample.statistics, reference.statistics
+    metrics['fid'] = Estimate(
+      fid.frechet_distance(sample.statistics, reference.statistics), counts[0]
     )
   if 'kid' in names:
-    metrics['kid'], metrics['kid_standard_deviation'] = fid.kernel_distance(
+    rows = len(sample.rows), len(reference.rows)
+    kid, deviation = fid.kernel_distance(
       sample.rows, reference.rows, **_SUBSETS
     )
+    # Subsets that are a whole set say nothing of how exact it is.
+    is_known = min(rows) > _SUBSETS['subset_size']
+    metrics['kid'] = Estimate(kid, rows[0], deviation if is_known else None)
+    metrics['kid_standard_deviation'] = deviation
     settings['kid'] = _SUBSETS
   if 'precision_recall' in names:
-    metrics['precision'], metrics['recall'] = fid.precision_recall(
+    precision, recall = fid.precision_recall(
       sample.rows, reference.rows, _NEIGHBOURS
     )
+    metrics['precision'] = estimate.of_share(precision, len(sample.rows))
+    metrics['recall'] = estimate.of_share(recall, len(reference.rows))
     settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
   if {'kid', 'precision_recall'} & set(names):
     settings['rows'] = [len(sample.rows), len(reference.rows)]
@@ -352,13 +372,13 @@ def _measure_samples(
   names: Sequence[str],
   options: Options,
   extractors: _Extractors,
+  sample_fn: SampleFn,
   reference: fid.Sample | None,
   saved: SampleDirectory,
 ) -> tuple[dict, dict]:
   """Samples batch by batch; keeps only features, scores and first images."""
   config, count = model.stage.config, _count(model, options)
   size, vocabulary = config.eval.batch_size, make_vocabulary()
-  sample_fn = model.stage.make_sample_fn(model.mesh, model.params)
   marks, scores, missing = [], [], set(saved.missing)
 
   def batches() -> Iterator[np.ndarray]:
@@ -383,7 +403,7 @@ def _measure_samples(
         yield images
 
   images = feature_extractors.log_progress(batches(), count, 'samples')
-  metrics, settings = {}, {'num_samples': count}
+  metrics, settings = {}, {}
   if extractors.inception:
     sample = feature_extractors.collect(extractors.inception, images, count)
     metrics, settings = _compare(names, sample, reference)
@@ -391,7 +411,7 @@ def _measure_samples(
     for _ in images:
       pass
   if extractors.clip:
-    metrics['clip_score'] = float(np.concatenate(scores).mean())
+    metrics['clip_score'] = estimate.mean(np.concatenate(scores))
   if marks:
     accuracy = prompt_accuracy.mean_marks(marks)
     metrics |= {f'accuracy_{name}': each for name, each in accuracy.items()}

@@ -47,6 +47,13 @@ _THRESHOLD = flag_types.define(
   ranges.KEYS['sampler.threshold'],
   'How predicted images are kept in range. Default: as in the config.',
 )
+_STAGE = flag_types.define(
+  'stage',
+  None,
+  ranges.KEYS['stages[].name'],
+  "Use the weights of this stage of training, such as '16' in shapes_64. "
+  'Default: the last stage that has any.',
+)
 _SIGMA_REL = flag_types.define(
   'sigma_rel',
   None,
@@ -69,6 +76,26 @@ def batch_size() -> int | None:
   return _BATCH_SIZE.value
 
 
+def weights() -> dict[str, Any]:
+  """Which weights to load, for `pipeline.load` and `session.open_run`."""
+  return {
+    'stage': _STAGE.value,
+    'sigma_rel': _SIGMA_REL.value,
+    'best': _BEST.value,
+  }
+
+
+def sampling() -> dict[str, Any]:
+  """How to sample, for the methods of `pipeline.Pipeline`; None: by default."""
+  return {
+    'sampler': _SAMPLER.value,
+    'steps': _STEPS.value,
+    'guidance': _GUIDANCE.value,
+    'threshold': _THRESHOLD.value,
+    'batch_size': _BATCH_SIZE.value,
+  }
+
+
 def options() -> dict[str, Any]:
   """What the flags change of a run, for `session.open_run`."""
   return {
@@ -79,6 +106,5 @@ def options() -> dict[str, Any]:
       'threshold': _THRESHOLD.value,
     },
     'evaluation': {'batch_size': _BATCH_SIZE.value},
-    'sigma_rel': _SIGMA_REL.value,
-    'best': _BEST.value,
+    **weights(),
   }

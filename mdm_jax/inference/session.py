@@ -35,7 +35,7 @@ class Model:
 
   Attributes:
     workdir: of the run.
-    stage: the last stage for which the requested weights exist.
+    stage: the one asked for, or the last one that has the requested weights.
     weights: EMA weights of the trained parameters.
     params: all parameters that the model needs, on the mesh.
     mesh: the devices.
@@ -58,11 +58,33 @@ class Model:
     }
 
   @property
+  def is_finished_stage(self) -> bool:
+    """Whether training of the stage has ended, as far as these weights tell."""
+    # The best EMA may be of an earlier step.
+    return self.weights.best or self.weights.step >= self.stage.num_steps
+
+  @property
   def is_finished(self) -> bool:
     """Whether training has ended, as far as these weights tell."""
-    # The best EMA may be of an earlier step.
-    has_ended = self.weights.best or self.weights.step >= self.stage.num_steps
-    return self.stage.is_last and has_ended
+    return self.stage.is_last and self.is_finished_stage
+
+  def changed(
+    self, sampler: Mapping[str, Any], evaluation: Mapping[str, Any]
+  ) -> 'Model':
+    """The same weights with other options, see `open_run`.
+
+    Raises:
+      ValueError: an option is wrong.
+    """
+    config = self.stage.config.copy_and_resolve_references()
+    _change(config, sampler, evaluation)
+    config.eval.batch_size = sharding.round_up(
+      config.eval.batch_size, self.mesh
+    )
+    check(config, self.mesh)
+    return dataclasses.replace(
+      self, stage=dataclasses.replace(self.stage, config=config)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +95,13 @@ class Session:
     workdir: of the run.
     config: of the run, with the options of `open_run`.
     mesh: the devices.
-    sigma_rel, best: which weights to restore, see `restore_weights`.
+    stage, sigma_rel, best: which weights to restore, see `restore_weights`.
   """
 
   workdir: str
   config: ConfigDict
   mesh: Mesh
+  stage: str | None = None
   sigma_rel: float | None = None
   best: bool = False
 
@@ -94,7 +117,8 @@ class Session:
       f'{stage.num_steps}, {weights.ema}'
     )
     model = self._load_frozen(stage, weights)
-    if not model.is_finished:
+    # An earlier stage that was asked for is not taken for want of a later one.
+    if not (model.is_finished or self.stage and model.is_finished_stage):
       logging.warning(
         'The run is not finished: this is %s at step %d of %d.',
         stage.title,
@@ -129,6 +153,7 @@ class Session:
       self.config,
       self.workdir,
       self.mesh,
+      stage=self.stage,
       sigma_rel=self.sigma_rel,
       best=self.best,
     )
@@ -145,8 +170,8 @@ def open_run(
   any_prompt: bool = False,
   sampler: Mapping[str, Any] | None = None,
   evaluation: Mapping[str, Any] | None = None,
-  num_images: int | None = None,
   spatial: int = 1,
+  stage: str | None = None,
   sigma_rel: float | None = None,
   best: bool = False,
 ) -> Session:
@@ -162,37 +187,44 @@ def open_run(
       features then loads the T5.
     sampler: keys of `config.sampler` to change; None leaves a value as it is.
     evaluation: keys of `config.eval` to change; None leaves a value as it is.
-    num_images: number of images to sample; lowers `eval.batch_size` if that is
-      larger. None keeps it.
     spatial: devices that share the rows of each image.
-    sigma_rel, best: which weights to restore, see `restore_weights`.
+    stage, sigma_rel, best: which weights to restore, see `restore_weights`.
 
   Raises:
     FileNotFoundError, ValueError: the run's config is missing or wrong, here or
       with these options; one line that names the remedy.
   """
   config = _read(workdir, any_prompt)
-  for section, changes in (
-    (config.sampler, sampler or {}),
-    (config.eval, evaluation or {}),
-  ):
-    section.update(
-      {key: value for key, value in changes.items() if value is not None}
-    )
-  if num_images is not None:
-    config.eval.batch_size = min(config.eval.batch_size, num_images)
+  _change(config, sampler, evaluation)
   config.mesh.update(data=-1, fsdp=1, spatial=spatial)
   cpu.use_cores(parts_of_batches(config))
   mesh = sharding.make_mesh(config.mesh)
   config.eval.batch_size = sharding.round_up(config.eval.batch_size, mesh)
   check(config, mesh)
-  return Session(workdir, config, mesh, sigma_rel, best)
+  return Session(workdir, config, mesh, stage, sigma_rel, best)
 
 
 def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
   """The config and the newest EMA weights in host memory, to export them."""
   config = _read(workdir)
   return config, restore_weights(config, workdir)
+
+
+def _change(
+  config: ConfigDict,
+  sampler: Mapping[str, Any] | None,
+  evaluation: Mapping[str, Any] | None,
+) -> None:
+  """Changes keys of two sections; None leaves a value as it is.
+
+  Raises:
+    ValueError: a value is wrong.
+  """
+  for section, changes in (('sampler', sampler), ('eval', evaluation)):
+    for key, value in (changes or {}).items():
+      if value is not None:
+        with naming(f'{section}.{key}={value!r}'):
+          config[section][key] = ranges.KEYS[f'{section}.{key}'].check(value)
 
 
 def _read(workdir: str, any_prompt: bool = False) -> ConfigDict:

@@ -9,19 +9,21 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from mdm_jax.builders.data import held_out_split
+from mdm_jax.builders import data
 from mdm_jax.builders.prompts import (
   can_score_prompts,
+  chance_accuracy,
   make_prompts,
   make_vocabulary,
 )
 from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint.saved_steps import CheckpointError
-from mdm_jax.eval import prompt_accuracy
+from mdm_jax.eval import estimate, prompt_accuracy
+from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference.weights import restore_weights
-from mdm_jax.report import console
+from mdm_jax.report import evaluations
 from mdm_jax.runtime import files, sharding
-from mdm_jax.steps.evaluate import make_eval_step
+from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.sample import SampleFn
 from mdm_jax.steps.state import Params
 
@@ -46,7 +48,9 @@ def validate_last(
   values, path = None, _metrics_path(stage, workdir)
   if path.exists():
     try:
-      values = files.read_json(path, lambda values: _are_metrics(stage, values))
+      values = _current_names(
+        stage, files.read_json(path, lambda values: _are_metrics(stage, values))
+      )
     except files.UnreadableFile as error:
       logging.warning('%s: it is made anew.', error)
   if values is None:
@@ -58,14 +62,60 @@ def validate_last(
       )
     values = validate(stage, mesh, weights.params | frozen)
     write_metrics(stage, workdir, values)
+  earlier = evaluations.find_earlier(path.parent, settings(stage))
   logging.info(
-    'Held-out metrics:\n%s',
-    console.table(
-      [[name.replace('_', ' '), value] for name, value in values.items()],
-      ['metric', 'value'],
+    '%s',
+    evaluations.Evaluation(
+      values,
+      settings(stage) | {'step': stage.num_steps},
+      chance(stage),
+      tuple(each for each in earlier if each.step != stage.num_steps),
     ),
   )
   return values
+
+
+def settings(stage: Stage) -> dict[str, Any]:
+  """What the metrics of `make_validation` depend on beside the weights. JSON.
+
+  The keys are those of the settings of `mdm_jax.evaluate`.
+  """
+  config = stage.config
+  found = {'stage': stage.name, 'weights': 'EMA', 'loss': loss_settings(stage)}
+  if can_score_prompts(config):
+    found |= sample_settings(stage, config.eval.num_prompts, GRID_PROMPTS)
+  return found
+
+
+def chance(stage: Stage) -> dict[str, float]:
+  """What a model scores that ignores its prompts; {} if nothing is scored."""
+  if not can_score_prompts(stage.config):
+    return {}
+  return {
+    f'accuracy_{name}': value for name, value in chance_accuracy().items()
+  }
+
+
+def loss_settings(stage: Stage) -> dict[str, Any]:
+  """What the losses of a stage depend on beside the weights. JSON."""
+  config = stage.config
+  return {
+    'split': data.held_out_split(config),
+    'batches': config.eval.loss_batches,
+    'batch_size': stage.batch_size,
+    'seed': LOSS_SEED,
+    'loss_space': stage.objective.loss_space,
+  }
+
+
+def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
+  """What so many samples of a stage depend on beside the weights. JSON."""
+  return {
+    'num_samples': count,
+    'seed': seed,
+    'prompts': data.held_out_split(stage.config),
+    'sampler': stage.config.sampler.to_dict(),
+  }
 
 
 def write_metrics(
@@ -85,18 +135,28 @@ def _metrics_path(stage: Stage, workdir: str) -> pathlib.Path:
 
 def _are_metrics(stage: Stage, values: Any) -> bool:
   """Whether these are a stage's metrics; a broken model's loss may be NaN."""
-  losses = {f'held_out_loss_{size}' for size in stage.resolutions}
+  losses = set(data.loss_names(stage.config, stage.resolutions))
   return (
     isinstance(values, dict)
-    and losses <= values.keys()
     and all(
       name.isidentifier() and isinstance(value, float)
       for name, value in values.items()
     )
+    and losses <= _current_names(stage, values).keys()
   )
 
 
-def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, float]:
+def _current_names(
+  stage: Stage, values: Mapping[str, float]
+) -> dict[str, float]:
+  """Metrics by the names that they have now, see `data.current_name`."""
+  return {
+    data.current_name(stage.config, name): value
+    for name, value in values.items()
+  }
+
+
+def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, Estimate]:
   """Metrics of some parameters, see `make_validation`."""
   sample_fn = stage.make_sample_fn(mesh, params)
   return make_validation(stage, mesh, sample_fn)(params)
@@ -104,7 +164,7 @@ def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, float]:
 
 def make_validation(
   stage: Stage, mesh: Mesh, sample_fn: SampleFn
-) -> Callable[[Params], dict[str, float]]:
+) -> Callable[..., dict[str, Estimate]]:
   """Held-out loss of each level and, for shapes, prompt accuracy.
 
   Args:
@@ -113,30 +173,31 @@ def make_validation(
     sample_fn: of the stage.
 
   Returns:
-    params -> 'held_out_loss_<resolution>' of each level; for shapes also
-    'accuracy_<attribute>', from 0 to 1, see `prompt_accuracy`. It takes all
-    parameters that the model needs, on the mesh; it compiles once, and reads
-    the same data each time.
+    (params, prompts=True) -> the loss of each level, by `data.loss_names`; for
+    shapes, if `prompts`, also 'accuracy_<attribute>', from 0 to 1, see
+    `prompt_accuracy`. It takes all parameters that the model needs, on the
+    mesh; it compiles once, and reads the same data each time.
   """
   config = stage.config
   warn_if_not_held_out(stage)
-  eval_step = jax.jit(make_eval_step(stage.model, stage.objective, LOSS_SEED))
+  loss_step = jax.jit(
+    make_band_step(stage.model, stage.objective, LOSS_SEED, 1),
+    out_shardings=sharding.replicated(mesh),
+  )
+  names = data.loss_names(config, stage.resolutions)
 
-  def validation(params):
-    losses = list(over_held_out(stage, mesh, params, eval_step))
-    values = {
-      f'held_out_loss_{resolution}': float(loss)
-      for resolution, loss in zip(stage.resolutions, np.mean(losses, 0))
-    }
-    if not can_score_prompts(config):
+  def validation(params, prompts=True):
+    losses = mean_losses(over_held_out(stage, mesh, params, loss_step))
+    values = dict(zip(names, losses))
+    if not prompts or not can_score_prompts(config):
       return values
-    prompts = make_prompts(config, config.eval.num_prompts)
-    logging.info('Sampling %d held-out prompts.', len(prompts.captions))
+    asked = make_prompts(config, config.eval.num_prompts)
+    logging.info('Sampling %d held-out prompts.', len(asked.captions))
     # Other noise than that of the grids.
-    seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(prompts.captions))
-    images = sample_fn(params, prompts.text, seeds)
+    seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(asked.captions))
+    images = sample_fn(params, asked.text, seeds)
     accuracy = prompt_accuracy.accuracy(
-      images[-1], prompts.statements, make_vocabulary()
+      images[-1], asked.statements, make_vocabulary()
     )
     return values | {
       f'accuracy_{name}': value for name, value in accuracy.items()
@@ -145,12 +206,18 @@ def make_validation(
   return validation
 
 
+def mean_losses(sums: Iterable[Any]) -> list[Estimate]:
+  """The loss of each level, from all that `make_band_step` returns."""
+  totals, counts, squares = np.sum(list(sums), axis=0, dtype=np.float64).sum(-1)
+  return list(map(estimate.from_sums, totals, squares, counts))
+
+
 def warn_if_not_held_out(stage: Stage) -> None:
   """Logs that a data set has no validation split."""
-  if held_out_split(stage.config) == 'train':
+  if data.held_out_split(stage.config) == 'train':
     logging.warning(
-      'The data set has no validation split: held-out losses are of training '
-      'images.'
+      'The data set has no validation split: the evaluation measures '
+      'train_split_loss, of training images, instead of held_out_loss.'
     )
 
 
@@ -159,7 +226,8 @@ def over_held_out(
 ) -> Iterable[Any]:
   """`step(params, batch, i)` of each held-out batch, as host arrays."""
   batches = stage.make_dataset(
-    held_out_split(stage.config), num_batches=stage.config.eval.loss_batches
+    data.held_out_split(stage.config),
+    num_batches=stage.config.eval.loss_batches,
   )
   for i, batch in enumerate(batches):
     # One at a time: with many in flight, collectives on a CPU have deadlocked.

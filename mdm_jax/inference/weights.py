@@ -45,9 +45,60 @@ class Weights(NamedTuple):
   @property
   def ema(self) -> str:
     """Which EMA they are, in words."""
-    if self.sigma_rel is not None:
-      return f'post-hoc EMA, sigma_rel {self.sigma_rel}'
-    return 'best EMA' if self.best else 'EMA'
+    return _ema(self.sigma_rel, self.best)
+
+
+class SavedWeights(NamedTuple):
+  """EMA weights that a run has on disk, see `saved_weights`.
+
+  Attributes:
+    stage: name of the stage.
+    step: of the stage.
+    sigma_rel, best: which EMA, as for `restore_weights`.
+  """
+
+  stage: str
+  step: int
+  sigma_rel: float | None = None
+  best: bool = False
+
+  @property
+  def ema(self) -> str:
+    """Which EMA they are, in words."""
+    return _ema(self.sigma_rel, self.best)
+
+
+def saved_weights(config: ConfigDict, workdir: str) -> list[SavedWeights]:
+  """Lists the EMA weights of a run, by the names of its directories.
+
+  For each stage, newest first: the EMA at the newest checkpoint, the best EMA,
+  and the post-hoc EMAs whose widths were tracked in training (any other width
+  can be reconstructed from them). The first is what `restore_weights` takes by
+  default. A kind of which only damaged checkpoints are left is not listed.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+  """
+  widths = config.averages.widths
+  found = []
+  for index in reversed(range(len(config.stages))):
+    for kind, emas in (
+      ('checkpoints', [(None, False)]),
+      ('best', [(None, True)]),
+      ('averages', [(width, False) for width in widths]),
+    ):
+      try:
+        step = saved_steps.latest_step(
+          stage_directory(workdir, config, index, kind)
+        )
+      except saved_steps.CheckpointError as error:
+        logging.warning('%s', error)
+        continue
+      if step is not None:
+        name = config.stages[index].name
+        found += [SavedWeights(name, step, *ema) for ema in emas]
+  return found
 
 
 def restore_weights(
@@ -55,23 +106,25 @@ def restore_weights(
   workdir: str,
   mesh: Mesh | None = None,
   *,
+  stage: str | None = None,
   sigma_rel: float | None = None,
   best: bool = False,
 ) -> Weights:
-  """Restores the EMA weights of the newest stage that has any.
+  """Restores EMA weights of a stage.
 
   Args:
     config: of the run.
     workdir: of the run.
     mesh: devices to shard the weights over; None for host memory.
+    stage: name of the stage; None for the newest one that has any.
     sigma_rel: width of a post-hoc EMA, reconstructed at the newest snapshot;
       see `post_hoc_ema`. None for the EMA with the optimizer's decay.
     best: the EMA that was best by `eval.best_metric`, not the last one.
 
   Raises:
     FileNotFoundError: nothing (of that kind) has been saved yet.
-    ValueError: both a width and the best are asked for, or the width is out of
-      range.
+    ValueError: there is no such stage, both a width and the best are asked for,
+      or the width is out of range.
     CheckpointError: the checkpoints are damaged.
   """
   if best and sigma_rel is not None:
@@ -80,12 +133,15 @@ def restore_weights(
       'has been saved, not its snapshots.'
     )
   kind = 'best' if best else 'checkpoints' if sigma_rel is None else 'averages'
-  for index in reversed(range(len(config.stages))):
+  for index in _indices(config, stage):
     directory = stage_directory(workdir, config, index, kind)
     if saved_steps.latest_step(directory) is not None:
       break
   else:
-    raise FileNotFoundError(f'{workdir} has no {kind} yet: {_REMEDIES[kind]}.')
+    whose = '' if stage is None else f' of stage {stage!r}'
+    raise FileNotFoundError(
+      f'{workdir} has no {kind}{whose} yet: {_REMEDIES[kind]}.'
+    )
   if sigma_rel is not None:
     step, params = _reconstruct(directory, sigma_rel)
     if mesh:
@@ -104,6 +160,24 @@ def restore_weights(
     return Weights(index, step, params, fingerprint, best=best)
 
   return restore.from_newest(directory, read)
+
+
+def _ema(sigma_rel: float | None, best: bool) -> str:
+  if sigma_rel is not None:
+    return f'post-hoc EMA, sigma_rel {sigma_rel}'
+  return 'best EMA' if best else 'EMA'
+
+
+def _indices(config: ConfigDict, stage: str | None) -> list[int]:
+  """Stages in which to look for weights, newest first."""
+  names = [each.name for each in config.stages]
+  if stage is None:
+    return [*reversed(range(len(names)))]
+  if stage not in names:
+    raise ValueError(
+      f'The run has no stage {stage!r}: give one of {", ".join(names)}.'
+    )
+  return [names.index(stage)]
 
 
 def _reconstruct(

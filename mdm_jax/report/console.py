@@ -42,6 +42,7 @@ def setup_logging() -> None:
       or record.pathname.startswith(package)
     )
 
+  logging.use_absl_handler()  # Which commands do already, notebooks do not.
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(is_ours_or_a_warning)
 

@@ -1,47 +1,44 @@
-"""Writes metrics and images of a run to files and TensorBoard.
+"""Writes metrics and images of a run to files, and hands them to trackers."""
 
-`clu.metric_writers` imports TensorFlow, so TensorBoard events are written with
-tensorboardX.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 import pathlib
 import time
 from typing import Any
 
-from etils import epy
 import jax
 import numpy as np
 
 from mdm_jax.report import background
-
-with epy.lazy_imports():  # 0.4 s, which no --help should pay.
-  import tensorboardX
+from mdm_jax.report.trackers import Tracker
 
 # Seconds to wait for pending writes before the process exits.
 _PATIENCE = 1.0
 
 
 class MetricWriter:
-  """Writes metrics to `metrics.jsonl` and to TensorBoard events.
+  """Writes metrics to `metrics.jsonl`, and hands them to trackers.
 
   Every line of `metrics.jsonl` is an object with 'time' (seconds since 1970),
   'stage', 'step' and the values. Lines are only ever appended: a run that
   resumes from step s writes the lines after s again, with a later 'time'. If
   two lines have the same stage and step, the last one counts.
 
-  Files are written in the background: a slow or failing disk drops lines and
-  images, and never blocks training.
+  Files are written in the background, and each tracker has a thread of its
+  own: a slow or failing disk or tracker drops lines and images, and never
+  blocks training.
 
   Only process 0 writes; on the others every method does nothing.
   """
 
-  def __init__(self, workdir: str | pathlib.Path):
-    """Appends to `metrics.jsonl`, `skipped.jsonl` and `tensorboard/`.
+  def __init__(
+    self, workdir: str | pathlib.Path, trackers: Sequence[Tracker] = ()
+  ):
+    """Appends to `metrics.jsonl` and `skipped.jsonl`.
 
     Args:
       workdir: working directory of the run, local.
+      trackers: receive the same numbers, and images.
     """
     self._lines = None
     if jax.process_index() == 0:
@@ -49,61 +46,66 @@ class MetricWriter:
       self._lines = background.LineFile(workdir / 'metrics.jsonl')
       self._skipped = background.LineFile(workdir / 'skipped.jsonl')
       self._images = background.BackgroundWriter('images')
-      self._tensorboard = background.BackgroundWriter('TensorBoard')
-      self._directory, self._events = workdir / 'tensorboard', None
+      self._trackers = [
+        (tracker, background.BackgroundWriter(tracker.title))
+        for tracker in trackers
+      ]
       self._parts = (
         self._lines,
         self._skipped,
         self._images,
-        self._tensorboard,
+        *(thread for _, thread in self._trackers),
       )
 
   def scalars(
-    self, step: int, values: Mapping[str, float], *, stage: str
+    self,
+    step: int,
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    stage: str,
   ) -> None:
-    """Writes numbers; in TensorBoard they are named `<stage>/<name>`.
+    """Writes numbers.
 
     Args:
       step: number of steps taken in the stage.
-      values: anything that `float` accepts; waits for arrays on devices. NaN
-        and Inf are written as strings, since JSON has no numbers for them.
+      groups: numbers by group and name, which is unique among all groups. In
+        `metrics.jsonl` they are called `<name>`, in trackers `<group>/<name>`.
+        They are integers or anything that `float` accepts; waits for arrays on
+        devices. NaN and Inf are written as strings, since JSON has no numbers
+        for them.
       stage: name of the stage.
     """
     if not self._lines:
       return
-    now = time.time()
-    values = {name: float(value) for name, value in values.items()}
+    now, step = time.time(), int(step)
+    named = {
+      (group, name): value if isinstance(value, int) else float(value)
+      for group, values in groups.items()
+      for name, value in values.items()
+    }
     self._lines.append(
-      {'time': round(now, 3), 'stage': stage, 'step': int(step)}
+      {'time': round(now, 3), 'stage': stage, 'step': step}
       | {
         name: value if math.isfinite(value) else str(value)
-        for name, value in values.items()
+        for (_, name), value in named.items()
       }
     )
-    summary = tensorboardX.summary.Summary(
-      value=[
-        tensorboardX.summary.Summary.Value(
-          tag=f'{stage}/{name}', simple_value=value
-        )
-        for name, value in values.items()
-      ]
-    )
-    self._tensorboard.submit(self._write_event, summary, step, now)
+    tags = {'/'.join(path): value for path, value in named.items()}
+    for tracker, thread in self._trackers:
+      thread.submit(tracker.scalars, stage, step, now, tags)
 
   def skipped(self, line: Mapping[str, Any]) -> None:
     """Writes a line about a skipped step to `skipped.jsonl`."""
     if self._lines:
       self._skipped.append(line)
 
-  def image(self, step: int, name: str, image: np.ndarray) -> None:
-    """Writes an image, uint8 `[H, W, 3]`, to TensorBoard."""
-    now = time.time()
+  def image(
+    self, step: int, name: str, image: np.ndarray, *, stage: str
+  ) -> None:
+    """Hands an image, uint8 `[H, W, 3]`, to the trackers."""
     if self._lines:
-      self._tensorboard.submit(
-        lambda: self._write_event(
-          tensorboardX.summary.image(name, image, dataformats='HWC'), step, now
-        )
-      )
+      for tracker, thread in self._trackers:
+        thread.submit(tracker.image, stage, int(step), time.time(), name, image)
 
   def submit(self, save: Callable[..., None], *args: Any) -> None:
     """Calls `save(*args)`, which writes an image file, in the background."""
@@ -116,21 +118,8 @@ class MetricWriter:
       background.settle(self._parts, _PATIENCE)
 
   def close(self) -> None:
-    """Waits some seconds for pending writes, then closes the files."""
+    """Waits some seconds for pending writes, then closes files and trackers."""
     if self._lines:
+      for tracker, thread in self._trackers:
+        thread.submit(tracker.finish)
       background.close(self._parts)
-
-  def _write_event(self, summary, step: int, now: float) -> None:
-    if self._events is None:
-      self._directory.mkdir(parents=True, exist_ok=True)
-      # Not a SummaryWriter: a full disk would silently end its own thread, and
-      # its close() would never return.
-      self._events = tensorboardX.event_file_writer.EventsWriter(
-        str(self._directory / 'events')
-      )
-    self._events.write_event(
-      tensorboardX.event_file_writer.event_pb2.Event(
-        summary=summary, step=step, wall_time=now
-      )
-    )
-    self._events.flush()

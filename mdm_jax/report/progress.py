@@ -62,9 +62,9 @@ class Progress:
 
     Args:
       step: number of steps taken, more than at the last report.
-      loss: weighted sum of the levels' losses, of the last step.
-      levels: loss of each level by its name, coarse to fine.
-      grad_norm: gradient norm before clipping.
+      loss: weighted sum of the levels' losses, a mean over these steps.
+      levels: loss of each level by its name, coarse to fine, likewise.
+      grad_norm: gradient norm before clipping, likewise.
       learning_rate: learning rate of the last step.
 
     Returns:

@@ -98,3 +98,22 @@ def flops_per_step(
     cost = cost[0] if cost else None
   flops = (cost or {}).get('flops', 0.0)
   return flops * rounds if flops > 0 else None
+
+
+def memory_in_use() -> dict[str, float]:
+  """Memory of the fullest of this process's devices, in GiB.
+
+  Returns:
+    'device_memory_gib' now and 'device_memory_peak_gib' since the start of the
+    process; nothing where devices do not tell, as CPUs.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  names = {
+    'device_memory_gib': 'bytes_in_use',
+    'device_memory_peak_gib': 'peak_bytes_in_use',
+  }
+  return {
+    name: max(each[key] for each in stats) / 2**30
+    for name, key in names.items()
+    if all(key in each for each in stats)
+  }

@@ -5,6 +5,7 @@ Training and validation share it; the formulas are in `diffusion.loss`.
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def batch_losses(
   batch: Batch,
   t: jax.Array,
   eps: pyramid.Pyramid,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, dict[str, Any]]:
   """Losses of a batch at given times and noise.
 
   Args:
@@ -127,7 +128,8 @@ def batch_losses(
     eps: noise of each level, [B_r, H_r, H_r, 3].
 
   Returns:
-    Weighted loss of each example [B], and mean loss of each level [levels].
+    Weighted loss of each example [B], and losses of each level, see
+    `multi_resolution_loss`.
   """
   batch = with_whole(model, objective, batch, t)
   repeats = num_repeats(objective, batch)
@@ -161,4 +163,33 @@ def batch_losses(
   )
   if 'mean_weight' in batch:
     per_example /= batch['mean_weight']
-  return per_example, aux['level_losses']
+  return per_example, aux
+
+
+def losses_by_noise(
+  objective: Objective,
+  losses: Sequence[jax.Array],
+  t: jax.Array,
+  num_bands: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Adds up losses by level and band of times.
+
+  The bands divide the times into equal parts, least noise first.
+
+  Args:
+    objective: the objective.
+    losses: of the examples that each level sees, [B_r], coarse to fine.
+    t: int32 [B], times.
+    num_bands: number of bands.
+
+  Returns:
+    Sums of the losses, and numbers of examples; both float32 [levels, bands].
+  """
+  repeats = mixed_batch.num_repeats(list(map(len, losses)))
+  bands = jax.nn.one_hot(
+    t * num_bands // objective.schedule.num_steps, num_bands
+  )
+  seen = [mixed_batch.take(bands, len(each), repeats) for each in losses]
+  # No matrix product: on a TPU it would round the losses to bfloat16.
+  sums = [(each[:, None] * band).sum(0) for each, band in zip(losses, seen)]
+  return jnp.stack(sums), jnp.stack([band.sum(0) for band in seen])

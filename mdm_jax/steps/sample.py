@@ -275,27 +275,24 @@ def _place(
 
 
 def make_sample_batches(
-  sampler: Sampler,
-  negative: np.ndarray,
-  batch_size: int,
-  param_shardings: Any,
-  *,
-  path: bool = False,
+  sampler: Sampler, param_shardings: Any, *, path: bool = False
 ) -> Callable[..., Iterator[list[tuple[np.ndarray, ...]]]]:
-  """Jits a sampler for batches of one size, sharded over its mesh.
+  """Jits a sampler for batches of a fixed size, sharded over its mesh.
+
+  Each batch size is compiled once, when it is first used.
 
   Args:
     sampler: the functions to jit.
-    negative: [...], one negative prompt for all images.
-    batch_size: images sampled at once; the last batch is padded.
     param_shardings: shardings of the parameters.
     path: whether to return the images of all steps, as `make_sample_steps`
       does, or only the last ones.
 
   Returns:
-    (params, text [N, ...], seeds [N]) -> an iterator over batches. A batch is a
-    list of steps, which with `path=False` has the last step only. A step is
-    uint8 images [B, H_r, H_r, 3], coarse to fine.
+    (params, text [N, ...], negative [...], seeds [N], batch_size) -> an
+    iterator over batches. `negative` is the negative prompt of all images; the
+    last batch is padded to the batch size. A batch is a list of steps, which
+    with `path=False` has the last step only. A step is uint8 images
+    [B, H_r, H_r, 3], coarse to fine.
   """
   spec, mesh = sampler.spec, sampler.mesh
   if path:
@@ -309,9 +306,8 @@ def make_sample_batches(
     def sample_batch(params, *inputs):
       return [jitted(params, *_place(mesh, *inputs))]
 
-  local = batch_size // jax.process_count()
-
-  def sample_batches(params, text, seeds):
+  def sample_batches(params, text, negative, seeds, batch_size):
+    local = batch_size // jax.process_count()
     for start in range(0, len(text), batch_size):
       first = start + jax.process_index() * local
       rows = np.arange(first, first + local) % len(text)
@@ -340,12 +336,13 @@ def make_sample_fn(
     batch_size: images sampled at once.
     param_shardings: shardings of the parameters.
   """
-  sample_batches = make_sample_batches(
-    sampler, negative, batch_size, param_shardings
-  )
+  sample_batches = make_sample_batches(sampler, param_shardings)
 
   def sample_fn(params, text, seeds):
-    batches = [batch[-1] for batch in sample_batches(params, text, seeds)]
+    batches = [
+      batch[-1]
+      for batch in sample_batches(params, text, negative, seeds, batch_size)
+    ]
     return tuple(map(np.concatenate, zip(*batches)))
 
   return sample_fn

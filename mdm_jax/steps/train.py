@@ -18,11 +18,15 @@ from mdm_jax.steps.objective import (
   Batch,
   Objective,
   batch_losses,
+  losses_by_noise,
   num_repeats,
   sample_noise,
   with_whole,
 )
 from mdm_jax.steps.state import Params, TrainState
+
+# Bands of noise by which the loss of training is logged.
+NOISE_BANDS = 4
 
 
 def new_state(
@@ -81,10 +85,13 @@ def make_train_step(
   Returns:
     (state, batch, frozen) -> (state, metrics). `frozen` holds the parameters
     that the model needs beside the trained ones, {} if none. Metrics: `loss`;
-    `level_losses` [levels]; `grad_norm` before clipping; `bad_records`, the
-    number of replaced records; `stop` and `save`, whether any process has set
-    the flag; `skipped`, the number of skipped steps so far; and
-    `skipped_in_a_row`, 0 after an accepted step.
+    `level_losses` [levels]; `noise_sums` and `noise_counts` [levels, bands],
+    see `losses_by_noise`, of `NOISE_BANDS` bands; `grad_norm` before clipping;
+    `update_norm`, of the change of the parameters, 0 if the step is skipped;
+    `param_norm` after it; `bad_records`, the number of replaced records; `stop`
+    and `save`, whether any process has set the flag; `skipped`, the number of
+    skipped steps so far; and `skipped_in_a_row`, 0 after an accepted step.
+    Norms are global L2 norms.
   """
 
   def train_step(state, batch, frozen):
@@ -93,23 +100,27 @@ def make_train_step(
     batch = _drop_captions(batch, dropout_rng, caption_dropout, empty_text)
     t, eps = sample_noise(objective, model.resolutions, batch, loss_rng)
 
-    (total, levels), grads = _gradients(
+    (total, (levels, by_noise)), grads = _gradients(
       model, objective, accumulate, state.params, frozen, batch, t, eps
     )
     grad_norm = optax.tree.norm(grads)
     good, guard = skip_step.judge(skip_rule, state.guard, total, grad_norm)
     # A `where` for each leaf would read old values after new ones are written,
     # so that XLA would have to copy parameters and moments first.
-    state = jax.lax.cond(
+    state, update_norm = jax.lax.cond(
       good,
       lambda state: _update(state, grads, optimizer, ema_decay),
-      lambda state: state,
+      lambda state: (state, jnp.float32(0)),
       state,
     )
     metrics = {
       'loss': total,
       'level_losses': levels,
+      'noise_sums': by_noise[0],
+      'noise_counts': by_noise[1],
       'grad_norm': grad_norm,
+      'update_norm': update_norm,
+      'param_norm': optax.tree.norm(state.params),
       'bad_records': batch['bad'].sum(),
       'stop': batch['stop'].any(),
       'save': batch['save'].any(),
@@ -130,18 +141,21 @@ def _gradients(
   batch: Batch,
   t: jax.Array,
   eps: Pyramid,
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
-  """Mean loss and mean loss of each level, and the gradients of the mean loss.
+) -> tuple[tuple[jax.Array, Any], Params]:
+  """The mean loss, also by level and noise, and its gradients.
 
   Returns:
-    (loss scalar, losses [levels]), and gradients in the structure of `params`.
+    (loss scalar, (losses [levels], `losses_by_noise`)), and gradients in the
+    structure of `params`. With microbatches all are means over these, also the
+    sums and numbers of examples by noise.
   """
 
   def mean_loss(params, batch, t, eps):
     per_example, levels = batch_losses(
       model, objective, params | frozen, batch, t, eps
     )
-    return per_example.mean(), levels
+    by_noise = losses_by_noise(objective, levels['losses'], t, NOISE_BANDS)
+    return per_example.mean(), (levels['level_losses'], by_noise)
 
   differentiate = functools.partial(
     jax.value_and_grad(mean_loss, has_aux=True), params
@@ -172,11 +186,15 @@ def _update(
   grads: Params,
   optimizer: optax.GradientTransformation,
   ema_decay: float,
-) -> TrainState:
-  """Applies gradients to the parameters, and updates the EMAs."""
+) -> tuple[TrainState, jax.Array]:
+  """Applies gradients to the parameters, and updates the EMAs.
+
+  Returns:
+    The state, and the norm of the change of the parameters.
+  """
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  return state._replace(
+  state = state._replace(
     params=params,
     opt_state=opt_state,
     ema=ema.update(state.ema, params, state.step, ema_decay),
@@ -184,6 +202,7 @@ def _update(
       state.lags, state.params, params, state.guard.accepted + 1
     ),
   )
+  return state, optax.tree.norm(updates)
 
 
 def _mean_over_parts(fn: Callable[..., Any], parts: tuple[Any, ...]) -> Any:

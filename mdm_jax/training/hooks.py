@@ -4,12 +4,13 @@ A new report is one more `Hook` in `make_hooks`; the training loop stays as it
 is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
 
 from absl import logging
 import jax
+import numpy as np
 
 from mdm_jax.builders.prompts import make_prompts
 from mdm_jax.builders.stage import Stage
@@ -33,6 +34,7 @@ class Hook:
   Attributes:
     call: called as call(step, state), in all processes.
     every: steps between two calls; 0 for none.
+    or_every: further steps at which it is called; 0 for none.
     at_end: also call it after the last step of the stage.
     with_saves: also call it before every save.
     replayed: call it again on resume if it was due at the resumed step, since
@@ -42,6 +44,7 @@ class Hook:
 
   call: Callable[[int, TrainState], None]
   every: int
+  or_every: int = 0
   at_end: bool = False
   with_saves: bool = False
   replayed: bool = False
@@ -57,11 +60,13 @@ class Hook:
       last: whether that was the last one of the stage.
       saving: whether the state is about to be saved.
     """
-    if not self.every:
+    periods = [period for period in (self.every, self.or_every) if period]
+    if not periods:
       return False
     if last and self.at_end or saving and self.with_saves:
       return True
-    return step > self.delay and (step - self.delay) % self.every == 0
+    after = step - self.delay
+    return after > 0 and any(after % period == 0 for period in periods)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +159,14 @@ def make_hooks(
       at_end=True,
     ),
   ]
-  if config.eval.every:
+  if config.eval.every or config.eval.loss_every:
     after_save.append(
       Hook(
         _make_validation(run, stage, saved, sample_fn),
         config.eval.every,
-        at_end=True,
+        config.eval.loss_every,
+        # The run ends with an evaluation in any case.
+        at_end=bool(config.eval.every) or not stage.is_last,
         replayed=True,
       )
     )
@@ -180,38 +187,68 @@ def _make_log(
   peak = peaks.peak_flops(run.mesh.devices.flat[0])
 
   def log(step, state):
-    values = monitor.latest
+    last, means = monitor.latest, monitor.take_means()
     levels = {
       str(name): float(value)
-      for name, value in zip(stage.resolutions, values['level_losses'])
+      for name, value in zip(stage.resolutions, means['level_losses'])
     }
-    skipped = int(values['skipped'])
+    skipped = int(last['skipped'])
     # The schedule counts accepted steps.
     learning_rate = float(stage.learning_rate(step - 1 - skipped))
     rates = progress.report(
       step,
-      loss=float(values['loss']),
+      loss=float(means['loss']),
       levels=levels,
-      grad_norm=float(values['grad_norm']),
+      grad_norm=float(means['grad_norm']),
       learning_rate=learning_rate,
     )
     numbers = {
-      'loss': values['loss'],
-      'grad_norm': values['grad_norm'],
+      'loss': means['loss'],
+      **{f'loss_{name}': value for name, value in levels.items()},
+      'last_loss': last['loss'],
+      'grad_norm': means['grad_norm'],
+      'last_grad_norm': last['grad_norm'],
+      'update_norm': means['update_norm'],
+      'param_norm': last['param_norm'],
       'learning_rate': learning_rate,
+      'images_seen': step * stage.batch_size,
       'bad_records': monitor.bad_records,
       'skipped_steps': skipped,
-      'images_per_second': rates['images_per_second'],
-      **{f'loss_{name}': value for name, value in levels.items()},
+    }
+    speed = {
+      name: rates[name] for name in ('images_per_second', 'seconds_per_step')
     }
     if flops:
       per_second = flops / rates['seconds_per_step']
-      numbers['flops_per_second'] = per_second * run.mesh.size
+      speed['flops_per_second'] = per_second * run.mesh.size
       if peak:
-        numbers['mfu'] = per_second / peak
-    run.writer.scalars(step, numbers, stage=stage.name)
+        speed['mfu'] = per_second / peak
+    run.writer.scalars(
+      step,
+      {
+        'train': numbers,
+        'train_noise': _losses_by_noise(stage, means),
+        'speed': speed | peaks.memory_in_use(),
+      },
+      stage=stage.name,
+    )
 
   return log
+
+
+def _losses_by_noise(
+  stage: Stage, means: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+  """Loss of each level by band of noising steps that has any examples."""
+  sums, counts = means['noise_sums'], means['noise_counts']
+  width = 100 // sums.shape[1]
+  return {
+    f'loss_{pixels}_noise_{width * band}_{width * (band + 1)}': sums[i, band]
+    / counts[i, band]
+    for i, pixels in enumerate(stage.resolutions)
+    for band in range(sums.shape[1])
+    if counts[i, band] > 0
+  }
 
 
 def _make_replica_check(
@@ -251,7 +288,7 @@ def _make_sample_grid(
       )
       path = pathlib.Path(run.workdir, 'samples', f'{stage.name}_{step}.png')
       run.writer.submit(grid.save_png, path, images)
-      run.writer.image(step, f'{stage.name}/samples', images)
+      run.writer.image(step, 'samples', images, stage=stage.name)
       logging.info('%s: wrote samples to %s', stage.title, path)
 
   return sample_grid
@@ -260,20 +297,26 @@ def _make_sample_grid(
 def _make_validation(
   run: Run, stage: Stage, saved: StageCheckpoints, sample_fn: SampleFn
 ) -> Callable[[int, TrainState], None]:
-  """Returns a hook that measures the EMA, and saves it if it is the best."""
+  """Returns a hook that measures the EMA, and saves it if it is the best.
+
+  By `eval.every` it measures all, by `eval.loss_every` the held-out loss.
+  """
+  settings = stage.config.eval
   measure = validation.make_validation(stage, run.mesh, sample_fn)
 
   def validate(step, state):
+    last = step == stage.num_steps
+    full = bool(settings.every) and (step % settings.every == 0 or last)
     with run.preemptible('evaluate'):
-      values = measure(state.ema | run.frozen)
+      values = measure(state.ema | run.frozen, prompts=full)
       logging.info(
         '%s: step %d: %s',
         stage.title,
         step,
         ', '.join(f'{name} {value:.4g}' for name, value in values.items()),
       )
-      run.writer.scalars(step, values, stage=stage.name)
-      if stage.is_last and step == stage.num_steps:
+      run.writer.scalars(step, {'eval': values}, stage=stage.name)
+      if stage.is_last and last and full:
         validation.write_metrics(stage, run.workdir, values)
     with run.goodput.time('save'):
       saved.save_if_best(step, state.ema, values)

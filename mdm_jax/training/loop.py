@@ -25,7 +25,7 @@ from mdm_jax.builders.text import empty_text, load_frozen
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.data import pipeline
 from mdm_jax.inference import validation
-from mdm_jax.report import console, goodput
+from mdm_jax.report import console, goodput, trackers
 from mdm_jax.report.progress import Progress
 from mdm_jax.runtime import distributed, sharding, value_types
 from mdm_jax.runtime.printable import command_line, quoted
@@ -69,6 +69,7 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
     require_same_config(workdir, new, ('dtype',) if imported else ())
   mesh = sharding.make_mesh(config.mesh)
   check(config, mesh)
+  trackers.check(config.trackers)
   resolution = config.model.levels[-1].resolution
   # Raises if the data cannot be opened.
   make_source(config, 'train', resolution)
@@ -311,7 +312,7 @@ def _evaluate(run: Run, stage: Stage) -> None:
     values = validation.validate_last(stage, run.workdir, run.mesh, run.frozen)
     # A stop request may have reached only some processes: exit in all or none.
     run.stop.allow(distributed.any_of(run.stop.requested))
-  run.writer.scalars(stage.num_steps, values, stage=stage.name)
+  run.writer.scalars(stage.num_steps, {'eval': values}, stage=stage.name)
 
 
 def _report_goodput(run: Run) -> None:
@@ -319,7 +320,7 @@ def _report_goodput(run: Run) -> None:
   total = sum(seconds.values())
   if not total:  # The file could not be written, or not be read.
     return
-  run.writer.scalars(sessions, seconds, stage='goodput')
+  run.writer.scalars(sessions, {'goodput': seconds}, stage='goodput')
   logging.info(
     'Time spent, in %d session%s:\n%s',
     sessions,

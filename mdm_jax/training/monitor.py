@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import logging
 import jax
+import numpy as np
 
 from mdm_jax.builders.data import batch_keys
 from mdm_jax.builders.stage import Stage
@@ -12,6 +13,15 @@ from mdm_jax.data.pipeline import DataError
 from mdm_jax.optim import skip_step
 from mdm_jax.training.run import Run
 
+# Metrics that are logged as means; `noise_*` are sums and numbers of examples.
+_AVERAGED = (
+  'loss',
+  'level_losses',
+  'noise_sums',
+  'noise_counts',
+  'grad_norm',
+  'update_norm',
+)
 # The share of bad records is not known from fewer records.
 _MIN_RECORDS = 1000
 
@@ -38,6 +48,7 @@ class Monitor:
     self._first_step = first_step
     self._unread = collections.deque()
     self.latest: dict[str, Any] = {}
+    self._sums, self._num_accepted = {}, 0
     self.bad_records = 0
     self.stopped = False
     self.save_requested = 0
@@ -63,12 +74,36 @@ class Monitor:
     while len(self._unread) > unread:
       step, values = self._unread.popleft()
       self.latest = values = jax.device_get(values)
+      self._add_up(values)
       self.bad_records += int(values['bad_records'])
       self.stopped |= bool(values['stop'])
       if values['save']:
         self.save_requested = step
       self._check_bad_records(step)
       self._check_skipped(step, values)
+
+  def take_means(self) -> dict[str, np.ndarray]:
+    """Means over the steps that were read since the last call.
+
+    Skipped steps, whose values may be NaN or infinite, are left out.
+
+    Returns:
+      float64, by name; NaN if there is no step.
+    """
+    sums, count = self._sums, self._num_accepted
+    self._sums, self._num_accepted = {}, 0
+    return {
+      name: sums[name] / count
+      if count
+      else np.full(np.shape(self.latest[name]), np.nan)
+      for name in _AVERAGED
+    }
+
+  def _add_up(self, values: dict[str, Any]) -> None:
+    if not values['skipped_in_a_row']:
+      self._num_accepted += 1
+      for name in _AVERAGED:
+        self._sums[name] = self._sums.get(name, 0) + np.float64(values[name])
 
   def _check_bad_records(self, step: int) -> None:
     most = self._stage.config.data.max_bad_fraction

@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import json
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mdm_jax.checkpoint import identity
 from mdm_jax.report.goodput import Goodput
 from mdm_jax.report.metric_writer import MetricWriter
+from mdm_jax.report.trackers import make_trackers
 from mdm_jax.runtime import distributed, preemption, watchdog
 from mdm_jax.steps.state import Params
 
@@ -76,7 +79,18 @@ def running(
     began: `time.monotonic()` at the start of the process; None for now.
   """
   dog = watchdog.Watchdog(config.watchdog)
-  writer = MetricWriter(workdir)
+  # A session that continues a run continues it in its trackers, too.
+  if jax.process_index() == 0:
+    identity.begin_run(workdir)
+  writer = MetricWriter(
+    workdir,
+    make_trackers(
+      config.trackers,
+      workdir,
+      json.loads(config.to_json()),
+      identity.read_run(workdir),
+    ),
+  )
   goodput = Goodput(
     workdir, began, lambda bucket: dog.watch(_PHASES.get(bucket, bucket))
   )

@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 import jax
 
+from mdm_jax.builders import data
 from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint import identity, restore
 from mdm_jax.checkpoint.manager import Checkpoints
@@ -40,7 +41,8 @@ class StageCheckpoints:
     config = stage.config
     if jax.process_index() == 0:
       identity.begin_run(workdir)
-    self._metric, self._best_value = config.eval.best_metric, -math.inf
+    self._metric = data.current_name(config, config.eval.best_metric)
+    self._best_value = -math.inf
     self._open = contextlib.ExitStack()
 
     def opened(kind, **options):
@@ -65,7 +67,8 @@ class StageCheckpoints:
       if self._best.latest_step() is not None:
         best = restore.read_extra(stage.directory(workdir, 'best'))
         value = best.get('value')
-        if best.get('metric') == self._metric and files.is_number(value):
+        metric = data.current_name(config, str(best.get('metric')))
+        if metric == self._metric and files.is_number(value):
           self._best_value = self._score(value)
     self.last_step = self.checkpoints.latest_step() or 0
     self._every = config.checkpoint_every
@@ -112,12 +115,12 @@ class StageCheckpoints:
     Args:
       step: of the stage.
       ema: its EMA.
-      values: metrics of the EMA, among them `eval.best_metric`.
+      values: metrics of the EMA. Without `eval.best_metric` among them, as for
+        a level that the stage lacks, nothing is saved.
     """
     if not self._best:
       return
     if self._metric not in values:
-      logging.info('Step %d has no %s to compare it by.', step, self._metric)
       return
     score = self._score(values[self._metric])
     # Steps replayed after a resume cannot beat the best that is already saved.

@@ -232,8 +232,22 @@ BAD = [
   ({'averages.snapshot_every': 0}, 'averages.snapshot_every=0: give an int'),
   ({'eval.every': -1}, 'eval.every=-1: give an integer from 0'),
   (
-    {'eval.best_metric': 'held_out_loss_8'},
+    {'eval.best_metric': 'held_out_loss_8', 'eval.loss_every': 0},
     "eval.best_metric='held_out_loss_8' with eval.every=0: give the steps",
+  ),
+  (
+    {'eval.best_metric': 'accuracy_all'},  # `loss_every` has no samples.
+    "eval.best_metric='accuracy_all' with eval.every=0: give the steps",
+  ),
+  (
+    {'eval.best_metric': 'train_split_loss_8'},
+    r"best_metric='train_split_loss_8': use one of \['held_out_loss_8',",
+  ),
+  ({'eval.loss_every': -1}, 'eval.loss_every=-1: give an integer from 0'),
+  (
+    {'trackers': ('tensorboard', 'wanb')},
+    r"trackers=\('tensorboard', 'wanb'\): give a tuple, each one of "
+    'tensorboard, wandb',
   ),
   (
     {'eval.best_metric': 'loss', 'eval.every': 10},

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from mdm_jax.builders.data import held_out_split, make_dataset, make_source
+from mdm_jax.builders.data import (
+  current_name,
+  held_out_split,
+  loss_names,
+  make_dataset,
+  make_source,
+)
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
 from mdm_jax.data import images, pipeline, shapes, tar_index
@@ -52,9 +58,19 @@ def test_a_record_without_label_is_replaced(config):
   assert values['bad'].tolist() == [False, False, True]
 
 
-def test_without_a_validation_split_training_records_are_held_out(config):
-  config.data.validation_split = ''
+@pytest.mark.parametrize('split', ['', 'train'])
+def test_losses_of_training_images_are_not_called_held_out(config, split):
+  assert loss_names(config, (8, 16)) == ['held_out_loss_8', 'held_out_loss_16']
+  assert current_name(config, 'held_out_loss_8') == 'held_out_loss_8'
+  config.data.validation_split = split
   assert held_out_split(config) == 'train'
+  assert loss_names(config, (8, 16)) == [
+    'train_split_loss_8',
+    'train_split_loss_16',
+  ]
+  # The name that an older run has recorded.
+  assert current_name(config, 'held_out_loss_16') == 'train_split_loss_16'
+  assert current_name(config, 'accuracy_all') == 'accuracy_all'
 
 
 def test_classes_of_shapes(config):

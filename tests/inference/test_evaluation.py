@@ -12,7 +12,6 @@ from mdm_jax.builders.config import stage_directory, write_config
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.prompts import make_prompts
-from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.data.images import decode_image
 from mdm_jax.eval import fid
@@ -21,7 +20,8 @@ from mdm_jax.inference import (
   feature_extractors,
   validation,
 )
-from mdm_jax.inference.session import Session
+from mdm_jax.inference.pipeline import Pipeline
+from mdm_jax.inference.session import Model, Session
 from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import sharding
 from tests import commands
@@ -59,7 +59,6 @@ def fake_sample_fn(params, text, seeds):
 def quick(monkeypatch):
   Colors.seen = 0
   monkeypatch.setattr(feature_extractors, 'Inception', Colors)
-  monkeypatch.setattr(Stage, 'make_sample_fn', lambda *_: fake_sample_fn)
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +90,13 @@ def run(config, random_params, tmp_path_factory):
   return workdir
 
 
+def evaluate(run, config, mesh, options):
+  """Without the sampler."""
+  stage, weights = Session(run, config, mesh)._restore_weights()
+  model = Model(str(run), stage, weights, weights.params, mesh)
+  return evaluation.evaluate_run(model, options, fake_sample_fn, stage)
+
+
 def statistics(images):
   sample = fid.Sample(6, len(images), len(images))
   sample.add(Colors.encode(None, images))
@@ -112,7 +118,8 @@ def test_all_metrics_of_samples(
     clip=clip_directory.path,
     cache=tmp_path,
   )
-  found, settings = evaluation.evaluate_run(Session(run, config, mesh), options)
+  result = evaluate(run, config, mesh, options)
+  found, settings = result.metrics, result.settings
 
   parts = [make_prompts(config, 18), make_prompts(config, 3)]
   captions = [name for part in parts for name in part.captions]
@@ -165,21 +172,27 @@ def test_all_metrics_of_samples(
   assert f'{found["fid"]:.4g}' in page and 'held_out' in page
 
 
-def test_metrics_of_training(config, run, mesh, monkeypatch, caplog):
+def test_metrics_of_training(config, run, mesh, caplog):
   """By default they are the metrics that training measures at its end."""
-  monkeypatch.undo()  # The real sampler.
-  found, _ = evaluation.evaluate_run(
-    Session(run, config, mesh), evaluation.Options()
-  )
+  session = Session(run, config, mesh)
+  found = Pipeline(session, session.restore()).evaluate().metrics
   assert "is not finished: this is stage 1/2 '8' at step 3 of 20" in (
     caplog.text
   )
-  model = Session(run, config, mesh).restore()
+  model = session.restore()
   measured = validation.validate(model.stage, mesh, model.params)
   assert {name: found[name] for name in measured} == pytest.approx(
     measured, rel=1e-5
   )
   assert measured.keys() >= {'held_out_loss_8', 'accuracy_all'}
+  for name, count in (('held_out_loss_8', 32), ('accuracy_all', 5)):
+    assert measured[name].count == found[name].count == count
+    assert measured[name].standard_error == pytest.approx(
+      found[name].standard_error, rel=1e-4
+    )
+  assert (
+    0 < measured['held_out_loss_8'].standard_error < measured['held_out_loss_8']
+  )
   table = found['losses_by_noise']
   count = np.array(table['examples'])
   assert count.sum() == 2 * config.stages[0].batch_size
@@ -200,9 +213,7 @@ def test_reference_is_read_once(config, run, mesh, tmp_path):
         **changes,
       }
     )
-    value = evaluation.evaluate_run(
-      Session(run, config, mesh), options
-    ).metrics['fid']
+    value = evaluate(run, config, mesh, options).metrics['fid']
     return value, Colors.seen - before
 
   first, count = judge()
@@ -224,6 +235,19 @@ def test_warns_of_singular_covariances(caplog):
   assert 'FID of 7 images against 6: no more than its 6 features' in (
     caplog.text
   )
+
+
+def test_kid_has_the_standard_error_of_its_subsets(monkeypatch):
+  rng = np.random.default_rng(0)
+  sets = [
+    statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8)) for n in (7, 9)
+  ]
+  found, _ = evaluation._compare(['kid'], *sets)
+  assert found['kid'].standard_error is None  # There is one subset of the 7.
+  monkeypatch.setitem(evaluation._SUBSETS, 'subset_size', 5)
+  found, _ = evaluation._compare(['kid'], *sets)
+  assert found['kid'].standard_error == found['kid_standard_deviation'] > 0
+  assert found['kid'].count == 7
 
 
 def test_folders(tmp_path, mesh):
@@ -316,9 +340,7 @@ def test_samples_are_compared_with_photographs(tmp_path, mesh):
 )
 def test_wrong_options(config, run, mesh, options, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    evaluation.evaluate_run(
-      Session(run, config, mesh), evaluation.Options(**options)
-    )
+    evaluate(run, config, mesh, evaluation.Options(**options))
 
 
 def test_labels_have_no_accuracy_and_need_names_for_clip(
@@ -327,15 +349,10 @@ def test_labels_have_no_accuracy_and_need_names_for_clip(
   config = config.copy_and_resolve_references()
   config.text.update(encoder='label', num_classes=8)
   with pytest.raises(ValueError, match='--metrics=prompt_accuracy: here'):
-    evaluation.evaluate_run(
-      Session(run, config, mesh),
-      evaluation.Options(metrics=['prompt_accuracy']),
-    )
+    evaluate(run, config, mesh, evaluation.Options(metrics=['prompt_accuracy']))
   with pytest.raises(ValueError, match='needs words, but text.class_names'):
-    evaluation.evaluate_run(
-      Session(run, config, mesh),
-      evaluation.Options(metrics=['clip'], clip=clip_directory.path),
-    )
+    options = evaluation.Options(metrics=['clip'], clip=clip_directory.path)
+    evaluate(run, config, mesh, options)
 
 
 def test_command(run):
@@ -355,7 +372,7 @@ def test_command(run):
     real=True,
   )
   assert not result.returncode, result.stderr
-  assert 'held out loss 8' in result.stderr
+  assert 'held_out_loss_8' in result.stderr
   _, line = map(json.loads, path.read_text().splitlines())
   assert {'accuracy_all', 'held_out_loss_8'} < line['metrics'].keys()
   settings = line['settings']

@@ -63,8 +63,6 @@ def test_it_runs_on_the_devices_that_are_here(run, monkeypatch):
   'options, expected',
   [
     ({}, 16),
-    ({'num_images': 3}, 8),
-    ({'num_images': 99}, 16),
     ({'evaluation': {'batch_size': 9}}, 16),
     ({'evaluation': {'batch_size': 3}, 'spatial': 4}, 4),
     ({'evaluation': {'batch_size': None}}, 16),
@@ -94,6 +92,7 @@ def test_a_run_of_an_older_version_is_opened_as_it_was(run):
   opened = session.open_run(workdir)
   with expected.unlocked():
     expected.data.max_pixels = 128_000_000
+    expected.eval.loss_every = 0
   assert opened.config == expected
   assert opened.config.text.padding == config.text.padding == 'max_length'
   jax.tree.map(np.testing.assert_array_equal, opened.restore().params, params)
@@ -109,3 +108,19 @@ def test_a_stored_config_is_checked(make_config, tmp_path):
   write_config(tmp_path, values | {'seed': -1})
   with pytest.raises(ValueError, match='config.json: seed=-1: give an integer'):
     session.open_run(str(tmp_path))
+
+
+def test_a_stage_that_is_asked_for(make_config, tmp_path, caplog):
+  config = make_config()
+  names = [stage.name for stage in config.stages]
+  for index, stage in enumerate(config.stages):
+    params = {'x': np.float32([index])}
+    toy.save_run(tmp_path, config, index, stage.steps - index, params)
+  for name, warned in ((names[0], False), (names[1], True), (None, True)):
+    caplog.clear()
+    with caplog.at_level('WARNING', logger='absl'):
+      model = session.open_run(str(tmp_path), stage=name).restore()
+    assert model.description['stage'] == (name or names[1])
+    assert ('The run is not finished' in caplog.text) == warned
+  with pytest.raises(ValueError, match="no stage 'x': give one of 8, 16."):
+    session.open_run(str(tmp_path), stage='x').restore()

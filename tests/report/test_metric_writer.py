@@ -1,5 +1,6 @@
 """Metrics survive a kill, rates exclude pauses, and peaks are right."""
 
+import io
 import json
 import logging as python_logging
 import os
@@ -15,9 +16,16 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
-from mdm_jax.report import background, console, metric_writer, progress
+from mdm_jax.report import (
+  background,
+  console,
+  metric_writer,
+  progress,
+  trackers,
+)
 from mdm_jax.runtime import peaks
 
 
@@ -26,121 +34,278 @@ def read_lines(workdir, name='metrics'):
   return [json.loads(line) for line in text.splitlines()]
 
 
-def read_events(workdir):
-  from tensorboardX.proto.event_pb2 import Event
+def read_events(directory):
+  """What TensorBoard's own reader finds in the event files of a directory."""
+  from tensorboard.backend.event_processing import event_accumulator
 
-  events = []
-  for path in sorted((workdir / 'tensorboard').iterdir()):
-    data = path.read_bytes()
-    while data:  # length, its checksum, the event, its checksum
-      length = int.from_bytes(data[:8], 'little')
-      events.append(Event.FromString(data[12 : 12 + length]))
-      data = data[16 + length :]
-  return {
-    value.tag: (event.step, value)
-    for event in events
-    for value in event.summary.value
-  }
+  keep_all = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 0)
+  return event_accumulator.EventAccumulator(str(directory), keep_all).Reload()
+
+
+def open_writer(workdir, *names, config=None, run_id=None):
+  return metric_writer.MetricWriter(
+    workdir, trackers.make_trackers(names, workdir, config or {}, run_id)
+  )
 
 
 def test_metrics_reach_the_file_and_tensorboard(tmp_path):
-  writer = metric_writer.MetricWriter(tmp_path)
-  writer.scalars(3, {'loss': jnp.float32(0.5), 'fid': np.inf}, stage='32')
+  config = {'seed': 3, 'data': {'name': '<b>*x*'}}
+  writer = open_writer(tmp_path, 'tensorboard', config=config)
+  writer.scalars(
+    3,
+    {'train': {'loss': jnp.float32(0.5), 'seen': 7}, 'eval': {'fid': np.inf}},
+    stage='32',
+  )
   writer.flush()
   lines = read_lines(tmp_path)  # while it is still open
   assert lines[0].pop('time') > 1.7e9
-  assert lines == [{'stage': '32', 'step': 3, 'loss': 0.5, 'fid': 'inf'}]
-  writer.image(3, 'samples', np.full((4, 6, 3), 7, np.uint8))
+  line = {'stage': '32', 'step': 3, 'loss': 0.5, 'seen': 7, 'fid': 'inf'}
+  assert lines == [line]
+  image = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+  writer.image(4, 'samples', image, stage='64')
   writer.close()
 
-  events = read_events(tmp_path)
-  step, value = events['32/loss']
-  assert step == 3 and value.simple_value == 0.5
-  assert events['samples'][1].image.width == 6
+  stage = read_events(tmp_path / 'tensorboard' / '32')
+  assert stage.Tags()['scalars'] == ['train/loss', 'train/seen', 'eval/fid']
+  for name, value in {'train/loss': 0.5, 'train/seen': 7.0}.items():
+    (event,) = stage.Scalars(name)
+    assert (event.step, event.value) == (3, value)
+    assert event.wall_time > 1.7e9
+  (event,) = read_events(tmp_path / 'tensorboard' / '64').Images('samples')
+  assert (event.step, event.width, event.height) == (4, 6, 4)
+  with Image.open(io.BytesIO(event.encoded_image_string)) as found:
+    np.testing.assert_array_equal(found, image)
+  whole = read_events(tmp_path / 'tensorboard')
+  assert whole.PluginTagToContent('text').keys() == {'config'}
+  (event,) = whole.Tensors('config')
+  text = event.tensor_proto.string_val[0].decode()
+  # Markdown shows lines after four spaces as they are.
+  assert all(line.startswith('    ') for line in text.splitlines())
+  assert json.loads(text) == config
 
 
 def test_a_resumed_run_appends(tmp_path):
   for loss in (0.5, 0.25):
-    writer = metric_writer.MetricWriter(tmp_path)
-    writer.scalars(3, {'loss': loss}, stage='32')
+    writer = open_writer(tmp_path, 'tensorboard')
+    writer.scalars(3, {'train': {'loss': loss}}, stage='32')
     writer.close()
   lines = read_lines(tmp_path)
   assert [line['loss'] for line in lines] == [0.5, 0.25]
   assert lines[0]['time'] <= lines[1]['time']
 
 
-def test_a_kill_loses_no_line(tmp_path):
-  program = textwrap.dedent("""
+def run_program(program, *arguments, **env):
+  root = pathlib.Path(console.__file__).parents[2]
+  path = f'{env.pop("PYTHONPATH", root)}:{root}'
+  return subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(program), *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    timeout=600,
+    env=os.environ | {'PYTHONPATH': path} | env,
+  )
+
+
+def test_a_kill_loses_no_line_and_nothing_heavy_is_imported(tmp_path):
+  # TensorBoard's own writers import it where it is installed.
+  (tmp_path / 'tensorflow.py').write_text('import os; os._exit(3)')
+  program = """
       import os, signal, sys
-      from mdm_jax.report import metric_writer
-      writer = metric_writer.MetricWriter(sys.argv[1])
+      from mdm_jax.report import metric_writer, trackers
+      assert not {'tensorboard', 'wandb'} & set(sys.modules)
+      made = trackers.make_trackers(['tensorboard'], sys.argv[1], {}, None)
+      writer = metric_writer.MetricWriter(sys.argv[1], made)
       for step in range(5):
-        writer.scalars(step, {'loss': step}, stage='a')
+        writer.scalars(step, {'train': {'loss': step}}, stage='a')
       writer.flush()
-      heavy = ('tensorflow', 'torch', 'transformers')
+      heavy = ('tensorflow', 'torch', 'transformers', 'wandb')
       assert not any(name in sys.modules for name in heavy)
       os.kill(os.getpid(), signal.SIGKILL)
-  """)
-  root = str(pathlib.Path(console.__file__).parents[2])
-  process = subprocess.run(
-    [sys.executable, '-c', program, str(tmp_path)],
-    env=os.environ | {'PYTHONPATH': root},
-  )
-  assert process.returncode == -signal.SIGKILL
+  """
+  done = run_program(program, tmp_path, PYTHONPATH=tmp_path)
+  assert done.returncode == -signal.SIGKILL, done.stderr
   assert [line['loss'] for line in read_lines(tmp_path)] == [0, 1, 2, 3, 4]
+  events = read_events(tmp_path / 'tensorboard' / 'a').Scalars('train/loss')
+  assert [event.value for event in events] == [0, 1, 2, 3, 4]
 
 
-def test_a_slow_tensorboard_holds_up_nothing(tmp_path, monkeypatch):
+class Slow:
+  """A tracker that comes to no end, or fails always."""
+
+  title = 'Slow'
+
+  def __init__(self, call):
+    self.scalars = self.image = self.finish = call
+
+
+def test_a_slow_or_failing_tracker_holds_up_nothing(
+  tmp_path, monkeypatch, caplog
+):
   monkeypatch.setattr(background, '_CLOSING', 0.1)
   free = threading.Event()
-  monkeypatch.setattr(
-    metric_writer.tensorboardX.event_file_writer.EventsWriter,
-    'write_event',
-    lambda *args: free.wait(),
+
+  def fail(*args):
+    raise OSError('no network')
+
+  writer = metric_writer.MetricWriter(
+    tmp_path,
+    [
+      Slow(lambda *args: free.wait()),
+      Slow(fail),
+      *trackers.make_trackers(['tensorboard'], tmp_path, {}, None),
+    ],
   )
-  writer = metric_writer.MetricWriter(tmp_path)
-  for step in range(100):  # Would never return if it waited for TensorBoard.
-    writer.scalars(step, {'loss': step}, stage='a')
+  for step in range(100):  # Would never return if it waited.
+    writer.scalars(step, {'train': {'loss': step}}, stage='a')
+  writer.flush()
   writer.close()
-  assert [line['loss'] for line in read_lines(tmp_path)] == [*range(100)]
   free.set()
+  assert [line['loss'] for line in read_lines(tmp_path)] == [*range(100)]
+  events = read_events(tmp_path / 'tensorboard' / 'a').Scalars('train/loss')
+  assert [event.value for event in events] == [*range(100)]
+  assert caplog.text.count('Slow cannot be written: no network') == 1
+  assert 'Slow: 101 writes were dropped' in caplog.text
 
 
 def test_a_disk_that_fills_up_ends_nothing(tmp_path):
-  program = textwrap.dedent("""
+  program = """
       import resource, sys
       import numpy as np
-      from mdm_jax.report import metric_writer
-      writer = metric_writer.MetricWriter(sys.argv[1])
-      writer.image(0, 'a', np.zeros((8, 8, 3), np.uint8))
+      from mdm_jax.report import metric_writer, trackers
+      made = trackers.make_trackers(['tensorboard'], sys.argv[1], {}, None)
+      writer = metric_writer.MetricWriter(sys.argv[1], made)
+      writer.image(0, 'a', np.zeros((8, 8, 3), np.uint8), stage='b')
       writer.flush()
       resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
       noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
       for step in range(20):
-        writer.image(step, 'a', noise)
-        writer.scalars(step, {'loss': step}, stage='a')
+        writer.image(step, 'a', noise, stage='b')
+        writer.scalars(step, {'train': {'loss': step}}, stage='b')
       writer.close()
-  """)
-  result = subprocess.run(
-    [sys.executable, '-c', program, str(tmp_path)],
-    capture_output=True,
-    text=True,
-    timeout=600,
-    cwd=pathlib.Path(console.__file__).parents[2],
-  )
+  """
+  result = run_program(program, tmp_path)
   assert result.returncode == 0
   assert 'TensorBoard cannot be written' in result.stderr
   assert 'Traceback' not in result.stderr
   assert [line['loss'] for line in read_lines(tmp_path)] == [*range(20)]
+  # What was cut off is gone, so that the rest can be read.
+  events = read_events(tmp_path / 'tensorboard' / 'b')
+  assert len(events.Images('a')) == 1
+  losses = [event.value for event in events.Scalars('train/loss')]
+  assert losses == [*range(20)]
+
+
+def wandb_run(workdir, **env):
+  """Two numbers and an image of a session of the same run."""
+  program = """
+      import sys
+      import numpy as np
+      from mdm_jax.report import metric_writer, trackers
+      from mdm_jax.runtime import ending
+      trackers.check(['wandb'])
+      assert 'tensorboard' not in sys.modules
+      made = trackers.make_trackers(
+        ['wandb'], sys.argv[1], {'seed': 3}, '0123456789abcdef' * 2
+      )
+      writer = metric_writer.MetricWriter(sys.argv[1], made)
+      writer.scalars(
+        4, {'train': {'loss': 0.125}, 'eval': {'fid': 2.5}}, stage='16'
+      )
+      writer.image(4, 'samples', np.zeros((4, 6, 3), np.uint8), stage='16')
+      writer.close()
+      ending.leave(0)
+  """
+  home = {'HOME': str(workdir), 'WANDB_MODE': 'offline'}
+  return run_program(program, workdir, **home | env)
+
+
+def test_weights_and_biases_offline(tmp_path):
+  result = wandb_run(tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert not result.stderr
+  (directory,) = tmp_path.glob('wandb/offline-run-*')
+  # A later session has the same identifier.
+  assert directory.name.endswith('-0123456789abcdef0123456789abcdef')
+  (image,) = directory.glob('files/media/images/16/samples_*.png')
+  with Image.open(image) as found:
+    assert found.size == (6, 4)
+  # Protocol buffers: the name, the tag of the value, its length, the value.
+  (record,) = directory.glob('*.wandb')
+  text = record.read_bytes()
+  assert b'\x0d16/train/loss\x82\x01\x050.125' in text
+  assert b'\x0b16/eval/fid\x82\x01\x032.5' in text
+  assert b'\x0716/step\x82\x01\x014' in text
+  assert b'\x04seed\x82\x01\x013' in text  # The config.
+  assert tmp_path.name.encode() in text  # The run's name.
+
+
+class Missing:
+  """A package that is not installed."""
+
+  def __getattr__(self, name):
+    raise ImportError('No module named wandb')
+
+
+def test_weights_and_biases_are_checked_before_the_run(monkeypatch, caplog):
+  monkeypatch.setattr(trackers, 'wandb', Missing())
+  trackers.check(['tensorboard'])
+  with pytest.raises(ValueError, match="trackers: 'wandb' .*install wandb"):
+    trackers.check(['tensorboard', 'wandb'])
+
+  class Error(Exception):
+    pass
+
+  class UsageError(Error):
+    pass
+
+  asked = []
+
+  def login(**options):
+    asked.append(mode)
+    raise error
+
+  monkeypatch.setattr(
+    trackers,
+    'wandb',
+    types.SimpleNamespace(
+      setup=lambda: types.SimpleNamespace(
+        settings=types.SimpleNamespace(mode=mode)
+      ),
+      login=login,
+      Error=Error,
+      errors=types.SimpleNamespace(UsageError=UsageError),
+    ),
+  )
+  mode, error = 'offline', UsageError()
+  trackers.check(['wandb'])
+  mode = 'online'
+  with pytest.raises(ValueError, match='run `wandb login`, or set WANDB_MODE='):
+    trackers.check(['wandb'])
+  error = Error('no network')  # Training does not depend on it.
+  trackers.check(['wandb'])
+  assert asked == ['online', 'online']
+  assert 'Weights & Biases cannot be reached now: no network' in caplog.text
+
+  # Nor on what happens later.
+  trackers.wandb.Settings = lambda **options: None
+
+  def init(**options):
+    raise error
+
+  trackers.wandb.init = init
+  (tracker,) = trackers.make_trackers(['wandb'], 'x', {}, None)
+  with pytest.raises(OSError, match='no network'):
+    tracker.scalars('16', 1, 0.0, {'train/loss': 1.0})
+  tracker.finish()
 
 
 def test_broken_files_end_nothing(tmp_path, caplog):
   (tmp_path / 'metrics.jsonl').mkdir()
   (tmp_path / 'tensorboard').write_text('')
-  writer = metric_writer.MetricWriter(tmp_path)
+  writer = open_writer(tmp_path, 'tensorboard')
   for step in range(3):
-    writer.scalars(step, {'loss': step}, stage='a')
-  writer.image(3, 'samples', np.zeros((4, 6, 3), np.uint8))
+    writer.scalars(step, {'train': {'loss': step}}, stage='a')
+  writer.image(3, 'samples', np.zeros((4, 6, 3), np.uint8), stage='a')
   writer.skipped({'step': 3})
   writer.submit((tmp_path / 'absent' / 'a.png').write_bytes, b'')
   writer.flush()

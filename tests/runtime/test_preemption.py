@@ -282,7 +282,7 @@ def test_a_run_stopped_anywhere_resumes(train, tmp_path):
   # During an evaluation.
   code, output, seconds = run('held-out prompts')
   assert code == 75
-  assert 'Held-out metrics' not in output
+  assert 'Metrics of stage' not in output
   assert seconds < SOON
   assert run('Finished')[0] == 0
   lines = [

@@ -20,7 +20,7 @@ from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.optim.skip_step import SkipRule
 from mdm_jax.runtime import sharding
-from mdm_jax.steps.evaluate import make_band_step, make_eval_step
+from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.objective import batch_losses, sample_noise
 from mdm_jax.steps.state import TrainState
 from mdm_jax.steps.train import make_train_step, new_state
@@ -157,19 +157,28 @@ def batch(make_config):
 
 
 @pytest.fixture(scope='module')
-def losses(training, batch, random_params):
-  """Runs five steps -> [5, 1 + levels], the loss and the loss of each level."""
+def metrics(training, batch, random_params):
+  """Runs five steps -> their metrics, with the first and last parameters."""
 
   @functools.cache
   def run(mesh_name, accumulate=1):
     made = training(mesh_name, accumulate)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
+      before = jax.device_get(state.params)
       state, metrics = made.run(state, batch)
-      values.append([metrics['loss'], *metrics['level_losses']])
-    return np.array(values)
+      values.append(jax.device_get(metrics))
+    return values, before, jax.device_get(state.params)
 
   return run
+
+
+@pytest.fixture(scope='module')
+def losses(metrics):
+  """Five steps -> [5, 1 + levels], the loss and the loss of each level."""
+  return lambda *given: np.array(
+    [[each['loss'], *each['level_losses']] for each in metrics(*given)[0]]
+  )
 
 
 @pytest.mark.parametrize(
@@ -185,10 +194,38 @@ def losses(training, batch, random_params):
     ('all', 4),
   ],
 )
-def test_equals_one_device_and_the_whole_batch(losses, mesh_name, accumulate):
+def test_equals_one_device_and_the_whole_batch(
+  losses, metrics, mesh_name, accumulate
+):
   expected = losses('one')
   assert np.ptp(expected[:, 0]) > 1e-2
   np.testing.assert_allclose(losses(mesh_name, accumulate), expected, rtol=1e-5)
+  # What is logged beside the losses.
+  for each, other in zip(metrics(mesh_name, accumulate)[0], metrics('one')[0]):
+    for name in ('grad_norm', 'update_norm', 'param_norm'):
+      np.testing.assert_allclose(each[name], other[name], rtol=1e-4)
+    for name in ('noise_sums', 'noise_counts'):  # Means over microbatches.
+      np.testing.assert_allclose(
+        accumulate * each[name], other[name], rtol=1e-4, atol=1e-5
+      )
+
+
+def test_norms_and_losses_by_noise(metrics):
+  def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+
+  values, before, after = metrics('one')
+  last = values[-1]
+  change = jax.tree.map(np.subtract, after, before)
+  np.testing.assert_allclose(last['update_norm'], norm(change), rtol=1e-4)
+  np.testing.assert_allclose(last['param_norm'], norm(after), rtol=1e-5)
+  assert 0.01 < last['update_norm'] < 0.1 * last['param_norm']
+  sums, counts = last['noise_sums'], last['noise_counts']
+  assert sums.shape == counts.shape == (2, 4)
+  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
+  np.testing.assert_allclose(
+    sums.sum(1) / counts.sum(1), last['level_losses'], rtol=1e-5
+  )
 
 
 @pytest.fixture(scope='module')
@@ -297,6 +334,7 @@ def poisoned(training, batch, random_params):
         for name in ('params', 'ema', 'opt_state')
       }
       assert int(after.step) == step + 1
+      assert (metrics['update_norm'] == 0) == (step in (3, 5, 7))
       assert int(metrics['skipped']) == int(after.guard.skipped)
       assert int(metrics['skipped_in_a_row']) == int(after.guard.in_a_row)
       seen.append((float(metrics['loss']), learned, after.guard))
@@ -418,8 +456,8 @@ def test_all_images_may_be_at_the_finest_resolution(
   made = training('one')
   config = make_config()
   config.stages[1].mixed_ratio = (1.0, 1.0)
-  eval_step = make_eval_step(
-    made.model, make_objective(config, config.stages[1]), 0
+  step = make_band_step(
+    made.model, make_objective(config, config.stages[1]), 0, 1
   )
   params = random_params(made.model, 8)
   whole = batch | {
@@ -430,7 +468,7 @@ def test_all_images_may_be_at_the_finest_resolution(
   }
   del whole['image_8']
   np.testing.assert_allclose(
-    eval_step(params, whole, 0), eval_step(params, batch, 0), rtol=1e-5
+    step(params, whole, 0), step(params, batch, 0), rtol=1e-5
   )
 
 
@@ -453,12 +491,12 @@ def test_losses_by_bands_of_noise(training, batch, random_params, make_config):
     )
     return (
       make_band_step(model, objective, 0, 4)(params, batch, 5),
-      make_eval_step(model, objective, 0)(params, batch, 5),
+      batch_losses(model, objective, params, batch, t, eps)[1]['level_losses'],
       t,
       batch_losses(model, coarse, params, batch, t, eps)[0],
     )
 
-  (sums, counts), means, t, coarse_losses = measure(
+  (sums, counts, squares), means, t, coarse_losses = measure(
     random_params(made.model, 8), batch
   )
   np.testing.assert_allclose(sums.sum(1) / counts.sum(1), means, rtol=1e-5)
@@ -467,6 +505,9 @@ def test_losses_by_bands_of_noise(training, batch, random_params, make_config):
     np.testing.assert_array_equal(row, np.bincount(seen, minlength=4))
   np.testing.assert_allclose(
     sums[0], np.bincount(bands, coarse_losses, 4), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    squares[0], np.bincount(bands, coarse_losses**2, 4), rtol=1e-5
   )
 
 

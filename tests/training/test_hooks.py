@@ -21,6 +21,12 @@ def test_periods():
   assert due(Hook(print, 0, at_end=True, with_saves=True), last=True) == []
 
 
+def test_two_periods():
+  assert due(Hook(print, 4, 6)) == [4, 6, 8, 12]
+  assert due(Hook(print, 0, 5)) == [5, 10]
+  assert Hook(print, 0, 5, at_end=True).is_due(7, last=True)
+
+
 def test_ends_and_saves():
   assert Hook(print, 5, at_end=True).is_due(7, last=True)
   assert not Hook(print, 5).is_due(7, last=True)

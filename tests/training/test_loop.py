@@ -46,13 +46,13 @@ def toy_config():
   config.checkpoint_every = 2
   config.checkpoints_to_keep = 3
   config.averages.update(widths=(0.05, 0.1), snapshot_every=2)
-  config.eval.update(every=3, best_metric='held_out_loss_8')
+  config.eval.update(every=3, loss_every=2, best_metric='held_out_loss_8')
   return config.lock()
 
 
 def save_nothing_beside(config):
   config.averages.widths = ()
-  config.eval.update(every=0, best_metric='')
+  config.eval.update(every=0, loss_every=0, best_metric='')
 
 
 def run(config, workdir):
@@ -112,27 +112,51 @@ def test_writes_the_documented_files(finished):
   )
   for key in (
     'grad_norm',
+    'last_grad_norm',
+    'update_norm',
+    'param_norm',
     'learning_rate',
     'images_per_second',
     'flops_per_second',
     'mfu',
   ):
     assert losses[0][key] > 0
-  events = read_events(finished)
-  for name in ('8/samples', '16/samples'):
-    assert events[name][0] == 6
-    assert events[name][1].image.width > 100
+  for line in losses:
+    assert line['images_seen'] == 16 * line['step']
+    assert line['images_per_second'] * line['seconds_per_step'] == (
+      pytest.approx(16)
+    )
+    # Each level sees at least one example of a band.
+    bands = [name for name in line if '_noise_' in name]
+    assert {name[: -len(name.partition('_noise_')[2])] for name in bands} == {
+      'loss_8_noise_',
+      'loss_16_noise_',
+    }
+    for size in ('8', '16'):
+      each = [line[name] for name in bands if name.startswith(f'loss_{size}_')]
+      assert min(each) <= line[f'loss_{size}'] <= max(each)
+  stages = [
+    read_events(finished / 'tensorboard' / name) for name in ('8', '16')
+  ]
+  for events in stages:
+    assert [event.step for event in events.Images('samples')] == [3, 6]
+    assert events.Images('samples')[-1].width > 100
+    assert [event.step for event in events.Scalars('train/loss')] == [2, 4, 6]
   values = json.loads((finished / 'eval' / '6.json').read_text())
   metrics = evaluations(finished)
-  assert [*metrics] == [('8', 3), ('8', 6), ('16', 3), ('16', 6)]
+  assert [*metrics] == [
+    (stage, step) for stage in ('8', '16') for step in (2, 3, 4, 6)
+  ]
   assert metrics['16', 6] == values
+  # Without samples by `eval.loss_every`.
+  assert set(metrics['8', 4]) == {'held_out_loss_8'}
   assert set(metrics['8', 3]) == set(values) - {'held_out_loss_16'}
   assert (
     metrics['8', 3]['held_out_loss_8'] != metrics['8', 6]['held_out_loss_8']
   )
-  step, value = events['16/held_out_loss_16']
-  assert step == 6
-  assert value.simple_value == pytest.approx(values['held_out_loss_16'])
+  event = stages[1].Scalars('eval/held_out_loss_16')[-1]
+  assert event.step == 6
+  assert event.value == pytest.approx(values['held_out_loss_16'])
   assert 0 < values['held_out_loss_16'] < 2
   assert 0 <= values['accuracy_background'] <= 1
 
@@ -175,11 +199,11 @@ def test_snapshots_and_the_best_are_saved(finished):
   for index, stage in enumerate(('8', '16')):
     losses = {
       step: evaluations(finished)[stage, step]['held_out_loss_8']
-      for step in (3, 6)
+      for step in (2, 3, 4, 6)
     }
     best = min(losses, key=losses.get)
     assert kept[f'best/{index}/{best}']['value'] == losses[best]
-    assert f'best/{index}/{9 - best}' not in kept
+    assert len([name for name in kept if name.startswith(f'best/{index}')]) == 1
 
   last = stage_directory(finished, config, 1)
   params, lags = (
@@ -289,11 +313,20 @@ def test_checkpoints_by_time_change_nothing_else(finished, tmp_path):
   config.update(
     checkpoint_every=1000, checkpoint_minutes=1e-9, checkpoints_to_keep=9
   )
+  config.log_every = 1
   run(config.lock(), tmp_path)
   directory = stage_directory(tmp_path, config, 0)
-  # Step 5 ends while the devices are one step ahead, its flag is read with 6.
-  assert saved_steps.good_steps(directory) == [2, 3, 4, 6]
+  assert saved_steps.good_steps(directory) == [2, 3, 4, 5, 6]
   assert digest(tmp_path, config, 0) == digest(finished, config, 0)
+  # What is logged is the mean over the steps since the last line.
+  for name in ('loss', 'grad_norm', 'update_norm', 'loss_8'):
+    each = [line[name] for line in training_lines(tmp_path)]
+    means = [line[name] for line in training_lines(finished, '8')]
+    np.testing.assert_allclose(np.reshape(each, (3, 2)).mean(1), means, 1e-6)
+    assert np.ptp(each) > 0
+  assert [line['last_loss'] for line in training_lines(finished, '8')] == (
+    [line['loss'] for line in training_lines(tmp_path)][1::2]
+  )
 
 
 def poison(monkeypatch, key):
@@ -322,6 +355,14 @@ def lines_of(path: pathlib.Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def training_lines(workdir, stage='8') -> list[dict]:
+  return [
+    line
+    for line in lines_of(workdir / 'metrics.jsonl')
+    if 'last_loss' in line and line['stage'] == stage
+  ]
+
+
 def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
   config = one_stage().lock()
   keys = batch_keys(config, 8, 8, batch=2)
@@ -338,6 +379,11 @@ def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
     'keys': keys,
   }
   assert lines_of(once / 'skipped.jsonl') == [line]
+  # A mean leaves it out: of steps 3 and 4 it is step 4's.
+  logged = training_lines(once)[1]
+  assert logged['skipped_steps'] == 1
+  assert logged['loss'] == logged['last_loss'] > 0
+  assert logged['grad_norm'] == logged['last_grad_norm'] > 0
   assert lines_of(twice / 'skipped.jsonl') == [line, line]
   assert digest(once, config, 0) == digest(twice, config, 0)
   state = restore.restore_item(stage_directory(once, config, 0), None, 'guard')
@@ -446,6 +492,7 @@ def test_every_key_but_those_named_must_stay(tmp_path):
     'sharding_rules',
     'data',
     'log_every',
+    'trackers',
     'sample_every',
     'checkpoint_every',
     'checkpoint_minutes',
@@ -728,6 +775,8 @@ def test_bad_records_are_counted_or_end_the_run(images, tmp_path, monkeypatch):
 
 def test_another_data_set_is_refused(images, tmp_path):
   config = image_config(images)
+  # An older run's name of it; the data set has no validation split.
+  config.eval.update(every=3, best_metric='held_out_loss_8')
   stop_at(2, config, tmp_path / 'run')
   tar = tmp_path / 's.tar'
   write_tar(tar, good_files(21))
@@ -743,7 +792,19 @@ def test_another_data_set_is_refused(images, tmp_path):
     run(config, tmp_path / 'run')
   config.data.may_change = True
   run(config, tmp_path / 'run')
-  assert (tmp_path / 'run' / 'eval' / '6.json').exists()
+  path = tmp_path / 'run' / 'eval' / '6.json'
+  values = json.loads(path.read_text())
+  assert values.keys() == {'train_split_loss_8'}
+  best = restore.read_extra(
+    stage_directory(tmp_path / 'run', config, 0, 'best')
+  )
+  assert best['metric'] == 'train_split_loss_8'
+  path.write_text('{"held_out_loss_8": 0.25}')
+  run(config, tmp_path / 'run')
+  lines = lines_of(tmp_path / 'run' / 'metrics.jsonl')
+  last = [line for line in lines if 'train_split_loss_8' in line][-1]
+  assert last['train_split_loss_8'] == 0.25
+  assert not any('held_out_loss_8' in line for line in lines)
 
 
 def test_classes_of_a_tfds_data_set(flowers, tmp_path):

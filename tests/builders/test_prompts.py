@@ -1,0 +1,26 @@
+"""The level of chance of prompt accuracy."""
+
+import pytest
+
+from mdm_jax.builders.prompts import chance_accuracy, make_vocabulary
+from mdm_jax.data import shapes
+from mdm_jax.eval import prompt_accuracy
+
+
+def test_chance_is_what_images_of_other_prompts_score():
+  """As drawn, and for uniform attributes as guessed."""
+  chance = chance_accuracy()
+  source = shapes.ShapesSource(7, 'held_out', 150, 64)
+  images = [source[i]['image'] for i in range(150)]
+  stated = [source.scene(i)[2] for i in range(150)]
+  vocabulary = make_vocabulary()
+  right = prompt_accuracy.accuracy(images, stated, vocabulary)
+  assert right['all'] > 0.9
+  wrong = prompt_accuracy.accuracy(images, [*stated[1:], stated[0]], vocabulary)
+  assert wrong.keys() == chance.keys() == set(prompt_accuracy.NAMES)
+  for name, value in wrong.items():
+    assert abs(value - chance[name]) < max(3 * value.standard_error, 0.02), name
+  assert chance['background'] == pytest.approx(1 / 6, abs=0.02)
+  # One object in three of four scenes, two in the others.
+  assert chance['count'] == pytest.approx(0.75**2 + 0.25**2, abs=0.03)
+  assert chance['all'] < 0.01
