@@ -23,13 +23,14 @@ from PIL import Image
 import pytest
 
 from mdm_jax.builders.model import make_model
-from mdm_jax.serving import access, queue
+from mdm_jax.serving import access, model_card, queue
 from tests import toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 WAIT = 600  # Seconds after which a test fails; nothing takes that long.
 ENTER = '\ue007'  # As Selenium types it.
 STEPS = 10_000  # At most; it takes a while.
+WEIGHTS = 'stage 16, EMA, step 20'
 
 
 def free_port() -> int:
@@ -490,7 +491,7 @@ def test_a_request_without_a_page_is_dropped(page, address):
     body = {
       'session_hash': session,
       'fn_index': index,
-      'data': ['', '', 1.0, STEPS, 'ddpm', 'clip', 0, 1, None],
+      'data': ['', '', 1.0, STEPS, 'ddpm', 'clip', 0, 1, WEIGHTS, None],
     }
     assert (
       status_of(
@@ -515,12 +516,17 @@ def served(users):
   samples = types.SimpleNamespace(
     about='a run',
     ready=threading.Event(),
-    examples=lambda count: [],
-    default_request=queue.Request('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
+    choices=[WEIGHTS],
+    max_images=4,
+    default_request=queue.Request(
+      '', '', 2.0, 5, 'ddim', 'clip', 0, 4, WEIGHTS
+    ),
     cancel=lambda owner: None,
   )
   listeners = access.Listeners()
-  page = pages.make_page(samples, listeners)
+  page = pages.make_page(
+    samples, listeners, model_card.ModelCard('', {}, {}, '', {})
+  )
   try:
     yield (
       page,

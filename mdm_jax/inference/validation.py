@@ -43,12 +43,11 @@ def validate_last(
     mesh: the devices.
     frozen: parameters that the model needs beside the trained ones.
   """
-  values, path = None, _metrics_path(stage, workdir)
-  if path.exists():
-    try:
-      values = files.read_json(path, lambda values: _are_metrics(stage, values))
-    except files.UnreadableFile as error:
-      logging.warning('%s: it is made anew.', error)
+  values = None
+  try:
+    values = read_metrics(stage, workdir)
+  except files.UnreadableFile as error:
+    logging.warning('%s: it is made anew.', error)
   if values is None:
     weights = restore_weights(stage.config, workdir, mesh)
     if weights.index != stage.index:
@@ -66,6 +65,20 @@ def validate_last(
     ),
   )
   return values
+
+
+def read_metrics(
+  stage: Stage, workdir: str | pathlib.Path
+) -> dict[str, float] | None:
+  """What `validate_last` has written of a run; None if it has not.
+
+  Raises:
+    UnreadableFile: what is there are no metrics of the stage.
+  """
+  path = _metrics_path(stage, workdir)
+  if not path.exists():
+    return None
+  return files.read_json(path, lambda values: _are_metrics(stage, values))
 
 
 def write_metrics(
