@@ -18,6 +18,8 @@ footer {display: none !important}
     grid-template-rows: auto 1fr;
     grid-template-areas: "ask results" "settings results"}
 }
+/* Gradio's own words, such as "Error", which would stay; #status says it. */
+#results [data-testid="status-tracker"] {display: none !important}
 #examples {flex-flow: row wrap !important; gap: 5px}
 #examples > div {flex: 1 0 100% !important; width: 100%; min-height: 0}
 #examples button {flex: 0 1 auto !important; width: auto; min-width: 0;
@@ -50,14 +52,13 @@ footer {display: none !important}
 .mdm-few img {width: 192px}
 .mdm-levels img.mdm-pixels {image-rendering: pixelated}
 #results.mdm-finest .mdm-levels > :not(:last-child) {display: none}
-#results.mdm-finest .mdm-few img {width: 256px}
 .mdm-samples a {margin-right: 10px; text-decoration: underline}
 .mdm-samples code {display: block; user-select: all; white-space: pre-wrap;
   overflow-wrap: anywhere; padding: 8px; border-radius: 4px; width: 0;
   min-width: 100%; background: var(--background-fill-secondary)}
 .mdm-card details {margin-top: 6px}
 .mdm-card summary {cursor: pointer}
-.mdm-card button, #gallery > div > button {cursor: pointer; padding: 2px 10px;
+.mdm-button {cursor: pointer; padding: 2px 10px;
   border-radius: 6px; border: 1px solid var(--border-color-primary);
   background: var(--button-secondary-background-fill);
   color: var(--button-secondary-text-color); font-size: var(--text-sm)}

@@ -95,9 +95,7 @@ def gallery(cards: list[str]) -> str:
   """The cards, newest first, with a download of all if there are several."""
   button = ''
   if len(cards) > 1:
-    button = (
-      '<button onclick="mdm.download(this)">Download everything (ZIP)</button>'
-    )
+    button = _download('Download everything (ZIP)')
   return f'<div>{button}{"".join(cards)}</div>'
 
 
@@ -168,7 +166,7 @@ def finished(queue: SampleQueue, job: Job) -> str:
     request,
     ''.join(samples),
     below=_film(job),
-    button='<button onclick="mdm.download(this)">Download (ZIP)</button>',
+    button=_download('Download (ZIP)'),
     data=f' data-settings="{html.escape(json.dumps(settings))}"',
   )
 
@@ -190,6 +188,12 @@ def _card(request: Request, samples: str, below='', button='', data='') -> str:
     f'<div class="mdm-card"{data}><b>{title}</b>'
     f'<div class="mdm-small">{settings} {button}</div>'
     f'<div class="mdm-samples{few}">{samples}</div>{below}</div>'
+  )
+
+
+def _download(text: str) -> str:
+  return (
+    f'<button class="mdm-button" onclick="mdm.download(this)">{text}</button>'
   )
 
 
@@ -240,7 +244,8 @@ def _film(job: Job) -> str:
     'network is given noisy images (x_t) and predicts the clean ones (x0). The '
     'sampler goes a little way towards them, and asks again. The log-SNR says '
     'how much image there is: below 0 there is more noise.</div>'
-    '<div class="mdm-controls"><button onclick="mdm.play(this)">Play</button>'
+    '<div class="mdm-controls"><button class="mdm-button" '
+    'onclick="mdm.play(this)">Play</button>'
     f'<input type="range" min="0" max="{last}" value="{last}" '
     'aria-label="sampling step" oninput="mdm.frame(this)">'
     f'<output class="mdm-small">{labels[-1]}</output></div>'

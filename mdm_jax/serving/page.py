@@ -338,8 +338,14 @@ def _connect(
   )
 
   def end():
-    # Whatever became of the request.
-    return '', gr.update(interactive=True), gr.update(interactive=False)
+    # Whatever became of the request, and of the connection meanwhile.
+    state = 'Ready' if queue.ready.is_set() else 'Warming up'
+    return (
+      html.about(queue, state),
+      '',
+      gr.update(interactive=True),
+      gr.update(interactive=False),
+    )
 
   generated = gr.on(
     [
@@ -355,11 +361,12 @@ def _connect(
     trigger_mode='once',
     **_HIDDEN,
   )
-  generated.then(end, None, [outputs.preview, *buttons], **_HIDDEN)
+  ended = [about, outputs.preview, *buttons]
+  generated.then(end, None, ended, **_HIDDEN)
   generated.failure(
-    lambda: html.error('The demo failed: its log says why. Try again.'),
+    lambda: (html.error('The demo failed: its log says why.'), *end()),
     None,
-    outputs.status,
+    [outputs.status, *ended],
     **_HIDDEN,
   )
   inputs.cancel.click(cancel, concurrency_limit=None, **_HIDDEN)
