@@ -67,7 +67,8 @@ footer {display: none !important}
 .mdm-controls input {flex: 1; min-width: 120px; max-width: 420px}
 .mdm-levels .mdm-frame {width: 94px; image-rendering: pixelated;
   background-size: 100% auto; background-position: 0 var(--mdm-at, 100%)}
-.mdm-pair {display: flex; flex-wrap: wrap; gap: 12px}
+.mdm-pair {display: flex; gap: 12px; max-width: 100%}
+.mdm-pair > * {min-width: 0}
 """
 
 # Packs the images of some cards into a ZIP without compression, as PNG files

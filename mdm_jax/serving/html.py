@@ -133,7 +133,7 @@ def preview(request: Request, images: tuple[np.ndarray, ...]) -> str:
     )
     for i in range(request.num_images)
   ]
-  return _card(request, ''.join(samples))
+  return _card(request, request.weights, ''.join(samples))
 
 
 def finished(queue: SampleQueue, job: Job) -> str:
@@ -162,8 +162,11 @@ def finished(queue: SampleQueue, job: Job) -> str:
     'model': job.model,
     'commands': commands,
   }
+  # Weights that were read later than they were listed may be of a later step.
+  weights = 'stage {stage}, {weights}, step {step:,}'.format(**job.model)
   return _card(
     request,
+    weights,
     ''.join(samples),
     below=_film(job),
     button=_download('Download (ZIP)'),
@@ -171,9 +174,16 @@ def finished(queue: SampleQueue, job: Job) -> str:
   )
 
 
-def _card(request: Request, samples: str, below='', button='', data='') -> str:
+def _card(
+  request: Request,
+  weights: str,
+  samples: str,
+  below: str = '',
+  button: str = '',
+  data: str = '',
+) -> str:
   settings = escape(
-    f'{request.weights}; {request.sampler}, {request.steps} steps, guidance '
+    f'{weights}; {request.sampler}, {request.steps} steps, guidance '
     f'{request.guidance:g}, threshold {request.threshold}'
   )
   # Right-to-left text must not reorder what is around it.

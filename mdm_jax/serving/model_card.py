@@ -94,6 +94,8 @@ def make_model_card(model: Model) -> ModelCard:
     )
     captions = _captions(config)
     examples = {'Captions of its data set': captions} if captions else {}
+  if len(model.stage.resolutions) > 1:
+    summary += f' Every image is made at {_sides(model)} pixels at once.'
   return ModelCard(summary, _facts(model), words, note, examples)
 
 
@@ -136,10 +138,13 @@ def _one_line(text: str) -> str:
   return ' '.join(text.split())
 
 
+def _sides(model: Model) -> str:
+  return ' and '.join(map(str, model.stage.resolutions))
+
+
 def _facts(model: Model) -> dict[str, str]:
   stage, config = model.stage, model.stage.config
   size = sum(leaf.size for leaf in jax.tree.leaves(model.weights.params))
-  sides = ' and '.join(map(str, stage.resolutions))
   together = ', denoised together' if len(stage.resolutions) > 1 else ''
   data = {
     'shapes': 'procedural shapes, drawn while training',
@@ -149,7 +154,7 @@ def _facts(model: Model) -> dict[str, str]:
   if config.data.path:
     data += f' ({os.path.basename(config.data.path.rstrip("/"))})'
   facts = {
-    'Resolution': f'{sides} pixels{together}',
+    'Resolution': f'{_sides(model)} pixels{together}',
     'Parameters': f'{size:,}',
     'Data': data,
     'Text': {

@@ -30,7 +30,7 @@ def hostile():
     Frame(step, np.array([step - 3.0]), job.images, job.images)
     for step in (1, 5)
   ]
-  job.model = {'stage': HOSTILE}
+  job.model = {'stage': HOSTILE, 'weights': HOSTILE, 'step': 1}
   ready = threading.Event()
   ready.set()
   queue = types.SimpleNamespace(
@@ -42,8 +42,8 @@ def hostile():
 def test_texts_are_escaped(hostile):
   job, queue = hostile
   card = html.finished(queue, job)
-  # Prompt, negative prompt, weights, sampler, threshold and command.
-  assert card.count(ESCAPED) == 6
+  # Prompt, negative prompt, stage, EMA, sampler, threshold and command.
+  assert card.count(ESCAPED) == 7
   # Text from right to left reorders nothing around it.
   assert card.count(f'<bdi>{ESCAPED}</bdi>') == 2
   words = {HOSTILE: (HOSTILE,)}
@@ -80,7 +80,7 @@ def test_settings_and_steps_are_in_the_card(hostile):
   settings = vars(found)['data-settings']
   assert settings['prompt'] == HOSTILE and settings['guidance'] == 2.0
   assert settings['commands'] == [HOSTILE]
-  assert settings['model'] == {'stage': HOSTILE}
+  assert settings['model'] == job.model
   assert vars(found)['data-labels'] == [
     'Step 1 of 5: log-SNR -2.0 at 8 px',
     'Step 5 of 5: log-SNR 2.0 at 8 px',

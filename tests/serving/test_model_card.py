@@ -48,6 +48,7 @@ def test_shapes(make_card):
   card = make_card()
   assert card.words['Shapes'] == shapes.SHAPES
   assert card.words['Backgrounds'] == tuple(shapes.BACKGROUNDS)
+  assert card.summary.endswith('is made at 8 and 16 pixels at once.')
   assert card.facts['Resolution'] == '8 and 16 pixels, denoised together'
   assert card.facts['Parameters'] == '1,234'
   assert card.facts['Training'].startswith('20 steps of 16 images at 8 pixels,')
