@@ -231,7 +231,7 @@ def _film(job: Job) -> str:
     for frame in job.film
   ]
   figures = []
-  for i in range(job.request.num_images):
+  for i in range(min(job.request.num_images, film.MAX_IMAGES)):
     seed = job.request.seed + i
     rows = ''.join(
       f'<div><div class="mdm-levels">{strips}</div>'

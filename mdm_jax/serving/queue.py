@@ -427,12 +427,9 @@ class SampleQueue:
       # Waits for the images, so that a cancelled job starts no further step.
       images = tuple(np.asarray(level)[:count] for level in images)
       if step in kept:
-        small = (
-          tuple(film.shrink(np.asarray(level)[:count]) for level in levels)
-          for levels in (x_t, images)
-        )
         log_snr = schedule.log_snr(times[step - 1])
-        job.film.append(film.Frame(step, log_snr, *small))
+        x_t = tuple(np.asarray(level)[:count] for level in x_t)
+        job.film.append(film.make_frame(step, log_snr, x_t, images))
       self._change(job, step=step, images=images)
       self._drop_unwanted()
       if job.cancelled.is_set():

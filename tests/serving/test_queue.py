@@ -397,12 +397,14 @@ def test_steps_are_kept_small(real):
   assert job.film[0].x_t[1].std() > 85  # noise
 
 
-def test_large_frames_are_averaged_down():
-  large = np.arange(300 * 300 * 3).reshape(1, 300, 300, 3).astype(np.uint8)
-  small = film.shrink(large)
-  assert small.shape == (1, 100, 100, 3)
-  assert small[0, 2, 5, 1] == int(large[0, 6:9, 15:18, 1].mean())
-  assert film.shrink(large, 300) is large
+def test_frames_are_small_and_as_noisy_as_the_images():
+  rng = np.random.default_rng(0)
+  large = rng.integers(0, 256, (5, 150, 150, 3), np.uint8)
+  frame = film.make_frame(1, np.zeros(1), (large,), (large,))
+  assert frame.x_t[0].shape == frame.x0[0].shape == (4, 50, 50, 3)
+  assert frame.x_t[0].std() > 70 and frame.x0[0].std() < 30
+  assert frame.x0[0][3, 2, 5, 1] == int(large[3, 6:9, 15:18, 1].mean())
+  assert film.shrink(large, 150) is large
 
 
 def test_other_weights_are_loaded_when_they_are_asked_for(
