@@ -1,20 +1,22 @@
 """What the demo says about a model, to somebody who has not seen its config."""
 
+import io
 import json
 import re
+import tarfile
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
-from mdm_jax.builders.prompts import Prompts
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.data import shapes
 from mdm_jax.inference.session import Model
 from mdm_jax.inference.weights import Weights
 from mdm_jax.runtime import sharding
-from mdm_jax.serving import model_card
 from mdm_jax.serving.model_card import make_model_card
+from mdm_jax.tools import prepare_data
 
 
 @pytest.fixture
@@ -91,17 +93,29 @@ def test_classes(make_card, tmp_path):
   assert card.examples['Classes'][0] == 'kind 0'
 
 
-def test_captions_of_images(make_card, monkeypatch):
-  captions = ['a  cat\non a mat', 'a cat on a mat', 'x' * 91, '', 'a dog']
-  monkeypatch.setattr(
-    model_card,
-    'make_prompts',
-    lambda config, count: Prompts(captions, None, None),
+def test_captions_of_images(make_card, tmp_path):
+  captions = ['a  cat\non a mat', 'a cat on a mat', 'x' * 91, 'a dog']
+  file = io.BytesIO()
+  Image.new('RGB', (20, 20)).save(file, 'PNG')
+  with tarfile.open(tmp_path / 'some.tar', 'w') as tar:
+    for i, caption in enumerate(captions):
+      for name, data in (
+        (f'{i}.png', file.getvalue()),
+        (f'{i}.txt', caption.encode()),
+      ):
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+  prepare_data.prepare(
+    f'{tmp_path}/*.tar',
+    f'{tmp_path}/cats',
+    prepare_data.Options(validation_fraction=0),
   )
-  card = make_card(**{'data.name': 'captioned_images', 'data.path': '/a/cats/'})
-  assert card.examples == {
-    'Captions of its data set': ('a cat on a mat', 'a dog')
-  }
+  card = make_card(
+    **{'data.name': 'captioned_images', 'data.path': f'{tmp_path}/cats/'}
+  )
+  (found,) = card.examples.values()
+  assert sorted(found) == ['a cat on a mat', 'a dog']
   assert card.facts['Data'] == 'your own images (cats)'
 
 
