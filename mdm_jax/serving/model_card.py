@@ -190,7 +190,8 @@ def _accuracy(model: Model) -> dict[str, str]:
     if name != 'all'
   )
   return {
-    'Accuracy': f'{found["all"]} of images show all that the prompt says'
+    'Accuracy': f'at the end of training, {found["all"]} of images showed all '
+    'that the prompt says'
     + (f' ({parts})' if parts else '')
-    + ', for prompts with combinations it never saw in training'
+    + ', for prompts with combinations that training had left out'
   }
