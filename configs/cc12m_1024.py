@@ -1,4 +1,4 @@
-"""CC12M in three stages: 64, 64+256 and 64+256+1024 px, as in the paper.
+r"""CC12M in three stages: 64, 64+256 and 64+256+1024 px, as in the paper.
 
     python -m mdm_jax.main --config=configs/cc12m_1024.py \
         --config.data.path=DIR --config.text.path=T5

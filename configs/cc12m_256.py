@@ -1,4 +1,4 @@
-"""CC12M at 64 px and then 64+256 px: the network of the released 256 model.
+r"""CC12M at 64 px and then 64+256 px: the network of the released 256 model.
 
     python -m mdm_jax.main --config=configs/cc12m_256.py \
         --config.data.path=DIR --config.text.path=T5

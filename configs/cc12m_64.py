@@ -1,4 +1,4 @@
-"""CC12M at 64 px: network and noise schedule of the released 64 px model.
+r"""CC12M at 64 px: network and noise schedule of the released 64 px model.
 
     python -m mdm_jax.main --config=configs/cc12m_64.py \
         --config.data.path=DIR --config.text.path=T5

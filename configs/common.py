@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       'seed': 0,
-      'dtype': 'float32',  # of activations; 'bfloat16' on TPU and GPU
+      'dtype': 'float32',  # of activations; 'bfloat16': mixed precision
       # Number of devices along each axis; one axis may be -1, which takes all
       # remaining devices.
       'mesh': {'data': -1, 'fsdp': 1, 'spatial': 1},
@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
       'watchdog': _watchdog(),
       'eval': _eval(),
     }
-  )
+  ).lock()
 
 
 def _data() -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _sampler() -> dict[str, Any]:
     'name': 'ddim',  # or ddpm, heun, dpm, dpm_sde
     'num_steps': 50,
     'eta': 0.0,  # DDIM's share of fresh noise, 0 to 1
-    'guidance': 7.5,  # weight; 1: no guidance
+    'guidance': 7.5,  # classifier-free guidance (CFG); 1: none
     'guidance_rescale': 0.0,  # to the unguided contrast, 0 to 1
     # First and last noising step that is guided, as shares of T.
     'guidance_interval': (0.0, 1.0),
@@ -246,7 +246,7 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
       'num_levels': num_levels,
       'steps': 100_000,
       'batch_size': 64,  # images a step, over all devices
-      'accumulate': 1,  # parts of the batch, one after the other
+      'accumulate': 1,  # gradient accumulation: parts of the batch
       'learning_rate': 5e-5,  # after the warm-up
       'warmup_steps': 10_000,  # linear, from 0
       'shift_power': 1.0,  # SNR / (resolution ratio) ** power

@@ -1,4 +1,4 @@
-"""Apple's released 64 px model, trained on Flickr images with captions.
+r"""Apple's released 64 px model, trained on Flickr images with captions.
 
     python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model_64x64.pth \
         --config=configs/flickr_64.py --config.text.path=T5 --workdir=DIR

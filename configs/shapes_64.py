@@ -3,16 +3,19 @@
     python -m mdm_jax.main --config=configs/shapes_64.py
 
 Made for two CPU cores, on which it takes about 12 minutes. The cheap 16 px
-stage learns what the words mean, so the 64 px stage needs few steps. Both
+stage learns what the words mean, so the 64 px stage needs fewer. Both
 levels work on patches of pixels and therefore predict x0: a patch's noise has
 more dimensions than their narrow channels can carry.
+
+`:long` trains the 64 px stage for 3,000 steps instead of 1,200, with crisper
+edges and better patterns.
 """
 
 from configs import common
 
 
 def get_config(mode: str = ''):
-  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
+  """Returns the recipe; `mode` is '', 'smoke' (toy-sized) or 'long'."""
   config = common.get_config()
   shared = {
     'temporal_dim': 128,
@@ -48,7 +51,7 @@ def get_config(mode: str = ''):
     common.stage(
       '64',
       2,
-      steps=540,
+      steps=1200,
       batch_size=64,
       learning_rate=0.01,
       warmup_steps=20,
@@ -72,4 +75,10 @@ def get_config(mode: str = ''):
   config.sample_every = 1000
   config.checkpoint_every = 250
   config.eval.update(loss_batches=4, batch_size=32)
-  return common.in_mode(config, mode)
+  return common.in_mode(config, mode, long=_long)
+
+
+def _long(config):
+  """Returns the recipe with a longer 64 px stage; the 16 px stage is equal."""
+  config.stages[1].steps = 3000
+  return config

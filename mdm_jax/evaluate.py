@@ -1,4 +1,4 @@
-"""Measures a trained model, with the settings that its metrics depend on.
+r"""Measures a trained model, with the settings that its metrics depend on.
 
   python -m mdm_jax.evaluate --workdir=runs/shapes_64
   python -m mdm_jax.evaluate --workdir=runs/shapes_64 --num_samples=10000 \

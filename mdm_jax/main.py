@@ -27,6 +27,13 @@ _WORKDIR = flag_types.define(
   'Directory for checkpoints, samples and metrics; the same one continues a '
   'run. Default: runs/<name of the config>.',
 )
+_PRINT_CONFIG = flags.DEFINE_boolean(
+  'print_config',
+  False,
+  'Print the configuration instead of training: all keys and values, which of '
+  'them the command line changes, and how they differ from the defaults and '
+  'from the run in --workdir.',
+)
 _DISTRIBUTED = flags.DEFINE_boolean(
   'distributed',
   False,
@@ -65,6 +72,15 @@ _HEARTBEAT = flag_types.integer(
 
 def main(_: list[str]) -> None:
   """Trains the run that the flags describe."""
+  config = _CONFIG.value
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, mode = name.partition(':')
+  # A recipe may have a mode of any name.
+  name = '_'.join(filter(None, [pathlib.Path(path).stem, mode]))
+  workdir = _WORKDIR.value or 'runs/' + name.replace('/', '_')
+  if _PRINT_CONFIG.value:
+    recipes.print_config(config, workdir)
+    return
   # Slow to import, and not needed for --help.
   import jax
 
@@ -81,12 +97,6 @@ def main(_: list[str]) -> None:
   )
   from mdm_jax.training import loop
 
-  config = _CONFIG.value
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, _, mode = name.partition(':')
-  # A recipe may have a mode of any name.
-  name = '_'.join(filter(None, [pathlib.Path(path).stem, mode]))
-  workdir = _WORKDIR.value or 'runs/' + name.replace('/', '_')
   console.setup_logging()
   compilation_cache.enable()
   with contextlib.ExitStack() as open_run:

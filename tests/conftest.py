@@ -191,7 +191,7 @@ def make_config():
   """() -> a fresh, unlocked config: 8 px, then 8+16 px, as small as can be."""
 
   def make():
-    config = common.get_config()
+    config = common.get_config().unlock()
     config.text.update(max_length=8, width=16, num_layers=0, num_heads=2)
     config.model.text.update(width=16, num_heads=2)
     shared = {'temporal_dim': 16, 'num_heads': 2, 'num_groups': 4}

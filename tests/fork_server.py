@@ -20,7 +20,6 @@ import warnings
 
 def _import() -> None:
   """What commands import; no backend may be started before a fork."""
-  import clu.parameter_overview  # noqa: F401
   import orbax.checkpoint  # noqa: F401
   import PIL.PngImagePlugin  # noqa: F401
   import tensorboardX  # noqa: F401

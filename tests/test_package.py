@@ -1,15 +1,19 @@
 """The package can be installed, and trains outside of the clone."""
 
+import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 
 from PIL import Image
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,7 +29,32 @@ def test_dependencies_are_those_of_the_requirements():
   assert project['dependencies'] == requirements('requirements.txt')
   extras = project['optional-dependencies']
   assert extras['demo'] == requirements('requirements-demo.txt')
-  assert extras.keys() == {'demo', 'tpu', 'cuda'}
+  assert extras.keys() == {'demo', 'parquet', 'tpu', 'cuda'}
+
+
+def test_one_license_and_one_address_everywhere():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  text = (ROOT / 'LICENSE').read_text()
+  # The text of apache.org, unchanged: licences are recognised by it.
+  assert hashlib.md5(text.encode()).hexdigest() == (
+    '3b83ef96387f14655fc854ddc3c6bd57'
+  )
+  citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+  assert citation['license'] == project['license'] == 'Apache-2.0'
+  paper = citation['preferred-citation']
+  assert (paper['title'], paper['year']) == (
+    'Matryoshka Diffusion Models',
+    2024,
+  )
+  address = project['urls']['Repository']
+  assert citation['repository-code'] == address
+  # In README.md and the notebook it is also part of an address of Colab.
+  owner = address.split('/')[-2]
+  for name in ('README.md', 'docs/quickstart.ipynb'):
+    text = (ROOT / name).read_text()
+    owners = re.findall(r'github(?:\.com)?/([^/\s]+)/mdm_jax\b', text)
+    assert set(owners) <= {owner}, name
+  assert address in (ROOT / 'README.md').read_text()
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
@@ -44,13 +73,17 @@ def test_a_wheel_trains_in_any_directory(tmp_path):
       source / name,
       ignore=shutil.ignore_patterns('__pycache__'),
     )
-  for name in ('pyproject.toml', 'README.md'):
+  for name in ('pyproject.toml', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, source)
   run(
     *(sys.executable, '-m', 'pip', 'wheel', source, f'--wheel-dir={tmp_path}'),
     *('--no-deps', '--no-build-isolation', '--no-cache-dir'),
   )
   (wheel,) = tmp_path.glob('mdm_jax-*.whl')
+  assert any(
+    name.endswith('licenses/LICENSE')
+    for name in zipfile.ZipFile(wheel).namelist()
+  )
   environment = tmp_path / 'environment'
   venv.create(environment, with_pip=False)
   python = environment / 'bin' / 'python'

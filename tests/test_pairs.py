@@ -27,6 +27,9 @@ PAIRS = {
   ('main', 'compare_samplers'): (
     'training/test_loop.py::test_samplers_are_compared'
   ),
+  ('main', 'compare_with_data'): (
+    'training/test_loop.py::test_samples_are_shown_beside_the_data'
+  ),
   ('sample', 'sample'): (
     'report/test_sample_directory.py'
     '::test_an_interrupted_directory_is_continued'

@@ -160,29 +160,47 @@ def require_same_config(
       names them.
   """
   try:
-    old = _with_added(files.read_json(epath.Path(workdir) / _FILE))
+    changes = changes_of_run(workdir, new, may_change)
   except files.UnreadableFile as error:
     logging.warning(
       '%s: it is made anew from --config, which could not be compared with it.',
       error,
     )
     return
-  # TFDS replaced '~' when this package did not.
-  if isinstance(data := old.get('data'), dict) and 'path' in data:
-    old['data'] = data | {'path': os.path.expanduser(str(data['path']))}
-  free = (*_MAY_CHANGE, *(f'{key}:' for key in may_change))
-  changed = [
-    line
-    for line in differences(old, new)
-    if not re.sub(r'\[\d+\]', '', line).startswith(free)
-  ]
-  if changed:
+  if changed := [
+    line for line, is_allowed in changes.items() if not is_allowed
+  ]:
     raise ValueError(
       f'{workdir} was trained with another config ('
       + '; '.join(changed[:5])
       + (' …' if len(changed) > 5 else '')
       + '): give another --workdir, or the same config.'
     )
+
+
+def changes_of_run(
+  workdir: epath.PathLike, new: Mapping, may_change: Sequence[str] = ()
+) -> dict[str, bool]:
+  """How a configuration differs from the one that a run was begun with.
+
+  Args:
+    workdir, new, may_change: as for `require_same_config`.
+
+  Returns:
+    Whether each change is allowed, by its line, see `differences`.
+
+  Raises:
+    UnreadableFile: the run's configuration cannot be read.
+  """
+  old = _with_added(files.read_json(epath.Path(workdir) / _FILE))
+  # TFDS replaced '~' when this package did not.
+  if isinstance(data := old.get('data'), dict) and 'path' in data:
+    old['data'] = data | {'path': os.path.expanduser(str(data['path']))}
+  free = (*_MAY_CHANGE, *(f'{key}:' for key in may_change))
+  return {
+    line: re.sub(r'\[\d+\]', '', line).startswith(free)
+    for line in differences(old, new)
+  }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -200,7 +200,7 @@ def check(config: ConfigDict) -> None:
       outside its range. The message names the key and the remedy.
   """
   found = set()
-  for section, name, key in _leaves(config, ''):
+  for section, name, key in leaves(config, ''):
     kind = KEYS[pattern(key)]
     found.add(key)
     value = section[name]
@@ -229,8 +229,16 @@ def find(config: ConfigDict, name: str) -> Any:
   return config
 
 
-def _leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
-  """(section, name, key) of each value that is not a section itself."""
+def leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
+  """(section, name, key) of each value that is not a section itself.
+
+  Args:
+    section: the configuration, or a section of it.
+    path: key of the section; '' for the whole configuration.
+
+  Raises:
+    ValueError: a key is unknown, or a value where a section should be.
+  """
   for name in section:
     key = f'{path}.{name}' if path else str(name)
     value = section[name]
@@ -245,13 +253,13 @@ def _leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
           raise ValueError(
             f'{key}[{i}]={_short(child)}: give a section; {wanted}.'
           )
-        yield from _leaves(child, f'{key}[{i}]')
+        yield from leaves(child, f'{key}[{i}]')
     elif pattern(key) in KEYS:
       yield section, name, key
     elif not any(other.startswith(f'{pattern(key)}.') for other in KEYS):
       raise ValueError(f'{key}: no such key; configs/common.py has all keys.')
     elif isinstance(value, Mapping | ConfigDict):
-      yield from _leaves(value, key)
+      yield from leaves(value, key)
     else:
       raise ValueError(f'{key}={_short(value)}: give a section of keys.')
 

@@ -1,6 +1,7 @@
 """The --config flag: finds recipes by name, and explains mistakes in a line."""
 
 from collections.abc import Sequence
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
@@ -16,12 +17,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags import config_path
 
-from mdm_jax.builders import ranges
+from mdm_jax.builders import listing, ranges
 from mdm_jax.runtime import flag_types
+from mdm_jax.runtime.printable import printable
 from mdm_jax.runtime.value_types import Path
 
 # The flag belongs to the module that calls `define`.
 flags.disclaim_key_flags()
+
+_KNOWN = 'configs/common.py has all keys.'
 
 
 def define(text: str, *, required: bool = True) -> flags.FlagHolder:
@@ -62,6 +66,24 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     config_dict.RequiredValueError,
   ) as error:
     sys.exit(f'error: {_explain(argv, error)}')
+
+
+def print_config(config: ConfigDict, workdir: str) -> None:
+  """Prints the configuration that a run would use, to standard output.
+
+  Args:
+    config: of the flag, with the changes of the command line.
+    workdir: of the run, which need not exist.
+  """
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  recipe = _RecipeParser().parse(path)
+  # Replaces '~'. What is missing or wrong, the command line has given.
+  with contextlib.suppress(ValueError):
+    ranges.check(recipe)
+  print(printable(f'# --config={path} --workdir={workdir}'))
+  common = _load(_shipped('common'))
+  print(printable(listing.listing(config, recipe, common)))
+  print(printable(listing.run_changes(config, workdir)))
 
 
 class _RecipeParser(flags.ArgumentParser):
@@ -136,7 +158,46 @@ def _where(path: str, error: BaseException) -> str:
     return f'{type(error).__name__}: {text}'
   if type(error) is ValueError and text.startswith('Unknown mode'):
     return text
-  return f'{path}, line {lines[-1]}: {type(error).__name__}: {text}'
+  why = _wrong_key(error) or f'{type(error).__name__}: {text}'
+  return f'{path}, line {lines[-1]}: {why}'
+
+
+def _wrong_key(error: BaseException) -> str | None:
+  """What is wrong with a key, if that is what a section raises an error for."""
+  found = None
+  for frame, _ in traceback.walk_tb(error.__traceback__):
+    values = frame.f_locals
+    name = values.get('key', values.get('attribute'))
+    if isinstance(values.get('self'), ConfigDict) and isinstance(name, str):
+      found = values['self'], name, values.get('value')
+  if not found:
+    return None
+  section, name, value = found
+  key = '.'.join(filter(None, [_place(section), name]))
+  if isinstance(error, KeyError | AttributeError) and name not in section:
+    return f'no such key ({key}){_or_rather(_near(key))}'
+  if isinstance(error, TypeError) and key in ranges.KEYS:
+    return f'{key}={value!r}: give {ranges.KEYS[key]}.'
+  if isinstance(error, TypeError) and key in _sections():
+    return f'{key}={value!r}: change one of its keys instead.'
+  return None
+
+
+def _place(section: ConfigDict) -> str:
+  """Where a section is, such as 'model.levels[]': its keys tell."""
+  sections, names = _sections(), set(section)
+  return max(sections, key=lambda path: len(sections[path] & names))
+
+
+def _sections() -> dict[str, set[str]]:
+  """The names in each section, by the section's own: '' is the whole config."""
+  sections = {}
+  for key in ranges.KEYS:
+    parts = key.split('.')
+    for i, part in enumerate(parts):
+      names = sections.setdefault('.'.join(parts[:i]), set())
+      names.add(part.removesuffix('[]'))
+  return sections
 
 
 def _with_range(argv: Sequence[str], text: str) -> str:
@@ -170,22 +231,40 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
 
 def _meant(key: str, config: ConfigDict) -> str:
   """The end of a message about an unknown key: what was meant perhaps."""
-  known = 'configs/common.py has all keys.'
   given = re.sub(r'\.(-?\d+)(?=\.|$)', r'[\1]', key)
   if found := re.match(r'(stages|model\.levels)(\[(-?\d+)\])?', given):
     count = len(ranges.find(config, found[1]) or ())
     if found[3] is None:
       given = given.replace(found[1], f'{found[1]}[0]', 1)
     elif not -count <= int(found[3]) < count:
-      return f': {found[1]} has {count} elements, from [0]; {known}'
-  near = difflib.get_close_matches(
-    ranges.pattern(given), [str(name) for name in ranges.KEYS], 1, 0.7
-  )
-  if not near:
-    return f'; {known}'
+      return f': {found[1]} has {count} elements, from [0]; {_KNOWN}'
+  near = _near(ranges.pattern(given))
   for index in re.findall(r'\[-?\d+\]', given):
-    near[0] = near[0].replace('[]', index, 1)
-  return f': did you mean {near[0]}? {known}'
+    near = near.replace('[]', index, 1)
+  return _or_rather(near)
+
+
+def _or_rather(near: str) -> str:
+  """The end of a message about an unknown key, with the one that was meant."""
+  return (f': did you mean {near}?' if near else ';') + f' {_KNOWN}'
+
+
+def _near(key: str) -> str:
+  """The known key that an unknown one is most like, or several; '' for none.
+
+  Args:
+    key: with [] in place of indices.
+  """
+  path, _, name = key.rpartition('.')
+  siblings = _sections().get(path, ())
+  if found := difflib.get_close_matches(name, sorted(siblings), 1, 0.7):
+    return '.'.join(filter(None, [path, found[0]]))
+  # A key of another section, or the name of the section is wrong.
+  if key not in siblings:
+    same = [other for other in ranges.KEYS if other.endswith(f'.{name}')]
+    if same:
+      return ' or '.join(same)
+  return ''.join(difflib.get_close_matches(key, sorted(ranges.KEYS), 1, 0.7))
 
 
 def _shipped(name: str) -> str:

@@ -196,6 +196,34 @@ class Stage:
       **options,
     )
 
+  def forward_flops(self, frozen: Params, text: jax.Array) -> float | None:
+    """FLOPs of the network on a batch, without gradients; quick to count.
+
+    Args:
+      frozen: parameters that the model needs beside the trained ones.
+      text: [N, ...], some texts as the text encoder reads them.
+
+    Returns:
+      XLA's count before it optimizes the program, over all devices; None if
+      the back end has none.
+    """
+    params = self.model.shapes(self.config.text.max_length) | frozen
+    sizes = self.batch_sizes
+    x_t = tuple(
+      jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32)
+      for size, side in zip(sizes, self.resolutions)
+    )
+    texts = jax.ShapeDtypeStruct((sizes[0], *text.shape[1:]), text.dtype)
+    t = jax.ShapeDtypeStruct(sizes[:1], jnp.float32)
+
+    def forward(params, texts, x_t, t):
+      cond = self.model.encode(params, texts)
+      repeats = mixed_batch.num_repeats(sizes)
+      return self.model.denoise(params, x_t, t, cond, repeats)
+
+    lowered = jax.jit(forward).lower(params, texts, x_t, t)
+    return (lowered.cost_analysis() or {}).get('flops')
+
   def batch_shapes(self, text: jax.ShapeDtypeStruct) -> dict[str, Any]:
     """Shapes of a global training batch.
 

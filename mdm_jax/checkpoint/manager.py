@@ -12,6 +12,7 @@ checkpoint it is. Every restore first compares both.
 
 from collections.abc import Mapping
 import concurrent.futures
+import time
 from typing import Any
 
 from absl import logging
@@ -58,7 +59,8 @@ class Checkpoints:
       CheckpointError: there are checkpoints, but none is good, or the directory
         cannot be opened.
     """
-    self._directory = epath.Path(directory).absolute()
+    self._given_directory = epath.Path(directory)
+    self._directory = self._given_directory.absolute()
     # Orbax's save_interval_steps would also save the first step of each run,
     # whether it is due or not.
     self._options = dict(
@@ -111,7 +113,7 @@ class Checkpoints:
     if not force and not self._manager.should_save(step):
       return False
     self._settle()
-    self._saving_step = step
+    self._saving_step, begin = step, time.monotonic()
     try:
       self._manager.save(
         step,
@@ -125,7 +127,7 @@ class Checkpoints:
       self._saving = concurrent.futures.Future()
       self._saving.set_exception(error)
     else:
-      self._saving = self._thread.submit(self._finish, step)
+      self._saving = self._thread.submit(self._finish, step, begin)
     return True
 
   def restore(
@@ -241,14 +243,25 @@ class Checkpoints:
       self._directory
     )  # Raises where process 0 has raised.
 
-  def _finish(self, step: int) -> None:
-    """Waits for the commit and adds the manifest; runs in a thread."""
+  def _finish(self, step: int, begin: float) -> None:
+    """Waits for the commit and adds the manifest; runs in a thread.
+
+    Args:
+      step: that is being saved.
+      begin: `time.monotonic()` when the save began, for the log.
+    """
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
       path = self._directory / str(step)
       if lacking := contents.hollow(path):
         raise FileNotFoundError(f'{path}: {lacking}')
       manifest.write(path)
+      logging.info(
+        'Saved step %d in %.1fs: %s',
+        step,
+        time.monotonic() - begin,
+        self._given_directory / str(step),
+      )
 
   def _settle(self, last: bool = False) -> None:
     """Waits for the save in flight, and logs the error if it failed.

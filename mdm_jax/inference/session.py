@@ -29,6 +29,7 @@ from mdm_jax.inference.weights import (
   restore_weights,
 )
 from mdm_jax.runtime import cpu, sharding
+from mdm_jax.runtime.environment import log_start
 from mdm_jax.steps.state import Params
 
 
@@ -103,6 +104,10 @@ class Session:
       FileNotFoundError, ValueError: see `restore_weights` and `load_frozen`.
     """
     stage, weights = self._restore_weights()
+    log_start(
+      weights=f'{self.workdir}: {stage.title}, step {weights.step} of '
+      f'{stage.num_steps}, {weights.ema}'
+    )
     model = self._load_frozen(stage, weights)
     # An earlier stage that was asked for is not taken for want of a later one.
     if not (model.is_finished or self.stage and model.is_finished_stage):

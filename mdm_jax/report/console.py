@@ -1,7 +1,7 @@
 """Console output: log filtering, tables, durations and parameter counts."""
 
+import collections
 from collections.abc import Mapping, Sequence
-import dataclasses
 import logging as python_logging
 import math
 import pathlib
@@ -9,11 +9,7 @@ import sys
 from typing import Any
 
 from absl import logging
-from etils import epy
 import jax
-
-with epy.lazy_imports():  # 0.3 s, which no --help should pay.
-  from clu import parameter_overview
 
 
 def duration(seconds: float) -> str:
@@ -41,6 +37,8 @@ def setup_logging() -> None:
     return (
       record.levelno >= python_logging.WARNING
       and not record.exc_info
+      # `runtime.environment` says it with the remedy.
+      and 'may be present on this machine' not in record.getMessage()
       or record.pathname.startswith(package)
     )
 
@@ -58,30 +56,23 @@ def setup_logging() -> None:
   sys.unraisablehook = report_others
 
 
-def log_parameter_overview(params: Mapping[str, Any]) -> None:
-  """Logs the number of parameters of each block.
+def num_parameters(params: Mapping[str, Any]) -> int:
+  """Number of parameters in nested dicts of arrays or `ShapeDtypeStruct`s."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def parameter_table(params: Mapping[str, Any]) -> str:
+  """A table of the number of parameters of each block.
 
   Args:
     params: nested dicts of arrays or `jax.ShapeDtypeStruct`. There is a row for
       each path of two keys; deeper leaves are summed.
   """
-
-  @dataclasses.dataclass
-  class Row:
-    name: str
-    parameters: int
-
-  rows = {}
+  counts = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path[:2], simple=True, separator='/')
-    row = rows.setdefault(name, Row(name, 0))
-    row.parameters += math.prod(leaf.shape)
-  total = sum(row.parameters for row in rows.values())
-  logging.info(
-    '%s parameters\n%s',
-    f'{total:,}',
-    parameter_overview.make_table(list(rows.values())),
-  )
+    counts[name] += math.prod(leaf.shape)
+  return table(list(counts.items()), ['block', 'parameters'])
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:

@@ -16,7 +16,12 @@ class Progress:
   """
 
   def __init__(
-    self, stage: str, first_step: int, last_step: int, batch_size: int
+    self,
+    stage: str,
+    first_step: int,
+    last_step: int,
+    batch_size: int,
+    later_steps: float | None = 0.0,
   ):
     """Starts the clock.
 
@@ -25,10 +30,13 @@ class Progress:
       first_step: number of steps already taken.
       last_step: number of steps at the end of the stage.
       batch_size: images of a step, over all devices.
+      later_steps: how many steps of this stage take as long as all later
+        stages; None if that is not known.
     """
     self._stage = stage
     self._last_step = last_step
     self._batch_size = batch_size
+    self._later_steps = later_steps
     self._start_step = self._step = first_step
     self.restart()
 
@@ -67,7 +75,7 @@ class Progress:
     Returns:
       'images_per_second' and 'seconds_per_step' without pauses, and
       'eta_seconds' until the end of the stage, which assumes as many pauses as
-      so far.
+      so far. The line also has the time until the end of the last stage.
     """
     now = time.monotonic()
     seconds = (now - self._time - self._paused) / (step - self._step)
@@ -78,6 +86,12 @@ class Progress:
       'seconds_per_step': seconds,
       'eta_seconds': pace * (self._last_step - step),
     }
+    eta = console.duration(rates['eta_seconds'])
+    if self._later_steps is None:
+      eta += f', all stages ≥{eta}'
+    elif self._later_steps:
+      later = pace * self._later_steps
+      eta += f', all stages ~{console.duration(rates["eta_seconds"] + later)}'
     each = ', '.join(f'{name}: {value:.4f}' for name, value in levels.items())
     logging.info(
       '%s  step %d/%d (%d %%)  %.1f images/s  eta %s  loss %.4f%s  grad %.2f'
@@ -87,7 +101,7 @@ class Progress:
       self._last_step,
       100 * step // self._last_step,
       rates['images_per_second'],
-      console.duration(rates['eta_seconds']),
+      eta,
       loss,
       f' ({each})' if len(levels) > 1 else '',
       grad_norm,

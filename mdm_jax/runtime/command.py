@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 import errno
 import logging as python_logging
+import select
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import app, logging
 
@@ -36,7 +37,7 @@ def run(
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='backslashreplace')
-  logging.get_absl_handler().setFormatter(_PrintableFormatter())
+  logging.get_absl_handler().setFormatter(_LineFormatter())
   # Python's process that removes shared memory after an ending that leaves it
   # behind, as all do here, warns that it has to.
   sys.warnoptions.append('ignore:resource_tracker:UserWarning')
@@ -60,7 +61,9 @@ def run(
   # ends now, and the threads of libraries have no say in it.
   except BaseException as error:
     code = 1
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+      pass  # The reader of a pipe, such as `head`, has read enough.
+    elif isinstance(error, OSError) and error.errno in _DISK:
       message = f'error: {error}. What is finished is kept.'
     # The environment's fault if a file is named, otherwise maybe ours.
     elif isinstance(error, OSError) and error.filename is not None:
@@ -74,10 +77,25 @@ def run(
   ending.finish(code, printable(message))
 
 
-class _PrintableFormatter(logging.PythonFormatter):
-  """Formats log lines as absl does, then escapes control characters."""
+def _is_unread(stream: TextIO) -> bool:
+  """Whether a stream is a pipe that its reader has closed."""
+  poll = select.poll()
+  poll.register(stream, 0)  # Errors are always reported.
+  return bool(poll.poll(0))
+
+
+class _LineFormatter(python_logging.Formatter):
+  """Log lines such as '20:52:06 WARNING text': control characters are escaped.
+
+  What is neither a warning nor an error has no word before its text.
+  """
+
+  def __init__(self):
+    super().__init__('%(asctime)s %(severity)s%(message)s', '%H:%M:%S')
 
   def format(self, record: python_logging.LogRecord) -> str:
+    is_bad = record.levelno >= python_logging.WARNING
+    record.severity = f'{record.levelname} ' if is_bad else ''
     return printable(super().format(record))
 
 

@@ -126,7 +126,7 @@ def read_json_lines(
 ) -> list[Any]:
   """Reads what can be read of a file with a JSON value on each line.
 
-  Other lines are left out, and their number is logged: a killed process may
+  Other lines are skipped, and their number is logged: a killed process may
   have cut off the last one. A file that cannot be read at all is logged too,
   and is as one without lines; so is a missing one, which is not logged.
 
@@ -155,7 +155,7 @@ def read_json_lines(
   except UnreadableFile as error:
     logging.warning('%s: it is not used.', error)
   if odd:
-    logging.warning('%s: %d lines cannot be read; left out.', path, odd)
+    logging.warning('%s: %d lines cannot be read; skipped.', path, odd)
   return values
 
 

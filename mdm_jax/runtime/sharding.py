@@ -9,6 +9,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from mdm_jax.runtime import environment
+
 AXES = ('data', 'fsdp', 'spatial')
 # Mesh axes that divide a batch; `spatial` divides the rows of each image.
 BATCH_AXES = ('data', 'fsdp')
@@ -47,11 +49,14 @@ def make_mesh(
 
   Args:
     axes: size of each of `AXES`; one may be -1, for the remaining devices.
-    devices: the devices to arrange; None for all.
+    devices: the devices to arrange; None for all. A warning is then logged if
+      these are CPUs, although the machine has accelerators.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
+  if devices is None:
+    environment.warn_if_an_accelerator_is_unused()
   sizes = mesh_sizes(axes, len(devices or jax.devices())).values()
   return jax.make_mesh(
     tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

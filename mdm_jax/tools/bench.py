@@ -1,4 +1,4 @@
-"""Measures how fast a config trains and samples on this machine's devices.
+r"""Measures how fast a config trains and samples on this machine's devices.
 
   python -m mdm_jax.tools.bench --config=configs/shapes_64.py
   python -m mdm_jax.tools.bench --config=configs/cc12m_64.py --batch_size=128 \

@@ -1,4 +1,4 @@
-"""Makes a working directory from weights that Apple's `ml-mdm` released.
+r"""Makes a working directory from weights that Apple's `ml-mdm` released.
 
   python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model_64x64.pth \
       --config=configs/flickr_64.py --config.text.path=T5 --workdir=DIR
@@ -60,8 +60,8 @@ def import_checkpoint(
     config: configuration of the run.
     workdir: working directory to create.
     dtype: `config.dtype` of the working directory, by which it is sampled.
-    ignore: regular expression; tensors that the model does not have are left
-      out if it is found in their names.
+    ignore: regular expression; tensors that the model does not have are
+      skipped if it is found in their names.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -169,7 +169,7 @@ def _params(stage, tensors: Mapping, ignored: re.Pattern | None) -> dict:
   except ValueError as error:
     if unknown:
       raise ValueError(
-        f'{error}. --ignore=REGEX leaves out unknown tensors.'
+        f'{error}. --ignore=REGEX skips unknown tensors.'
       ) from error
     raise
 
@@ -188,7 +188,7 @@ if __name__ == '__main__':
     'ignore',
     None,
     value_types.Text('a regular expression', r'.+'),
-    'Regular expression: tensors that the model does not have are left out if '
+    'Regular expression: tensors that the model does not have are skipped if '
     'it is found in their names. Default: they are an error.',
   )
   flag_types.define(

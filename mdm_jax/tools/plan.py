@@ -1,4 +1,4 @@
-"""Plans a run on a TPU slice: does it fit, how fast, and what does it cost?
+r"""Plans a run on a TPU slice: does it fit, how fast, and what does it cost?
 
   python -m mdm_jax.tools.plan --config=configs/cc12m_1024.py \
       --topology=v5e:4x4 --config.mesh.fsdp=16

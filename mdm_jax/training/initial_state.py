@@ -48,13 +48,14 @@ def make_initial_state(
     sharding.place(params, shardings.params)
   )
   logging.info(
-    '%s: %s px, %d steps of %d images.',
+    '%s: %s px, %d steps of %d images, %s parameters:\n%s',
     stage.title,
     '+'.join(map(str, stage.resolutions)),
     stage.num_steps,
     stage.batch_size,
+    f'{console.num_parameters(shapes.params):,}',
+    console.parameter_table(shapes.params),
   )
-  console.log_parameter_overview(shapes.params)
   return state
 
 

@@ -37,6 +37,7 @@ from mdm_jax.training.initial_state import make_initial_state
 from mdm_jax.training.monitor import Monitor
 from mdm_jax.training.run import Run, running
 from mdm_jax.training.stage_checkpoints import StageCheckpoints
+from mdm_jax.training.summary import log_summary
 
 # In the working directory.
 _DIRECTORIES = (
@@ -116,12 +117,12 @@ def train(
     CheckpointError: no checkpoint is good, or none can be saved.
     ReplicasDiffer: devices hold different copies of the state.
   """
-  start = time.monotonic()
+  if began is None:
+    began = time.monotonic()
   stages = make_stages(config)
   with running(config, workdir, mesh, frozen, began) as run:
     first = grow.next_stage([stage.directory(workdir) for stage in stages])
-    if first == len(stages):
-      logging.info('All stages are finished already.')
+    log_summary(run, stages, first)
     finished = True
     for stage in stages[first:]:
       finished = train_stage(run, stage)
@@ -137,7 +138,7 @@ def train(
   if not finished:
     logging.info('Stopped. The same command continues from here.')
     return False
-  logging.info('Finished in %s.', console.duration(time.monotonic() - start))
+  logging.info('Finished in %s.', console.duration(time.monotonic() - began))
   logging.info(
     'Next:\n  %s\n  tensorboard --logdir=%s',
     command_line(
@@ -172,9 +173,7 @@ def train_stage(run: Run, stage: Stage) -> bool:
 
     ##### Set up logs, checks and reports.
     monitor = Monitor(run, stage, first_step)
-    progress = Progress(
-      stage.title, first_step, stage.num_steps, stage.batch_size
-    )
+    progress = _make_progress(run, stage, first_step, batch['text'])
     run.stop.defer(saved.drain)
     hooks = make_hooks(run, stage, saved, monitor, progress, train_step, shapes)
     if 0 < first_step < stage.num_steps:
@@ -242,6 +241,7 @@ def _compile(
   run: Run, stage: Stage, state: TrainState, batch: Batch
 ) -> jax.stages.Compiled:
   begin = time.monotonic()
+  logging.info('%s: compiling the training step.', stage.title)
   with run.goodput.time('compile'):
     arguments = state, batch, run.frozen
     train_step = stage.make_train_step(empty_text(stage.config))
@@ -253,6 +253,35 @@ def _compile(
     console.duration(time.monotonic() - begin),
   )
   return compiled
+
+
+def _make_progress(
+  run: Run, stage: Stage, first_step: int, text: jax.Array
+) -> Progress:
+  """Progress lines of a stage, which also tell when the last stage ends.
+
+  Later stages are estimated by the work of their steps, in FLOPs of the network
+  without gradients and optimizer.
+
+  Args:
+    run: the training run.
+    stage: the stage to train.
+    first_step: number of steps already taken.
+    text: of a batch, as the text encoder reads it.
+  """
+  later, work = make_stages(stage.config)[stage.index + 1 :], 0.0
+  if later:
+    own, *flops = (
+      each.forward_flops(run.frozen, text) for each in (stage, *later)
+    )
+    work = None
+    if own and all(flops):
+      work = sum(
+        each.num_steps * count / own for each, count in zip(later, flops)
+      )
+  return Progress(
+    stage.title, first_step, stage.num_steps, stage.batch_size, work
+  )
 
 
 def _is_stopped(run: Run, monitor: Monitor, ask_all: bool) -> bool:

@@ -238,6 +238,62 @@ def test_a_recipe_that_is_wrong(case, tmp_path):
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    (
+      'config.model.levles = []',
+      'no such key (model.levles): did you mean model.levels?',
+    ),
+    (
+      'config.sampler.update(guidence=3)',
+      'no such key (sampler.guidence): did you mean sampler.guidance?',
+    ),
+    (
+      "config.update({'data': {'pth': 'x'}})",
+      'no such key (data.pth): did you mean data.path?',
+    ),
+    (
+      'common.level(16, chanels=(8,))',
+      'no such key (model.levels[].chanels): did you mean '
+      'model.levels[].channels?',
+    ),
+    (
+      "common.stage('a', 1, stepss=3)",
+      'no such key (stages[].stepss): did you mean stages[].steps?',
+    ),
+    # It is a key of another section.
+    (
+      'config.learning_rate = 1',
+      'no such key (learning_rate): did you mean stages[].learning_rate?',
+    ),
+    (
+      'config.num_heads = 1',
+      'no such key (num_heads): did you mean text.num_heads or '
+      'model.text.num_heads or model.levels[].num_heads?',
+    ),
+    ('print(config.smpler)', 'no such key (smpler): did you mean sampler?'),
+    ("config['text']['xyz'] = 1", 'no such key (text.xyz); configs/common.py'),
+    ("config.seed = 'x'", "seed='x': give an integer from 0 to"),
+    ('config.data = 3', 'data=3: change one of its keys instead.'),
+    ("config['sampler.eta'] = 3", 'ValueError: ConfigDict does not '),
+    ('config.data.items(3, 4)', 'TypeError: '),
+    ('{}.x', "AttributeError: 'dict' object has no attribute 'x'"),
+    ("{'a': 1}['b']", "KeyError: 'b'"),
+  ],
+)
+def test_a_wrong_key_in_a_recipe(line, message, tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from configs import common\ndef get_config():\n'
+    f'  config = common.get_config()\n  {line}\n  return config\n'
+  )
+  with pytest.raises(ValueError) as error:
+    recipes._RecipeParser().parse(str(path))
+  text = str(error.value)
+  assert text.startswith(f'{path}, line 4: {message}') and '\n' not in text
+
+
 def test_paths_of_no_recipe(tmp_path):
   parse = recipes._RecipeParser().parse
   for path, message in (

@@ -105,15 +105,21 @@ def test_restores_the_same_bytes_on_any_device_count(opened, num_devices):
   assert len(kernel.addressable_shards) == num_devices
 
 
-def test_saves_when_due_and_keeps_the_newest(tmp_path, opened):
+def test_saves_when_due_and_keeps_the_newest(tmp_path, opened, caplog):
   state = make_state()
-  saved = [
-    step for step in range(1, 17) if opened.save(step, state, {'at': step})
-  ]
-  assert saved == [5, 10, 15]
-  assert opened.save(16, state, {'at': 16}, force=True)
-  assert not opened.save(16, state, {'at': 16}, force=True)
-  opened.wait()
+  with caplog.at_level('INFO', logger='absl'):
+    saved = [
+      step for step in range(1, 17) if opened.save(step, state, {'at': step})
+    ]
+    assert saved == [5, 10, 15]
+    assert opened.save(16, state, {'at': 16}, force=True)
+    assert not opened.save(16, state, {'at': 16}, force=True)
+    opened.wait()
+  assert [
+    re.sub(r'\d+\.\ds', 'N', line)
+    for line in caplog.messages
+    if line.startswith('Saved')
+  ] == [f'Saved step {n} in N: {tmp_path}/0_32/{n}' for n in (5, 10, 15, 16)]
   assert opened.latest_step() == 16
   assert sorted(p.name for p in (tmp_path / '0_32').iterdir()) == ['15', '16']
   assert opened.restore(abstract(state), step=15)[1] == {'at': 15}

@@ -193,6 +193,29 @@ def test_rates_exclude_pauses(monkeypatch):
 
 
 @pytest.mark.parametrize(
+  'later_steps, expected',
+  [
+    (0.0, 'eta 7m30s  loss'),
+    # 450 s, and 1300 steps of 0.5 s.
+    (1300.0, 'eta 7m30s, all stages ~18m20s  loss'),
+    (None, 'eta 7m30s, all stages ≥7m30s  loss'),
+  ],
+)
+def test_the_end_of_the_run_is_estimated(
+  later_steps, expected, monkeypatch, caplog
+):
+  clock = types.SimpleNamespace(monotonic=lambda: 0.0)
+  monkeypatch.setattr(progress, 'time', clock)
+  lines_of = progress.Progress('a stage', 100, 1100, 8, later_steps)
+  clock.monotonic = lambda: 50.0
+  with caplog.at_level('INFO', logger='absl'):
+    lines_of.report(
+      200, loss=0.1, levels={'8': 0.1}, grad_norm=0.3, learning_rate=1e-3
+    )
+  assert expected in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
   'seconds,expected',
   [
     (0.4, '0s'),
@@ -247,21 +270,17 @@ def test_flops_of_a_matrix_product():
     assert peaks.flops_per_step(stub(cost)) is None
 
 
-def test_parameter_overview_sums_blocks(monkeypatch):
-  lines = []
-  monkeypatch.setattr(
-    logging, 'info', lambda text, *args: lines.append(text % args)
-  )
-  shape = jax.ShapeDtypeStruct((10, 20), jnp.float32)
-  console.log_parameter_overview(
-    {
-      'inner': {'down_0': {'conv': {'kernel': shape, 'bias': jnp.ones(20)}}},
-      'out': {'bias': jnp.ones(3)},
-    }
-  )
-  assert lines[0].startswith('223 parameters\n')
-  assert '| inner/down_0 | 220        |' in lines[0]
-  assert '| out/bias     | 3          |' in lines[0]
+def test_parameters_are_summed_over_blocks():
+  shape = jax.ShapeDtypeStruct((100, 20), jnp.float32)
+  params = {
+    'inner': {'down_0': {'conv': {'kernel': shape, 'bias': jnp.ones(20)}}},
+    'out': {'bias': jnp.ones(3)},
+  }
+  assert console.num_parameters(params) == 2023
+  assert console.parameter_table(params).splitlines()[2:] == [
+    'inner/down_0       2,020',
+    'out/bias               3',
+  ]
 
 
 def test_only_our_lines_and_warnings_are_logged(monkeypatch):
@@ -277,9 +296,12 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   console.setup_logging()
   logging.info('of a library')
   logging.warning('its warning')
-  console.log_parameter_overview({'a': {'b': jnp.ones(1)}})
+  logging.warning('An NVIDIA GPU may be present on this machine, but …')
+  progress.Progress('a stage', 0, 9, 8).report(
+    1, loss=0.0, levels={}, grad_norm=0.0, learning_rate=0.0
+  )
   logging.set_verbosity(verbosity)
-  assert seen == ['its warning', '%s parameters\n%s']
+  assert [text[:12] for text in seen] == ['its warning', '%s  step %d/']
 
 
 def test_table_is_aligned():

@@ -164,7 +164,7 @@ def test_good_lines_among_others_are_read(tmp_path, caplog):
   path.write_bytes(b'{"a": 1}\n\xff\n\n' + long + b'\r\n[2]\n{"a": 3}\n{"a": 4')
   assert files.read_json_lines(path) == [{'a': 1}, {'a': 3}]
   (record,) = caplog.records
-  assert record.getMessage() == f'{path}: 4 lines cannot be read; left out.'
+  assert record.getMessage() == f'{path}: 4 lines cannot be read; skipped.'
 
 
 def test_nothing_set_aside_is_lost(tmp_path):

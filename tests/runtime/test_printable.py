@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -94,7 +95,10 @@ from absl import logging
 from mdm_jax.runtime import command
 
 def main(_):
+  logging.set_verbosity(logging.INFO)
   logging.info('a \x1b[31mring\x1b[0m \u2192 \udcff\n\tline 2')
+  logging.warning('careful')
+  logging.error('wrong')
   print('\u2192')
   sys.exit('error: a \x1b[31mring\u2028 \u2192')
 
@@ -114,10 +118,24 @@ def test_logs_and_errors_are_escaped(variables):
   arrow = r'\u2192' if variables else '→'
   assert result.returncode == 1
   assert result.stdout.decode() == f'{arrow}\n'
-  first, second, last = result.stderr.decode().splitlines()
-  assert first.endswith(rf'a \x1b[31mring\x1b[0m {arrow} \udcff')
+  first, second, warning, error, last = result.stderr.decode().splitlines()
+  time, text = first[:9], first[9:]
+  assert re.fullmatch(r'[0-2]\d:[0-5]\d:[0-5]\d ', time)
+  assert text == rf'a \x1b[31mring\x1b[0m {arrow} \udcff'
   assert second == '\tline 2'
+  assert (warning[9:], error[9:]) == ('WARNING careful', 'ERROR wrong')
   assert last == rf'error: a \x1b[31mring\u2028 {arrow}'
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+  text = COMMAND.replace("print('\\u2192')", "print('x' * 10**6)")
+  process = subprocess.Popen(
+    [sys.executable, '-c', text], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  process.stdout.close()
+  lines = process.stderr.read().decode().splitlines()
+  assert process.wait() == 1
+  assert lines[-1].endswith(' ERROR wrong')  # The last of its log.
 
 
 def test_what_the_file_system_refuses_is_a_line():

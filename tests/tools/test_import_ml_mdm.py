@@ -139,7 +139,7 @@ def test_stray_tensors_are_left_out_if_asked(
   with pytest.raises(
     ValueError,
     match='unknown inner_unet.inner_unet.ema.decay; unknown num_batches. '
-    '--ignore=REGEX leaves out unknown tensors.',
+    '--ignore=REGEX skips unknown tensors.',
   ):
     run(None)
   with pytest.raises(ValueError, match='fit: unknown num_batches. --ignore='):

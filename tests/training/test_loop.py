@@ -15,7 +15,7 @@ import pytest
 
 from configs import common
 from mdm_jax.builders.config import stage_directory, write_config
-from mdm_jax.builders.data import batch_keys
+from mdm_jax.builders.data import batch_keys, make_source
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.builders.text import load_frozen
@@ -647,6 +647,25 @@ def test_samplers_are_compared(finished, tmp_path):
     ['ddim', '1'],
     ['ddim', '2'],
   ]
+
+
+def test_samples_are_shown_beside_the_data(finished, tmp_path):
+  output = tmp_path / 'comparison.png'
+  result = commands.run(
+    'mdm_jax.tools.compare_with_data',
+    f'--workdir={finished}',
+    f'--output={output}',
+    '--num_images=2',
+    '--steps=2',
+    env=ONE_DEVICE,
+  )
+  assert result.returncode == 0, result.stderr
+  with Image.open(output) as image:
+    page = np.asarray(image)
+  source = make_source(toy_config(), 'held_out', 16)
+  # Levels of 8 and 16 pixels and the data, 128 px each, 2 px apart.
+  shown = page[16 : 16 + 128 : 8, 16 + 260 : 16 + 388 : 8]
+  np.testing.assert_array_equal(shown, source[0]['image'])
 
 
 def test_sample_without_a_run_names_the_directory(tmp_path):

@@ -1,0 +1,115 @@
+r"""Writes an image of samples beside the images of the data set.
+
+  python -m mdm_jax.tools.compare_with_data --workdir=runs/shapes_64 \
+      --output=comparison.png
+
+Each cell shows one caption of the held-out split: the samples of all levels,
+coarse to fine, and then the image that the data set has for this caption. The
+records are the first ones of the split, so nothing is selected.
+"""
+
+import sys
+
+from absl import flags, logging
+
+from mdm_jax.inference import run_flags
+from mdm_jax.runtime import command, cpu, flag_types, value_types
+
+_OUTPUT = flag_types.define(
+  'output',
+  None,
+  value_types.Path('file', output=True),
+  'PNG file to write.',
+  required=True,
+)
+_SPLIT = flag_types.define(
+  'split',
+  None,
+  value_types.Choice(('train', 'validation', 'held_out')),
+  'Split of the data set. Default: the held-out one.',
+)
+_NUM_IMAGES = flag_types.integer(
+  'num_images', 16, 1, 1000, 'Number of captions.'
+)
+_SEED = flag_types.define('seed', 0, value_types.SEED, 'Sample i has seed + i.')
+
+
+def main(_: list[str]) -> None:
+  """Samples, and writes the image."""
+  # Slow to import, and not needed for --help.
+  from mdm_jax.builders.prompts import encode_prompts
+  from mdm_jax.inference import session
+  from mdm_jax.report import console, grid
+  from mdm_jax.runtime import compilation_cache
+
+  console.setup_logging()
+  compilation_cache.enable()
+  try:
+    value_types.check_seeds('--seed', _SEED.value, _NUM_IMAGES.value)
+    opened = session.open_run(
+      run_flags.workdir(),
+      any_prompt=True,
+      num_images=_NUM_IMAGES.value,
+      **run_flags.options(),
+    )
+    model = opened.restore()
+    prompts, captions, images = _records(
+      model.stage, _SPLIT.value, _NUM_IMAGES.value
+    )
+    text = encode_prompts(model.stage.config, prompts)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  seeds = range(_SEED.value, _SEED.value + len(captions))
+  sample_fn = model.stage.make_sample_fn(model.mesh, model.params)
+  levels = sample_fn(model.params, text, seeds)
+  grid.save_png(_OUTPUT.value, grid.grid([*levels, images], captions))
+  logging.info('Wrote %s.', _OUTPUT.value)
+
+
+def _records(stage, split: str | None, count: int):
+  """The first records of a split.
+
+  Args:
+    stage: a `builders.stage.Stage`.
+    split: None for the held-out one.
+    count: most records.
+
+  Returns:
+    For each record, its prompt, the caption to show and its image: two lists
+    of N texts, and uint8 [N, R, R, 3] at the finest resolution of the stage.
+
+  Raises:
+    ValueError: there is no such split.
+    FileNotFoundError: a file of the data set is missing.
+  """
+  import numpy as np
+
+  from mdm_jax.builders.data import held_out_split, make_source
+  from mdm_jax.builders.text import make_tokenizer
+  from mdm_jax.data import pipeline
+  from mdm_jax.data.transforms import Transform
+
+  config, resolution = stage.config, stage.resolutions[-1]
+  source = make_source(config, split or held_out_split(config), resolution)
+  tokenizer = make_tokenizer(config)
+  transform = Transform(
+    tokenizer, resolution, max_pixels=config.data.max_pixels
+  )
+  prompts, captions, images = [], [], []
+  for index in range(min(count, len(source))):
+    record = pipeline.usable_record(source, index)
+    if config.text.encoder == 'label':
+      prompts.append(str(record['label']))
+      captions.append(tokenizer.name(record['label']))
+    else:
+      prompts.append(record['caption'])
+      captions.append(record['caption'])
+    example = transform(record, np.random.default_rng(index))
+    images.append(example[transform.image_name])
+  return prompts, captions, np.stack(images)
+
+
+if __name__ == '__main__':
+  cpu.use_huge_pages()
+  flags.mark_flag_as_required('workdir')
+  command.run(main)

@@ -1,0 +1,99 @@
+"""What a run trains, on what and from where, as log lines before it starts."""
+
+from collections.abc import Sequence
+import time
+
+from ml_collections import ConfigDict
+
+from mdm_jax.builders.data import held_out_split, make_source
+from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.checkpoint import saved_steps
+from mdm_jax.report import console
+from mdm_jax.runtime import environment
+from mdm_jax.training.run import Run
+
+
+def log_summary(run: Run, stages: Sequence[Stage], first: int) -> None:
+  """Logs a line for each thing that a reader of the log asks first.
+
+  Args:
+    run: the training run.
+    stages: all stages of the run.
+    first: index of the stage to train now; their number if all are finished.
+  """
+  config = stages[0].config
+  mesh = ', '.join(f'{name} {size}' for name, size in run.mesh.shape.items())
+  environment.log_start(
+    mesh=mesh,
+    precision=f'{config.dtype} activations, float32 parameters',
+    data=_data(config),
+    text=_text(stages[-1]),
+    parameters=_parameters(run, stages),
+    workdir=run.workdir,
+    run=f'{time.strftime("%Y-%m-%d")}: {_resumed(run, stages, first)}',
+  )
+
+
+def _data(config: ConfigDict) -> str:
+  """The data set, and the sizes of its splits."""
+  split = held_out_split(config)
+  resolution = config.model.levels[-1].resolution
+  count = len(make_source(config, 'train', resolution))
+  path = f' in {config.data.path}' if config.data.path else ''
+  if split == 'train':
+    held_out = ', no validation split: held-out metrics are of training images'
+  else:
+    size = len(make_source(config, split, resolution))
+    held_out = f', {size:,} validation records'
+  return f'{config.data.name}{path}: {count:,} training records{held_out}'
+
+
+def _text(stage: Stage) -> str:
+  """The text encoder: its kind, size and tokens."""
+  text = stage.config.text
+  width = f'width {stage.model.text_encoder.width}'
+  if text.encoder == 'label':
+    return f'label: {text.num_classes:,} classes, {width}'
+  pieces = make_tokenizer(stage.config).vocab_size
+  tokens = f'at most {text.max_length} tokens of {pieces:,}'
+  if text.encoder == 'learned':
+    return f'learned encoder: {_layers(text.num_layers)}, {width}, {tokens}'
+  if text.encoder == 'precomputed':
+    return f'precomputed T5 features: {width}, {tokens}'
+  layers = _layers(stage.model.text_encoder.spec.num_layers)
+  return f'frozen T5 in {text.path}: {layers}, {width}, {tokens}'
+
+
+def _layers(count: int) -> str:
+  return f'{count} layer{"" if count == 1 else "s"}'
+
+
+def _parameters(run: Run, stages: Sequence[Stage]) -> str:
+  """How many parameters each stage trains, and how many are frozen."""
+  num_tokens = stages[0].config.text.max_length
+  parameters = {
+    f"in stage '{stage.name}'": stage.model.shapes(num_tokens)
+    for stage in stages
+  }
+  if run.frozen:
+    parameters['frozen in the text encoder'] = run.frozen
+  return ', '.join(
+    f'{console.num_parameters(params):,} {where}'
+    for where, params in parameters.items()
+  )
+
+
+def _resumed(run: Run, stages: Sequence[Stage], first: int) -> str:
+  """Where the run begins or continues."""
+  if first == len(stages):
+    return f'all {len(stages)} stages are finished'
+  stage = stages[first]
+  step = saved_steps.latest_step(stage.directory(run.workdir))
+  if step:
+    return f'continues {stage.title} at step {step} of {stage.num_steps}'
+  if step == 0:
+    return f'begins {stage.title} from imported weights'
+  if first:
+    return f"begins {stage.title}, stage '{stages[first - 1].name}' is finished"
+  return f'begins {stage.title}'
