@@ -2,8 +2,10 @@
 
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: 0 auto !important}
-.gradio-container {--body-text-color-subdued: var(--neutral-500);
-  --block-info-text-color: var(--neutral-500)}
+/* Gradio's grey is too pale to read, on either background. */
+.gradio-container {--body-text-color-subdued:
+    color-mix(in srgb, var(--body-text-color) 70%, transparent);
+  --block-info-text-color: var(--body-text-color-subdued)}
 .gradio-container h1 {margin: 0 0 2px 0}
 .gradio-container .html-container {padding: 0 !important}
 footer {display: none !important}

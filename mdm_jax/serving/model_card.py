@@ -179,7 +179,7 @@ def _accuracy(model: Model) -> dict[str, str]:
     return {}
   found = {
     name: f'{values[f"accuracy_{name}"]:.0%}'
-    for name in ('all', 'shape', 'color', 'background')
+    for name in ('all', 'shape', 'color', 'pattern', 'position', 'background')
     if f'accuracy_{name}' in values
   }
   if 'all' not in found:
