@@ -76,7 +76,9 @@ FORBIDDEN = (
   'tensorflow',
   'torch',
   'transformers',
-  'clu',
+  'clu.metric_writers',
+  'clu.periodic_actions',
+  'clu.checkpoint',
 )
 FILES = sorted(path for path in ROOT.rglob('*.py') if path.stem != '__init__')
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
