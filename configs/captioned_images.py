@@ -1,8 +1,12 @@
 r"""Your own captioned images, 64 px and then 256 px.
 
-    python -m mdm_jax.tools.prepare_data --input='DIR/*.tar' --output=data/mine
+    python -m mdm_jax.tools.prepare_data --input=IMAGES --output=data/mine
     python -m mdm_jax.main --config=configs/captioned_images.py \
         --config.data.path=data/mine
+
+IMAGES is a folder of images, each with its caption in a text file of the same
+name (cat.jpg, cat.txt) or in a row of metadata.csv; or of tars or Parquet
+files, see docs/data.md.
 
 Sized for a GPU; not yet trained at full size. `:memorize` trains a small model
 on a laptop until it reproduces a handful of images, which shows that a data

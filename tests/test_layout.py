@@ -15,8 +15,9 @@ ROWS = (
   'tools.compare_with_data '
   'tools.export_weights tools.import_ml_mdm tools.index_tars '
   'tools.precompute_text tools.prepare_data tools.train_tokenizer',
-  'tools.compile_for_tpu',
-  'tools.hlo',
+  'tools.compile_for_tpu tools.conversion',
+  'tools.hlo tools.tfds_writer',
+  'tools.worker_pool',
   'serving.page',
   'serving.html serving.access',
   'serving.queue',

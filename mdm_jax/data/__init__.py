@@ -8,5 +8,6 @@ Sources: `shapes` (procedural), `sources` (written by tools.prepare_data),
 `tar_index` (tars read in place) and `tfds_source` (TensorFlow Datasets).
 Text: `captions` (checks what comes in), `text` (tokenizer), `labels` (classes),
 `precomputed` (text features).
-`tars` finds the records of tars, from the members that `tar_members` reads.
+`inputs` finds the captioned images that prepare_data converts: in `tars`, whose
+members `tar_members` reads, in `folders` with `tables`, and in `parquet` files.
 """

@@ -10,7 +10,7 @@ def _builder(path: str):
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
     raise FileNotFoundError(
       f'There is no prepared data set in {path}: make one with python -m '
-      "mdm_jax.tools.prepare_data --input='…/*.tar' "
+      'mdm_jax.tools.prepare_data --input=IMAGES '
       f'--output={shlex.quote(str(path))}'
     )
   # Slow to import, so it is imported only where such a data set is read.

@@ -22,7 +22,7 @@ from mdm_jax.data.tar_members import DamagedTar, Member
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
-_MAX_IMAGE, _MAX_CAPTION = 256 * 2**20, 2**20  # bytes
+MAX_IMAGE, MAX_CAPTION = 256 * 2**20, 2**20  # bytes
 _MAX_MEMBERS = 2_000_000
 _MAX_NAMES = 2**28  # letters of all names
 # Bytes of all files that wait for the other file of their record.
@@ -40,35 +40,54 @@ def find(patterns: Sequence[str]) -> list[str]:
     ValueError: a glob cannot be read or matches nothing, or two tars have the
       same name, so that their records would have the same keys.
   """
-  paths = []
-  for pattern in patterns:
-    # The glob starts at the last directory before any wildcard.
-    parts = pattern.split('/')
-    wild = next(
-      (i for i, part in enumerate(parts[:-1]) if re.search(r'[*?[]', part)),
-      len(parts) - 1,
-    )
-    directory = '/'.join(parts[:wild]) or ('/' if wild else '.')
-    try:
-      found = sorted(
-        map(os.fspath, epath.Path(directory).glob('/'.join(parts[wild:])))
-      )
-    # An ImportError of fsspec says which package the bucket needs.
-    except (OSError, ImportError, ValueError) as error:
-      raise ValueError(f'--input={pattern} cannot be read: {error}.') from error
-    if not found:
-      raise ValueError(f'--input={pattern} matches no file.')
-    paths += found
-  by_stem = collections.defaultdict(list)
-  for path in paths:
-    by_stem[stem(path)].append(path)
-  for same in by_stem.values():
-    if len(same) > 1:
-      raise ValueError(
-        f'{same[0]} and {same[1]} would give their records the same keys: '
-        'rename one.'
-      )
+  paths = [path for pattern in patterns for path in match(pattern)]
+  require_distinct((stem(path), path) for path in paths)
   return paths
+
+
+def match(pattern: str) -> list[str]:
+  """The paths that match a glob, local or in a bucket.
+
+  Raises:
+    ValueError: the glob cannot be read or matches nothing.
+  """
+  # The glob starts at the last directory before any wildcard.
+  parts = pattern.split('/')
+  wild = next(
+    (i for i, part in enumerate(parts[:-1]) if re.search(r'[*?[]', part)),
+    len(parts) - 1,
+  )
+  directory = '/'.join(parts[:wild]) or ('/' if wild else '.')
+  try:
+    found = sorted(
+      map(os.fspath, epath.Path(directory).glob('/'.join(parts[wild:])))
+    )
+  # An ImportError of fsspec says which package the bucket needs.
+  except (OSError, ImportError, ValueError) as error:
+    raise ValueError(f'--input={pattern} cannot be read: {error}.') from error
+  if not found:
+    is_glob = re.search(r'[*?[]', pattern)
+    problem = 'matches no file' if is_glob else 'does not exist'
+    raise ValueError(f'--input={pattern} {problem}.')
+  return found
+
+
+def require_distinct(prefixes: Iterable[tuple[str, str]]) -> None:
+  """Raises ValueError if records of two paths would have the same keys.
+
+  Args:
+    prefixes: what the keys of a path's records begin with, and the path.
+  """
+  by_prefix = {}
+  for prefix, path in prefixes:
+    if by_prefix.get(prefix) == path:
+      raise ValueError(f'{path} is given twice.')
+    if prefix in by_prefix:
+      raise ValueError(
+        f'{by_prefix[prefix]} and {path} would give their records the same '
+        'keys: rename one.'
+      )
+    by_prefix[prefix] = path
 
 
 def split_of(key: str, validation_fraction: float) -> str:
@@ -122,13 +141,15 @@ def find_records(
       rejects.append(bad)
 
 
-def choose(files: Files, key: str) -> tuple[Any, Any, str]:
+def choose(
+  files: Files, key: str, image_suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> tuple[Any, Any, str]:
   """Returns image file, caption file, and the suffix of the latter.
 
   Raises:
     BadRecord: the image or the caption is missing.
   """
-  image = next((files[s] for s in IMAGE_SUFFIXES if s in files), None)
+  image = next((files[s] for s in image_suffixes if s in files), None)
   if image is None:
     raise BadRecord(key, 'caption without image')
   suffix = next((s for s in CAPTION_SUFFIXES if s in files), None)
@@ -341,7 +362,7 @@ def _files(
 def _unusable(member: Member, suffix: str, key: str) -> BadRecord | None:
   if member.kind:
     return BadRecord(key, 'not a plain file', f'{suffix}: {member.kind}')
-  limit = _MAX_IMAGE if suffix in IMAGE_SUFFIXES else _MAX_CAPTION
+  limit = MAX_IMAGE if suffix in IMAGE_SUFFIXES else MAX_CAPTION
   if member.size > limit:
     return BadRecord(key, 'file too large', f'{suffix} of {member.size} bytes')
   return None

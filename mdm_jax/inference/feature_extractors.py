@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from mdm_jax.data import images
+from mdm_jax.data import folders, images
 from mdm_jax.data.lines import read_lines
 from mdm_jax.eval import clip, fid, inception
 from mdm_jax.eval.clip_tokenizer import ClipTokenizer
@@ -327,20 +327,10 @@ def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
 
 
 def _find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
-  folder, seen, paths = pathlib.Path(directory), set(), []
-  # Unlike rglob, follows links to directories. Links may be circular, so each
-  # directory is read once.
-  for parent, subdirectories, names in os.walk(folder, followlinks=True):
-    if (real := os.path.realpath(parent)) in seen:
-      subdirectories.clear()
-      continue
-    seen.add(real)
-    subdirectories.sort()
-    paths += [pathlib.Path(parent, name) for name in names]
+  folder = pathlib.Path(directory)
   return sorted(
-    path
-    for path in paths
-    if path.suffix.lower() in images.SUFFIXES
-    and not images.is_system_file(path.relative_to(folder).as_posix())
-    and path.is_file()
+    folder / name
+    for name in folders.walk(folder)
+    if (folder / name).suffix.lower() in images.SUFFIXES
+    and (folder / name).is_file()
   )

@@ -246,7 +246,8 @@ class Path:
   """A path as the user of a shell means it: '~' is the home directory.
 
   Attributes:
-    kind: 'file' or 'directory'; 'text', a file or a pipe, read once; 'glob'.
+    kind: 'file' or 'directory'; 'text', a file or a pipe, read once; 'glob';
+      'input', a directory or a glob.
     output: whether it is written to, so need not exist.
     missing: whether it need not exist.
     empty: whether it may be the empty text.
@@ -262,9 +263,11 @@ class Path:
   suffixes: tuple[str, ...] = ()
 
   def __str__(self):
-    kind = {'text': 'text file', 'glob': 'glob of files'}.get(
-      self.kind, self.kind
-    )
+    kind = {
+      'text': 'text file',
+      'glob': 'glob of files',
+      'input': 'folder, or a glob of files',
+    }.get(self.kind, self.kind)
     ends = f', ending in {" or ".join(self.suffixes)}' if self.suffixes else ''
     return f'the path of a {kind}{ends}'
 
@@ -287,7 +290,7 @@ class Path:
     path = _expand(value, self.schemes)
     if not path.endswith(self.suffixes or ''):
       raise ValueError(f'give {self}.')
-    if self.kind != 'glob':
+    if self.kind not in ('glob', 'input'):
       self._check_on_disk(path)
     return path
 

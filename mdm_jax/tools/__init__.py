@@ -5,6 +5,7 @@ Weights: `import_ml_mdm`, `export_weights`. Speed and memory: `plan`, `bench`,
 `bench_data`. Samplers: `compare_samplers`. `--help` explains the flags; tests
 and other tools may import the functions.
 
-Two modules are no commands: `compile_for_tpu` compiles steps for TPU slices
+Five modules are no commands. `compile_for_tpu` compiles steps for TPU slices
 without TPUs, and `hlo` counts the bytes that a compiled program communicates.
+`conversion`, `tfds_writer` and `worker_pool` do the work of `prepare_data`.
 """

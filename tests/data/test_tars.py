@@ -64,7 +64,7 @@ def test_neighbours_need_no_memory(tmp_path, monkeypatch):
 
 
 def test_hostile_members(tmp_path, monkeypatch):
-  monkeypatch.setattr(tars, '_MAX_CAPTION', 50_000)
+  monkeypatch.setattr(tars, 'MAX_CAPTION', 50_000)
   nested = b'{"caption":' + b'[' * 40_000 + b']' * 4
   write_tar(
     tmp_path / 's.tar',

@@ -103,7 +103,7 @@ def test_there_are_all_commands():
   assert {
     f'mdm_jax.{name}' for name in ('main', 'sample', 'evaluate', 'demo')
   } < set(COMMANDS)
-  assert len(COMMANDS) == 4 + 10
+  assert len(COMMANDS) == 4 + 11
 
 
 def test_every_flag_has_a_kind(defined):
@@ -194,7 +194,7 @@ def test_paths_that_mean_nothing_are_refused(typed, tmp_path, monkeypatch):
   assert len(found) > 25
   for module, kind, flag in found:
     wrong = list(paths)
-    if kind.kind == 'glob':
+    if kind.kind in ('glob', 'input'):
       wrong = wrong[:-2]
     elif kind.kind == 'directory':
       wrong.append(f'{tmp_path}/file')
@@ -202,7 +202,7 @@ def test_paths_that_mean_nothing_are_refused(typed, tmp_path, monkeypatch):
       wrong += [str(tmp_path), '/dev/zero']
     if not kind.schemes:
       wrong += ['gs://bucket/x', 's3://x', 'https://x/y']
-    if not kind.output and kind.kind != 'glob':
+    if not kind.output and kind.kind not in ('glob', 'input'):
       wrong.append('missing')
     for value in wrong:
       assert refusal(flag, value), (module, flag.name, value)

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mdm_jax.data import sources, tars
+from mdm_jax.data import inputs, sources, tars
 from mdm_jax.data.images import decode_image
 from mdm_jax.runtime import files
-from mdm_jax.tools import prepare_data
+from mdm_jax.tools import conversion, prepare_data, tfds_writer
 from mdm_jax.tools.prepare_data import Options
 from tests import commands
 from tests.runtime.test_files import UNREADABLE
@@ -245,7 +245,7 @@ def test_train_is_never_empty(tmp_path):
 def test_small_tars_share_files_and_keep_their_order(tmp_path, monkeypatch):
   for i, count in enumerate([3, 2, 4, 1]):
     write_tar(tmp_path / f'{i}.tar', good_files(count))
-  monkeypatch.setattr(prepare_data, '_RECORDS_PER_SHARD', 5)
+  monkeypatch.setattr(tfds_writer, '_RECORDS_PER_SHARD', 5)
   prepare_data.prepare(
     f'{tmp_path}/?.tar', str(tmp_path / 'out'), Options(validation_fraction=0)
   )
@@ -295,7 +295,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
       yield record
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepare_data.tars, 'read_records', read_until_the_third)
+    patch.setattr(tars, 'read_records', read_until_the_third)
     with pytest.raises(KeyboardInterrupt):
       prepare_data.prepare(f'{tmp_path}/*.tar', str(output), options)
     assert not output.exists()
@@ -343,6 +343,7 @@ def test_reports_that_cannot_be_read_are_made_anew(tmp_path, monkeypatch):
     good.replace('"rejects"', '"rejected"'),
   ]
   assert good not in odd
+  part = inputs.TarPart(str(tmp_path / '1.tar'))
   monkeypatch.chdir(begun.parent)
   for make in [*(make for make, _ in UNREADABLE.values()), *odd]:
     report.unlink()
@@ -350,8 +351,8 @@ def test_reports_that_cannot_be_read_are_made_anew(tmp_path, monkeypatch):
       report.write_text(make)
     else:
       make(report)
-    assert not prepare_data._is_finished(report)
-    prepare_data._convert(options, (str(tmp_path / '1.tar'), report))
+    assert not conversion._is_finished(report)
+    conversion._convert(options, (part, report))
     assert report.read_text() == good
 
   settings = begun.read_text()
@@ -524,10 +525,10 @@ def test_a_record_that_cannot_be_made_is_a_reject(tmp_path, monkeypatch, step):
   """Whatever fails, and with whatever error."""
   write_tar(tmp_path / 's.tar', good_files(3))
   owner, name = {
-    'load_image': (prepare_data, 'load_image'),
+    'load_image': (conversion, 'load_image'),
     'resize': (Image.Image, 'resize'),
     'encode': (Image.Image, 'save'),
-    'example': (type(prepare_data._features()), 'encode_example'),
+    'example': (type(tfds_writer.make_features()), 'encode_example'),
   }[step]
   whole, calls = getattr(owner, name), []
 
@@ -552,12 +553,12 @@ def test_a_record_that_cannot_be_made_is_a_reject(tmp_path, monkeypatch, step):
 def test_an_error_of_the_output_is_no_reject(tmp_path, monkeypatch):
   write_tar(tmp_path / 's.tar', good_files(3))
 
-  class Broken(prepare_data.array_record_module.ArrayRecordWriter):
+  class Broken(tfds_writer.array_record_module.ArrayRecordWriter):
     def write(self, record):
       raise RuntimeError('no space left')
 
   monkeypatch.setattr(
-    prepare_data.array_record_module, 'ArrayRecordWriter', Broken
+    tfds_writer.array_record_module, 'ArrayRecordWriter', Broken
   )
   with pytest.raises(RuntimeError, match='no space left'):
     prepare_data.prepare(f'{tmp_path}/s.tar', str(tmp_path / 'out'))
@@ -601,7 +602,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, size):
   try:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert 'Finished tars are kept' in done.stderr.splitlines()[-1]
+    assert 'Finished parts are kept' in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
     assert not (disk / 'out').exists()
     finished = len(list(disk.glob('out.incomplete/00*.json')))
