@@ -35,4 +35,5 @@ def get_config(mode: str = ''):
   config.stages = [common.stage('64', 1, steps=1_000_000, batch_size=1024)]
   config.log_every = 100
   config.sample_every = config.checkpoint_every = 5000
+  config.eval.loss_every = 5000
   return common.in_mode(config, mode)

@@ -192,7 +192,7 @@ def _eval() -> dict[str, Any]:
     'loss_batches': 8,  # held-out batches of the loss
     'batch_size': 16,  # images sampled at once
     'every': 0,  # steps; 0: only at the end of the run
-    'loss_every': 500,  # steps between two held-out losses; 0: by `every`
+    'loss_every': 1000,  # steps between two held-out losses; 0: by `every`
     # Metric by which each stage's best EMA is kept, such as
     # 'held_out_loss_64' or 'accuracy_shape'; '': none is kept.
     'best_metric': '',

@@ -74,7 +74,7 @@ def get_config(mode: str = ''):
   config.log_every = 50
   config.sample_every = 1000
   config.checkpoint_every = 250
-  config.eval.update(loss_batches=4, batch_size=32)
+  config.eval.update(loss_batches=4, batch_size=32, loss_every=180)
   return common.in_mode(config, mode, long=_long)
 
 

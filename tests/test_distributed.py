@@ -28,6 +28,7 @@ CONFIG = toy.recipe(
   sample_every=60,
   checkpoint_every=10,
   eval__every=30,
+  eval__loss_every=20,
   **KEEPING,
 )
 TWO_STAGES = toy.recipe(

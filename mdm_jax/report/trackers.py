@@ -7,6 +7,7 @@ installed, so event files are written here, with TensorBoard's messages.
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -275,15 +276,19 @@ def check(names: Sequence[str]) -> None:
   Raises:
     ValueError: a package is not installed, or needs an account.
   """
-  if 'wandb' not in names:
-    return
-  try:
-    mode = wandb.setup().settings.mode
-  except ImportError:
-    raise ValueError(
-      "trackers: 'wandb' needs Weights & Biases: pip install wandb."
-    ) from None
-  if jax.process_index() or mode != 'online':
+  for name in names:  # Those of their packages.
+    found = importlib.util.find_spec(name)
+    # A directory of this name, such as W&B writes one, is no package.
+    if found is None or found.origin is None:
+      raise ValueError(
+        f'trackers: {name!r} needs a package: pip install {name}.'
+      )
+  if 'wandb' in names and jax.process_index() == 0:
+    _check_account()
+
+
+def _check_account() -> None:
+  if wandb.setup().settings.mode != 'online':
     return
   try:
     wandb.login(timeout=_LOGIN)

@@ -165,8 +165,7 @@ def make_hooks(
         _make_validation(run, stage, saved, sample_fn),
         config.eval.every,
         config.eval.loss_every,
-        # The run ends with an evaluation in any case.
-        at_end=bool(config.eval.every) or not stage.is_last,
+        at_end=True,
         replayed=True,
       )
     )

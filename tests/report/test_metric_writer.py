@@ -1,5 +1,6 @@
 """Metrics survive a kill, rates exclude pauses, and peaks are right."""
 
+import importlib.util
 import io
 import json
 import logging as python_logging
@@ -239,18 +240,25 @@ def test_weights_and_biases_offline(tmp_path):
   assert tmp_path.name.encode() in text  # The run's name.
 
 
-class Missing:
-  """A package that is not installed."""
-
-  def __getattr__(self, name):
-    raise ImportError('No module named wandb')
-
-
-def test_weights_and_biases_are_checked_before_the_run(monkeypatch, caplog):
-  monkeypatch.setattr(trackers, 'wandb', Missing())
+def test_trackers_are_checked_before_the_run(monkeypatch, caplog):
   trackers.check(['tensorboard'])
-  with pytest.raises(ValueError, match="trackers: 'wandb' .*install wandb"):
-    trackers.check(['tensorboard', 'wandb'])
+  find = importlib.util.find_spec
+  for name in ('tensorboard', 'wandb'):
+    # W&B writes a directory of its name where it is run.
+    for found in (None, types.SimpleNamespace(origin=None)):
+      with monkeypatch.context() as patch:
+        patch.setattr(
+          importlib.util,
+          'find_spec',
+          lambda asked, name=name, found=found: (
+            found if asked == name else find(asked)
+          ),
+        )
+        with pytest.raises(ValueError) as error:
+          trackers.check(['tensorboard', 'wandb'])
+        assert str(error.value) == (
+          f"trackers: '{name}' needs a package: pip install {name}."
+        )
 
   class Error(Exception):
     pass
@@ -416,6 +424,25 @@ def test_duration(seconds, expected):
 def test_peak_flops_by_device_kind(kind, expected):
   device = types.SimpleNamespace(platform='gpu', device_kind=kind)
   assert peaks.peak_flops(device) == expected
+
+
+def test_memory_of_the_fullest_device(monkeypatch):
+  assert peaks.memory_in_use() == {}  # A CPU does not tell.
+
+  def device(**stats):
+    return types.SimpleNamespace(memory_stats=lambda: stats)
+
+  devices = [
+    device(bytes_in_use=2**30, peak_bytes_in_use=2**32),
+    device(bytes_in_use=3 * 2**29, peak_bytes_in_use=2**31),
+  ]
+  monkeypatch.setattr(jax, 'local_devices', lambda: devices)
+  assert peaks.memory_in_use() == {
+    'device_memory_gib': 1.5,
+    'device_memory_peak_gib': 4.0,
+  }
+  devices[1] = device(bytes_in_use=2**31)
+  assert peaks.memory_in_use() == {'device_memory_gib': 2.0}
 
 
 def test_peak_flops_of_a_cpu_is_measured():

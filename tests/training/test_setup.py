@@ -1,10 +1,13 @@
 """What a run needs at its end is checked before it begins."""
 
+import json
+
 from absl import logging
 import pytest
 
 from mdm_jax.builders.prompts import Prompts
-from mdm_jax.training import loop
+from mdm_jax.report import trackers
+from mdm_jax.training import loop, run
 
 
 @pytest.mark.parametrize('name', ['checkpoints', 'samples', 'tensorboard'])
@@ -32,6 +35,32 @@ def test_a_working_directory_that_cannot_be_written(
   with pytest.raises(ValueError, match=f'nothing can be written to {tmp_path}'):
     loop.setup(make_config().lock(), str(tmp_path / 'run'))
   assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_cannot_be_used(make_config, tmp_path, monkeypatch):
+  config = make_config()
+  config.trackers = ('tensorboard', 'wandb')
+
+  def refuse(names):
+    raise ValueError(f'{names}: no account')
+
+  monkeypatch.setattr(trackers, 'check', refuse)
+  with pytest.raises(ValueError, match="'tensorboard', 'wandb'.*: no account"):
+    loop.setup(config.lock(), str(tmp_path / 'run'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_trackers_continue_the_run(make_config, tmp_path, monkeypatch):
+  config, asked = make_config().lock(), []
+  monkeypatch.setattr(
+    run, 'make_trackers', lambda *given: asked.append(given) or []
+  )
+  for _ in range(2):
+    with run.running(config, str(tmp_path), None, {}):
+      pass
+  own = json.loads((tmp_path / 'run.json').read_text())['run']
+  config = json.loads(config.to_json())
+  assert asked == [(('tensorboard',), str(tmp_path), config, own)] * 2
 
 
 def test_the_command_at_the_end_can_be_pasted(
