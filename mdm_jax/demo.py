@@ -61,24 +61,30 @@ def main(_: list[str]) -> None:
       'error: the demo needs Gradio: pip install -r requirements-demo.txt'
     )
   # Slow to import, and not needed for --help.
-  from mdm_jax.inference import session
+  from mdm_jax.inference import session, weights
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache, preemption
 
   console.setup_logging()
   compilation_cache.enable()
   try:
-    model = session.open_run(
+    opened = session.open_run(
       run_flags.workdir(), any_prompt=True, **run_flags.options()
-    ).restore()
+    )
+    model = opened.restore()
+    others = {
+      saved: opened.of(saved).restore
+      for saved in weights.saved_weights(opened.config, opened.workdir)
+    }
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
+  from mdm_jax.serving.model_card import make_model_card
   from mdm_jax.serving.page import launch, make_page
   from mdm_jax.serving.queue import SampleQueue
 
-  queue = SampleQueue(model, _MAX_WAITING.value)
+  queue = SampleQueue(model, _MAX_WAITING.value, others)
   listeners = access.Listeners()
-  page = make_page(queue, listeners)
+  page = make_page(queue, listeners, make_model_card(model))
   # It never waits for a compilation.
   preemption.StopHandler(queue.close, code=0)
   try:

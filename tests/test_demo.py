@@ -17,19 +17,22 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from mdm_jax.builders.model import make_model
-from mdm_jax.serving import access, queue
+from mdm_jax.serving import access, model_card, queue
 from tests import toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 WAIT = 600  # Seconds after which a test fails; nothing takes that long.
 ENTER = '\ue007'  # As Selenium types it.
 STEPS = 10_000  # At most; it takes a while.
+WEIGHTS = 'stage 16, EMA, step 20'
 
 
 def free_port() -> int:
@@ -115,14 +118,9 @@ def workdir(make_config, random_params, tmp_path_factory):
   config.diffusion.num_steps = STEPS
   config.sampler.update(guidance=3.0, threshold='clip')
   path = tmp_path_factory.mktemp('a run')
-  model = make_model(config, config.stages[1])
-  toy.save_run(
-    path,
-    config,
-    1,
-    config.stages[1].steps,
-    random_params(model, config.text.max_length),
-  )
+  for index, stage in enumerate(config.stages):
+    params = random_params(make_model(config, stage), config.text.max_length)
+    toy.save_run(path, config, index, stage.steps, params)
   return path
 
 
@@ -305,6 +303,113 @@ def test_an_image_arrives_and_its_command_samples_it(
     difference = np.abs(shown - np.asarray(Image.open(file), int))
     assert difference.max() <= 1
     assert difference.mean() < 0.01
+
+
+def test_an_example_is_the_prompt(page):
+  (example,) = [
+    button
+    for button in page.all('#examples button')
+    if button.text == 'a large red circle on a white background'
+  ]
+  example.click()
+  page.wait(
+    lambda: (
+      page.all('#prompt textarea')[0].get_attribute('value') == example.text
+    )
+  )
+  page.all('#card button')[0].click()
+  page.wait(lambda: 'bottom right' in page.text('#card'))
+
+
+def script(page, text):
+  return page.browser.execute_script(f'return {text}')
+
+
+def test_an_earlier_stage_its_steps_and_the_zip(page):
+  page.type('num_images', '2')
+  page.type('steps', '30')
+  page.press('generate')
+  page.wait(lambda: len(page.all('#gallery .mdm-card')) == 1)
+  page.all('#weights input')[0].click()
+  page.wait(lambda: len(page.all('#weights [role=option]')) == 2)
+  page.all('#weights [role=option]')[1].click()
+  page.press('generate')
+  page.wait(lambda: len(page.all('#gallery .mdm-card')) == 2)
+  newest, older = page.all('#gallery .mdm-card')
+  assert newest.text.splitlines()[1].startswith('stage 8, EMA, step 20; ddim,')
+  assert [
+    len(card.find_elements('css selector', 'img')) for card in (newest, older)
+  ] == [2, 4]
+  # One level of those that have two.
+  page.all('#levels input')[1].click()
+  page.wait(lambda: not page.all('#gallery img')[2].is_displayed())
+  assert [image.is_displayed() for image in page.all('#gallery img')] == [
+    True, True, False, True, False, True
+  ]  # fmt: skip
+
+  page.all('.mdm-film summary')[1].click()
+  label = 'document.querySelectorAll(".mdm-film output")[1].textContent'
+  assert script(page, label).startswith('Step 30 of 30: log-SNR ')
+  slider = page.all('.mdm-film input')[1]
+  slider.send_keys('\ue011')  # the Home key
+  assert script(page, label).startswith('Step 1 of 30: log-SNR -')
+  frames = """[...document.querySelectorAll('.mdm-film')[1].querySelectorAll(
+    '.mdm-frame')].map(x => getComputedStyle(x).backgroundPositionY)"""
+  assert script(page, frames) == ['0%'] * 8  # x_t and x0, 2 samples, 2 levels
+
+  packed = page.browser.execute_async_script("""
+    const done = arguments[0], zip = mdm.zip
+    mdm.zip = files => {
+      const made = zip(files)
+      made.arrayBuffer().then(data => done([...new Uint8Array(data)]))
+      return made
+    }
+    document.querySelector('#gallery .mdm-button').click()
+    mdm.zip = zip""")
+  with zipfile.ZipFile(io.BytesIO(bytes(packed))) as archive:
+    assert archive.testzip() is None
+    assert archive.namelist() == [
+      *(f'request_2/seed_{i}_8.png' for i in (0, 1)),
+      *(f'request_1/seed_{i}_{side}.png' for i in (0, 1) for side in (8, 16)),
+      'settings.json',
+    ]
+    second, first = json.loads(archive.read('settings.json'))
+    image = Image.open(io.BytesIO(archive.read('request_1/seed_1_16.png')))
+    shown = page.all('#gallery img')[-1].get_attribute('src')
+    np.testing.assert_array_equal(np.asarray(image), decode(shown))
+  assert (second['model']['stage'], first['model']['stage']) == ('8', '16')
+  assert first['steps'] == 30 and first['weights'] == WEIGHTS
+
+
+def test_results_are_beside_the_controls_or_below_generate(page):
+  def places():
+    return script(
+      page,
+      """['#generate', '#results', '#settings'].map(x => {
+        const box = document.querySelector(x).getBoundingClientRect()
+        return [box.left, box.right, box.top, box.bottom]})""",
+    )
+
+  generate, results, settings = places()
+  assert generate[1] < results[0] and results[2] < generate[2] < settings[2]
+  page.browser.execute_cdp_cmd(
+    'Emulation.setDeviceMetricsOverride',
+    {'width': 390, 'height': 844, 'deviceScaleFactor': 1, 'mobile': True},
+  )
+  try:
+    page.type('num_images', '2')
+    page.press('generate')
+    page.wait(lambda: len(page.all('#gallery figure')) == 2)
+    page.all('.mdm-film summary')[0].click()
+    generate, results, settings = places()
+    assert generate[3] < results[2] < generate[3] + 60
+    assert results[3] < settings[2]
+    assert script(page, 'document.documentElement.scrollWidth') <= 390
+    widest = """Math.max(...[...document.querySelectorAll('#results *')].map(
+      x => x.getBoundingClientRect().right))"""
+    assert script(page, widest) <= 390
+  finally:
+    page.browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
 
 
 def test_cancel_stops_soon_and_leaves_the_page_usable(page):
@@ -490,7 +595,7 @@ def test_a_request_without_a_page_is_dropped(page, address):
     body = {
       'session_hash': session,
       'fn_index': index,
-      'data': ['', '', 1.0, STEPS, 'ddpm', 'clip', 0, 1, None],
+      'data': ['', '', 1.0, STEPS, 'ddpm', 'clip', 0, 1, WEIGHTS, None],
     }
     assert (
       status_of(
@@ -507,20 +612,27 @@ def test_a_request_without_a_page_is_dropped(page, address):
 
 
 @contextlib.contextmanager
-def served(users):
+def served(users, **changes):
   """A page without a model, served in this process, and its address."""
   pytest.importorskip('gradio', reason='Gradio is not installed')
   from mdm_jax.serving import page as pages
 
+  usual = queue.Request('', '', 2.0, 5, 'ddim', 'clip', 0, 4, WEIGHTS)
   samples = types.SimpleNamespace(
-    about='a run',
-    ready=threading.Event(),
-    examples=lambda count: [],
-    default_request=queue.Request('', '', 2.0, 5, 'ddim', 'clip', 0, 4),
-    cancel=lambda owner: None,
+    **{
+      'about': 'a run',
+      'ready': threading.Event(),
+      'choices': [WEIGHTS],
+      'max_images': 4,
+      'default_request': usual,
+      'cancel': lambda owner: None,
+    }
+    | changes
   )
   listeners = access.Listeners()
-  page = pages.make_page(samples, listeners)
+  page = pages.make_page(
+    samples, listeners, model_card.ModelCard('', {}, {}, '', {})
+  )
   try:
     yield (
       page,
@@ -528,6 +640,45 @@ def served(users):
     )
   finally:
     page.close()
+
+
+def test_nothing_is_shown_after_its_end(browser):
+  """Whatever ends a request, and whether or not the page is loaded again."""
+  errors = [
+    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED\nmore'),
+    queue.WeightsUnavailable('These weights cannot be loaded.'),
+    TypeError('a mistake'),
+  ]
+  ready = threading.Event()
+
+  def watch(job):
+    yield queue.Progress(0, 3, (np.zeros((4, 8, 8, 3), np.uint8),), 'sampling')
+    time.sleep(0.3)
+    raise errors.pop(0)
+
+  with served(
+    None,
+    ready=ready,
+    submit=lambda request, *given: queue.Job(request),
+    watch=watch,
+  ) as (_, address):
+    page = Page(browser, address)
+    page.wait(lambda: page.text('#about').startswith('Warming up: '))
+    ready.set()
+    page.wait(lambda: page.text('#about').startswith('Ready: '))
+    for expected in (
+      'The device failed. Try fewer images. RESOURCE_EXHAUSTED',
+      'These weights cannot be loaded.',
+      'The demo failed: its log says why.',
+    ):
+      page.press('generate')
+      page.wait(lambda: page.all('#preview img'))
+      page.wait(lambda: page.all('#generate:enabled'))
+      page.wait(lambda text=expected: page.status() == text)
+      assert not page.all('#preview img') and page.all('#cancel:disabled')
+    again = Page(browser, address)
+    again.wait(lambda: again.text('#about').startswith('Ready: '))
+    assert again.status().startswith('No images yet')
 
 
 def test_sessions_are_forgotten(monkeypatch):

@@ -20,7 +20,8 @@ ROWS = (
   'tools.worker_pool',
   'serving.page',
   'serving.html serving.access',
-  'serving.queue',
+  'serving.queue serving.model_card serving.assets',
+  'serving.film',
   'training.loop',
   'training.summary',
   'training.hooks training.initial_state',
@@ -75,7 +76,9 @@ FORBIDDEN = (
   'tensorflow',
   'torch',
   'transformers',
-  'clu',
+  'clu.metric_writers',
+  'clu.periodic_actions',
+  'clu.checkpoint',
 )
 FILES = sorted(path for path in ROOT.rglob('*.py') if path.stem != '__init__')
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

@@ -31,6 +31,11 @@ class Schedule(NamedTuple):
     """
     return jnp.asarray(self.gammas)[level, t][:, None, None, None]
 
+  def log_snr(self, t: int) -> np.ndarray:
+    """log(gamma / (1 - gamma)) at the noising step `t` in 1..T, [levels]."""
+    gammas = self.gammas[:, t].astype(np.float64)
+    return np.log(gammas) - np.log1p(-gammas)
+
 
 def make_gammas(name: str, num_steps: int = 1000) -> np.ndarray:
   """Builds the gammas of a schedule, computed in float64.

@@ -23,7 +23,11 @@ from mdm_jax.builders.config import (
 )
 from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import load_frozen, make_tokenizer
-from mdm_jax.inference.weights import Weights, restore_weights
+from mdm_jax.inference.weights import (
+  SavedWeights,
+  Weights,
+  restore_weights,
+)
 from mdm_jax.runtime import cpu, sharding
 from mdm_jax.runtime.environment import log_start
 from mdm_jax.steps.state import Params
@@ -104,6 +108,12 @@ class Session:
   stage: str | None = None
   sigma_rel: float | None = None
   best: bool = False
+
+  def of(self, saved: SavedWeights) -> 'Session':
+    """The same session, for other weights of the run."""
+    return dataclasses.replace(
+      self, stage=saved.stage, sigma_rel=saved.sigma_rel, best=saved.best
+    )
 
   def restore(self) -> Model:
     """Loads the weights and the frozen parameters.

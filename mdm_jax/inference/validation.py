@@ -45,14 +45,11 @@ def validate_last(
     mesh: the devices.
     frozen: parameters that the model needs beside the trained ones.
   """
-  values, path = None, _metrics_path(stage, workdir)
-  if path.exists():
-    try:
-      values = _current_names(
-        stage, files.read_json(path, lambda values: _are_metrics(stage, values))
-      )
-    except files.UnreadableFile as error:
-      logging.warning('%s: it is made anew.', error)
+  values = None
+  try:
+    values = read_metrics(stage, workdir)
+  except files.UnreadableFile as error:
+    logging.warning('%s: it is made anew.', error)
   if values is None:
     weights = restore_weights(stage.config, workdir, mesh)
     if weights.index != stage.index:
@@ -62,7 +59,9 @@ def validate_last(
       )
     values = validate(stage, mesh, weights.params | frozen)
     write_metrics(stage, workdir, values)
-  earlier = evaluations.find_earlier(path.parent, settings(stage))
+  earlier = evaluations.find_earlier(
+    _metrics_path(stage, workdir).parent, settings(stage)
+  )
   logging.info(
     '%s',
     evaluations.Evaluation(
@@ -116,6 +115,22 @@ def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
     'prompts': data.held_out_split(stage.config),
     'sampler': stage.config.sampler.to_dict(),
   }
+
+
+def read_metrics(
+  stage: Stage, workdir: str | pathlib.Path
+) -> dict[str, float] | None:
+  """What `validate_last` has written of a run; None if it has not.
+
+  Raises:
+    UnreadableFile: what is there are no metrics of the stage.
+  """
+  path = _metrics_path(stage, workdir)
+  if not path.exists():
+    return None
+  return _current_names(
+    stage, files.read_json(path, lambda values: _are_metrics(stage, values))
+  )
 
 
 def write_metrics(

@@ -15,6 +15,20 @@ from mdm_jax.runtime import files
 from mdm_jax.runtime.printable import printable
 
 _THUMBNAIL = 256  # largest width and height of a thumbnail in pixels
+# Names of settings as the page shows them; others are shown as they are.
+_NAMES = {
+  'workdir': 'run',
+  'step': 'training step',
+  'fingerprint': 'hash of the checkpoint',
+  'name': 'sampler',
+  'num_steps': 'sampling steps',
+  'eta': 'eta (noise that DDIM adds)',
+  'guidance': 'guidance weight (CFG; 1 is none)',
+  'guidance_rescale': 'guidance rescale (0 is none)',
+  'guidance_interval': 'guidance interval (fractions of T)',
+  'threshold': 'threshold of the predicted x0',
+  'pixels': 'from floats to pixels',
+}
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -24,18 +38,21 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; color: #282828;
   max-width: 90em; padding: 0 1em; }}
 main {{ display: flex; flex-wrap: wrap; gap: 1.5em; }}
-figure {{ margin: 0; max-width: {width}px; }}
-figure div {{ display: flex; gap: 4px; }}
-img {{ width: 160px; image-rendering: pixelated; display: block; }}
+figure {{ margin: 0; width: {width}px; max-width: 100%; }}
+figure div {{ display: flex; gap: 4px; margin-bottom: 4px; }}
+figure div a {{ flex: 0 1 160px; }}
+img {{ width: 100%; image-rendering: pixelated; display: block; }}
 figcaption {{ overflow-wrap: anywhere; }}
 small, summary {{ color: #666; }}
-td {{ padding-right: 1.5em; vertical-align: top; }}
+details {{ margin-top: 1em; }}
+td {{ padding-right: 1.5em; vertical-align: top; overflow-wrap: anywhere; }}
 </style>
 <h1>{title}</h1>
-{tables}
+<p>{help}</p>
 <main>
 {entries}
 </main>
+{tables}
 </html>
 """
 
@@ -49,12 +66,15 @@ class Entry:
     levels: images of the levels, uint8 [H_r, H_r, 3], coarse to fine.
     links: paths of the levels' files, relative to the page.
     details: further values to show, such as the seed.
+    animation: path of an animation of the sampling steps, relative to the page;
+      None for none.
   """
 
   caption: str
   levels: tuple[np.ndarray, ...]
   links: tuple[str, ...]
   details: Mapping[str, Any]
+  animation: str | None = None
 
 
 def save(
@@ -65,17 +85,32 @@ def save(
 ) -> None:
   """Writes a page with embedded thumbnails and links to the full images.
 
+  Animations are not embedded: they are shown from their files.
+
   Args:
     path: path of the page.
     title: title of the page.
-    tables: tables of names and values to show above the samples, by heading.
+    tables: tables of names and values to show below the samples, by heading.
     entries: the samples.
   """
-  texts = list(map(_figure, entries))
-  width = max((164 * text.count('<img') for text in texts), default=164)
+  texts, levels, animated = [], 1, False
+  for entry in entries:  # One at a time, as many large images fill the memory.
+    texts.append(_figure(entry))
+    levels = max(levels, len(entry.levels))
+    animated |= entry.animation is not None
+  about = (
+    'The levels of each sample are side by side, coarse to fine. Click one for '
+    'its file.'
+  )
+  if animated:
+    about += (
+      ' Below them is what the model predicted at each sampling step, from '
+      'noise to the sample.'
+    )
   text = _PAGE.format(
     title=_escape(title),
-    width=width,
+    help=about,
+    width=164 * levels - 4,
     entries='\n'.join(texts),
     tables='\n'.join(map(_table, tables, tables.values())),
   )
@@ -88,13 +123,25 @@ def _escape(value: Any) -> str:
 
 def _table(heading: str, values: Mapping[str, Any]) -> str:
   rows = ''.join(
-    f'<tr><td>{_escape(name)}</td><td>{_escape(value)}</td></tr>'
+    f'<tr><td>{_escape(_NAMES.get(name, name.replace("_", " ")))}</td>'
+    f'<td>{_escape(_value(value))}</td></tr>'
     for name, value in values.items()
   )
   return (
     f'<details open><summary>{_escape(heading)}</summary>'
     f'<table>{rows}</table></details>'
   )
+
+
+def _value(value: Any) -> Any:
+  match value:
+    case None | '':
+      return 'none'
+    case list() | tuple():
+      return ' to '.join(map(str, value))
+    case dict():  # of a guide
+      return ', '.join(f'{key} {_value(item)}' for key, item in value.items())
+  return value
 
 
 def _figure(entry: Entry) -> str:
@@ -106,8 +153,15 @@ def _figure(entry: Entry) -> str:
   details = ', '.join(
     f'{name} {value}' for name, value in entry.details.items()
   )
+  animation = ''
+  if entry.animation:
+    link = _escape(entry.animation)
+    animation = (
+      f'<a href="{link}"><img src="{link}" alt="sampling steps" '
+      'loading="lazy"></a>'
+    )
   return (
-    f'<figure><div>{images}</div>'
+    f'<figure><div>{images}</div>{animation}'
     f'<figcaption>{_escape(entry.caption)} '
     f'<small>{_escape(details)}</small></figcaption></figure>'
   )

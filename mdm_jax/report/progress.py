@@ -12,16 +12,13 @@ from mdm_jax.report import console
 class Progress:
   """Logs progress lines, and measures the rates in them.
 
-  Create it after the step has been compiled, since the clock starts then.
+  Attributes:
+    later_steps: how many steps of this stage take as long as all later stages;
+      None while that is not known.
   """
 
   def __init__(
-    self,
-    stage: str,
-    first_step: int,
-    last_step: int,
-    batch_size: int,
-    later_steps: float | None = 0.0,
+    self, stage: str, first_step: int, last_step: int, batch_size: int
   ):
     """Starts the clock.
 
@@ -30,13 +27,11 @@ class Progress:
       first_step: number of steps already taken.
       last_step: number of steps at the end of the stage.
       batch_size: images of a step, over all devices.
-      later_steps: how many steps of this stage take as long as all later
-        stages; None if that is not known.
     """
     self._stage = stage
     self._last_step = last_step
     self._batch_size = batch_size
-    self._later_steps = later_steps
+    self.later_steps: float | None = 0.0
     self._start_step = self._step = first_step
     self.restart()
 
@@ -87,10 +82,10 @@ class Progress:
       'eta_seconds': pace * (self._last_step - step),
     }
     eta = console.duration(rates['eta_seconds'])
-    if self._later_steps is None:
+    if self.later_steps is None:
       eta += f', all stages ≥{eta}'
-    elif self._later_steps:
-      later = pace * self._later_steps
+    elif self.later_steps:
+      later = pace * self.later_steps
       eta += f', all stages ~{console.duration(rates["eta_seconds"] + later)}'
     each = ', '.join(f'{name}: {value:.4f}' for name, value in levels.items())
     logging.info(

@@ -126,7 +126,7 @@ class SampleDirectory:
     """Writes `grid.png` and `index.html`, once no sample is missing.
 
     Args:
-      tables: tables of names and values to show above the samples, by heading.
+      tables: tables of names and values to show below the samples, by heading.
     """
     self._lines.close()
     self._write_lines()
@@ -204,6 +204,7 @@ class SampleDirectory:
       self._read(self._files[index]),
       tuple(_images(self._files[index])),
       {'seed': record['seed']},
+      self._files[index].get('path'),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import json
 import time
 import types
 from typing import Any
@@ -11,12 +12,19 @@ import jax
 from starlette.requests import HTTPConnection
 
 from mdm_jax.diffusion import samplers
-from mdm_jax.serving import access, html
-from mdm_jax.serving.queue import MAX_GUIDANCE, Job, Request, SampleQueue
+from mdm_jax.serving import access, assets, html
+from mdm_jax.serving.model_card import ModelCard
+from mdm_jax.serving.queue import (
+  MAX_GUIDANCE,
+  Job,
+  Request,
+  SampleQueue,
+  WeightsUnavailable,
+)
 
 _FRAME = 0.1  # seconds between two previews
 _MAX_BACKLOG = 8  # messages that wait for a slow browser
-_NUM_EXAMPLES = 5
+_LEVELS = ['All levels', 'Finest level only']
 _HIDDEN = {'api_visibility': 'private', 'show_progress': 'hidden'}
 
 
@@ -59,7 +67,8 @@ def launch(
     quiet=True,
     prevent_thread_lock=True,
     state_session_capacity=20,
-    css=html.CSS,
+    css=assets.CSS,
+    head=assets.SCRIPT,
     # System fonts: font servers would learn of every user.
     theme=gr.themes.Default(
       font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']
@@ -135,30 +144,52 @@ def _is_number(value: Any, least: float, most: float) -> bool:
   return type(value) in (int, float) and least <= value <= most
 
 
-def make_page(queue: SampleQueue, listeners: access.Listeners) -> gr.Blocks:
+def make_page(
+  queue: SampleQueue, listeners: access.Listeners, card: ModelCard
+) -> gr.Blocks:
   """Makes the page, which submits requests to a queue.
 
   A request is dropped when the browser that sent it has left `listeners`.
   """
   with gr.Blocks(title='mdm_jax', analytics_enabled=False) as page:
     about = gr.HTML(html.about(queue, 'Loading'))
-    with gr.Row():
-      with gr.Column(scale=2, min_width=320):
-        inputs = _add_inputs(queue)
-      with gr.Column(scale=5):
+    gr.HTML(html.line(card.summary))
+    with gr.Accordion('What the model knows', open=False, elem_id='card'):
+      gr.HTML(html.model_card(card))
+    # `assets.CSS` orders these three, by the width of the screen.
+    with gr.Row(elem_id='main'):
+      with gr.Column(elem_id='ask'):
+        inputs = _add_prompt(card)
+      with gr.Column(elem_id='results'):
         outputs = _add_outputs()
+      with gr.Column(elem_id='settings'):
+        inputs = types.SimpleNamespace(**vars(inputs), **_add_settings(queue))
     _connect(page, queue, listeners, about, inputs, outputs)
   return page.queue(api_open=False, max_size=64)
 
 
-def _add_inputs(queue: SampleQueue) -> types.SimpleNamespace:
-  """Adds the controls of a request to the page."""
-  default = queue.default_request
+def _add_prompt(card: ModelCard) -> types.SimpleNamespace:
+  """Adds the prompt, examples of one, and the buttons."""
   prompt = gr.Textbox(
-    label='Prompt', lines=1, max_lines=4, autofocus=True, elem_id='prompt'
+    label='Prompt',
+    info='What the images should show.',
+    lines=1,
+    max_lines=4,
+    autofocus=True,
+    elem_id='prompt',
   )
-  if examples := queue.examples(_NUM_EXAMPLES):
-    gr.Examples(examples, prompt, label='For example', api_visibility='private')
+  if card.examples:
+    with gr.Column(elem_id='examples', min_width=0):
+      for title, prompts in card.examples.items():
+        gr.HTML(html.line(title, 'small'))
+        for text in prompts:
+          gr.Button(html.printable(text), size='sm').click(
+            None,
+            None,
+            prompt,
+            api_visibility='private',
+            js=f'() => {json.dumps(text)}',
+          )
   with gr.Row():
     generate = gr.Button(
       'Generate', variant='primary', min_width=90, elem_id='generate'
@@ -166,60 +197,126 @@ def _add_inputs(queue: SampleQueue) -> types.SimpleNamespace:
     cancel = gr.Button(
       'Cancel', interactive=False, min_width=90, elem_id='cancel'
     )
-  negative_prompt = gr.Textbox(
-    label='Negative prompt',
-    lines=1,
-    max_lines=4,
-    elem_id='negative_prompt',
-    placeholder='content that guidance leads away from',
-  )
+  return types.SimpleNamespace(prompt=prompt, generate=generate, cancel=cancel)
+
+
+def _add_settings(queue: SampleQueue) -> dict[str, Any]:
+  """Adds all other controls of a request."""
+  default = queue.default_request
+  with gr.Row():
+    num_images = gr.Number(
+      default.num_images,
+      label='Images',
+      info=f'How many to make, 1 to {queue.max_images}.',
+      precision=0,
+      min_width=120,
+      elem_id='num_images',
+    )
+    steps = gr.Number(
+      default.steps,
+      label='Steps',
+      info='More are slower, and often better.',
+      precision=0,
+      min_width=120,
+      elem_id='steps',
+    )
   guidance = gr.Slider(
     0,
     MAX_GUIDANCE,
     default.guidance,
     step=0.1,
-    label='Guidance (1 is none)',
+    label='Guidance (CFG)',
+    info='How strictly the images follow the prompt: 1 is no guidance; much '
+    'of it makes them all alike and overdrawn.',
     elem_id='guidance',
   )
-  with gr.Row():
-    steps, num_images, seed = (
-      gr.Number(value, label=label, precision=0, min_width=70, elem_id=name)
-      for value, label, name in (
-        (default.steps, 'Steps', 'steps'),
-        (default.num_images, 'Images', 'num_images'),
-        (default.seed, 'First seed', 'seed'),
-      )
-    )
-  random = gr.Button('Random seed', size='sm', elem_id='random')
-  with gr.Row():
-    sampler, threshold = (
-      gr.Dropdown(
-        list(names), value=value, label=label, min_width=90, elem_id=name
-      )
-      for names, value, label, name in (
-        (samplers.SAMPLERS, default.sampler, 'Sampler', 'sampler'),
-        (samplers.THRESHOLDS, default.threshold, 'Threshold', 'threshold'),
-      )
-    )
-  # In the order of the fields of `Request`.
-  request = [prompt, negative_prompt, guidance, steps, sampler, threshold, seed]
-  return types.SimpleNamespace(
-    prompt=prompt,
-    negative_prompt=negative_prompt,
-    generate=generate,
-    cancel=cancel,
-    random=random,
-    seed=seed,
-    request=[*request, num_images],
+  seed = gr.Number(
+    default.seed,
+    label='First seed',
+    info='Decides the noise to start from: with the same seed and settings the '
+    'image is the same. Each further image has the next seed.',
+    precision=0,
+    elem_id='seed',
   )
+  random = gr.Button('Random seed', size='sm', elem_id='random')
+  negative_prompt = gr.Textbox(
+    label='Negative prompt',
+    info='What the images should not show: guidance leads away from it.',
+    lines=1,
+    max_lines=4,
+    elem_id='negative_prompt',
+  )
+  sampler, threshold, weights = _add_choices(queue)
+  return {
+    'random': random,
+    'seed': seed,
+    'negative_prompt': negative_prompt,
+    # In the order of the fields of `Request` after the prompt.
+    'settings': [
+      negative_prompt,
+      guidance,
+      steps,
+      sampler,
+      threshold,
+      seed,
+      num_images,
+      weights,
+    ],
+  }
+
+
+def _add_choices(queue: SampleQueue) -> tuple[gr.Dropdown, ...]:
+  """Adds the controls that are one of some names."""
+  default = queue.default_request
+  weights = gr.Dropdown(
+    queue.choices,
+    value=queue.choices[0],
+    label='Checkpoint',
+    info='Which weights to use: an earlier stage of training makes smaller '
+    'images; an EMA is an average of the weights over training.',
+    elem_id='weights',
+  )
+  sampler = gr.Dropdown(
+    list(samplers.SAMPLERS),
+    value=default.sampler,
+    label='Sampler',
+    info='How the noise is removed: ddim, heun and dpm give the same image '
+    'each time; ddpm and dpm_sde add fresh noise at every step.',
+    elem_id='sampler',
+  )
+  threshold = gr.Dropdown(
+    list(samplers.THRESHOLDS),
+    value=default.threshold,
+    label='Threshold',
+    info='How predicted pixels are kept in range: cut off (clip), scaled down '
+    '(dynamic), or not at all.',
+    elem_id='threshold',
+  )
+  return sampler, threshold, weights
 
 
 def _add_outputs() -> types.SimpleNamespace:
   """Adds status, preview and gallery to the page."""
+  status = gr.HTML(
+    html.line('No images yet: choose a prompt, and press Generate.'),
+    elem_id='status',
+  )
+  levels = gr.Radio(
+    _LEVELS,
+    value=_LEVELS[0],
+    show_label=False,
+    container=False,
+    elem_id='levels',
+  )
+  levels.change(
+    None,
+    levels,
+    api_visibility='private',
+    js=f"""shown => document.querySelector('#results').classList.toggle(
+      'mdm-finest', shown === {json.dumps(_LEVELS[1])})""",
+  )
   return types.SimpleNamespace(
-    status=gr.HTML(
-      html.line('No images have been generated yet.'), elem_id='status'
-    ),
+    status=status,
     preview=gr.HTML(elem_id='preview'),
     gallery=gr.HTML(elem_id='gallery'),
     cards=gr.State([]),
@@ -239,23 +336,37 @@ def _connect(
   generate, cancel, show_readiness = _make_handlers(
     page, queue, listeners, inputs, outputs
   )
-  gr.on(
+
+  def end():
+    # Whatever became of the request, and of the connection meanwhile.
+    state = 'Ready' if queue.ready.is_set() else 'Warming up'
+    return (
+      html.about(queue, state),
+      '',
+      gr.update(interactive=True),
+      gr.update(interactive=False),
+    )
+
+  generated = gr.on(
     [
       inputs.generate.click,
       inputs.prompt.submit,
       inputs.negative_prompt.submit,
     ],
     generate,
-    [*inputs.request, outputs.cards],
+    [inputs.prompt, *inputs.settings, outputs.cards],
     [outputs.status, outputs.preview, outputs.gallery, outputs.cards, *buttons],
     # `SampleQueue` limits the requests, not Gradio's queue.
     concurrency_limit=None,
     trigger_mode='once',
     **_HIDDEN,
-  ).then(
-    lambda: (gr.update(interactive=True), gr.update(interactive=False)),
+  )
+  ended = [about, outputs.preview, *buttons]
+  generated.then(end, None, ended, **_HIDDEN)
+  generated.failure(
+    lambda: (html.error('The demo failed: its log says why.'), *end()),
     None,
-    buttons,
+    [outputs.status, *ended],
     **_HIDDEN,
   )
   inputs.cancel.click(cancel, concurrency_limit=None, **_HIDDEN)
@@ -289,6 +400,7 @@ def _make_handlers(
     threshold,
     seed,
     num_images,
+    weights,
     cards,
     browser: gr.Request,
   ):
@@ -302,6 +414,7 @@ def _make_handlers(
       threshold=threshold,
       seed=seed,
       num_images=num_images,
+      weights=weights,
     )
     session = browser.session_hash
     queue.cancel(session)  # The page has one request at a time.
@@ -364,9 +477,12 @@ def _generate(
         continue
       yield buttons | {
         outputs.status: html.progress_line(queue, request, progress),
-        outputs.preview: html.card(request, progress.images),
+        outputs.preview: html.preview(request, progress.images),
       }
       time.sleep(_FRAME)
+  except WeightsUnavailable as error:
+    yield {outputs.preview: '', outputs.status: html.error(str(error))}
+    return
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).partition('\n')[0]
     yield {
@@ -377,17 +493,17 @@ def _generate(
     }
     return
   if progress.step < request.steps:  # Cancelled.
-    text = f'Cancelled after step {progress.step} of {request.steps}.'
+    text = 'Cancelled before the first step.'
+    if progress.step:
+      text = f'Cancelled after step {progress.step} of {request.steps}.'
     yield {outputs.preview: '', outputs.status: html.line(text)}
     return
-  cards = html.newest_cards(
-    [html.card(request, progress.images, queue), *cards]
-  )
+  cards = html.newest_cards([html.finished(queue, job), *cards])
   seconds = time.monotonic() - begin
   yield {
     outputs.preview: '',
     outputs.cards: cards,
-    outputs.gallery: ''.join(cards),
+    outputs.gallery: html.gallery(cards),
     outputs.status: html.line(
       f'{html.count_images(request.num_images)} in {seconds:.1f} s. '
       + queue.note(request)

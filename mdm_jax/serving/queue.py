@@ -1,41 +1,49 @@
 """The demo's first-in-first-out queue of sampling requests, with previews."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import dataclasses
 import functools
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import unicodedata
 
 from absl import logging
 import jax
 import numpy as np
 
-from mdm_jax.builders.prompts import encode_prompts, make_prompts
+from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data.text import Tokenizer
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference.session import Model
+from mdm_jax.inference.weights import SavedWeights
 from mdm_jax.runtime import sharding
 from mdm_jax.runtime.printable import command_line
-from mdm_jax.steps.sample import make_sample_steps
+from mdm_jax.serving import film
+from mdm_jax.steps.sample import Sampler, make_sample_steps
 
 MAX_CHARACTERS = 1000  # most characters in a prompt
 MAX_GUIDANCE = 20
 # Batch sizes on each device; smaller requests are padded.
 _SIZES = (1, 4, 16)
-_SHORT = 44  # most characters of an example prompt, which has to fit a button
-_CACHED = 4  # most pairs of sampler and threshold whose programs are cached
+_CACHED = 4  # most settings whose programs are cached
 
 
 class QueueFull(ValueError):
   """Too many requests are waiting."""
 
 
+class WeightsUnavailable(RuntimeError):
+  """The weights of a request cannot be loaded; one line for the user."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Images that a user asks for; image i has `seed` + i."""
+  """Images that a user asks for; image i has `seed` + i.
+
+  `weights` is one of `SampleQueue.choices`.
+  """
 
   prompt: str
   negative_prompt: str
@@ -45,6 +53,7 @@ class Request:
   threshold: str
   seed: int
   num_images: int
+  weights: str
 
 
 class Progress(NamedTuple):
@@ -55,11 +64,14 @@ class Progress(NamedTuple):
     step: number of sampling steps taken; 0 while it waits or compiles.
     images: predicted x0 of that step, uint8 [num_images, H_r, H_r, 3], coarse
       to fine; empty before the first step.
+    state: 'waiting', 'loading' its weights, or 'sampling', which begins with
+      compiling if need be.
   """
 
   ahead: int
   step: int
   images: tuple[np.ndarray, ...]
+  state: str
 
 
 class Job:
@@ -71,7 +83,9 @@ class Job:
     is_wanted: whether somebody waits for it.
     cancelled: an event, set by `cancel`.
     step: number of sampling steps taken.
-    images: see `Progress`.
+    images, state: see `Progress`.
+    film: some of the steps taken.
+    model: `Model.description` of the weights that are used.
     future: done when the job has ended.
   """
 
@@ -84,7 +98,9 @@ class Job:
     """A job that has not begun."""
     self.request, self.owner, self.is_wanted = request, owner, is_wanted
     self.cancelled = threading.Event()
-    self.step, self.images = 0, ()
+    self.step, self.images, self.state = 0, (), 'waiting'
+    self.film: list[film.Frame] = []
+    self.model: dict[str, Any] = {}
     self.future: concurrent.futures.Future | None = None
 
   def cancel(self) -> None:
@@ -98,22 +114,39 @@ class SampleQueue:
 
   Attributes:
     about: description of the model for users.
+    choices: names of the weights that a request may have; the first are
+      those of `model`.
     max_images: largest number of images in a request.
     ready: an event, set once the default request has been compiled.
   """
 
-  def __init__(self, model: Model, max_waiting: int = 4):
+  def __init__(
+    self,
+    model: Model,
+    max_waiting: int = 4,
+    others: Mapping[SavedWeights, Callable[[], Model]] | None = None,
+  ):
     """Compiles nothing before `warm_up` or the first request.
 
     Args:
-      model: the model to sample with.
+      model: the model to sample with. It stays in memory.
       max_waiting: largest number of requests that may wait, besides the one
         being sampled.
+      others: functions that load other weights of the same run. They are called
+        in the sampling thread, and the weights that were loaded last stay in
+        memory.
     """
     self.ready = threading.Event()
     self._model, self._config = model, model.stage.config
     self._max_waiting = max_waiting
-    self._sampler = model.stage.make_sampler(model.mesh)
+    own, others = model.weights, others or {}
+    own = SavedWeights(model.stage.name, own.step, own.sigma_rel, own.best)
+    self._saved = {_name(saved): saved for saved in (own, *others)}
+    self._load = {_name(saved): load for saved, load in others.items()}
+    self._loaded: tuple[str, Model] | None = None  # of the others
+    self.choices = list(self._saved)
+    # Samplers and shardings of parameters by the index of their stage.
+    self._samplers: dict[int, tuple[Sampler, Any]] = {}
     shards = sharding.batch_shards(model.mesh)
     most = max(1, self._config.eval.batch_size // shards)
     # Few sizes, since compiling for a size takes longer than sampling.
@@ -146,16 +179,8 @@ class SampleQueue:
       threshold=sampler.threshold,
       seed=0,
       num_images=min(4, self.max_images),
+      weights=self.choices[0],
     )
-
-  def examples(self, count: int) -> list[str]:
-    """Example prompts like those of training; [] if that needs data files."""
-    config = self._config
-    if config.data.name != 'shapes' and config.text.encoder != 'label':
-      return []
-    captions = make_prompts(config, 20 * count).captions
-    short = [text for text in captions if len(text) <= _SHORT]
-    return list(dict.fromkeys(short))[:count]
 
   def warm_up(self) -> None:
     """Starts to compile for the default request, in the sampling thread."""
@@ -209,9 +234,12 @@ class SampleQueue:
     for name, value, known in (
       ('sampler', request.sampler, samplers.SAMPLERS),
       ('threshold', request.threshold, samplers.THRESHOLDS),
+      ('checkpoint', request.weights, self.choices),
     ):
       if value not in known:
-        raise ValueError(f'Unknown {name} {value!r}: use one of {known}.')
+        raise ValueError(
+          f'Unknown {name} {value!r}: use one of {tuple(known)}.'
+        )
     self._encode(request)  # Raises ValueError for an unknown class label.
 
   def note(self, request: Request) -> str:
@@ -224,6 +252,8 @@ class SampleQueue:
 
   def command(self, request: Request, i: int = 0) -> str:
     """The shell command that samples image i of a request again."""
+    saved = self._saved[request.weights]
+    is_last = saved.stage == self._config.stages[-1].name
     values = {
       'workdir': self._model.workdir,
       'prompt': request.prompt,
@@ -234,8 +264,9 @@ class SampleQueue:
       'threshold': request.threshold,
       'seed': request.seed + i,
       'num_samples': 1,
-      'sigma_rel': self._model.weights.sigma_rel,
-      'best': self._model.weights.best or None,
+      'stage': None if is_last else saved.stage,
+      'sigma_rel': saved.sigma_rel,
+      'best': saved.best or None,
     }
     if not request.negative_prompt:
       del values['negative_prompt']
@@ -282,6 +313,7 @@ class SampleQueue:
 
     Raises:
       jax.errors.JaxRuntimeError: the device failed, out of memory for example.
+      WeightsUnavailable: the weights cannot be loaded.
     """
     seen, done = None, False
 
@@ -295,7 +327,8 @@ class SampleQueue:
           done, last, seen = job.future.done(), seen, self._place(job)
           images = job.images
         if seen != last:
-          yield Progress(*seen, images)
+          ahead, step, state = seen
+          yield Progress(ahead, step, images, state)
       if not job.future.cancelled():
         job.future.result()
     finally:
@@ -319,8 +352,14 @@ class SampleQueue:
     for job in filter(is_meant, jobs):
       job.cancel()
 
-  def _place(self, job: Job) -> tuple[int, int]:
-    return self._jobs.index(job) if job in self._jobs else 0, job.step
+  def _place(self, job: Job) -> tuple[int, int, str]:
+    ahead = self._jobs.index(job) if job in self._jobs else 0
+    return ahead, job.step, job.state
+
+  def _change(self, job: Job, **values: Any) -> None:
+    with self._changed:
+      vars(job).update(values)
+      self._changed.notify_all()
 
   def _leave(self, job: Job) -> None:
     with self._changed:
@@ -333,13 +372,29 @@ class SampleQueue:
       for text in (request.prompt, request.negative_prompt)
     )
 
-  def _make_sample_steps(self, sampler: str, threshold: str):
-    spec = dataclasses.replace(
-      self._sampler.spec, name=sampler, threshold=threshold
-    )
+  def _restore(self, job: Job) -> Model:
+    """The model with the weights of a job, of which two are kept at most."""
+    name = job.request.weights
+    if name == self.choices[0]:
+      return self._model
+    if self._loaded is None or self._loaded[0] != name:
+      self._loaded = None  # Frees its memory before there are others.
+      self._change(job, state='loading')
+      try:
+        self._loaded = name, self._load[name]()
+      except (OSError, ValueError) as error:
+        logging.error('%s: %s', name, error)
+        reason = str(error).partition('\n')[0]
+        raise WeightsUnavailable(
+          f'These weights cannot be loaded, choose others. {reason}'
+        ) from error
+    return self._loaded[1]
+
+  def _make_sample_steps(self, index: int, sampler: str, threshold: str):
+    base, shardings = self._samplers[index]
+    spec = dataclasses.replace(base.spec, name=sampler, threshold=threshold)
     return make_sample_steps(
-      dataclasses.replace(self._sampler, spec=spec),
-      jax.tree.map(lambda x: x.sharding, self._model.params),
+      dataclasses.replace(base, spec=spec), shardings, with_inputs=True
     )
 
   def _sample(self, job: Job) -> None:
@@ -347,24 +402,39 @@ class SampleQueue:
     if job.cancelled.is_set():
       return
     request, count = job.request, job.request.num_images
+    model = self._restore(job)
+    index = model.stage.index
+    if index not in self._samplers:
+      shardings = jax.tree.map(lambda x: x.sharding, model.params)
+      self._samplers[index] = model.stage.make_sampler(model.mesh), shardings
+    self._change(job, state='sampling', model=model.description)
     size = next(size for size in self._sizes if size >= count)
     text, negative = (
       np.repeat(one, size, axis=0) for one in self._encode(request)
     )
-    steps = self._sample_steps(request.sampler, request.threshold)(
-      self._model.params,
+    steps = self._sample_steps(index, request.sampler, request.threshold)(
+      model.params,
       text,
       negative,
       request.seed + np.arange(size),
       request.steps,
       request.guidance,
     )
-    for step, images in enumerate(steps, 1):
+    schedule = model.stage.objective.schedule
+    times = samplers.time_steps(request.steps, schedule.num_steps)
+    kept = film.frame_steps(request.steps)
+    for step, (x_t, images) in enumerate(steps, 1):
       # Waits for the images, so that a cancelled job starts no further step.
       images = tuple(np.asarray(level)[:count] for level in images)
-      with self._changed:
-        job.step, job.images = step, images
-        self._changed.notify_all()
+      if step in kept:
+        log_snr = schedule.log_snr(times[step - 1])
+        x_t = tuple(np.asarray(level)[:count] for level in x_t)
+        job.film.append(film.make_frame(step, log_snr, x_t, images))
+      self._change(job, step=step, images=images)
       self._drop_unwanted()
       if job.cancelled.is_set():
         return
+
+
+def _name(saved: SavedWeights) -> str:
+  return f'stage {saved.stage}, {saved.ema}, step {saved.step:,}'

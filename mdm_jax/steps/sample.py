@@ -351,15 +351,23 @@ def make_sample_fn(
 def make_sample_steps(
   sampler: Sampler,
   param_shardings: Any,
-) -> Callable[..., Iterator[tuple[jax.Array, ...]]]:
+  *,
+  with_inputs: bool = False,
+) -> Callable[..., Iterator[Any]]:
   """Jits a sampler step by step, for live previews.
+
+  Args:
+    sampler: the functions to jit.
+    param_shardings: shardings of the parameters.
+    with_inputs: whether a step also has x_t, what the network was given.
 
   Returns:
     (params, text [B, ...], negative [B, ...], seeds [B], num_steps, w) -> an
     iterator over the steps. A step is uint8 images [B, H_r, H_r, 3], coarse to
     fine, of the predicted x0. The last step has the samples, equal to those of
-    `make_sample_fn` up to rounding. `num_steps` and the guidance weight `w` may
-    change without compiling again.
+    `make_sample_fn` up to rounding. With `with_inputs` a step is a pair: the
+    images of x_t, and those. `num_steps` and the guidance weight `w` may change
+    without compiling again.
   """
   batch = sharding.batch_sharding(sampler.mesh, 1)
   options = sharding.compiler_options(sampler.mesh)
@@ -382,7 +390,11 @@ def make_sample_steps(
     state = start(prepared), start(prepared)
     steps = list(zip(*samplers.steps(num_steps, sampler.schedule.num_steps)))
     for one in steps:
+      noisy = (
+        to_uint8(state[0]) if with_inputs else None
+      )  # Before its donation.
       x_t, x0 = state = step(params, prepared, state, one, np.float32(w))
-      yield to_uint8(x_t if one is steps[-1] else x0)
+      images = to_uint8(x_t if one is steps[-1] else x0)
+      yield (noisy, images) if with_inputs else images
 
   return sample_steps

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import json
+import threading
 import time
 
 from absl import logging
@@ -170,11 +171,11 @@ def train_stage(run: Run, stage: Stage) -> bool:
     batches = _batches(run, saved, dataset)
     with run.goodput.time('data'):
       batch = next(batches)
+    progress = _make_progress(run, stage, first_step, batch['text'])
     train_step = _compile(run, stage, state, batch)
 
     ##### Set up logs, checks and reports.
     monitor = Monitor(run, stage, first_step)
-    progress = _make_progress(run, stage, first_step, batch['text'])
     run.stop.defer(saved.drain)
     hooks = make_hooks(run, stage, saved, monitor, progress, train_step, shapes)
     if 0 < first_step < stage.num_steps:
@@ -262,7 +263,8 @@ def _make_progress(
   """Progress lines of a stage, which also tell when the last stage ends.
 
   Later stages are estimated by the work of their steps, in FLOPs of the network
-  without gradients and optimizer.
+  without gradients and optimizer. A thread counts them, beside the compiler:
+  large networks take a minute.
 
   Args:
     run: the training run.
@@ -270,19 +272,24 @@ def _make_progress(
     first_step: number of steps already taken.
     text: of a batch, as the text encoder reads it.
   """
-  later, work = make_stages(stage.config)[stage.index + 1 :], 0.0
-  if later:
+  later = make_stages(stage.config)[stage.index + 1 :]
+  progress = Progress(
+    stage.title, first_step, stage.num_steps, stage.batch_size
+  )
+
+  def count_steps():
     own, *flops = (
       each.forward_flops(run.frozen, text) for each in (stage, *later)
     )
-    work = None
     if own and all(flops):
-      work = sum(
+      progress.later_steps = sum(
         each.num_steps * count / own for each, count in zip(later, flops)
       )
-  return Progress(
-    stage.title, first_step, stage.num_steps, stage.batch_size, work
-  )
+
+  if later:
+    progress.later_steps = None
+    threading.Thread(target=count_steps, daemon=True).start()
+  return progress
 
 
 def _is_stopped(run: Run, monitor: Monitor, ask_all: bool) -> bool:

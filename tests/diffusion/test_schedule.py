@@ -64,3 +64,12 @@ def test_gamma_is_read_per_example_inside_jit():
   gamma = jax.jit(lambda schedule, t: schedule.gamma(1, t))(schedule, t)
   assert gamma.shape == (3, 1, 1, 1)
   np.testing.assert_array_equal(gamma.ravel(), schedule.gammas[1, t])
+
+
+def test_log_snr_of_each_level():
+  """A level of twice the side has a quarter of the signal-to-noise ratio."""
+  made = schedules.make_schedule('cosine', (8, 16), 2.0)
+  coarse, fine = made.log_snr(600)
+  gamma = float(made.gammas[0, 600])
+  assert coarse == pytest.approx(np.log(gamma / (1 - gamma)))
+  assert fine == pytest.approx(coarse - np.log(4), abs=1e-4)

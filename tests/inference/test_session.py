@@ -11,7 +11,7 @@ from mdm_jax.builders.config import write_config
 from mdm_jax.builders.model import make_model
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference import session
-from mdm_jax.runtime import cpu
+from mdm_jax.runtime import cpu, environment
 from tests import toy
 
 
@@ -31,6 +31,18 @@ def run(make_config, random_params, tmp_path_factory):
 def test_flags_are_those_of_the_samplers():
   assert set(ranges.SAMPLERS) == set(samplers.SAMPLERS)
   assert set(ranges.THRESHOLDS) == set(samplers.THRESHOLDS)
+
+
+def test_the_log_says_where_it_runs_and_with_which_weights(run, caplog):
+  *_, workdir = run
+  with caplog.at_level('INFO', logger='absl'):
+    session.open_run(workdir).restore()
+  lines = [line for line in caplog.messages if not line.startswith('Saved')]
+  assert lines == [
+    f'version  {environment.versions()}',
+    'devices  8 CPU devices',
+    f"weights  {workdir}: stage 2/2 '16', step 20 of 20, EMA",
+  ]
 
 
 def test_it_runs_on_the_devices_that_are_here(run, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import logging as python_logging
 import os
 import pathlib
 import signal
@@ -379,7 +380,8 @@ def test_the_end_of_the_run_is_estimated(
 ):
   clock = types.SimpleNamespace(monotonic=lambda: 0.0)
   monkeypatch.setattr(progress, 'time', clock)
-  lines_of = progress.Progress('a stage', 100, 1100, 8, later_steps)
+  lines_of = progress.Progress('a stage', 100, 1100, 8)
+  lines_of.later_steps = later_steps
   clock.monotonic = lambda: 50.0
   with caplog.at_level('INFO', logger='absl'):
     lines_of.report(
@@ -478,8 +480,9 @@ def test_parameters_are_summed_over_blocks():
 def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   handler = logging.get_absl_handler()
   monkeypatch.setattr(handler, 'filters', [])
-  logger = logging.get_absl_logger()
-  monkeypatch.setattr(logger, 'handlers', [handler])
+  # As commands have it, once.
+  monkeypatch.setattr(python_logging.root, 'handlers', [handler])
+  monkeypatch.setattr(logging.get_absl_logger(), 'propagate', True)
   verbosity = logging.get_verbosity()
   seen = []
   monkeypatch.setattr(

@@ -180,12 +180,29 @@ def test_thousands_of_samples_are_in_subdirectories(tmp_path):
 
 def test_the_page_shows_all_samples(stopped):
   records = RECORDS[:3]
-  SampleDirectory(stopped, records).finish({'Sampler': {'steps': '5 & 6'}})
+  settings = {
+    'steps': '5 & 6',
+    'name': 'ddim',
+    'guidance_interval': [0.0, 1.0],
+    'negative_prompt': '',
+    'guide': {'stage': '8', 'step': 5},
+  }
+  SampleDirectory(stopped, records).finish({'Sampler': settings})
   page = (stopped / 'index.html').read_text()
   assert page.count('<figure>') == 3
   assert '&lt;b&gt;1&lt;/b&gt; круг' in page
   assert '<b>1' not in page
-  assert '<td>5 &amp; 6</td>' in page
+  assert re.findall('<tr><td>(.*?)</td><td>(.*?)</td></tr>', page) == [
+    ('steps', '5 &amp; 6'),
+    ('sampler', 'ddim'),
+    ('guidance interval (fractions of T)', '0.0 to 1.0'),
+    ('negative prompt', 'none'),
+    ('guide', 'stage 8, step 5'),
+  ]
+  # The one sample with an animation shows it, from its file.
+  assert re.findall(
+    r'<a href="(\S+)"><img src="(\S+)" alt="sampling', page
+  ) == [('0002.webp', '0002.webp')]
   # The page embeds its thumbnails, and links to the images.
   shown = re.findall(
     r'href="(\S+)"><img src="data:image/webp;base64,(\S+)"', page

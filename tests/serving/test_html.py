@@ -1,5 +1,7 @@
 """What a user types is text on the page, wherever it is shown."""
 
+from html.parser import HTMLParser
+import json
 import threading
 import types
 
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 
 from mdm_jax.serving import html
-from mdm_jax.serving.queue import Progress, Request
+from mdm_jax.serving.film import Frame
+from mdm_jax.serving.model_card import ModelCard
+from mdm_jax.serving.queue import Job, Progress, Request
 
 HOSTILE = '</b><script>alert("1")</script>\'"&amp; {{x}}'
 ESCAPED = (
@@ -18,31 +22,82 @@ ESCAPED = (
 
 @pytest.fixture
 def hostile():
-  """A request and a queue whose texts are all markup."""
-  request = Request(HOSTILE, HOSTILE, 2.0, 5, HOSTILE, HOSTILE, 0, 1)
+  """A finished job and a queue whose texts are all markup."""
+  request = Request(HOSTILE, HOSTILE, 2.0, 5, HOSTILE, HOSTILE, 0, 1, HOSTILE)
+  job = Job(request)
+  job.images = (np.zeros((1, 8, 8, 3), np.uint8),)
+  job.film = [
+    Frame(step, np.array([step - 3.0]), job.images, job.images)
+    for step in (1, 5)
+  ]
+  job.model = {'stage': HOSTILE, 'weights': HOSTILE, 'step': 1}
   ready = threading.Event()
   ready.set()
   queue = types.SimpleNamespace(
     about=HOSTILE, ready=ready, command=lambda request, i: HOSTILE
   )
-  return request, queue
+  return job, queue
 
 
 def test_texts_are_escaped(hostile):
-  request, queue = hostile
-  images = (np.zeros((1, 8, 8, 3), np.uint8),)
-  card = html.card(request, images, queue)
-  # Prompt, negative prompt, sampler, threshold and command.
-  assert card.count(ESCAPED) == 5
+  job, queue = hostile
+  card = html.finished(queue, job)
+  # Prompt, negative prompt, stage, EMA, sampler, threshold and command.
+  assert card.count(ESCAPED) == 7
   # Text from right to left reorders nothing around it.
   assert card.count(f'<bdi>{ESCAPED}</bdi>') == 2
+  words = {HOSTILE: (HOSTILE,)}
   shown = [
     card,
-    html.card(request, images),
+    html.preview(job.request, job.images),
     html.about(queue, 'Ready'),
     html.line(HOSTILE),
     html.error(HOSTILE),
-    html.progress_line(queue, request, Progress(0, 1, images)),
+    html.progress_line(queue, job.request, Progress(0, 0, (), 'loading')),
+    html.model_card(ModelCard('', {HOSTILE: HOSTILE}, words, HOSTILE, {})),
+    html.progress_line(
+      queue, job.request, Progress(0, 1, job.images, 'sampling')
+    ),
   ]
   assert not any('<script' in text for text in shown)
-  assert all(ESCAPED in text for text in shown[:5])
+  assert all(ESCAPED in text for text in shown[:7])
+
+
+class Data(HTMLParser):
+  """Collects the values of data- attributes."""
+
+  def handle_starttag(self, tag, attrs):
+    for name, value in attrs:
+      if name.startswith('data-'):
+        vars(self)[name] = json.loads(value)
+
+
+def test_settings_and_steps_are_in_the_card(hostile):
+  job, queue = hostile
+  card = html.finished(queue, job)
+  found = Data()
+  found.feed(card)
+  settings = vars(found)['data-settings']
+  assert settings['prompt'] == HOSTILE and settings['guidance'] == 2.0
+  assert settings['commands'] == [HOSTILE]
+  assert settings['model'] == job.model
+  assert vars(found)['data-labels'] == [
+    'Step 1 of 5: log-SNR -2.0 at 8 px',
+    'Step 5 of 5: log-SNR 2.0 at 8 px',
+  ]
+  assert card.count('class="mdm-frame"') == 2  # x_t and x0 of one level
+
+
+@pytest.mark.parametrize(
+  'progress, expected',
+  [
+    (Progress(1, 0, (), 'waiting'), 'Waiting: 1 request before yours.'),
+    (Progress(0, 0, (), 'waiting'), 'Warming up: compiling …'),
+    (Progress(0, 0, (), 'sampling'), 'Starting. The first request with anot'),
+    (Progress(0, 3, (), 'sampling'), 'Step 3 of 5'),
+  ],
+)
+def test_a_request_that_began_does_not_warm_up(hostile, progress, expected):
+  job, queue = hostile
+  queue.ready.clear()
+  assert expected in html.progress_line(queue, job.request, progress)

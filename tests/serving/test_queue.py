@@ -14,9 +14,9 @@ from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference.session import Model
-from mdm_jax.inference.weights import Weights
+from mdm_jax.inference.weights import SavedWeights, Weights
 from mdm_jax.runtime import sharding
-from mdm_jax.serving import queue
+from mdm_jax.serving import film, queue
 from tests import toy
 
 
@@ -32,7 +32,7 @@ def make_queue(make_config, random_params, tmp_path_factory):
   placed = jax.device_put(params, sharding.replicated(mesh))
   made = []
 
-  def make(step=20):
+  def make(step=20, others=None):
     workdir = tmp_path_factory.mktemp('a run')
     toy.save_run(workdir, config, 1, step, params)
     model = Model(
@@ -42,7 +42,7 @@ def make_queue(make_config, random_params, tmp_path_factory):
       placed,
       mesh,
     )
-    made.append(queue.SampleQueue(model, max_waiting=2))
+    made.append(queue.SampleQueue(model, 2, others))
     return made[-1], config, placed
 
   yield make
@@ -60,6 +60,9 @@ def real(make_queue):
   return made
 
 
+BLACK = (np.zeros((16, 8, 8, 3), np.uint8),)
+
+
 class Gate:
   """Sampling steps that wait for `let`, and yield black images."""
 
@@ -67,14 +70,14 @@ class Gate:
     self._open = threading.Semaphore(0)
     self.begun = []
     monkeypatch.setattr(
-      sample_queue, '_sample_steps', lambda sampler, threshold: self._steps
+      sample_queue, '_sample_steps', lambda *given: self._steps
     )
 
   def _steps(self, params, text, negative, seeds, num_steps, w):
     self.begun.append(int(seeds[0]))
     for _ in range(num_steps):
       assert self._open.acquire(timeout=600)
-      yield (np.zeros((len(seeds), 8, 8, 3), np.uint8),)
+      yield BLACK, BLACK
 
   def let(self, steps):
     self._open.release(steps)
@@ -109,7 +112,7 @@ def test_samples_the_request(real):
   assert [level.shape for level in images] == [(3, 8, 8, 3), (3, 16, 16, 3)]
   text = encode_prompts(config, [given.prompt] * 4)
   empty = encode_prompts(config, [''] * 4)
-  *_, expected = sample_queue._sample_steps('ddpm', 'clip')(
+  *_, (_, expected) = sample_queue._sample_steps(1, 'ddpm', 'clip')(
     params, text, empty, [7, 8, 9, 10], 3, 3.0
   )
   for level, others in zip(images, expected, strict=True):
@@ -129,9 +132,9 @@ def test_sampler_and_threshold_are_those_of_the_request(
   sample_queue, *_ = make_queue()
   specs = []
 
-  def record(given, shardings):
+  def record(given, shardings, with_inputs):
     specs.append(given.spec)
-    return lambda *given: [(np.zeros((4, 8, 8, 3), np.uint8),)]
+    return lambda *given: [(BLACK, BLACK)]
 
   monkeypatch.setattr(queue, 'make_sample_steps', record)
   for sampler, threshold in [('heun', 'none'), ('dpm', 'dynamic')]:
@@ -139,7 +142,7 @@ def test_sampler_and_threshold_are_those_of_the_request(
       sample_queue,
       request(sample_queue, sampler=sampler, threshold=threshold, steps=1),
     )
-  usual = sample_queue._sampler.spec
+  usual = sample_queue._samplers[1][0].spec
   assert specs == [
     dataclasses.replace(usual, name='heun', threshold='none'),
     dataclasses.replace(usual, name='dpm', threshold='dynamic'),
@@ -187,8 +190,8 @@ def test_one_at_a_time_and_few_may_wait(gated):
   gate.let(2)
   *_, last = views[0]
   assert (last.step, last.ahead) == (2, 0)
-  assert next(views[1]) == (0, 0, ())
-  assert next(views[2]) == (1, 0, ())
+  assert next(views[1])[:3] == (0, 0, ())
+  assert next(views[2]) == (1, 0, (), 'waiting')
   views.append(
     sample_queue.watch(
       sample_queue.submit(request(sample_queue, steps=1, seed=3))
@@ -330,6 +333,7 @@ def test_a_failing_device_fails_one_request(gated, monkeypatch):
     ({'guidance': float('nan')}, 'Guidance: nan; give a number from 0 to 20.'),
     ({'sampler': '../x'}, "Unknown sampler '../x': use one of ('ddim',"),
     ({'threshold': 'x'}, "Unknown threshold 'x': use one of ('none',"),
+    ({'weights': '/x'}, "Unknown checkpoint '/x': use one of ('stage 16, E"),
   ],
 )
 def test_bad_request(real, changes, message):
@@ -377,11 +381,84 @@ def test_command(real, prompt):
   assert "--negative_prompt='a b' " in away
 
 
-def test_examples_are_captions_of_the_data_set(real):
+def test_steps_are_kept_small(real):
+  """The film: what the network was given and predicted, and the log-SNR."""
   sample_queue, *_ = real
-  examples = sample_queue.examples(5)
-  assert len(set(examples)) == 5
-  assert all('on ' in text or 'background' in text for text in examples)
+  job = sample_queue.submit(request(sample_queue, steps=40, num_images=2))
+  *_, last = sample_queue.watch(job)
+  assert [frame.step for frame in job.film] == sorted(film.frame_steps(40))
+  assert job.film[0].step == 1 and job.film[-1].step == 40
+  assert len(job.film) == film.MAX_FRAMES
+  jax.tree.map(np.testing.assert_array_equal, job.film[-1].x0, last.images)
+  snr = np.array([frame.log_snr for frame in job.film])
+  assert (np.diff(snr, axis=0) > 0).all() and snr[0, 0] < -5
+  assert (snr[:, 1] < snr[:, 0]).all()  # The finer level is noisier.
+  assert job.film[0].x_t[1].shape == (2, 16, 16, 3)
+  assert job.film[0].x_t[1].std() > 85  # noise
+
+
+def test_frames_are_small_and_as_noisy_as_the_images():
+  rng = np.random.default_rng(0)
+  large = rng.integers(0, 256, (5, 150, 150, 3), np.uint8)
+  frame = film.make_frame(1, np.zeros(1), (large,), (large,))
+  assert frame.x_t[0].shape == frame.x0[0].shape == (4, 50, 50, 3)
+  assert frame.x_t[0].std() > 70 and frame.x0[0].std() < 30
+  assert frame.x0[0][3, 2, 5, 1] == int(large[3, 6:9, 15:18, 1].mean())
+  assert film.shrink(large, 150) is large
+
+
+def test_other_weights_are_loaded_when_they_are_asked_for(
+  make_queue, monkeypatch
+):
+  loaded = []
+
+  def load(saved, shift):
+    loaded.append(saved)
+    if shift is None:
+      raise FileNotFoundError('it is gone\nfor good')
+    params = jax.tree.map(lambda x: x + shift, model.params)
+    return dataclasses.replace(
+      model, params=params, weights=Weights(1, saved.step, params, best=True)
+    )
+
+  others = {
+    saved: functools.partial(load, saved, shift)
+    for saved, shift in (
+      (SavedWeights('16', 20), None),  # The queue has it already.
+      (SavedWeights('16', 10, best=True), 0.1),
+      (SavedWeights('16', 18, sigma_rel=0.1), 0.2),
+      (SavedWeights('8', 5), None),
+    )
+  }
+  sample_queue, *_ = make_queue(others=others)
+  model = sample_queue._model
+  own, best, average, other = sample_queue.choices
+  assert own == 'stage 16, EMA, step 20'
+  assert other == 'stage 8, EMA, step 5'
+  made = {
+    name: sampled(sample_queue, request(sample_queue, weights=name, steps=1))
+    for name in (own, best, average, best, best, own)
+  }
+  assert [one.step for one in loaded] == [10, 18, 10]
+  assert not np.array_equal(made[own][1], made[best][1])
+  assert not np.array_equal(made[average][1], made[best][1])
+  # The failure ends this request, and no other.
+  with pytest.raises(queue.WeightsUnavailable, match='others. it is gone$'):
+    sampled(sample_queue, request(sample_queue, weights=other))
+  sampled(sample_queue, request(sample_queue, weights=best, steps=1))
+  job = sample_queue.submit(request(sample_queue, weights=best, steps=1))
+  job.future.result(600)
+  assert (job.model['step'], job.model['weights']) == (10, 'best EMA')
+  for name, flags in (
+    (own, []),
+    (best, ['--best=True']),
+    (average, ['--sigma_rel=0.1']),
+    (other, ['--stage=8']),
+  ):
+    given = request(sample_queue, weights=name)
+    words = shlex.split(sample_queue.command(given))
+    found = {'--stage', '--sigma_rel', '--best'}
+    assert [w for w in words if w.partition('=')[0] in found] == flags
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,16 @@ def test_sampling_step_by_step_gives_the_same_images(
   # Another number of steps and another guidance weight.
   assert len(list(sample_steps(params, text, empty, range(8), 5, 1.5))) == 5
   assert len(traced) == 1
+  # What the network was given: noise, then what the sampler made of it.
+  with_inputs = make_sample_steps(sampler, shardings, with_inputs=True)
+  pairs = list(with_inputs(params, text, empty, range(8), 3, 3.0))
+  for (_, found), expected in zip(pairs[::2], (first, last)):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+  prepared = sampler.prepare(params, text, empty, np.arange(8, dtype=np.uint32))
+  start = sampler.to_uint8(sampler.start(prepared))
+  jax.tree.map(np.testing.assert_array_equal, pairs[0][0], start)
+  far = [np.abs(np.asarray(x_t[1], int) - last[1]).mean() for x_t, _ in pairs]
+  assert far == sorted(far, reverse=True) and far[-1] < far[0] - 5, far
 
 
 def text_keys(jaxpr, in_loop=False):

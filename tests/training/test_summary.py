@@ -1,5 +1,6 @@
 """The first lines of a run's log."""
 
+import threading
 import types
 
 import jax
@@ -133,8 +134,15 @@ def test_work_of_later_stages_is_counted_in_flops(make_config, monkeypatch):
   # Twice the images, with a level of four times the pixels beside the first.
   assert 4 < second / first < 40
 
+  class Thread(threading.Thread):
+    def start(self):
+      super().start()
+      self.join()
+
+  monkeypatch.setattr(loop.threading, 'Thread', Thread)
+
   def later_steps(stage):
-    return loop._make_progress(run, stage, 0, text)._later_steps
+    return loop._make_progress(run, stage, 0, text).later_steps
 
   assert later_steps(stages[0]) == pytest.approx(5 * second / first)
   assert later_steps(stages[1]) == 0
