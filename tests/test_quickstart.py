@@ -50,7 +50,7 @@ assert abs(coarse[0] - both[0]).max() == abs(both[1]).max() == 0
     text=True,
     env=os.environ
     | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path), 'XLA_FLAGS': ''},
-  )  # One device, as on a laptop.
+  )
   assert result.returncode == 0, result.stderr
   assert 'accuracy_all' in result.stdout
   # Progress is logged, and nothing of what libraries log.
