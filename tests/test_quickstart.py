@@ -96,7 +96,7 @@ def test_it_installs_the_package(tmp_path, monkeypatch, gpu, extra):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   monkeypatch.setattr(shutil, 'which', lambda name: gpu)
   monkeypatch.setattr(subprocess, 'run', lambda *args, **_: called.append(args))
-  exec(CODE[0].replace('OWNER', 'someone'), {})
+  exec(CODE[0].replace('github.com/OWNER', 'github.com/someone'), {})
   assert called == [
     (
       [sys.executable, '-m', 'pip', 'install']
