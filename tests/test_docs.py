@@ -466,6 +466,10 @@ def test_every_key_has_a_row_with_its_default():
     ('tpu_memory', 'gradient checkpointing; inference'),
     ('reference', 'classifier-free guidance; inference'),
     ('benchmarks', 'inference; MFU; CFG'),
+    ('sampling', 'guidance; EMA; seed'),
+    ('evaluation', 'CFG; FID; CLIP; standard error; EMA'),
+    ('data', 'validation split; webdataset; Parquet'),
+    ('monitoring', 'TensorBoard; wandb; validation split; MFU'),
   ),
 )
 def test_a_page_is_found_by_the_words_of_the_field(name, terms):
