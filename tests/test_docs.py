@@ -476,3 +476,11 @@ def test_a_page_is_found_by_the_words_of_the_field(name, terms):
   text = (ROOT / 'docs' / f'{name}.md').read_text()
   for term in terms.split('; '):
     assert re.search(term.replace(' ', r'\s+'), text, re.IGNORECASE), term
+
+
+def test_a_newcomer_reads_few_words_before_the_first_sample():
+  text = (ROOT / 'README.md').read_text()
+  command = 'python -m mdm_jax.sample --workdir=runs/shapes_64'
+  before = text[: text.index(command)]
+  shown = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', before)
+  assert 100 < len(re.findall(r'\w[\w\'-]*', shown)) <= 300
