@@ -53,7 +53,7 @@ def test_one_license_and_one_address_everywhere():
   for name in ('README.md', 'docs/quickstart.ipynb'):
     text = (ROOT / name).read_text()
     owners = re.findall(r'github(?:\.com)?/([^/\s]+)/mdm_jax\b', text)
-    assert set(owners) <= {owner}, name
+    assert set(owners) == {owner}, name
   assert address in (ROOT / 'README.md').read_text()
 
 
