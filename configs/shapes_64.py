@@ -6,16 +6,13 @@ Made for two CPU cores, on which it takes about 12 minutes. The cheap 16 px
 stage learns what the words mean, so the 64 px stage needs fewer. Both
 levels work on patches of pixels and therefore predict x0: a patch's noise has
 more dimensions than their narrow channels can carry.
-
-`:long` trains the 64 px stage for 4,000 steps instead of 1,200, with crisper
-edges and better patterns.
 """
 
 from configs import common
 
 
 def get_config(mode: str = ''):
-  """Returns the recipe; `mode` is '', 'smoke' (toy-sized) or 'long'."""
+  """Returns the recipe; `mode` 'smoke' is a toy-sized run of it."""
   config = common.get_config()
   shared = {
     'temporal_dim': 128,
@@ -75,10 +72,4 @@ def get_config(mode: str = ''):
   config.sample_every = 1000
   config.checkpoint_every = 250
   config.eval.update(loss_batches=4, batch_size=32, loss_every=180)
-  return common.in_mode(config, mode, long=_long)
-
-
-def _long(config):
-  """Returns the recipe with a longer 64 px stage; the 16 px stage is equal."""
-  config.stages[1].steps = 4000
-  return config
+  return common.in_mode(config, mode)
