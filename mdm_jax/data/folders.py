@@ -21,6 +21,9 @@ from mdm_jax.data.tar_members import readable
 IMAGE_SUFFIXES = (*tars.IMAGE_SUFFIXES, 'gif', 'bmp')
 # Images that people have, and that cannot be read.
 OTHER_SUFFIXES = ('avif', 'heic', 'heif', 'jxl', 'tif', 'tiff')
+# What prepare_data has not finished, perhaps in the folder that it reads.
+# Unfinished downloads of the Hugging Face Hub end in the same.
+UNFINISHED = '.incomplete'
 
 
 class Entry(NamedTuple):
@@ -105,8 +108,8 @@ class FolderPart:
 def walk(folder: str | os.PathLike) -> list[str]:
   """The files of a folder and its subfolders, relative to it, with slashes.
 
-  Links are followed. Hidden files, and what systems leave behind, are left out;
-  so is what cannot be read.
+  Links are followed. Hidden files, unfinished ones, and what systems leave
+  behind, are left out; so is what cannot be read.
   """
   seen, found = set(), []
   # Links may be circular, so each directory is read once.
@@ -115,15 +118,15 @@ def walk(folder: str | os.PathLike) -> list[str]:
       subfolders.clear()
       continue
     seen.add(real)
-    subfolders[:] = sorted(
-      name for name in subfolders if not images.is_system_file(name)
-    )
+    subfolders[:] = sorted(filter(_is_of_user, subfolders))
     inside = os.path.relpath(parent, folder)
     prefix = '' if inside == os.curdir else f'{inside}/'
-    found += [
-      prefix + name for name in names if not images.is_system_file(name)
-    ]
+    found += [prefix + name for name in filter(_is_of_user, names)]
   return sorted(found)
+
+
+def _is_of_user(name: str) -> bool:
+  return not images.is_system_file(name) and not name.endswith(UNFINISHED)
 
 
 def is_image(name: str) -> bool:

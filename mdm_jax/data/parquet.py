@@ -162,7 +162,7 @@ def _columns(names: Sequence[str], wanted: str) -> list[str]:
   Raises:
     ValueError: there is none of images or of captions, or there are several.
   """
-  found = [name for name in IMAGE_COLUMNS if name in names]
+  found = [name for name in names if name in IMAGE_COLUMNS]
   if len(found) != 1:
     *known, last = IMAGE_COLUMNS
     which = 'several' if found else 'none'
@@ -171,7 +171,7 @@ def _columns(names: Sequence[str], wanted: str) -> list[str]:
       f'{", ".join(known)} or {last}, as the one of image files is.'
     )
   found.append(tables.caption_column(names, wanted))
-  return found + [name for name in names if name == _KEY_COLUMN]
+  return found + [_KEY_COLUMN] * (names.count(_KEY_COLUMN) == 1)
 
 
 def _image(value: Any, key: str) -> bytes:

@@ -43,13 +43,16 @@ def caption_column(columns: Iterable[str], wanted: str = '') -> str:
     raise ValueError(
       f'--caption_column={wanted} is none of the columns ({shown}).'
     )
-  found = [wanted] if wanted else [x for x in CAPTION_COLUMNS if x in columns]
+  known = [wanted] if wanted else CAPTION_COLUMNS
+  found = [name for name in columns if name in known]
   if not found:
     *names, last = CAPTION_COLUMNS
     raise ValueError(
       f'none of the columns ({shown}) is called {", ".join(names)} or {last}: '
       'name the one of the captions by --caption_column.'
     )
+  if twice := [name for name in found if found.count(name) > 1]:
+    raise ValueError(f'two columns are called {twice[0]}: rename one.')
   if len(found) > 1:
     raise ValueError(
       f'the columns {" and ".join(found)} may both be captions: choose by '

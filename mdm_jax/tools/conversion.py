@@ -21,7 +21,7 @@ from absl import logging
 import numpy as np
 from PIL import Image
 
-from mdm_jax.data import captions, inputs, tars
+from mdm_jax.data import captions, folders, inputs, tars
 from mdm_jax.data.images import MAX_PIXELS, BadRecord, load_image
 from mdm_jax.runtime import files, value_types
 from mdm_jax.tools import tfds_writer
@@ -184,7 +184,7 @@ def prepare(
   parts = inputs.find(
     [given] if isinstance(given, str) else given, options.caption_column
   )
-  partial = target.with_name(f'{target.name}.incomplete')
+  partial = target.with_name(target.name + folders.UNFINISHED)
   _begin(partial, parts, options)
   reports = [partial / f'{i:06d}.json' for i in range(len(parts))]
   run_all(

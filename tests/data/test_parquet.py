@@ -102,6 +102,21 @@ def test_missing_columns_are_told_first(
     inputs.find([str(tmp_path)], caption_column)
 
 
+def test_columns_of_one_name_are_an_error(tmp_path):
+  for name in ('image', 'text', 'key'):
+    columns = [('image', [JPEG]), ('text', ['a']), ('key', ['k'])]
+    columns += [column for column in columns if column[0] == name]
+    names, values = zip(*columns)
+    arrays = list(map(pyarrow.array, values))
+    table = pyarrow.Table.from_arrays(arrays, names)
+    pyarrow_parquet.write_table(table, tmp_path / f'{name}.parquet')
+  for name, problem in (('image', 'several'), ('text', 'two columns')):
+    with pytest.raises(ValueError, match=problem):
+      inputs.find([str(tmp_path / f'{name}.parquet')])
+  # The number of the row will do.
+  assert read(tmp_path / 'key.parquet') == ({'p/0': ['a']}, [])
+
+
 def test_damage_costs_a_row_group(tmp_path):
   path = tmp_path / 'a.parquet'
   columns = {'image': [JPEG] * 9, 'text': ['a'] * 9}

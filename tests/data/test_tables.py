@@ -95,6 +95,8 @@ def test_json_lines(tmp_path):
     ('prompt file_name', '', 'prompt'),
     ('file_name text other', 'other', 'other'),
     ('file_name text caption', '', 'text and caption may both be captions'),
+    ('file_name text text', '', 'two columns are called text: rename one'),
+    ('other file_name other', 'other', 'two columns are called other'),
     (
       'file_name label',
       '',

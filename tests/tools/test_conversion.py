@@ -130,6 +130,16 @@ def test_a_folder_is_continued(tmp_path, monkeypatch):
   assert contents(output) == contents(whole)
 
 
+def test_the_output_may_be_in_the_folder(tmp_path):
+  make_folder(tmp_path / 'f')
+  for part in ('0/2', '1/2', '0/1'):
+    summary = prepare(
+      f'{tmp_path}/f', f'{tmp_path}/f/out', Options(), part=part
+    )
+  assert sum(summary['records'].values()) == COUNT
+  assert summary['rejected'] == {}
+
+
 def test_processes_and_machines_share_a_folder(tmp_path, monkeypatch):
   options = make_several_parts(tmp_path / 'f', monkeypatch)
   for name, workers, parts in (
