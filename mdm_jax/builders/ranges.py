@@ -195,7 +195,7 @@ def pattern(key: str) -> str:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks each key by itself, and replaces '~' in the paths.
+  """Checks each key by itself; replaces '~' in paths, and NumPy's numbers.
 
   Raises:
     ValueError: a key is unknown, missing, or has a value of another type or
@@ -210,8 +210,9 @@ def check(config: ConfigDict) -> None:
       checked = kind.check(value)
     except ValueError as error:
       raise ValueError(f'{key}={_short(value)}: {error}') from None
-    if checked != value:
-      section[name] = checked
+    if checked != value or type(checked) is not type(value):
+      with section.ignore_type():
+        section[name] = checked
   for key in KEYS:
     name, in_list, _ = key.partition('[]')
     items = find(config, name) if in_list else [None]

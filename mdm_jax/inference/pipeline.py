@@ -4,7 +4,7 @@
 its methods.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -215,7 +215,11 @@ class Pipeline:
     Raises:
       ValueError, FileNotFoundError: see `sample`.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+      prompts = [prompts]
+    prompts = [_checked('prompts', _TEXT, prompt) for prompt in prompts]
+    num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
+    seed = _checked('seed', value_types.SEED, seed)
     _check(prompts, num_samples, seed, negative_prompt, guide)
     model = self.model.changed(
       _sampler(steps, guidance, sampler, threshold), {'batch_size': batch_size}
@@ -300,9 +304,9 @@ class Pipeline:
         used.
     """
     if num_samples is not None:
-      _check_one('num_samples', _NUM_SAMPLES, num_samples)
+      num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
     if seed is not None:
-      _check_one('seed', value_types.SEED, seed)
+      seed = _checked('seed', value_types.SEED, seed)
     given = {
       'metrics': metrics.split(',') if isinstance(metrics, str) else metrics,
       'num_samples': num_samples,
@@ -357,8 +361,9 @@ class Pipeline:
 
 def _directory(name: str, path: str | os.PathLike) -> str:
   """A directory as a flag reads it; raises ValueError if there is none."""
-  with naming(f'{name}={str(path)!r}'):
-    return value_types.Path('directory').check(os.fspath(path))
+  if isinstance(path, os.PathLike):
+    path = os.fspath(path)
+  return _checked(name, value_types.Path('directory'), path)
 
 
 def _check(
@@ -371,11 +376,7 @@ def _check(
   """Raises ValueError for arguments of `request` that make no sense."""
   if not prompts:
     raise ValueError('nothing to sample: give a prompt.')
-  for prompt in prompts:
-    _check_one('prompts', _TEXT, prompt)
-  _check_one('negative_prompt', _TEXT, negative_prompt)
-  _check_one('num_samples', _NUM_SAMPLES, num_samples)
-  _check_one('seed', value_types.SEED, seed)
+  _checked('negative_prompt', _TEXT, negative_prompt)
   value_types.check_seeds('seed', seed, num_samples)
   if guide and negative_prompt:
     raise ValueError(
@@ -383,9 +384,10 @@ def _check(
     )
 
 
-def _check_one(name: str, kind: Any, value: Any) -> None:
+def _checked(name: str, kind: Any, value: Any) -> Any:
+  """The value as its kind has it; raises ValueError if it is of another."""
   with naming(f'{name}={value!r:.60}'):
-    kind.check(value)
+    return kind.check(value)
 
 
 def _sampler(

@@ -204,6 +204,11 @@ def open_run(
     FileNotFoundError, ValueError: the run's config is missing or wrong, here or
       with these options; one line that names the remedy.
   """
+  with naming(f'spatial={spatial!r}'):
+    spatial = ranges.KEYS['mesh.spatial'].check(spatial)
+  if sigma_rel is not None:
+    with naming(f'sigma_rel={sigma_rel!r}'):
+      sigma_rel = ranges.SIGMA_REL.check(sigma_rel)
   config = _read(workdir, any_prompt)
   _change(config, sampler, evaluation)
   config.mesh.update(data=-1, fsdp=1, spatial=spatial)

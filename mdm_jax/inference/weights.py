@@ -175,7 +175,8 @@ def _indices(config: ConfigDict, stage: str | None) -> list[int]:
     return [*reversed(range(len(names)))]
   if stage not in names:
     raise ValueError(
-      f'The run has no stage {stage!r}: give one of {", ".join(names)}.'
+      f'The run has no stage {stage!r}: give one of '
+      f'{", ".join(map(repr, names))}.'
     )
   return [names.index(stage)]
 

@@ -7,6 +7,7 @@ of the configuration share them, so that a mistake reads the same in both.
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import numbers
 import os
 import re
 import stat
@@ -58,11 +59,16 @@ class Number:
     return self.check(value)
 
   def check(self, value: Any) -> float:
-    """Returns the value.
+    """Returns the value; numbers of NumPy become those of Python.
 
     Raises:
       ValueError: it is no number, or not in the range.
     """
+    if type(value) not in (bool, int, float):
+      if isinstance(value, numbers.Integral):
+        value = int(value)
+      elif isinstance(value, numbers.Real):
+        value = float(value)
     is_number = isinstance(value, (int, self.type))
     is_number &= not isinstance(value, bool)
     if is_number and value in self.also:

@@ -187,6 +187,9 @@ def test_the_table_at_the_end_of_training(model, tmp_path, caplog):
     ('a', {'num_samples': 0}, 'num_samples=0: give an integer from 1'),
     ('a', {'seed': -1}, 'seed=-1: give an integer from 0'),
     ([1], {}, 'prompts=1: give a text.'),
+    (None, {}, 'prompts=None: give a text.'),
+    (b'a', {}, "prompts=b'a': give a text."),
+    ('a', {'guide': 5}, 'guide=5: give the path of a directory'),
     ('a', {'guide': 'b', 'negative_prompt': 'c'}, 'leads away from one thing'),
     ('a', {'guide': 'nowhere'}, "guide='nowhere': there is no such directory"),
   ],
@@ -222,7 +225,37 @@ def test_too_little_memory(model, monkeypatch):
     model.sample('a')
 
 
+def test_numbers_of_numpy(model):
+  request = model.request(
+    np.array(['a', 'b']),
+    num_samples=np.int64(2),
+    seed=np.uint32(2**32 - 2),
+    steps=np.int32(2),
+    guidance=np.float32(1.5),
+    batch_size=np.int64(8),
+  )
+  assert request.seeds == [2**32 - 2, 2**32 - 1] * 2
+  settings = json.loads(json.dumps(request.settings))
+  assert (settings['num_steps'], settings['guidance']) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'stage': 16}, "has no stage 16: give one of '8', '16'."),
+    ({'spatial': 0}, 'spatial=0: give'),
+    ({'spatial': '2'}, "spatial='2': give an integer"),
+    ({'sigma_rel': 'x'}, "sigma_rel='x': give a number"),
+  ],
+)
+def test_wrong_options_of_load(workdir, options, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    mdm_jax.load(workdir, **options)
+
+
 def test_no_run(tmp_path):
+  with pytest.raises(ValueError, match='workdir=None: give the path of'):
+    mdm_jax.load(None)
   with pytest.raises(ValueError, match='nothing.: there is no such directory'):
     mdm_jax.load(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='directory of a training run'):

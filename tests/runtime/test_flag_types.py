@@ -319,13 +319,16 @@ def test_a_pipe_can_be_read_once(tmp_path):
 
 def test_an_integer_is_a_number_and_true_is_none():
   share = value_types.Number(float, 0, 1)
-  for value in (1, 0.5, np.float64(0.5)):  # As NumPy computes in a recipe.
+  # As NumPy computes in a recipe or a notebook.
+  for value in (1, 0.5, np.float64(0.5), np.float32(0.5), np.int64(1)):
     assert share.check(value) == value
+    assert type(share.check(value)) in (int, float)
   for value in (True, '1', None, float('nan'), 10**400, [1]):
     with pytest.raises(ValueError, match='give a number from 0 to 1'):
       share.check(value)
   count = value_types.Number(int, 0, 9)
-  for value in (True, 3.0, '3', 10, np.float64(3)):
+  assert type(count.check(np.uint8(3))) is int
+  for value in (True, 3.0, '3', 10, np.float64(3), np.bool_(True)):
     with pytest.raises(ValueError, match='give an integer from 0 to 9'):
       count.check(value)
 
