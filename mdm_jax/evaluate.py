@@ -18,77 +18,66 @@ import sys
 
 from absl import logging
 
+from mdm_jax.builders import ranges
 from mdm_jax.inference import run_flags
 from mdm_jax.runtime import command, cpu, flag_types, value_types
 
-# `evaluation.METRICS`, which imports JAX; a test compares them.
-_METRIC_NAMES = (
-  'loss',
-  'prompt_accuracy',
-  'fid',
-  'kid',
-  'precision_recall',
-  'clip',
-)
-
+_KINDS = ranges.EVALUATION
 _METRICS = flag_types.define(
   'metrics',
   None,
-  value_types.List(value_types.Choice(_METRIC_NAMES)),
+  _KINDS['metrics'],
   'Some of loss, prompt_accuracy, fid, kid, precision_recall, clip. Default: '
   'the first two, which need no files; for directories fid, kid and '
   'precision_recall.',
 )
-_NUM_SAMPLES = flag_types.integer(
+_NUM_SAMPLES = flag_types.define(
   'num_samples',
   None,
-  1,
-  10**7,
+  _KINDS['num_samples'],
   'Images to sample. Default: eval.num_prompts of the config.',
 )
 _SEED = flag_types.define(
   'seed',
   None,
-  value_types.SEED,
+  _KINDS['seed'],
   'Sample i has seed + i. Default: as at the end of training.',
 )
-_LOSS_BATCHES = flag_types.integer(
+_LOSS_BATCHES = flag_types.define(
   'loss_batches',
   None,
-  1,
-  10**6,
+  ranges.KEYS['eval.loss_batches'],
   'Batches of the held-out loss. Default: eval.loss_batches of the config.',
 )
 _INCEPTION = flag_types.define(
   'inception',
   None,
-  value_types.Path('file'),
+  _KINDS['inception'],
   'File pt_inception-2015-12-05-6726825d.pth, for fid, kid and '
   'precision_recall.',
 )
 _CLIP = flag_types.define(
   'clip',
   None,
-  value_types.Path('directory'),
+  _KINDS['clip'],
   'Directory of a CLIP as Hugging Face lays it out, for clip.',
 )
-_NUM_REFERENCE = flag_types.integer(
+_NUM_REFERENCE = flag_types.define(
   'num_reference',
   None,
-  1,
-  10**9,
+  _KINDS['num_reference'],
   'Images of the data set to compare with, at most. Default: 10,000.',
 )
 _REFERENCE_SPLIT = flag_types.define(
   'reference_split',
   None,
-  value_types.Text('the name of a split', r'\S.*'),
+  _KINDS['reference_split'],
   'Split of the data set to compare with. Default: the held-out one.',
 )
 _REFERENCE = flag_types.define(
   'reference',
   None,
-  value_types.Path('directory'),
+  _KINDS['reference'],
   'Directory of images to compare with, instead of the data set.',
 )
 _IMAGES = flag_types.define(
@@ -98,25 +87,24 @@ _IMAGES = flag_types.define(
   'Directory of images to measure, such as one that mdm_jax.sample wrote, '
   'instead of a --workdir.',
 )
-_RESOLUTION = flag_types.integer(
+_RESOLUTION = flag_types.define(
   'resolution',
   None,
-  1,
-  2**16,
+  _KINDS['resolution'],
   'Side in pixels, to which the centre square of each image of --images and '
   '--reference is resized. Default: as they are, all of one size.',
 )
 _CACHE = flag_types.define(
   'cache',
   None,
-  value_types.Path('directory', output=True),
+  _KINDS['cache'],
   'Directory of cached reference features. Default: '
   '~/.cache/mdm_jax/references.',
 )
 _OUTPUT = flag_types.define(
   'output',
   None,
-  value_types.Path('file', output=True),
+  _KINDS['output'],
   'File to which metrics and settings are appended, as a line of JSON. '
   'Default: WORKDIR/eval/<stage>_<step>.jsonl, or none for --images.',
 )

@@ -16,6 +16,7 @@ from mdm_jax.runtime.value_types import (
   SEED,
   Boolean,
   Choice,
+  List,
   Number,
   Path,
   Text,
@@ -26,6 +27,8 @@ from mdm_jax.runtime.value_types import (
 # compares them.
 SAMPLERS = ('ddim', 'ddpm', 'heun', 'dpm', 'dpm_sde')
 THRESHOLDS = ('none', 'clip', 'dynamic', 'dynamic_if')
+# What `inference.evaluation` measures.
+METRICS = ('loss', 'prompt_accuracy', 'fid', 'kid', 'precision_recall', 'clip')
 
 _SPACES = Choice(('v', 'eps', 'x0'))
 _PERIOD = Number(int, 1, 10**9)  # in steps
@@ -192,6 +195,22 @@ _LISTS = ('model.levels', 'stages')
 def pattern(key: str) -> str:
   """The key of the table for a key: 'stages[].steps' of 'stages[1].steps'."""
   return re.sub(r'\[-?\d+\]', '[]', key)
+
+
+# What an evaluation's options may be, as flags and in Python.
+EVALUATION = {
+  'metrics': List(Choice(METRICS)),
+  'num_samples': Number(int, 1, 10**7),
+  'seed': SEED,
+  'num_reference': Number(int, 1, 10**9),
+  'reference_split': Text('the name of a split', r'\S.*'),
+  'reference': Path('directory'),
+  'resolution': Number(int, 1, 2**16),
+  'inception': Path('file'),
+  'clip': Path('directory'),
+  'cache': Path('directory', output=True),
+  'output': Path('file', output=True),
+}
 
 
 def check(config: ConfigDict) -> None:

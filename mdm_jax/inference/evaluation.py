@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mdm_jax.builders import ranges
 from mdm_jax.builders.data import loss_names
 from mdm_jax.builders.prompts import (
   can_score_prompts,
@@ -32,9 +33,9 @@ from mdm_jax.runtime import value_types
 from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.sample import SampleFn
 
+METRICS = ranges.METRICS
 # Metrics that compare two sets of images.
 SET_METRICS = ('fid', 'kid', 'precision_recall')
-METRICS = ('loss', 'prompt_accuracy', *SET_METRICS, 'clip')
 _NUM_BANDS = 10
 _SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
 _NEIGHBOURS = 3
@@ -234,6 +235,8 @@ def _select(
       given.
   """
   names = default if options.metrics is None else options.metrics
+  if not names:
+    raise ValueError(f'--metrics is empty: give some of {",".join(possible)}.')
   for name in names:
     if name not in possible:
       raise ValueError(

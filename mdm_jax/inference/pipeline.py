@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 import tqdm
 
+from mdm_jax.builders import ranges
 from mdm_jax.builders.config import naming
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.text import empty_text
@@ -29,7 +30,7 @@ from mdm_jax.runtime import sharding, value_types
 from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
 _TEXT = value_types.Text()
-_NUM_SAMPLES = value_types.Number(int, 1, 10**7)
+_NUM_SAMPLES = ranges.EVALUATION['num_samples']
 _PROGRAMS = 8  # most samplers whose compiled programs are kept
 
 
@@ -215,12 +216,9 @@ class Pipeline:
     Raises:
       ValueError, FileNotFoundError: see `sample`.
     """
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-      prompts = [prompts]
-    prompts = [_checked('prompts', _TEXT, prompt) for prompt in prompts]
-    num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
-    seed = _checked('seed', value_types.SEED, seed)
-    _check(prompts, num_samples, seed, negative_prompt, guide)
+    prompts, num_samples, seed = _check(
+      prompts, num_samples, seed, negative_prompt, guide
+    )
     model = self.model.changed(
       _sampler(steps, guidance, sampler, threshold), {'batch_size': batch_size}
     )
@@ -303,23 +301,30 @@ class Pipeline:
       ValueError, FileNotFoundError: an option is wrong, or a file cannot be
         used.
     """
-    if num_samples is not None:
-      num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
-    if seed is not None:
-      seed = _checked('seed', value_types.SEED, seed)
+    for name in options.keys() - ranges.EVALUATION.keys():
+      raise TypeError(f'evaluate() has no option {name!r}.')
+    if isinstance(metrics, str):
+      metrics = [name.strip() for name in metrics.split(',')]
     given = {
-      'metrics': metrics.split(',') if isinstance(metrics, str) else metrics,
-      'num_samples': num_samples,
-      'seed': seed,
-      **options,
+      name: _checked(name, ranges.EVALUATION[name], value)
+      for name, value in {
+        'metrics': metrics,
+        'num_samples': num_samples,
+        'seed': seed,
+        'output': output,
+        **options,
+      }.items()
+      if value is not None
     }
+    output = given.pop('output', self.evaluations)
     model = self.model.changed(
       _sampler(steps, guidance, sampler, threshold),
       {'batch_size': batch_size, 'loss_batches': loss_batches},
     )
     config = model.stage.config
     spec = model.stage.make_sampler(model.mesh).spec
-    size = _batch_size(model, num_samples or config.eval.num_prompts)
+    count = given.get('num_samples', config.eval.num_prompts)
+    size = _batch_size(model, count)
     negative = empty_text(config)
 
     def sample_fn(params, text, seeds):
@@ -334,7 +339,7 @@ class Pipeline:
     found = evaluation.evaluate_run(
       model, evaluation.make_options(given), sample_fn, self.model.stage
     )
-    found.append_to(output or self.evaluations)
+    found.append_to(output)
     return found
 
   @property
@@ -361,31 +366,41 @@ class Pipeline:
 
 def _directory(name: str, path: str | os.PathLike) -> str:
   """A directory as a flag reads it; raises ValueError if there is none."""
-  if isinstance(path, os.PathLike):
-    path = os.fspath(path)
   return _checked(name, value_types.Path('directory'), path)
 
 
 def _check(
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   num_samples: int,
   seed: int,
   negative_prompt: str,
   guide: str | os.PathLike | None,
-) -> None:
-  """Raises ValueError for arguments of `request` that make no sense."""
+) -> tuple[list[str], int, int]:
+  """Checks arguments of `request`; returns the first three.
+
+  Raises:
+    ValueError: they make no sense.
+  """
+  if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+    prompts = [prompts]
+  prompts = [_checked('prompts', _TEXT, prompt) for prompt in prompts]
   if not prompts:
     raise ValueError('nothing to sample: give a prompt.')
   _checked('negative_prompt', _TEXT, negative_prompt)
+  num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
+  seed = _checked('seed', value_types.SEED, seed)
   value_types.check_seeds('seed', seed, num_samples)
   if guide and negative_prompt:
     raise ValueError(
       'guidance leads away from one thing: give a guide or a negative prompt.'
     )
+  return prompts, num_samples, seed
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
   """The value as its kind has it; raises ValueError if it is of another."""
+  if isinstance(value, os.PathLike):
+    value = os.fspath(value)
   with naming(f'{name}={value!r:.60}'):
     return kind.check(value)
 

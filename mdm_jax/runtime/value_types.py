@@ -4,7 +4,7 @@ Each kind checks a value and says in words what to give instead. Flags and keys
 of the configuration share them, so that a mistake reads the same in both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import difflib
 import numbers
@@ -244,6 +244,8 @@ class List:
 
   def check(self, values: Sequence[Any]) -> list:
     """Returns the values; raises ValueError if one is wrong."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+      raise ValueError(f'give {self}.')
     return [self.element.check(value) for value in values]
 
 

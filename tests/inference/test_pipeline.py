@@ -206,7 +206,15 @@ def test_wrong_options(model, prompts, options, message):
   [
     ({'num_samples': 0}, 'num_samples=0: give an integer from 1'),
     ({'seed': -1}, 'seed=-1: give an integer from 0'),
-    ({'metrics': 'fidd'}, 'metrics=fidd: here they are some of loss'),
+    ({'metrics': 'fidd'}, "metrics=['fidd']: use one of loss"),
+    ({'metrics': 5}, 'metrics=5: give a list'),
+    ({'metrics': []}, 'metrics is empty: give some of loss,'),
+    ({'metrics': 'fid', 'inception': '~/no'}, "='~/no': there is no such file"),
+    (
+      {'reference': '.', 'num_reference': 'x'},
+      "num_reference='x': give an int",
+    ),
+    ({'output': '.'}, "output='.': this is a directory"),
     ({'loss_batches': 0}, 'eval.loss_batches=0: give an integer from 1'),
   ],
 )

@@ -122,5 +122,5 @@ def test_a_stage_that_is_asked_for(make_config, tmp_path, caplog):
       model = session.open_run(str(tmp_path), stage=name).restore()
     assert model.description['stage'] == (name or names[1])
     assert ('The run is not finished' in caplog.text) == warned
-  with pytest.raises(ValueError, match="no stage 'x': give one of 8, 16."):
+  with pytest.raises(ValueError, match="no stage 'x': give one of '8', '16'."):
     session.open_run(str(tmp_path), stage='x').restore()

@@ -63,7 +63,7 @@ def test_all_that_are_saved_are_listed_and_restored(config, workdir):
 
 
 def test_a_stage_that_is_missing_is_named(config, workdir, tmp_path):
-  with pytest.raises(ValueError, match="no stage '32': give one of 8, 16."):
+  with pytest.raises(ValueError, match="no stage '32': give one of '8', '16'."):
     weights.restore_weights(config, workdir, stage='32')
   with pytest.raises(FileNotFoundError, match="best of stage '16' yet: set ev"):
     weights.restore_weights(config, workdir, stage='16', best=True)
