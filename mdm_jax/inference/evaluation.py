@@ -21,7 +21,7 @@ from mdm_jax.builders.prompts import (
   make_prompts,
   make_vocabulary,
 )
-from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.stage import Stage, make_stages
 from mdm_jax.eval import estimate, fid, prompt_accuracy
 from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference import feature_extractors, references, validation
@@ -166,12 +166,14 @@ def evaluate_run(
     )
     metrics |= of_samples
     settings |= about
+  # At its end, training measures the last stage.
+  last = make_stages(trained.config)[-1]
   return Evaluation(
     metrics,
     settings,
     validation.chance(model.stage),
     evaluations.find_earlier(
-      pathlib.Path(model.workdir, 'eval'), validation.settings(trained)
+      pathlib.Path(model.workdir, 'eval'), validation.settings(last)
     ),
   )
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mdm_jax.report import console
 from mdm_jax.runtime import files
+from mdm_jax.runtime.printable import printable
 
 # Beginnings of the names of metrics that are shares, printed in percent.
 _SHARES = ('accuracy_', 'precision', 'recall')
@@ -96,7 +97,7 @@ class Evaluation:
         rows = list(zip(*columns.values()))
         parts.append(f'{title}:\n{console.table(rows, list(columns))}')
     parts.append(f'{_heading(self.settings)}:\n{self._table()}')
-    return '\n\n'.join(parts)
+    return printable('\n\n'.join(parts))
 
   def _table(self) -> str:
     values = {
@@ -159,15 +160,23 @@ class Evaluation:
       )
 
   def _find(self, name: str) -> Earlier | None:
-    """The newest earlier evaluation that has a metric."""
-    return next((each for each in self.earlier if name in each.metrics), None)
+    """The newest earlier evaluation that has a metric, of the same stage.
+
+    Of another stage if there is none of the same one.
+    """
+    found = [each for each in self.earlier if name in each.metrics]
+    stage = self.settings.get('stage')
+    same = [each for each in found if each.settings.get('stage') == stage]
+    return next(iter(same or found), None)
 
   def _describe(self, earlier: Earlier, names: list[str], count: int) -> str:
     """Says of when an earlier evaluation is, and what was different."""
     whose = '' if len(names) == count else f' ({", ".join(names)})'
-    line = f'before{whose}: step {earlier.step:,}, {_shown(earlier.date)}'
+    line = f'before{whose}: step {earlier.step:,}'
+    if earlier.date:
+      line += f', {_shown(earlier.date)}'
     changes = dict.fromkeys(
-      change
+      ' '.join(f'{change:.100}'.split())
       for name in names
       for change in _differences(
         _relevant(name, earlier.settings), _relevant(name, self.settings)

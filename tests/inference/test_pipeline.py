@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -136,11 +137,18 @@ def test_samples_are_pil_images(model):
     samples[2]
 
 
-def test_an_earlier_stage(workdir, model):
+def test_an_earlier_stage(workdir, model, tmp_path):
   earlier = mdm_jax.load(workdir, stage='8')
   assert repr(earlier) == f"<model of {workdir}: stage 1/2 '8', step 20, EMA>"
   assert model.resolutions == (8, 16)
   assert earlier.resolutions == (8,)
+  # Training has measured the last stage.
+  (pathlib.Path(workdir) / 'eval').mkdir(exist_ok=True)
+  path = pathlib.Path(workdir) / 'eval' / '20.json'
+  path.write_text('{"held_out_loss_8": 1.0}')
+  found = earlier.evaluate('loss', output=tmp_path / 'a.jsonl')
+  assert 'settings: stage: 16 -> 8' in str(found)
+  path.unlink()
 
 
 def test_evaluations_are_added_and_compared(model):

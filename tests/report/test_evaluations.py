@@ -106,6 +106,28 @@ def test_earlier_evaluations(tmp_path):
   assert from_file[0].endswith('settings: num_samples: 9 -> 64')
 
 
+def test_the_earlier_one_is_of_the_same_stage_if_there_is_any(tmp_path):
+  fid = {'fid': 15.0}
+  of_stages = [
+    {'metrics': fid, 'settings': SETTINGS | {'step': 250}},  # Once without date
+    {
+      'metrics': {'fid': 50.0, 'kid': 0.5},
+      'date': '\x1b[2J',
+      'settings': SETTINGS | {'stage': '1\n6', 'step': 500},
+    },
+  ]
+  lines = tmp_path / 'a.jsonl'
+  lines.write_text('\n'.join(map(json.dumps, of_stages)))
+  text = str(
+    Evaluation(fid | {'kid': 1.0}, SETTINGS, earlier=find_earlier(tmp_path, {}))
+  )
+  assert text.splitlines()[-2:] == [
+    'before (fid): step 250',
+    'before (kid): step 500, \\x1b[2J UTC; with other settings: '
+    'stage: 1 6 -> 64',
+  ]
+
+
 def test_a_line_of_json(tmp_path):
   Evaluation(METRICS, SETTINGS, CHANCE).append_to(tmp_path / 'a' / 'b.jsonl')
   line = json.loads((tmp_path / 'a' / 'b.jsonl').read_text())
