@@ -26,7 +26,6 @@ from mdm_jax.eval import estimate, fid, prompt_accuracy
 from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference import feature_extractors, references, validation
 from mdm_jax.inference.session import Model
-from mdm_jax.report import evaluations
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import value_types
@@ -166,15 +165,12 @@ def evaluate_run(
     )
     metrics |= of_samples
     settings |= about
-  # At its end, training measures the last stage.
-  last = make_stages(trained.config)[-1]
   return Evaluation(
     metrics,
     settings,
     validation.chance(model.stage),
-    evaluations.find_earlier(
-      pathlib.Path(model.workdir, 'eval'), validation.settings(last)
-    ),
+    # At its end, training measures the last stage.
+    validation.find_earlier(make_stages(trained.config)[-1], model.workdir),
   )
 
 

@@ -97,7 +97,8 @@ class Samples(Sequence):
 
   def __repr__(self) -> str:
     sides = ', '.join(str(level.shape[1]) for level in self.levels)
-    return f'<{len(self)} samples at {sides} px>'
+    noun = 'sample' if len(self) == 1 else 'samples'
+    return f'<{len(self)} {noun} at {sides} px>'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Metrics of a stage on held-out data, while it trains and at its end."""
 
 from collections.abc import Callable, Iterable, Mapping
+import functools
 import pathlib
 from typing import Any
 
@@ -59,9 +60,7 @@ def validate_last(
       )
     values = validate(stage, mesh, weights.params | frozen)
     write_metrics(stage, workdir, values)
-  earlier = evaluations.find_earlier(
-    _metrics_path(stage, workdir).parent, settings(stage)
-  )
+  earlier = find_earlier(stage, workdir)
   logging.info(
     '%s',
     evaluations.Evaluation(
@@ -72,6 +71,17 @@ def validate_last(
     ),
   )
   return values
+
+
+def find_earlier(
+  last: Stage, workdir: str | pathlib.Path
+) -> tuple[evaluations.Earlier, ...]:
+  """The evaluations of a run, newest first; `last` is its last stage."""
+  return evaluations.find_earlier(
+    _metrics_path(last, workdir).parent,
+    settings(last),
+    functools.partial(data.current_name, last.config),
+  )
 
 
 def settings(stage: Stage) -> dict[str, Any]:

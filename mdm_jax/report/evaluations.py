@@ -1,6 +1,6 @@
 """Evaluations of a run: tables to read, lines of JSON, and earlier ones."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import datetime
 import json
@@ -36,9 +36,11 @@ class Earlier(NamedTuple):
   settings: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
   """Metrics of a model or a directory; printed, it is a table.
+
+  So it is as the last line of a cell of a notebook.
 
   Attributes:
     metrics: by name; `Estimate`s, or dicts, which are tables of columns.
@@ -98,6 +100,8 @@ class Evaluation:
         parts.append(f'{title}:\n{console.table(rows, list(columns))}')
     parts.append(f'{_heading(self.settings)}:\n{self._table()}')
     return printable('\n\n'.join(parts))
+
+  __repr__ = __str__
 
   def _table(self) -> str:
     values = {
@@ -189,7 +193,9 @@ class Evaluation:
 
 
 def find_earlier(
-  directory: str | os.PathLike, training: Mapping[str, Any]
+  directory: str | os.PathLike,
+  training: Mapping[str, Any],
+  current_name: Callable[[str], str] = str,
 ) -> tuple[Earlier, ...]:
   """The evaluations of a run, newest first.
 
@@ -197,6 +203,7 @@ def find_earlier(
     directory: `eval` of the run.
     training: settings of the metrics that training has written to
       `<step>.json`.
+    current_name: of a metric that older versions have called otherwise.
   """
   found = []
   for path in pathlib.Path(directory).glob('*.json*'):
@@ -211,7 +218,14 @@ def find_earlier(
       found.append(Earlier(int(path.stem), date, metrics, training))
   # Of two of one second the later line.
   found.sort(key=lambda each: each.date)
-  return tuple(reversed(found))
+  return tuple(
+    each._replace(
+      metrics={
+        current_name(name): value for name, value in each.metrics.items()
+      }
+    )
+    for each in reversed(found)
+  )
 
 
 def _read(line: dict[str, Any]) -> Earlier | None:

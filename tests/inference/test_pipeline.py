@@ -15,6 +15,7 @@ import pytest
 
 import mdm_jax
 from mdm_jax.builders.model import make_model
+from mdm_jax.builders.stage import make_stage
 from mdm_jax.inference import pipeline, validation
 from mdm_jax.steps import sample as steps_sample
 from tests import commands, toy
@@ -133,6 +134,7 @@ def test_samples_are_pil_images(model):
   with Image.open(io.BytesIO(samples._repr_png_())) as shown:
     np.testing.assert_array_equal(shown, samples.grid())
   assert repr(samples) == '<2 samples at 8, 16 px>'
+  assert repr(model.sample('a', steps=2)) == '<1 sample at 8, 16 px>'
   with pytest.raises(IndexError):
     samples[2]
 
@@ -163,6 +165,18 @@ def test_evaluations_are_added_and_compared(model):
   assert line['metrics'] == second.metrics
   assert line['n']['accuracy_all'] == 5
   assert line['standard_errors']['held_out_loss_16'] > 0
+
+
+def test_earlier_losses_of_training_images_have_their_name(
+  make_config, tmp_path
+):
+  """Once they were called held-out losses, also without a validation split."""
+  config = make_config()
+  config.data.update(name='tfds:x', validation_split='')
+  (tmp_path / 'eval').mkdir()
+  (tmp_path / 'eval' / '20.json').write_text('{"held_out_loss_8": 0.5}')
+  (earlier,) = validation.find_earlier(make_stage(config, 1), tmp_path)
+  assert earlier.metrics == {'train_split_loss_8': 0.5}
 
 
 def test_the_table_at_the_end_of_training(model, tmp_path, caplog):

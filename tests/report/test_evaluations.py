@@ -35,7 +35,7 @@ def rows(text):
 
 
 def test_first_evaluation():
-  text = str(Evaluation(METRICS, SETTINGS, CHANCE))
+  text = repr(Evaluation(METRICS, SETTINGS, CHANCE))  # As in a notebook.
   heading, names, _, *cells, summary = rows(text)
   assert heading == [
     'Metrics of stage 64 at step 540 (EMA); losses of 256 held_out '
