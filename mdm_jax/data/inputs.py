@@ -157,11 +157,21 @@ def _check_columns(parts: Sequence[Part], caption_column: str) -> None:
   files = [part for part in parts if isinstance(part, parquet.ParquetPart)]
   if files:
     files[0].check()
-  if caption_column and parts and all(isinstance(p, TarPart) for p in parts):
+  if caption_column and parts and not any(map(_has_columns, parts)):
     raise ValueError(
-      f'--caption_column={caption_column}: tars have no columns, but a caption '
-      'beside each image.'
+      f'--caption_column={caption_column}: there are no columns here, but a '
+      'caption beside each image.'
     )
+
+
+def _has_columns(part: Part) -> bool:
+  if isinstance(part, folders.FolderPart):
+    # Captions of a table are known already.
+    return any(
+      isinstance(entry, folders.Entry) and not entry.caption_file
+      for entry in part.entries
+    )
+  return isinstance(part, parquet.ParquetPart)
 
 
 def _classify(names: Sequence[str]) -> _Files:

@@ -145,7 +145,15 @@ def test_an_input_is_given_once(tmp_path):
     inputs.find([f'{tmp_path}/f', f'{tmp_path}/g/f'])
 
 
-def test_tars_have_no_columns(tmp_path):
-  write_tar(tmp_path / 'a.tar', good_files(1))
-  with pytest.raises(ValueError, match='caption_column=x: tars have no col'):
-    inputs.find([str(tmp_path)], 'x')
+def test_captions_beside_images_have_no_columns(tmp_path):
+  (tmp_path / 'tars').mkdir()
+  write_tar(tmp_path / 'tars' / 'a.tar', good_files(1))
+  write(tmp_path / 'images', {'a.jpg': JPEG, 'a.txt': 'a'})
+  for name in ('tars', 'images'):
+    with pytest.raises(ValueError, match='caption_column=x: there are no col'):
+      inputs.find([f'{tmp_path}/{name}'], 'x')
+  # Some have.
+  write(
+    tmp_path / 'table', {'a.jpg': JPEG, 'metadata.csv': 'file_name,x\na.jpg,a'}
+  )
+  assert len(inputs.find([f'{tmp_path}/table', f'{tmp_path}/tars'], 'x')) == 2
