@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 import pathlib
 from typing import Any
@@ -29,7 +30,7 @@ from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.runtime import sharding, value_types
 from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
-_TEXT = value_types.Text()
+_TEXT = value_types.Text("a text (also of a class, such as '207')")
 _NUM_SAMPLES = ranges.EVALUATION['num_samples']
 _PROGRAMS = 8  # most samplers whose compiled programs are kept
 
@@ -81,7 +82,7 @@ class Samples(Sequence):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.images[index]
-    return Image.fromarray(self.levels[-1][index])
+    return Image.fromarray(self.levels[-1][operator.index(index)])
 
   @property
   def images(self) -> list[Image.Image]:

@@ -137,6 +137,8 @@ def test_samples_are_pil_images(model):
   assert repr(model.sample('a', steps=2)) == '<1 sample at 8, 16 px>'
   with pytest.raises(IndexError):
     samples[2]
+  with pytest.raises(TypeError):
+    samples[0, 1]
 
 
 def test_an_earlier_stage(workdir, model, tmp_path):
@@ -208,9 +210,9 @@ def test_the_table_at_the_end_of_training(model, tmp_path, caplog):
     ('a', {'batch_size': 0}, 'eval.batch_size=0: give an integer from 1'),
     ('a', {'num_samples': 0}, 'num_samples=0: give an integer from 1'),
     ('a', {'seed': -1}, 'seed=-1: give an integer from 0'),
-    ([1], {}, 'prompts=1: give a text.'),
-    (None, {}, 'prompts=None: give a text.'),
-    (b'a', {}, "prompts=b'a': give a text."),
+    ([1], {}, "prompts=1: give a text (also of a class, such as '207')."),
+    (None, {}, 'prompts=None: give a text'),
+    (b'a', {}, "prompts=b'a': give a text"),
     ('a', {'guide': 5}, 'guide=5: give the path of a directory'),
     ('a', {'guide': 'b', 'negative_prompt': 'c'}, 'leads away from one thing'),
     ('a', {'guide': 'nowhere'}, "guide='nowhere': there is no such directory"),
