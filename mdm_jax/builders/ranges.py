@@ -6,6 +6,7 @@ Conditions between keys are in `check.py`.
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import re
 from typing import Any
 
@@ -230,7 +231,8 @@ def check(config: ConfigDict) -> None:
     except ValueError as error:
       raise ValueError(f'{key}={_short(value)}: {error}') from None
     if checked != value or type(checked) is not type(value):
-      with section.ignore_type():
+      # A plain dict has no types.
+      with getattr(section, 'ignore_type', contextlib.nullcontext)():
         section[name] = checked
   for key in KEYS:
     name, in_list, _ = key.partition('[]')

@@ -96,6 +96,18 @@ def test_every_number_has_a_range_and_every_path_is_checked(make_config):
     assert isinstance(kind, Path) == is_path, key
 
 
+def test_numbers_of_numpy_become_those_of_python(make_config):
+  """JSON has no others."""
+  config = make_config()
+  put(config.sampler, 'num_steps', np.int64(3))
+  config.stages = [
+    stage.to_dict() | {'steps': np.int32(20)} for stage in config.stages
+  ]
+  ranges.check(config)
+  assert type(config.sampler.num_steps) is int
+  assert [type(stage['steps']) for stage in config.stages] == [int, int]
+
+
 def test_names_are_those_of_the_modules():
   def names(key):
     return set(ranges.KEYS[key].names)
