@@ -1,6 +1,6 @@
 """The demo's first-in-first-out queue of sampling requests, with previews."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import concurrent.futures
 import dataclasses
 import functools
@@ -158,13 +158,7 @@ class SampleQueue:
     self._thread = concurrent.futures.ThreadPoolExecutor(
       1, thread_name_prefix='sampling'
     )
-    sides = ' and '.join(map(str, model.stage.resolutions))
-    self.about = f'{model.workdir}, {sides} px'
-    if not model.is_finished:
-      self.about += (
-        f'. Training has not ended: this is {model.stage.title} at step '
-        f'{model.weights.step} of {model.stage.num_steps}'
-      )
+    self.about = _about(model, others)
 
   @property
   def default_request(self) -> Request:
@@ -434,6 +428,23 @@ class SampleQueue:
       self._drop_unwanted()
       if job.cancelled.is_set():
         return
+
+
+def _about(model: Model, others: Iterable[SavedWeights]) -> str:
+  """Describes a model, of whose run there are other weights."""
+  stage = model.stage
+  sides = ' and '.join(map(str, stage.resolutions))
+  about = f'{model.workdir}, {sides} px'
+  if model.is_finished:
+    return about
+  later = {each.name for each in stage.config.stages[stage.index + 1 :]}
+  state = 'Training has not ended: this is'
+  if any(saved.stage in later for saved in others):  # --stage
+    state = 'An earlier stage of training:'
+  return (
+    f'{about}. {state} {stage.title} at step {model.weights.step} of '
+    f'{stage.num_steps}'
+  )
 
 
 def _name(saved: SavedWeights) -> str:

@@ -474,3 +474,19 @@ def test_other_weights_are_loaded_when_they_are_asked_for(
 )
 def test_says_whether_training_has_ended(make_queue, step, about):
   assert make_queue(step)[0].about.endswith(', ' + about)
+
+
+def test_an_earlier_stage_is_called_so(make_queue):
+  sample_queue, config, params = make_queue()
+  model = dataclasses.replace(
+    sample_queue._model,
+    stage=make_stage(config, 0),
+    weights=Weights(0, 20, params),
+  )
+  for saved, state in (
+    (SavedWeights('8', 20), 'Training has not ended: this is'),
+    (SavedWeights('16', 5), 'An earlier stage of training:'),
+  ):
+    found = queue.SampleQueue(model, 2, {saved: None})
+    assert found.about.endswith(f"8 px. {state} stage 1/2 '8' at step 20 of 20")
+    found.close()
