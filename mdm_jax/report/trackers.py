@@ -137,7 +137,7 @@ class TensorBoard:
 
   def _text(self):
     """The config, which Markdown shows as it is by the four spaces."""
-    lines = json.dumps(self._config, indent=2).splitlines()
+    lines = json.dumps(self._config, indent=2).split('\n')
     text = '\n'.join(f'    {line}' for line in lines)
     metadata = summary_pb2.SummaryMetadata(
       plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name='text'),
