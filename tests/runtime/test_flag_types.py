@@ -361,3 +361,9 @@ def test_a_command_ends_in_one_line(module, arguments, line):
   result = commands.run(module, *arguments)
   assert (result.returncode, result.stdout) == (1, '')
   assert result.stderr == line + '\n'
+
+
+def test_help_shows_the_flags_that_commands_share():
+  result = commands.run('mdm_jax.sample', '--help')
+  for name in ('prompt', 'workdir', 'steps', 'guidance', 'sampler', 'stage'):
+    assert f'\n  --{name}: ' in result.stdout, name
