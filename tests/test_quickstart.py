@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,25 @@ assert abs(coarse[0] - both[0]).max() == abs(both[1]).max() == 0
   # Progress is logged, and nothing of what libraries log.
   assert "stage 2/2 '64'" in result.stderr
   assert 'CheckpointManager' not in result.stderr
+
+
+def test_its_log_is_that_of_commands(tmp_path):
+  code = """
+from mdm_jax.report import console, progress
+console.setup_logging()
+progress.Progress('a stage', 0, 9, 8).report(
+  1, loss=0.0, levels={}, grad_norm=0.0, learning_rate=0.0
+)
+"""
+  result = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+  )
+  (line,) = result.stderr.splitlines()
+  assert re.match(r'\d\d:\d\d:\d\d a stage  step 1/9', line)
 
 
 def test_outputs_are_stored():
