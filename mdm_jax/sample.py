@@ -1,6 +1,6 @@
 """Samples images from prompts with a trained model.
 
-python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring"
+python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring on navy"
 """
 
 import pathlib
