@@ -127,7 +127,9 @@ def test_flags_are_defined_in_one_place():
   for path in ROOT.rglob('*.py'):
     for node in ast.walk(ast.parse(path.read_text())):
       name = getattr(node, 'attr', '')
-      if name.startswith('DEFINE') or name == 'UsageError':
+      # W&B has an error of this name, too.
+      is_usage = name == 'UsageError' and ast.unparse(node) == 'app.UsageError'
+      if name.startswith('DEFINE') or is_usage:
         assert path.stem in ('flag_types', 'recipes') or name in (
           'DEFINE_boolean',
           'DEFINE_bool',
