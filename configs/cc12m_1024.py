@@ -3,7 +3,8 @@ r"""CC12M in three stages: 64, 64+256 and 64+256+1024 px, as in the paper.
     python -m mdm_jax.main --config=configs/cc12m_1024.py \
         --config.data.path=DIR --config.text.path=T5
 
-docs/tpu_slices.md has the memory and time that six TPU slices need.
+See cc12m_64 for DIR and T5. Not yet trained at full size; docs/tpu_slices.md
+has the memory and time that six TPU slices need at least.
 """
 
 from configs import cc12m_256, common

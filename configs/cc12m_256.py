@@ -2,6 +2,8 @@ r"""CC12M at 64 px and then 64+256 px: the network of the released 256 model.
 
     python -m mdm_jax.main --config=configs/cc12m_256.py \
         --config.data.path=DIR --config.text.path=T5
+
+See cc12m_64 for DIR and T5. Not yet trained at full size.
 """
 
 from configs import cc12m_64, common

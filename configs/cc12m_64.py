@@ -5,7 +5,7 @@ r"""CC12M at 64 px: network and noise schedule of the released 64 px model.
 
 DIR is the data set that `tools.prepare_data` made from CC12M's tars. T5 is a
 directory with the files of google/flan-t5-xl, whose encoder stays frozen. The
-UNet has 461 M parameters.
+UNet has 461 M parameters. Not yet trained at full size.
 """
 
 from configs import common

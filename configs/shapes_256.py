@@ -3,7 +3,8 @@
     python -m mdm_jax.main --config=configs/shapes_256.py
 
 The first two stages are those of `shapes_64`. The third adds outlines, hatching
-and grain, which only show at 256 px. For a GPU or a TPU.
+and grain, which only show at 256 px. For a GPU or a TPU. Not yet
+trained at full size.
 """
 
 from configs import common, shapes_64

@@ -15,7 +15,7 @@ def load(
   """Loads a trained model, to sample from it and to measure it.
 
     model = mdm_jax.load('runs/shapes_64')
-    samples = model.sample(['a red ring on navy', 'two green stars'], seed=1)
+    samples = model.sample(['a red ring on navy', 'a green star on white'])
     samples[0].show()
 
   The model runs on all devices of this process. If JAX has not been used yet,

@@ -1,6 +1,6 @@
 """Samples images from prompts with a trained model.
 
-python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring"
+python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring on navy"
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from mdm_jax.runtime import (
 )
 
 _PROMPTS = flag_types.define_repeated(
-  'prompt', [], value_types.Text(), 'Prompt to sample; may be repeated.'
+  'prompt', [], value_types.Text(), 'Prompt to sample'
 )
 _PROMPTS_FILE = flag_types.define(
   'prompts_file',

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from configs import common
+from mdm_jax.data import shapes
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'docs' / 'results'
@@ -476,6 +477,20 @@ def test_a_page_is_found_by_the_words_of_the_field(name, terms):
   text = (ROOT / 'docs' / f'{name}.md').read_text()
   for term in terms.split('; '):
     assert re.search(term.replace(' ', r'\s+'), text, re.IGNORECASE), term
+
+
+def test_the_words_of_shapes_are_listed():
+  text = (ROOT / 'docs/data.md').read_text()
+  for words in (
+    shapes.SHAPES,
+    shapes.COLORS,
+    shapes.PATTERNS,
+    shapes.SIZES,
+    shapes.BACKGROUNDS,
+    shapes.PLACES,
+    shapes.INVERSE,
+  ):
+    assert f'| {", ".join(words)} |' in text
 
 
 def test_a_newcomer_reads_few_words_before_the_first_sample():

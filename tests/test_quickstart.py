@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def test_every_cell_runs(tmp_path):
   # A smaller network that is trained for fewer steps shows as much.
   for old, new in (
     ('shapes_64.get_config()', "toy.shrink(shapes_64.get_config('smoke'))"),
-    ('steps = 1500', 'steps = 8'),
-    ('steps = 200', 'steps = 8'),
+    ('steps = 2200', 'steps = 8'),
+    ('steps = 220', 'steps = 8'),
     ('num_prompts = 64', 'num_prompts, config.eval.loss_every = 8, 0'),
     ('log_every = 100', 'log_every = config.sample_every = 100'),
     ('num_samples=64', 'num_samples=8'),
@@ -58,6 +59,25 @@ assert abs(coarse[0] - both[0]).max() == abs(both[1]).max() == 0
   assert 'CheckpointManager' not in result.stderr
 
 
+def test_its_log_is_that_of_commands(tmp_path):
+  code = """
+from mdm_jax.report import console, progress
+console.setup_logging()
+progress.Progress('a stage', 0, 9, 8).report(
+  1, loss=0.0, levels={}, grad_norm=0.0, learning_rate=0.0
+)
+"""
+  result = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+  )
+  (line,) = result.stderr.splitlines()
+  assert re.match(r'\d\d:\d\d:\d\d a stage  step 1/9', line)
+
+
 def test_outputs_are_stored():
   shown = [output for cell in CELLS for output in cell['outputs']]
   pictures = [each for each in shown if 'image/png' in each.get('data', {})]
@@ -65,7 +85,7 @@ def test_outputs_are_stored():
   assert not [each for each in shown if each['output_type'] == 'error']
   # What the cells print is of these cells.
   text = ''.join(''.join(each.get('text', '')) for each in shown)
-  assert 'of stage 64 at step 200' in text
+  assert 'of stage 64 at step 220' in text
   assert 'largest difference of the coarse output: 0.0' in text
   assert (ROOT / 'docs/quickstart.ipynb').stat().st_size < 2**20
 

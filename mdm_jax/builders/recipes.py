@@ -270,11 +270,15 @@ def _near(key: str) -> str:
 def _shipped(name: str) -> str:
   """Path of a shipped recipe."""
   spec = importlib.util.find_spec('configs')
-  for directory in spec.submodule_search_locations if spec else ():
-    path = pathlib.Path(directory, f'{name}.py')
-    if path.exists():
-      return str(path)
+  shipped = {
+    path.stem: str(path)
+    for directory in (spec.submodule_search_locations if spec else ())
+    for path in sorted(pathlib.Path(directory).glob('[!_]*.py'))
+  }
+  if name in shipped:
+    return shipped[name]
+  shipped.pop('common', None)  # What all recipes begin with.
   raise ValueError(
-    'there is no shipped recipe of this name; give the path of a file, such as '
-    'configs/shapes_64.py.'
+    'there is no shipped recipe of this name; give the path of a file, or one '
+    f'of {", ".join(shipped)}.'
   )

@@ -1,5 +1,6 @@
 """Data sets of captioned images that tools.prepare_data wrote."""
 
+import os
 import pathlib
 import shlex
 
@@ -8,10 +9,12 @@ from mdm_jax.data import tfds_source
 
 def _builder(path: str):
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
+    here = shlex.quote(str(path))
+    # The folder of images itself is the first thing that one tries.
+    images, output = (here, 'DIR') if os.path.isdir(path) else ('IMAGES', here)
     raise FileNotFoundError(
       f'There is no prepared data set in {path}: make one with python -m '
-      'mdm_jax.tools.prepare_data --input=IMAGES '
-      f'--output={shlex.quote(str(path))}'
+      f'mdm_jax.tools.prepare_data --input={images} --output={output}'
     )
   # Slow to import, so it is imported only where such a data set is read.
   import tensorflow_datasets as tfds

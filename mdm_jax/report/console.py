@@ -8,9 +8,11 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import logging
+from absl import flags, logging
 from etils import epy
 import jax
+
+from mdm_jax.runtime.command import LineFormatter
 
 with epy.lazy_imports():  # 0.3 s, which no --help should pay.
   from clu import parameter_overview
@@ -46,7 +48,12 @@ def setup_logging() -> None:
       or record.pathname.startswith(package)
     )
 
-  logging.use_absl_handler()  # Which commands do already, notebooks do not.
+  # Commands have done the first three, notebooks have not. Without flags absl
+  # warns about the first line.
+  logging.use_absl_handler()
+  logging.get_absl_handler().setFormatter(LineFormatter())
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(is_ours_or_a_warning)
 

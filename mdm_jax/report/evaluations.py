@@ -159,8 +159,8 @@ class Evaluation:
     at = [name for name in self.chance if name in self.metrics]
     if at := [name for name in at if self._is_at_chance(name)]:
       yield (
-        f'at chance: {", ".join(at)}; in this, these samples do not show that '
-        'images depend on their prompts'
+        f'at chance: {", ".join(at)}; by these, images of other prompts would '
+        'do as well'
       )
 
   def _find(self, name: str) -> Earlier | None:

@@ -37,7 +37,7 @@ def run(
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='backslashreplace')
-  logging.get_absl_handler().setFormatter(_LineFormatter())
+  logging.get_absl_handler().setFormatter(LineFormatter())
   # Python's process that removes shared memory after an ending that leaves it
   # behind, as all do here, warns that it has to.
   sys.warnoptions.append('ignore:resource_tracker:UserWarning')
@@ -84,7 +84,7 @@ def _is_unread(stream: TextIO) -> bool:
   return bool(poll.poll(0))
 
 
-class _LineFormatter(python_logging.Formatter):
+class LineFormatter(python_logging.Formatter):
   """Log lines such as '20:52:06 WARNING text': control characters are escaped.
 
   What is neither a warning nor an error has no word before its text.

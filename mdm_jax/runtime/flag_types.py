@@ -95,6 +95,12 @@ def parse(argv: Sequence[str]) -> list[str]:
   Raises:
     flags.Error: a flag is wrong, or an argument is no flag.
   """
+  # --help lists the flags of the main module alone: those that commands share
+  # count as its own.
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    if module.partition('.')[0] == 'mdm_jax':
+      for flag in defined:
+        flags.FLAGS.register_key_flag_for_module(argv[0], flag)
   rest = flags.FLAGS(argv)
   if len(rest) > 1:
     raise flags.Error(

@@ -38,7 +38,7 @@ if __name__ == '__main__':
     'input',
     None,
     value_types.Path('glob'),
-    'Glob of tars; may be repeated.',
+    'Glob of tars',
     required=True,
   )
   flag_types.define(

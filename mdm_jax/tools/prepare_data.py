@@ -114,8 +114,7 @@ if __name__ == '__main__':
     'input',
     None,
     value_types.Path('input', schemes=('*',)),
-    'Folder of images, tars or Parquet files, or glob in quotes; may be '
-    'repeated.',
+    'Folder of images, tars or Parquet files, or glob in quotes',
     required=True,
   )
   flag_types.define(

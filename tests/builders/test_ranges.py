@@ -311,7 +311,7 @@ def test_paths_of_no_recipe(tmp_path):
   for path, message in (
     (tmp_path, 'this is a directory'),
     (tmp_path / 'missing.py', 'there is no such file'),
-    ('shapes_65', 'no shipped recipe'),
+    ('shapes_65', 'or one of captioned_images, cc12m_1024, '),
     ('', 'give the path'),
     (':smoke', 'give the path'),
     ('shapes_64:large', "Unknown mode 'large'"),

@@ -102,6 +102,14 @@ def test_a_damaged_record_is_bad_and_the_others_are_not(data_set, tmp_path):
       assert source[i]['caption'].startswith('caption')
 
 
+def test_a_folder_of_images_is_to_be_prepared(tmp_path):
+  with pytest.raises(FileNotFoundError, match=f'--input={tmp_path} --output=D'):
+    sources.open_source(str(tmp_path), 'train')
+  missing = tmp_path / 'x'
+  with pytest.raises(FileNotFoundError, match=f'IMAGES --output={missing}'):
+    sources.open_source(str(missing), 'train')
+
+
 def test_what_is_missing_is_named(data_set, tmp_path):
   with pytest.raises(FileNotFoundError, match='nowhere.*prepare_data.*--out'):
     sources.open_source(f'{tmp_path}/nowhere', 'train')

@@ -50,7 +50,7 @@ def test_first_evaluation():
     + ['higher'],
     ['fid', '12.35', '-', '64', '-', 'lower'],
   ]
-  assert summary[0].startswith('at chance: accuracy_pattern; in this')
+  assert summary[0].startswith('at chance: accuracy_pattern; by these')
   better = Evaluation(
     METRICS | {'accuracy_pattern': Estimate(0.35, 53, 0.05)}, SETTINGS, CHANCE
   )

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import types
 
-from absl import logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -483,7 +483,7 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   # As commands have it, once.
   monkeypatch.setattr(python_logging.root, 'handlers', [handler])
   monkeypatch.setattr(logging.get_absl_logger(), 'propagate', True)
-  verbosity = logging.get_verbosity()
+  verbosity, parsed = logging.get_verbosity(), flags.FLAGS.is_parsed()
   seen = []
   monkeypatch.setattr(
     handler.python_handler, 'emit', lambda record: seen.append(record.msg)
@@ -496,6 +496,8 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
     1, loss=0.0, levels={}, grad_norm=0.0, learning_rate=0.0
   )
   logging.set_verbosity(verbosity)
+  if not parsed:
+    flags.FLAGS.unparse_flags()
   assert [text[:12] for text in seen] == ['its warning', '%s  step %d/']
 
 

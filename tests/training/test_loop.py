@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -22,12 +23,13 @@ from mdm_jax.builders.text import load_frozen
 from mdm_jax.checkpoint import manifest, restore, saved_steps
 from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.data import tar_index
+from mdm_jax.data.pipeline import DataError
 from mdm_jax.data.transforms import Transform
 from mdm_jax.inference import validation, weights
 from mdm_jax.optim import skip_step
 from mdm_jax.report import goodput
 from mdm_jax.runtime import directory_lock, replica_check, sharding
-from mdm_jax.training import loop, monitor
+from mdm_jax.training import initial_state, loop, monitor
 from tests import commands, toy
 from tests.report.test_metric_writer import read_events
 from tests.runtime.test_files import UNREADABLE
@@ -810,6 +812,18 @@ def test_another_data_set_is_refused(images, tmp_path):
   last = [line for line in lines if 'train_split_loss_8' in line][-1]
   assert last['train_split_loss_8'] == 0.25
   assert not any('held_out_loss_8' in line for line in lines)
+
+
+def test_shapes_are_the_same_with_another_pillow():
+  config = common.get_config()
+  stage = types.SimpleNamespace(config=config)
+  old, new = ({'tokenizer': 'a', 'Pillow': x} for x in ('13.0.0', '12.3.0'))
+  initial_state._check_data(stage, old, new)
+  with pytest.raises(DataError, match='tokenizer'):
+    initial_state._check_data(stage, old, new | {'tokenizer': 'b'})
+  config.data.name = 'captioned_images'
+  with pytest.raises(DataError, match="Pillow: '13.0.0' -> '12.3.0'"):
+    initial_state._check_data(stage, old, new)
 
 
 def test_classes_of_a_tfds_data_set(flowers, tmp_path):
