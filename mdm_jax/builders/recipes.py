@@ -214,7 +214,9 @@ def _with_range(argv: Sequence[str], text: str) -> str:
     if kind and text.startswith(f'--{name.lstrip("-")}='):
       return f'{word}: give {kind}.'
   if found := re.match(
-    r'Type .* of field config\.(\S+) is not supported', text
+    r'(?:Type .* of field |--)config\.([^\s=]+).*'
+    '(?:not supported| a ConfigDict)',
+    text,
   ):
     return f'--config.{found[1]}: change one of its keys instead.'
   return text
@@ -228,6 +230,9 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     if not found or config is None:
       continue
     key = found[1]
+    whole = re.sub(r'\[[^[]*\]$', '', key)
+    if whole != key and (kind := ranges.KEYS.get(ranges.pattern(whole))):
+      return f'{word}: change all of {whole}: give {kind}.'
     try:
       config_path.get_type(key, config)
     except (AttributeError, LookupError, TypeError, ValueError):

@@ -340,6 +340,11 @@ def test_paths_of_no_recipe(tmp_path):
     ('stages[7].steps=3', 'stages has 2 elements'),
     ('sampler.guidence=3', 'did you mean sampler.guidance?'),
     ('stages=3', '--config.stages: change one of its keys'),
+    ('eval=3', '--config.eval: change one of its keys'),
+    (
+      'model.levels[0].channels[0]=8',
+      'change all of model.levels[0].channels: give a tuple, each an integer',
+    ),
     ('stages[0].steps=x', 'give an integer from 1 to 1,000,000,000'),
     ('optimizer.b1=nan', 'optimizer.b1=nan: give a number from 0 to'),
     ('stages[0].learning_rate=-1', 'learning_rate=-1.0: give a number from 0'),
