@@ -74,7 +74,7 @@ def _memorize(config):
   training = {'batch_size': 8, 'learning_rate': 0.02, 'warmup_steps': 20}
   config.stages = [
     common.stage('16', 1, steps=500, **training),
-    common.stage('64', 2, steps=700, **training),
+    common.stage('64', 2, steps=2000, **training),
   ]
   config.optimizer.update(name='muon', decay='cosine', ema_decay=0.99)
   config.diffusion.loss_space = 'v'

@@ -35,34 +35,23 @@ _SEED = flag_types.define('seed', 0, value_types.SEED, 'Sample i has seed + i.')
 
 
 def main(_: list[str]) -> None:
-  """Samples, and writes the image."""
+  """Samples, and writes the picture."""
   # Slow to import, and not needed for --help.
-  from mdm_jax.builders.prompts import encode_prompts
-  from mdm_jax.inference import session
+  from mdm_jax.inference.pipeline import load
   from mdm_jax.report import console, grid
   from mdm_jax.runtime import compilation_cache
 
   console.setup_logging()
   compilation_cache.enable()
   try:
-    value_types.check_seeds('--seed', _SEED.value, _NUM_IMAGES.value)
-    opened = session.open_run(
-      run_flags.workdir(),
-      any_prompt=True,
-      num_images=_NUM_IMAGES.value,
-      **run_flags.options(),
-    )
-    model = opened.restore()
+    model = load(run_flags.workdir(), **run_flags.weights())
     prompts, captions, images = _records(
-      model.stage, _SPLIT.value, _NUM_IMAGES.value
+      model.model.stage, _SPLIT.value, _NUM_IMAGES.value
     )
-    text = encode_prompts(model.stage.config, prompts)
+    samples = model.sample(prompts, seed=_SEED.value, **run_flags.sampling())
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  seeds = range(_SEED.value, _SEED.value + len(captions))
-  sample_fn = model.stage.make_sample_fn(model.mesh, model.params)
-  levels = sample_fn(model.params, text, seeds)
-  grid.save_png(_OUTPUT.value, grid.grid([*levels, images], captions))
+  grid.save_png(_OUTPUT.value, grid.grid([*samples.levels, images], captions))
   logging.info('Wrote %s.', _OUTPUT.value)
 
 
