@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import math
+import pathlib
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -106,9 +107,11 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
 
 def _check_text(config: ConfigDict) -> None:
   text = config.text
-  if text.encoder not in TRAINED_ENCODERS and not text.path:
+  needs_t5 = text.encoder not in TRAINED_ENCODERS
+  if needs_t5 and not (text.path and pathlib.Path(text.path).is_dir()):
+    wrong = f'={text.path!r} is no directory' if text.path else ' is empty'
     raise ValueError(
-      'text.path is empty: name the directory of a T5 encoder, downloaded '
+      f'text.path{wrong}: name the directory of a T5 encoder, downloaded '
       'from google/flan-t5-xl for example, --config.text.path=DIR.'
     )
   if text.encoder == 'learned' and text.width % 2:

@@ -267,15 +267,12 @@ def leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
     key = f'{path}.{name}' if path else str(name)
     value = section[name]
     if key in _LISTS:
-      wanted = f'common.{"level" if "level" in key else "stage"}() returns one'
       if not isinstance(value, list | tuple):
-        raise ValueError(
-          f'{key}={_short(value)}: give a list of sections; {wanted}.'
-        )
+        raise ValueError(wanted_list(key, value))
       for i, child in enumerate(value):
         if not isinstance(child, Mapping | ConfigDict):
           raise ValueError(
-            f'{key}[{i}]={_short(child)}: give a section; {wanted}.'
+            f'{key}[{i}]={_short(child)}: give a section; {_maker(key)}.'
           )
         yield from leaves(child, f'{key}[{i}]')
     elif pattern(key) in KEYS:
@@ -288,6 +285,15 @@ def leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
       raise ValueError(f'{key}={_short(value)}: give a section of keys.')
 
 
+def wanted_list(key: str, value: Any) -> str:
+  """What is wrong with a value in place of the levels or stages."""
+  return f'{key}={_short(value)}: give a list of sections; {_maker(key)}.'
+
+
+def _maker(key: str) -> str:
+  return f'common.{"level" if "level" in key else "stage"}() returns one'
+
+
 def _short(value: Any) -> str:
-  text = repr(value)
+  text = ' '.join(repr(value).split())
   return text if len(text) <= 200 else f'{text[:200]}…'

@@ -168,14 +168,20 @@ def _wrong_key(error: BaseException) -> str | None:
   for frame, _ in traceback.walk_tb(error.__traceback__):
     values = frame.f_locals
     name = values.get('key', values.get('attribute'))
-    if isinstance(values.get('self'), ConfigDict) and isinstance(name, str):
+    if isinstance(values.get('self'), ConfigDict) and name is not None:
       found = values['self'], name, values.get('value')
   if not found:
     return None
   section, name, value = found
-  key = '.'.join(filter(None, [_place(section), name]))
-  if isinstance(error, KeyError | AttributeError) and name not in section:
+  key = '.'.join(filter(None, [_place(section), str(name)]))
+  if isinstance(error, KeyError | AttributeError):
+    if name in section:
+      return f'{key} cannot be deleted: give it another value.'
+    if key in ranges.KEYS or key in _sections():
+      return f'{key} is missing: start from common.get_config(); {_KNOWN}'
     return f'no such key ({key}){_or_rather(_near(key))}'
+  if isinstance(error, TypeError) and f'{key}[]' in _sections():
+    return ranges.wanted_list(key, value)
   if isinstance(error, TypeError) and key in ranges.KEYS:
     return f'{key}={value!r}: give {ranges.KEYS[key]}.'
   if isinstance(error, TypeError) and key in _sections():
@@ -208,7 +214,9 @@ def _with_range(argv: Sequence[str], text: str) -> str:
     if kind and text.startswith(f'--{name.lstrip("-")}='):
       return f'{word}: give {kind}.'
   if found := re.match(
-    r'Type .* of field config\.(\S+) is not supported', text
+    r'(?:Type .* of field |--)config\.([^\s=]+).*'
+    '(?:not supported| a ConfigDict)',
+    text,
   ):
     return f'--config.{found[1]}: change one of its keys instead.'
   return text
@@ -222,6 +230,9 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     if not found or config is None:
       continue
     key = found[1]
+    whole = re.sub(r'\[[^[]*\]$', '', key)
+    if whole != key and (kind := ranges.KEYS.get(ranges.pattern(whole))):
+      return f'{word}: change all of {whole}: give {kind}.'
     try:
       config_path.get_type(key, config)
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -260,11 +271,11 @@ def _near(key: str) -> str:
   if found := difflib.get_close_matches(name, sorted(siblings), 1, 0.7):
     return '.'.join(filter(None, [path, found[0]]))
   # A key of another section, or the name of the section is wrong.
-  if key not in siblings:
-    same = [other for other in ranges.KEYS if other.endswith(f'.{name}')]
-    if same:
-      return ' or '.join(same)
-  return ''.join(difflib.get_close_matches(key, sorted(ranges.KEYS), 1, 0.7))
+  same = [other for other in ranges.KEYS if f'.{other}'.endswith(f'.{name}')]
+  if path in _sections():
+    return ' or '.join(same)
+  near = difflib.get_close_matches(key, same or sorted(ranges.KEYS), 1, 0.7)
+  return ''.join(near) or ' or '.join(same)
 
 
 def _shipped(name: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import ctypes
 import dataclasses
 import functools
+import logging as python_logging
 import sys
 from typing import Any, Protocol
 
@@ -196,14 +197,21 @@ def batch_keys(
   return [key(batch * batch_size + row) for row in range(batch_size)]
 
 
-def _begin_worker(worker_index: int, worker_count: int) -> None:
+def _begin_worker(
+  formatter: python_logging.Formatter, worker_index: int, worker_count: int
+) -> None:
   """Prepares a worker process: it reuses memory, and only its parent ends it.
+
+  Its log lines look like those of its parent, whose formatter it gets.
 
   By default glibc returns the memory of each image to the kernel, which clears
   it page by page at the next allocation: a third of the time it takes to decode
   a photograph.
   """
   child_process.begin()
+  handler = python_logging.StreamHandler()
+  handler.setFormatter(formatter)
+  python_logging.basicConfig(handlers=[handler], force=True)
   if sys.platform == 'linux' and (
     mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)
   ):
@@ -301,7 +309,9 @@ def _load_ahead(
       grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=max(prefetch, 1)
       ),
-      worker_init_fn=_begin_worker,
+      worker_init_fn=functools.partial(
+        _begin_worker, logging.get_absl_handler().python_handler.formatter
+      ),
     )
   return dataset
 

@@ -68,8 +68,9 @@ class MetricWriter:
 
     Args:
       step: number of steps taken in the stage.
-      groups: numbers by group and name, which is unique among all groups. In
-        `metrics.jsonl` they are called `<name>`, in trackers `<group>/<name>`.
+      groups: numbers by group and name, which is unique among all groups, and
+        not 'time', 'stage' or 'step'. In `metrics.jsonl` they are called
+        `<name>`, in trackers `<group>/<name>`.
         They are integers or anything that `float` accepts; waits for arrays on
         devices. NaN and Inf are written as strings, since JSON has no numbers
         for them.

@@ -88,6 +88,7 @@ class TensorBoard:
     """
     self._directory, self._config = directory, config
     self._files: dict[str, io.RawIOBase] = {}
+    self._has_text = False
 
   def scalars(
     self, stage: str, step: int, now: float, values: Mapping[str, float]
@@ -126,8 +127,9 @@ class TensorBoard:
       file.close()
 
   def _write(self, stage: str, step: int, now: float, *values) -> None:
-    if not self._files:
+    if not self._has_text:
       self._append('', event_pb2.Event(wall_time=now, summary=self._text()))
+      self._has_text = True
     self._append(
       stage,
       event_pb2.Event(
@@ -160,13 +162,14 @@ class TensorBoard:
       directory = self._directory / stage
       directory.mkdir(parents=True, exist_ok=True)
       name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}'
-      file = (directory / name).open('ab', buffering=0)
+      self._files[stage] = (directory / name).open('ab', buffering=0)
+    file = self._files[stage]
+    if not file.seek(0, os.SEEK_END):  # Also after a disk that was full.
       version = event_pb2.Event(
         wall_time=time.time(), file_version='brain.Event:2'
       )
       _append_record(file, version.SerializeToString())
-      self._files[stage] = file
-    _append_record(self._files[stage], event.SerializeToString())
+    _append_record(file, event.SerializeToString())
 
 
 def _append_record(file: io.RawIOBase, record: bytes) -> None:
@@ -288,7 +291,14 @@ def check(names: Sequence[str]) -> None:
 
 
 def _check_account() -> None:
-  if wandb.setup().settings.mode != 'online':
+  try:
+    mode = wandb.setup().settings.mode
+  except ValueError as error:  # Of several lines, about a variable.
+    raise ValueError(
+      "trackers: 'wandb' has a wrong setting, perhaps a variable WANDB_…: "
+      + ' '.join(str(error).split())
+    ) from None
+  if mode != 'online':
     return
   try:
     wandb.login(timeout=_LOGIN)

@@ -132,7 +132,7 @@ BAD = [
   ({'text.encoder': 't5'}, 'text.path is empty: name the directory of a T5'),
   (
     {'text.encoder': 't5', 'text.path': 'nowhere'},
-    'no tokenizer at .nowhere.spiece.model',
+    "text.path='nowhere' is no directory: name the directory of a T5",
   ),
   ({'text.tokenizer': 'no/such.model'}, "no tokenizer at 'no/such.model'"),
   ({'text.max_length': 1}, 'text.max_length=1: give an integer from 2'),

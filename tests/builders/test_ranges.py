@@ -286,6 +286,29 @@ def test_a_recipe_that_is_wrong(case, tmp_path):
     ),
     ('print(config.smpler)', 'no such key (smpler): did you mean sampler?'),
     ("config['text']['xyz'] = 1", 'no such key (text.xyz); configs/common.py'),
+    ('config.text.model = 3', 'no such key (text.model); configs/common.py'),
+    (
+      'config.eval.update(seed=3)',
+      'no such key (eval.seed): did you mean seed?',
+    ),
+    (
+      "config.update_from_flattened_dict({'optimiser.name': 'muon'})",
+      'no such key (optimiser.name): did you mean optimizer.name?',
+    ),
+    ('config.update({3: 4})', 'no such key (3); configs/common.py'),
+    ('del config.eval.every', 'eval.every cannot be deleted: give it another'),
+    (
+      "common.ConfigDict({'stages': []}).seed",
+      'seed is missing: start from common.get_config(); ',
+    ),
+    (
+      "config.stages = common.stage('a', 1)",
+      'stages=accumulate: 1 ',
+    ),
+    (
+      'config.model.levels = {}',
+      'model.levels={}: give a list of sections; common.level() returns one.',
+    ),
     ("config.seed = 'x'", "seed='x': give an integer from 0 to"),
     ('config.data = 3', 'data=3: change one of its keys instead.'),
     ("config['sampler.eta'] = 3", 'ValueError: ConfigDict does not '),
@@ -329,6 +352,11 @@ def test_paths_of_no_recipe(tmp_path):
     ('stages[7].steps=3', 'stages has 2 elements'),
     ('sampler.guidence=3', 'did you mean sampler.guidance?'),
     ('stages=3', '--config.stages: change one of its keys'),
+    ('eval=3', '--config.eval: change one of its keys'),
+    (
+      'model.levels[0].channels[0]=8',
+      'change all of model.levels[0].channels: give a tuple, each an integer',
+    ),
     ('stages[0].steps=x', 'give an integer from 1 to 1,000,000,000'),
     ('optimizer.b1=nan', 'optimizer.b1=nan: give a number from 0 to'),
     ('stages[0].learning_rate=-1', 'learning_rate=-1.0: give a number from 0'),

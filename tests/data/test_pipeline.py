@@ -2,7 +2,7 @@
 
 import logging as python_logging
 
-from absl import flags
+from absl import flags, logging
 import numpy as np
 import pytest
 
@@ -280,6 +280,18 @@ def test_worker_processes_give_the_same_batches(mixed):
     assert sorted(one) == ['bad', *images, 'scale', 'text']
     for name in one:
       np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_lines_of_worker_processes_are_formatted(monkeypatch, capfd):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  handler = logging.get_absl_handler().python_handler
+  line = python_logging.Formatter('<%(levelname)s %(message)s>')
+  monkeypatch.setattr(handler, 'formatter', line)
+  options = {'transform': fail_on(2), 'num_batches': 1, 'num_workers': 1}
+  batches(Numbers(8), **options)
+  (found,) = [x for x in capfd.readouterr().err.splitlines() if 'n2' in x]
+  assert found == '<WARNING Replaced an unusable record: n2: damaged image>'
 
 
 @pytest.mark.soak

@@ -196,6 +196,26 @@ def test_a_disk_that_fills_up_ends_nothing(tmp_path):
   assert losses == [*range(20)]
 
 
+def test_a_disk_that_is_full_at_first(tmp_path, monkeypatch):
+  def fail(file, record):
+    raise OSError('full')
+
+  (board,) = trackers.make_trackers(['tensorboard'], tmp_path, {'a': 3}, None)
+  with monkeypatch.context() as patch:
+    patch.setattr(trackers.time, 'time', iter(range(99)).__next__)
+    patch.setattr(trackers, '_append_record', fail)
+    for step in range(3):
+      with pytest.raises(OSError):
+        board.scalars('b', step, 0.0, {'train/loss': step})
+  board.scalars('b', 3, 0.0, {'train/loss': 3})
+  board.finish()
+  # Attempts leave no files behind, and the config is not forgotten.
+  assert len([*tmp_path.rglob('events.*')]) == 2
+  assert read_events(tmp_path / 'tensorboard').Tensors('config')
+  (event,) = read_events(tmp_path / 'tensorboard' / 'b').Scalars('train/loss')
+  assert event.step == 3
+
+
 def wandb_run(workdir, **env):
   """Two numbers and an image of a session of the same run."""
   program = """
@@ -293,6 +313,15 @@ def test_trackers_are_checked_before_the_run(monkeypatch, caplog):
   trackers.check(['wandb'])
   assert asked == ['online', 'online']
   assert 'Weights & Biases cannot be reached now: no network' in caplog.text
+
+  # Pydantic's errors have several lines.
+  def refuse():
+    raise ValueError("mode\n  Input should be 'online'")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(trackers.wandb, 'setup', refuse)
+    with pytest.raises(ValueError, match="WANDB_…: mode Input should be 'on"):
+      trackers.check(['wandb'])
 
   # Nor on what happens later.
   trackers.wandb.Settings = lambda **options: None

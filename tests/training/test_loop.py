@@ -399,6 +399,9 @@ def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
   sessions, seconds = goodput.totals(twice)
   assert sessions == 2
   assert seconds['lost'] > 0
+  line = lines_of(twice / 'metrics.jsonl')[-1]
+  assert (line['stage'], line['step']) == ('goodput', 2)
+  assert line['step_seconds'] == pytest.approx(seconds['step'])
   for bucket in ('start_up', 'compile', 'step', 'save', 'sample', 'evaluate'):
     assert seconds[bucket] > 0
   for session, lines in itertools.groupby(
