@@ -32,6 +32,7 @@ from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
 _TEXT = value_types.Text("a text (also of a class, such as '207')")
 _NUM_SAMPLES = ranges.EVALUATION['num_samples']
+_SHOWN = 300  # characters of a wrong value in a message
 _PROGRAMS = 8  # most samplers whose compiled programs are kept
 
 
@@ -403,7 +404,10 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
   """The value as its kind has it; raises ValueError if it is of another."""
   if isinstance(value, os.PathLike):
     value = os.fspath(value)
-  with naming(f'{name}={value!r:.60}'):
+  shown = repr(value)
+  if len(shown) > _SHOWN:
+    shown = f'{shown[:_SHOWN]}…'
+  with naming(f'{name}={shown}'):
     return kind.check(value)
 
 
