@@ -35,7 +35,7 @@ _SEED = flag_types.define('seed', 0, value_types.SEED, 'Sample i has seed + i.')
 
 
 def main(_: list[str]) -> None:
-  """Samples, and writes the picture."""
+  """Samples, and writes the image."""
   # Slow to import, and not needed for --help.
   from mdm_jax.inference.pipeline import load
   from mdm_jax.report import console, grid
