@@ -275,6 +275,9 @@ def test_an_owner_cancels_its_own(gated):
     sample_queue.submit(request(sample_queue, steps=2, seed=i), owner)
     for i, owner in enumerate(('me', 'you', 'me'))
   )
+  view = sample_queue.watch(mine)
+  while next(view).state != 'sampling':  # One that has not begun takes no step.
+    pass
   sample_queue.cancel('me')
   assert mine_too.future.cancelled() and not other.cancelled.is_set()
   gate.let(3)
