@@ -31,6 +31,7 @@ import io
 import json
 import pathlib
 import types
+import uuid
 import zlib
 
 import jax
@@ -49,6 +50,7 @@ from mdm_jax.models import t5
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.unet import LevelSpec
+from tests.bucket import serving
 
 # What is imported stays, and tracing makes many objects that stay for long.
 gc.freeze()
@@ -83,6 +85,21 @@ def pytest_collection_modifyitems(items):
     return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
 
   items.sort(key=place)
+
+
+@pytest.fixture(scope='session')
+def bucket_server():
+  """A `tests.bucket.Bucket`; tests take `bucket`."""
+  # TensorStore reads the server's address once.
+  with serving() as server:
+    yield server
+
+
+@pytest.fixture
+def bucket(bucket_server):
+  """A `tests.bucket.Bucket` with a directory of the test's own."""
+  bucket_server.reset(uuid.uuid4().hex[:8])
+  return bucket_server
 
 
 def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:

@@ -62,6 +62,7 @@ ROWS = (
   'runtime.ending runtime.directory_lock runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
   'runtime.files runtime.value_types runtime.printable',
+  'runtime.buckets runtime.google_storage',
   'runtime.environment',
   # Packages without order: their own modules may import each other, no others.
   'diffusion models data eval',

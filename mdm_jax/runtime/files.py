@@ -10,12 +10,16 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import stat
+import tempfile
 from typing import Any
 import uuid
 
 from absl import logging
 from etils import epath
+
+from mdm_jax.runtime import buckets
 
 _LARGEST = 2**26  # Bytes of a file that is read at once.
 _LARGEST_LINES = 2**30  # Bytes of a file of lines.
@@ -28,6 +32,9 @@ _KINDS = {
   stat.S_IFCHR: 'a device',
   stat.S_IFBLK: 'a device',
 }
+
+
+buckets.register()  # For epath, wherever it is used.
 
 
 class UnreadableFile(ValueError):
@@ -44,23 +51,33 @@ class UnreadableFile(ValueError):
 
 
 def require_file(path: epath.PathLike) -> tuple[int, int]:
-  """Size in bytes of a file, and time of its last change in ns.
+  """Size in bytes of a file, and a number that changes when it is changed.
 
-  Opening a named pipe would wait for a writer, for ever. A file in a bucket has
-  the time 0, as it is never changed.
+  Opening a named pipe would wait for a writer, for ever.
 
   Raises:
     UnreadableFile: there is no file, or it is a directory, a pipe, a device.
   """
   with naming_errors(path):
     if not is_local(path):
-      return epath.Path(path).stat().length, 0
+      info = buckets.file_system(path).info(os.fspath(path))
+      if info['type'] == 'directory':
+        raise UnreadableFile(path, 'is a directory, not a file')
+      return info['size'], _version(info)
     # epath has whole seconds only, and looks up the names of owners.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
     raise UnreadableFile(path, f'is {kind}, not a file')
   return found.st_size, found.st_mtime_ns
+
+
+def _version(info: dict[str, Any]) -> int:
+  """A number of each content of an object, from what fsspec tells of it."""
+  if generation := info.get('generation'):  # Google's
+    return int(generation)
+  changed = info.get('LastModified') or info.get('mtime')
+  return int(changed.timestamp() * 1e9) if changed else 0
 
 
 def is_there(path: epath.PathLike) -> bool:
@@ -70,7 +87,7 @@ def is_there(path: epath.PathLike) -> bool:
 
 def is_local(path: epath.PathLike) -> bool:
   """Whether a path is on a file system, not in a bucket."""
-  return '://' not in os.fspath(path)
+  return buckets.scheme(path) is None
 
 
 @contextlib.contextmanager
@@ -232,16 +249,23 @@ def replacing(
   old file or the new one. Directories above it are created.
 
   Args:
-    path: of the file, local or on any file system that epath knows.
+    path: of the file, local or in a bucket.
     shared: other processes may write the same file at the same time, so the
       temporary file gets a name of its own. Otherwise what a killed process
       has left behind is overwritten by the next.
 
   Yields:
-    The path of a temporary file in the same directory, to be written to. An
-    error inside removes it and leaves `path` as it was.
+    The path of a temporary local file, to be written to. An error inside
+    removes it and leaves `path` as it was.
   """
   path = epath.Path(path)
+  if not is_local(path):
+    # An object appears as a whole, once all of it is uploaded.
+    with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+      temporary = epath.Path(directory) / path.name
+      yield temporary
+      upload(temporary, path)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   unique = f'.{uuid.uuid4().hex[:8]}' if shared else ''
   temporary = path.with_name(f'{path.name}{unique}.tmp')
@@ -251,6 +275,35 @@ def replacing(
     temporary.unlink(missing_ok=True)
     raise
   temporary.replace(path)
+
+
+def upload(source: epath.PathLike, path: epath.PathLike) -> None:
+  """Copies a local file into a bucket."""
+  buckets.file_system(path).put_file(os.fspath(source), os.fspath(path))
+
+
+@contextlib.contextmanager
+def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A local file with the content of a file, for what reads no others.
+
+  Args:
+    path: of the file, local or in a bucket.
+
+  Yields:
+    The path itself if it is local; else that of a copy, removed at the end.
+
+  Raises:
+    UnreadableFile: it cannot be read.
+  """
+  if is_local(path):
+    yield pathlib.Path(path)
+    return
+  require_file(path)
+  with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+    copy = pathlib.Path(directory, epath.Path(path).name)
+    with naming_errors(path):
+      buckets.file_system(path).get_file(os.fspath(path), str(copy))
+    yield copy
 
 
 def write_text(
