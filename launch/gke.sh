@@ -16,8 +16,9 @@
 # account must have access to the bucket. CACHE_GB=N also mounts the bucket,
 # read-only, as /bucket, with N GB of each node's disk as a cache of files; 0 is
 # without a cache. Instead of BUCKET, SHARE is a PersistentVolumeClaim that all
-# hosts may write to, mounted as /share. SPOT=1 makes the node pool use Spot VMs.
-# DRY_RUN=1 prints the commands and the manifest instead.
+# hosts may write to, mounted as /share. SPOT=1 makes the node pool use Spot
+# VMs. DRY_RUN=1 prints the commands and the manifest instead. launch/gke.md
+# explains it.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -52,11 +53,12 @@ manifest() {
   # Not to compile again after a restart. An empty name is ignored.
   COMPILED=${BUCKET:+$BUCKET/cache/xla}
   MOUNT_BUCKET=false VOLUMES='' MOUNTS=''
-  [[ ! $SHARE ]] || add_volume share "persistentVolumeClaim: {claimName: $SHARE}"
+  [[ ! $SHARE ]] ||
+    add_volume share "persistentVolumeClaim: {claimName: $SHARE}"
   [[ ! $CACHE_GB ]] || {
     MOUNT_BUCKET=true
-    add_volume bucket "csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, \
-volumeAttributes: {bucketName: ${BUCKET#gs://}, \
+    add_volume bucket "csi: {driver: gcsfuse.csi.storage.gke.io, \
+readOnly: true, volumeAttributes: {bucketName: ${BUCKET#gs://}, \
 mountOptions: '$(gcsfuse_options '' : : | paste -sd,)'}}"
   }
   text=$(<launch/gke_jobset.yaml)

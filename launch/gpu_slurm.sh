@@ -6,11 +6,11 @@
 #
 # The repository and VENV (launch/gpu.sh creates one) must be on a file system
 # that all nodes mount. So must WORKDIR, unless it is in a bucket; it is
-# BUCKET/runs/NAME if only BUCKET=gs://... is set. Set the partition, account and time limit by
-# sbatch's own variables SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT. Two
-# minutes before its time limit, and when it is preempted, the job saves a
-# checkpoint and queues itself again, until training is finished. DRY_RUN=1
-# prints the command instead of running it.
+# BUCKET/runs/NAME if only BUCKET=gs://... is set. Set the partition, account
+# and time limit by sbatch's own variables SBATCH_PARTITION, SBATCH_ACCOUNT,
+# SBATCH_TIMELIMIT. Two minutes before its time limit, and when it is preempted,
+# the job saves a checkpoint and queues itself again until training is finished.
+# DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs, on one host or many: requests a slice, runs
-# `python -m mdm_jax.main` on every host, with a bucket as working directory, and
-# deletes the slice.
+# `python -m mdm_jax.main` on every host, with a bucket as working directory,
+# and deletes the slice.
 #
 #   PROJECT=my-project ZONE=us-east5-b BUCKET=gs://my-bucket \
 #     CONFIG=configs/shapes_256.py \
@@ -14,13 +14,13 @@
 # to runs/. DRY_RUN=1 prints the commands instead of running them.
 #
 # The last commit is what runs. WORKDIR is BUCKET/runs/NAME if it is not set.
-# CACHE_GB=N makes `install` also mount the bucket, read-only, as `bucket` in the
-# home directory of every host, with N GB of its disk as a cache of files; 0 is
-# without a cache. Instead of BUCKET, SHARE=ADDRESS:/NAME is an NFS share
-# (Filestore), mounted as `share`. A slice of several hosts needs one of them. So
-# does SPOT=1, which asks for Spot VMs; with it `keep` takes the place of `log`,
-# and requests a new slice after each preemption until training is finished.
-# docs/tpu.md explains it step by step.
+# CACHE_GB=N makes `install` also mount the bucket, read-only, as `bucket` in
+# the home directory of every host, with N GB of its disk as a cache of files; 0
+# is without a cache. Instead of BUCKET, SHARE=ADDRESS:/NAME is an NFS share
+# (Filestore), mounted as `share`. A slice of several hosts needs one of them.
+# So does SPOT=1, which asks for Spot VMs; with it `keep` takes the place of
+# `log`, and requests a new slice after each preemption until training is
+# finished. docs/tpu.md explains it step by step.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -109,8 +109,9 @@ run() {
   # A new VM need not compile again.
   [[ ! $BUCKET ]] || cache=("JAX_COMPILATION_CACHE_DIR=$BUCKET/cache/xla")
   main=$(quoted ../venv/bin/python launch/supervise.py --workdir="$there" -- \
-    env 'JAX_PLATFORMS=tpu,cpu' "${cache[@]}" ../venv/bin/python -m mdm_jax.main \
-    --distributed --config="$CONFIG" --workdir="$there" "${options[@]}")
+    env 'JAX_PLATFORMS=tpu,cpu' "${cache[@]}" \
+    ../venv/bin/python -m mdm_jax.main --distributed --config="$CONFIG" \
+    --workdir="$there" "${options[@]}")
   # Stores the exit code, from which `log` and `keep` know how training ended.
   main="$main & echo \$! > ../run.pid; wait \$!; echo \$? > ../run.status"
   on_workers "rm -f run.pid run.status; cd mdm_jax || exit; \

@@ -72,7 +72,7 @@ def test_shellcheck(path):
 
 @pytest.mark.parametrize(
   'path',
-  [ROOT / 'docs' / 'tpu.md', LAUNCH / 'xpk.md'],
+  [ROOT / 'docs' / 'tpu.md', LAUNCH / 'gke.md', LAUNCH / 'xpk.md'],
   ids=lambda path: path.name,
 )
 def test_commands_in_the_docs(path, tmp_path):
