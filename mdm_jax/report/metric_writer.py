@@ -45,7 +45,7 @@ class MetricWriter:
       self._skipped = background.LineFile(workdir / 'skipped.jsonl')
       self._images = background.BackgroundWriter('images')
       self._trackers = [
-        (tracker, background.BackgroundWriter(tracker.title))
+        (tracker, background.BackgroundWriter(tracker.title, tracker.upload))
         for tracker in trackers
       ]
       self._parts = (
