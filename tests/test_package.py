@@ -29,7 +29,15 @@ def test_dependencies_are_those_of_the_requirements():
   assert project['dependencies'] == requirements('requirements.txt')
   extras = project['optional-dependencies']
   assert extras['demo'] == requirements('requirements-demo.txt')
-  assert extras.keys() == {'demo', 'wandb', 'parquet', 'tpu', 'cuda'}
+  assert extras.keys() == {
+    'demo',
+    'wandb',
+    'parquet',
+    'gs',
+    's3',
+    'tpu',
+    'cuda',
+  }
 
 
 def test_one_license_and_one_address_everywhere():

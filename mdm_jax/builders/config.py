@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -339,11 +338,11 @@ def reading_prompts(config: ConfigDict) -> ConfigDict:
 
 
 def stage_directory(
-  workdir: str | pathlib.Path,
+  workdir: epath.PathLike,
   config: ConfigDict,
   index: int,
   kind: str = 'checkpoints',
-) -> pathlib.Path:
+) -> epath.Path:
   """Directory of a stage's 'checkpoints', 'averages' (snapshots) or 'best'."""
   name = f'{index}_{config.stages[index].name}'
-  return pathlib.Path(workdir) / kind / name
+  return epath.Path(workdir) / kind / name

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -98,8 +98,8 @@ class Stage:
     return self.config.seed * len(self.config.stages) + self.index
 
   def directory(
-    self, workdir: str | pathlib.Path, kind: str = 'checkpoints'
-  ) -> pathlib.Path:
+    self, workdir: epath.PathLike, kind: str = 'checkpoints'
+  ) -> epath.Path:
     """See `stage_directory`."""
     return stage_directory(workdir, self.config, self.index, kind)
 

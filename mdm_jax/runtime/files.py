@@ -7,15 +7,22 @@ anything. The functions here tell in bounded time and memory, with one error,
 
 from collections.abc import Callable, Iterator
 import contextlib
+import glob
+import io
 import json
 import math
 import os
+import pathlib
+import re
 import stat
+import tempfile
 from typing import Any
 import uuid
 
 from absl import logging
 from etils import epath
+
+from mdm_jax.runtime import buckets
 
 _LARGEST = 2**26  # Bytes of a file that is read at once.
 _LARGEST_LINES = 2**30  # Bytes of a file of lines.
@@ -28,6 +35,9 @@ _KINDS = {
   stat.S_IFCHR: 'a device',
   stat.S_IFBLK: 'a device',
 }
+
+
+buckets.register()  # For epath, wherever it is used.
 
 
 class UnreadableFile(ValueError):
@@ -44,23 +54,33 @@ class UnreadableFile(ValueError):
 
 
 def require_file(path: epath.PathLike) -> tuple[int, int]:
-  """Size in bytes of a file, and time of its last change in ns.
+  """Size in bytes of a file, and a number that changes when it is changed.
 
-  Opening a named pipe would wait for a writer, for ever. A file in a bucket has
-  the time 0, as it is never changed.
+  Opening a named pipe would wait for a writer, for ever.
 
   Raises:
     UnreadableFile: there is no file, or it is a directory, a pipe, a device.
   """
   with naming_errors(path):
     if not is_local(path):
-      return epath.Path(path).stat().length, 0
+      info = buckets.file_system(path).info(os.fspath(path))
+      if info['type'] == 'directory':
+        raise UnreadableFile(path, 'is a directory, not a file')
+      return info['size'], _version(info)
     # epath has whole seconds only, and looks up the names of owners.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
     raise UnreadableFile(path, f'is {kind}, not a file')
   return found.st_size, found.st_mtime_ns
+
+
+def _version(info: dict[str, Any]) -> int:
+  """A number of each content of an object, from what fsspec tells of it."""
+  if generation := info.get('generation'):  # Google's
+    return int(generation)
+  changed = info.get('LastModified') or info.get('mtime')
+  return int(changed.timestamp() * 1e9) if changed else 0
 
 
 def is_there(path: epath.PathLike) -> bool:
@@ -70,7 +90,7 @@ def is_there(path: epath.PathLike) -> bool:
 
 def is_local(path: epath.PathLike) -> bool:
   """Whether a path is on a file system, not in a bucket."""
-  return '://' not in os.fspath(path)
+  return buckets.scheme(path) is None
 
 
 @contextlib.contextmanager
@@ -131,18 +151,33 @@ def read_json_lines(
   and is as one without lines; so is a missing one, which is not logged.
 
   Args:
-    path: of the file.
+    path: of the file. What `runtime.appending` has put beside it is read too,
+      as its end.
     is_valid: see `read_json`, of the value of a line.
   """
-  values, odd = [], 0
-  if not is_there(path):
+  values: list[Any] = []
+  try:
+    with naming_errors(path):
+      found = parts(path)
+  except UnreadableFile as error:
+    logging.warning('%s: it is not used.', error)
     return values
+  for part in found:
+    _read_json_lines(part, is_valid, values)
+  return values
+
+
+def _read_json_lines(
+  path: epath.Path, is_valid: Callable[[Any], bool], values: list[Any]
+) -> None:
+  odd = 0
   try:
     size, _ = require_file(path)
     if size > _LARGEST_LINES:
       raise UnreadableFile(path, f'is larger than {_LARGEST_LINES >> 30} GiB')
-    with naming_errors(path), epath.Path(path).open('rb') as file:
-      whole = True
+    with naming_errors(path), path.open('rb') as opened:
+      # Files in buckets have a `readline` without a limit.
+      file, whole = io.BufferedReader(opened), True
       while line := file.readline(_LONGEST_LINE):
         # The rest of a line that was too long is no line of its own.
         begins, whole = whole, line.endswith(b'\n')
@@ -156,7 +191,57 @@ def read_json_lines(
     logging.warning('%s: it is not used.', error)
   if odd:
     logging.warning('%s: %d lines cannot be read; skipped.', path, odd)
-  return values
+
+
+def parts(path: epath.PathLike) -> list[epath.Path]:
+  """A file, if there is one, then what `runtime.appending` has put beside it.
+
+  Copied to a disk, they are read as they are in the bucket.
+
+  Raises:
+    OSError: a bucket could not be listed.
+  """
+  path = epath.Path(path)
+  stem, suffix = _stem_and_suffix(path)
+  if is_local(path):
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+  else:
+    # One request, with the beginning of the names.
+    pattern = glob.escape(os.fspath(path.parent / stem)) + '*' + suffix
+    found = buckets.file_system(path).glob(pattern)
+    names = [name.rpartition('/')[2] for name in found]
+  numbers = {name: _part_number(name, stem, suffix) for name in names}
+  beside = [name for name, number in numbers.items() if number is not None]
+  beside.sort(key=lambda name: (numbers[name], name))
+  first = [path.name] if path.name in names else []
+  return [path.parent / name for name in first + beside]
+
+
+def new_part(path: epath.PathLike) -> epath.Path:
+  """The path of a part to come, see `parts`: `a-000003-5f3a9c.jsonl`.
+
+  Raises:
+    OSError: a bucket could not be listed.
+  """
+  path, found = epath.Path(path), parts(path)
+  stem, suffix = _stem_and_suffix(path)
+  last = _part_number(found[-1].name, stem, suffix) if found else None
+  number = 0 if last is None else last + 1
+  # Another process may append at the same time: no two names are the same.
+  return path.parent / f'{stem}-{number:06d}-{uuid.uuid4().hex[:6]}{suffix}'
+
+
+def _part_number(name: str, stem: str, suffix: str) -> int | None:
+  """The number in the name of a part; None if it is none."""
+  pattern = rf'{re.escape(stem)}-(\d{{6,}})-[0-9a-f]{{6}}{re.escape(suffix)}'
+  found = re.fullmatch(pattern, name)
+  return int(found[1]) if found else None
+
+
+def _stem_and_suffix(path: epath.Path) -> tuple[str, str]:
+  """Only `.jsonl` is a suffix: names of event files have dots of their own."""
+  stem = path.name.removesuffix('.jsonl')
+  return stem, path.name[len(stem) :]
 
 
 def is_number(value: Any) -> bool:
@@ -232,16 +317,23 @@ def replacing(
   old file or the new one. Directories above it are created.
 
   Args:
-    path: of the file, local or on any file system that epath knows.
+    path: of the file, local or in a bucket.
     shared: other processes may write the same file at the same time, so the
       temporary file gets a name of its own. Otherwise what a killed process
       has left behind is overwritten by the next.
 
   Yields:
-    The path of a temporary file in the same directory, to be written to. An
-    error inside removes it and leaves `path` as it was.
+    The path of a temporary local file, to be written to. An error inside
+    removes it and leaves `path` as it was.
   """
   path = epath.Path(path)
+  if not is_local(path):
+    # An object appears as a whole, once all of it is uploaded.
+    with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+      temporary = epath.Path(directory) / path.name
+      yield temporary
+      upload(temporary, path)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   unique = f'.{uuid.uuid4().hex[:8]}' if shared else ''
   temporary = path.with_name(f'{path.name}{unique}.tmp')
@@ -251,6 +343,57 @@ def replacing(
     temporary.unlink(missing_ok=True)
     raise
   temporary.replace(path)
+
+
+def upload(source: epath.PathLike, path: epath.PathLike) -> None:
+  """Copies a local file into a bucket."""
+  buckets.file_system(path).put_file(os.fspath(source), os.fspath(path))
+
+
+@contextlib.contextmanager
+def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A directory on this machine, for what writes to no others.
+
+  Args:
+    path: of the directory, local or in a bucket.
+
+  Yields:
+    The path itself if it is local; else that of another, whose files are
+    uploaded at the end, and which is then removed. An error inside leaves the
+    bucket as it was.
+  """
+  if is_local(path):
+    yield pathlib.Path(path)
+    return
+  with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+    yield pathlib.Path(directory)
+    for file in sorted(pathlib.Path(directory).rglob('*')):
+      if file.is_file():
+        upload(file, epath.Path(path) / file.relative_to(directory))
+
+
+@contextlib.contextmanager
+def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A local file with the content of a file, for what reads no others.
+
+  Args:
+    path: of the file, local or in a bucket.
+
+  Yields:
+    The path itself if it is local; else that of a copy, removed at the end.
+
+  Raises:
+    UnreadableFile: it cannot be read.
+  """
+  if is_local(path):
+    yield pathlib.Path(path)
+    return
+  require_file(path)
+  with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+    copy = pathlib.Path(directory, epath.Path(path).name)
+    with naming_errors(path):
+      buckets.file_system(path).get_file(os.fspath(path), str(copy))
+    yield copy
 
 
 def write_text(

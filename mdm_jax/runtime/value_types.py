@@ -13,6 +13,8 @@ import re
 import stat
 from typing import Any
 
+from mdm_jax.runtime import buckets
+
 # No file system has longer names; temporary files add a suffix to theirs.
 _LONGEST_NAME, _LONGEST_OUTPUT = 255, 230
 _LONGEST_PATH = 3800  # of 4096 bytes; the rest is for what lies below
@@ -259,7 +261,8 @@ class Path:
     output: whether it is written to, so need not exist.
     missing: whether it need not exist.
     empty: whether it may be the empty text.
-    schemes: of the URLs that it may be, such as 'gs'; ('*',) for any.
+    schemes: of the buckets in which it may be, such as 'gs'; ('*',) for any
+      URL, which is not looked at; none for a path on this machine.
     suffixes: one of which it ends in; none: in anything.
   """
 
@@ -267,7 +270,7 @@ class Path:
   output: bool = False
   missing: bool = False
   empty: bool = False
-  schemes: tuple[str, ...] = ()
+  schemes: tuple[str, ...] = buckets.SCHEMES
   suffixes: tuple[str, ...] = ()
 
   def __str__(self):
@@ -294,6 +297,8 @@ class Path:
     if value != value.strip():
       raise ValueError('remove the spaces around it.')
     if '://' in value and self._is_allowed(value):
+      if '*' not in self.schemes:
+        self._check_in_bucket(value)
       return value
     path = _expand(value, self.schemes)
     if not path.endswith(self.suffixes or ''):
@@ -307,6 +312,20 @@ class Path:
   def _is_allowed(self, value: str) -> bool:
     scheme = value.partition('://')[0]
     return scheme != 'file' and bool({scheme, '*'} & set(self.schemes))
+
+  def _check_in_bucket(self, path: str) -> None:
+    """Raises ValueError if a bucket has something else there."""
+    if not path.endswith(self.suffixes or ''):
+      raise ValueError(f'give {self}.')
+    if self.kind in ('glob', 'input'):
+      buckets.file_system(path)
+      return
+    found = buckets.find(path)
+    wanted = 'directory' if self.kind == 'directory' else 'file'
+    if found is None and not (self.output or self.missing):
+      raise ValueError(f'there is no such {self._noun}.')
+    if found not in (None, wanted):
+      raise ValueError(f'this is a {found}: give {self}.')
 
   def _check_on_disk(self, path: str) -> None:
     """Raises ValueError if the file system has something else there."""
@@ -387,8 +406,10 @@ def _expand(value: str, schemes: tuple[str, ...]) -> str:
     if schemes and not value.startswith(f'{scheme}://'):
       raise ValueError(f'write {scheme}:// with two slashes.')
     raise ValueError(
-      'give a path on this machine: buckets and URLs are not supported here '
-      '(a bucket can be mounted).'
+      f'give a path on this machine, or one of {"://, ".join(schemes)}://.'
+      if schemes
+      else 'give a path on this machine: buckets and URLs are not supported '
+      'here (a bucket can be mounted).'
     )
   if found := re.search(r'\$(\w+|\{\w+\})', value):
     raise ValueError(
