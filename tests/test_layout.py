@@ -51,7 +51,8 @@ ROWS = (
   'checkpoint.identity',
   'report.sample_directory report.progress report.metric_writer '
   'report.goodput report.evaluations',
-  'report.background report.console report.gallery report.grid report.trackers',
+  'report.background report.console report.gallery report.grid report.trackers '
+  'report.layouts',
   'interop.hugging_face interop.ml_mdm',
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',
