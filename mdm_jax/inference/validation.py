@@ -154,7 +154,7 @@ def write_metrics(
     files.write_json(path, values)
 
 
-def _metrics_path(stage: Stage, workdir: str) -> epath.Path:
+def _metrics_path(stage: Stage, workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'eval' / f'{stage.num_steps}.json'
 
 

@@ -351,6 +351,28 @@ def upload(source: epath.PathLike, path: epath.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A directory on this machine, for what writes to no others.
+
+  Args:
+    path: of the directory, local or in a bucket.
+
+  Yields:
+    The path itself if it is local; else that of another, whose files are
+    uploaded at the end, and which is then removed. An error inside leaves the
+    bucket as it was.
+  """
+  if is_local(path):
+    yield pathlib.Path(path)
+    return
+  with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+    yield pathlib.Path(directory)
+    for file in sorted(pathlib.Path(directory).rglob('*')):
+      if file.is_file():
+        upload(file, epath.Path(path) / file.relative_to(directory))
+
+
+@contextlib.contextmanager
 def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """A local file with the content of a file, for what reads no others.
 

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Holds a lock until its input ends; its child outlives it.
 HOLDER = """
 import os, sys, time
-from mdm_jax.runtime import directory_lock, preemption
+from mdm_jax.runtime import directory_lock
 with getattr(directory_lock, sys.argv[1])(*eval(sys.argv[2])):
   if not os.fork():
     time.sleep(60)
