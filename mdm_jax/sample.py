@@ -3,11 +3,11 @@
 python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring on navy"
 """
 
-import pathlib
 import sys
 import time
 
 from absl import flags, logging
+from etils import epath
 
 from mdm_jax.inference import run_flags
 from mdm_jax.runtime import (
@@ -106,7 +106,7 @@ def main(_: list[str]) -> None:
     'Sampled %d images in %s: %s',
     count,
     console.duration(time.monotonic() - begin),
-    pathlib.Path(output) / 'index.html',
+    output / 'index.html',
   )
 
 
@@ -149,9 +149,9 @@ def _sample(output, model, request) -> int:
   return len(rows)
 
 
-def _output(workdir: str) -> pathlib.Path:
+def _output(workdir: str) -> epath.Path:
   """The directory of the samples."""
-  return pathlib.Path(_OUTPUT.value or pathlib.Path(workdir, 'generated'))
+  return epath.Path(_OUTPUT.value or epath.Path(workdir) / 'generated')
 
 
 if __name__ == '__main__':

@@ -63,7 +63,8 @@ ROWS = (
   'runtime.preemption runtime.watchdog',
   'runtime.ending runtime.directory_lock runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
-  'runtime.files runtime.value_types runtime.printable',
+  'runtime.appending runtime.value_types runtime.printable',
+  'runtime.files',
   'runtime.buckets runtime.google_storage',
   'runtime.environment',
   # Packages without order, as data is: their own modules may import each other.

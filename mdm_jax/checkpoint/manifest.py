@@ -6,9 +6,10 @@ manifest is compared as text, so that damage to it is found as well. XXH3
 detects accidents, not forgery, at a tenth of the cost of SHA-256.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import concurrent.futures
 import functools
+import hashlib
 import json
 import os
 from typing import Any
@@ -50,7 +51,7 @@ def problem(directory: epath.PathLike) -> str | None:
     The first file that is changed, missing, extra or unreadable, as in
     'state/d/1f has changed', and how many more there are; or what other
     checkpoint it is. None if it is as it was saved. Manifests of earlier
-    versions do not say which checkpoint they are of.
+    versions do not say which checkpoint they are of, or have SHA-256 hashes.
   """
   directory = epath.Path(directory)
   try:
@@ -102,7 +103,7 @@ def _problem(directory: str, text: bytes, listed: Files) -> str | None:
     if _num_blocks(size) != _length(expected.get(name))
   ]
   if not problems:  # Otherwise much may have to be read to find more of them.
-    found = _hashes(epath.Path(directory), listed)
+    found = _hashes(epath.Path(directory), listed, _hash_function(expected))
     if text == _text(recorded, found).encode():
       return None
     problems = [
@@ -145,7 +146,21 @@ def list_files(directory: epath.PathLike) -> Files:
   return tuple(sorted(file for file in found if file[0] != _NAME))
 
 
-def _hashes(directory: epath.Path, listed: Files) -> dict[str, list[str]]:
+def _hash_function(expected: Mapping[str, Any]) -> Callable[[], Any]:
+  """What the hashes of a manifest are of: those of the first were SHA-256."""
+  is_sha256 = any(
+    isinstance(digest, str) and len(digest) == 64
+    for hashes in expected.values()
+    for digest in hashes
+  )
+  return hashlib.sha256 if is_sha256 else xxhash.xxh3_128
+
+
+def _hashes(
+  directory: epath.Path,
+  listed: Files,
+  make_hash: Callable[[], Any] = xxhash.xxh3_128,
+) -> dict[str, list[str]]:
   """Hash of each block of each file."""
   blocks = [
     (name, index * _BLOCK)
@@ -155,16 +170,16 @@ def _hashes(directory: epath.Path, listed: Files) -> dict[str, list[str]]:
   hashes = {name: [] for name, *_ in listed}
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     digests = pool.map(
-      lambda block: _hash(directory / block[0], block[1]), blocks
+      lambda block: _hash(directory / block[0], block[1], make_hash()), blocks
     )
     for (name, _), digest in zip(blocks, digests):
       hashes[name].append(digest)
   return hashes
 
 
-def _hash(path: epath.Path, offset: int) -> str:
-  """Hash of the block that begins at an offset."""
-  found, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ))
+def _hash(path: epath.Path, offset: int, found: Any) -> str:
+  """Hash of the block that begins at an offset; `found` is one of nothing."""
+  buffer = memoryview(bytearray(_READ))
   with files.naming_errors(path), path.open('rb') as file:
     file.seek(offset)
     for _ in range(_BLOCK // _READ):

@@ -98,13 +98,14 @@ def naming_errors() -> Iterator[None]:
   """Turns what a bucket raises into a ValueError for the user."""
   try:
     yield
-  except _errors() as error:
+  except errors() as error:
     reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
     raise ValueError(f'{reason}.') from error
 
 
-def _errors() -> tuple[type[Exception], ...]:
-  """OSError, and what the packages raise without it."""
+@functools.cache
+def errors() -> tuple[type[Exception], ...]:
+  """OSError, and what the packages of buckets raise without it."""
   found: list[Any] = [OSError]
   if importlib.util.find_spec('botocore'):  # That of s3fs.
     import botocore.exceptions

@@ -14,6 +14,9 @@ from mdm_jax.runtime.printable import printable
 
 # A disk that takes no more, not a mistake in the program.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+# JAX's RuntimeError that begins so says which devices are missing, and what to
+# do: JAX_PLATFORMS asks for them, say.
+_NO_DEVICES = 'Unable to initialize backend'
 
 
 def run(
@@ -68,6 +71,8 @@ def run(
     # The environment's fault if a file is named, otherwise maybe ours.
     elif isinstance(error, OSError) and error.filename is not None:
       message = f'error: {error.filename}: {error.strerror}.'
+    elif isinstance(error, RuntimeError) and str(error).startswith(_NO_DEVICES):
+      message = 'error: ' + ' '.join(str(error).split())
     else:
       sys.excepthook(*sys.exc_info())
   ending.begin(code)

@@ -35,6 +35,11 @@ SOON = {
   'sys.exit(0)': (0, ''),
   'sys.exit(3)': (3, ''),
   'sys.exit("error: one line")': (1, 'error: one line'),
+  # As JAX's is.
+  'raise RuntimeError("Unable to initialize backend \'tpu\':\\n none")': (
+    1,
+    "error: Unable to initialize backend 'tpu': none",
+  ),
   'raise KeyError("key")': (1, "KeyError: 'key'"),
   'raise OSError(28, "No space left on device", "a")': (
     1,
