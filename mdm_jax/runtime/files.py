@@ -75,6 +75,30 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
   return found.st_size, found.st_mtime_ns
 
 
+def list_bucket(directory: str) -> dict[str, tuple[int, int]]:
+  """The files of a directory in a bucket, each with what `require_file` tells.
+
+  One request tells of a thousand. A directory that is not there has no files.
+
+  Args:
+    directory: as 'gs://name/path'.
+
+  Raises:
+    UnreadableFile: it cannot be listed.
+  """
+  scheme = buckets.scheme(directory)
+  with naming_errors(directory):
+    try:
+      found = buckets.file_system(directory).ls(directory, detail=True)
+    except FileNotFoundError:
+      return {}
+  return {
+    f'{scheme}://{info["name"]}': (info['size'], _version(info))
+    for info in found
+    if info['type'] == 'file'
+  }
+
+
 def _version(info: dict[str, Any]) -> int:
   """A number of each content of an object, from what fsspec tells of it."""
   if generation := info.get('generation'):  # Google's
