@@ -42,7 +42,7 @@ def enable() -> None:
   if not given:
     if found := directory('xla'):
       jax.config.update('jax_compilation_cache_dir', str(found))
-  elif '://' not in given:
+  else:
     try:
       _OUTPUT.check(given)
     except ValueError as error:
