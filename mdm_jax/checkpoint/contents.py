@@ -128,7 +128,7 @@ def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
 
 
 def _key_value_store(directory: epath.Path) -> dict[str, str]:
-  """A directory, for TensorStore, in whose URLs some characters have a sense."""
+  """A directory for TensorStore, in whose URLs `%` has a meaning."""
   scheme = buckets.scheme(directory)
   if scheme is None:
     return {'driver': 'file', 'path': f'{directory}/'}
