@@ -10,7 +10,7 @@ After a step is committed, a manifest is added to it: file hashes, and which
 checkpoint it is. Every restore first compares both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import concurrent.futures
 import time
 from typing import Any
@@ -19,10 +19,12 @@ from absl import logging
 from etils import epath, epy
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.checkpoint.saved_steps import CheckpointError
+from mdm_jax.runtime import distributed, files
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
   import orbax.checkpoint as ocp
@@ -60,20 +62,27 @@ class Checkpoints:
         cannot be opened.
     """
     self._given_directory = epath.Path(directory)
-    self._directory = self._given_directory.absolute()
-    # Orbax's save_interval_steps would also save the first step of each run,
-    # whether it is due or not.
+    self._directory = files.absolute(directory)
     self._options = dict(
-      should_save_fn=lambda step, _: step % save_interval == 0,
-      max_to_keep=max_to_keep,
-      cleanup_tmp_directories=True,
+      step_name_format=saved_steps.StepNames(),
+      # In a bucket Orbax takes all directories without its last file for
+      # temporary ones, those that are set aside among them. It has none there.
+      cleanup_tmp_directories=files.is_local(directory),
+      # Steps that were copied there from a disk may lack that file as well.
+      atomicity_options=ocp.options.AtomicityOptions(
+        allow_legacy_atomic_rename=True
+      ),
+      lightweight_initialize=True,
       # Several directories may save the same step at the same time.
       multiprocessing_options=ocp.options.MultiprocessingOptions(
         barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])
       ),
     )
+    self._save_interval, self._max_to_keep = save_interval, max_to_keep
     self._save_failures = save_failures
     self._failures = 0
+    self._manager = None  # Orbax's, unless the bucket has not answered.
+    self._latest_step = None
     self._saving = None  # Future of the save in flight, manifest included.
     self._saving_step = None
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'manifest')
@@ -108,13 +117,15 @@ class Checkpoints:
     # Several processes settle at the next save that is due: they have to agree.
     if jax.process_count() == 1 and self._saving and self._saving.done():
       self._settle()
-    if step in self._manager.all_steps():
+    if self._manager and step in self._manager.all_steps():
       return False
-    if not force and not self._manager.should_save(step):
+    if not force and step % self._save_interval:
       return False
     self._settle()
     self._saving_step, begin = step, time.monotonic()
     try:
+      if self._manager is None:
+        self._open()
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -127,17 +138,23 @@ class Checkpoints:
       self._saving = concurrent.futures.Future()
       self._saving.set_exception(error)
     else:
+      self._latest_step = step
       self._saving = self._thread.submit(self._finish, step, begin)
     return True
 
   def restore(
-    self, abstract_state: PyTree, step: int | None = None
+    self,
+    abstract_state: PyTree,
+    step: int | None = None,
+    added: Sequence[str] = (),
   ) -> tuple[PyTree, dict[str, Any]]:
     """Restores a state into given shardings, on any number of devices.
 
     Args:
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
       step: step to read; None for the newest good one.
+      added: fields of the state, then a named tuple, that are zeros if the
+        checkpoint, of an earlier version, lacks them.
 
     Returns:
       The state, of the structure of `abstract_state`, and `extra`.
@@ -150,17 +167,22 @@ class Checkpoints:
     """
     if step is None:
       self._settle()
-      self._set_aside()
-      self._manager.reload()
+      self._open()
       step = saved_steps.latest_step(self._directory)
     step = saved_steps.require_step(self._directory, step)
     path = self._directory / str(step)
-    restore.require_same_leaves(path, abstract_state)
+    saved = contents.abstract_state(path)
+    wanted, lacking = abstract_state, {}
+    for field in added:
+      if field not in saved:
+        wanted = wanted if lacking else abstract_state._asdict()
+        lacking[field] = wanted.pop(field)
+    restore.require_same_leaves(path, wanted)
     try:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract_state),
+          state=ocp.args.StandardRestore(wanted),
           extra=ocp.args.JsonRestore(),
         ),
       )
@@ -173,11 +195,24 @@ class Checkpoints:
         f'{path} has no manifest, and cannot be restored '
         f'({" ".join(str(error).split())[:200]}): move it away.'
       ) from error
-    return restored['state'], restored['extra']
+    state = restored['state']
+    if lacking:
+      logging.info(
+        '%s is of an earlier version, whose state had no %s: %s with zeros.',
+        path,
+        ' and no '.join(lacking),
+        'they begin' if len(lacking) > 1 else 'it begins',
+      )
+      zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+        lacking,
+      )
+      state = type(abstract_state)(**state, **zeros)
+    return state, restored['extra']
 
   def latest_step(self) -> int | None:
     """The newest step saved or being saved, None if there is none."""
-    return self._manager.latest_step()
+    return self._latest_step
 
   def drain(self) -> None:
     """Waits until the save in flight has succeeded or failed.
@@ -202,8 +237,8 @@ class Checkpoints:
     try:
       self.wait()
     finally:
+      self._close_manager()
       self._thread.shutdown()
-      self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -216,7 +251,23 @@ class Checkpoints:
       self.drain()
 
   def _open(self) -> None:
-    self._set_aside()
+    """Makes a new manager.
+
+    Raises:
+      CheckpointError: see `__init__`.
+      OSError: the bucket does not answer, or refuses. There is no manager then.
+    """
+    self._close_manager()
+    failure = None
+    try:
+      self._set_aside()
+    except (CheckpointError, OSError) as error:
+      failure = error
+    if distributed.any_of(failure is not None):
+      raise failure or CheckpointError(
+        f'{self._directory} cannot be opened: see the log of the other '
+        'processes.'
+      )
     try:
       self._manager = ocp.CheckpointManager(
         self._directory,
@@ -227,9 +278,20 @@ class Checkpoints:
         },
       )
     except OSError as error:
+      if not files.is_local(self._directory):
+        raise
       raise CheckpointError(
         f'{self._directory} cannot be opened for checkpoints: {error}.'
       ) from error
+    self._latest_step = self._manager.latest_step()
+
+  def _close_manager(self) -> None:
+    # After a failed save it has to be closed again and again: each of its parts
+    # first raises the error once.
+    if self._manager:
+      closings = (self._thread.submit(self._manager.close) for _ in range(5))
+      any(closing.exception() is None for closing in closings)
+      self._manager = None
 
   def _set_aside(self) -> None:
     """Renames directories of steps newer than the newest good step."""
@@ -262,6 +324,21 @@ class Checkpoints:
         time.monotonic() - begin,
         self._given_directory / str(step),
       )
+      self._remove_oldest()
+
+  def _remove_oldest(self) -> None:
+    if self._max_to_keep is None:
+      return
+    try:
+      saved_steps.remove_oldest(self._directory, self._max_to_keep)
+    except OSError as error:
+      reason = error.strerror or ' '.join(str(error).split())
+      logging.warning(
+        '%s: older checkpoints could not be removed (%s). The next save tries '
+        'it again.',
+        self._given_directory,
+        reason,
+      )
 
   def _settle(self, last: bool = False) -> None:
     """Waits for the save in flight, and logs the error if it failed.
@@ -286,11 +363,10 @@ class Checkpoints:
       f'({self._failures} of {self._save_failures} in a row): {reason}'
     )
     logging.error('%s', message)
-    # A new manager removes the files of the failed save. The old one has to be
-    # closed again and again: each of its parts first raises the error once.
-    closings = (self._thread.submit(self._manager.close) for _ in range(5))
-    any(closing.exception() is None for closing in closings)
-    self._open()
+    try:
+      self._open()  # It removes what the failed save has written.
+    except OSError as unanswered:
+      logging.error('%s: %s', self._directory, unanswered)
     if last or self._failures >= self._save_failures:
       raise CheckpointError(
         f'{message}. Older checkpoints are intact: repair or free the disk, '

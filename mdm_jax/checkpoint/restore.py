@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mdm_jax.checkpoint import contents, saved_steps
-from mdm_jax.runtime import sharding
+from mdm_jax.runtime import files, sharding
 
 PyTree = Any
 T = TypeVar('T')
@@ -66,7 +66,7 @@ def abstract_item(
     CheckpointError: if the step, or with None every step, is damaged.
     CheckpointError: also if the state has no such field.
   """
-  directory = epath.Path(directory).absolute()
+  directory = files.absolute(directory)
   return from_newest(
     directory, lambda step: _abstract_item(directory / str(step), key), step
   )
@@ -104,7 +104,7 @@ def restore_item(
     CheckpointError: if the step, or with None every step, is damaged.
     CheckpointError: also if the state has no such field.
   """
-  directory = epath.Path(directory).absolute()
+  directory = files.absolute(directory)
   return from_newest(
     directory,
     lambda step: _restore_item(directory / str(step), key, shardings),
@@ -172,7 +172,7 @@ def require_same_leaves(
   if different:
     more = f'; and {len(different) - 8} more' if len(different) > 8 else ''
     raise saved_steps.CheckpointError(
-      f'{step_directory} was saved by another model or optimizer: '
-      + '; '.join(different[:8])
-      + more
+      f'{step_directory} was saved by another model, optimizer or version of '
+      f'mdm_jax: {"; ".join(different[:8])}{more}. Continue with the config '
+      'and the version that saved it, or give another --workdir.'
     )

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 import hashlib
 import os
-import pathlib
 import time
 from typing import Any
 
 from absl import logging
+from etils import epath
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class Inception:
       FileNotFoundError, ValueError: there is no such file, or it is of another
         network.
     """
-    if pathlib.Path(path).is_dir():
+    if epath.Path(path).is_dir():
       raise ValueError(f'{path} is a directory: give the file in it.')
     tensors = hugging_face.open_tensors(path)
     try:
@@ -79,7 +79,7 @@ class Inception:
       )
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
-    digest = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=8)
+    digest = hashlib.blake2b(epath.Path(path).read_bytes(), digest_size=8)
     self.fingerprint = {
       'weights': digest.hexdigest(),
       'resize': inception.RESIZE,
@@ -312,7 +312,7 @@ class ImageFolder:
     return np.asarray(image)
 
 
-def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
+def _read(path: epath.Path, use: Callable[[bytes, str], Any]) -> Any:
   """What `use(data, name)` returns for an image file.
 
   Raises:
@@ -326,8 +326,8 @@ def _read(path: pathlib.Path, use: Callable[[bytes, str], Any]) -> Any:
     raise ValueError(f'{error}: remove the file, or replace it.') from None
 
 
-def _find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
-  folder = pathlib.Path(directory)
+def _find_images(directory: str | os.PathLike) -> list[epath.Path]:
+  folder = epath.Path(directory)
   return sorted(
     folder / name
     for name in folders.walk(folder)

@@ -5,12 +5,16 @@ anything. The functions here tell in bounded time and memory, with one error,
 `UnreadableFile`, that a file is not what it should be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
+import glob
+import io
 import json
 import math
 import os
 import pathlib
+import re
 import stat
 import tempfile
 from typing import Any
@@ -34,6 +38,7 @@ _KINDS = {
 }
 
 
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 buckets.register()  # For epath, wherever it is used.
 
 
@@ -63,7 +68,7 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
       info = buckets.file_system(path).info(os.fspath(path))
       if info['type'] == 'directory':
         raise UnreadableFile(path, 'is a directory, not a file')
-      return info['size'], _version(info)
+      return info['size'], version(info)
     # epath has whole seconds only, and looks up the names of owners.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
@@ -72,7 +77,31 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
   return found.st_size, found.st_mtime_ns
 
 
-def _version(info: dict[str, Any]) -> int:
+def list_bucket(directory: str) -> dict[str, tuple[int, int]]:
+  """The files of a directory in a bucket, each with what `require_file` tells.
+
+  One request tells of a thousand. A directory that is not there has no files.
+
+  Args:
+    directory: as 'gs://name/path'.
+
+  Raises:
+    UnreadableFile: it cannot be listed.
+  """
+  scheme = buckets.scheme(directory)
+  with naming_errors(directory):
+    try:
+      found = buckets.file_system(directory).ls(directory, detail=True)
+    except FileNotFoundError:
+      return {}
+  return {
+    f'{scheme}://{info["name"]}': (info['size'], version(info))
+    for info in found
+    if info['type'] == 'file'
+  }
+
+
+def version(info: Mapping[str, Any]) -> int:
   """A number of each content of an object, from what fsspec tells of it."""
   if generation := info.get('generation'):  # Google's
     return int(generation)
@@ -90,13 +119,27 @@ def is_local(path: epath.PathLike) -> bool:
   return buckets.scheme(path) is None
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path as it is from any directory; epath's own takes no buckets."""
+  path = epath.Path(path)
+  return path.absolute() if is_local(path) else path
+
+
 @contextlib.contextmanager
 def naming_errors(path: epath.PathLike) -> Iterator[None]:
-  """Turns an OSError raised inside into an `UnreadableFile`."""
+  """Turns an OSError raised inside into an `UnreadableFile`.
+
+  Raises:
+    OSError: a bucket does not answer, or refuses. What is in it may be as good
+      as ever, so nobody should make it anew.
+  """
   try:
     yield
   except OSError as error:
     reason = error.strerror or ' '.join(str(error).split()) or 'unknown error'
+    if not is_local(path) and not isinstance(error, _NO_FILE):
+      number = error.errno or errno.EIO
+      raise OSError(number, reason, os.fspath(path)) from error
     raise UnreadableFile(path, f'cannot be read ({reason})') from error
 
 
@@ -148,18 +191,33 @@ def read_json_lines(
   and is as one without lines; so is a missing one, which is not logged.
 
   Args:
-    path: of the file.
+    path: of the file. What `runtime.appending` has put beside it is read too,
+      as its end.
     is_valid: see `read_json`, of the value of a line.
   """
-  values, odd = [], 0
-  if not is_there(path):
+  values: list[Any] = []
+  try:
+    with naming_errors(path):
+      found = parts(path)
+  except UnreadableFile as error:
+    logging.warning('%s: it is not used.', error)
     return values
+  for part in found:
+    _read_json_lines(part, is_valid, values)
+  return values
+
+
+def _read_json_lines(
+  path: epath.Path, is_valid: Callable[[Any], bool], values: list[Any]
+) -> None:
+  odd = 0
   try:
     size, _ = require_file(path)
     if size > _LARGEST_LINES:
       raise UnreadableFile(path, f'is larger than {_LARGEST_LINES >> 30} GiB')
-    with naming_errors(path), epath.Path(path).open('rb') as file:
-      whole = True
+    with naming_errors(path), path.open('rb') as opened:
+      # Files in buckets have a `readline` without a limit.
+      file, whole = io.BufferedReader(opened), True
       while line := file.readline(_LONGEST_LINE):
         # The rest of a line that was too long is no line of its own.
         begins, whole = whole, line.endswith(b'\n')
@@ -173,7 +231,57 @@ def read_json_lines(
     logging.warning('%s: it is not used.', error)
   if odd:
     logging.warning('%s: %d lines cannot be read; skipped.', path, odd)
-  return values
+
+
+def parts(path: epath.PathLike) -> list[epath.Path]:
+  """A file, if there is one, then what `runtime.appending` has put beside it.
+
+  Copied to a disk, they are read as they are in the bucket.
+
+  Raises:
+    OSError: a bucket could not be listed.
+  """
+  path = epath.Path(path)
+  stem, suffix = _stem_and_suffix(path)
+  if is_local(path):
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+  else:
+    # One request, with the beginning of the names.
+    pattern = glob.escape(os.fspath(path.parent / stem)) + '*' + suffix
+    found = buckets.file_system(path).glob(pattern)
+    names = [name.rpartition('/')[2] for name in found]
+  numbers = {name: _part_number(name, stem, suffix) for name in names}
+  beside = [name for name, number in numbers.items() if number is not None]
+  beside.sort(key=lambda name: (numbers[name], name))
+  first = [path.name] if path.name in names else []
+  return [path.parent / name for name in first + beside]
+
+
+def new_part(path: epath.PathLike) -> epath.Path:
+  """The path of a part to come, see `parts`: `a-000003-5f3a9c.jsonl`.
+
+  Raises:
+    OSError: a bucket could not be listed.
+  """
+  path, found = epath.Path(path), parts(path)
+  stem, suffix = _stem_and_suffix(path)
+  last = _part_number(found[-1].name, stem, suffix) if found else None
+  number = 0 if last is None else last + 1
+  # Another process may append at the same time: no two names are the same.
+  return path.parent / f'{stem}-{number:06d}-{uuid.uuid4().hex[:6]}{suffix}'
+
+
+def _part_number(name: str, stem: str, suffix: str) -> int | None:
+  """The number in the name of a part; None if it is none."""
+  pattern = rf'{re.escape(stem)}-(\d{{6,}})-[0-9a-f]{{6}}{re.escape(suffix)}'
+  found = re.fullmatch(pattern, name)
+  return int(found[1]) if found else None
+
+
+def _stem_and_suffix(path: epath.Path) -> tuple[str, str]:
+  """Only `.jsonl` is a suffix: names of event files have dots of their own."""
+  stem = path.name.removesuffix('.jsonl')
+  return stem, path.name[len(stem) :]
 
 
 def is_number(value: Any) -> bool:
@@ -227,16 +335,69 @@ def _is_deep(value: Any) -> bool:
 def set_aside(path: epath.PathLike, suffix: str = 'unreadable') -> None:
   """Renames what is not what it should be, so that it can be made anew.
 
+  Objects of a bucket are moved one by one. If the process is killed meanwhile,
+  the next call for the same path goes on where it was.
+
   Args:
     path: of a file or a directory; its new name ends in the suffix.
     suffix: without a dot. A `+` is added for each name that exists already.
   """
   path = epath.Path(path)
   target = path.with_name(f'{path.name}.{suffix}')
-  while target.exists():
+  local = is_local(path)
+  while target.exists() and (local or not _was_begun(path, target)):
     target = target.with_name(f'{target.name}+')
-  path.rename(target)
+  if local:
+    path.rename(target)
+  else:
+    _move_objects(path, target)
   logging.warning('%s is now %s.', path, target.name)
+
+
+def _was_begun(path: epath.Path, target: epath.Path) -> bool:
+  """Whether a target may be what moving has left there: nothing differs."""
+  moved = objects(target)
+  return all(
+    moved[name][field] == info[field]
+    for name, info in objects(path).items()
+    if name in moved
+    for field in ('size', 'crc32c')
+    if field in info
+  )
+
+
+def _move_objects(path: epath.Path, target: epath.Path) -> None:
+  # What is at the top comes last: it tells what a directory is.
+  system, names = buckets.file_system(path), [*objects(path)]
+  for part in (
+    [name for name in names if '/' in name],
+    [name for name in names if '/' not in name],
+  ):
+    system.mv(
+      *(
+        [f'{root}/{name}'.rstrip('/') for name in part]
+        for root in (path, target)
+      )
+    )
+
+
+def objects(directory: epath.PathLike) -> dict[str, Mapping[str, Any]]:
+  """What is below a directory of a bucket, by one request or a few.
+
+  Returns:
+    fsspec's description of each object by its name in the directory, sorted.
+    Only '' if the path is that of an object.
+
+  Raises:
+    OSError: there is no answer.
+  """
+  root = os.fspath(directory).rstrip('/')
+  with naming_errors(root):
+    found = buckets.file_system(root).find(root, detail=True)
+  prefix = root.partition('://')[2]
+  return {
+    name.removeprefix(prefix).lstrip('/'): found[name] for name in sorted(found)
+  }
 
 
 @contextlib.contextmanager
@@ -280,6 +441,28 @@ def replacing(
 def upload(source: epath.PathLike, path: epath.PathLike) -> None:
   """Copies a local file into a bucket."""
   buckets.file_system(path).put_file(os.fspath(source), os.fspath(path))
+
+
+@contextlib.contextmanager
+def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A directory on this machine, for what writes to no others.
+
+  Args:
+    path: of the directory, local or in a bucket.
+
+  Yields:
+    The path itself if it is local; else that of another, whose files are
+    uploaded at the end, and which is then removed. An error inside leaves the
+    bucket as it was.
+  """
+  if is_local(path):
+    yield pathlib.Path(path)
+    return
+  with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+    yield pathlib.Path(directory)
+    for file in sorted(pathlib.Path(directory).rglob('*')):
+      if file.is_file():
+        upload(file, epath.Path(path) / file.relative_to(directory))
 
 
 @contextlib.contextmanager
