@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -100,7 +101,7 @@ def write_splits(
         name=split,
         shard_lengths=lengths,
         filename_template=template,
-        num_bytes=sum(file.stat().st_size for file in targets),
+        num_bytes=sum(map(os.path.getsize, targets)),
       )
     )
   info.set_splits(tfds.core.SplitDict(splits))
