@@ -59,8 +59,8 @@ ROWS = (
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
   'runtime.command',
   'runtime.distributed runtime.flag_types runtime.compilation_cache',
-  'runtime.preemption runtime.watchdog',
-  'runtime.ending runtime.directory_lock runtime.rendezvous '
+  'runtime.preemption runtime.watchdog runtime.directory_lock',
+  'runtime.ending runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
   'runtime.appending runtime.value_types runtime.printable',
   'runtime.files',
