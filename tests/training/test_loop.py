@@ -656,7 +656,7 @@ def test_sample_for_benchmarks(finished, tmp_path):
   for changes, error in (
     ({'output': output}, f'{output} has samples of another --layout'),
     ({'prompt': 'a ring'}, '--layout=coco takes its prompts from'),
-    ({'prompts_file': metadata}, f'{metadata} is no JSON'),
+    ({'prompts_file': metadata}, f'{metadata} has no captions of COCO'),
     ({'animate': True}, '--animate writes files that --layout has no place'),
   ):
     result = run_sample(**flags | changes)
