@@ -51,7 +51,8 @@ ROWS = (
   'checkpoint.identity',
   'report.sample_directory report.progress report.metric_writer '
   'report.goodput report.evaluations',
-  'report.background report.console report.gallery report.grid report.trackers',
+  'report.background report.console report.gallery report.grid report.trackers '
+  'report.layouts',
   'interop.hugging_face interop.ml_mdm',
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',
@@ -60,8 +61,8 @@ ROWS = (
   'runtime.command',
   'runtime.distributed runtime.flag_types runtime.compilation_cache '
   'runtime.remote_reads',
-  'runtime.preemption runtime.watchdog',
-  'runtime.ending runtime.directory_lock runtime.rendezvous '
+  'runtime.preemption runtime.watchdog runtime.directory_lock',
+  'runtime.ending runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
   'runtime.appending runtime.value_types runtime.printable',
   'runtime.files',
