@@ -17,6 +17,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 # JAX's RuntimeError that begins so says which devices are missing, and what to
 # do: JAX_PLATFORMS asks for them, say.
 _NO_DEVICES = 'Unable to initialize backend'
+# That of Python's tempfile, where all file systems are read-only.
+_NO_TEMPORARY = 'No usable temporary directory'
 
 
 def run(
@@ -71,6 +73,8 @@ def run(
     # The environment's fault if a file is named, otherwise maybe ours.
     elif isinstance(error, OSError) and error.filename is not None:
       message = f'error: {error.filename}: {error.strerror}.'
+    elif isinstance(error, OSError) and _NO_TEMPORARY in str(error):
+      message = f'error: {error.strerror}: set TMPDIR to one that is writable.'
     elif isinstance(error, RuntimeError) and str(error).startswith(_NO_DEVICES):
       message = 'error: ' + ' '.join(str(error).split())
     else:

@@ -26,7 +26,13 @@ def directory(name: str) -> epath.Path | None:
   try:
     return epath.Path(_OUTPUT.check(os.path.join(home, 'mdm_jax', name)))
   except ValueError as error:
-    logging.warning('Nothing is cached in %s/mdm_jax/%s: %s', home, name, error)
+    logging.warning(
+      'Nothing is cached in %s/mdm_jax/%s: %s (XDG_CACHE_HOME names another '
+      'place.)',
+      home,
+      name,
+      error,
+    )
     return None
 
 

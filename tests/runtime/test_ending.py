@@ -35,6 +35,12 @@ SOON = {
   'sys.exit(0)': (0, ''),
   'sys.exit(3)': (3, ''),
   'sys.exit("error: one line")': (1, 'error: one line'),
+  'import tempfile; tempfile._candidate_tempdir_list = lambda: ["/proc"]; '
+  'tempfile.mkdtemp()': (
+    1,
+    "error: No usable temporary directory found in ['/proc']: set TMPDIR to "
+    'one that is writable.',
+  ),
   # As JAX's is.
   'raise RuntimeError("Unable to initialize backend \'tpu\':\\n none")': (
     1,
