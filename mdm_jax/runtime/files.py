@@ -483,10 +483,10 @@ def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UnreadableFile: it cannot be read.
   """
+  require_file(path)
   if is_local(path):
     yield pathlib.Path(path)
     return
-  require_file(path)
   with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
     copy = pathlib.Path(directory, epath.Path(path).name)
     with naming_errors(path):
