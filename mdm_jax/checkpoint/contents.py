@@ -26,6 +26,7 @@ _STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 # Names of data files are hashes. All others are short, and are read whole.
 _DATA = '/d/'
 _SHORT = 2**26  # Bytes.
+_CACHE = 2**27  # Bytes.
 
 
 def is_committed(directory: epath.PathLike) -> bool:
@@ -110,6 +111,9 @@ def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
   description = files.read_json(directory / _STATE)
   driver = 'zarr3' if description['use_zarr3'] else 'zarr'
   base = _key_value_store(directory / 'state')
+  # What all arrays share, the index of keys, is then read once. Nothing of it
+  # outlives this call, so that nothing is remembered of a step that changes.
+  context = tensorstore.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   tree = {}
   for leaf in description['tree_metadata'].values():
     *outer, last = path = [part['key'] for part in leaf['key_metadata']]
@@ -122,7 +126,7 @@ def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
     if not leaf['value_metadata']['skip_deserialize']:  # It is not empty.
       store = {'driver': 'ocdbt', 'base': base, 'path': '.'.join(path)}
       node[last] = tensorstore.open(
-        {'driver': driver, 'kvstore': store}, read=True
+        {'driver': driver, 'kvstore': store}, read=True, context=context
       )
   return jax.tree.map(lambda opening: opening.result(), tree)
 
