@@ -22,9 +22,9 @@ _SHARD = 1000  # samples in a subdirectory; fewer samples need none
 _IN_GRID = 64  # most samples in grid.png
 _IN_GALLERY = 1000  # most samples in index.html
 _LINES = 'samples.jsonl'
-_THREADS = 8  # that upload samples to a bucket, or read them
+_THREADS = 16  # that upload samples to a bucket, or read them
 _WAITING = 64  # most samples that wait for their upload
-_FLUSH_EVERY = 10.0  # seconds between two uploads of new lines
+_FLUSH_EVERY = 3.0  # seconds between two uploads of new lines
 
 
 def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:
