@@ -57,8 +57,10 @@ ROWS = (
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
+  'data',
   'runtime.command',
-  'runtime.distributed runtime.flag_types runtime.compilation_cache',
+  'runtime.distributed runtime.flag_types runtime.compilation_cache '
+  'runtime.remote_reads',
   'runtime.preemption runtime.watchdog runtime.directory_lock',
   'runtime.ending runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
@@ -66,8 +68,8 @@ ROWS = (
   'runtime.files',
   'runtime.buckets runtime.google_storage',
   'runtime.environment',
-  # Packages without order: their own modules may import each other, no others.
-  'diffusion models data eval',
+  # Packages without order, as data is: their own modules may import each other.
+  'diffusion models eval',
   'mixed_batch child_process',
 )
 LEAVES = 'diffusion', 'models', 'data', 'eval'

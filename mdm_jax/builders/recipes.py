@@ -70,7 +70,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def split(argument: str) -> list[str]:
   """The path or name of a --config, and its mode if it has one."""
-  scheme = re.match(r'(\w+://)?', argument)[0]
+  scheme = re.match(r'(\w+:/+)?', argument)[0]
   path, *mode = argument.removeprefix(scheme).split(':', 1)
   return [scheme + path, *mode]
 

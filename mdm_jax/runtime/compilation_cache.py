@@ -26,7 +26,13 @@ def directory(name: str) -> epath.Path | None:
   try:
     return epath.Path(_OUTPUT.check(os.path.join(home, 'mdm_jax', name)))
   except ValueError as error:
-    logging.warning('Nothing is cached in %s/mdm_jax/%s: %s', home, name, error)
+    logging.warning(
+      'Nothing is cached in %s/mdm_jax/%s: %s (XDG_CACHE_HOME names another '
+      'place.)',
+      home,
+      name,
+      error,
+    )
     return None
 
 
@@ -42,7 +48,7 @@ def enable() -> None:
   if not given:
     if found := directory('xla'):
       jax.config.update('jax_compilation_cache_dir', str(found))
-  elif '://' not in given:
+  else:
     try:
       _OUTPUT.check(given)
     except ValueError as error:

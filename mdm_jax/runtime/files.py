@@ -5,8 +5,9 @@ anything. The functions here tell in bounded time and memory, with one error,
 `UnreadableFile`, that a file is not what it should be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import glob
 import io
 import json
@@ -37,6 +38,7 @@ _KINDS = {
 }
 
 
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 buckets.register()  # For epath, wherever it is used.
 
 
@@ -44,13 +46,18 @@ class UnreadableFile(ValueError):
   """A file is missing, is no file, or does not hold what it should.
 
   Attributes:
+    path: of the file.
     reason: what is wrong, as in 'is empty'.
   """
 
   def __init__(self, path: epath.PathLike, reason: str):
     """The message is the path and the reason."""
     super().__init__(f'{path} {reason}')
-    self.reason = reason
+    self.path, self.reason = path, reason
+
+  def __reduce__(self):
+    """Pickles the arguments, for worker processes."""
+    return type(self), (os.fspath(self.path), self.reason)
 
 
 def require_file(path: epath.PathLike) -> tuple[int, int]:
@@ -66,7 +73,7 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
       info = buckets.file_system(path).info(os.fspath(path))
       if info['type'] == 'directory':
         raise UnreadableFile(path, 'is a directory, not a file')
-      return info['size'], _version(info)
+      return info['size'], version(info)
     # epath has whole seconds only, and looks up the names of owners.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
@@ -75,7 +82,31 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
   return found.st_size, found.st_mtime_ns
 
 
-def _version(info: dict[str, Any]) -> int:
+def list_bucket(directory: str) -> dict[str, tuple[int, int]]:
+  """The files of a directory in a bucket, each with what `require_file` tells.
+
+  One request tells of a thousand. A directory that is not there has no files.
+
+  Args:
+    directory: as 'gs://name/path'.
+
+  Raises:
+    UnreadableFile: it cannot be listed.
+  """
+  scheme = buckets.scheme(directory)
+  with naming_errors(directory):
+    try:
+      found = buckets.file_system(directory).ls(directory, detail=True)
+    except FileNotFoundError:
+      return {}
+  return {
+    f'{scheme}://{info["name"]}': (info['size'], version(info))
+    for info in found
+    if info['type'] == 'file'
+  }
+
+
+def version(info: Mapping[str, Any]) -> int:
   """A number of each content of an object, from what fsspec tells of it."""
   if generation := info.get('generation'):  # Google's
     return int(generation)
@@ -93,13 +124,27 @@ def is_local(path: epath.PathLike) -> bool:
   return buckets.scheme(path) is None
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path as it is from any directory; epath's own takes no buckets."""
+  path = epath.Path(path)
+  return path.absolute() if is_local(path) else path
+
+
 @contextlib.contextmanager
 def naming_errors(path: epath.PathLike) -> Iterator[None]:
-  """Turns an OSError raised inside into an `UnreadableFile`."""
+  """Turns an OSError raised inside into an `UnreadableFile`.
+
+  Raises:
+    OSError: a bucket does not answer, or refuses. What is in it may be as good
+      as ever, so nobody should make it anew.
+  """
   try:
     yield
   except OSError as error:
     reason = error.strerror or ' '.join(str(error).split()) or 'unknown error'
+    if not is_local(path) and not isinstance(error, _NO_FILE):
+      number = error.errno or errno.EIO
+      raise OSError(number, reason, os.fspath(path)) from error
     raise UnreadableFile(path, f'cannot be read ({reason})') from error
 
 
@@ -295,16 +340,69 @@ def _is_deep(value: Any) -> bool:
 def set_aside(path: epath.PathLike, suffix: str = 'unreadable') -> None:
   """Renames what is not what it should be, so that it can be made anew.
 
+  Objects of a bucket are moved one by one. If the process is killed meanwhile,
+  the next call for the same path goes on where it was.
+
   Args:
     path: of a file or a directory; its new name ends in the suffix.
     suffix: without a dot. A `+` is added for each name that exists already.
   """
   path = epath.Path(path)
   target = path.with_name(f'{path.name}.{suffix}')
-  while target.exists():
+  local = is_local(path)
+  while target.exists() and (local or not _was_begun(path, target)):
     target = target.with_name(f'{target.name}+')
-  path.rename(target)
+  if local:
+    path.rename(target)
+  else:
+    _move_objects(path, target)
   logging.warning('%s is now %s.', path, target.name)
+
+
+def _was_begun(path: epath.Path, target: epath.Path) -> bool:
+  """Whether a target may be what moving has left there: nothing differs."""
+  moved = objects(target)
+  return all(
+    moved[name][field] == info[field]
+    for name, info in objects(path).items()
+    if name in moved
+    for field in ('size', 'crc32c')
+    if field in info
+  )
+
+
+def _move_objects(path: epath.Path, target: epath.Path) -> None:
+  # What is at the top comes last: it tells what a directory is.
+  system, names = buckets.file_system(path), [*objects(path)]
+  for part in (
+    [name for name in names if '/' in name],
+    [name for name in names if '/' not in name],
+  ):
+    system.mv(
+      *(
+        [f'{root}/{name}'.rstrip('/') for name in part]
+        for root in (path, target)
+      )
+    )
+
+
+def objects(directory: epath.PathLike) -> dict[str, Mapping[str, Any]]:
+  """What is below a directory of a bucket, by one request or a few.
+
+  Returns:
+    fsspec's description of each object by its name in the directory, sorted.
+    Only '' if the path is that of an object.
+
+  Raises:
+    OSError: there is no answer.
+  """
+  root = os.fspath(directory).rstrip('/')
+  with naming_errors(root):
+    found = buckets.file_system(root).find(root, detail=True)
+  prefix = root.partition('://')[2]
+  return {
+    name.removeprefix(prefix).lstrip('/'): found[name] for name in sorted(found)
+  }
 
 
 @contextlib.contextmanager
@@ -385,10 +483,10 @@ def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UnreadableFile: it cannot be read.
   """
+  require_file(path)
   if is_local(path):
     yield pathlib.Path(path)
     return
-  require_file(path)
   with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
     copy = pathlib.Path(directory, epath.Path(path).name)
     with naming_errors(path):

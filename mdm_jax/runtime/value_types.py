@@ -327,6 +327,9 @@ class Path:
       raise ValueError(f'there is no such {self._noun}.')
     if found not in (None, wanted):
       raise ValueError(f'this is a {found}: give {self}.')
+    if self.output:
+      is_file = self.kind == 'file'
+      buckets.check_writable(path if is_file else f'{path.rstrip("/")}/any')
 
   def _check_on_disk(self, path: str) -> None:
     """Raises ValueError if the file system has something else there."""
