@@ -68,6 +68,7 @@ def write_index(
     ValueError: `output` exists, a tar is compressed, or there is no record for
       training.
     OSError: the index cannot be written.
+    Unavailable: a bucket does not answer.
   """
   target, is_local = epath.Path(output), files.is_local(output)
   # In a bucket the index is there once all of it is, its last file.
@@ -182,6 +183,7 @@ def _load_index(path: str) -> dict[str, Any]:
   Raises:
     FileNotFoundError: there is no index.
     ValueError: it cannot be read, or is damaged.
+    OSError: the bucket does not answer.
   """
   file = epath.Path(path) / _INDEX
   try:
@@ -272,7 +274,7 @@ class TarSource:
     """Whether the table is one, and has `length` rows.
 
     Raises:
-      UnreadableFile: it cannot be copied from a bucket.
+      OSError: it cannot be copied from a bucket.
     """
     files.require_file(self._table_file)
     try:
@@ -342,7 +344,7 @@ def _record(
   except OSError as error:
     raise BadRecord(key, 'unreadable tar', str(error)) from error
   # An outage would make thousands of them bad.
-  except files.UnreadableFile as error:
+  except remote_reads.Unavailable as error:
     raise DataError(f'{error}.') from error
   captions = tars.read_captions(caption, 'json' if is_json else 'txt', key)
   return {

@@ -7,7 +7,7 @@ import gcsfs.retry
 import pytest
 
 from mdm_jax.data import folders, sources
-from mdm_jax.runtime import files
+from mdm_jax.runtime import files, remote_reads
 from mdm_jax.tools import conversion, prepare_data, tfds_writer
 from mdm_jax.tools.conversion import Options, prepare
 from tests.tools import test_conversion as forms
@@ -119,7 +119,9 @@ def test_an_outage_of_the_input_makes_no_rejects(bucket, tmp_path, monkeypatch):
     output = f'{bucket.path}/out-{name}'
     with (
       bucket.failing(f'/download/.*{name}/', status=503),
-      pytest.raises(files.UnreadableFile, match=f'{name}/.*cannot be read .'),
+      pytest.raises(
+        remote_reads.Unavailable, match=f'{name}/.*cannot be read .'
+      ),
     ):
       prepare(given, output)
     summary = prepare(given, output)
