@@ -120,6 +120,12 @@ def test_worker_processes_read_the_same(bucket, image_file):
   assert sum('.tar?alt' in request for request in bucket.requests) == 6 * 16
   # The workers share one copy of the table.
   assert sum('train.npy?alt' in request for request in bucket.requests) <= 1
+  with (
+    bucket.failing(_MEDIA, status=403, body=b'no access'),
+    pytest.raises(DataError, match='tar cannot be read .no permission') as e,
+  ):
+    batches(index, num_workers=1)
+  assert '\n' not in str(e.value)
 
 
 def test_records_are_requested_ahead(bucket, image_file):
