@@ -159,9 +159,7 @@ class _Batches:
     index = record_index(
       position + replacement, len(source), self.seed, self.shuffle
     )
-    if hasattr(source, 'request'):
-      return source.request(index)
-    return functools.partial(source.__getitem__, index)
+    return _request(source, index)
 
   def _example(self, position: int, read: Callable[[], Record]) -> Example:
     _, transform = self._row(position)
@@ -193,19 +191,48 @@ def _stack(examples: Sequence[Example]) -> Example:
   }
 
 
-def usable_record(source: Source, index: int) -> Record:
-  """The record at an index, or the next one that can be used.
+def _request(source: Source, index: int) -> Callable[[], Record]:
+  """Begins to read a record; returns a function that waits for it."""
+  if hasattr(source, 'request'):
+    return source.request(index)
+  return functools.partial(source.__getitem__, index)
+
+
+def _requests(
+  source: Source, indices: Sequence[int]
+) -> Iterator[Callable[[], Record]]:
+  """Yields a function for each record that waits for it, having asked ahead."""
+  requested = collections.deque()
+  for index in indices:
+    requested.append(_request(source, index))
+    if len(requested) == _AHEAD:
+      yield requested.popleft()
+  yield from requested
+
+
+def usable_records(source: Source, indices: Sequence[int]) -> Iterator[Record]:
+  """Yields the records at some indices, or the next ones that can be used.
 
   Raises:
     DataError: 100 records in a row are unusable.
   """
-  for replacement in range(_MAX_REPLACEMENTS):
-    try:
-      return source[(index + replacement) % len(source)]
-    except BadRecord as error:
-      logging.warning('Replaced an unusable record: %s', error)
-      last_error = error
-  raise _too_many(last_error)
+  found = [index % len(source) for index in indices]
+  for index, read in zip(found, _requests(source, found)):
+    for replacement in range(1, _MAX_REPLACEMENTS + 1):
+      try:
+        yield read()
+        break
+      except BadRecord as error:
+        logging.warning('Replaced an unusable record: %s', error)
+        last_error = error
+      read = _request(source, (index + replacement) % len(source))
+    else:
+      raise _too_many(last_error)
+
+
+def usable_record(source: Source, index: int) -> Record:
+  """One of `usable_records`."""
+  return next(usable_records(source, [index]))
 
 
 def _too_many(last_error: BadRecord) -> DataError:
@@ -234,14 +261,15 @@ def batch_keys(
     One key for each row of the batch.
   """
 
-  def key(position: int) -> str:
-    index = record_index(position, len(source), seed, shuffle)
+  positions = range(batch * batch_size, (batch + 1) * batch_size)
+  indices = [record_index(x, len(source), seed, shuffle) for x in positions]
+  keys = []
+  for read in _requests(source, indices):
     try:
-      return source[index]['key']
+      keys.append(read()['key'])
     except BadRecord as error:
-      return error.key
-
-  return [key(batch * batch_size + row) for row in range(batch_size)]
+      keys.append(error.key)
+  return keys
 
 
 def _begin_worker(

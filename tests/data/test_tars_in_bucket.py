@@ -144,9 +144,15 @@ def test_records_are_requested_ahead(bucket, image_file):
       num_batches=1,
     )
     seconds = time.monotonic() - begin
-  assert len(batch['image']) == 40
-  # One after the other, they would take 8 s; with 32 at once, 0.4 s.
-  assert seconds < 4
+    assert len(batch['image']) == 40
+    # One after the other, they would take 8 s; with 32 at once, 0.4 s.
+    assert seconds < 4
+    begin = time.monotonic()
+    records = list(pipeline.usable_records(source, range(40)))
+    keys = pipeline.batch_keys(source, 0, batch_size=40, seed=0, shuffle=False)
+    assert time.monotonic() - begin < 8
+  assert keys == [record['key'] for record in records]
+  assert keys == [source[i]['key'] for i in range(40)]
 
 
 @pytest.mark.parametrize(
