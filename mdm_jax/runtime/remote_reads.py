@@ -7,6 +7,7 @@ for minutes, and an error of a stream is never taken for the end of the file.
 import asyncio
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import os
 import tempfile
 import time
@@ -57,21 +58,24 @@ def _unavailable(path: epath.PathLike, reason: str) -> Unavailable:
 
 
 def request(path: str, start: int, end: int) -> Callable[[], bytes]:
-  """Begins to read a part of a file in a bucket.
+  """Begins to read a part of a file, if it is in a bucket.
 
   Args:
-    path: such as 'gs://name/path'.
+    path: of the file; a local one is read when it is waited for.
     start, end: bytes; `end` is the first that is not read.
 
   Returns:
     A function that waits for the bytes, which there are `end - start` of.
       Raises:
         Missing: the file is gone or ends before `end`.
+        OSError: a local file cannot be read.
         Unavailable: the bucket refuses, or has not answered for 10 minutes.
           Before that, what fails is repeated.
   """
   if start == end:
     return bytes
+  if files.is_local(path):
+    return functools.partial(_read_local, path, start, end)
   system = buckets.file_system(path)
   # An event loop in a thread of fsspec's own, one for the process.
   future = asyncio.run_coroutine_threadsafe(
@@ -85,6 +89,15 @@ def request(path: str, start: int, end: int) -> Callable[[], bytes]:
       future.cancel()  # If the wait is interrupted.
 
   return wait
+
+
+def _read_local(path: str, start: int, end: int) -> bytes:
+  with open(path, 'rb') as file:
+    file.seek(start)
+    data = file.read(end - start)
+  if len(data) != end - start:
+    raise Missing(f'the file ends before byte {end}')
+  return data
 
 
 async def _read(system: Any, path: str, start: int, end: int) -> bytes:
