@@ -7,6 +7,7 @@ import time
 import types
 
 from absl import flags
+import aiohttp
 from etils import epath
 import gcsfs.retry
 import numpy as np
@@ -16,7 +17,7 @@ from mdm_jax.data import pipeline, tar_index, tars
 from mdm_jax.data.images import DataError
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
-from mdm_jax.runtime import files, remote_reads
+from mdm_jax.runtime import buckets, files, remote_reads
 
 _COUNT = 24  # records in a tar
 _MEDIA = 'GET /download/.*tar'
@@ -163,7 +164,7 @@ def test_records_are_requested_ahead(bucket, image_file):
     {'status': 502, 'times': 1},
     {'reset': 'request', 'share': 0.2},
     {'reset': 'response', 'share': 0.2},
-    {'stall': 1, 'times': 2},
+    {'stall': 30, 'times': 2},
     # As many as the client gives up at, and more.
     {'status': 503, 'times': 150},
   ],
@@ -173,11 +174,19 @@ def test_no_fault_that_passes_is_seen(
   bucket, image_file, quickly, monkeypatch, fault
 ):
   monkeypatch.setattr(remote_reads, '_PATIENCE', 60)
+  # Seconds without a byte, after which a request is repeated.
+  monkeypatch.setattr(
+    buckets.file_system(bucket.path),
+    'requests_timeout',
+    aiohttp.ClientTimeout(sock_read=1 if 'stall' in fault else 20),
+  )
   index = write_tars(bucket.path, image_file)
   expected = batches(index, num_batches=3)
   with bucket.failing(_MEDIA, **fault) as harm:
+    begin = time.monotonic()
     assert_equal(batches(index, num_batches=3), expected)
   assert harm.hit
+  assert time.monotonic() - begin < 20 or 'stall' not in fault
 
 
 @pytest.mark.parametrize(
