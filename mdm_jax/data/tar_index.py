@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 import numpy as np
+import tqdm
 
 from mdm_jax.data import tar_members, tars
 from mdm_jax.data.images import BadRecord, DataError
@@ -79,7 +80,13 @@ def write_index(
     )
   parts = {'train': [], 'validation': []}
   used, rejects = [], []
-  for tar, tables, bad in _read_tars(paths, validation_fraction):
+  for tar, tables, bad in tqdm.tqdm(
+    _read_tars(paths, validation_fraction),
+    total=len(paths),
+    unit=' tar',
+    smoothing=0,
+    disable=all(map(files.is_local, paths)),  # These take seconds.
+  ):
     rejects += bad
     if any(map(len, tables.values())):
       for split, table in tables.items():
@@ -148,7 +155,7 @@ def _read_tars(
   try:
     yield from pool.map(read, paths)
   finally:
-    pool.shutdown(cancel_futures=True)
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _rows(
