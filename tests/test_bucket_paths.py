@@ -308,7 +308,7 @@ def write_tar(folder, count):
 
 
 def try_training(tries, bucket, t5_directory, tmp_path):
-  """Trains on tars; precomputes the text of a prepared data set."""
+  """Indexes tars, precomputes text, trains on both."""
   tar = tries.upload(**{'a.tar': write_tar(tmp_path / 'tar', 16)})['a.tar']
   index = f'{tries.path}/index'
   flags = ('--validation_fraction=0.5',)
@@ -324,17 +324,16 @@ def try_training(tries, bucket, t5_directory, tmp_path):
   data = {'config__data__path': index, 'config__text__path': t5}
   tokenizer = upload(bucket, pathlib.Path(CAPTIONS_MODEL).parent, 'data')
   data['config__text__tokenizer'] = f'{tokenizer}/captions.model'
-  prepared = f'{tries.path}/set'
-  tries('tools.prepare_data', *flags, input=tar, output=prepared)
-  tries(
-    'tools.precompute_text',
-    '--config.data.name=captioned_images',
-    **given,
-    **data | {'config__data__path': prepared},
-  )
-  assert 'set/text/empty.npy' in tries.files()
+  tries('tools.precompute_text', **given, **data)
+  assert 'index/text/empty.npy' in tries.files()
   workdir = f'{tries.path}/run'
-  tries('main', workdir=workdir, **given, **data)
+  tries(
+    'main',
+    '--config.text.encoder=precomputed',
+    workdir=workdir,
+    **given,
+    **data,
+  )
   names = ' '.join(tries.files())
   assert 'run/config.json' in names
   for name in ('metrics', 'goodput'):
@@ -343,7 +342,7 @@ def try_training(tries, bucket, t5_directory, tmp_path):
   output = f'{tries.path}/bench.json'
   tries(
     'tools.bench_data',
-    *('--workers=0', '--seconds=0.01'),
+    *('--workers=0', '--seconds=0.01', '--config.text.encoder=precomputed'),
     output=output,
     **given,
     **data,
