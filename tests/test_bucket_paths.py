@@ -61,6 +61,8 @@ class Tries:
     given = [
       f'--{name.replace("__", ".")}={path}' for name, path in paths.items()
     ]
+    # Programs for few devices compile faster.
+    env = {'XLA_FLAGS': '', **(env or {})}
     result = commands.run(f'mdm_jax.{command}', *given, *words, env=env)
     assert result.returncode == code, result.stderr
     # What Python's own functions make of such a path.
@@ -204,7 +206,7 @@ def try_demo(tries, run):
   opened = session.open_run(run, any_prompt=True)
   (saved, *_) = weights.saved_weights(opened.config, opened.workdir)
   model = opened.of(saved).restore()
-  assert 'stage 8' in str(make_model_card(model)).lower()
+  assert make_model_card(model).summary.startswith('It draws')
 
 
 def try_weights(tries, run, bucket, t5_directory, random_params):
@@ -228,7 +230,8 @@ def try_weights(tries, run, bucket, t5_directory, random_params):
     'tools.export_weights', '--names=release', workdir=workdir, output=output
   )
   with files.local_copy(output) as copy:
-    exported = hugging_face.open_tensors(copy)
+    opened = hugging_face.open_tensors(copy)
+    exported = hugging_face.select(opened, ml_mdm.NAMES)
     assert exported.keys() == tensors.keys()
     for name, tensor in tensors.items():
       np.testing.assert_array_equal(exported[name][...], tensor)
@@ -239,7 +242,7 @@ def try_train_tokenizer(tries):
   given = tries.upload(captions=captions)
   output = f'{tries.path}/a.model'
   tries('tools.train_tokenizer', '--vocab_size=300', output=output, **given)
-  assert Tokenizer(output, 8).encode('a ring')[-1] == 1
+  assert 1 in Tokenizer(output, 8).encode('a ring')
 
 
 def try_compare(tries, run, monkeypatch):
