@@ -23,7 +23,7 @@ _CONFIG = recipes.define(
 _WORKDIR = flag_types.define(
   'workdir',
   None,
-  value_types.Path('directory', output=True),
+  value_types.NEW_RUN,
   'Directory for checkpoints, samples and metrics; the same one continues a '
   'run. Default: runs/<name of the config>.',
 )
