@@ -594,6 +594,20 @@ def test_what_may_not_be_written_is_said_before_work_is_lost(command, bucket):
   assert bucket.files() == {}
 
 
+def test_what_a_bucket_refuses_later_is_one_line_too(bucket):
+  output = f'--output={bucket.path}/a.model'
+  # Not the lock, which comes first.
+  with bucket.failing('uploadType=multipart', status=403, share=0.5) as fault:
+    result = commands.run('mdm_jax.tools.train_tokenizer', output)
+    assert fault.hit == 1
+  assert result.returncode == 1
+  *_, line = result.stderr.splitlines()
+  assert line.startswith('error: no permission (Forbidden: ')
+  assert line.endswith('. What is finished is kept.')
+  assert 'Traceback' not in result.stderr
+  assert 'a.model' not in bucket.files()
+
+
 def test_a_workdir_that_is_a_file(bucket):
   files.write_text(f'{bucket.path}/a', '')
   for command in ('main', 'sample'):
