@@ -12,7 +12,7 @@ import jax
 
 from mdm_jax.checkpoint import manifest
 from mdm_jax.checkpoint.identity import Identity
-from mdm_jax.runtime import files
+from mdm_jax.runtime import buckets, files
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
   import orbax.checkpoint as ocp
@@ -26,6 +26,7 @@ _STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 # Names of data files are hashes. All others are short, and are read whole.
 _DATA = '/d/'
 _SHORT = 2**26  # Bytes.
+_CACHE = 2**27  # Bytes.
 
 
 def is_committed(directory: epath.PathLike) -> bool:
@@ -38,6 +39,37 @@ def is_committed(directory: epath.PathLike) -> bool:
     return files.read_json(path).get('commit_timestamp_nsecs') is not None
   except files.UnreadableFile:
     return files.is_there(path)
+
+
+def is_interrupted(directory: epath.PathLike) -> bool:
+  """Whether a step of a bucket is what a save has left that was interrupted.
+
+  On a disk Orbax gives such a step another name, and removes it.
+  """
+  path = epath.Path(directory) / _STEP
+  try:
+    return files.read_json(path)['commit_timestamp_nsecs'] is None
+  except (files.UnreadableFile, KeyError):
+    return False
+
+
+def remove(directory: epath.PathLike) -> None:
+  """Removes a step.
+
+  In a bucket it counts as what it was, interrupted or committed, until all else
+  is gone: what is left after an interruption is removed as the step would be.
+
+  Raises:
+    OSError: it cannot be removed.
+  """
+  directory = epath.Path(directory)
+  if files.is_local(directory):
+    directory.rmtree()
+    return
+  system, names = buckets.file_system(directory), files.objects(directory)
+  system.rm([f'{directory}/{name}' for name in names if name != _STEP])
+  if _STEP in names:
+    system.rm(f'{directory}/{_STEP}')
 
 
 def abstract_state(directory: epath.PathLike) -> PyTree:
@@ -75,12 +107,13 @@ def read_field(directory: epath.PathLike, key: str) -> PyTree:
 
 def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
   """Opens the arrays of a state, or those of one field."""
-  directory = epath.Path(directory).absolute()
+  directory = files.absolute(directory)
   description = files.read_json(directory / _STATE)
   driver = 'zarr3' if description['use_zarr3'] else 'zarr'
-  base = f'{directory}/state/'
-  if files.is_local(directory):
-    base = {'driver': 'file', 'path': base}
+  base = _key_value_store(directory / 'state')
+  # What all arrays share, the index of keys, is then read once. Nothing of it
+  # outlives this call, so that nothing is remembered of a step that changes.
+  context = tensorstore.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   tree = {}
   for leaf in description['tree_metadata'].values():
     *outer, last = path = [part['key'] for part in leaf['key_metadata']]
@@ -93,9 +126,19 @@ def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
     if not leaf['value_metadata']['skip_deserialize']:  # It is not empty.
       store = {'driver': 'ocdbt', 'base': base, 'path': '.'.join(path)}
       node[last] = tensorstore.open(
-        {'driver': driver, 'kvstore': store}, read=True
+        {'driver': driver, 'kvstore': store}, read=True, context=context
       )
   return jax.tree.map(lambda opening: opening.result(), tree)
+
+
+def _key_value_store(directory: epath.Path) -> dict[str, str]:
+  """A directory for TensorStore, in whose URLs `%` has a meaning."""
+  scheme = buckets.scheme(directory)
+  if scheme is None:
+    return {'driver': 'file', 'path': f'{directory}/'}
+  bucket, _, path = str(directory).partition('://')[2].partition('/')
+  driver = {'gs': 'gcs'}.get(scheme, scheme)
+  return {'driver': driver, 'bucket': bucket, 'path': f'{path}/'}
 
 
 def read_extra(directory: epath.PathLike) -> dict[str, Any]:
@@ -185,7 +228,7 @@ def _problem(directory: str, listed: manifest.Files) -> str | None:
   directory = epath.Path(directory)
   if lacking := hollow(directory):
     return lacking
-  for name, size, _ in listed:
+  for name, size, *_ in listed:
     if _DATA not in name and size > _SHORT:
       return f'{name} is larger than {_SHORT >> 20} MiB'
   _require_step_metadata(directory)

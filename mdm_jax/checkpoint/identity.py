@@ -37,7 +37,7 @@ class Identity(NamedTuple):
   @classmethod
   def of(cls, directory: epath.PathLike) -> 'Identity':
     """The identity that the place of a step's directory says."""
-    path = epath.Path(directory).absolute()
+    path = files.absolute(directory)
     return cls(read_run(_workdir(path)), stage_of(path.parent), int(path.name))
 
   @classmethod
@@ -58,12 +58,12 @@ class Identity(NamedTuple):
     place = Identity.of(directory)
     if self[1:] != place[1:]:
       return f'it was saved as step {self.step} of {self.stage}'
-    return other_run(_workdir(epath.Path(directory).absolute()), self.run)
+    return other_run(_workdir(files.absolute(directory)), self.run)
 
 
 def stage_of(directory: epath.PathLike) -> str:
   """Kind and stage of a stage's directory, as in 'checkpoints/0_64'."""
-  return '/'.join(epath.Path(directory).absolute().parts[-2:])
+  return '/'.join(files.absolute(directory).parts[-2:])
 
 
 def other_run(workdir: epath.PathLike, run: Any) -> str | None:

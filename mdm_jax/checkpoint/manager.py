@@ -23,6 +23,7 @@ import numpy as np
 
 from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.checkpoint.saved_steps import CheckpointError
+from mdm_jax.runtime import distributed, files
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
   import orbax.checkpoint as ocp
@@ -60,20 +61,27 @@ class Checkpoints:
         cannot be opened.
     """
     self._given_directory = epath.Path(directory)
-    self._directory = self._given_directory.absolute()
-    # Orbax's save_interval_steps would also save the first step of each run,
-    # whether it is due or not.
+    self._directory = files.absolute(directory)
     self._options = dict(
-      should_save_fn=lambda step, _: step % save_interval == 0,
-      max_to_keep=max_to_keep,
-      cleanup_tmp_directories=True,
+      step_name_format=saved_steps.StepNames(),
+      # In a bucket Orbax takes all directories without its last file for
+      # temporary ones, those that are set aside among them. It has none there.
+      cleanup_tmp_directories=files.is_local(directory),
+      # Steps that were copied there from a disk may lack that file as well.
+      atomicity_options=ocp.options.AtomicityOptions(
+        allow_legacy_atomic_rename=True
+      ),
+      lightweight_initialize=True,
       # Several directories may save the same step at the same time.
       multiprocessing_options=ocp.options.MultiprocessingOptions(
         barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])
       ),
     )
+    self._save_interval, self._max_to_keep = save_interval, max_to_keep
     self._save_failures = save_failures
     self._failures = 0
+    self._manager = None  # Orbax's, unless the bucket has not answered.
+    self._latest_step = None
     self._saving = None  # Future of the save in flight, manifest included.
     self._saving_step = None
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'manifest')
@@ -108,13 +116,15 @@ class Checkpoints:
     # Several processes settle at the next save that is due: they have to agree.
     if jax.process_count() == 1 and self._saving and self._saving.done():
       self._settle()
-    if step in self._manager.all_steps():
+    if self._manager and step in self._manager.all_steps():
       return False
-    if not force and not self._manager.should_save(step):
+    if not force and step % self._save_interval:
       return False
     self._settle()
     self._saving_step, begin = step, time.monotonic()
     try:
+      if self._manager is None:
+        self._open()
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -127,6 +137,7 @@ class Checkpoints:
       self._saving = concurrent.futures.Future()
       self._saving.set_exception(error)
     else:
+      self._latest_step = step
       self._saving = self._thread.submit(self._finish, step, begin)
     return True
 
@@ -150,8 +161,7 @@ class Checkpoints:
     """
     if step is None:
       self._settle()
-      self._set_aside()
-      self._manager.reload()
+      self._open()
       step = saved_steps.latest_step(self._directory)
     step = saved_steps.require_step(self._directory, step)
     path = self._directory / str(step)
@@ -177,7 +187,7 @@ class Checkpoints:
 
   def latest_step(self) -> int | None:
     """The newest step saved or being saved, None if there is none."""
-    return self._manager.latest_step()
+    return self._latest_step
 
   def drain(self) -> None:
     """Waits until the save in flight has succeeded or failed.
@@ -202,8 +212,8 @@ class Checkpoints:
     try:
       self.wait()
     finally:
+      self._close_manager()
       self._thread.shutdown()
-      self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -216,7 +226,23 @@ class Checkpoints:
       self.drain()
 
   def _open(self) -> None:
-    self._set_aside()
+    """Makes a new manager.
+
+    Raises:
+      CheckpointError: see `__init__`.
+      OSError: the bucket does not answer, or refuses. There is no manager then.
+    """
+    self._close_manager()
+    failure = None
+    try:
+      self._set_aside()
+    except (CheckpointError, OSError) as error:
+      failure = error
+    if distributed.any_of(failure is not None):
+      raise failure or CheckpointError(
+        f'{self._directory} cannot be opened: see the log of the other '
+        'processes.'
+      )
     try:
       self._manager = ocp.CheckpointManager(
         self._directory,
@@ -227,9 +253,20 @@ class Checkpoints:
         },
       )
     except OSError as error:
+      if not files.is_local(self._directory):
+        raise
       raise CheckpointError(
         f'{self._directory} cannot be opened for checkpoints: {error}.'
       ) from error
+    self._latest_step = self._manager.latest_step()
+
+  def _close_manager(self) -> None:
+    # After a failed save it has to be closed again and again: each of its parts
+    # first raises the error once.
+    if self._manager:
+      closings = (self._thread.submit(self._manager.close) for _ in range(5))
+      any(closing.exception() is None for closing in closings)
+      self._manager = None
 
   def _set_aside(self) -> None:
     """Renames directories of steps newer than the newest good step."""
@@ -262,6 +299,21 @@ class Checkpoints:
         time.monotonic() - begin,
         self._given_directory / str(step),
       )
+      self._remove_oldest()
+
+  def _remove_oldest(self) -> None:
+    if self._max_to_keep is None:
+      return
+    try:
+      saved_steps.remove_oldest(self._directory, self._max_to_keep)
+    except OSError as error:
+      reason = error.strerror or ' '.join(str(error).split())
+      logging.warning(
+        '%s: older checkpoints could not be removed (%s). The next save tries '
+        'it again.',
+        self._given_directory,
+        reason,
+      )
 
   def _settle(self, last: bool = False) -> None:
     """Waits for the save in flight, and logs the error if it failed.
@@ -286,11 +338,10 @@ class Checkpoints:
       f'({self._failures} of {self._save_failures} in a row): {reason}'
     )
     logging.error('%s', message)
-    # A new manager removes the files of the failed save. The old one has to be
-    # closed again and again: each of its parts first raises the error once.
-    closings = (self._thread.submit(self._manager.close) for _ in range(5))
-    any(closing.exception() is None for closing in closings)
-    self._open()
+    try:
+      self._open()  # It removes what the failed save has written.
+    except OSError as unanswered:
+      logging.error('%s: %s', self._directory, unanswered)
     if last or self._failures >= self._save_failures:
       raise CheckpointError(
         f'{message}. Older checkpoints are intact: repair or free the disk, '

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mdm_jax.checkpoint import contents, saved_steps
-from mdm_jax.runtime import sharding
+from mdm_jax.runtime import files, sharding
 
 PyTree = Any
 T = TypeVar('T')
@@ -66,7 +66,7 @@ def abstract_item(
     CheckpointError: if the step, or with None every step, is damaged.
     CheckpointError: also if the state has no such field.
   """
-  directory = epath.Path(directory).absolute()
+  directory = files.absolute(directory)
   return from_newest(
     directory, lambda step: _abstract_item(directory / str(step), key), step
   )
@@ -104,7 +104,7 @@ def restore_item(
     CheckpointError: if the step, or with None every step, is damaged.
     CheckpointError: also if the state has no such field.
   """
-  directory = epath.Path(directory).absolute()
+  directory = files.absolute(directory)
   return from_newest(
     directory,
     lambda step: _restore_item(directory / str(step), key, shardings),

@@ -7,17 +7,20 @@ or if an earlier version saved the step. It is used only if no other step is
 good, and if all of it can be read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import re
 from typing import Any
 
 from absl import logging
-from etils import epath
+from etils import epath, epy
 import jax
 from jax.experimental import multihost_utils
 
 from mdm_jax.checkpoint import contents, identity, manifest
 from mdm_jax.runtime import files
+
+with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
+  import orbax.checkpoint as ocp
 
 _FINISHED = 'finished.json'
 _LOOKS = 5  # Times to look again for steps while another process removes some.
@@ -25,6 +28,27 @@ _LOOKS = 5  # Times to look again for steps while another process removes some.
 
 class CheckpointError(ValueError):
   """No checkpoint can be trusted, or none can be saved."""
+
+
+class StepNames:
+  """Names of steps for Orbax, and which there are, as this module sees it.
+
+  Orbax's own (`ocp.path.step.NameFormat`) asks for the properties of the whole
+  bucket, which an account that may write objects need not see.
+  """
+
+  def build_name(self, step: int) -> str:
+    """The name of a step's directory."""
+    return str(step)
+
+  def find_all(self, directory: epath.PathLike) -> Iterator[Any]:
+    """Orbax's metadata of all steps."""
+    for step in sorted(_committed_steps(epath.Path(directory))):
+      yield self.find_step(directory, step)
+
+  def find_step(self, directory: epath.PathLike, step: int) -> Any:
+    """Orbax's metadata of a step."""
+    return ocp.path.step.Metadata(step, epath.Path(directory) / str(step))
 
 
 def latest_step(directory: epath.PathLike) -> int | None:
@@ -154,12 +178,31 @@ def _is_finished(value: Any) -> bool:
   return isinstance(value, dict) and files.is_count(value.get('step'))
 
 
+def remove_oldest(directory: epath.PathLike, keep: int) -> None:
+  """Removes all committed steps but the newest ones. Process 0 calls it.
+
+  Raises:
+    OSError: one cannot be removed.
+  """
+  directory = epath.Path(directory)
+  for step in sorted(_committed_steps(directory))[:-keep]:
+    contents.remove(directory / str(step))
+
+
 def set_uncommitted_aside(directory: epath.Path) -> None:
-  """Renames step directories that were never committed. Process 0 calls it."""
+  """Renames step directories that were never committed. Process 0 calls it.
+
+  In a bucket those of interrupted saves are removed, as Orbax does on a disk.
+  """
   newest = max(_committed_steps(directory), default=-1)
   for step, committed in _step_directories(directory).items():
     path = directory / str(step)
-    if not committed:
+    if committed:
+      continue
+    if not files.is_local(path) and contents.is_interrupted(path):
+      logging.info('%s was not saved to its end: it is removed.', path)
+      contents.remove(path)
+    else:
       logging.warning('%s is not committed.', path)
       # An interrupted save leaves some files; an interrupted deletion may leave
       # none, but only old steps are deleted. So a new and empty one is damaged.
@@ -271,7 +314,8 @@ def _is_empty(path: epath.Path) -> bool:
 def _rename(path: epath.Path, suffix: str) -> None:
   target = path.with_name(f'{path.name}.{suffix}')
   try:
-    if suffix == 'uncommitted' and target.exists():
+    # In a bucket that may be the half that was moved before an interruption.
+    if suffix == 'uncommitted' and files.is_local(path) and target.exists():
       target.rmtree()
     files.set_aside(path, suffix)
   except OSError as error:
@@ -287,11 +331,17 @@ def _step_directories(directory: epath.Path) -> dict[int, bool]:
   try:
     found = [*directory.iterdir()] if directory.exists() else []
   except OSError as error:
+    if not files.is_local(directory):  # There is no answer now.
+      raise
     raise CheckpointError(f'{directory} cannot be read ({error}).') from error
+  steps = [p for p in found if re.fullmatch('0|[1-9][0-9]*', p.name)]
+  if files.is_local(directory):
+    whole = {path for path in steps if manifest.exists(path)}
+  else:  # One request for all of them.
+    whole = {path.parent for path in directory.glob(f'*/{manifest.NAME}')}
   return {
-    int(path.name): manifest.exists(path) or contents.is_committed(path)
-    for path in found
-    if re.fullmatch('0|[1-9][0-9]*', path.name)
+    int(path.name): path in whole or contents.is_committed(path)
+    for path in steps
   }
 
 

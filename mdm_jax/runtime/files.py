@@ -5,8 +5,9 @@ anything. The functions here tell in bounded time and memory, with one error,
 `UnreadableFile`, that a file is not what it should be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import json
 import math
 import os
@@ -34,6 +35,7 @@ _KINDS = {
 }
 
 
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 buckets.register()  # For epath, wherever it is used.
 
 
@@ -63,7 +65,7 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
       info = buckets.file_system(path).info(os.fspath(path))
       if info['type'] == 'directory':
         raise UnreadableFile(path, 'is a directory, not a file')
-      return info['size'], _version(info)
+      return info['size'], version(info)
     # epath has whole seconds only, and looks up the names of owners.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
@@ -72,7 +74,7 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
   return found.st_size, found.st_mtime_ns
 
 
-def _version(info: dict[str, Any]) -> int:
+def version(info: Mapping[str, Any]) -> int:
   """A number of each content of an object, from what fsspec tells of it."""
   if generation := info.get('generation'):  # Google's
     return int(generation)
@@ -90,13 +92,27 @@ def is_local(path: epath.PathLike) -> bool:
   return buckets.scheme(path) is None
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path as it is from any directory; epath's own takes no buckets."""
+  path = epath.Path(path)
+  return path.absolute() if is_local(path) else path
+
+
 @contextlib.contextmanager
 def naming_errors(path: epath.PathLike) -> Iterator[None]:
-  """Turns an OSError raised inside into an `UnreadableFile`."""
+  """Turns an OSError raised inside into an `UnreadableFile`.
+
+  Raises:
+    OSError: a bucket does not answer, or refuses. What is in it may be as good
+      as ever, so nobody should make it anew.
+  """
   try:
     yield
   except OSError as error:
     reason = error.strerror or ' '.join(str(error).split()) or 'unknown error'
+    if not is_local(path) and not isinstance(error, _NO_FILE):
+      number = error.errno or errno.EIO
+      raise OSError(number, reason, os.fspath(path)) from error
     raise UnreadableFile(path, f'cannot be read ({reason})') from error
 
 
@@ -227,16 +243,69 @@ def _is_deep(value: Any) -> bool:
 def set_aside(path: epath.PathLike, suffix: str = 'unreadable') -> None:
   """Renames what is not what it should be, so that it can be made anew.
 
+  Objects of a bucket are moved one by one. If the process is killed meanwhile,
+  the next call for the same path goes on where it was.
+
   Args:
     path: of a file or a directory; its new name ends in the suffix.
     suffix: without a dot. A `+` is added for each name that exists already.
   """
   path = epath.Path(path)
   target = path.with_name(f'{path.name}.{suffix}')
-  while target.exists():
+  local = is_local(path)
+  while target.exists() and (local or not _was_begun(path, target)):
     target = target.with_name(f'{target.name}+')
-  path.rename(target)
+  if local:
+    path.rename(target)
+  else:
+    _move_objects(path, target)
   logging.warning('%s is now %s.', path, target.name)
+
+
+def _was_begun(path: epath.Path, target: epath.Path) -> bool:
+  """Whether a target may be what moving has left there: nothing differs."""
+  moved = objects(target)
+  return all(
+    moved[name][field] == info[field]
+    for name, info in objects(path).items()
+    if name in moved
+    for field in ('size', 'crc32c')
+    if field in info
+  )
+
+
+def _move_objects(path: epath.Path, target: epath.Path) -> None:
+  # What is at the top comes last: it tells what a directory is.
+  system, names = buckets.file_system(path), [*objects(path)]
+  for part in (
+    [name for name in names if '/' in name],
+    [name for name in names if '/' not in name],
+  ):
+    system.mv(
+      *(
+        [f'{root}/{name}'.rstrip('/') for name in part]
+        for root in (path, target)
+      )
+    )
+
+
+def objects(directory: epath.PathLike) -> dict[str, Mapping[str, Any]]:
+  """What is below a directory of a bucket, by one request or a few.
+
+  Returns:
+    fsspec's description of each object by its name in the directory, sorted.
+    Only '' if the path is that of an object.
+
+  Raises:
+    OSError: there is no answer.
+  """
+  root = os.fspath(directory).rstrip('/')
+  with naming_errors(root):
+    found = buckets.file_system(root).find(root, detail=True)
+  prefix = root.partition('://')[2]
+  return {
+    name.removeprefix(prefix).lstrip('/'): found[name] for name in sorted(found)
+  }
 
 
 @contextlib.contextmanager

@@ -55,7 +55,10 @@ class FileSystem(gcsfs.core.GCSFileSystem):
     try:
       response = await super()._request(method, path, *args, **options)
     except _ERRORS as error:
-      raise as_os_error(error) from error
+      raised = as_os_error(error)
+      if raised.filename is None and args:
+        raised.filename = f'gs://{"/".join(map(str, args))}'
+      raise raised from error
     warn_of_clock(response[1].get('Date'))
     return response
 
