@@ -181,9 +181,7 @@ def _indices(config: ConfigDict, stage: str | None) -> list[int]:
   return [names.index(stage)]
 
 
-def _reconstruct(
-  directory: epath.Path, sigma_rel: float
-) -> tuple[int, Params]:
+def _reconstruct(directory: epath.Path, sigma_rel: float) -> tuple[int, Params]:
   """A post-hoc EMA at the newest snapshot: its step, and host arrays."""
   post_hoc_ema.exponent(sigma_rel)  # Raises before anything is read.
   for _ in range(restore.TRIES):
