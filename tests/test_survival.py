@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from etils import epath
 import pytest
 
 from mdm_jax.runtime import directory_lock
@@ -64,9 +65,17 @@ for _ in sys.stdin:
 """
 
 
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """A directory on a disk or in a bucket."""
+  if request.param == 'disk':
+    return epath.Path(tmp_path)
+  return epath.Path(request.getfixturevalue('bucket').path)
+
+
 @pytest.mark.parametrize('kills', [8, pytest.param(25, marks=pytest.mark.soak)])
-def test_kills_at_random_moments(tmp_path, kills):
-  directory = tmp_path / '0_32'
+def test_kills_at_random_moments(place, kills):
+  directory = place / 'checkpoints' / '0_32'
   rng = random.Random(kills)
   process = subprocess.Popen(
     [sys.executable, '-c', _WRITER, directory],
@@ -90,7 +99,11 @@ def test_kills_at_random_moments(tmp_path, kills):
     last = restored
     while (line := process.stdout.readline()) != 'killed\n':
       last = int(line.removeprefix('committed '))
-    steps = [path for path in directory.iterdir() if path.name != str(last)]
+    steps = [
+      path
+      for path in (directory.iterdir() if directory.exists() else ())
+      if path.name != str(last)
+    ]
     interrupted += any(not (path / 'manifest.json').exists() for path in steps)
   process.stdin.close()
   assert process.wait() == 0
