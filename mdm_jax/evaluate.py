@@ -13,10 +13,10 @@ All images of a directory have one size, or are cropped and resized to
 --resolution. Of samples that mdm_jax.sample wrote, the finest level is used.
 """
 
-import pathlib
 import sys
 
 from absl import logging
+from etils import epath
 
 from mdm_jax.builders import ranges
 from mdm_jax.inference import run_flags
@@ -144,7 +144,7 @@ def main(_: list[str]) -> None:
       if output:
         found.append_to(output)
     else:
-      value_types.check_outputs(pathlib.Path(workdir, 'eval'))
+      value_types.check_outputs(epath.Path(workdir) / 'eval')
       model = pipeline.load(workdir, any_prompt=False, **run_flags.weights())
       output = output or model.evaluations
       found = model.evaluate(

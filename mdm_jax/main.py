@@ -74,9 +74,9 @@ def main(_: list[str]) -> None:
   """Trains the run that the flags describe."""
   config = _CONFIG.value
   name = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, _, mode = name.partition(':')
+  path, *mode = recipes.split(name)
   # A recipe may have a mode of any name.
-  name = '_'.join(filter(None, [pathlib.Path(path).stem, mode]))
+  name = '_'.join(filter(None, [pathlib.Path(path).stem, *mode]))
   workdir = _WORKDIR.value or 'runs/' + name.replace('/', '_')
   if _PRINT_CONFIG.value:
     recipes.print_config(config, workdir)

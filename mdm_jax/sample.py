@@ -3,17 +3,19 @@
 python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring on navy"
 """
 
-import pathlib
 import sys
 import time
 
 from absl import flags, logging
+from etils import epath
 
 from mdm_jax.inference import run_flags
 from mdm_jax.runtime import (
+  buckets,
   command,
   cpu,
   directory_lock,
+  files,
   flag_types,
   value_types,
 )
@@ -25,7 +27,17 @@ _PROMPTS_FILE = flag_types.define(
   'prompts_file',
   None,
   value_types.Path('text'),
-  'Text file with more prompts, one on each line.',
+  'Text file with more prompts, one on each line; with --layout=geneval its '
+  'evaluation_metadata.jsonl, with --layout=coco captions_val2014.json.',
+)
+_LAYOUT = flag_types.define(
+  'layout',
+  None,
+  value_types.Choice(('geneval', 'coco', 'flat')),
+  'Write the finest level alone, where programs that score it look for it: '
+  'geneval: the directories of GenEval, 4 samples of each prompt; coco: one '
+  "sample of each of 30,000 captions of COCO's photographs, numbered; flat: "
+  'samples of any prompts, numbered. Default: files of every level.',
 )
 _OUTPUT = flag_types.define(
   'output',
@@ -33,10 +45,14 @@ _OUTPUT = flag_types.define(
   value_types.Path('directory', output=True),
   'Directory for the samples. Those that are there of the same model, prompt, '
   'seed and sampler are not sampled again: the same command continues one that '
-  'was stopped. Default: WORKDIR/generated.',
+  'was stopped. Default: WORKDIR/generated, with --layout WORKDIR/LAYOUT.',
 )
 _NUM_SAMPLES = flag_types.integer(
-  'num_samples', 4, 1, 10**7, 'Samples of each prompt.'
+  'num_samples',
+  None,
+  1,
+  10**7,
+  'Samples of each prompt. Default: 4, with --layout=coco 1.',
 )
 _NEGATIVE = flag_types.define(
   'negative_prompt',
@@ -68,7 +84,6 @@ _SEED = flag_types.define(
 def main(_: list[str]) -> None:
   """Loads a model, samples, writes."""
   # Slow to import, and not needed for --help.
-  from mdm_jax.data.lines import read_entries
   from mdm_jax.inference.pipeline import OutOfMemory, load
   from mdm_jax.report import console
   from mdm_jax.runtime import compilation_cache
@@ -76,19 +91,16 @@ def main(_: list[str]) -> None:
   console.setup_logging()
   compilation_cache.enable()
   try:
-    prompts = list(_PROMPTS.value)
-    if _PROMPTS_FILE.value:
-      prompts += read_entries(_PROMPTS_FILE.value)
-    if not prompts:
-      raise ValueError('nothing to sample: give --prompt or --prompts_file.')
+    num_samples = _NUM_SAMPLES.value or (1 if _LAYOUT.value == 'coco' else 4)
+    prompts, layout = _prompts(num_samples)
     output = _output(run_flags.workdir())
     value_types.check_outputs(output)
     model = load(
       run_flags.workdir(), spatial=_SPATIAL.value, **run_flags.weights()
     )
     request = model.request(
-      prompts,
-      num_samples=_NUM_SAMPLES.value,
+      [about['prompt'] for about in prompts],
+      num_samples=num_samples,
       seed=_SEED.value,
       negative_prompt=_NEGATIVE.value,
       guide=_GUIDE.value,
@@ -99,22 +111,77 @@ def main(_: list[str]) -> None:
   begin = time.monotonic()
   try:
     with directory_lock.holding(output):
-      count = _sample(output, model.model, request)
+      count = _sample(output, prompts, layout, model.model, request)
   except OutOfMemory as error:
     sys.exit(f'error: {error} Finished samples are kept.')
+  except buckets.errors() as error:
+    if files.is_local(output):
+      raise
+    reason = ' '.join(str(error).split())
+    sys.exit(f'error: {output}: {reason}. Finished samples are kept.')
   logging.info(
     'Sampled %d images in %s: %s',
     count,
     console.duration(time.monotonic() - begin),
-    pathlib.Path(output) / 'index.html',
+    output / 'index.html',
   )
 
 
-def _sample(output, model, request) -> int:
+def _prompts(num_samples: int):
+  """What is to be sampled.
+
+  Args:
+    num_samples: of each prompt.
+
+  Returns:
+    For each prompt a dict with it as 'prompt', and with what its benchmark says
+    of it; and the `layouts.Layout`, or None.
+
+  Raises:
+    ValueError, OSError: there is nothing to sample, or flags that exclude each
+      other.
+  """
+  from mdm_jax.data import benchmarks, lines
+  from mdm_jax.report import layouts
+
+  name, path = _LAYOUT.value, _PROMPTS_FILE.value
+  if name and _ANIMATE.value:
+    raise ValueError(
+      '--animate writes files that --layout has no place for: leave one of '
+      'them out.'
+    )
+  if name in ('geneval', 'coco') and (_PROMPTS.value or not path):
+    raise ValueError(
+      f'--layout={name} takes its prompts from --prompts_file alone: give '
+      + (
+        "prompts/evaluation_metadata.jsonl of GenEval's repository."
+        if name == 'geneval'
+        else "captions_val2014.json of COCO's annotations_trainval2014.zip."
+      )
+    )
+  if name == 'geneval':
+    texts, metadata = benchmarks.read_geneval(path)
+    prompts = [
+      {'prompt': text, 'metadata': line} for text, line in zip(texts, metadata)
+    ]
+    layout = layouts.geneval(num_samples, metadata)
+  elif name == 'coco':
+    prompts, layout = benchmarks.choose_coco(path), layouts.numbered(name)
+  else:
+    texts = [*_PROMPTS.value, *(lines.read_entries(path) if path else ())]
+    prompts = [{'prompt': text} for text in texts]
+    layout = layouts.numbered(name) if name else None
+  if not prompts:
+    raise ValueError('nothing to sample: give --prompt or --prompts_file.')
+  return prompts, layout
+
+
+def _sample(output, prompts, layout, model, request) -> int:
   """Samples what is missing in the output directory.
 
   Args:
     output: the directory.
+    prompts, layout: see `_prompts`.
     model: a `session.Model`.
     request: a `pipeline.Request`.
 
@@ -123,13 +190,19 @@ def _sample(output, model, request) -> int:
   """
   from mdm_jax.report.sample_directory import SampleDirectory
 
-  samples = SampleDirectory(
-    output,
-    [
-      {'prompt': prompt, 'seed': seed, **model.description, **request.settings}
-      for prompt, seed in zip(request.prompts, request.seeds)
-    ],
-  )
+  repeats = len(request.seeds) // len(prompts)
+  about = (each for each in prompts for _ in range(repeats))
+  try:
+    samples = SampleDirectory(
+      output,
+      [
+        {**each, 'seed': seed, **model.description, **request.settings}
+        for each, seed in zip(about, request.seeds)
+      ],
+      layout,
+    )
+  except ValueError as error:
+    sys.exit(f'error: {error}')
   rows = samples.missing
   if len(rows) < len(request.seeds):
     logging.info(
@@ -149,9 +222,11 @@ def _sample(output, model, request) -> int:
   return len(rows)
 
 
-def _output(workdir: str) -> pathlib.Path:
+def _output(workdir: str) -> epath.Path:
   """The directory of the samples."""
-  return pathlib.Path(_OUTPUT.value or pathlib.Path(workdir, 'generated'))
+  return epath.Path(
+    _OUTPUT.value or epath.Path(workdir) / (_LAYOUT.value or 'generated')
+  )
 
 
 if __name__ == '__main__':

@@ -64,6 +64,7 @@ _LONGEST = (
   'steps/test_train',
   'training/test_loop',
   'test_distributed',
+  'test_versions',
   'models/test_nested_unet',
   'tools/test_import_ml_mdm',
   'models/test_packing',

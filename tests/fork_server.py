@@ -27,6 +27,7 @@ def _import() -> None:
   from configs import common  # noqa: F401
   from mdm_jax.inference import evaluation, session  # noqa: F401
   from mdm_jax.report import sample_directory  # noqa: F401
+  from mdm_jax.runtime import google_storage  # noqa: F401
   from mdm_jax.serving import queue  # noqa: F401
   from mdm_jax.training import loop  # noqa: F401
 

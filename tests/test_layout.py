@@ -51,21 +51,25 @@ ROWS = (
   'checkpoint.identity',
   'report.sample_directory report.progress report.metric_writer '
   'report.goodput report.evaluations',
-  'report.background report.console report.gallery report.grid report.trackers',
+  'report.background report.console report.gallery report.grid report.trackers '
+  'report.layouts',
   'interop.hugging_face interop.ml_mdm',
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',
   'optim.optimizer optim.ema optim.post_hoc_ema optim.skip_step',
+  'data',
   'runtime.command',
-  'runtime.distributed runtime.flag_types runtime.compilation_cache',
-  'runtime.preemption runtime.watchdog',
-  'runtime.ending runtime.directory_lock runtime.rendezvous '
+  'runtime.distributed runtime.flag_types runtime.compilation_cache '
+  'runtime.remote_reads',
+  'runtime.preemption runtime.watchdog runtime.directory_lock',
+  'runtime.ending runtime.rendezvous '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
-  'runtime.files runtime.value_types runtime.printable',
+  'runtime.appending runtime.value_types runtime.printable',
+  'runtime.files',
   'runtime.buckets runtime.google_storage',
   'runtime.environment',
-  # Packages without order: their own modules may import each other, no others.
-  'diffusion models data eval',
+  # Packages without order, as data is: their own modules may import each other.
+  'diffusion models eval',
   'mixed_batch child_process',
 )
 LEAVES = 'diffusion', 'models', 'data', 'eval'

@@ -13,10 +13,15 @@ import threading
 import time
 
 from etils import epath
+import jax
+import numpy as np
 import pytest
 
+from mdm_jax.checkpoint import saved_steps
+from mdm_jax.inference import session
 from mdm_jax.runtime import directory_lock
 from tests import commands, toy
+from tests.test_distributed import digest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -128,6 +133,52 @@ def run_and_time(directory, *arguments, at='', act=None):
     act(process)
   code = process.wait(600)
   return code, path.read_text(), time.time() - path.stat().st_mtime
+
+
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk(tmp_path, bucket):
+  """Although it is killed, and cannot save for a while."""
+  recipe, here = tmp_path / 'recipe.py', epath.Path(bucket.path)
+  recipe.write_text(
+    toy.recipe(
+      1,
+      24,
+      log_every=1,
+      sample_every=24,
+      checkpoint_every=8,
+      averages__widths=(0.1,),
+    )
+  )
+
+  def train(workdir, **harm):
+    return run_and_time(
+      tmp_path,
+      'mdm_jax.main',
+      f'--config={recipe}',
+      f'--workdir={workdir}',
+      **harm,
+    )[:2]
+
+  code, text = train(tmp_path / 'run')
+  assert code == 0, text
+  code, text = train(here, at='Saved step 8 ', act=commands.Fork.kill)
+  assert code == -signal.SIGKILL
+  with bucket.failing('upload.*checkpoints/0_8/16/', status=403) as fault:
+    code, text = train(here)
+  assert code == 0, text
+  assert fault.hit
+  assert 'continuing from step 8' in text
+  assert 'checkpoints/0_8: saving step 16 failed (1 of ' in text
+  assert 'no permission (' in text and 'Traceback' not in text
+  stage = pathlib.Path('checkpoints', '0_8')
+  assert saved_steps.finished_step(here / stage) == 24
+  assert saved_steps.good_steps(here / stage) == [8, 24]
+  assert digest(here / stage, 24) == digest(tmp_path / 'run' / stage, 24)
+  for widths in ({}, {'sigma_rel': 0.2}):
+    found, expected = (
+      session.open_run(str(workdir)).restore(**widths).params
+      for workdir in (here, tmp_path / 'run')
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def fill(directory, what):

@@ -1,14 +1,11 @@
 """Runs of the real command on recipes that compile fast."""
 
+import functools
 import inspect
 import json
+import pathlib
 
-from mdm_jax.builders.config import (
-  _ADDED,
-  read_config,
-  stage_directory,
-  write_config,
-)
+from mdm_jax.builders.config import _ADDED, stage_directory, write_config
 from mdm_jax.checkpoint.manager import Checkpoints
 
 
@@ -49,13 +46,21 @@ def get_config():
 """
 
 
+def without(values, key: str):
+  """A config as JSON without a key; [] leads into each section of a list."""
+  if isinstance(values, list):
+    return [without(part, key) for part in values]
+  name, _, below = key.partition('.')
+  name = name.removesuffix('[]')
+  rest = {other: x for other, x in values.items() if other != name}
+  return rest | {name: without(values[name], below)} if below else rest
+
+
 def make_older(workdir) -> None:
-  """Takes from a run's config the keys that its sections had not always."""
-  config = read_config(workdir)
-  for path in _ADDED:
-    section, _, key = path.rpartition('.')
-    del (config[section] if section else config)[key]
-  write_config(workdir, config)
+  """Takes from a run's config the keys that it had not always."""
+  path = pathlib.Path(workdir, 'config.json')
+  config = without(json.loads(path.read_text()), 'version')
+  path.write_text(json.dumps(functools.reduce(without, _ADDED, config)))
 
 
 def save_run(workdir, config, index: int, step: int, params) -> None:

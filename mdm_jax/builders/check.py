@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 import math
-import pathlib
 
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -108,7 +108,7 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
 def _check_text(config: ConfigDict) -> None:
   text = config.text
   needs_t5 = text.encoder not in TRAINED_ENCODERS
-  if needs_t5 and not (text.path and pathlib.Path(text.path).is_dir()):
+  if needs_t5 and not (text.path and epath.Path(text.path).is_dir()):
     wrong = f'={text.path!r} is no directory' if text.path else ' is empty'
     raise ValueError(
       f'text.path{wrong}: name the directory of a T5 encoder, downloaded '

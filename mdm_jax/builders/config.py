@@ -5,12 +5,13 @@ import contextlib
 import json
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from mdm_jax.builders import ranges
 from mdm_jax.runtime import files
 
 TRAINED_ENCODERS = ('learned', 'label')
@@ -47,9 +48,33 @@ _MAY_CHANGE = (
   'model.levels.remat',
   'model.levels.lanes',
 )
-# Keys that were added later, with the values that older runs behaved by. A dot
-# leads into a section, or into each section of a list.
+
+
+class Renamed(NamedTuple):
+  """In the table of added keys: the key has had another name in its section."""
+
+  name: str
+
+
+# Each key that was added, with the value that the runs before it behaved by, or
+# with its earlier name. [] leads into each section of a list. New entries come
+# last: their number is the version of config.json.
 _ADDED = {
+  'model.levels[].remat': 'none',
+  'model.levels[].lanes': 1,
+  'stages[].accumulate': 1,
+  'averages.widths': (),
+  'averages.snapshot_every': 1000,
+  'guard.spike_factor': 0.0,
+  'guard.window': 100,
+  'guard.max_skipped': 10,
+  'replicas_every': 0,
+  'watchdog.start_up': 0,
+  'watchdog.step': 0,
+  'watchdog.save': 0,
+  'watchdog.evaluate': 0,
+  'eval.every': 0,
+  'eval.best_metric': '',
   'checkpoint_minutes': 0.0,
   'profile_every': 0,
   'trackers': ('tensorboard',),
@@ -60,14 +85,13 @@ _ADDED = {
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
 }
+# With these a run that lacks them may begin at any step.
+_MAY_BEGIN = ('averages.widths',)
+_VERSION = 'version'
 
 
 def load_config(values: Mapping[str, Any]) -> ConfigDict:
-  """Restores a configuration from JSON, in which tuples have become lists.
-
-  Keys that an older run's configuration lacks get the values that it behaved
-  by.
-  """
+  """Restores a configuration from JSON, in which tuples have become lists."""
 
   def restore(value):
     if isinstance(value, Mapping):
@@ -80,50 +104,99 @@ def load_config(values: Mapping[str, Any]) -> ConfigDict:
       return children if is_sections else tuple(children)
     return value
 
-  return restore(_with_added(values))
+  return restore(values)
 
 
-def _with_added(values: Mapping[str, Any]) -> dict[str, Any]:
-  values = dict(values)
-  for path, value in _ADDED.items():
-    _add(values, path.split('.'), value)
-  return values
+def _read(path: epath.Path) -> tuple[dict[str, Any], list[str]]:
+  """Reads `config.json` of this version or of an earlier one.
+
+  Returns:
+    The configuration with the keys of this version, and those among them that
+    the file lacks, which are logged.
+
+  Raises:
+    UnreadableFile: it cannot be read, or is no JSON of a dict.
+    ValueError: it is of a later version, or has an unknown key. The message is
+      a line that names the file, the key and the remedy.
+  """
+  values = files.read_json(path)
+  version = values.pop(_VERSION, 0)
+  if not files.is_count(version):
+    raise files.UnreadableFile(path, f'has no number as its {_VERSION!r}')
+  if version > len(_ADDED):
+    raise ValueError(
+      f'{path} is of a later version of mdm_jax (its keys are version '
+      f'{version}; this one knows {len(_ADDED)}): update mdm_jax.'
+    )
+  added = [
+    key for key, value in _ADDED.items() if _add(values, key.split('.'), value)
+  ]
+  if added:
+    logging.info(
+      '%s is of an earlier version. Keys added since: %s',
+      path,
+      ', '.join(
+        f'{key} (was {value.name})'
+        if isinstance(value := _ADDED[key], Renamed)
+        else f'{key}={value!r}'
+        for key in added
+      ),
+    )
+  try:
+    for _ in ranges.leaves(values, ''):
+      pass
+  except ranges.UnknownKey as error:
+    raise ValueError(
+      f'{path}: this version of mdm_jax has no key {error.key!r}: use the '
+      'version that the run was trained with.'
+    ) from None
+  except ValueError:
+    pass  # No section where one should be: it is compared or checked later.
+  return values, added
 
 
-def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
-  """Sets a key in a section that lacks it; copies the sections below.
+def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> bool:
+  """Sets a key in each section that lacks it, and says whether one did.
 
   What should be a section and is none stays, for `ranges.check` to name.
   """
   key, *below = path
-  child = section.get(key)
-  if not below:
-    section.setdefault(key, value)
-  elif isinstance(child, list | tuple) and all(
-    isinstance(part, Mapping) for part in child
-  ):
-    section[key] = [dict(part) for part in child]
-    for part in section[key]:
-      _add(part, below, value)
-  elif isinstance(child, Mapping):
-    section[key] = dict(child)
-    _add(section[key], below, value)
+  name = key.removesuffix('[]')
+  if below:
+    is_list = name != key
+    parts = section.get(name) if is_list else [section.setdefault(name, {})]
+    # A list, as all of them are changed.
+    return isinstance(parts, list) and any(
+      [_add(part, below, value) for part in parts if isinstance(part, dict)]
+    )
+  if name in section:
+    return False
+  if isinstance(value, Renamed):
+    if value.name not in section:
+      return False
+    value = section.pop(value.name)
+  section[name] = value
+  return True
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-  """Writes `config.json`. One process calls it."""
+  """Writes `config.json`, with its version. One process calls it."""
   path = epath.Path(workdir) / _FILE
   if path.is_dir():
     files.set_aside(path)
-  files.write_json(path, config)
+  files.write_json(path, {_VERSION: len(_ADDED), **config})
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
   """Reads `config.json`, in which tuples have become lists.
 
+  Keys that the config of an earlier version lacks get the values that its run
+  behaved by, and are logged.
+
   Raises:
     FileNotFoundError: the directory has none.
     UnreadableFile: it cannot be read, or is no JSON of a dict.
+    ValueError: it is of a later version, or has an unknown key.
   """
   path = epath.Path(workdir) / _FILE
   if not path.exists():
@@ -131,13 +204,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
       f'{path} does not exist: is this the directory of a training run?'
     )
   try:
-    return files.read_json(path)
+    values, _ = _read(path)
   except files.UnreadableFile as error:
     raise files.UnreadableFile(
       path,
       f'{error.reason}: restore it from a backup, or run the command that '
       'trains the run once more, which makes it anew',
     ) from None
+  return values
 
 
 def has_config(workdir: epath.PathLike) -> bool:
@@ -158,8 +232,8 @@ def require_same_config(
     may_change: further keys that may differ.
 
   Raises:
-    ValueError: they differ in keys that decide on what is learned. The message
-      names them.
+    ValueError: they differ in keys that decide on what is learned, which the
+      message names; or see `changes_of_run`.
   """
   try:
     changes = changes_of_run(workdir, new, may_change)
@@ -193,12 +267,15 @@ def changes_of_run(
 
   Raises:
     UnreadableFile: the run's configuration cannot be read.
+    ValueError: it is of a later version, or has an unknown key.
   """
-  old = _with_added(files.read_json(epath.Path(workdir) / _FILE))
+  path = epath.Path(workdir) / _FILE
+  old, added = _read(path)
   # TFDS replaced '~' when this package did not.
   if isinstance(data := old.get('data'), dict) and 'path' in data:
     old['data'] = data | {'path': os.path.expanduser(str(data['path']))}
-  free = (*_MAY_CHANGE, *(f'{key}:' for key in may_change))
+  begun = [key for key in _MAY_BEGIN if key in added]
+  free = (*_MAY_CHANGE, *(f'{key}:' for key in (*may_change, *begun)))
   return {
     line: re.sub(r'\[\d+\]', '', line).startswith(free)
     for line in differences(old, new)

@@ -49,6 +49,8 @@ def run_changes(config: ConfigDict, workdir: str) -> str:
     changes = changes_of_run(workdir, json.loads(config.to_json()))
   except files.UnreadableFile as error:
     return f'# {error}: it would be made anew with these values.'
+  except ValueError as error:
+    return f'# {error}'
   if not changes:
     return f'# The run in {workdir} has these values.'
   lines = [f'# The run in {workdir} differs (its config.json -> here):'] + [

@@ -193,6 +193,19 @@ KEYS = {
 _LISTS = ('model.levels', 'stages')
 
 
+class UnknownKey(ValueError):
+  """A configuration has a key that is not in the table.
+
+  Attributes:
+    key: with the sections that it is in.
+  """
+
+  def __init__(self, key: str):
+    """The message is for whoever writes a recipe."""
+    super().__init__(f'{key}: no such key; configs/common.py has all keys.')
+    self.key = key
+
+
 def pattern(key: str) -> str:
   """The key of the table for a key: 'stages[].steps' of 'stages[1].steps'."""
   return re.sub(r'\[-?\d+\]', '[]', key)
@@ -261,7 +274,8 @@ def leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
     path: key of the section; '' for the whole configuration.
 
   Raises:
-    ValueError: a key is unknown, or a value where a section should be.
+    UnknownKey: a key is not in the table.
+    ValueError: there is a value where a section should be.
   """
   for name in section:
     key = f'{path}.{name}' if path else str(name)
@@ -278,7 +292,7 @@ def leaves(section: Any, path: str) -> Iterator[tuple[Any, str, str]]:
     elif pattern(key) in KEYS:
       yield section, name, key
     elif not any(other.startswith(f'{pattern(key)}.') for other in KEYS):
-      raise ValueError(f'{key}: no such key; configs/common.py has all keys.')
+      raise UnknownKey(key)
     elif isinstance(value, Mapping | ConfigDict):
       yield from leaves(value, key)
     else:

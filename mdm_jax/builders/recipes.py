@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags import config_path
 
 from mdm_jax.builders import listing, ranges
-from mdm_jax.runtime import flag_types
+from mdm_jax.runtime import buckets, flag_types
 from mdm_jax.runtime.printable import printable
 from mdm_jax.runtime.value_types import Path
 
@@ -68,6 +68,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     sys.exit(f'error: {_explain(argv, error)}')
 
 
+def split(argument: str) -> list[str]:
+  """The path or name of a --config, and its mode if it has one."""
+  scheme = re.match(r'(\w+:/+)?', argument)[0]
+  path, *mode = argument.removeprefix(scheme).split(':', 1)
+  return [scheme + path, *mode]
+
+
 def print_config(config: ConfigDict, workdir: str) -> None:
   """Prints the configuration that a run would use, to standard output.
 
@@ -94,7 +101,7 @@ class _RecipeParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ConfigDict:
     """The config of FILE, FILE:MODE, NAME or NAME:MODE."""
-    path, *mode = argument.split(':', 1)
+    path, *mode = split(argument)
     if re.fullmatch(r'\w+', path) and not pathlib.Path(path).is_file():
       path = _shipped(path)
     path = Path('file').check(path)
@@ -121,8 +128,22 @@ class _RecipeParser(flags.ArgumentParser):
     return 'recipe'
 
 
+class _BucketLoader(importlib.machinery.SourceFileLoader):
+  """Loads a module from a bucket."""
+
+  def get_data(self, path: str) -> bytes:
+    from mdm_jax.runtime import files  # Slow to import.
+
+    return files.read_bytes(path)
+
+  def path_stats(self, path: str) -> dict[str, Any]:
+    raise OSError  # There is no directory of compiled code.
+
+
 def _load(path: str) -> types.ModuleType:
-  loader = importlib.machinery.SourceFileLoader('config_config', path)
+  in_bucket = buckets.scheme(path) is not None
+  make = _BucketLoader if in_bucket else importlib.machinery.SourceFileLoader
+  loader = make('config_config', path)
   spec = importlib.util.spec_from_loader(loader.name, loader)
   module = importlib.util.module_from_spec(spec)
   sys.modules[loader.name] = module

@@ -10,7 +10,7 @@ After a step is committed, a manifest is added to it: file hashes, and which
 checkpoint it is. Every restore first compares both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import concurrent.futures
 import time
 from typing import Any
@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath, epy
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
@@ -142,13 +143,18 @@ class Checkpoints:
     return True
 
   def restore(
-    self, abstract_state: PyTree, step: int | None = None
+    self,
+    abstract_state: PyTree,
+    step: int | None = None,
+    added: Sequence[str] = (),
   ) -> tuple[PyTree, dict[str, Any]]:
     """Restores a state into given shardings, on any number of devices.
 
     Args:
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
       step: step to read; None for the newest good one.
+      added: fields of the state, then a named tuple, that are zeros if the
+        checkpoint, of an earlier version, lacks them.
 
     Returns:
       The state, of the structure of `abstract_state`, and `extra`.
@@ -165,12 +171,18 @@ class Checkpoints:
       step = saved_steps.latest_step(self._directory)
     step = saved_steps.require_step(self._directory, step)
     path = self._directory / str(step)
-    restore.require_same_leaves(path, abstract_state)
+    saved = contents.abstract_state(path)
+    wanted, lacking = abstract_state, {}
+    for field in added:
+      if field not in saved:
+        wanted = wanted if lacking else abstract_state._asdict()
+        lacking[field] = wanted.pop(field)
+    restore.require_same_leaves(path, wanted)
     try:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract_state),
+          state=ocp.args.StandardRestore(wanted),
           extra=ocp.args.JsonRestore(),
         ),
       )
@@ -183,7 +195,20 @@ class Checkpoints:
         f'{path} has no manifest, and cannot be restored '
         f'({" ".join(str(error).split())[:200]}): move it away.'
       ) from error
-    return restored['state'], restored['extra']
+    state = restored['state']
+    if lacking:
+      logging.info(
+        '%s is of an earlier version, whose state had no %s: %s with zeros.',
+        path,
+        ' and no '.join(lacking),
+        'they begin' if len(lacking) > 1 else 'it begins',
+      )
+      zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+        lacking,
+      )
+      state = type(abstract_state)(**state, **zeros)
+    return state, restored['extra']
 
   def latest_step(self) -> int | None:
     """The newest step saved or being saved, None if there is none."""

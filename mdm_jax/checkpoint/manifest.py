@@ -11,10 +11,11 @@ nothing is read back. Either is understood in either place.
 """
 
 import base64
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 import concurrent.futures
 import errno
 import functools
+import hashlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def problem(directory: epath.PathLike) -> str | None:
     The first file that is changed, missing, extra or unreadable, as in
     'state/d/1f has changed', and how many more there are; or what other
     checkpoint it is. None if it is as it was saved. Manifests of earlier
-    versions do not say which checkpoint they are of.
+    versions do not say which checkpoint they are of, or have SHA-256 hashes.
   """
   directory = epath.Path(directory)
   try:
@@ -128,7 +129,8 @@ def _problem(directory: str, text: bytes, listed: Files) -> str | None:
   ]
   if not problems:  # Otherwise much may have to be read to find more of them.
     known = {name for name in expected if isinstance(expected[name], dict)}
-    found = _hashes(epath.Path(directory), listed, known)
+    make_hash = _hash_function(expected)
+    found = _hashes(epath.Path(directory), listed, known, make_hash)
     if text == _text(recorded, found).encode():
       return None
     problems = [
@@ -180,8 +182,21 @@ def list_files(directory: epath.PathLike) -> Files:
   return tuple(sorted(file for file in found if file.name != NAME))
 
 
+def _hash_function(expected: Mapping[str, Any]) -> Callable[..., Any]:
+  """What the hashes of a manifest are of: those of the first were SHA-256."""
+  is_sha256 = any(
+    isinstance(digest, str) and len(digest) == 64
+    for hashes in expected.values()
+    for digest in hashes
+  )
+  return hashlib.sha256 if is_sha256 else xxhash.xxh3_128
+
+
 def _hashes(
-  directory: epath.Path, listed: Files, by_crc32c: Collection[str]
+  directory: epath.Path,
+  listed: Files,
+  by_crc32c: Collection[str],
+  make_hash: Callable[..., Any] = xxhash.xxh3_128,
 ) -> dict[str, Any]:
   """What a manifest says of each file.
 
@@ -190,6 +205,7 @@ def _hashes(
     listed: its files.
     by_crc32c: names of those of which it gives size and CRC32C; of others it
       gives the hash of each block.
+    make_hash: makes that hash, as those of hashlib do.
   """
   blocks = [
     (file, index * _BLOCK)
@@ -200,7 +216,8 @@ def _hashes(
   hashes = {file.name: [] for file in listed}
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     digests = pool.map(
-      lambda block: _hash(directory / block[0].name, block[1]), blocks
+      lambda block: _hash(directory / block[0].name, block[1], make_hash),
+      blocks,
     )
     sums = {
       file.name: pool.submit(_crc32c, directory, file)
@@ -215,15 +232,15 @@ def _hashes(
   return hashes
 
 
-def _hash(path: epath.Path, offset: int) -> str:
+def _hash(path: epath.Path, offset: int, make_hash: Callable[..., Any]) -> str:
   """Hash of the block that begins at an offset."""
   if not files.is_local(path):
     with files.naming_errors(path):
       block = buckets.file_system(path).cat_file(
         os.fspath(path), offset, offset + _BLOCK
       )
-    return xxhash.xxh3_128_hexdigest(block)
-  found, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ))
+    return make_hash(block).hexdigest()
+  found, buffer = make_hash(), memoryview(bytearray(_READ))
   with files.naming_errors(path), path.open('rb') as file:
     file.seek(offset)
     for _ in range(_BLOCK // _READ):

@@ -172,7 +172,7 @@ def require_same_leaves(
   if different:
     more = f'; and {len(different) - 8} more' if len(different) > 8 else ''
     raise saved_steps.CheckpointError(
-      f'{step_directory} was saved by another model or optimizer: '
-      + '; '.join(different[:8])
-      + more
+      f'{step_directory} was saved by another model, optimizer or version of '
+      f'mdm_jax: {"; ".join(different[:8])}{more}. Continue with the config '
+      'and the version that saved it, or give another --workdir.'
     )

@@ -50,6 +50,10 @@ _TRANSPOSE = {
 _SYSTEM_NAMES = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'Thumbs.db')
 
 
+class DataError(ValueError):
+  """The data cannot be read, or is not fit for training."""
+
+
 class BadRecord(ValueError):
   """A record that cannot be used.
 

@@ -1,9 +1,9 @@
 """Class labels in the place of captions."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
+from etils import epath
 import numpy as np
 
 from mdm_jax.data import captions
@@ -86,7 +86,7 @@ def read_names(path: str) -> tuple[str, ...]:
     FileNotFoundError: there is no such file.
     ValueError: a line is not text, see `captions.clean`.
   """
-  if not pathlib.Path(path).is_file():
+  if not epath.Path(path).is_file():
     raise FileNotFoundError(
       f'text.class_names={path!r} does not exist: give a file with one name '
       'per line, or leave it empty.'

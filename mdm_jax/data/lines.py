@@ -4,10 +4,10 @@ A line ends at \n or \r\n, and nowhere else. `str.splitlines` also ends one at
 U+2028, U+0085 and others, which a caption may hold.
 """
 
-import pathlib
+from etils import epath
 
 
-def read_lines(path: str | pathlib.Path) -> list[str]:
+def read_lines(path: epath.PathLike) -> list[str]:
   """The lines of a file in UTF-8, with or without a byte order mark.
 
   Raises:
@@ -15,7 +15,7 @@ def read_lines(path: str | pathlib.Path) -> list[str]:
     ValueError: it is no text in UTF-8.
   """
   try:
-    text = pathlib.Path(path).read_bytes().decode('utf-8-sig')
+    text = epath.Path(path).read_bytes().decode('utf-8-sig')
   except UnicodeDecodeError as error:
     line = 1 + error.object[: error.start].count(b'\n')
     raise ValueError(f'{path}, line {line}: this is not in UTF-8.') from None
@@ -30,7 +30,7 @@ def split_lines(text: str) -> list[str]:
   return [line.removesuffix('\r') for line in lines]
 
 
-def read_entries(path: str | pathlib.Path) -> list[str]:
+def read_entries(path: epath.PathLike) -> list[str]:
   """Lines without the spaces at their ends; without empty ones.
 
   Raises:

@@ -11,11 +11,11 @@ import dataclasses
 import os
 from typing import Any
 
-from etils import epath
-
 from mdm_jax.data import captions, tables, tars
 from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tar_members import readable
+from mdm_jax.runtime import remote_reads
+from mdm_jax.runtime.files import UnreadableFile
 
 # 'image' of Hugging Face; img2dataset names it as the suffix of a file.
 IMAGE_COLUMNS = ('image', *tars.IMAGE_SUFFIXES)
@@ -53,6 +53,8 @@ class ParquetPart:
     try:
       with _open(parquet, self.path) as file:
         names = file.schema_arrow.names
+    except UnreadableFile:
+      raise
     except (OSError, ValueError, arrow.ArrowException):
       return
     try:
@@ -70,6 +72,9 @@ class ParquetPart:
 
     A record has img2dataset's key if there is one, otherwise the number of its
     row, from 0.
+
+    Raises:
+      UnreadableFile: a bucket does not answer.
     """
     arrow, parquet = _import_pyarrow()
     errors = OSError, ValueError, arrow.ArrowException
@@ -83,10 +88,14 @@ class ParquetPart:
             yield from self._read_group(
               file, group, first, columns, seen, rejects
             )
+          except UnreadableFile:  # An outage is no damage.
+            raise
           except errors as error:
             detail = f'row group {group}: {error}'
             rejects.append(BadRecord(name, 'damaged Parquet file', detail))
           first += file.metadata.row_group(group).num_rows
+    except UnreadableFile:
+      raise
     except errors as error:
       rejects.append(BadRecord(name, 'unreadable Parquet file', str(error)))
 
@@ -152,7 +161,7 @@ def _import_pyarrow():
 @contextlib.contextmanager
 def _open(parquet, path: str) -> Iterator[Any]:
   # Without pre_buffer and with a buffer, columns are not read as a whole.
-  with epath.Path(path).open('rb') as file:
+  with remote_reads.open_stream(path, _BUFFER) as file:
     yield parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
 
 

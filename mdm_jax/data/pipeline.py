@@ -6,6 +6,7 @@ p), and global batch k holds positions k * batch_size to (k + 1) * batch_size -
 global batches, and resuming at batch k reads nothing before it.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import ctypes
 import dataclasses
@@ -20,7 +21,7 @@ import numpy as np
 import PIL
 
 from mdm_jax import child_process
-from mdm_jax.data.images import BadRecord
+from mdm_jax.data.images import BadRecord, DataError
 
 Record = dict[str, Any]
 Example = dict[str, np.ndarray]
@@ -37,16 +38,20 @@ _SHUFFLE_ROUNDS = 4
 _MIN_INDEX_SHUFFLE = 2**16
 # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
 _GLIBC_OPTIONS = {-3: 2**26, -1: 2**30, -8: 1}
+# Records of a batch that are requested before they are needed: at 50 ms each,
+# 640 in a second.
+_AHEAD = 32
 # Keys of the independent random streams of one seed.
 _ORDER_STREAM, _EXAMPLE_STREAM = 0, 1
 
 
-class DataError(ValueError):
-  """The data cannot be read, or is not fit for training."""
-
-
 class Source(Protocol):
-  """Random access to records; `__getitem__` may raise `BadRecord`."""
+  """Random access to records; `__getitem__` may raise `BadRecord`.
+
+  Where reading takes long, a source may have a method `request(index)`, which
+  begins to read a record and returns a function that waits for it, and so is as
+  `__getitem__`.
+  """
 
   def __len__(self) -> int:
     """The number of records."""
@@ -98,8 +103,8 @@ def record_index(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Examples:
-  """Maps a position in this process's stream to an example."""
+class _Batches:
+  """Maps the index of a global batch to this process's part of it."""
 
   rows: tuple[tuple[Source, Transform], ...]
   seed: int
@@ -109,21 +114,40 @@ class _Examples:
   process_count: int
   reported: set[str] = dataclasses.field(default_factory=set)
 
-  def __call__(self, local_position: int) -> Example:
-    local_batch_size = self.batch_size // self.process_count
-    batch, row = divmod(local_position, local_batch_size)
-    position = (
-      batch * self.batch_size + self.process_index * local_batch_size + row
-    )
+  def __call__(self, batch: int) -> Example:
+    size = self.batch_size // self.process_count
+    start = batch * self.batch_size + self.process_index * size
+    requested, examples = collections.deque(), []
+    for position in range(start, start + size):
+      # Slow only where the records are far away.
+      ahead = min(position + _AHEAD, start + size)
+      for other in range(position + len(requested), ahead):
+        requested.append(self._request(other, 0))
+      examples.append(self._example(position, requested.popleft()))
+    return _stack(examples)
+
+  def _row(self, position: int) -> tuple[Source, Transform]:
     # The row in the global batch does not depend on processes and workers.
-    source, transform = self.rows[position % self.batch_size % len(self.rows)]
+    return self.rows[position % self.batch_size % len(self.rows)]
+
+  def _request(self, position: int, replacement: int) -> Callable[[], Record]:
+    """Begins to read a record; returns a function that waits for it."""
+    source, _ = self._row(position)
+    index = record_index(
+      position + replacement, len(source), self.seed, self.shuffle
+    )
+    if hasattr(source, 'request'):
+      return source.request(index)
+    return functools.partial(source.__getitem__, index)
+
+  def _example(self, position: int, read: Callable[[], Record]) -> Example:
+    _, transform = self._row(position)
     for replacement in range(_MAX_REPLACEMENTS):
-      index = record_index(
-        position + replacement, len(source), self.seed, self.shuffle
-      )
       rng = np.random.default_rng((self.seed, _EXAMPLE_STREAM, position))
       try:
-        example = transform(source[index], rng)
+        if replacement:
+          read = self._request(position, replacement)
+        example = transform(read(), rng)
       except BadRecord as error:
         self._report(error)
         last_error = error
@@ -276,21 +300,12 @@ def make_dataset(
       f'batch_size={batch_size} must be a positive multiple of '
       f'{process_count} processes times {len(rows)} rows of the pattern.'
     )
-  examples = _Examples(
-    rows, seed, shuffle, batch_size, process_index, process_count
-  )
-  local_batch_size = batch_size // process_count
   if num_batches is None:
     num_batches = _ENDLESS
-  batches = (
-    grain.MapDataset.range(
-      start_batch * local_batch_size,
-      (start_batch + num_batches) * local_batch_size,
-    )
-    .map(examples)
-    # Batching after to_iter_dataset would distribute single examples over the
-    # workers, and the order would depend on the number of workers.
-    .batch(local_batch_size, batch_fn=_stack if further_rows else None)
+  # Of whole batches: single examples would be distributed over the workers,
+  # and the order would depend on the number of workers.
+  batches = grain.MapDataset.range(start_batch, start_batch + num_batches).map(
+    _Batches(rows, seed, shuffle, batch_size, process_index, process_count)
   )
   return _load_ahead(batches, num_workers, num_threads, prefetch)
 

@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
 import struct
 from typing import Any
 
+from etils import epath
 import ml_dtypes
 import numpy as np
 
+from mdm_jax.data import tfds_source
 from mdm_jax.data.images import BadRecord
 from mdm_jax.data.text import Tokenizer
 
@@ -57,9 +58,9 @@ class TextInfo:
     ]
 
 
-def text_directory(data_path: str) -> pathlib.Path:
+def text_directory(data_path: str) -> epath.Path:
   """The directory of a prepared data set's text features."""
-  return pathlib.Path(data_path) / 'text'
+  return epath.Path(data_path) / 'text'
 
 
 def read_info(data_path: str) -> TextInfo:
@@ -67,8 +68,9 @@ def read_info(data_path: str) -> TextInfo:
 
   Raises:
     FileNotFoundError: there are no features, or files are missing.
-    ValueError: `info.json` is something else.
+    ValueError: `info.json` is something else, or the data set is in a bucket.
   """
+  tfds_source.require_local(data_path)
   directory = text_directory(data_path)
   path = directory / 'info.json'
   if not path.exists():

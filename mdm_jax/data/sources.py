@@ -8,6 +8,7 @@ from mdm_jax.data import tfds_source
 
 
 def _builder(path: str):
+  tfds_source.require_local(path)
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
     here = shlex.quote(str(path))
     # The folder of images itself is the first thing that one tries.
@@ -35,9 +36,28 @@ def available_splits(path: str) -> tuple[str, ...]:
 
   Raises:
     FileNotFoundError: if there is no data set in `path`.
-    ValueError: if its description is damaged.
+    ValueError: if its description is damaged, or it is in a bucket.
   """
   return tuple(_builder(path).info.splits)
+
+
+def split_sizes(path: str) -> dict[str, int]:
+  """Split -> number of records.
+
+  Raises:
+    FileNotFoundError, ValueError: as `available_splits`.
+  """
+  splits = _builder(path).info.splits
+  return {name: split.num_examples for name, split in splits.items()}
+
+
+def file_names(path: str, split: str) -> list[str]:
+  """The names of the files of a split, or of a slice such as 'train[7:9]'.
+
+  Raises:
+    FileNotFoundError, ValueError: as `available_splits`.
+  """
+  return [file.name for file in _builder(path).info.splits[split].filepaths]
 
 
 def open_source(path: str, split: str) -> tfds_source.TfdsSource:
@@ -46,8 +66,8 @@ def open_source(path: str, split: str) -> tfds_source.TfdsSource:
   Raises:
     FileNotFoundError: if there is no data set in `path`, or a file of the
       split is missing.
-    ValueError: if the data set has no such split, or its description is
-      damaged.
+    ValueError: if the data set has no such split, its description is damaged,
+      or it is in a bucket.
   """
   return tfds_source.open_builder(
     _builder(path),

@@ -1,25 +1,28 @@
-"""Captioned images read in place, from tars on a local disk.
+"""Captioned images read in place, from tars on a disk or in a bucket.
 
 An index holds the position of every record's image and caption. It is a
-directory with `index.json` (the tars and their sizes) and one memory-mapped
-table for each split, of 21 bytes per record.
+directory with `index.json` (the tars, their sizes, and in a bucket the number
+that changes with their content) and one memory-mapped table for each split, of
+21 bytes per record.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import pathlib
 import shlex
 from typing import Any
 
+from etils import epath
 import numpy as np
 
 from mdm_jax.data import tar_members, tars
-from mdm_jax.data.images import BadRecord
+from mdm_jax.data.images import BadRecord, DataError
+from mdm_jax.runtime import files, remote_reads
 
 # Bytes. Members of a tar begin at multiples of a block.
 _BLOCK = 512
@@ -33,16 +36,25 @@ _ROW = np.dtype(
     ('is_json', '?'),
   ]
 )
+_INDEX = 'index.json'
 _COMMAND = 'python -m mdm_jax.tools.index_tars'
+# Tars in a bucket that are indexed at the same time.
+_AT_ONCE = 16
+# Bytes between an image and its caption that are read with them, not to need
+# another request.
+_GAP = 2**16
 
 
 def write_index(
   paths: Sequence[str], output: str, validation_fraction: float
 ) -> dict[str, int]:
-  """Indexes tars. Only the headers of their members are read.
+  """Indexes tars. On a disk, only the headers of their members are read.
+
+  Those in a bucket are read as a whole: to wait for an answer for each header
+  would take longer.
 
   Args:
-    paths: uncompressed tars on a local disk.
+    paths: uncompressed tars.
     output: the directory to write the index to.
     validation_fraction: share of the validation split, see `tars.split_of`.
 
@@ -57,25 +69,21 @@ def write_index(
       training.
     OSError: the index cannot be written.
   """
-  target = pathlib.Path(output)
-  if target.exists():
+  target, is_local = epath.Path(output), files.is_local(output)
+  # In a bucket the index is there once all of it is, its last file.
+  if files.is_there(target if is_local else target / _INDEX):
     raise ValueError(
       f'--output={output} exists: remove it or choose another directory.'
     )
   parts = {'train': [], 'validation': []}
   used, rejects = [], []
-  for path in paths:
-    if not os.path.exists(path):
-      raise ValueError(
-        f'{path} is not on a local disk: copy it, or use prepare_data.'
-      )
-    rows = {split: [] for split in parts}
-    for key, row in _rows(path, len(used), rejects):
-      rows[tars.split_of(key, validation_fraction)].append(row)
-    if any(rows.values()):
-      used.append(path)
-      for split in parts:
-        parts[split].append(np.array(rows[split], _ROW))
+  for tar, tables, bad in _read_tars(paths, validation_fraction):
+    rejects += bad
+    if any(map(len, tables.values())):
+      for split, table in tables.items():
+        table['tar'] = len(used)
+        parts[split].append(table)
+      used.append(tar)
   rejected = dict(collections.Counter(bad.reason for bad in rejects))
   if not sum(map(len, parts['train'])):
     raise ValueError(
@@ -86,38 +94,74 @@ def write_index(
   tables = {split: np.concatenate(part) for split, part in parts.items()}
   tables = {split: table for split, table in tables.items() if len(table)}
   counts = {split: len(table) for split, table in tables.items()}
-  partial = target.with_name(f'{target.name}.incomplete')
-  partial.mkdir(parents=True, exist_ok=True)
+  partial = target
+  if is_local:
+    partial = target.with_name(f'{target.name}.incomplete')
   for split, table in tables.items():
-    np.save(partial / f'{split}.npy', table)
-  (partial / 'index.json').write_text(
-    json.dumps(
-      {
-        'tars': [
-          [os.path.abspath(path), os.path.getsize(path)] for path in used
-        ],
-        'splits': counts,
-        'rejected': rejected,
-      }
-    )
+    with (
+      files.replacing(partial / f'{split}.npy') as temporary,
+      temporary.open('wb') as file,
+    ):
+      np.save(file, table)
+  files.write_text(
+    partial / 'rejects.jsonl',
+    ''.join(
+      json.dumps({'key': bad.key, 'reason': bad.reason, 'detail': bad.detail})
+      + '\n'
+      for bad in rejects
+    ),
   )
-  with (partial / 'rejects.jsonl').open('w') as lines:
-    for bad in rejects:
-      reject = {'key': bad.key, 'reason': bad.reason, 'detail': bad.detail}
-      lines.write(json.dumps(reject) + '\n')
-  partial.rename(target)
+  files.write_text(
+    partial / _INDEX,
+    json.dumps({'tars': used, 'splits': counts, 'rejected': rejected}),
+  )
+  if is_local:
+    partial.rename(target)
   return counts
 
 
-def _rows(path: str, number: int, rejects: list[BadRecord] | None = None):
-  """Yields the key and the row of every record with an image and a caption."""
-  rejects = [] if rejects is None else rejects
+def _read_tars(
+  paths: Sequence[str], validation_fraction: float
+) -> Iterator[tuple[list[Any], dict[str, np.ndarray], list[BadRecord]]]:
+  """Yields of each tar: it as in `index.json`, tables by split, its rejects."""
+
+  def read(path):
+    size, version = files.require_file(path)
+    # Copies on a disk have other times.
+    tar = (
+      [os.path.abspath(path), size]
+      if files.is_local(path)
+      else [path, size, version]
+    )
+    rows, rejects = {'train': [], 'validation': []}, []
+    for key, row in _rows(path, rejects):
+      rows[tars.split_of(key, validation_fraction)].append(row)
+    tables = {split: np.array(found, _ROW) for split, found in rows.items()}
+    return tar, tables, rejects
+
+  if all(map(files.is_local, paths)):
+    yield from map(read, paths)
+    return
+  pool = concurrent.futures.ThreadPoolExecutor(_AT_ONCE)
+  try:
+    yield from pool.map(read, paths)
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _rows(
+  path: str, rejects: list[BadRecord]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """Yields the key and the row of every record with an image and a caption.
+
+  The number of the tar in the row is still 0.
+  """
   try:
     for key, image, caption, suffix in tars.find_records(path, rejects):
       yield (
         key,
         (
-          number,
+          0,
           image.offset // _BLOCK,
           image.size,
           caption.offset // _BLOCK,
@@ -132,37 +176,64 @@ def _rows(path: str, number: int, rejects: list[BadRecord] | None = None):
     ) from error
 
 
-def read_index(path: str) -> dict[str, Any]:
-  """Reads `index.json` and checks the tars that it lists.
+def _load_index(path: str) -> dict[str, Any]:
+  """Reads `index.json`.
 
   Raises:
-    FileNotFoundError: there is no index, or a tar is missing.
-    ValueError: the size of a tar has changed, or `index.json` is damaged.
+    FileNotFoundError: there is no index.
+    ValueError: it cannot be read, or is damaged.
   """
-  file = pathlib.Path(path) / 'index.json'
-  if not file.exists():
-    raise FileNotFoundError(
-      f"There is no index in {path}: make one with {_COMMAND} --input='…/"
-      f"*.tar' --output={shlex.quote(path)}"
-    )
+  file = epath.Path(path) / _INDEX
   try:
-    index = json.loads(file.read_bytes())
-    listed = [(os.fspath(tar), int(size)) for tar, size in index['tars']]
+    data = files.read_bytes(file)
+  except files.UnreadableFile as error:
+    if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+      raise FileNotFoundError(
+        f"There is no index in {path}: make one with {_COMMAND} --input='…/"
+        f"*.tar' --output={shlex.quote(path)}"
+      ) from None
+    raise
+  try:
+    index = json.loads(data)
+    index['tars'] = [
+      (os.fspath(tar), int(size), *map(int, version))
+      for tar, size, *version in index['tars']
+    ]
     dict(index['splits'])
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(
       f'{file} is damaged: remove {path} and index the tars again.'
     ) from error
-  for tar, size in listed:
-    if not os.path.exists(tar):
+  return index
+
+
+def read_index(path: str) -> dict[str, Any]:
+  """Reads `index.json` and checks the tars that it lists.
+
+  Raises:
+    FileNotFoundError: there is no index, or a tar is missing.
+    ValueError: a tar has changed, or `index.json` is damaged.
+  """
+  index = _load_index(path)
+  in_buckets = functools.cache(files.list_bucket)
+  for tar, size, *version in index['tars']:
+    if files.is_local(tar):
+      found = (os.path.getsize(tar),) if os.path.exists(tar) else None
+    else:
+      found = in_buckets(os.path.dirname(tar)).get(tar)
+    if found is None:
       raise FileNotFoundError(
         f'{tar}, which {path} lists, is missing: restore it, or index the '
         'other tars again.'
       )
-    if (found := os.path.getsize(tar)) != size:
+    if found[0] != size:
       raise ValueError(
-        f'{tar} has {found} bytes, {size} when {path} was made: index the '
+        f'{tar} has {found[0]} bytes, {size} when {path} was made: index the '
         'tars again.'
+      )
+    if found[1:] != tuple(version):
+      raise ValueError(
+        f'{tar} has been replaced since {path} was made: index the tars again.'
       )
   return index
 
@@ -174,21 +245,36 @@ class TarSource:
   Attributes:
     path: directory of the index.
     split: a split of the index.
+    table: local copy of its table, which worker processes share; '' if there is
+      none yet.
   """
 
   path: str
   split: str
+  table: str = ''
+
+  @functools.cached_property
+  def _table_file(self) -> str:
+    if self.table:
+      return self.table
+    file = epath.Path(self.path) / f'{self.split}.npy'
+    return os.fspath(remote_reads.kept_copy(file))
 
   @functools.cached_property
   def _table(self) -> np.ndarray:
-    return np.load(pathlib.Path(self.path) / f'{self.split}.npy', 'r')
+    return np.load(self._table_file, 'r')
 
   @functools.cached_property
   def _tars(self) -> list[str]:
-    return [tar for tar, _ in read_index(self.path)['tars']]
+    return [tar for tar, *_ in _load_index(self.path)['tars']]
 
   def is_whole(self, length: int) -> bool:
-    """Whether the table is one, and has `length` rows."""
+    """Whether the table is one, and has `length` rows.
+
+    Raises:
+      UnreadableFile: it cannot be copied from a bucket.
+    """
+    files.require_file(self._table_file)
     try:
       return (
         len(self._table) == length and self._table.dtype.names == _ROW.names
@@ -198,12 +284,12 @@ class TarSource:
 
   def __reduce__(self):
     """Pickles the arguments, so that each worker process opens the files."""
-    return TarSource, (self.path, self.split)
+    return TarSource, (self.path, self.split, self._table_file)
 
   def fingerprint(self) -> str:
     """Changes with the tars and their order."""
-    index = pathlib.Path(self.path) / 'index.json'
-    return hashlib.blake2b(index.read_bytes(), digest_size=8).hexdigest()
+    index = files.read_bytes(epath.Path(self.path) / _INDEX)
+    return hashlib.blake2b(index, digest_size=8).hexdigest()
 
   def __len__(self) -> int:
     """The number of records."""
@@ -217,37 +303,83 @@ class TarSource:
     Raises:
       BadRecord: the tar cannot be read, or the caption is unusable.
     """
+    return self.request(index)()
+
+  def request(self, index: int) -> Callable[[], dict[str, Any]]:
+    """Begins to read a record, if it is in a bucket.
+
+    Returns:
+      A function that waits for the record, and raises as `__getitem__`.
+    """
     row = self._table[index]
-    if row['tar'] >= len(self._tars):
-      raise BadRecord(f'{self.path}@{index}', 'damaged index')
-    path = self._tars[row['tar']]
-    start = int(row['image_block']) * _BLOCK
-    key = f'{tars.stem(path)}@{start}'
-    try:
-      with open(path, 'rb') as file:
-        image = _read(file, start, int(row['image_size']))
-        caption = _read(
-          file, int(row['caption_block']) * _BLOCK, int(row['caption_size'])
-        )
-    except OSError as error:
-      raise BadRecord(key, 'unreadable tar', str(error)) from error
-    captions = tars.read_captions(
-      caption, 'json' if row['is_json'] else 'txt', key
-    )
-    return {
-      'image': image,
-      'caption': captions[0],
-      'captions': captions,
-      'key': key,
-    }
+    number, is_json = int(row['tar']), bool(row['is_json'])
+    if number >= len(self._tars):
+      bad = BadRecord(f'{self.path}@{index}', 'damaged index')
+      return functools.partial(_refuse, bad)
+    path = self._tars[number]
+    spans = [
+      (start, start + int(row[f'{part}_size']))
+      for part in ('image', 'caption')
+      for start in [int(row[f'{part}_block']) * _BLOCK]
+    ]
+    if files.is_local(path):
+      read = functools.partial(_read, path, spans)
+    else:
+      read = _request(path, spans)
+    key = f'{tars.stem(path)}@{spans[0][0]}'
+    return functools.partial(_record, read, is_json, key)
 
 
-def _read(file, start: int, size: int) -> bytes:
-  file.seek(start)
-  data = file.read(size)
-  if len(data) != size:
-    raise OSError(f'the file ends before byte {start + size}')
-  return data
+def _refuse(bad: BadRecord) -> dict[str, Any]:
+  raise bad
+
+
+def _record(
+  read: Callable[[], list[bytes]], is_json: bool, key: str
+) -> dict[str, Any]:
+  try:
+    image, caption = read()
+  except OSError as error:
+    raise BadRecord(key, 'unreadable tar', str(error)) from error
+  # An outage would make thousands of them bad.
+  except files.UnreadableFile as error:
+    raise DataError(f'{error}.') from error
+  captions = tars.read_captions(caption, 'json' if is_json else 'txt', key)
+  return {
+    'image': image,
+    'caption': captions[0],
+    'captions': captions,
+    'key': key,
+  }
+
+
+def _read(path: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+  """Reads parts of a file on a disk, from a start up to an end each."""
+  found = []
+  with open(path, 'rb') as file:
+    for start, end in spans:
+      file.seek(start)
+      found.append(file.read(end - start))
+      if len(found[-1]) != end - start:
+        raise OSError(f'the file ends before byte {end}')
+  return found
+
+
+def _request(
+  path: str, spans: Sequence[tuple[int, int]]
+) -> Callable[[], list[bytes]]:
+  """Begins to read parts of a file in a bucket, together if they are near."""
+  first, last = min(spans)[0], max(end for _, end in spans)
+  if last - first - sum(end - start for start, end in spans) <= _GAP:
+    wait = remote_reads.request(path, first, last)
+
+    def split() -> list[bytes]:
+      data = wait()
+      return [data[start - first : end - first] for start, end in spans]
+
+    return split
+  waits = [remote_reads.request(path, *span) for span in spans]
+  return lambda: [wait() for wait in waits]
 
 
 def available_splits(path: str) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ import zlib
 
 from etils import epath
 
+from mdm_jax.runtime import remote_reads
+
 _BLOCK = 512
 _CHUNK = 2**20
 # Bytes of one long name or PAX header.
@@ -108,8 +110,9 @@ def open_tar(
   Raises:
     CompressedTar: if `in_place`.
     OSError: the file cannot be opened.
+    UnreadableFile: the same in a bucket, also while it is read.
   """
-  with epath.Path(path).open('rb') as file:
+  with remote_reads.open_stream(path) as file:
     yield TarReader(file, in_place)
 
 

@@ -3,11 +3,13 @@
 import functools
 import hashlib
 import os
-import pathlib
 from typing import NamedTuple
 
+from etils import epath
 import numpy as np
 import sentencepiece
+
+from mdm_jax.runtime import remote_reads
 
 CAPTIONS_MODEL = os.path.join(os.path.dirname(__file__), 'captions.model')
 
@@ -33,7 +35,8 @@ class Tokenizer:
     """Loads a model.
 
     Args:
-      path: a SentencePiece file. CAPTIONS_MODEL comes with this package.
+      path: a SentencePiece file, local or in a bucket. CAPTIONS_MODEL comes
+        with this package.
       max_length: tokens of every encoded caption, `</s>` and padding included.
       is_of_captions: whether it encodes the captions of training data, and not
         prompts; SentencePiece's rules are the same for both.
@@ -43,7 +46,7 @@ class Tokenizer:
       ValueError: it is no SentencePiece model, max_length is below 2, or pad
         and `</s>` are not 0 and 1.
     """
-    if not os.path.isfile(path):
+    if not epath.Path(path).is_file():
       raise FileNotFoundError(
         f'no tokenizer at {path!r}: give the path of a spiece.model (of'
         ' google/flan-t5-xl, say), or train one with'
@@ -53,8 +56,9 @@ class Tokenizer:
       raise ValueError(f'max_length {max_length}: must be 2 or more')
     self.path, self.max_length = path, max_length
     self.is_of_captions = is_of_captions
+    file = os.fspath(remote_reads.kept_copy(path))
     try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
+      self._processor = sentencepiece.SentencePieceProcessor(model_file=file)
     # RuntimeError for what is no model; OSError if it cannot be read.
     except (RuntimeError, OSError) as error:
       reason = ' '.join(str(error).split())
@@ -74,7 +78,7 @@ class Tokenizer:
 
   def fingerprint(self) -> str:
     """Changes with the file's contents."""
-    data = pathlib.Path(self.path).read_bytes()
+    data = remote_reads.kept_copy(self.path).read_bytes()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
   @property
@@ -139,7 +143,9 @@ class ReleaseTokenizer(Tokenizer):
   def __init__(self, path: str, max_length: int, is_of_captions: bool = False):
     """Loads a model; the arguments are those of `Tokenizer`."""
     super().__init__(path, max_length, is_of_captions)
-    self._vocabulary = _read_vocabulary(pathlib.Path(path).read_bytes())
+    self._vocabulary = _read_vocabulary(
+      remote_reads.kept_copy(path).read_bytes()
+    )
 
   def fingerprint(self) -> str:
     """Changes with the file's contents, and is not that of `Tokenizer`."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from mdm_jax.data import captions, tar_members
 from mdm_jax.data.images import BadRecord
+from mdm_jax.runtime import files
 
 _INTEGER = int, np.integer
 
@@ -253,6 +254,16 @@ def open_builder(
   return TfdsSource(str(builder.data_dir), split, name, features)
 
 
+def require_local(path: str) -> None:
+  """Raises ValueError for a path in a bucket: ArrayRecords need a disk."""
+  if not files.is_local(path):
+    raise ValueError(
+      f'data.path={path!r}: ArrayRecord files cannot be read in a bucket. '
+      'Mount it with gcsfuse, as launch/ does, and give the path on this '
+      "machine; or give tars, which are read where they are: data.name='tars'."
+    )
+
+
 def open_by_name(
   name: str, data_dir: str, split: str, features: Features
 ) -> TfdsSource:
@@ -267,9 +278,10 @@ def open_by_name(
   Raises:
     FileNotFoundError: if there is no such data set, or one of its files is
       missing.
-    ValueError: if it is not in ArrayRecord format, or has no such split or
-      feature.
+    ValueError: if it is in a bucket or not in ArrayRecord format, or has no
+      such split or feature.
   """
+  require_local(data_dir)
   import tensorflow_datasets as tfds
 
   try:

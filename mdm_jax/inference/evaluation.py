@@ -5,10 +5,10 @@ The settings are what someone else needs to get the same numbers.
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
+from etils import epath
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -292,9 +292,9 @@ def _first_samples(model: Model, options: Options) -> SampleDirectory:
   captions = make_prompts(config, count, range(min(count, _SAVED))).captions
   about = model.description | config.sampler.to_dict()
   return SampleDirectory(
-    pathlib.Path(
-      model.workdir, 'eval', f'{model.stage.name}_{model.weights.step}'
-    ),
+    epath.Path(model.workdir)
+    / 'eval'
+    / f'{model.stage.name}_{model.weights.step}',
     [
       {'prompt': caption, 'seed': options.seed + i, **about}
       for i, caption in enumerate(captions)

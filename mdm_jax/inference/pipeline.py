@@ -10,9 +10,9 @@ import dataclasses
 import functools
 import operator
 import os
-import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -346,10 +346,10 @@ class Pipeline:
     return found
 
   @property
-  def evaluations(self) -> pathlib.Path:
+  def evaluations(self) -> epath.Path:
     """The file to which evaluations are added by default."""
     stage, step = self.model.stage.name, self.model.weights.step
-    return pathlib.Path(self.model.workdir, 'eval', f'{stage}_{step}.jsonl')
+    return epath.Path(self.model.workdir) / 'eval' / f'{stage}_{step}.jsonl'
 
   def _make_program(
     self, spec: SamplerSpec, path: bool, guide: str | None

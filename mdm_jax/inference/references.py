@@ -7,10 +7,10 @@ depend on: the images and the weights of the network.
 from collections.abc import Callable, Iterator, Mapping
 import hashlib
 import json
-import pathlib
 from typing import Any
 
 from absl import logging
+from etils import epath
 import numpy as np
 
 from mdm_jax.builders.data import (
@@ -126,15 +126,14 @@ def _images_of_split(
       yield images[~is_bad]
 
 
-def _cache(directory: str | None) -> pathlib.Path | None:
+def _cache(directory: str | None) -> epath.Path | None:
   if directory:
-    return pathlib.Path(directory)
+    return epath.Path(directory)
   return compilation_cache.directory('references')
 
 
-def _read(path: pathlib.Path, fingerprint: str) -> fid.Sample:
-  files.require_file(path)
-  with np.load(path) as file:
+def _read(path: epath.Path, fingerprint: str) -> fid.Sample:
+  with files.local_copy(path) as copy, np.load(copy) as file:
     arrays = {name: np.asarray(value) for name, value in file.items()}
   (width,) = arrays['mean'].shape
   is_right = (
@@ -149,7 +148,7 @@ def _read(path: pathlib.Path, fingerprint: str) -> fid.Sample:
 
 
 def cached(
-  directory: pathlib.Path | None,
+  directory: epath.Path | None,
   fingerprint: Mapping[str, Any],
   make: Callable[[], fid.Sample],
 ) -> fid.Sample:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
-import pathlib
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 from jax.sharding import Mesh
 import numpy as np
@@ -74,7 +74,7 @@ def validate_last(
 
 
 def find_earlier(
-  last: Stage, workdir: str | pathlib.Path
+  last: Stage, workdir: epath.PathLike
 ) -> tuple[evaluations.Earlier, ...]:
   """The evaluations of a run, newest first; `last` is its last stage."""
   return evaluations.find_earlier(
@@ -128,7 +128,7 @@ def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
 
 
 def read_metrics(
-  stage: Stage, workdir: str | pathlib.Path
+  stage: Stage, workdir: epath.PathLike
 ) -> dict[str, float] | None:
   """What `validate_last` has written of a run; None if it has not.
 
@@ -154,8 +154,8 @@ def write_metrics(
     files.write_json(path, values)
 
 
-def _metrics_path(stage: Stage, workdir: str) -> pathlib.Path:
-  return pathlib.Path(workdir) / 'eval' / f'{stage.num_steps}.json'
+def _metrics_path(stage: Stage, workdir: epath.PathLike) -> epath.Path:
+  return epath.Path(workdir) / 'eval' / f'{stage.num_steps}.json'
 
 
 def _are_metrics(stage: Stage, values: Any) -> bool:

@@ -6,7 +6,10 @@ web page of an error, an archive, another framework's format.
 
 from collections.abc import Collection
 import os
-import pathlib
+
+from etils import epath
+
+from mdm_jax.runtime import files, remote_reads
 
 _HEAD = 512  # bytes that are looked at
 _AGAIN = 'download it again.'
@@ -95,13 +98,15 @@ def explain(path: str | os.PathLike) -> str:
 def explain_directory(directory: str | os.PathLike) -> str:
   """What a directory is, 'It is X: do Y.', or '' if it is nothing known."""
   for names, what, remedy in _DIRECTORIES:
-    if any((pathlib.Path(directory) / name).exists() for name in names):
+    if any((epath.Path(directory) / name).exists() for name in names):
       return f' It is {what}: {remedy}'
   return ''
 
 
 def _recognise(path: str | os.PathLike) -> tuple[str, str, str]:
   """The kind of a file, or ''; what it is; what to do if it is not wanted."""
+  if not files.is_local(path):
+    path = remote_reads.kept_copy(path)
   if not os.path.exists(path):
     raise FileNotFoundError(
       f'{path} does not exist: download it, or give its path.'

@@ -2,7 +2,8 @@
 
 A model is a directory with `config.json` and weights, or a file of weights
 alone: safetensors or what `torch.save` wrote, in one file or several. Neither
-runs code of a file, and numbers are only read where they are indexed.
+runs code of a file, and numbers are only read where they are indexed. A file in
+a bucket is copied to this machine as a whole, for as long as the process lives.
 """
 
 from collections import Counter
@@ -10,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import hashlib
 import json
 import os
-import pathlib
 import re
 import types
 from typing import Any
 
 from absl import logging
+from etils import epath
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import numpy as np
 import safetensors
 
 from mdm_jax.interop import file_types, torch_checkpoint
+from mdm_jax.runtime import remote_reads
 
 _DTYPES = {
   'F64': np.float64,
@@ -81,9 +83,9 @@ _OPTIMIZER = re.compile(
 _SCALES = ('weight_scale', 'weight_scale_inv', 'scale_weight', 'SCB')
 
 
-def folder(path: str | pathlib.Path) -> pathlib.Path:
+def folder(path: epath.PathLike) -> epath.Path:
   """The directory of a model that is given as a directory or a file."""
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   return path.parent if path.is_file() else path
 
 
@@ -97,7 +99,7 @@ def read_config(path: str) -> dict[str, Any]:
   return read_json(folder(path) / 'config.json')
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a JSON file of a model directory.
 
   Raises:
@@ -110,7 +112,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       f'it out.{file_types.explain_directory(path.parent)}'
     )
   try:
-    read = json.loads(path.read_text(encoding='utf-8-sig'))
+    read = json.loads(path.read_bytes().decode('utf-8-sig'))
   except OSError as error:
     raise ValueError(f'{path} cannot be read: {error.strerror}.') from None
   except (ValueError, RecursionError) as error:
@@ -126,7 +128,7 @@ def open_tensors(path: str) -> dict[str, Any]:
   """Opens every tensor of a model, without reading its numbers.
 
   Args:
-    path: a file of weights, or a directory with them.
+    path: a file of weights, or a directory with them, local or in a bucket.
 
   Returns:
     Tensors by the names that they have in the files; see `select`. A tensor has
@@ -137,7 +139,7 @@ def open_tensors(path: str) -> dict[str, Any]:
     ValueError: a file is damaged or of another kind, or a tensor is not where
       the index says.
   """
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   if not path.is_dir():
     return _open(path)
   index, names = _find(path)
@@ -363,7 +365,7 @@ def load(
   )
 
 
-def _find(directory: pathlib.Path) -> tuple[pathlib.Path | None, list[str]]:
+def _find(directory: epath.Path) -> tuple[epath.Path | None, list[str]]:
   """The index of a directory's weights, or None and the names of its files.
 
   Raises:
@@ -413,8 +415,8 @@ def _part(name: str) -> tuple[str, int] | None:
 
 def _is_file_name(name: str) -> bool:
   return (
-    pathlib.PurePath(name).name == name
-    and name not in ('', '..')
+    os.path.basename(name) == name
+    and name not in ('', '.', '..')
     and name.isprintable()
     and len(name) < 256
   )
@@ -425,14 +427,15 @@ def _line(error: Exception) -> str:
   return ' '.join(str(error).split())[:200]
 
 
-def _open(path: pathlib.Path) -> dict[str, Any]:
+def _open(path: epath.Path) -> dict[str, Any]:
   if file_types.check(path, ('safetensors', 'zip', 'pickle')) != 'safetensors':
     return torch_checkpoint.open_tensors(path)
   try:
+    local = remote_reads.kept_copy(path)
     # Checks that the tensors are where the header says, without gaps.
-    with safetensors.safe_open(path, framework='numpy'):
+    with safetensors.safe_open(local, framework='numpy'):
       pass
-    data = np.memmap(path, np.uint8, 'r')
+    data = np.memmap(local, np.uint8, 'r')
     start = 8 + int.from_bytes(data[:8].tobytes(), 'little')
     header = json.loads(data[8:start].tobytes())
     return {

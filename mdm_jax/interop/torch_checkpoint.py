@@ -21,6 +21,7 @@ import numpy as np
 
 from mdm_jax.interop import file_types, torch_pickle
 from mdm_jax.interop.torch_pickle import Name, Object, Reference
+from mdm_jax.runtime import remote_reads
 
 _MAX_PICKLE = 64 * 2**20  # bytes; released models have pickles of 0.1 MB
 _MAX_ZIP_DIRECTORY = 8 * 2**20  # bytes; a model of 1,000 tensors has 0.1 MB
@@ -172,7 +173,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
   """Finds every tensor of a checkpoint, without reading its numbers.
 
   Args:
-    path: a file that `torch.save` wrote.
+    path: a file that `torch.save` wrote, local or in a bucket.
 
   Returns:
     Tensors by name. Keys of dicts in dicts, and of modules, are joined by dots:
@@ -185,10 +186,11 @@ def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
   """
   kind = file_types.check(path, ('zip', 'pickle'))
   # Only what is indexed is read.
-  data = np.memmap(path, np.uint8, 'r').view(np.ndarray)
+  local = remote_reads.kept_copy(path)
+  data = np.memmap(local, np.uint8, 'r').view(np.ndarray)
   try:
     root, size, read = (
-      _open_zip(path, data) if kind == 'zip' else _open_old(data)
+      _open_zip(local, data) if kind == 'zip' else _open_old(data)
     )
     # No names, joined, are much longer than what they are joined from.
     views = dict(_find_views(root, 16 * size))

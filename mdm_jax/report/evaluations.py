@@ -5,10 +5,11 @@ import dataclasses
 import datetime
 import json
 import os
-import pathlib
 from typing import Any, NamedTuple
 
-from mdm_jax.report import console
+from etils import epath
+
+from mdm_jax.report import background, console
 from mdm_jax.runtime import files
 from mdm_jax.runtime.printable import printable
 
@@ -86,10 +87,7 @@ class Evaluation:
 
   def append_to(self, path: str | os.PathLike) -> None:
     """Adds a line of JSON to a file."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a') as lines:
-      lines.write(json.dumps(self.to_json()) + '\n')
+    background.append_line(path, f'{json.dumps(self.to_json())}\n'.encode())
 
   def __str__(self) -> str:
     parts = []
@@ -206,7 +204,7 @@ def find_earlier(
     current_name: of a metric that older versions have called otherwise.
   """
   found = []
-  for path in pathlib.Path(directory).glob('*.json*'):
+  for path in epath.Path(directory).glob('*.json*'):
     if path.suffix == '.jsonl':
       found += filter(None, map(_read, files.read_json_lines(path)))
     elif path.stem.isdecimal():
@@ -214,7 +212,8 @@ def find_earlier(
         metrics = _numbers(files.read_json(path))
       except files.UnreadableFile:  # Training warns of it.
         continue
-      date = _date(path.stat().st_mtime)
+      changed = path.stat().mtime  # 0 in s3://, whose names for it differ.
+      date = _date(changed) if changed else ''
       found.append(Earlier(int(path.stem), date, metrics, training))
   # Of two of one second the later line.
   found.sort(key=lambda each: each.date)

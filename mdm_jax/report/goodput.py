@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 import contextlib
 import math
-import pathlib
 import time
 from typing import Any
 
+from etils import epath
 import jax
 
 from mdm_jax.report.background import LineFile
@@ -36,7 +36,7 @@ class Goodput:
 
   def __init__(
     self,
-    workdir: str | pathlib.Path,
+    workdir: epath.PathLike,
     began: float | None = None,
     listener: Callable[[str], None] = lambda bucket: None,
   ):
@@ -49,7 +49,7 @@ class Goodput:
     """
     self._lines = None
     if jax.process_index() == 0:
-      self._lines = LineFile(pathlib.Path(workdir) / _FILE)
+      self._lines = LineFile(epath.Path(workdir) / _FILE)
     self._listener = listener
     listener('start_up')
     now = time.monotonic()
@@ -123,14 +123,14 @@ class Goodput:
       )
 
 
-def totals(workdir: str | pathlib.Path) -> tuple[int, dict[str, float]]:
+def totals(workdir: epath.PathLike) -> tuple[int, dict[str, float]]:
   """Adds up the time of all sessions of a working directory.
 
   Returns:
     The number of sessions, and seconds by bucket, most first. The bucket 'lost'
     holds the time of data and steps that a later session repeated.
   """
-  lines = files.read_json_lines(pathlib.Path(workdir) / _FILE, _is_line)
+  lines = files.read_json_lines(epath.Path(workdir) / _FILE, _is_line)
   begun = {}
   for line in lines:
     begun.setdefault((line['session'], line['stage']), line['step'])

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import math
-import pathlib
 import time
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 
@@ -31,23 +31,21 @@ class MetricWriter:
   Only process 0 writes; on the others every method does nothing.
   """
 
-  def __init__(
-    self, workdir: str | pathlib.Path, trackers: Sequence[Tracker] = ()
-  ):
+  def __init__(self, workdir: epath.PathLike, trackers: Sequence[Tracker] = ()):
     """Appends to `metrics.jsonl` and `skipped.jsonl`.
 
     Args:
-      workdir: working directory of the run, local.
+      workdir: working directory of the run.
       trackers: receive the same numbers, and images.
     """
     self._lines = None
     if jax.process_index() == 0:
-      workdir = pathlib.Path(workdir)
+      workdir = epath.Path(workdir)
       self._lines = background.LineFile(workdir / 'metrics.jsonl')
       self._skipped = background.LineFile(workdir / 'skipped.jsonl')
       self._images = background.BackgroundWriter('images')
       self._trackers = [
-        (tracker, background.BackgroundWriter(tracker.title))
+        (tracker, background.BackgroundWriter(tracker.title, tracker.upload))
         for tracker in trackers
       ]
       self._parts = (

@@ -4,23 +4,26 @@
 installed, so event files are written here, with TensorBoard's messages.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import importlib.util
 import io
 import json
 import os
-import pathlib
 import struct
+import tempfile
 import time
 from typing import Any, Protocol
 
 from absl import logging
-from etils import epy
+from etils import epath, epy
 import jax
 import numpy as np
 from PIL import Image
+
+from mdm_jax.runtime import files
+from mdm_jax.runtime.appending import AppendedObjects
 
 with epy.lazy_imports():  # Slow, which no --help should pay.
   from tensorboard.compat.proto import (
@@ -45,9 +48,12 @@ class Tracker(Protocol):
 
   Attributes:
     title: name in log lines.
+    upload: uploads what the methods have left in memory, see
+      `background.BackgroundWriter`; None if they leave nothing there.
   """
 
   title: str
+  upload: Callable[[], None] | None
 
   def scalars(
     self, stage: str, step: int, now: float, values: Mapping[str, float]
@@ -79,16 +85,19 @@ class TensorBoard:
 
   title = 'TensorBoard'
 
-  def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]):
+  def __init__(self, directory: epath.PathLike, config: Mapping[str, Any]):
     """Nothing is written before the first number or image.
 
     Args:
-      directory: where TensorBoard looks for it.
+      directory: where TensorBoard looks for it, on a disk or in a bucket.
       config: of the run, as JSON; shown as a text of the directory itself.
     """
-    self._directory, self._config = directory, config
-    self._files: dict[str, io.RawIOBase] = {}
+    self._directory, self._config = epath.Path(directory), config
+    self._files: dict[str, _EventFile | _EventObjects] = {}
     self._has_text = False
+    self._open, self.upload = _EventFile, None
+    if not files.is_local(directory):
+      self._open, self.upload = _EventObjects, self._upload
 
   def scalars(
     self, stage: str, step: int, now: float, values: Mapping[str, float]
@@ -159,24 +168,59 @@ class TensorBoard:
 
   def _append(self, stage: str, event) -> None:
     if stage not in self._files:
-      directory = self._directory / stage
-      directory.mkdir(parents=True, exist_ok=True)
       name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}'
-      self._files[stage] = (directory / name).open('ab', buffering=0)
-    file = self._files[stage]
-    if not file.seek(0, os.SEEK_END):  # Also after a disk that was full.
-      version = event_pb2.Event(
-        wall_time=time.time(), file_version='brain.Event:2'
-      )
-      _append_record(file, version.SerializeToString())
-    _append_record(file, event.SerializeToString())
+      self._files[stage] = self._open(self._directory / stage / name)
+    self._files[stage].append(event)
+
+  def _upload(self) -> None:
+    for file in self._files.values():
+      file.upload()
 
 
-def _append_record(file: io.RawIOBase, record: bytes) -> None:
-  """Appends a record of TensorFlow's format, or nothing if that fails."""
-  crc = pywrap_tensorflow.masked_crc32c
+class _EventFile:
+  """An event file on a disk."""
+
+  def __init__(self, path: epath.Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = open(path, 'ab', buffering=0)
+
+  def append(self, event) -> None:
+    if not self._file.seek(0, os.SEEK_END):  # Also after a disk that was full.
+      _append_record(self._file, _version())
+    _append_record(self._file, _record(event))
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _EventObjects:
+  """Event files in a bucket, which TensorBoard reads as one."""
+
+  def __init__(self, path: epath.Path):
+    self._objects = AppendedObjects(path, header=_version())
+
+  def append(self, event) -> None:
+    self._objects.append(_record(event))
+
+  def upload(self) -> None:
+    self._objects.flush()
+
+  def close(self) -> None:
+    """Nothing: `upload` is called after it."""
+
+
+def _version() -> bytes:
+  """The record with which each event file begins."""
+  return _record(
+    event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2')
+  )
+
+
+def _record(event) -> bytes:
+  """A record of TensorFlow's format."""
+  crc, record = pywrap_tensorflow.masked_crc32c, event.SerializeToString()
   length = struct.pack('<Q', len(record))
-  framed = b''.join(
+  return b''.join(
     (
       length,
       struct.pack('<I', crc(length)),
@@ -184,9 +228,13 @@ def _append_record(file: io.RawIOBase, record: bytes) -> None:
       struct.pack('<I', crc(record)),
     )
   )
+
+
+def _append_record(file: io.RawIOBase, record: bytes) -> None:
+  """Appends a record, or nothing if that fails."""
   end = file.seek(0, os.SEEK_END)
   try:
-    if file.write(framed) < len(framed):
+    if file.write(record) < len(record):
       raise OSError(f'{file.name}: the disk is full')
   except OSError:
     file.truncate(end)  # What follows could not be read.
@@ -202,14 +250,16 @@ class WeightsAndBiases:
   """
 
   title = 'Weights & Biases'
+  upload = None
 
   def __init__(
-    self, workdir: pathlib.Path, config: Mapping[str, Any], run_id: str | None
+    self, workdir: epath.PathLike, config: Mapping[str, Any], run_id: str | None
   ):
     """Nothing is sent before the first number or image.
 
     Args:
-      workdir: of the run; has the local files, in `wandb/`.
+      workdir: of the run; has the local files, in `wandb/`. Those of a run in a
+        bucket are in a temporary directory, or in that of WANDB_DIR.
       config: of the run, as JSON.
       run_id: identifier of the run; None for a new one.
     """
@@ -218,12 +268,18 @@ class WeightsAndBiases:
 
   @functools.cached_property
   def _run(self):
+    name, directory = os.path.abspath(self._workdir), os.fspath(self._workdir)
+    if not files.is_local(self._workdir):
+      name = os.fspath(self._workdir).rstrip('/')
+      directory = os.environ.get('WANDB_DIR') or tempfile.mkdtemp(
+        prefix='mdm_jax_wandb_'
+      )
     run = wandb.init(
       project=os.environ.get('WANDB_PROJECT', 'mdm_jax'),
-      name=os.environ.get('WANDB_NAME', self._workdir.absolute().name),
+      name=os.environ.get('WANDB_NAME', os.path.basename(name)),
       id=self._id,
       resume='allow',
-      dir=str(self._workdir),
+      dir=directory,
       config=dict(self._config),
       allow_val_change=True,
       # The log is this program's, as are signals; it says where the run is.
@@ -231,6 +287,8 @@ class WeightsAndBiases:
     )
     if not run.offline:
       logging.info('Weights & Biases: %s', run.url)
+    elif not files.is_local(self._workdir):
+      logging.info('Weights & Biases, to be uploaded: %s', directory)
     return run
 
   def scalars(
@@ -313,7 +371,7 @@ def _check_account() -> None:
 
 def make_trackers(
   names: Sequence[str],
-  workdir: str | pathlib.Path,
+  workdir: epath.PathLike,
   config: Mapping[str, Any],
   run_id: str | None,
 ) -> list[Tracker]:
@@ -321,13 +379,13 @@ def make_trackers(
 
   Args:
     names: 'tensorboard', 'wandb'.
-    workdir: working directory of the run, local.
+    workdir: working directory of the run.
     config: of the run, as JSON.
     run_id: identifier of the run.
   """
-  workdir = pathlib.Path(workdir)
+  board = epath.Path(workdir) / 'tensorboard'
   make = {
-    'tensorboard': lambda: TensorBoard(workdir / 'tensorboard', config),
+    'tensorboard': lambda: TensorBoard(board, config),
     'wandb': lambda: WeightsAndBiases(workdir, config, run_id),
   }
   return [make[name]() for name in dict.fromkeys(names)]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What can be a working directory or an output, and the package for it.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs', 'az': 'adlfs'}
 SCHEMES = tuple(PACKAGES)
+# Seconds that a command waits for a bucket before it has begun.
+_PATIENCE = 60
 
 
 @functools.cache
@@ -77,7 +79,8 @@ def find(path: str | os.PathLike) -> str | None:
   files = file_system(path)
   with naming_errors():
     try:
-      return files.info(os.fspath(path).rstrip('/'))['type']
+      name = os.fspath(path).rstrip('/')
+      return files.info(name, timeout=_PATIENCE)['type']
     except FileNotFoundError:
       pass
     bucket = os.fspath(path).partition('://')[2].partition('/')[0]
@@ -85,7 +88,7 @@ def find(path: str | os.PathLike) -> str | None:
       raise ValueError('give the name of a bucket.')
     # Any list of what a bucket holds says that it exists.
     try:
-      files.ls(bucket)
+      files.ls(bucket, timeout=_PATIENCE)
     except FileNotFoundError:
       raise ValueError(
         f'there is no bucket {bucket}: create it (gcloud storage buckets '
@@ -96,18 +99,37 @@ def find(path: str | os.PathLike) -> str | None:
   return None
 
 
+def check_writable(path: str | os.PathLike) -> None:
+  """Checks that an object can be created, where that can be asked.
+
+  Nothing is created.
+
+  Raises:
+    ValueError: it cannot. The message is for the user.
+  """
+  ask = getattr(file_system(path), 'check_writable', None)
+  if ask:
+    with naming_errors():
+      ask(os.fspath(path), timeout=_PATIENCE)
+
+
 @contextlib.contextmanager
 def naming_errors() -> Iterator[None]:
   """Turns what a bucket raises into a ValueError for the user."""
   try:
     yield
-  except _errors() as error:
+  except TimeoutError as error:
+    raise ValueError(
+      'the bucket does not answer: is the network up?'
+    ) from error
+  except errors() as error:
     reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
     raise ValueError(f'{reason}.') from error
 
 
-def _errors() -> tuple[type[Exception], ...]:
-  """OSError, and what the packages raise without it."""
+@functools.cache
+def errors() -> tuple[type[Exception], ...]:
+  """OSError, and what the packages of buckets raise without it."""
   found: list[Any] = [OSError]
   if importlib.util.find_spec('botocore'):  # That of s3fs.
     import botocore.exceptions

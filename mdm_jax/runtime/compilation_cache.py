@@ -5,9 +5,9 @@ nothing can be written, a command goes on without it.
 """
 
 import os
-import pathlib
 
 from absl import logging
+from etils import epath
 import jax
 
 from mdm_jax.runtime import value_types
@@ -15,7 +15,7 @@ from mdm_jax.runtime import value_types
 _OUTPUT = value_types.Path('directory', output=True)
 
 
-def directory(name: str) -> pathlib.Path | None:
+def directory(name: str) -> epath.Path | None:
   """Path of a cache: `$XDG_CACHE_HOME/mdm_jax/<name>`, by default in ~/.cache.
 
   It is not created. None, with a warning, if nothing can be written there.
@@ -24,9 +24,15 @@ def directory(name: str) -> pathlib.Path | None:
   if not os.path.isabs(home):  # Such are to be ignored, says the standard.
     home = '~/.cache'
   try:
-    return pathlib.Path(_OUTPUT.check(os.path.join(home, 'mdm_jax', name)))
+    return epath.Path(_OUTPUT.check(os.path.join(home, 'mdm_jax', name)))
   except ValueError as error:
-    logging.warning('Nothing is cached in %s/mdm_jax/%s: %s', home, name, error)
+    logging.warning(
+      'Nothing is cached in %s/mdm_jax/%s: %s (XDG_CACHE_HOME names another '
+      'place.)',
+      home,
+      name,
+      error,
+    )
     return None
 
 
@@ -42,7 +48,7 @@ def enable() -> None:
   if not given:
     if found := directory('xla'):
       jax.config.update('jax_compilation_cache_dir', str(found))
-  elif '://' not in given:
+  else:
     try:
       _OUTPUT.check(given)
     except ValueError as error:

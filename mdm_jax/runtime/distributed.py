@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import queue
+import socket
 import sys
 import threading
 import time
@@ -10,18 +11,16 @@ import traceback
 from typing import Any
 
 from absl import logging
-from etils import epy
 import jax
 
-# JAX has no public function that detects the cluster's settings.
+# JAX has no public function that detects the cluster's settings, or that tells
+# the process's index without starting the devices.
 from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 import numpy as np
 
 from mdm_jax.runtime import directory_lock, ending, preemption, rendezvous
-
-with epy.lazy_imports():  # 0.7 s; a single process does not need it.
-  import orbax.checkpoint as ocp
 
 _GRACE = 10.0  # seconds beyond the heartbeat for JAX to name a dead process
 # Status that each process publishes to the others.
@@ -62,7 +61,8 @@ def join(
     heartbeat: seconds after which a silent process counts as dead.
 
   Raises:
-    ValueError: the processes cannot be found, or some did not start in time.
+    ValueError: the processes cannot be found, some did not start in time, or
+      the other hosts could not reach this one.
   """
   try:
     coordinator, num_processes, process_id, _ = (
@@ -86,6 +86,7 @@ def join(
       f'{str(error).splitlines()[0]}): give --coordinator=HOST:PORT, '
       '--num_processes=N and --process_id=0 to N-1.'
     ) from error
+  _check_own_name()
   rendezvous.meet(
     host.strip('[]'), int(port), num_processes, process_id, arrival
   )
@@ -99,6 +100,40 @@ def join(
     heartbeat_timeout_seconds=heartbeat,
   )
   ending.say_farewell(_end_together)
+
+
+def _check_own_name() -> None:
+  """Checks that this host's name resolves to an address of this host.
+
+  JAX's CPU back end listens for the other processes there, by Gloo, which fails
+  with an assertion in C++. Also where accelerators train: JAX starts the CPU
+  back end too, unless JAX_PLATFORMS leaves it out.
+
+  Raises:
+    ValueError: the name does not.
+  """
+  platforms = jax.config.jax_platforms
+  if platforms and 'cpu' not in platforms.split(','):
+    return
+  if jax.config.jax_cpu_collectives_implementation != 'gloo':
+    return
+  name = socket.gethostname()
+  try:
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, address in found:
+      with socket.socket(family, kind, protocol) as own:
+        try:
+          own.bind(address)
+          return
+        except OSError as error:
+          reason = f'{address[0]}: {error.strerror}'
+  except (OSError, UnicodeError) as error:
+    reason = getattr(error, 'strerror', None) or error
+  raise ValueError(
+    f'The name of this host, {name}, resolves to no address of it ({reason}): '
+    f'add the line "ADDRESS {name}" to /etc/hosts, with an address at which '
+    'the other hosts reach this one.'
+  )
 
 
 def any_of(flag: bool) -> bool:
@@ -139,9 +174,10 @@ class Peers:
 
   def __init__(self):
     """Connects to the coordinator; call `join` before."""
-    self._client = ocp.multihost.get_jax_distributed_client()
     # Read now, since JAX may be shutting down later.
-    self._index, self._count = jax.process_index(), jax.process_count()
+    self._client = global_state.client
+    self._index = global_state.process_id
+    self._count = global_state.num_processes
 
   def ask_to_stop(self) -> None:
     """Tells all that this process has received a stop request."""

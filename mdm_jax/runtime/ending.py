@@ -22,6 +22,8 @@ _NOWHERE = open(os.devnull, 'wb')
 _lock = threading.Lock()
 _begun = threading.Event()
 _farewells = []
+_last_calls = []
+_LAST_CALLS = 1.0  # seconds for all of them
 
 
 def begin(code: int) -> None:
@@ -56,12 +58,29 @@ def say_farewell(farewell: Callable[[int], None]) -> None:
   _farewells.append(farewell)
 
 
+def at_the_end(call: Callable[[], None]) -> None:
+  """Registers a function that `leave` calls, from any thread, for a second."""
+  _last_calls.append(call)
+
+
+def not_at_the_end(call: Callable[[], None]) -> None:
+  """Undoes `at_the_end`."""
+  _last_calls.remove(call)
+
+
 def leave(code: int) -> NoReturn:
   """Ends the process at once, from any thread, without cleaning up."""
   begin(code)
   # Data workers would outlive a parent that exits like this.
   for child in multiprocessing.active_children():
     child.kill()
+  if _last_calls:
+    thread = threading.Thread(
+      target=lambda: [call() for call in [*_last_calls]], daemon=True
+    )
+    with contextlib.suppress(RuntimeError):  # As in `begin`.
+      thread.start()
+      thread.join(_LAST_CALLS)
   os._exit(code)
 
 

@@ -51,12 +51,23 @@ def devices() -> str:
   return text
 
 
-def warn_if_an_accelerator_is_unused() -> None:
+def check_accelerators() -> None:
   """Logs a line if JAX uses the CPU of a machine with a GPU or a TPU.
 
   Not if JAX_PLATFORMS asks for the CPU.
+
+  Raises:
+    ValueError: JAX_PLATFORMS asks for an accelerator, and JAX uses the CPU.
   """
-  if os.environ.get('JAX_PLATFORMS') or jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu':
+    return
+  if platforms := os.environ.get('JAX_PLATFORMS'):
+    # Other back ends that are missing are JAX's error.
+    if platforms.startswith('cuda,'):
+      raise ValueError(
+        f'JAX_PLATFORMS={platforms} asks for an NVIDIA GPU, and JAX finds '
+        'none: see what nvidia-smi says, or unset JAX_PLATFORMS to use the CPU.'
+      )
     return
   if _exist(_NVIDIA_FILES) or shutil.which('nvidia-smi'):
     kind, package = 'an NVIDIA GPU', 'jax[cuda12]'

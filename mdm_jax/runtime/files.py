@@ -8,10 +8,13 @@ anything. The functions here tell in bounded time and memory, with one error,
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
+import glob
+import io
 import json
 import math
 import os
 import pathlib
+import re
 import stat
 import tempfile
 from typing import Any
@@ -43,13 +46,18 @@ class UnreadableFile(ValueError):
   """A file is missing, is no file, or does not hold what it should.
 
   Attributes:
+    path: of the file.
     reason: what is wrong, as in 'is empty'.
   """
 
   def __init__(self, path: epath.PathLike, reason: str):
     """The message is the path and the reason."""
     super().__init__(f'{path} {reason}')
-    self.reason = reason
+    self.path, self.reason = path, reason
+
+  def __reduce__(self):
+    """Pickles the arguments, for worker processes."""
+    return type(self), (os.fspath(self.path), self.reason)
 
 
 def require_file(path: epath.PathLike) -> tuple[int, int]:
@@ -72,6 +80,30 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
     raise UnreadableFile(path, f'is {kind}, not a file')
   return found.st_size, found.st_mtime_ns
+
+
+def list_bucket(directory: str) -> dict[str, tuple[int, int]]:
+  """The files of a directory in a bucket, each with what `require_file` tells.
+
+  One request tells of a thousand. A directory that is not there has no files.
+
+  Args:
+    directory: as 'gs://name/path'.
+
+  Raises:
+    UnreadableFile: it cannot be listed.
+  """
+  scheme = buckets.scheme(directory)
+  with naming_errors(directory):
+    try:
+      found = buckets.file_system(directory).ls(directory, detail=True)
+    except FileNotFoundError:
+      return {}
+  return {
+    f'{scheme}://{info["name"]}': (info['size'], version(info))
+    for info in found
+    if info['type'] == 'file'
+  }
 
 
 def version(info: Mapping[str, Any]) -> int:
@@ -164,18 +196,33 @@ def read_json_lines(
   and is as one without lines; so is a missing one, which is not logged.
 
   Args:
-    path: of the file.
+    path: of the file. What `runtime.appending` has put beside it is read too,
+      as its end.
     is_valid: see `read_json`, of the value of a line.
   """
-  values, odd = [], 0
-  if not is_there(path):
+  values: list[Any] = []
+  try:
+    with naming_errors(path):
+      found = parts(path)
+  except UnreadableFile as error:
+    logging.warning('%s: it is not used.', error)
     return values
+  for part in found:
+    _read_json_lines(part, is_valid, values)
+  return values
+
+
+def _read_json_lines(
+  path: epath.Path, is_valid: Callable[[Any], bool], values: list[Any]
+) -> None:
+  odd = 0
   try:
     size, _ = require_file(path)
     if size > _LARGEST_LINES:
       raise UnreadableFile(path, f'is larger than {_LARGEST_LINES >> 30} GiB')
-    with naming_errors(path), epath.Path(path).open('rb') as file:
-      whole = True
+    with naming_errors(path), path.open('rb') as opened:
+      # Files in buckets have a `readline` without a limit.
+      file, whole = io.BufferedReader(opened), True
       while line := file.readline(_LONGEST_LINE):
         # The rest of a line that was too long is no line of its own.
         begins, whole = whole, line.endswith(b'\n')
@@ -189,7 +236,57 @@ def read_json_lines(
     logging.warning('%s: it is not used.', error)
   if odd:
     logging.warning('%s: %d lines cannot be read; skipped.', path, odd)
-  return values
+
+
+def parts(path: epath.PathLike) -> list[epath.Path]:
+  """A file, if there is one, then what `runtime.appending` has put beside it.
+
+  Copied to a disk, they are read as they are in the bucket.
+
+  Raises:
+    OSError: a bucket could not be listed.
+  """
+  path = epath.Path(path)
+  stem, suffix = _stem_and_suffix(path)
+  if is_local(path):
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+  else:
+    # One request, with the beginning of the names.
+    pattern = glob.escape(os.fspath(path.parent / stem)) + '*' + suffix
+    found = buckets.file_system(path).glob(pattern)
+    names = [name.rpartition('/')[2] for name in found]
+  numbers = {name: _part_number(name, stem, suffix) for name in names}
+  beside = [name for name, number in numbers.items() if number is not None]
+  beside.sort(key=lambda name: (numbers[name], name))
+  first = [path.name] if path.name in names else []
+  return [path.parent / name for name in first + beside]
+
+
+def new_part(path: epath.PathLike) -> epath.Path:
+  """The path of a part to come, see `parts`: `a-000003-5f3a9c.jsonl`.
+
+  Raises:
+    OSError: a bucket could not be listed.
+  """
+  path, found = epath.Path(path), parts(path)
+  stem, suffix = _stem_and_suffix(path)
+  last = _part_number(found[-1].name, stem, suffix) if found else None
+  number = 0 if last is None else last + 1
+  # Another process may append at the same time: no two names are the same.
+  return path.parent / f'{stem}-{number:06d}-{uuid.uuid4().hex[:6]}{suffix}'
+
+
+def _part_number(name: str, stem: str, suffix: str) -> int | None:
+  """The number in the name of a part; None if it is none."""
+  pattern = rf'{re.escape(stem)}-(\d{{6,}})-[0-9a-f]{{6}}{re.escape(suffix)}'
+  found = re.fullmatch(pattern, name)
+  return int(found[1]) if found else None
+
+
+def _stem_and_suffix(path: epath.Path) -> tuple[str, str]:
+  """Only `.jsonl` is a suffix: names of event files have dots of their own."""
+  stem = path.name.removesuffix('.jsonl')
+  return stem, path.name[len(stem) :]
 
 
 def is_number(value: Any) -> bool:
@@ -352,6 +449,28 @@ def upload(source: epath.PathLike, path: epath.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A directory on this machine, for what writes to no others.
+
+  Args:
+    path: of the directory, local or in a bucket.
+
+  Yields:
+    The path itself if it is local; else that of another, whose files are
+    uploaded at the end, and which is then removed. An error inside leaves the
+    bucket as it was.
+  """
+  if is_local(path):
+    yield pathlib.Path(path)
+    return
+  with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
+    yield pathlib.Path(directory)
+    for file in sorted(pathlib.Path(directory).rglob('*')):
+      if file.is_file():
+        upload(file, epath.Path(path) / file.relative_to(directory))
+
+
+@contextlib.contextmanager
 def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """A local file with the content of a file, for what reads no others.
 
@@ -364,10 +483,10 @@ def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UnreadableFile: it cannot be read.
   """
+  require_file(path)
   if is_local(path):
     yield pathlib.Path(path)
     return
-  require_file(path)
   with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
     copy = pathlib.Path(directory, epath.Path(path).name)
     with naming_errors(path):

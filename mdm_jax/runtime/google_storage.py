@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import logging
 import aiohttp
+import fsspec.asyn
 import gcsfs.core
 import gcsfs.retry
 import google.auth.exceptions
@@ -33,7 +34,9 @@ _ERRORS = (
 )
 
 # What it logs, it raises as well.
-python_logging.getLogger('gcsfs').setLevel(python_logging.CRITICAL)
+for _name in ('gcsfs', 'google.auth'):
+  python_logging.getLogger(_name).setLevel(python_logging.CRITICAL)
+python_logging.getLogger('fsspec').setLevel(python_logging.WARNING)
 
 
 class FileSystem(gcsfs.core.GCSFileSystem):
@@ -67,6 +70,15 @@ class FileSystem(gcsfs.core.GCSFileSystem):
       return await super()._get_file_request(*args, **options)
     except _ERRORS as error:
       raise as_os_error(error) from error
+
+  async def _check_writable(self, path):
+    """Raises OSError if this account may not create an object."""
+    bucket, key, _ = self.split_path(path)
+    # Permission is needed to begin an upload. Nothing is uploaded, so no object
+    # appears, and nothing is to be paid for.
+    await gcsfs.core.initiate_upload(self, bucket, key)
+
+  check_writable = fsspec.asyn.sync_wrapper(_check_writable)
 
   # That of gcsfs takes any OSError for an answer.
   async def _isdir(self, path):

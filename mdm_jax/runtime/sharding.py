@@ -53,10 +53,11 @@ def make_mesh(
       these are CPUs, although the machine has accelerators.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, or
+      JAX_PLATFORMS asks for devices that there are not.
   """
   if devices is None:
-    environment.warn_if_an_accelerator_is_unused()
+    environment.check_accelerators()
   sizes = mesh_sizes(axes, len(devices or jax.devices())).values()
   return jax.make_mesh(
     tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

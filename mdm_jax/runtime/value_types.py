@@ -283,7 +283,7 @@ class Path:
     return f'the path of a {kind}{ends}'
 
   def check(self, value: Any) -> str:
-    """Returns the path, with '~' replaced.
+    """Returns the path, with '~' replaced; in a bucket without needless '/'.
 
     Raises:
       ValueError: it means nothing, is of another kind, or cannot be read or
@@ -298,6 +298,7 @@ class Path:
       raise ValueError('remove the spaces around it.')
     if '://' in value and self._is_allowed(value):
       if '*' not in self.schemes:
+        value = _without_needless_slashes(value)
         self._check_in_bucket(value)
       return value
     path = _expand(value, self.schemes)
@@ -326,6 +327,9 @@ class Path:
       raise ValueError(f'there is no such {self._noun}.')
     if found not in (None, wanted):
       raise ValueError(f'this is a {found}: give {self}.')
+    if self.output:
+      is_file = self.kind == 'file'
+      buckets.check_writable(path if is_file else f'{path.rstrip("/")}/any')
 
   def _check_on_disk(self, path: str) -> None:
     """Raises ValueError if the file system has something else there."""
@@ -428,6 +432,19 @@ def _expand(value: str, schemes: tuple[str, ...]) -> str:
   if len(os.fsencode(os.path.abspath(path))) > _LONGEST_PATH:
     raise ValueError(f'it has more than {_LONGEST_PATH:,} bytes: shorten it.')
   return path
+
+
+def _without_needless_slashes(path: str) -> str:
+  """The name in a bucket that a path means to epath: `gs://a//b/` is another.
+
+  Raises:
+    ValueError: it contains '..', which is a name like any other there.
+  """
+  scheme, separator, rest = path.partition('://')
+  names = [name for name in rest.split('/') if name not in ('', '.')]
+  if '..' in names:
+    raise ValueError("buckets know no '..': give the whole path.")
+  return scheme + separator + '/'.join(names)
 
 
 def _check_parent(path: str) -> None:

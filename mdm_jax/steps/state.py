@@ -27,3 +27,9 @@ class TrainState(NamedTuple):
   opt_state: Any
   guard: Any
   lags: dict[str, Params]
+
+
+# Fields that were added to the state. A checkpoint of an earlier version that
+# lacks one goes on with zeros, as at step 0: the running means of the skip rule
+# and the post-hoc EMAs begin where it was saved.
+ADDED_FIELDS = ('guard', 'lags')

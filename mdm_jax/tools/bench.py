@@ -11,8 +11,8 @@ measured step is the one that training compiles.
 
 import collections
 from collections.abc import Callable
-import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 from absl import flags
+from etils import epath
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
@@ -301,16 +302,17 @@ def measure(
     memory = device.memory_stats()
     found[name]['peak_bytes'] = memory and memory.get('peak_bytes_in_use')
     if profile:
-      with jax.profiler.trace(f'{profile}/{name}', create_perfetto_trace=True):
-        for _ in range(_PROFILED):
-          call().block_until_ready()
-      found[name]['operations'] = operations(
-        f'{profile}/{name}', compiled.as_text()
-      )
+      with files.local_directory(epath.Path(profile) / name) as directory:
+        with jax.profiler.trace(directory, create_perfetto_trace=True):
+          for _ in range(_PROFILED):
+            call().block_until_ready()
+        found[name]['operations'] = operations(directory, compiled.as_text())
   return found
 
 
-def operations(directory: str, program: str) -> list[dict[str, Any]]:
+def operations(
+  directory: str | os.PathLike, program: str
+) -> list[dict[str, Any]]:
   """Finds the operations that take most time in a trace, longest first.
 
   Args:
@@ -433,17 +435,19 @@ def report(found: dict, other: dict | None) -> str:
 
 def _read(path: str) -> dict:
   """Results of another run; raises ValueError for any other file."""
-  try:
-    found = json.loads(pathlib.Path(path).read_bytes())
-  except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, dict) or not all(
-    isinstance(found.get(name), dict) for name in ('train', 'sample')
-  ):
-    raise ValueError(
-      f'--compare={path}: give a file that --output has written.'
+
+  def is_valid(found):
+    return isinstance(found, dict) and all(
+      isinstance(found.get(name), dict) for name in ('train', 'sample')
     )
-  return found
+
+  try:
+    return files.read_json(path, is_valid)
+  except files.UnreadableFile as error:
+    raise ValueError(
+      f'--compare={path}: it {error.reason}: give a file that --output has '
+      'written.'
+    ) from None
 
 
 def main(_: list[str]) -> None:

@@ -9,12 +9,12 @@ images in the features of a small classifier, which it trains first.
 
 import itertools
 import json
-import pathlib
 import sys
 import time
 from typing import Any
 
 from absl import flags, logging
+from etils import epath
 
 from mdm_jax.builders import ranges
 from mdm_jax.runtime import (
@@ -47,8 +47,8 @@ def main(_: list[str]) -> None:
       (name, steps)
       for steps, name in itertools.product(values.steps, values.samplers)
     ]
-    path = pathlib.Path(
-      values.output or pathlib.Path(values.workdir, 'samplers.json')
+    path = epath.Path(
+      values.output or epath.Path(values.workdir) / 'samplers.json'
     )
     value_types.check_outputs(path.parent)
     known = _read(path)
@@ -104,28 +104,32 @@ def _check(opened, cases: list[tuple[str, int]]) -> None:
     check(changed, opened.mesh)
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read(path: epath.Path) -> list[dict[str, Any]]:
   """Earlier results; raises ValueError if a file has something else."""
+  from mdm_jax.runtime import files
+
   if not path.exists():
     return []
-  try:
-    found = json.loads(path.read_bytes())
-  except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, list) or not all(
-    isinstance(one, dict) and {'sampler', 'steps'} <= one.keys()
-    for one in found
-  ):
-    raise ValueError(
-      f'{path} has no results of this command: give another --output.'
+
+  def is_valid(found):
+    return isinstance(found, list) and all(
+      isinstance(one, dict) and {'sampler', 'steps'} <= one.keys()
+      for one in found
     )
-  return found
+
+  try:
+    return files.read_json(path, is_valid)
+  except files.UnreadableFile as error:
+    raise ValueError(
+      f'{path} has no results of this command (it {error.reason}): give '
+      'another --output.'
+    ) from None
 
 
 def _compare(
   model,
   cases: list[tuple[str, int]],
-  path: pathlib.Path,
+  path: epath.Path,
   known: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
   """Measures the cases that are not in a results file, and adds them to it.
@@ -302,6 +306,8 @@ def _make_distance(resolution: int, seed: int):
 def _plot(found: list[dict], path: str) -> None:
   import matplotlib
 
+  from mdm_jax.runtime import files
+
   matplotlib.use('agg')
   from matplotlib import pyplot
 
@@ -323,8 +329,8 @@ def _plot(found: list[dict], path: str) -> None:
     axis.grid(alpha=0.3)
   axes[1].set_yscale('log')
   axes[0].legend()
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path)
+  with files.replacing(path) as temporary:
+    figure.savefig(temporary, format=epath.Path(path).suffix[1:])
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
@@ -257,7 +258,7 @@ def needed_memory(message: str) -> float | None:
 
 
 def measure(
-  config: ConfigDict, topology: str, step: str, directory: pathlib.Path | None
+  config: ConfigDict, topology: str, step: str, directory: epath.Path | None
 ) -> dict[str, Any]:
   """Compiles a step of a prepared config and measures it, or reads the cache.
 
@@ -314,7 +315,7 @@ def _measure(stage: Stage, mesh: Mesh, step: str) -> dict[str, Any]:
 
 
 def cached(
-  directory: pathlib.Path | None, question: Any, answer: Callable[[], Any]
+  directory: epath.Path | None, question: Any, answer: Callable[[], Any]
 ) -> Any:
   """Returns `answer()`, or the cached answer to the same question.
 
@@ -331,8 +332,8 @@ def cached(
   ).hexdigest()
   path = directory / f'{key[:32]}.json'
   if path.exists():
-    with contextlib.suppress(ValueError, OSError):  # Damaged: computed again.
-      return json.loads(path.read_text())
+    with contextlib.suppress(ValueError):  # Damaged: computed again.
+      return files.read_json(path)
   result = answer()
   try:
     files.write_json(path, result, shared=True)

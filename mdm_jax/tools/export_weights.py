@@ -7,10 +7,10 @@
 one. `mdm_jax.tools.import_ml_mdm` reads both kinds of files with these names.
 """
 
-import pathlib
 import sys
 
 from absl import flags, logging
+from etils import epath
 import numpy as np
 import safetensors.numpy
 
@@ -51,7 +51,7 @@ def export(workdir: str, output: str, names: str) -> None:
   from mdm_jax.interop import ml_mdm, torch_checkpoint
   from mdm_jax.runtime import files
 
-  output = pathlib.Path(output)
+  output = epath.Path(output)
   suffixes = (
     ('.safetensors', '.pth') if names == 'release' else ('.safetensors',)
   )

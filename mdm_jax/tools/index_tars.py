@@ -2,10 +2,11 @@
 
   python -m mdm_jax.tools.index_tars --input='…/*.tar' --output=DIR
 
-The tars must be uncompressed and on a local disk. Only their headers are read,
-which takes seconds where prepare_data takes hours. Images are not checked:
-training replaces records that cannot be used. Tars and members that cannot be
-read are listed in DIR/rejects.jsonl.
+The tars must be uncompressed, on a disk or in a bucket; so may DIR. On a disk
+only their headers are read, which takes seconds where prepare_data takes hours;
+from a bucket all of them are. Images are not checked: training replaces records
+that cannot be used. Tars and members that cannot be read are listed in
+DIR/rejects.jsonl.
 """
 
 import sys

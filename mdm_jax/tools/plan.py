@@ -15,12 +15,12 @@ compile, with --quick a third of that; results are cached.
 from collections.abc import Mapping, Sequence
 import copy
 import itertools
-import pathlib
 import sys
 import tempfile
 from typing import Any
 
 from absl import flags
+from etils import epath
 import jax
 from ml_collections import ConfigDict
 
@@ -145,7 +145,7 @@ def plan(
   batch_per_chip: int | None,
   step: str,
   price: float | None,
-  directory: pathlib.Path | None,
+  directory: epath.Path | None,
 ) -> None:
   """Prints a table for each stage, and the cost of the run.
 
@@ -215,7 +215,7 @@ def _mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> str:
 
 
 def search(
-  config: ConfigDict, topology: str, index: int, directory: pathlib.Path | None
+  config: ConfigDict, topology: str, index: int, directory: epath.Path | None
 ) -> None:
   """Tries meshes, rematerialisation and batches, and recommends the fastest.
 
@@ -280,7 +280,7 @@ def main(_: list[str]) -> None:
   console.setup_logging()
   cache = compilation_cache.directory('plan')
   if values.cache:
-    cache = pathlib.Path(values.cache)
+    cache = epath.Path(values.cache)
   config = values.config
   try:
     stages = range(len(config.stages))

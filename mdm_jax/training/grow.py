@@ -1,15 +1,15 @@
 """Progressive growing: which stage is next, and its network's first weights."""
 
 from collections.abc import Sequence
-import pathlib
 from typing import Any
 
+from etils import epath
 from flax import traverse_util
 
 from mdm_jax.checkpoint import saved_steps
 
 
-def next_stage(directories: Sequence[pathlib.Path]) -> int:
+def next_stage(directories: Sequence[epath.Path]) -> int:
   """Index of the stage to train now; the number of stages if all are finished.
 
   Stages before one that has a checkpoint count as finished: weights may have

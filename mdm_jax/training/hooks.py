@@ -7,8 +7,11 @@ is.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
+import shutil
+import tempfile
 
 from absl import logging
+from etils import epath
 import jax
 import numpy as np
 
@@ -17,7 +20,7 @@ from mdm_jax.builders.stage import Stage
 from mdm_jax.inference import validation
 from mdm_jax.report import grid
 from mdm_jax.report.progress import Progress
-from mdm_jax.runtime import peaks, replica_check
+from mdm_jax.runtime import files, peaks, replica_check
 from mdm_jax.steps.sample import SampleFn
 from mdm_jax.steps.state import TrainState
 from mdm_jax.training.monitor import Monitor
@@ -285,7 +288,7 @@ def _make_sample_grid(
         ),
         prompts.captions,
       )
-      path = pathlib.Path(run.workdir, 'samples', f'{stage.name}_{step}.png')
+      path = epath.Path(run.workdir) / 'samples' / f'{stage.name}_{step}.png'
       run.writer.submit(grid.save_png, path, images)
       run.writer.image(step, 'samples', images, stage=stage.name)
       logging.info('%s: wrote samples to %s', stage.title, path)
@@ -326,11 +329,14 @@ def _make_validation(
 class _Profiler:
   """Traces a few steps of process 0, for TensorBoard and ui.perfetto.dev.
 
-  A trace that cannot be written is logged, and is the last one.
+  A trace that cannot be written is logged, and is the last one. The profiler
+  writes to disks only: a trace for a bucket is uploaded from a temporary
+  directory, in the background.
   """
 
   def __init__(self, run: Run, stage: Stage, progress: Progress):
-    self._directory = pathlib.Path(run.workdir, 'tensorboard')
+    self._directory = epath.Path(run.workdir) / 'tensorboard'
+    self._writer, self._temporary = run.writer, None
     self._last_step, self._progress = stage.num_steps, progress
     self._is_enabled, self._is_tracing = jax.process_index() == 0, False
 
@@ -339,8 +345,12 @@ class _Profiler:
     ends_in_time = step + _TRACED_STEPS <= self._last_step
     if self._is_enabled and not self._is_tracing and ends_in_time:
       jax.block_until_ready(state)
+      if not files.is_local(self._directory):
+        self._temporary = tempfile.mkdtemp(prefix='mdm_jax_trace_')
       self._call(
-        jax.profiler.start_trace, self._directory, create_perfetto_trace=True
+        jax.profiler.start_trace,
+        self._temporary or self._directory,
+        create_perfetto_trace=True,
       )
       self._is_tracing = self._is_enabled
 
@@ -351,6 +361,8 @@ class _Profiler:
       with self._progress.pause():
         self._call(jax.profiler.stop_trace)
       if self._is_enabled:
+        if self._temporary:
+          self._writer.submit(_move, self._temporary, self._directory)
         logging.info('Step %d: wrote a trace to %s.', step, self._directory)
 
   def _call(self, function: Callable[..., None], *args, **options) -> None:
@@ -359,3 +371,13 @@ class _Profiler:
     except (OSError, RuntimeError, ValueError) as error:
       self._is_enabled = False
       logging.error('The trace cannot be written, nor are others: %s', error)
+
+
+def _move(directory: str, target: epath.Path) -> None:
+  """Uploads the files below a directory into a bucket, and removes it."""
+  try:
+    for path in pathlib.Path(directory).rglob('*'):
+      if path.is_file():
+        files.upload(path, target / path.relative_to(directory))
+  finally:
+    shutil.rmtree(directory, ignore_errors=True)

@@ -9,7 +9,7 @@ from mdm_jax.checkpoint import restore
 from mdm_jax.data.pipeline import DataError
 from mdm_jax.report import console
 from mdm_jax.runtime import sharding
-from mdm_jax.steps.state import Params, TrainState
+from mdm_jax.steps.state import ADDED_FIELDS, Params, TrainState
 from mdm_jax.training import grow
 from mdm_jax.training.run import Run
 from mdm_jax.training.stage_checkpoints import StageCheckpoints
@@ -36,7 +36,7 @@ def make_initial_state(
     DataError: the data set is not that of the checkpoint.
   """
   if saved.last_step:
-    state, extra = saved.checkpoints.restore(shapes)
+    state, extra = saved.checkpoints.restore(shapes, added=ADDED_FIELDS)
     _check_data(stage, extra.get('data'), data)
     logging.info('%s: continuing from step %d.', stage.title, int(state.step))
     return state

@@ -1,6 +1,5 @@
 """Checkpoints restore the saved bytes, or name the leaf that does not fit."""
 
-import json
 import random
 import re
 import resource
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from mdm_jax.builders.config import differences, read_config, write_config
+from mdm_jax.builders.config import differences
 from mdm_jax.checkpoint import manifest, restore, saved_steps
 from mdm_jax.checkpoint.manager import Checkpoints
 
@@ -516,20 +515,6 @@ def test_failed_saves_are_retried_then_end_the_run(disk, caplog):
   fail(False)
   checkpoints.close()
   assert (directory / '2' / 'manifest.json').exists()
-
-
-def test_config_round_trip(tmp_path):
-  workdir = tmp_path / 'runs' / 'a'
-  with pytest.raises(FileNotFoundError, match='config.json'):
-    read_config(workdir)
-  config = {'name': 'a', 'sizes': (64, 256), 'rate': 1e-4, 'none': None}
-  write_config(workdir, {})
-  write_config(workdir, config)
-  read = read_config(workdir)
-  assert read == config | {'sizes': [64, 256]}
-  assert differences(read, config) == []
-  assert [p.name for p in workdir.iterdir()] == ['config.json']
-  assert json.loads((workdir / 'config.json').read_text()) == read
 
 
 def test_differences_name_every_change():

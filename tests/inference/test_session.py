@@ -93,6 +93,10 @@ def test_a_run_of_an_older_version_is_opened_as_it_was(run):
   with expected.unlocked():
     expected.data.max_pixels = 128_000_000
     expected.eval.loss_every = 0
+    expected.guard.spike_factor = 0.0
+    expected.watchdog.update(start_up=0, step=0, save=0, evaluate=0)
+    for level in expected.model.levels:
+      level.lanes = 1
   assert opened.config == expected
   assert opened.config.text.padding == config.text.padding == 'max_length'
   jax.tree.map(np.testing.assert_array_equal, opened.restore().params, params)

@@ -1,12 +1,17 @@
 """A slow or failing disk drops writes, and does not block the caller."""
 
 import json
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from mdm_jax.report import background
+from mdm_jax.runtime import appending, files
 
 
 def test_calls_run_in_order_without_waiting():
@@ -92,3 +97,150 @@ def test_lines_are_appended_to_an_existing_file(tmp_path, torn):
     {'step': 3},
   ]
   assert path.read_text().startswith(torn)
+
+
+def names(bucket):
+  """Names of objects, without their random part."""
+  return [name.rpartition('-')[0] for name in sorted(bucket.files())]
+
+
+def test_lines_in_a_bucket_are_read_as_one_file(bucket, monkeypatch, tmp_path):
+  """Of three sessions, one of which wrote several objects."""
+  path = f'{bucket.path}/run/log.jsonl'
+  lines = [{'step': step} for step in range(60)]
+  for session in range(3):
+    monkeypatch.setattr(appending, '_FULL', 100 if session == 1 else 2**20)
+    log = background.LineFile(path)
+    for line in lines[20 * session : 20 * session + 20]:
+      log.append(line)
+    log.close()
+  assert files.read_json_lines(path) == lines
+  # 20 lines of 14 bytes, 8 of which are an object with more than 100 bytes.
+  assert names(bucket) == [f'run/log-{index:06d}' for index in range(5)]
+  # A copy on a disk is read the same, and continued.
+  for name, data in bucket.files().items():
+    (tmp_path / pathlib.Path(name).name).write_bytes(data)
+  log = background.LineFile(tmp_path / 'log.jsonl')
+  for step in (60, 61):
+    log.append({'step': step})
+  log.close()
+  expected = [*lines, {'step': 60}, {'step': 61}]
+  assert files.read_json_lines(tmp_path / 'log.jsonl') == expected
+  assert not (tmp_path / 'log.jsonl').exists()
+
+
+def test_a_file_is_read_before_the_objects_beside_it(bucket):
+  system, path = bucket.past_the_proxy, f'{bucket.path}/64_250.jsonl'
+  for name, value in {
+    '64_250.jsonl': 0,
+    '64_250-000002-abcdef.jsonl': 1,
+    '64_250-000010-000000.jsonl': 2,
+    '64_2500.jsonl': -1,
+    '64_250-12.jsonl': -1,
+    '64_250-000003-abcdef.jsonl.tmp': -1,
+    '64_250-000003-abcdef/a.jsonl': -1,
+  }.items():
+    system.pipe_file(f'{bucket.path}/{name}', b'{"a": %d}\n' % value)
+  assert [line['a'] for line in files.read_json_lines(path)] == [0, 1, 2]
+  assert files.new_part(path).name.startswith('64_250-000011-')
+
+
+def test_lines_are_uploaded_now_and_then(bucket, monkeypatch):
+  monkeypatch.setattr(background, '_UPLOAD_EVERY', 0.3)
+  log = background.LineFile(f'{bucket.path}/log.jsonl')
+  begin = time.monotonic()
+  while time.monotonic() < begin + 1:
+    log.append({'a': 1})
+    time.sleep(0.005)
+  uploads = sum(request.startswith('POST') for request in bucket.requests)
+  assert 2 <= uploads <= 4
+  count = len(files.read_json_lines(f'{bucket.path}/log.jsonl'))
+  assert count > 20
+  time.sleep(0.5)
+  bucket.requests.clear()
+  time.sleep(0.5)
+  assert not bucket.requests  # Nothing is new.
+  log.close()
+
+
+# Appends lines until it is killed, and prints the number of each.
+_ENDLESS = """
+import itertools, sys, time
+from mdm_jax.report import background
+background._UPLOAD_EVERY = 0.5
+log = background.LineFile(sys.argv[1])
+for i in itertools.count():
+  log.append({'i': i, 'text': 'x' * 1000})
+  print(i, flush=True)
+  time.sleep(0.001)
+"""
+
+
+def test_a_killed_process_loses_the_last_seconds_only(bucket):
+  path = f'{bucket.path}/log.jsonl'
+  killed = subprocess.Popen(
+    [sys.executable, '-c', _ENDLESS, path],
+    cwd=pathlib.Path(__file__).parents[2],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  times = {}
+  for line in killed.stdout:
+    times[int(line)] = time.monotonic()
+    if times[int(line)] - times[0] > 2:
+      killed.send_signal(signal.SIGKILL)
+      break
+  killed.wait()
+  found = [line['i'] for line in files.read_json_lines(path)]
+  assert found == list(range(len(found)))
+  assert max(times.values()) - times[found[-1]] < 1.5
+  assert found[-1] < max(times)  # The last are lost indeed.
+
+
+def test_a_bucket_that_fails_for_a_while_loses_nothing(
+  bucket, monkeypatch, caplog
+):
+  monkeypatch.setattr(background, '_UPLOAD_EVERY', 0.05)
+  path = f'{bucket.path}/log.jsonl'
+  caplog.set_level('INFO', logger='absl')
+  with bucket.failing('POST', status=403) as fault:
+    log = background.LineFile(path)
+    log.append({'a': 0})
+    while fault.hit < 3:
+      time.sleep(0.01)
+    log.append({'a': 1})
+    assert not bucket.files()
+  log.append({'a': 2})
+  log.close()
+  assert files.read_json_lines(path) == [{'a': 0}, {'a': 1}, {'a': 2}]
+  messages = [record.getMessage() for record in caplog.records]
+  assert len(messages) == 2
+  assert messages[0].startswith(f'{path} cannot be uploaded now: ')
+  assert 'no permission' in messages[0] and '\n' not in messages[0]
+  assert messages[1] == f'{path} is uploaded again.'
+
+
+def test_a_stalled_bucket_does_not_block(bucket, monkeypatch, caplog):
+  monkeypatch.setattr(background, '_UPLOAD_EVERY', 0.05)
+  path = f'{bucket.path}/log.jsonl'
+  with bucket.failing('POST', stall=3) as fault:
+    log = background.LineFile(path)
+    log.append({'a': 0})
+    while not fault.hit:
+      time.sleep(0.01)
+    begin = time.monotonic()
+    for _ in range(9):
+      log.append({'a': 1})
+    assert time.monotonic() - begin < 0.1
+    assert not log.settle(0.2)
+    log.close(0.2)
+    assert time.monotonic() - begin < 1
+  assert f'{path}: 10 writes were dropped' in caplog.text
+
+
+def test_what_waits_for_a_bucket_is_limited(monkeypatch):
+  monkeypatch.setattr(appending, '_MOST', 10)
+  objects = appending.AppendedObjects('gs://bucket/a')
+  objects.append(b'x' * 11)
+  with pytest.raises(OSError, match='wait for the bucket'):
+    objects.append(b'x')

@@ -145,3 +145,18 @@ def test_a_line_of_json(tmp_path):
   (earlier,) = find_earlier(tmp_path / 'a', {})
   assert earlier.metrics['fid'] == pytest.approx(12.3456)
   assert earlier.date == line['date']
+
+
+def test_evaluations_in_a_bucket(bucket):
+  for fid in (15.0, 14.0):
+    found = Evaluation({'fid': fid}, SETTINGS | {'step': 250})
+    found.append_to(f'{bucket.path}/eval/64_250.jsonl')
+  text = json.dumps({'held_out_loss_64': 0.02317})
+  bucket.past_the_proxy.pipe_file(f'{bucket.path}/eval/540.json', text.encode())
+  found = find_earlier(f'{bucket.path}/eval', {})
+  assert {(each.step, *each.metrics.items()) for each in found} == {
+    (250, ('fid', 15.0)),
+    (250, ('fid', 14.0)),
+    (540, ('held_out_loss_64', 0.02317)),
+  }
+  assert all(each.date.startswith('20') for each in found)

@@ -23,11 +23,12 @@ import pytest
 from mdm_jax.report import (
   background,
   console,
+  grid,
   metric_writer,
   progress,
   trackers,
 )
-from mdm_jax.runtime import peaks
+from mdm_jax.runtime import appending, files, peaks
 
 
 def read_lines(workdir, name='metrics'):
@@ -133,7 +134,7 @@ def test_a_kill_loses_no_line_and_nothing_heavy_is_imported(tmp_path):
 class Slow:
   """A tracker that comes to no end, or fails always."""
 
-  title = 'Slow'
+  title, upload = 'Slow', None
 
   def __init__(self, call):
     self.scalars = self.image = self.finish = call
@@ -216,6 +217,53 @@ def test_a_disk_that_is_full_at_first(tmp_path, monkeypatch):
   assert event.step == 3
 
 
+def test_two_sessions_in_a_bucket(bucket, monkeypatch):
+  """TensorBoard reads the event files of both as one, also as they grow."""
+  monkeypatch.setattr(appending, '_FULL', 1000)
+  image = np.zeros((4, 6, 3), np.uint8)
+  board = f'{bucket.path}/tensorboard'
+  for first in (0, 20):
+    writer = open_writer(bucket.path, 'tensorboard', config={'a': 3})
+    for step in range(first, first + 20):
+      writer.scalars(step, {'train': {'loss': step}}, stage='b')
+    writer.submit(grid.save_png, f'{bucket.path}/samples/b_{first}.png', image)
+    writer.image(first, 'samples', image, stage='b')
+    writer.skipped({'step': first})
+    writer.flush()
+    events = read_events(f'{board}/b')
+    losses = [event.value for event in events.Scalars('train/loss')]
+    assert losses[-20:] == [*range(first, first + 20)]
+    writer.scalars(first + 19, {'train': {'loss': 7}}, stage='b')
+    writer.close()
+    assert events.Reload().Scalars('train/loss')[-1].value == 7
+  assert len(events.Images('samples')) == 2
+  assert read_events(board).Tensors('config')
+  lines = files.read_json_lines(f'{bucket.path}/metrics.jsonl')
+  assert [line['loss'] for line in lines] == [*range(20), 7, *range(20, 40), 7]
+  skipped = files.read_json_lines(f'{bucket.path}/skipped.jsonl')
+  assert skipped == [{'step': 0}, {'step': 20}]
+  found = bucket.files()
+  for first in (0, 20):
+    with Image.open(io.BytesIO(found[f'samples/b_{first}.png'])) as saved:
+      np.testing.assert_array_equal(saved, image)
+  # 20 numbers, each about 60 bytes, and an image are two objects.
+  assert sum('tensorboard/b/' in name for name in found) == 4
+
+
+def test_bursts_of_errors_lose_nothing(bucket):
+  """Nor do they hold up anything."""
+  with bucket.failing('upload', status=503, times=2) as fault:
+    writer = open_writer(bucket.path, 'tensorboard')
+    for step in range(10):
+      writer.scalars(step, {'train': {'loss': step}}, stage='b')
+    writer.close()
+  assert fault.hit == 2
+  lines = files.read_json_lines(f'{bucket.path}/metrics.jsonl')
+  assert [line['loss'] for line in lines] == [*range(10)]
+  events = read_events(f'{bucket.path}/tensorboard/b').Scalars('train/loss')
+  assert [event.value for event in events] == [*range(10)]
+
+
 def wandb_run(workdir, **env):
   """Two numbers and an image of a session of the same run."""
   program = """
@@ -258,6 +306,17 @@ def test_weights_and_biases_offline(tmp_path):
   assert b'\x0716/step\x82\x01\x014' in text
   assert b'\x04seed\x82\x01\x013' in text  # The config.
   assert tmp_path.name.encode() in text  # The run's name.
+
+
+def test_weights_and_biases_of_a_run_in_a_bucket(bucket, tmp_path):
+  result = wandb_run(
+    f'{bucket.path}/run_3', HOME=str(tmp_path), TMPDIR=str(tmp_path)
+  )
+  assert result.returncode == 0, result.stderr
+  (directory,) = tmp_path.glob('mdm_jax_wandb_*/wandb/offline-run-*')
+  (record,) = directory.glob('*.wandb')
+  assert b'run_3' in record.read_bytes()
+  assert not any('wandb' in name for name in bucket.files())
 
 
 def test_trackers_are_checked_before_the_run(monkeypatch, caplog):

@@ -6,11 +6,15 @@ import json
 import os
 import re
 
+from etils import epath
+import fsspec
 import numpy as np
 from PIL import Image
 import pytest
 
+from mdm_jax.report import layouts
 from mdm_jax.report.sample_directory import SampleDirectory, finest_images
+from mdm_jax.runtime import buckets, files
 from tests.runtime.test_files import ODD, UNREADABLE
 
 RECORDS = [
@@ -213,3 +217,176 @@ def test_the_page_shows_all_samples(stopped):
   thumbnail = read(io.BytesIO(base64.b64decode(shown[3][1])))
   np.testing.assert_array_equal(thumbnail, levels(1)[1])
   assert not re.search(r'(src|href)="(https?:)?//', page)
+
+
+METADATA = [f'{{"tag": "counting", "prompt": "p{i}"}}' for i in range(3)]
+GENEVAL = layouts.geneval(2, METADATA)
+# Two samples of each of three prompts.
+BENCHMARK = [
+  {'prompt': f'p{i // 2}', 'seed': i % 2, 'metadata': METADATA[i // 2]}
+  for i in range(6)
+]
+# A directory on the disk or in a bucket.
+PLACES = ['disk', 'bucket']
+
+
+@pytest.fixture
+def place(request, tmp_path):
+  """A directory of one of `PLACES`."""
+  if request.param == 'disk':
+    return epath.Path(tmp_path) / 'samples'
+  return epath.Path(request.getfixturevalue('bucket').path) / 'samples'
+
+
+def names_in(directory) -> set[str]:
+  """All files of a directory, as paths in it."""
+  path = os.fspath(directory)
+  system = fsspec.filesystem('file')
+  if not files.is_local(directory):
+    system = buckets.file_system(path)
+  path = system._strip_protocol(path)
+  return {name.removeprefix(f'{path}/') for name in system.find(path)}
+
+
+def by_geneval(directory):
+  """The images as its evaluate_images.py finds them, by their metadata."""
+  found = {}
+  for folder in directory.iterdir():
+    if folder.is_dir() and folder.name.isdigit():
+      metadata = json.loads((folder / 'metadata.jsonl').read_text())
+      found[metadata['prompt']] = sorted(
+        path.name
+        for path in (folder / 'samples').iterdir()
+        if re.match(r'\d+\.png', path.name)
+      )
+  return found
+
+
+@pytest.mark.parametrize('place', PLACES, indirect=True)
+def test_the_directories_of_geneval(place):
+  samples = SampleDirectory(place, BENCHMARK, GENEVAL)
+  for i in samples.missing:
+    samples.add(i, levels(i))
+  samples.finish({})
+  assert by_geneval(place) == {
+    f'p{i}': ['00000.png', '00001.png'] for i in range(3)
+  }
+  assert {name for name in names_in(place) if '/' not in name} == {
+    'samples.jsonl',
+    'index.html',
+  }
+  # All that there is twice is the same.
+  assert (place / '00002' / 'metadata.jsonl').read_text() == f'{METADATA[2]}\n'
+  for i, path in enumerate(finest_images(place)):
+    assert path == place / f'{i // 2:05d}' / 'samples' / f'{i % 2:05d}.png'
+    image = np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+    np.testing.assert_array_equal(image, levels(i)[1])
+  assert SampleDirectory(place, BENCHMARK, GENEVAL).missing == []
+  # A text that is missing is written with its samples.
+  (place / '00001' / 'metadata.jsonl').unlink()
+  assert SampleDirectory(place, BENCHMARK, GENEVAL).missing == [2, 3]
+
+
+@pytest.mark.parametrize('place', PLACES, indirect=True)
+def test_a_numbered_directory_has_the_samples_of_its_settings_alone(place):
+  records = [{'prompt': f'p{i}', 'seed': 0} for i in range(5)]
+  layout = layouts.numbered('flat')
+  samples = SampleDirectory(place, records, layout)
+  for i in (0, 1, 3):
+    samples.add(i, levels(i))
+  # Killed, then continued by the same command.
+  samples._lines.close()
+  samples = SampleDirectory(place, records, layout)
+  assert samples.missing == [2, 4]
+  for i in samples.missing:
+    samples.add(i, levels(i))
+  samples.finish({})
+  images = {f'{i:05d}.png' for i in range(5)}
+  assert names_in(place) == images | {'samples.jsonl', 'index.html'}
+
+  # Other settings, fewer samples: no others remain, whatever a line says, nor
+  # what a killed process has not finished.
+  (place / '00007.png').write_bytes(b'')
+  (place / '00007.png.tmp').write_bytes(b'')
+  path = place / 'samples.jsonl'
+  mine = place.parent / 'mine.png'
+  mine.write_bytes(b'')
+  line = {'index': 9, 'files': {'8': '../mine.png'}, 'layout': 'flat'}
+  path.write_text(path.read_text() + json.dumps(line) + '\n')
+  other = [records[0], {'prompt': 'p1', 'seed': 7}, records[2]]
+  samples = SampleDirectory(place, other, layout)
+  assert samples.missing == [1]
+  assert names_in(place) - {'index.html'} == {
+    *('00000.png', '00002.png', 'samples.jsonl'),
+  }
+  assert mine.exists()
+  samples.add(1, levels(9))
+  samples.finish({})
+  assert [path.name for path in finest_images(place)] == sorted(images)[:3]
+
+
+def test_another_layout_is_refused(stopped):
+  before = names_in(stopped)
+  for layout in (layouts.numbered('flat'), GENEVAL):
+    with pytest.raises(ValueError, match='give another --output'):
+      SampleDirectory(stopped, RECORDS, layout)
+  assert names_in(stopped) == before
+  numbered = epath.Path(stopped / 'numbered')
+  SampleDirectory(numbered, RECORDS, layouts.numbered('flat')).add(0, levels(0))
+  with pytest.raises(ValueError, match='numbered has samples of another'):
+    SampleDirectory(numbered, RECORDS)
+
+
+def test_images_of_somebody_else_stay(tmp_path):
+  theirs = tmp_path / '00001.png'
+  theirs.write_bytes(b'')
+  with pytest.raises(ValueError, match='00001.png was not sampled by this'):
+    SampleDirectory(tmp_path, RECORDS, layouts.numbered('flat'))
+  assert names_in(tmp_path) == {'00001.png'}
+
+
+def test_samples_in_a_bucket_are_continued(bucket):
+  directory = epath.Path(bucket.path) / 'samples'
+  samples = SampleDirectory(directory, RECORDS)
+  assert samples.missing == [0, 1, 2, 3, 4]
+  samples.add(0, levels(0))
+  samples.add(2, levels(2), [levels(10), levels(2)])
+  samples._lines.close()
+  samples.add(1, levels(1))
+  # Killed: the line of the last one was not uploaded yet.
+  samples._pool.shutdown()
+  assert len(files.parts(directory / 'samples.jsonl')) == 2
+  samples = SampleDirectory(directory, RECORDS)
+  assert samples.missing == [1, 3, 4]
+  # What had been appended is in one file again, and counts once.
+  assert len(files.parts(directory / 'samples.jsonl')) == 1
+  with bucket.failing('POST .*upload', stall=0.2, times=8):
+    for i in samples.missing:
+      samples.add(i, levels(i))
+    samples.finish({})
+  assert names_in(directory) == {
+    *(f'{i:04d}_{size}.png' for i in range(5) for size in (4, 8)),
+    *('0002.webp', 'grid.png', 'index.html', 'samples.jsonl'),
+  }
+  assert [
+    json.loads(line)['index']
+    for line in (directory / 'samples.jsonl').read_text().splitlines()
+  ] == [0, 1, 2, 3, 4]
+  assert SampleDirectory(directory, RECORDS).missing == []
+  # Files by one listing, not by a request for each.
+  (directory / '0003_8.png').unlink()
+  bucket.requests.clear()
+  assert SampleDirectory(directory, RECORDS).missing == [3]
+  assert sum('.png' in request for request in bucket.requests) == 0
+
+
+def test_a_failed_upload_of_a_sample_is_raised(bucket):
+  directory = epath.Path(bucket.path) / 'samples'
+  samples = SampleDirectory(directory, RECORDS)
+  samples.add(0, levels(0))
+  samples._lines.close()
+  with bucket.failing('POST .*upload', status=403):
+    samples.add(1, levels(1))
+    with pytest.raises(OSError):
+      samples.finish({})
+  assert SampleDirectory(directory, RECORDS).missing == [1, 2, 3, 4]

@@ -59,6 +59,9 @@ def test_a_path_is_checked_as_on_a_disk(bucket):
     path = f'{bucket.path}/{name}'
     assert kind.check(path) == path
   file, directory = f'{bucket.path}/directory/file', f'{bucket.path}/directory'
+  for written in (f'{directory}/', f'{bucket.path}//./directory'):
+    assert DIRECTORY.check(written) == directory
+  assert "know no '..'" in refusal(OUTPUT, f'{directory}/../run')
   assert 'this is a file' in refusal(OUTPUT, file)
   assert 'this is a directory' in refusal(FILE, directory)
   assert 'no such file' in refusal(FILE, directory + '/other')

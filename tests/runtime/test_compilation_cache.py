@@ -40,7 +40,7 @@ def test_without_a_home_nothing_is_cached(monkeypatch, warnings):
   assert compilation_cache.directory('references') is None
   (line,) = warnings
   assert 'Nothing is cached in ~/.cache/mdm_jax/references: ' in line
-  assert 'no home directory' in line
+  assert 'no home directory' in line and 'XDG_CACHE_HOME' in line
 
 
 def test_where_nothing_can_be_written_nothing_is_cached(

@@ -35,10 +35,28 @@ SOON = {
   'sys.exit(0)': (0, ''),
   'sys.exit(3)': (3, ''),
   'sys.exit("error: one line")': (1, 'error: one line'),
+  'import tempfile; tempfile._candidate_tempdir_list = lambda: ["/proc"]; '
+  'tempfile.mkdtemp()': (
+    1,
+    "error: No usable temporary directory found in ['/proc']: set TMPDIR to "
+    'one that is writable.',
+  ),
+  # As JAX's is.
+  'raise RuntimeError("Unable to initialize backend \'tpu\':\\n none")': (
+    1,
+    "error: Unable to initialize backend 'tpu': none",
+  ),
   'raise KeyError("key")': (1, "KeyError: 'key'"),
   'raise OSError(28, "No space left on device", "a")': (
     1,
     "error: [Errno 28] No space left on device: 'a'. What is finished is kept.",
+  ),
+  'import types; os.statvfs = lambda path: types.SimpleNamespace(f_blocks=64, '
+  'f_frsize=2**20); raise OSError(28, "No space left on device")': (
+    1,
+    'error: [Errno 28] No space left on device. What is finished is kept. Data '
+    'workers share /dev/shm, which has only 64 MiB: a container needs more '
+    '(docker run --shm-size=8g).',
   ),
   'directory_lock.holding_file("/dev/null/a").__enter__()': (
     1,

@@ -70,5 +70,12 @@ def test_an_accelerator_that_is_not_used(
     assert f'pip install -U "{package}"' in line and '\n' not in line
   caplog.clear()
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  environment.warn_if_an_accelerator_is_unused()
+  environment.check_accelerators()
   assert not caplog.messages
+
+
+def test_a_gpu_that_is_asked_for_and_missing(monkeypatch):
+  """JAX itself goes on with the CPU."""
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda,cpu')
+  with pytest.raises(ValueError, match='JAX_PLATFORMS=cuda,cpu asks for an NV'):
+    sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})

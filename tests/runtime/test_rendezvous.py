@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 from mdm_jax.runtime import distributed, rendezvous
@@ -108,6 +109,46 @@ def test_wrong_addresses_are_refused(monkeypatch, changes, error):
   with pytest.raises(ValueError, match=error) as raised:
     distributed.join(**given, arrival=1, heartbeat=1)
   assert '--coordinator=HOST:PORT' in str(raised.value)
+
+
+def no_such_name(*given, **_):
+  raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+
+@pytest.mark.parametrize(
+  'name, look_up, reason',
+  [
+    ('my-host', no_such_name, 'Name or service not known'),
+    ('198.51.100.7', socket.getaddrinfo, '198.51.100.7: Cannot assign reques'),
+    ('a' * 64 + '.b', socket.getaddrinfo, 'encod'),
+  ],
+)
+def test_a_host_without_an_address_of_its_own(
+  monkeypatch, name, look_up, reason
+):
+  monkeypatch.setattr(socket, 'gethostname', lambda: name)
+  monkeypatch.setattr(socket, 'getaddrinfo', look_up)
+  met = []
+  monkeypatch.setattr(rendezvous, 'meet', lambda *given: met.append(given))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *given, **_: None)
+
+  def join():
+    distributed.join('127.0.0.1:1', 2, 0, arrival=1, heartbeat=1)
+
+  with pytest.raises(
+    ValueError,
+    match=f'{name}, resolves to .*{reason}.* add the line "ADDRESS {name}" to ',
+  ):
+    join()
+  assert not met  # It does not wait for the others first.
+  # Where the CPU is left out, JAX does not look the name up.
+  before = jax.config.jax_platforms
+  jax.config.update('jax_platforms', 'cuda')
+  try:
+    join()
+  finally:
+    jax.config.update('jax_platforms', before)
+  assert len(met) == 1
 
 
 def test_a_port_that_is_taken():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mdm_jax.report.metric_writer import MetricWriter
 from mdm_jax.report.progress import Progress
 from mdm_jax.training.hooks import Hook, Hooks, _Profiler
 
@@ -56,7 +57,7 @@ def test_pending_work_of_an_interrupted_run_is_done_again():
 
 def test_profiler_traces_some_steps(tmp_path):
   profiler = _Profiler(
-    types.SimpleNamespace(workdir=tmp_path),
+    types.SimpleNamespace(workdir=tmp_path, writer=None),
     types.SimpleNamespace(num_steps=9),
     Progress('a stage', 0, 9, 1),
   )
@@ -75,10 +76,30 @@ def test_profiler_traces_some_steps(tmp_path):
   assert not profiler._is_tracing
 
 
+def test_a_trace_for_a_bucket_is_uploaded(bucket, monkeypatch, tmp_path):
+  monkeypatch.setenv('TMPDIR', str(tmp_path))
+  monkeypatch.setattr('tempfile.tempdir', None)
+  writer = MetricWriter(bucket.path)
+  profiler = _Profiler(
+    types.SimpleNamespace(workdir=bucket.path, writer=writer),
+    types.SimpleNamespace(num_steps=9),
+    Progress('a stage', 0, 9, 1),
+  )
+  profiler.start(1, None)
+  profiler.stop(4, jax.jit(lambda x: x @ x)(jnp.ones((8, 8))))
+  writer.close()
+  sizes = {name: len(data) for name, data in bucket.files().items()}
+  (trace,) = (name for name in sizes if name.endswith('.xplane.pb'))
+  assert trace.startswith('tensorboard/plugins/profile/')
+  assert sizes[trace] > 1000
+  assert f'{trace.rpartition("/")[0]}/perfetto_trace.json.gz' in sizes
+  assert not [*tmp_path.iterdir()]
+
+
 def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path, caplog):
   (tmp_path / 'tensorboard').write_text('no directory')
   profiler = _Profiler(
-    types.SimpleNamespace(workdir=tmp_path),
+    types.SimpleNamespace(workdir=tmp_path, writer=None),
     types.SimpleNamespace(num_steps=9),
     Progress('a stage', 0, 9, 1),
   )

@@ -1,0 +1,627 @@
+"""Every path that a command takes may be in a bucket, or is refused at once.
+
+`TRIED` says for each flag, key and argument which function tries it. What is
+not in it fails the first tests.
+"""
+
+import importlib.util
+import inspect
+import io
+import json
+import pathlib
+import re
+import shutil
+import sys
+import tarfile
+import types
+from unittest import mock
+import xml.etree.ElementTree
+
+from etils import epath
+import gcsfs.retry
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+import mdm_jax
+from mdm_jax.builders import ranges
+from mdm_jax.builders.model import make_model
+from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.inference import session, weights
+from mdm_jax.interop import hugging_face, ml_mdm, torch_checkpoint
+from mdm_jax.runtime import buckets, files, google_storage, value_types
+from mdm_jax.serving import access
+from mdm_jax.serving.model_card import make_model_card
+from mdm_jax.tools import compare_samplers, compile_for_tpu
+from tests import commands, toy
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROMPT = 'a red ring on navy'
+_SMALL = ('--num_samples=2', '--steps=1', '--batch_size=8')
+
+
+class Tries:
+  """Runs commands, and notes which of their flags were in a bucket."""
+
+  def __init__(self, bucket):
+    self.path, self.files = bucket.path, bucket.files
+    self.noted = set()
+
+  def note(self, command, *names):
+    """For what is tried by a function of this package instead."""
+    self.noted |= {(command, name) for name in names}
+
+  def __call__(self, command, *words, code=0, env=None, **paths):
+    """Runs a command; flags that are given by name are paths."""
+    for name, path in paths.items():
+      assert path.startswith('gs://')
+      self.note(command, name.removeprefix('config__').replace('__', '.'))
+    given = [
+      f'--{name.replace("__", ".")}={path}' for name, path in paths.items()
+    ]
+    result = commands.run(f'mdm_jax.{command}', *given, *words, env=env)
+    assert result.returncode == code, result.stderr
+    # What Python's own functions make of such a path.
+    made = ROOT / 'gs:'
+    if made.exists():
+      shutil.rmtree(made)
+      pytest.fail(f'{command} has written to a local directory gs:')
+    return result
+
+  def read(self, name):
+    return self.files()[name]
+
+  def upload(self, **contents):
+    """Puts files at `path`; returns their paths."""
+    found = {}
+    for name, content in contents.items():
+      found[name] = f'{self.path}/{name}'
+      epath.Path(found[name]).write_bytes(content)
+    return found
+
+
+def upload(bucket, directory, name):
+  """Copies a directory; returns its path in the bucket."""
+  system, target = bucket.past_the_proxy, f'{bucket.name}/{name}'
+  for file in pathlib.Path(directory).rglob('*'):
+    if file.is_file():
+      system.put_file(str(file), f'{target}/{file.relative_to(directory)}')
+  return f'gs://{target}'
+
+
+@pytest.fixture(scope='module')
+def local_run(make_config, random_params, tmp_path_factory):
+  """A finished run on shapes, on the disk."""
+  config = make_config()
+  config.data.size = 32
+  config.eval.update(num_prompts=8, loss_batches=1)
+  workdir = tmp_path_factory.mktemp('run')
+  for index, stage in enumerate(config.stages):
+    params = random_params(make_model(config, stage), config.text.max_length)
+    toy.save_run(workdir, config, index, stage.steps, params)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def run(bucket_server, local_run):
+  """The same run, in the bucket."""
+  return upload(bucket_server, local_run, 'run')
+
+
+def images(folder, count):
+  """Writes small images with captions."""
+  folder.mkdir()
+  for i in range(count):
+    image = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(image).save(folder / f'{i}.png')
+    (folder / f'{i}.txt').write_text(f'{PROMPT} {i}')
+  return folder
+
+
+def try_sample(tries, run):
+  given = tries.upload(prompts_file=b'a green star\n')
+  output = f'{tries.path}/out'
+  flags = {'workdir': run, 'output': output, 'guide': run, **given}
+  result = tries('sample', *_SMALL, **flags)
+  assert 'Sampled 2 images in ' in result.stderr
+  assert f'{output}/index.html' in result.stderr
+  found = tries.files()
+  lines = [x for name, x in found.items() if name.startswith('out/samples')]
+  records = list(map(json.loads, b''.join(lines).splitlines()))
+  assert {record['prompt'] for record in records} == {'a green star'}
+  for record in records:
+    for side in (8, 16):
+      name = f'out/{record["files"][str(side)]}'
+      assert Image.open(io.BytesIO(found[name])).size == (side, side)
+  assert found['out/grid.png'] and b'a green star' in found['out/index.html']
+  again = tries('sample', *_SMALL, **flags)
+  assert '2 of 2 samples exist already.' in again.stderr
+
+
+def try_evaluate(tries, run, bucket, clip_directory):
+  output = f'{tries.path}/found.jsonl'
+  clip = upload(bucket, clip_directory.path, 'clip')
+  result = tries(
+    'evaluate',
+    *_SMALL,
+    '--metrics=loss,clip',
+    workdir=run,
+    clip=clip,
+    output=output,
+  )
+  assert f'Added to {output}.' in result.stderr
+  (line,) = files.read_json_lines(output)
+  assert line['settings']['workdir'] == run
+  assert np.isfinite(line['metrics']['clip_score'])
+  assert 'clip_score' in result.stderr
+  # By default in the run's own directory, where later ones find them.
+  tries('evaluate', '--metrics=loss', workdir=run)
+  again = tries('evaluate', '--metrics=loss', workdir=run)
+  assert 'before: step 20, 20' in again.stderr
+  (epath.Path(run) / 'eval').rmtree()
+
+
+def try_folders(tries, bucket, inception_weights, tmp_path):
+  torch_checkpoint.write_state_dict(tmp_path / 'i.pth', inception_weights)
+  bucket.past_the_proxy.put_file(str(tmp_path / 'i.pth'), 'tests/i.pth')
+  folder = upload(bucket, images(tmp_path / 'a', 4), 'images')
+  flags = {
+    'images': folder,
+    'reference': folder,
+    'inception': 'gs://tests/i.pth',
+    'cache': f'{tries.path}/cache',
+    'output': f'{tries.path}/found.jsonl',
+  }
+  tries('evaluate', '--metrics=precision_recall', '--batch_size=8', **flags)
+  (line,) = files.read_json_lines(flags['output'])
+  assert line['metrics'] == {'precision': 1, 'recall': 1}
+  (name,) = [name for name in tries.files() if name.startswith('cache/')]
+  again = tries('evaluate', '--metrics=precision_recall', **flags)
+  assert f'Read the reference features from {tries.path}/{name}' in again.stderr
+
+
+def try_load(tries, run):
+  model = mdm_jax.load(run)
+  tries.note('load', 'workdir')
+  samples = model.sample(PROMPT, steps=1, guide=run, guidance=2.0)
+  assert samples[0].size == (16, 16)
+  tries.note('load', 'guide')
+  model.evaluate(['loss'], output=epath.Path(tries.path) / 'e.jsonl')
+  assert len(files.read_json_lines(f'{tries.path}/e.jsonl')) == 1
+  tries.note('load', 'output')
+
+
+def try_demo(tries, run):
+  given = tries.upload(password_file=b'ann:short\n')
+  result = tries('demo', workdir=run, code=1, **given)
+  path = given['password_file']
+  assert result.stderr.startswith(f'error: {path}, line 1: write NAME:PASSWORD')
+  epath.Path(path).write_text('ann:long enough\n')
+  assert access.read_passwords(path) == [('ann', 'long enough')]
+  # The rest of it needs Gradio.
+  opened = session.open_run(run, any_prompt=True)
+  (saved, *_) = weights.saved_weights(opened.config, opened.workdir)
+  model = opened.of(saved).restore()
+  assert 'stage 8' in str(make_model_card(model)).lower()
+
+
+def try_weights(tries, run, bucket, t5_directory, random_params):
+  """Imports weights, and exports them again."""
+  t5 = upload(bucket, t5_directory.path, 't5')
+  recipe = toy.recipe(1, 1, text__encoder='t5', text__path=t5)
+  exec(recipe, found := {})
+  config = found['get_config']()
+  model = make_model(config, config.stages[0])
+  params = random_params(model, config.text.max_length)['unet']
+  tensors = ml_mdm.to_release(params, model.unet.levels)
+  given = tries.upload(config=recipe.encode())
+  with files.replacing(f'{tries.path}/a.pth') as path:
+    torch_checkpoint.write_state_dict(path, tensors)
+  given['checkpoint'] = f'{tries.path}/a.pth'
+  workdir, output = f'{tries.path}/imported', f'{tries.path}/b.pth'
+  tries('tools.import_ml_mdm', workdir=workdir, **given)
+  _, imported = session.read_weights(workdir)
+  jax.tree.map(np.testing.assert_array_equal, imported.params['unet'], params)
+  tries(
+    'tools.export_weights', '--names=release', workdir=workdir, output=output
+  )
+  with files.local_copy(output) as copy:
+    exported = hugging_face.open_tensors(copy)
+    assert exported.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+      np.testing.assert_array_equal(exported[name][...], tensor)
+
+
+def try_train_tokenizer(tries):
+  captions = ''.join(f'a {word} ring\n' for word in 'abcdefgh').encode()
+  given = tries.upload(captions=captions)
+  output = f'{tries.path}/a.model'
+  tries('tools.train_tokenizer', '--vocab_size=300', output=output, **given)
+  assert Tokenizer(output, 8).encode('a ring')[-1] == 1
+
+
+def try_compare(tries, run, monkeypatch):
+  output = f'{tries.path}/a.png'
+  flags = ('--num_images=2', '--steps=1', '--batch_size=8')
+  tries('tools.compare_with_data', *flags, workdir=run, output=output)
+  assert tries.files()['a.png'].startswith(b'\x89PNG')
+  output = f'{tries.path}/results.json'
+  flags = (
+    *('--samplers=ddim', '--steps=1', '--num_images=8'),
+    *('--classifier_images=16', '--classifier_steps=1'),
+  )
+  tries('tools.compare_samplers', *flags, workdir=run, output=output)
+  (found,) = json.loads(tries.files()['results.json'])
+  assert found['sampler'] == 'ddim' and 0 <= found['accuracy'] <= 1
+  # Without Matplotlib, which the tests do not install.
+  figure, axes = mock.MagicMock(), [mock.MagicMock(), mock.MagicMock()]
+  figure.savefig = lambda path, format: path.write_text(format)
+  library = mock.MagicMock()
+  library.pyplot.subplots.return_value = figure, axes
+  monkeypatch.setitem(sys.modules, 'matplotlib', library)
+  compare_samplers._plot([found], f'{tries.path}/plot.svg')
+  assert tries.files()['plot.svg'] == b'svg'
+  tries.note('tools.compare_samplers', 'plot')
+
+
+def try_bench(tries):
+  given = tries.upload(config=toy.recipe(1, 1).encode())
+  flags = ('--batch_size=8', '--steps=1', '--sampling_steps=1')
+  output, profile = f'{tries.path}/a.json', f'{tries.path}/trace'
+  given |= tries.upload(compare=b'{"train": {}, "sample": {}}')
+  result = tries('tools.bench', *flags, output=output, profile=profile, **given)
+  assert 'ratio' in result.stdout
+  found = json.loads(tries.files()['a.json'])
+  assert found['config'] == given['config']
+  assert found['train']['operations'][0]['share'] > 0
+  names = ' '.join(tries.files())
+  for name in ('train', 'sample'):
+    assert re.search(rf'trace/{name}/\S+/perfetto_trace.json.gz', names)
+
+
+def try_plan(tries):
+  given = tries.upload(config=toy.recipe(1, 1).encode())
+  cache = f'{tries.path}/cache'
+  result = tries(
+    'tools.plan', '--topology=v9:1x1', cache=cache, code=1, **given
+  )
+  assert 'error: ' in result.stderr and 'Traceback' not in result.stderr
+  # The rest of it needs TPU's compiler.
+  answers = iter([{'a': 1}])
+  for _ in range(2):
+    found = compile_for_tpu.cached(
+      epath.Path(cache), ['question'], lambda: next(answers)
+    )
+    assert found == {'a': 1}
+  assert len(tries.files()) == 2
+
+
+def write_tar(folder, count):
+  """Small images with captions; returns the bytes of a tar."""
+  images(folder, count)
+  with tarfile.open(tar := folder.with_suffix('.tar'), 'w') as file:
+    for path in sorted(folder.iterdir()):
+      file.add(path, path.name)
+  return tar.read_bytes()
+
+
+def try_training(tries, bucket, t5_directory, tmp_path):
+  """Trains on tars; precomputes the text of a prepared data set."""
+  tar = tries.upload(**{'a.tar': write_tar(tmp_path / 'tar', 16)})['a.tar']
+  index = f'{tries.path}/index'
+  flags = ('--validation_fraction=0.5',)
+  tries(
+    'tools.index_tars', *flags, input=tar.replace('a.tar', '*'), output=index
+  )
+  assert 'index/index.json' in tries.files()
+  t5 = upload(bucket, t5_directory.path, 't5')
+  recipe = toy.recipe(
+    1, 1, data__name='tars', text__encoder='t5', text__max_length=16
+  )
+  given = tries.upload(config=recipe.encode())
+  data = {'config__data__path': index, 'config__text__path': t5}
+  tokenizer = upload(bucket, pathlib.Path(CAPTIONS_MODEL).parent, 'data')
+  data['config__text__tokenizer'] = f'{tokenizer}/captions.model'
+  prepared = f'{tries.path}/set'
+  tries('tools.prepare_data', *flags, input=tar, output=prepared)
+  tries(
+    'tools.precompute_text',
+    '--config.data.name=captioned_images',
+    **given,
+    **data | {'config__data__path': prepared},
+  )
+  assert 'set/text/empty.npy' in tries.files()
+  workdir = f'{tries.path}/run'
+  tries('main', workdir=workdir, **given, **data)
+  names = ' '.join(tries.files())
+  assert 'run/config.json' in names
+  for name in ('metrics', 'goodput'):
+    assert re.search(rf'run/{name}\S*.jsonl', names), names
+  assert re.search(r'run/checkpoints/\S+/1/', names)
+  output = f'{tries.path}/bench.json'
+  tries(
+    'tools.bench_data',
+    *('--workers=0', '--seconds=0.01'),
+    output=output,
+    **given,
+    **data,
+  )
+  assert json.loads(tries.files()['bench.json'])
+
+
+def try_prepare_data(tries, tmp_path):
+  tar = tries.upload(**{'a.tar': write_tar(tmp_path / 'tar', 4)})['a.tar']
+  tries('tools.prepare_data', input=tar, output=f'{tries.path}/set')
+  assert 'set/dataset_info.json' in tries.files()
+
+
+def try_class_names(tries, make_config):
+  names = [f'class {i}' for i in range(20)]
+  config = make_config()
+  given = tries.upload(names='\n'.join(names).encode())
+  config.text.update(
+    encoder='label', num_classes=20, class_names=given['names']
+  )
+  assert make_tokenizer(config).name(3) == 'class 3'
+  tries.note('main', 'text.class_names')
+
+
+def try_compilation_cache(tries, run):
+  cache = f'{tries.path}/xla'
+  tries.note('sample', 'JAX_COMPILATION_CACHE_DIR')
+  env = {'JAX_COMPILATION_CACHE_DIR': cache}
+  tries(
+    'sample',
+    *_SMALL,
+    f'--prompt={PROMPT}',
+    workdir=run,
+    env=env,
+    output=f'{tries.path}/a',
+  )
+  assert [name for name in tries.files() if name.startswith('xla/jit_')]
+
+
+TRIED = {
+  'main': {
+    'config': try_training,
+    'workdir': try_training,
+    'data.path': try_training,
+    'text.path': try_training,
+    'text.tokenizer': try_training,
+    'text.class_names': try_class_names,
+  },
+  'sample': {
+    'workdir': try_sample,
+    'prompts_file': try_sample,
+    'output': try_sample,
+    'guide': try_sample,
+    'JAX_COMPILATION_CACHE_DIR': try_compilation_cache,
+  },
+  'evaluate': {
+    'workdir': try_evaluate,
+    'clip': try_evaluate,
+    'output': try_evaluate,
+    'images': try_folders,
+    'reference': try_folders,
+    'inception': try_folders,
+    'cache': try_folders,
+  },
+  'demo': {'workdir': try_demo, 'password_file': try_demo},
+  # mdm_jax.load, and the methods of what it returns.
+  'load': {'workdir': try_load, 'guide': try_load, 'output': try_load},
+  'tools.bench': {
+    'config': try_bench,
+    'output': try_bench,
+    'compare': try_bench,
+    'profile': try_bench,
+  },
+  'tools.bench_data': {'config': try_training, 'output': try_training},
+  'tools.compare_samplers': {
+    'workdir': try_compare,
+    'output': try_compare,
+    'plot': try_compare,
+  },
+  'tools.compare_with_data': {'workdir': try_compare, 'output': try_compare},
+  'tools.export_weights': {'workdir': try_weights, 'output': try_weights},
+  'tools.import_ml_mdm': {
+    'config': try_weights,
+    'checkpoint': try_weights,
+    'workdir': try_weights,
+  },
+  'tools.index_tars': {'input': try_training, 'output': try_training},
+  'tools.plan': {'config': try_plan, 'cache': try_plan},
+  'tools.precompute_text': {'config': try_training},
+  'tools.prepare_data': {'input': try_prepare_data, 'output': try_prepare_data},
+  'tools.train_tokenizer': {
+    'output': try_train_tokenizer,
+    'captions': try_train_tokenizer,
+  },
+}
+# What can't be in a bucket, with the reason.
+REFUSED = {}
+TRIES = sorted(
+  {each for flags in TRIED.values() for each in flags.values()},
+  key=lambda each: each.__name__,
+)
+
+
+def path_flags(command):
+  """The flags of a command whose values are paths, from its --helpxml."""
+  text = commands.run(f'mdm_jax.{command}', '--helpxml').stdout
+  return {
+    flag.findtext('name')
+    for flag in xml.etree.ElementTree.fromstring(text).iter('flag')
+    if re.search('path|recipe', flag.findtext('type'))
+  }
+
+
+def test_every_command_is_in_the_table():
+  found = {
+    '.'.join(path.relative_to(ROOT / 'mdm_jax').with_suffix('').parts)
+    for path in (ROOT / 'mdm_jax').rglob('*.py')
+    if "if __name__ == '__main__':" in path.read_text()
+  }
+  assert found == TRIED.keys() - {'load'}
+
+
+@pytest.mark.parametrize('command', sorted(TRIED.keys() - {'load'}))
+def test_every_path_is_in_the_table(command):
+  flags = {*TRIED[command], *REFUSED.get(command, {})}
+  keys = {key for key in ranges.KEYS if '.' in key}
+  assert path_flags(command) == flags - keys - {'JAX_COMPILATION_CACHE_DIR'}
+
+
+def test_every_key_that_is_a_path_is_in_the_table():
+  keys = {
+    key
+    for key, kind in ranges.KEYS.items()
+    if isinstance(getattr(kind, 'element', kind), value_types.Path)
+  }
+  assert keys == {key for key in TRIED['main'] if '.' in key}
+  options = {
+    name
+    for name, kind in ranges.EVALUATION.items()
+    if isinstance(kind, value_types.Path)
+  }
+  assert options <= TRIED['evaluate'].keys()
+
+
+@pytest.mark.parametrize('each', TRIES, ids=lambda each: each.__name__)
+def test_a_path_in_a_bucket(each, bucket, request):
+  tries = Tries(bucket)
+  fixtures = [*inspect.signature(each).parameters][1:]
+  each(tries, *map(request.getfixturevalue, fixtures))
+  assert tries.noted >= {
+    (command, flag)
+    for command, flags in TRIED.items()
+    for flag, function in flags.items()
+    if function is each
+  }
+
+
+# The least that each command needs, but for a path that is wrong.
+NEEDED = {
+  'main': ('--config=shapes_64', 'workdir'),
+  'sample': ('--prompt=a', 'workdir'),
+  'evaluate': ('--workdir=.', 'output'),
+  'demo': ('--host=127.0.0.1', 'workdir'),
+  'tools.bench': ('--config=shapes_64', 'output'),
+  'tools.bench_data': ('--config=shapes_64', 'output'),
+  'tools.compare_samplers': ('--steps=1', 'workdir'),
+  'tools.compare_with_data': ('--workdir=.', 'output'),
+  'tools.export_weights': ('--workdir=.', 'output'),
+  'tools.import_ml_mdm': ('--config=shapes_64', 'checkpoint'),
+  'tools.index_tars': ('--input=*.tar', 'output'),
+  'tools.plan': ('--config=shapes_64', 'cache'),
+  'tools.precompute_text': ('--batch_size=8', 'config'),
+  'tools.prepare_data': ('--input=.', 'output'),
+  'tools.train_tokenizer': ('--vocab_size=300', 'output'),
+}
+
+
+def refusal(command, flag, path, env=None):
+  """What a command says of a path, as its only line."""
+  needed, _ = NEEDED[command]
+  before = {*ROOT.iterdir()}
+  result = commands.run(
+    f'mdm_jax.{command}', needed, f'--{flag}={path}', env=env
+  )
+  assert result.returncode == 1 and not result.stdout
+  (line,) = result.stderr.splitlines()
+  assert line.startswith(f'error: --{flag}={path}: ') and line.endswith('.')
+  assert {*ROOT.iterdir()} == before
+  return line
+
+
+@pytest.mark.parametrize('command', sorted(TRIED.keys() - {'load'}))
+def test_a_wrong_path_is_one_line(command, bucket):
+  _, flag = NEEDED[command]
+  ends = {'output': 'a.png'} if 'output' in flag else {}
+  end = ends.get(flag, 'a')
+  if command == 'tools.export_weights':
+    end = 'a.pth'
+  elif flag == 'config':
+    end = 'a.py'
+  line = refusal(command, flag, f'gs:/{bucket.name}/{end}')
+  assert 'write gs:// with two slashes' in line
+  line = refusal(command, flag, f'gs://not-there/{end}')
+  assert 'there is no bucket not-there: create it' in line
+  scheme, package = next(
+    (scheme, package)
+    for scheme, package in buckets.PACKAGES.items()
+    if not importlib.util.find_spec(package)
+  )
+  line = refusal(command, flag, f'{scheme}://a/{end}')
+  assert f'{scheme}:// needs a package: pip install {package}.' in line
+
+
+REFUSALS = {
+  'no credentials': (
+    {'status': 401, 'body': b'Anonymous caller does not have access'},
+    'run `gcloud auth application-default login`',
+  ),
+  'requester pays': (
+    {'status': 400, 'body': b'Bucket is a requester pays bucket'},
+    'set MDM_JAX_BILLING_PROJECT to the project that pays',
+  ),
+  'clock': (
+    {'status': 400, 'body': b'Invalid JWT: not in a reasonable timeframe'},
+    'set the clock',
+  ),
+}
+
+
+@pytest.mark.parametrize('command', ['main', 'evaluate', 'tools.bench'])
+@pytest.mark.parametrize('name', REFUSALS)
+def test_a_bucket_that_refuses_is_one_line(command, name, bucket):
+  fault, expected = REFUSALS[name]
+  _, flag = NEEDED[command]
+  with bucket.failing('.', **fault):
+    assert expected in refusal(command, flag, f'{bucket.path}/a')
+
+
+@pytest.mark.parametrize('command', ['main', 'evaluate', 'tools.bench'])
+def test_what_may_not_be_written_is_said_before_work_is_lost(command, bucket):
+  _, flag = NEEDED[command]
+  body = b'{"error": {"message": "no access to storage.objects.create"}}'
+  with bucket.failing('^POST', status=403, body=body):
+    line = refusal(command, flag, f'{bucket.path}/a')
+  assert 'storage.objects.create' in line and 'Storage Object User' in line
+  assert bucket.files() == {}
+
+
+def test_a_workdir_that_is_a_file(bucket):
+  files.write_text(f'{bucket.path}/a', '')
+  for command in ('main', 'sample'):
+    line = refusal(command, 'workdir', f'{bucket.path}/a')
+    assert 'this is a file: give the path of a directory.' in line
+
+
+def test_no_network_is_one_line_within_a_minute(monkeypatch):
+  waits = []
+
+  async def sleep(seconds):
+    waits.append(seconds)
+
+  monkeypatch.setattr(
+    gcsfs.retry, 'asyncio', types.SimpleNamespace(sleep=sleep)
+  )
+  system = google_storage.FileSystem(
+    endpoint_url='http://127.0.0.1:1', token='anon', skip_instance_cache=True
+  )
+  monkeypatch.setattr(buckets, 'file_system', lambda path: system)
+  with pytest.raises(
+    ValueError, match='no answer from the bucket: .*Cannot connect'
+  ):
+    value_types.Path('directory').check('gs://tests/run')
+  # An object and a list are asked for at once.
+  assert 10 < sum(waits) / 2 < 50
+
+
+def test_a_bucket_that_is_silent_is_one_line(bucket, monkeypatch):
+  monkeypatch.setattr(buckets, '_PATIENCE', 1)
+  with bucket.failing('.', stall=3):
+    with pytest.raises(ValueError, match='does not answer: is the network up?'):
+      value_types.Path('directory').check(f'{bucket.path}/a')
