@@ -175,7 +175,7 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(tmp_path, bucket):
   assert digest(here / stage, 24) == digest(tmp_path / 'run' / stage, 24)
   for widths in ({}, {'sigma_rel': 0.2}):
     found, expected = (
-      session.open_run(str(workdir)).restore(**widths).params
+      session.open_run(str(workdir), **widths).restore().params
       for workdir in (here, tmp_path / 'run')
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -77,9 +77,12 @@ def remove(directory: epath.PathLike) -> None:
     directory.rmtree()
     return
   system, names = buckets.file_system(directory), files.objects(directory)
-  system.rm([f'{directory}/{name}' for name in names if name != _STEP])
-  if _STEP in names:
-    system.rm(f'{directory}/{_STEP}')
+  for part in (
+    [x for x in names if x != _STEP],
+    [x for x in names if x == _STEP],
+  ):
+    if part:
+      system.rm([f'{directory}/{name}' for name in part])
 
 
 def abstract_state(directory: epath.PathLike) -> PyTree:

@@ -176,6 +176,8 @@ def test_what_an_interrupted_save_has_left_is_removed(two, objects):
   metadata = json.loads(objects.of(12)['_CHECKPOINT_METADATA'])
   metadata['commit_timestamp_nsecs'] = None
   objects.write('_CHECKPOINT_METADATA', json.dumps(metadata).encode(), 12)
+  # It was killed at its beginning.
+  objects.copy('_CHECKPOINT_METADATA', 12, 13)
   # Orbax would remove this as well.
   objects.write('state/d/a', b'content', '7.corrupt')
   assert restored(two) == 10
