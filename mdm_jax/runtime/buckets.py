@@ -31,6 +31,9 @@ def register() -> None:
 
   # epath would use TensorFlow, wherever it is installed.
   os.environ['EPATH_USE_TF'] = 'false'
+  # TensorStore would wait for a stalled response for ever.
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '60')
   for name in ('gs', 'gcs'):
     fsspec.register_implementation(
       name, 'mdm_jax.runtime.google_storage.FileSystem', clobber=True

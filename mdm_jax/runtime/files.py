@@ -378,12 +378,13 @@ def _move_objects(path: epath.Path, target: epath.Path) -> None:
     [name for name in names if '/' in name],
     [name for name in names if '/' not in name],
   ):
-    system.mv(
-      *(
-        [f'{root}/{name}'.rstrip('/') for name in part]
-        for root in (path, target)
+    if part:
+      system.mv(
+        *(
+          [f'{root}/{name}'.rstrip('/') for name in part]
+          for root in (path, target)
+        )
       )
-    )
 
 
 def objects(directory: epath.PathLike) -> dict[str, Mapping[str, Any]]:
