@@ -39,11 +39,34 @@ call() {
 }
 
 CONFIG=${CONFIG:-configs/shapes_64.py}
-WORKDIR=${WORKDIR:-}  # main's --workdir
 NAME=${NAME:-mdm}     # name of the TPU or the job
 ACCELERATOR=${ACCELERATOR:-v6e-8}
-SHARE=${SHARE:-}      # a file system that all hosts mount
+BUCKET=${BUCKET:-}    # gs://NAME: for what runs write, and for data
+SHARE=${SHARE:-}      # instead, a file system that all hosts mount
+CACHE_GB=${CACHE_GB:-}
 DRY_RUN=${DRY_RUN:-}
+
+BUCKET=${BUCKET%/}
+[[ ! $BUCKET || $BUCKET =~ ^gs://[^/]+$ ]] ||
+  fail "BUCKET=$BUCKET is not gs://NAME."
+[[ ! $CACHE_GB || $CACHE_GB =~ ^[0-9]+$ ]] ||
+  fail "CACHE_GB=$CACHE_GB is no number of GB."
+[[ ! $CACHE_GB || $BUCKET ]] || fail 'CACHE_GB needs BUCKET, which it mounts.'
+# main's --workdir
+WORKDIR=${WORKDIR:-${BUCKET:+$BUCKET/runs/$NAME}}
+
+# Prints gcsfuse's options for a mount of data that does not change, a word
+# each: `name` becomes `prefix`name, and what follows it is separated by `is`.
+gcsfuse_options() {
+  local prefix=$1 section=$2 is=$3
+  echo "${prefix}implicit-dirs"
+  # Metadata never expires.
+  echo "${prefix}metadata-cache${section}ttl-secs${is}-1"
+  ((CACHE_GB)) || return 0
+  # Files are cached as a whole, also if they are not read from their start.
+  echo "${prefix}file-cache${section}cache-file-for-range-read${is}true"
+  echo "${prefix}file-cache${section}max-size-mb${is}$((1024 * CACHE_GB))"
+}
 
 # Sets the names that Cloud TPU and GKE use for the slice ACCELERATOR: runtime,
 # node type, machine type and topology; and its number of hosts and chips.

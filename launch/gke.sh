@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on TPUs of a GKE cluster, with the JobSet launch/gke_jobset.yaml.
 #
-#   IMAGE=REGISTRY/mdm_jax SHARE=CLAIM ACCELERATOR=v5litepod-16 \
+#   IMAGE=REGISTRY/mdm_jax BUCKET=gs://my-bucket ACCELERATOR=v5litepod-16 \
 #     CONFIG=configs/cc12m_64.py launch/gke.sh STEP ... [-- --config.KEY=VALUE]
 #
 # Steps:
@@ -12,16 +12,21 @@
 #   delete  deletes the job
 #
 # JobSet must be installed in the cluster, and the cluster must be kubectl's
-# current one. SHARE is a PersistentVolumeClaim that all hosts may write to. It
-# is mounted as /share, and WORKDIR is a directory in it. SPOT=1 makes the node
-# pool use Spot VMs. DRY_RUN=1 prints the commands and the manifest instead.
+# current one. WORKDIR is BUCKET/runs/NAME if it is not set; the pods' service
+# account must have access to the bucket. CACHE_GB=N also mounts the bucket,
+# read-only, as /bucket, with N GB of each node's disk as a cache of files; 0 is
+# without a cache. Instead of BUCKET, SHARE is a PersistentVolumeClaim that all
+# hosts may write to, mounted as /share. SPOT=1 makes the node pool use Spot
+# VMs. DRY_RUN=1 prints the commands and the manifest instead. launch/gke.md
+# explains it.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-need IMAGE SHARE
+need IMAGE
+[[ $BUCKET$SHARE ]] || need BUCKET
 SPOT=${SPOT:-}
-WORKDIR=${WORKDIR:-/share/runs/$NAME}
+WORKDIR=${WORKDIR:-/share/runs/$NAME}  # without BUCKET
 tpu_slice
 
 # Prints its arguments as a list of strings in YAML, which is also JSON.
@@ -34,13 +39,31 @@ list() {
   echo "[$result]"
 }
 
+# Adds a volume to VOLUMES and MOUNTS: its name, and its source.
+add_volume() {
+  VOLUMES+=", {name: $1, $2}"
+  MOUNTS+=", {name: $1, mountPath: /$1}"
+}
+
+# shellcheck disable=SC2034  # The loop below reads variables by name.
 manifest() {
   local text name
-  # shellcheck disable=SC2034  # The loop below reads it by name.
   ARGUMENTS=$(list --distributed --config="$CONFIG" --workdir="$WORKDIR" \
     "${options[@]}")
+  # Not to compile again after a restart. An empty name is ignored.
+  COMPILED=${BUCKET:+$BUCKET/cache/xla}
+  MOUNT_BUCKET=false VOLUMES='' MOUNTS=''
+  [[ ! $SHARE ]] ||
+    add_volume share "persistentVolumeClaim: {claimName: $SHARE}"
+  [[ ! $CACHE_GB ]] || {
+    MOUNT_BUCKET=true
+    add_volume bucket "csi: {driver: gcsfuse.csi.storage.gke.io, \
+readOnly: true, volumeAttributes: {bucketName: ${BUCKET#gs://}, \
+mountOptions: '$(gcsfuse_options '' : : | paste -sd,)'}}"
+  }
   text=$(<launch/gke_jobset.yaml)
-  for name in NAME IMAGE SHARE FAMILY TOPOLOGY HOSTS CHIPS ARGUMENTS; do
+  for name in NAME IMAGE FAMILY TOPOLOGY HOSTS CHIPS ARGUMENTS COMPILED \
+    MOUNT_BUCKET VOLUMES MOUNTS; do
     text=${text//"\${$name}"/"${!name}"}
   done
   echo "$text"

@@ -3,9 +3,10 @@
 #
 #   CONFIG=configs/shapes_256.py launch/gpu.sh [--config.KEY=VALUE ...]
 #
-# WORKDIR is main's --workdir, runs/<config> if it is not set. VENV is the
-# virtual environment, created if it does not exist. DRY_RUN=1 prints the
-# commands instead of running them.
+# WORKDIR is main's --workdir, in a bucket or not; if it is not set,
+# BUCKET/runs/NAME, or runs/<config> without BUCKET=gs://... VENV is the virtual
+# environment, created if it does not exist. DRY_RUN=1 prints the commands
+# instead of running them.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -14,8 +15,8 @@ VENV=${VENV:-.venv}
 [[ -d $VENV ]] || {
   call python3 -m venv "$VENV"
   call "$VENV/bin/pip" install -r requirements.txt
-  call "$VENV/bin/pip" install -U 'jax[cuda12]'
+  call "$VENV/bin/pip" install -U 'jax[cuda12]' gcsfs
 }
-# Without GPUs this is an error; JAX's default is to go on with the CPU.
+# Without GPUs this is an error; main's default is to go on with the CPU.
 call exec env JAX_PLATFORMS=cuda,cpu "$VENV/bin/python" -m mdm_jax.main \
   --config="$CONFIG" ${WORKDIR:+--workdir="$WORKDIR"} "$@"

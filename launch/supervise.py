@@ -29,7 +29,21 @@ import sys
 import threading
 import time
 
+ROOT = pathlib.Path(__file__).parents[1]
 MAX_PAUSE = 300.0  # seconds
+LOOK_LIMIT = 120.0  # seconds to list the checkpoints in a bucket
+# Lists them, in a process of its own, which may hang or lack a package.
+LOOK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from mdm_jax.runtime import buckets
+try:
+  files = buckets.file_system(sys.argv[2])
+  for name in files.glob('/'.join(sys.argv[2:])):
+    print(name)
+except (OSError, ValueError) as error:
+  sys.exit(f'supervise: {sys.argv[2]} cannot be listed: {error}')
+"""
 # Seconds for the rest of a command to end by SIGTERM, once its first process
 # has ended; then SIGKILL follows.
 REST = 60.0
@@ -51,14 +65,33 @@ while read -r line; do group=$line; done
 """
 
 
-def progress(workdir: pathlib.Path) -> tuple[int, int]:
-  """Returns the newest (stage, step) with a checkpoint; (-1, -1) if none."""
-  found = [
-    (int(path.parent.name.split('_')[0]), int(path.name))
-    for path in workdir.glob('checkpoints/*_*/*')
-    if path.name.isdigit()
-  ]
-  return max(found, default=(-1, -1))
+def progress(workdir: str) -> tuple[int, int]:
+  """Returns the newest (stage, step) with a checkpoint; (-1, -1) if none.
+
+  Args:
+    workdir: of the run, also in a bucket. If that cannot be listed, standard
+      error says so, and there is none.
+  """
+  # A manifest is written last.
+  pattern = 'checkpoints/*_*/*/manifest.json'
+  if '://' in workdir:
+    names = []
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      names = subprocess.run(
+        [sys.executable, '-c', LOOK, ROOT, workdir, pattern],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=LOOK_LIMIT,
+        process_group=0,  # Ctrl-C in a terminal does not reach it.
+      ).stdout.splitlines()
+  else:
+    names = pathlib.Path(workdir).glob(pattern)
+  found = [(-1, -1)]
+  for name in names:
+    *_, stage, step, _ = str(name).split('/')
+    if step.isdigit():
+      found.append((int(stage.split('_')[0]), int(step)))
+  return max(found)
 
 
 def send(group: int, number: int) -> bool:
@@ -113,9 +146,8 @@ def main() -> int:
   )
   parser.add_argument(
     '--workdir',
-    type=pathlib.Path,
     required=True,
-    help='--workdir of the command',
+    help='--workdir of the command, also in a bucket (gs://...)',
   )
   parser.add_argument(
     '--attempts',

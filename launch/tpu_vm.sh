@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs, on one host or many: requests a slice, runs
-# `python -m mdm_jax.main` on every host, copies the working directory back to
-# runs/ and deletes the slice.
+# `python -m mdm_jax.main` on every host, with a bucket as working directory,
+# and deletes the slice.
 #
-#   PROJECT=my-project ZONE=us-east5-b CONFIG=configs/shapes_256.py \
+#   PROJECT=my-project ZONE=us-east5-b BUCKET=gs://my-bucket \
+#     CONFIG=configs/shapes_256.py \
 #     launch/tpu_vm.sh [STEP ...] [-- --config.KEY=VALUE ...]
 #
-# Steps: create copy install run log fetch delete; all of them if none is
-# named. When a step fails, the slice stays and costs: repeat from that step, or
-# run `delete`. Training does not depend on this terminal: `log` follows it
-# again; `stop` saves a checkpoint and stops it. DRY_RUN=1 prints the commands
-# instead of running them.
+# Steps: create copy install run log delete; all of them if none is named. When
+# a step fails, the slice stays and costs: repeat from that step, or run
+# `delete`. Training does not depend on this terminal: `log` follows it again;
+# `stop` saves a checkpoint and stops it; `fetch` copies the working directory
+# to runs/. DRY_RUN=1 prints the commands instead of running them.
 #
-# The last commit is what runs. SHARE=ADDRESS:/NAME is an NFS share (Filestore).
-# `install` mounts it as `share` in the home directory of every host, and
-# WORKDIR is a directory in it. A slice of several hosts needs a share. So does
-# SPOT=1, which asks for Spot VMs; with it `keep` takes the place of `log`, and
-# requests a new slice after each preemption until training is finished.
-# docs/tpu.md explains it step by step.
+# The last commit is what runs. WORKDIR is BUCKET/runs/NAME if it is not set.
+# CACHE_GB=N makes `install` also mount the bucket, read-only, as `bucket` in
+# the home directory of every host, with N GB of its disk as a cache of files; 0
+# is without a cache. Instead of BUCKET, SHARE=ADDRESS:/NAME is an NFS share
+# (Filestore), mounted as `share`. A slice of several hosts needs one of them.
+# So does SPOT=1, which asks for Spot VMs; with it `keep` takes the place of
+# `log`, and requests a new slice after each preemption until training is
+# finished. docs/tpu.md explains it step by step.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -26,10 +29,10 @@ need PROJECT ZONE
 SPOT=${SPOT:-}
 tpu_slice
 RUNTIME_VERSION=${RUNTIME_VERSION:-$RUNTIME}
-[[ ! $SPOT || $SHARE ]] || fail "SPOT=1 needs SHARE: a preempted VM takes \
-its disk with it."
-((HOSTS == 1)) || [[ $SHARE ]] || fail "$ACCELERATOR has $HOSTS hosts, and \
-needs SHARE: all of them write to WORKDIR."
+[[ ! $SPOT || $BUCKET$SHARE ]] || fail "SPOT=1 needs BUCKET: a preempted VM \
+takes its disk with it."
+((HOSTS == 1)) || [[ $BUCKET$SHARE ]] || fail "$ACCELERATOR has $HOSTS hosts, \
+and needs BUCKET: all of them write to WORKDIR."
 # A relative WORKDIR is in the home directory of each host.
 WORKDIR=${WORKDIR:-${SHARE:+share/}runs/$NAME}
 
@@ -48,6 +51,7 @@ state() {
 create() {
   tpu queued-resources create "$NAME" --node-id="$NAME" \
     --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME_VERSION" \
+    ${BUCKET:+--scopes=https://www.googleapis.com/auth/cloud-platform} \
     ${SPOT:+--spot}
   local now=
   until [[ $now == ACTIVE ]]; do
@@ -74,7 +78,8 @@ install() {
   on_workers "curl -LsSf https://astral.sh/uv/install.sh | sh && \
 rm -rf venv && .local/bin/uv venv --seed --python 3.11 venv && \
 venv/bin/pip install -r mdm_jax/requirements.txt && \
-venv/bin/pip install -U 'jax[tpu]'"
+venv/bin/pip install -U 'jax[tpu]' gcsfs"
+  [[ ! $CACHE_GB ]] || mount_bucket
   [[ ! $SHARE ]] || on_workers "\
 sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common && \
 mkdir -p share && { mountpoint -q share || \
@@ -82,12 +87,31 @@ sudo mount -t nfs $(quoted "$SHARE") share; } && \
 sudo chown \"\$USER\" share"
 }
 
+# Mounts the bucket on every host, with gcsfuse from Google's packages.
+mount_bucket() {
+  local key=/usr/share/keyrings/cloud.google.asc packages cache=
+  packages=https://packages.cloud.google.com/apt
+  ! ((CACHE_GB)) || cache='--cache-dir=cache '
+  on_workers "\
+curl -fsSL $packages/doc/apt-key.gpg | sudo tee $key > /dev/null && \
+echo \"deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -cs) main\" | \
+sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null && \
+sudo apt-get -o DPkg::Lock::Timeout=600 update && \
+sudo apt-get -o DPkg::Lock::Timeout=600 install -y gcsfuse && \
+mkdir -p bucket cache && { mountpoint -q bucket || \
+gcsfuse -o ro $cache$(gcsfuse_options -- - = | paste -sd ' ') \
+${BUCKET#gs://} bucket; }"
+}
+
 run() {
-  local there=$WORKDIR main
-  [[ $there == /* ]] || there=../$there
+  local there=$WORKDIR main cache=()
+  [[ $there == /* || $there == *://* ]] || there=../$there
+  # A new VM need not compile again.
+  [[ ! $BUCKET ]] || cache=("JAX_COMPILATION_CACHE_DIR=$BUCKET/cache/xla")
   main=$(quoted ../venv/bin/python launch/supervise.py --workdir="$there" -- \
-    env 'JAX_PLATFORMS=tpu,cpu' ../venv/bin/python -m mdm_jax.main \
-    --distributed --config="$CONFIG" --workdir="$there" "${options[@]}")
+    env 'JAX_PLATFORMS=tpu,cpu' "${cache[@]}" \
+    ../venv/bin/python -m mdm_jax.main --distributed --config="$CONFIG" \
+    --workdir="$there" "${options[@]}")
   # Stores the exit code, from which `log` and `keep` know how training ended.
   main="$main & echo \$! > ../run.pid; wait \$!; echo \$? > ../run.status"
   on_workers "rm -f run.pid run.status; cd mdm_jax || exit; \
@@ -130,8 +154,14 @@ until [ -f run.status ]; do sleep 1; done"
 }
 
 fetch() {
-  call mkdir -p runs
-  tpu tpu-vm scp --recurse "$NAME:$WORKDIR" runs/
+  local to=runs/${WORKDIR##*/}
+  if [[ $WORKDIR == gs://* ]]; then
+    call mkdir -p "$to"
+    call gcloud storage rsync --recursive "$WORKDIR" "$to"
+  else
+    call mkdir -p runs
+    tpu tpu-vm scp --recurse "$NAME:$WORKDIR" runs/
+  fi
 }
 
 delete() {
@@ -154,7 +184,12 @@ done
 options=("${@:2}")
 follow=log
 [[ ! $SPOT ]] || follow=keep
-((${#steps[@]})) || steps=(create copy install run "$follow" fetch delete)
+if ((!${#steps[@]})); then
+  steps=(create copy install run "$follow")
+  # A bucket outlives the slice, and can be read where it is.
+  [[ $WORKDIR == gs://* ]] || steps+=(fetch)
+  steps+=(delete)
+fi
 
 for step in "${steps[@]}"; do
   echo "== $step"

@@ -308,7 +308,7 @@ def write_tar(folder, count):
 
 
 def try_training(tries, bucket, t5_directory, tmp_path):
-  """Indexes tars, precomputes text, trains on both."""
+  """Trains on tars; precomputes the text of a prepared data set."""
   tar = tries.upload(**{'a.tar': write_tar(tmp_path / 'tar', 16)})['a.tar']
   index = f'{tries.path}/index'
   flags = ('--validation_fraction=0.5',)
@@ -324,24 +324,26 @@ def try_training(tries, bucket, t5_directory, tmp_path):
   data = {'config__data__path': index, 'config__text__path': t5}
   tokenizer = upload(bucket, pathlib.Path(CAPTIONS_MODEL).parent, 'data')
   data['config__text__tokenizer'] = f'{tokenizer}/captions.model'
-  tries('tools.precompute_text', **given, **data)
-  workdir = f'{tries.path}/run'
+  prepared = f'{tries.path}/set'
+  tries('tools.prepare_data', *flags, input=tar, output=prepared)
   tries(
-    'main',
-    '--config.text.encoder=precomputed',
-    workdir=workdir,
+    'tools.precompute_text',
+    '--config.data.name=captioned_images',
     **given,
-    **data,
+    **data | {'config__data__path': prepared},
   )
+  assert 'set/text/empty.npy' in tries.files()
+  workdir = f'{tries.path}/run'
+  tries('main', workdir=workdir, **given, **data)
   names = ' '.join(tries.files())
   assert 'run/config.json' in names
   for name in ('metrics', 'goodput'):
     assert re.search(rf'run/{name}\S*.jsonl', names), names
-  assert re.search(r'run/stage\S+/1/', names)
+  assert re.search(r'run/checkpoints/\S+/1/', names)
   output = f'{tries.path}/bench.json'
   tries(
     'tools.bench_data',
-    *('--workers=0', '--seconds=0.01', '--config.text.encoder=precomputed'),
+    *('--workers=0', '--seconds=0.01'),
     output=output,
     **given,
     **data,

@@ -26,7 +26,7 @@ _STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 # Names of data files are hashes. All others are short, and are read whole.
 _DATA = '/d/'
 _SHORT = 2**26  # Bytes.
-_CACHE = 2**26  # Bytes.
+_CACHE = 2**27  # Bytes.
 
 
 def is_committed(directory: epath.PathLike) -> bool:
@@ -111,7 +111,8 @@ def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
   description = files.read_json(directory / _STATE)
   driver = 'zarr3' if description['use_zarr3'] else 'zarr'
   base = _key_value_store(directory / 'state')
-  # Shared, so that the database's index is read once, not for each array.
+  # What all arrays share, the index of keys, is then read once. Nothing of it
+  # outlives this call, so that nothing is remembered of a step that changes.
   context = tensorstore.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   tree = {}
   for leaf in description['tree_metadata'].values():

@@ -4,8 +4,9 @@ import json
 import random
 from typing import Any
 
+from etils import epath
+
 from mdm_jax.data import lines
-from mdm_jax.runtime import files
 
 
 def read_geneval(path: str) -> tuple[list[str], list[str]]:
@@ -50,20 +51,20 @@ def choose_coco(path: str, count: int = 30_000) -> list[dict[str, Any]]:
     For each caption its 'prompt', 'image_id' and 'caption_id'.
 
   Raises:
-    UnreadableFile: it cannot be read, or has no captions of COCO.
+    FileNotFoundError: there is no such file.
+    ValueError: it has no captions of COCO.
   """
   by_image = {}
   try:
-    for each in files.read_json(path)['annotations']:
+    for each in json.loads(epath.Path(path).read_bytes())['annotations']:
       caption = ' '.join(each['caption'].split())
       by_image.setdefault(int(each['image_id']), {})[int(each['id'])] = caption
-  except (LookupError, TypeError, AttributeError):
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     by_image = {}
   if not by_image:
-    raise files.UnreadableFile(
-      path,
-      'has no captions of COCO: give captions_val2014.json of its '
-      'annotations_trainval2014.zip.',
+    raise ValueError(
+      f'{path} has no captions of COCO: give captions_val2014.json of its '
+      'annotations_trainval2014.zip.'
     )
   # Of Python's random numbers, only these are the same in all versions.
   rng = random.Random(0).random

@@ -14,9 +14,12 @@ import pathlib
 import stat
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from mdm_jax.data import captions, images, tables, tars
 from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tar_members import readable
+from mdm_jax.runtime import buckets, files
 
 IMAGE_SUFFIXES = (*tars.IMAGE_SUFFIXES, 'gif', 'bmp')
 # Images that people have, and that cannot be read.
@@ -47,7 +50,7 @@ class FolderPart:
   """Some images of a folder.
 
   Attributes:
-    path: of the folder.
+    path: of the folder, local or in a bucket.
     entries: the images, and what has been found not to be one.
     split: of the images; None if it is not known.
   """
@@ -87,6 +90,8 @@ class FolderPart:
 
   def _read_file(self, name: str, limit: int, key: str) -> bytes:
     path = os.path.join(self.path, name)
+    if not files.is_local(path):
+      return _read_object(path, name, limit, key)
     try:
       found = os.stat(path)
       # Opening a named pipe would wait for a writer, for ever.
@@ -105,12 +110,58 @@ class FolderPart:
       raise BadRecord(key, 'unreadable file', detail) from None
 
 
+def _read_object(path: str, name: str, limit: int, key: str) -> bytes:
+  """Reads a file in a bucket.
+
+  Raises:
+    BadRecord: there is none, or it is larger than `limit` bytes.
+    UnreadableFile: the bucket does not answer.
+  """
+  try:
+    size, _ = files.require_file(path)
+  except files.UnreadableFile as error:
+    if not isinstance(error.__cause__, FileNotFoundError):
+      raise
+    detail = f'there is no {readable(name)}'
+    raise BadRecord(key, 'caption without image', detail) from None
+  if size > limit:
+    raise BadRecord(key, 'file too large', f'{readable(name)}: {size} bytes')
+  with files.naming_errors(path):
+    return epath.Path(path).read_bytes()
+
+
+def is_folder(path: str) -> bool:
+  """Whether it is a directory, on a disk or in a bucket.
+
+  Raises:
+    ValueError: there is no such bucket, or it refuses.
+  """
+  if files.is_local(path):
+    return os.path.isdir(path)
+  # Of other URLs it is not known.
+  is_bucket = buckets.scheme(path) in buckets.SCHEMES
+  return is_bucket and buckets.find(path) == 'directory'
+
+
+def _walk_bucket(folder: str) -> list[str]:
+  with files.naming_errors(folder):
+    system = buckets.file_system(folder)
+    root = system._strip_protocol(folder)
+    found = system.find(root)
+  names = [name.removeprefix(root).lstrip('/') for name in found]
+  return sorted(
+    name for name in names if name and all(map(_is_of_user, name.split('/')))
+  )
+
+
 def walk(folder: str | os.PathLike) -> list[str]:
   """The files of a folder and its subfolders, relative to it, with slashes.
 
   Links are followed. Hidden files, unfinished ones, and what systems leave
   behind, are left out; so is what cannot be read.
   """
+  if not files.is_local(folder):
+    return _walk_bucket(os.fspath(folder))
   seen, found = set(), []
   # Links may be circular, so each directory is read once.
   for parent, subfolders, names in os.walk(folder, followlinks=True):
@@ -260,20 +311,20 @@ def _find_by_name(names: Sequence[str], prefix: str) -> list[Entry | BadRecord]:
       else:
         stems[stem][suffix] = name
   found = []
-  for stem, files in stems.items():
+  for stem, by_suffix in stems.items():
     key = f'{prefix}/{readable(stem)}'
-    other = [suffix for suffix in OTHER_SUFFIXES if suffix in files]
-    usable = [suffix for suffix in IMAGE_SUFFIXES if suffix in files]
+    other = [suffix for suffix in OTHER_SUFFIXES if suffix in by_suffix]
+    usable = [suffix for suffix in IMAGE_SUFFIXES if suffix in by_suffix]
     if other and not usable:
       detail = f'{other[0]}: convert it to JPEG or PNG'
       found.append(BadRecord(key, 'unsupported image format', detail))
       continue
     try:
-      image, caption, _ = tars.choose(files, key, IMAGE_SUFFIXES)
+      image, caption, _ = tars.choose(by_suffix, key, IMAGE_SUFFIXES)
       found.append(Entry(key, image, caption))
     except BadRecord as bad:
       found.append(bad)
-    twice += [files[suffix] for suffix in usable[1:]]
+    twice += [by_suffix[suffix] for suffix in usable[1:]]
   return found + [
     BadRecord(f'{prefix}/{readable(name)}', 'name used twice') for name in twice
   ]

@@ -16,6 +16,7 @@ from etils import epath
 from mdm_jax.data import folders, parquet, tables, tars
 from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tar_members import readable
+from mdm_jax.runtime import buckets
 
 _ENTRIES = 500  # images of a folder that are read as one part
 _TAR = re.compile(r'(?is)(.*)\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)')
@@ -76,8 +77,7 @@ def find(inputs: Sequence[str], caption_column: str = '') -> list[Part]:
   """The parts of inputs, in the order of the inputs and of their names.
 
   Args:
-    inputs: folders, or globs of folders and files. Tars and Parquet files may
-      be in buckets that fsspec can read.
+    inputs: folders, or globs of folders and files, on a disk or in buckets.
     caption_column: of tables, see `tables.caption_column`.
 
   Raises:
@@ -133,10 +133,10 @@ def counted(count: int, noun: str) -> str:
 def _find(given: str, caption_column: str) -> Iterator[Part]:
   """Yields the parts of an input."""
   # A folder may have a name that looks like a glob.
-  paths = [given] if os.path.isdir(given) else tars.match(given)
+  paths = [given] if folders.is_folder(given) else tars.match(given)
   others = []
   for path in paths:
-    if os.path.isdir(path):
+    if folders.is_folder(path):
       yield from _find_in_folder(path, caption_column)
     else:
       others.append(path)
@@ -236,7 +236,8 @@ def _find_files(
 def _find_in_folder(folder: str, caption_column: str) -> Iterator[Part]:
   """Yields the parts of a folder."""
   try:
-    os.scandir(folder).close()
+    if not buckets.scheme(folder):
+      os.scandir(folder).close()
   except OSError as error:
     raise ValueError(
       f'--input={folder} cannot be read: {error.strerror}.'

@@ -41,6 +41,25 @@ def available_splits(path: str) -> tuple[str, ...]:
   return tuple(_builder(path).info.splits)
 
 
+def split_sizes(path: str) -> dict[str, int]:
+  """Split -> number of records.
+
+  Raises:
+    FileNotFoundError, ValueError: as `available_splits`.
+  """
+  splits = _builder(path).info.splits
+  return {name: split.num_examples for name, split in splits.items()}
+
+
+def file_names(path: str, split: str) -> list[str]:
+  """The names of the files of a split, or of a slice such as 'train[7:9]'.
+
+  Raises:
+    FileNotFoundError, ValueError: as `available_splits`.
+  """
+  return [file.name for file in _builder(path).info.splits[split].filepaths]
+
+
 def open_source(path: str, split: str) -> tfds_source.TfdsSource:
   """Opens a split of a data set that tools.prepare_data wrote.
 

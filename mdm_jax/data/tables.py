@@ -8,10 +8,12 @@ another column its caption.
 from collections.abc import Iterable, Iterator
 import csv
 import json
-import os
 from typing import Any, BinaryIO
 
+from etils import epath
+
 from mdm_jax.data.images import BadRecord
+from mdm_jax.runtime import files
 
 NAMES = ('metadata.jsonl', 'metadata.csv')
 SUFFIXES = ('.jsonl', '.csv')
@@ -65,7 +67,8 @@ def read(path: str, key: str, wanted: str = '') -> Iterator[Row | BadRecord]:
   """Reads a table, CSV if its name ends in .csv, otherwise JSON lines.
 
   Args:
-    path: of the file, in UTF-8, with or without a byte order mark.
+    path: of the file, local or in a bucket, in UTF-8, with or without a byte
+      order mark.
     key: what keys of its rows begin with; the number of the line follows.
     wanted: see `caption_column`.
 
@@ -76,15 +79,15 @@ def read(path: str, key: str, wanted: str = '') -> Iterator[Row | BadRecord]:
     ValueError: the file is no such table.
     OSError: it cannot be read.
   """
-  if not os.path.isfile(path):
+  if not epath.Path(path).is_file():
     raise ValueError(f'{path} is no file.')
-  if os.path.getsize(path) > _LARGEST:
+  if files.require_file(path)[0] > _LARGEST:
     raise ValueError(
       f'{path} is larger than {_LARGEST >> 30} GiB: divide the images into '
       'folders with a table each.'
     )
   read_rows = _read_csv if path.endswith('.csv') else _read_json_lines
-  with open(path, 'rb') as file:
+  with files.local_copy(path) as local, local.open('rb') as file:
     start = file.read(3)
     if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
       raise ValueError(f'{path} is in UTF-16: save it as UTF-8.')

@@ -19,6 +19,7 @@ from etils import epath
 from mdm_jax.data import captions, tar_members
 from mdm_jax.data.images import BadRecord, is_system_file
 from mdm_jax.data.tar_members import DamagedTar, Member
+from mdm_jax.runtime import buckets
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
@@ -64,8 +65,14 @@ def match(pattern: str) -> list[str]:
     )
   # An ImportError of fsspec says which package the bucket needs.
   except (OSError, ImportError, ValueError) as error:
-    raise ValueError(f'--input={pattern} cannot be read: {error}.') from error
+    reason = getattr(error, 'strerror', None) or error
+    raise ValueError(f'--input={pattern} cannot be read: {reason}.') from error
   if not found:
+    if buckets.scheme(pattern) in buckets.SCHEMES:
+      try:
+        buckets.find(directory)
+      except ValueError as error:
+        raise ValueError(f'--input={pattern}: {error}') from None
     is_glob = re.search(r'[*?[]', pattern)
     problem = 'matches no file' if is_glob else 'does not exist'
     raise ValueError(f'--input={pattern} {problem}.')
@@ -126,7 +133,7 @@ def find_records(
   """Finds records in place; the captions are not read.
 
   Args:
-    path: of an uncompressed tar on a local disk.
+    path: of an uncompressed tar.
     rejects: unusable records are appended to it.
 
   Yields:

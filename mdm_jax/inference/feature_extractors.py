@@ -1,6 +1,6 @@
 """Networks that turn images and captions into features, on all devices."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import hashlib
 import os
 import time
@@ -20,7 +20,7 @@ from mdm_jax.eval import clip, fid, inception
 from mdm_jax.eval.clip_tokenizer import ClipTokenizer
 from mdm_jax.interop import hugging_face
 from mdm_jax.report import console, sample_directory
-from mdm_jax.runtime import sharding
+from mdm_jax.runtime import buckets, files, sharding
 
 _LOG_SECONDS = 10.0
 # Rows that an `fid.Sample` keeps for KID, precision and recall: 80 MB.
@@ -28,6 +28,7 @@ MAX_ROWS = 10_000
 # Of an image of a directory. They are decoded one at a time, in up to 1 GB, so
 # there is room for more than in the loaders of training.
 _MAX_PIXELS = 128_000_000
+_REQUESTS = 64  # files of a bucket that are requested at once
 
 
 def _jit(
@@ -267,8 +268,8 @@ class ImageFolder:
       else 'the finest level of each sample',
     )
     digest, first = hashlib.blake2b(digest_size=8), None
-    for path in self._paths:
-      content, size = _read(path, self._hash_and_size)
+    for path, data in _contents(self._paths):
+      content, size = _use(path, data, self._hash_and_size)
       digest.update(content)
       first = first or size
       if size != first and not resolution:
@@ -295,7 +296,9 @@ class ImageFolder:
     """
     for start in range(0, len(self), size):
       paths = self._paths[start : start + size]
-      yield np.stack([_read(path, self._decode) for path in paths])
+      yield np.stack(
+        [_use(path, data, self._decode) for path, data in _contents(paths)]
+      )
 
   def _hash_and_size(
     self, data: bytes, key: str
@@ -312,16 +315,41 @@ class ImageFolder:
     return np.asarray(image)
 
 
-def _read(path: epath.Path, use: Callable[[bytes, str], Any]) -> Any:
-  """What `use(data, name)` returns for an image file.
+def _contents(
+  paths: Sequence[epath.Path],
+) -> Iterator[tuple[epath.Path, bytes]]:
+  """The bytes of files; of those in a bucket many are requested at once.
 
   Raises:
-    ValueError: it cannot be read.
+    ValueError: one cannot be read.
+  """
+  for start in range(0, len(paths), _REQUESTS):
+    some = paths[start : start + _REQUESTS]
+    if files.is_local(some[0]):
+      for path in some:
+        try:
+          yield path, path.read_bytes()
+        except OSError as error:
+          raise ValueError(f'{path} cannot be read: {error}.') from None
+      continue
+    names = list(map(os.fspath, some))
+    with files.naming_errors(some[0].parent):
+      found = buckets.file_system(names[0]).cat_ranges(
+        names, [0] * len(names), [None] * len(names), on_error='raise'
+      )
+    yield from zip(some, found)
+
+
+def _use(
+  path: epath.Path, data: bytes, use: Callable[[bytes, str], Any]
+) -> Any:
+  """What `use(data, name)` returns for the bytes of an image file.
+
+  Raises:
+    ValueError: they are none.
   """
   try:
-    return use(path.read_bytes(), str(path))
-  except OSError as error:
-    raise ValueError(f'{path} cannot be read: {error}.') from None
+    return use(data, str(path))
   except images.BadRecord as error:
     raise ValueError(f'{error}: remove the file, or replace it.') from None
 
@@ -332,5 +360,6 @@ def _find_images(directory: str | os.PathLike) -> list[epath.Path]:
     folder / name
     for name in folders.walk(folder)
     if (folder / name).suffix.lower() in images.SUFFIXES
-    and (folder / name).is_file()
+    # That of epath takes a named pipe for a file.
+    and (not files.is_local(folder) or os.path.isfile(folder / name))
   )

@@ -22,9 +22,9 @@ _SHARD = 1000  # samples in a subdirectory; fewer samples need none
 _IN_GRID = 64  # most samples in grid.png
 _IN_GALLERY = 1000  # most samples in index.html
 _LINES = 'samples.jsonl'
-_THREADS = 8  # that upload samples to a bucket, or read them
+_THREADS = 16  # that upload samples to a bucket, or read them
 _WAITING = 64  # most samples that wait for their upload
-_FLUSH_EVERY = 10.0  # seconds between two uploads of new lines
+_FLUSH_EVERY = 3.0  # seconds between two uploads of new lines
 
 
 def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:
@@ -68,11 +68,20 @@ def _listed(directory: epath.Path) -> Callable[[str], bool]:
   """Whether a directory has a file of a name, by one listing of a bucket."""
   if files.is_local(directory):
     return lambda name: os.path.exists(directory / name)
+  return _list(directory).__contains__
+
+
+def _list(directory: epath.Path) -> set[str]:
+  """Paths of all files in a directory."""
+  if files.is_local(directory):
+    return {
+      os.path.relpath(os.path.join(folder, name), directory)
+      for folder, _, names in os.walk(directory)
+      for name in names
+    }
   system = buckets.file_system(directory)
   root = system._strip_protocol(os.fspath(directory))
-  return {
-    name.removeprefix(f'{root}/') for name in system.find(root)
-  }.__contains__
+  return {name.removeprefix(f'{root}/') for name in system.find(root)}
 
 
 class SampleDirectory:
@@ -100,10 +109,11 @@ class SampleDirectory:
         that it depends on, of JSON's types.
       layout: where another program looks for the samples. Then the finest level
         alone is written, no `grid.png`, which would be taken for a sample, and
-        samples that are not among the records are removed.
+        earlier samples that are not among the records are removed.
 
     Raises:
-      ValueError: the directory has samples of another layout.
+      ValueError: the directory has samples of another layout, or images of
+        somebody else in the places of samples.
     """
     self.directory = epath.Path(directory)
     self._layout = layout
@@ -126,7 +136,8 @@ class SampleDirectory:
     self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
     for record in found:
       self._find(record, is_local)
-    self._remove_others(found)
+    if layout:
+      self._remove_others(layout.pattern)
     if is_local and self._path.is_dir():
       files.set_aside(self._path)
     self._write_lines()
@@ -260,23 +271,25 @@ class SampleDirectory:
       image.shape == (size, size, 3) for image, size in zip(read, sizes)
     )
 
-  def _remove_others(self, found: Iterable[dict[str, Any]]) -> None:
+  def _remove_others(self, pattern: str) -> None:
     """Removes images of a layout that are no samples of these records.
 
-    Programs that score a directory take whatever it holds.
+    Programs that score a directory take whatever it holds, also what a process
+    had not finished when it was killed.
     """
-    if not self._layout:
-      return
     kept = {name for names in self._files.values() for name in names.values()}
-    for record in found:
-      names = record.get('files')
-      for name in names.values() if isinstance(names, dict) else ():
-        # What is in the file may be anything.
-        is_own = isinstance(name, str) and re.fullmatch(
-          self._layout.pattern, name
-        )
-        if is_own and name not in kept:
-          (self.directory / name).unlink(missing_ok=True)
+    others = [
+      name
+      for name in sorted(_list(self.directory) - kept)
+      if re.fullmatch(rf'(?:{pattern})(?:\.tmp)?', name)
+    ]
+    if others and not files.parts(self._path):
+      raise ValueError(
+        f'{self.directory / others[0]} was not sampled by this command, which '
+        'would replace it: give another --output.'
+      )
+    for name in others:
+      (self.directory / name).unlink(missing_ok=True)
 
   def _line(self, index: int) -> str:
     return (

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import errno
 import logging as python_logging
+import os
 import select
 import sys
 from typing import Any, NoReturn, TextIO
@@ -14,6 +15,7 @@ from mdm_jax.runtime.printable import printable
 
 # A disk that takes no more, not a mistake in the program.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_SMALL = 1024  # MiB of /dev/shm; Docker's and Kubernetes' default is 64.
 # JAX's RuntimeError that begins so says which devices are missing, and what to
 # do: JAX_PLATFORMS asks for them, say.
 _NO_DEVICES = 'Unable to initialize backend'
@@ -70,6 +72,8 @@ def run(
       pass  # The reader of a pipe, such as `head`, has read enough.
     elif isinstance(error, OSError) and error.errno in _DISK:
       message = f'error: {error}. What is finished is kept.'
+      if error.errno == errno.ENOSPC and not error.filename:
+        message += _shared_memory()
     # The environment's fault if a file is named, otherwise maybe ours.
     elif isinstance(error, OSError) and error.filename is not None:
       message = f'error: {error.filename}: {error.strerror}.'
@@ -84,6 +88,21 @@ def run(
   # Schedulers repeat signals.
   preemption.ignore_signals()
   ending.finish(code, printable(message))
+
+
+def _shared_memory() -> str:
+  """A remedy where it may be the memory of data workers that takes no more."""
+  try:
+    size = os.statvfs('/dev/shm')
+  except OSError:
+    return ''
+  size = size.f_blocks * size.f_frsize / 2**20
+  if size > _SMALL:
+    return ''
+  return (
+    f' Data workers share /dev/shm, which has only {size:,.0f} MiB: a '
+    'container needs more (docker run --shm-size=8g).'
+  )
 
 
 def _is_unread(stream: TextIO) -> bool:

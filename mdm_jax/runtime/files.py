@@ -46,13 +46,18 @@ class UnreadableFile(ValueError):
   """A file is missing, is no file, or does not hold what it should.
 
   Attributes:
+    path: of the file.
     reason: what is wrong, as in 'is empty'.
   """
 
   def __init__(self, path: epath.PathLike, reason: str):
     """The message is the path and the reason."""
     super().__init__(f'{path} {reason}')
-    self.reason = reason
+    self.path, self.reason = path, reason
+
+  def __reduce__(self):
+    """Pickles the arguments, for worker processes."""
+    return type(self), (os.fspath(self.path), self.reason)
 
 
 def require_file(path: epath.PathLike) -> tuple[int, int]:
@@ -478,10 +483,10 @@ def local_copy(path: epath.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UnreadableFile: it cannot be read.
   """
+  require_file(path)
   if is_local(path):
     yield pathlib.Path(path)
     return
-  require_file(path)
   with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
     copy = pathlib.Path(directory, epath.Path(path).name)
     with naming_errors(path):

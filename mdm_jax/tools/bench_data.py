@@ -4,11 +4,12 @@
   python -m mdm_jax.tools.bench_data --config=configs/captioned_images.py \\
       --config.data.path=DIR --step_rate=2000
 
-Without a config it reads synthetic JPEGs of 1200 x 900 pixels. For each
-resolution it prints the images/s of: a loop that decodes and resizes with
-Pillow; the same loop with every JPEG decoded at full size; the pipeline in
-this process; and the pipeline with worker processes. The measurements
-alternate.
+For tars in a bucket, add --config.data.name=tars and the --batch_size of a
+host in training: the records of a batch are requested together. Without a
+config it reads synthetic JPEGs of 1200 x 900 pixels. For each resolution it
+prints the images/s of: a loop that decodes and resizes with Pillow; the same
+loop with every JPEG decoded at full size; the pipeline in this process; and the
+pipeline with worker processes. The measurements alternate.
 """
 
 import io
@@ -90,12 +91,58 @@ def pillow(data: bytes, resolution: int, draft: bool = True) -> np.ndarray:
   )
 
 
+def pipeline_rate(
+  source,
+  tokenizer: Tokenizer,
+  resolution: int,
+  seconds: float,
+  num_workers: int,
+  batch_size: int = _BATCH_SIZE,
+  num_threads: int = 1,
+) -> float:
+  """Measures the pipeline, in images/s.
+
+  Args:
+    source: see `measure`.
+    tokenizer: see `measure`.
+    resolution: see `measure`.
+    seconds: see `measure`.
+    num_workers: worker processes; 0: this process.
+    batch_size: images that a worker reads together.
+    num_threads: of each worker.
+  """
+  batches = iter(
+    pipeline.make_dataset(
+      source,
+      transform=transforms.Transform(tokenizer, resolution),
+      batch_size=batch_size,
+      seed=0,
+      shuffle=True,
+      num_workers=num_workers,
+      num_threads=num_threads,
+      prefetch=1,
+    )
+  )
+  # Start the workers, and empty the buffers that fill while they start.
+  for _ in range(4 * max(num_workers, 1) * num_threads):
+    next(batches)
+  count, begin = 0, time.perf_counter()
+  while time.perf_counter() - begin < seconds:
+    next(batches)
+    count += batch_size
+  rate = count / (time.perf_counter() - begin)
+  batches.close()
+  return rate
+
+
 def measure(
   source,
   tokenizer: Tokenizer,
   resolution: int,
   seconds: float,
   worker_counts: list[int],
+  batch_size: int = _BATCH_SIZE,
+  num_threads: int = 1,
 ) -> dict[str, float]:
   """Measures the throughput of Pillow and of the pipeline.
 
@@ -105,6 +152,8 @@ def measure(
     resolution: of the examples, in pixels.
     seconds: approximate duration of each measurement.
     worker_counts: numbers of worker processes to measure; 0: this process.
+    batch_size: images that a worker reads together.
+    num_threads: of each worker.
 
   Returns:
     Name of the measurement -> images/s.
@@ -117,39 +166,19 @@ def measure(
       count += 1
     return count / (time.perf_counter() - begin)
 
-  def pipeline_rate(num_workers):
-    # Made just before it is measured: the workers of another pipeline would
-    # fill their buffers at the same time.
-    batches = iter(
-      pipeline.make_dataset(
-        source,
-        transform=transforms.Transform(tokenizer, resolution),
-        batch_size=_BATCH_SIZE,
-        seed=0,
-        shuffle=True,
-        num_workers=num_workers,
-        prefetch=1,
-      )
-    )
-    # Start the workers, and empty the buffers that fill while they start.
-    for _ in range(4 * max(num_workers, 1)):
-      next(batches)
-    count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-      next(batches)
-      count += _BATCH_SIZE
-    rate = count / (time.perf_counter() - begin)
-    batches.close()
-    return rate
-
   rates = {}
   for _ in range(_ROUNDS):
     found = {
       'pillow': pillow_rate(True),
       'pillow, full decode': pillow_rate(False),
     }
+    # Each is made just before it is measured: the workers of another would
+    # fill their buffers at the same time.
     found |= {
-      f'{count} workers': pipeline_rate(count) for count in worker_counts
+      f'{count} workers': pipeline_rate(
+        source, tokenizer, resolution, seconds, count, batch_size, num_threads
+      )
+      for count in worker_counts
     }
     rates = {
       name: max(rate, rates.get(name, 0)) for name, rate in found.items()
@@ -179,7 +208,15 @@ def main(_: list[str]) -> None:
   counts = sorted(set(values.workers))
   results = {}
   for resolution in resolutions:
-    rates = measure(source, tokenizer, resolution, values.seconds, counts)
+    rates = measure(
+      source,
+      tokenizer,
+      resolution,
+      values.seconds,
+      counts,
+      values.batch_size,
+      config.data.num_threads if config else 1,
+    )
     results[resolution] = rates
     rows = [
       [name, round(rate, 1), round(rate / rates['pillow'], 2)]
@@ -204,6 +241,14 @@ if __name__ == '__main__':
     [0, 1, 2],
     value_types.List(ranges.KEYS['data.num_workers']),
     'Numbers of worker processes to measure; 0: load in this process.',
+  )
+  flag_types.integer(
+    'batch_size',
+    _BATCH_SIZE,
+    1,
+    10**5,
+    'Images that a worker reads together. From a bucket, give as many as in '
+    'training: up to 32 of them are requested at once.',
   )
   flag_types.define(
     'seconds',

@@ -12,12 +12,11 @@ import dataclasses
 import functools
 import io
 import json
-import pathlib
 import re
-import shutil
 from typing import Any
 
 from absl import logging
+from etils import epath
 import numpy as np
 from PIL import Image
 
@@ -29,6 +28,8 @@ from mdm_jax.tools.worker_pool import run_all
 
 _JPEG_QUALITY = 95
 _MAX_JPEG_SIDE = 65_500  # pixels
+_REJECTS = 'rejects.jsonl'
+_LAST = 'dataset_info.json'  # TFDS's description of the data set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +177,21 @@ def prepare(
   """
   options.check()
   index, count = value_types.parse_part(part)
-  target = pathlib.Path(output)
-  if target.exists():
+  target = epath.Path(output)
+  partial = target.with_name(target.name + folders.UNFINISHED)
+  # A bucket cannot rename a directory: there, the data set is written where it
+  # belongs, and this file last.
+  if files.is_there(target) and (
+    files.is_local(target)
+    or files.is_there(target / _LAST)
+    or not files.is_there(partial)
+  ):
     raise ValueError(
       f'--output={output} exists: remove it or choose another directory.'
     )
   parts = inputs.find(
     [given] if isinstance(given, str) else given, options.caption_column
   )
-  partial = target.with_name(target.name + folders.UNFINISHED)
   _begin(partial, parts, options)
   reports = [partial / f'{i:06d}.json' for i in range(len(parts))]
   run_all(
@@ -199,18 +206,69 @@ def prepare(
   )
   if count > 1:
     return None
-  summary = _finish(
-    partial / 'set', inputs.count(parts), reports, options, num_workers
+  return _finish(
+    target, partial, inputs.count(parts), reports, options, num_workers
   )
-  (partial / 'set').rename(target)
-  shutil.rmtree(partial)
+
+
+def _finish(
+  target: epath.Path,
+  partial: epath.Path,
+  counts: dict[str, int],
+  reports: Sequence[epath.Path],
+  options: Options,
+  num_workers: int,
+) -> dict[str, Any]:
+  """Makes the data set from the records of all parts, and removes those.
+
+  Args:
+    target: directory of the data set.
+    partial: directory of the parts.
+    counts: of the inputs, see `inputs.count`.
+    reports: of all parts.
+    options: which records are used, and how they are stored.
+    num_workers: worker processes.
+
+  Returns:
+    The contents of `summary.json`.
+
+  Raises:
+    ValueError: there is no usable record.
+  """
+  is_local = files.is_local(target)
+  directory = partial / 'set' if is_local else target
+  if is_local:
+    directory.mkdir(exist_ok=True)
+  parts, rejected = _read_reports(reports, directory / _REJECTS)
+  if not parts:
+    first = (directory / _REJECTS).read_text().partition('\n')[0]
+    partial.rmtree()
+    if not is_local:
+      directory.rmtree()
+    raise ValueError(_nothing_usable(counts, rejected, first))
+  if options.deduplicate:
+    parts, duplicates = tfds_writer.deduplicate(parts)
+    if duplicates:
+      rejected['image used before'] = duplicates
+  records, info = tfds_writer.write_splits(
+    directory, parts, options.name, num_workers
+  )
+  summary = {
+    **counts,
+    'records': records,
+    'rejected': dict(rejected),
+  }
+  files.write_text(directory / 'summary.json', json.dumps(summary, indent=2))
+  info.write_to_directory(directory)
+  if is_local:
+    directory.rename(target)
+  partial.rmtree()
   return summary
 
 
 def _begin(
-  partial: pathlib.Path, parts: Sequence[inputs.Part], options: Options
+  partial: epath.Path, parts: Sequence[inputs.Part], options: Options
 ) -> None:
-  partial.mkdir(parents=True, exist_ok=True)
   begun = partial / 'options.json'
   settings = {
     'input': [part.identity() for part in parts],
@@ -233,11 +291,11 @@ def _begin(
   files.write_text(begun, json.dumps(settings))
 
 
-def _records(report: pathlib.Path, split: str) -> pathlib.Path:
+def _records(report: epath.Path, split: str) -> epath.Path:
   return report.with_name(f'{report.stem}-{split}.array_record')
 
 
-def _convert(options: Options, job: tuple[inputs.Part, pathlib.Path]) -> None:
+def _convert(options: Options, job: tuple[inputs.Part, epath.Path]) -> None:
   """Writes the records of one part, and then a report that marks it finished.
 
   Args:
@@ -264,9 +322,9 @@ def _convert(options: Options, job: tuple[inputs.Part, pathlib.Path]) -> None:
       writers[split].write(record)
       digests[split].append(tfds_writer.digest(image))
   for split in tfds_writer.SPLITS:
-    tfds_writer.digests_file(_records(report, split)).write_bytes(
-      b''.join(digests[split])
-    )
+    file = tfds_writer.digests_file(_records(report, split))
+    with files.replacing(file) as temporary:
+      temporary.write_bytes(b''.join(digests[split]))
   files.write_text(
     report,
     json.dumps(
@@ -278,58 +336,21 @@ def _convert(options: Options, job: tuple[inputs.Part, pathlib.Path]) -> None:
   )
 
 
-def _finish(
-  directory: pathlib.Path,
-  counts: dict[str, int],
-  reports: Sequence[pathlib.Path],
-  options: Options,
-  num_workers: int,
-) -> dict[str, Any]:
-  """Makes the data set from the records of all parts.
-
-  Args:
-    directory: to write the data set to.
-    counts: of the inputs, see `inputs.count`.
-    reports: of all parts.
-    options: which records are used, and how they are stored.
-    num_workers: worker processes.
-
-  Returns:
-    The contents of `summary.json`.
-
-  Raises:
-    ValueError: there is no usable record.
-  """
-  directory.mkdir(exist_ok=True)
-  parts, rejected = _read_reports(reports, directory / 'rejects.jsonl')
-  if not parts:
-    first = (directory / 'rejects.jsonl').read_text().partition('\n')[0]
-    shutil.rmtree(directory.parent)
-    remedy = (
-      ' An image and its caption need the same name up to the last dot.'
-      if 'tars' in counts
-      else ''
-    )
-    raise ValueError(
-      f'There is no usable record: {dict(rejected)}, such as {first}.{remedy}'
-    )
-  if options.deduplicate:
-    parts, duplicates = tfds_writer.deduplicate(parts)
-    if duplicates:
-      rejected['image used before'] = duplicates
-  summary = {
-    **counts,
-    'records': tfds_writer.write_splits(
-      directory, parts, options.name, num_workers
-    ),
-    'rejected': dict(rejected),
-  }
-  files.write_text(directory / 'summary.json', json.dumps(summary, indent=2))
-  return summary
+def _nothing_usable(
+  counts: dict[str, int], rejected: dict[str, int], first: str
+) -> str:
+  remedy = (
+    ' An image and its caption need the same name up to the last dot.'
+    if 'tars' in counts
+    else ''
+  )
+  return (
+    f'There is no usable record: {dict(rejected)}, such as {first}.{remedy}'
+  )
 
 
 def _read_reports(
-  reports: Sequence[pathlib.Path], rejects: pathlib.Path
+  reports: Sequence[epath.Path], rejects: epath.Path
 ) -> tuple[list[tfds_writer.Part], collections.Counter]:
   """Reads the reports of all parts and writes the list of rejected records.
 
@@ -341,7 +362,7 @@ def _read_reports(
     The parts of the data set, and the number of rejected records by reason.
   """
   parts, rejected = [], collections.Counter()
-  with rejects.open('w') as lines:
+  with files.replacing(rejects) as temporary, temporary.open('w') as lines:
     for report in reports:
       found = files.read_json(report)
       parts += [
@@ -357,7 +378,7 @@ def _read_reports(
   return parts, rejected
 
 
-def _is_finished(report: pathlib.Path) -> bool:
+def _is_finished(report: epath.Path) -> bool:
   """Whether a part has its report; one that cannot be read is made anew."""
   try:
     files.read_json(report, _is_report)

@@ -5,24 +5,30 @@
 
 The features are written to DIR/text. If the command is killed, the same
 command makes the missing files. Several machines divide the work by
---part=0/4, --part=1/4, …
+--part=0/4, --part=1/4, … If DIR is in a bucket, its files are copied to the
+local disk one after another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 
 from absl import flags, logging
+from etils import epath
 import numpy as np
 
 from mdm_jax.builders import recipes
 from mdm_jax.data import precomputed
 from mdm_jax.data.images import BadRecord
 from mdm_jax.runtime import (
+  buckets,
   command,
   directory_lock,
   files,
@@ -81,7 +87,6 @@ def precompute(
     make_tokenizer,
     text_fingerprint,
   )
-  from mdm_jax.data import sources
   from mdm_jax.runtime import sharding
 
   index, count = value_types.parse_part(part)
@@ -102,25 +107,26 @@ def precompute(
   path = config.data.path
   directory = precomputed.text_directory(path)
   value_types.check_outputs(directory)
-  splits = sources.available_splits(path)
-  by_split = {split: sources.open_source(path, split) for split in splits}
+  data = _Data(path)
   info = precomputed.TextInfo(
     made_with=text_fingerprint(config),
     dtype=storage,
     width=encoder.width,
     shard_size=SHARD_SIZE,
-    splits={split: len(source) for split, source in by_split.items()},
+    splits=data.sizes,
   )
   _write_info(path, info)
   names = [
     (split, k, name)
-    for split in splits
+    for split in data.sizes
     for k, name in enumerate(info.files(split))
   ]
+  # In a bucket, one list is faster than a question for each.
+  there = {file.name for file in directory.iterdir()}
   missing = [
-    (directory / name, by_split[split], _rows(k, info.splits[split]))
+    (directory / name, split, _rows(k, info.splits[split]))
     for split, k, name in names[index::count]
-    if not (directory / name).exists()
+    if name not in there
   ]
   logging.info(
     '%s: %d of %d files to make.', directory, len(missing), len(names)
@@ -132,8 +138,63 @@ def precompute(
     _write_empty(directory, empty_text(config), encode, batch_size)
   _write_shards(
     missing,
+    data,
     lambda captions: encode_captions(captions, tokenizer, encode, batch_size),
   )
+
+
+class _Data:
+  """The captions of a prepared data set, on a disk or in a bucket.
+
+  Attributes:
+    sizes: split -> number of records.
+  """
+
+  def __init__(self, path: str):
+    """Opens the data set.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it cannot be read.
+    """
+    from mdm_jax.data import sources
+
+    self._path = self._local = path
+    if not files.is_local(path):
+      self._directory = tempfile.TemporaryDirectory(prefix='mdm_jax_')
+      self._local = self._directory.name
+      # The descriptions, which are small.
+      for file in files.list_bucket(path):
+        if file.endswith('.json'):
+          self._copy(os.path.basename(file))
+      if not os.path.exists(f'{self._local}/dataset_info.json'):
+        raise FileNotFoundError(f'There is no prepared data set in {path}.')
+    self.sizes = sources.split_sizes(self._local)
+
+  @contextlib.contextmanager
+  def reading(self, split: str, rows: range) -> Iterator[tuple[Any, int]]:
+    """Yields a source that has some rows of a split, and the first it has."""
+    from mdm_jax.data import sources
+
+    if self._local == self._path:
+      yield sources.open_source(self._path, split), 0
+      return
+    part = f'{split}[{rows.start}:{rows.stop}]'
+    needed = sources.file_names(self._local, part)
+    # The next rows may be of the same file.
+    there = {file.name for file in pathlib.Path(self._local).iterdir()}
+    for name in there - {*needed}:
+      if not name.endswith('.json'):
+        os.remove(f'{self._local}/{name}')
+    for name in needed:
+      if name not in there:
+        self._copy(name)
+    yield sources.open_source(self._local, part), rows.start
+
+  def _copy(self, name: str) -> None:
+    path = f'{self._path.rstrip("/")}/{name}'
+    with files.naming_errors(path):
+      buckets.file_system(path).get_file(path, f'{self._local}/{name}')
 
 
 def _rows(shard: int, count: int) -> range:
@@ -164,19 +225,25 @@ def _make_encode(config, encoder, mesh, storage: str) -> Callable:
 
 
 def _write_shards(
-  shards: Sequence[tuple[pathlib.Path, Any, range]],
+  shards: Sequence[tuple[epath.Path, str, range]],
+  data: '_Data',
   make_records: Callable[[list[str]], list[bytes]],
 ) -> None:
   """Writes files of features and logs the progress.
 
   Args:
-    shards: the file, the source of its captions, and their indices.
+    shards: the file, the split of its captions, and their indices.
+    data: that the captions are of.
     make_records: maps captions to serialized records.
   """
   begin, done, num_bytes = time.monotonic(), 0, 0
   total = sum(len(indices) for _, _, indices in shards)
-  for file, source, indices in shards:
-    records = make_records(_captions(source, indices))
+  for file, split, indices in shards:
+    with data.reading(split, indices) as (source, first):
+      captions = _captions(
+        source, range(indices.start - first, indices.stop - first)
+      )
+    records = make_records(captions)
     _write_records(file, records)
     done += len(records)
     num_bytes += sum(map(len, records))
@@ -262,7 +329,7 @@ def _write_info(path: str, info: precomputed.TextInfo) -> None:
 
 
 def _write_empty(
-  directory: pathlib.Path,
+  directory: epath.Path,
   tokens: np.ndarray,
   encode: Callable,
   batch_size: int,
@@ -296,7 +363,7 @@ def _captions(source, indices: range) -> list[str]:
   )
 
 
-def _write_records(file: pathlib.Path, records: Sequence[bytes]) -> None:
+def _write_records(file: epath.Path, records: Sequence[bytes]) -> None:
   from array_record.python import array_record_module
 
   with files.replacing(file) as temporary:

@@ -17,6 +17,9 @@ tar, a Parquet file, or some hundred images of a folder. Several machines with a
 shared file system divide the parts by --part=0/4, --part=1/4, …; afterwards the
 command without --part completes the data set. DIR appears when everything is
 written, and can be read by `mdm_jax.data.sources` and by TFDS.
+
+Inputs and DIR may be in a bucket. Each file is made on the local disk, in
+$TMPDIR, and then uploaded.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from mdm_jax.data.inputs import counted
 from mdm_jax.runtime import (
   command,
   directory_lock,
+  files,
   flag_types,
   value_types,
 )
@@ -62,6 +66,11 @@ def describe(summary: dict[str, Any], output: str) -> str:
   lines += [f'  skipped, {reason}: {n}' for reason, n in rejected.items()]
   if rejected:
     lines.append(f'  (details: {os.path.join(output, "rejects.jsonl")})')
+  if not files.is_local(output):
+    output = f'/mnt/{output.partition("://")[2]}'
+    lines.append(
+      f'Mount the bucket with gcsfuse, as launch/ does: here {output}.'
+    )
   path = {'config.data.path': output}
   if sum(records.values()) <= _FEW:
     lines += [
@@ -92,13 +101,14 @@ def main(_) -> None:
       summary = prepare(
         values.input, values.output, options, values.num_workers, values.part
       )
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  except (OSError, RuntimeError) as error:
+  # An input or an output in a bucket that does not answer is an UnreadableFile.
+  except (OSError, RuntimeError, files.UnreadableFile) as error:
     sys.exit(
       f'error: {error}. Finished parts are kept: run the same command '
       'again to continue.'
     )
+  except ValueError as error:
+    sys.exit(f'error: {error}')
   if summary is None:
     print(
       'This part is finished. When all parts are, run the command without '

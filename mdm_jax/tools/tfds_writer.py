@@ -8,13 +8,14 @@ import collections
 from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
-import pathlib
+import os
 from typing import Any
 
 from array_record.python import array_record_module
+from etils import epath
 import numpy as np
 
-from mdm_jax.runtime import files
+from mdm_jax.runtime import buckets, files
 from mdm_jax.tools.worker_pool import run_all
 
 SPLITS = ('train', 'validation')
@@ -23,7 +24,7 @@ _RECORDS_PER_SHARD = 10_000
 _DIGEST = np.dtype('V16')  # hash of an image file
 
 # A split, a file of records, and bool [records]: which records to use.
-Part = tuple[str, pathlib.Path, np.ndarray]
+Part = tuple[str, epath.Path, np.ndarray]
 
 
 def digest(image: bytes) -> bytes:
@@ -31,7 +32,7 @@ def digest(image: bytes) -> bytes:
   return hashlib.blake2b(image, digest_size=_DIGEST.itemsize).digest()
 
 
-def digests_file(records: pathlib.Path) -> pathlib.Path:
+def digests_file(records: epath.Path) -> epath.Path:
   """Where the hashes of the images of a file of records are."""
   return records.with_suffix('.digests')
 
@@ -39,7 +40,10 @@ def digests_file(records: pathlib.Path) -> pathlib.Path:
 def deduplicate(parts: Sequence[Part]) -> tuple[list[Part], int]:
   """Keeps the first record of each image; also returns how many it dropped."""
   digests = np.concatenate(
-    [np.fromfile(digests_file(file), _DIGEST) for _, file, _ in parts]
+    [
+      np.frombuffer(digests_file(file).read_bytes(), _DIGEST)
+      for _, file, _ in parts
+    ]
   )
   first = np.zeros(len(digests), bool)
   first[np.unique(digests, return_index=True)[1]] = True
@@ -52,12 +56,12 @@ def deduplicate(parts: Sequence[Part]) -> tuple[list[Part], int]:
 
 
 def write_splits(
-  directory: pathlib.Path,
+  directory: epath.Path,
   parts: Sequence[Part],
   name: str,
   num_workers: int,
-) -> dict[str, int]:
-  """Writes the splits and TFDS's description of the data set.
+) -> tuple[dict[str, int], Any]:
+  """Writes the splits.
 
   Args:
     directory: of the data set.
@@ -66,7 +70,8 @@ def write_splits(
     num_workers: worker processes.
 
   Returns:
-    Split -> number of records.
+    Split -> number of records; and TFDS's description of the data set, whose
+      `write_to_directory` completes it.
   """
   import tensorflow_datasets as tfds
 
@@ -89,7 +94,7 @@ def write_splits(
       split=split,
       filetype_suffix='array_record',
     )
-    targets = list(map(pathlib.Path, template.sharded_filepaths(len(shards))))
+    targets = list(map(epath.Path, template.sharded_filepaths(len(shards))))
     run_all(
       _assemble, list(zip(targets, shards)), num_workers, f' {split} file'
     )
@@ -100,17 +105,16 @@ def write_splits(
         name=split,
         shard_lengths=lengths,
         filename_template=template,
-        num_bytes=sum(file.stat().st_size for file in targets),
+        num_bytes=sum(files.require_file(file)[0] for file in targets),
       )
     )
   info.set_splits(tfds.core.SplitDict(splits))
-  info.write_to_directory(directory)
-  return counts
+  return counts, info
 
 
 def _shards(
   parts: Sequence[Part],
-) -> dict[str, list[list[tuple[pathlib.Path, np.ndarray]]]]:
+) -> dict[str, list[list[tuple[epath.Path, np.ndarray]]]]:
   """Groups the parts of each split into the files of the data set."""
   parts = [part for part in parts if part[2].any()]
   has_train = any(split == 'train' for split, _, _ in parts)
@@ -127,21 +131,26 @@ def _shards(
 
 
 def _assemble(
-  job: tuple[pathlib.Path, Sequence[tuple[pathlib.Path, np.ndarray]]],
+  job: tuple[epath.Path, Sequence[tuple[epath.Path, np.ndarray]]],
 ) -> None:
   """Writes one file of the data set from its parts."""
   target, parts = job
   if target.exists():
     return  # Written before the run was interrupted.
   if len(parts) == 1 and parts[0][1].all():
-    parts[0][0].rename(target)
+    if files.is_local(target):
+      parts[0][0].rename(target)
+    else:  # The bucket copies it itself.
+      source = os.fspath(parts[0][0])
+      buckets.file_system(source).mv(source, os.fspath(target))
     return
   with open_writer(target) as writer:
     for file, keep in parts:
-      reader = array_record_module.ArrayRecordReader(str(file))
-      for index in np.flatnonzero(keep):
-        writer.write(reader.read([int(index)])[0])
-      reader.close()
+      with files.local_copy(file) as local:
+        reader = array_record_module.ArrayRecordReader(str(local))
+        for index in np.flatnonzero(keep):
+          writer.write(reader.read([int(index)])[0])
+        reader.close()
 
 
 def make_features():
@@ -160,7 +169,7 @@ def make_features():
 
 
 @contextlib.contextmanager
-def open_writer(path: pathlib.Path) -> Iterator[Any]:
+def open_writer(path: epath.Path) -> Iterator[Any]:
   """Writes an ArrayRecord file, which appears when it is complete."""
   with files.replacing(path) as temporary:
     # Groups of one record, for random access.

@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 
+from etils import epath
 from ml_collections import ConfigDict
 import pytest
 
@@ -297,6 +298,79 @@ def test_bad_data_is_named(make_config, changes, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
     make_source(config, 'train', 16)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ['changes', 'message'],
+  [
+    (
+      {'data.name': 'captioned_images', 'data.path': 'HERE'},
+      "data.path='gs://.*': ArrayRecord files cannot .* Mount it with gcsfuse",
+    ),
+    (
+      {'data.name': 'tfds:flowers', 'data.path': 'HERE'},
+      "data.path='gs://.*': ArrayRecord files cannot .* data.name='tars'",
+    ),
+    (
+      {'data.name': 'tars', 'data.path': 'gs://not-there/index'},
+      "data.path='gs://not-there/index': there is no bucket not-there: create",
+    ),
+    (
+      {'data.name': 'tars', 'data.path': 'HERE'},
+      'no index in gs://.*: make one with python -m mdm_jax.tools.index_tars',
+    ),
+    (
+      {'text.encoder': 't5', 'text.path': 'gs://not-there/t5'},
+      "text.path='gs://not-there/t5': there is no bucket not-there",
+    ),
+    (
+      {'text.encoder': 't5', 'text.path': 'HERE/t5'},
+      "text.path='gs://.*/t5' is no directory: name the directory of a T5",
+    ),
+    (
+      {'text.tokenizer': 'gs:/tests/spiece.model'},
+      'text.tokenizer=.*write gs:// with two slashes',
+    ),
+    (
+      {'text.tokenizer': 'HERE/spiece.model'},
+      "no tokenizer at 'gs://.*/spiece.model': give the path",
+    ),
+    (
+      {
+        'text.encoder': 'label',
+        'text.num_classes': 6,
+        'text.class_names': 'HERE/names',
+      },
+      "text.class_names='gs://.*/names' does not exist",
+    ),
+  ],
+)
+def test_what_is_wrong_in_a_bucket_is_named(
+  make_config, mesh, bucket, changes, message
+):
+  changes = {
+    key: value.replace('HERE', bucket.path) if isinstance(value, str) else value
+    for key, value in changes.items()
+  }
+  (epath.Path(bucket.path) / 'other').write_text('')
+  config = changed(make_config(), changes)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    check(config, mesh)
+    make_source(config, 'train', 16)
+  assert '\n' not in str(error.value)
+
+
+def test_a_bucket_that_refuses_is_named(make_config, mesh, bucket):
+  for key, status, message in (
+    ('data.path', 403, 'data.path=.*no permission .*: give this account the'),
+    ('text.path', 401, 'text.path=.*gcloud auth application-default login'),
+  ):
+    changes = {'data.name': 'tars', key: f'{bucket.path}/x'}
+    with (
+      bucket.failing('.', status=status, body=b'no access'),
+      pytest.raises(ValueError, match=message),
+    ):
+      check(changed(make_config(), changes), mesh)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import shutil
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -59,6 +60,42 @@ def test_every_form_is_the_same_encoder(config, t5_directory, tmp_path, form):
     assert text.text_fingerprint(config) == fingerprint
     loaded = text.load_frozen(config, mesh)
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_an_encoder_in_a_bucket_is_copied_once(
+  config, t5_directory, bucket, tmp_path, form
+):
+  save, name = FORMS[form]
+  mesh = sharding.make_mesh(config.mesh)
+  expected = text.load_frozen(config, mesh), text.text_fingerprint(config)
+  tokens = text.make_tokenizer(config).encode('a red ring')
+  weights = safetensors.numpy.load_file(t5_directory.path / 'model.safetensors')
+  save(weights, tmp_path / name)
+  path = epath.Path(bucket.path)
+  (path / name).write_bytes((tmp_path / name).read_bytes())
+  for file in ('config.json', 'spiece.model'):
+    (path / file).write_bytes((t5_directory.path / file).read_bytes())
+  (path / 'tf_model.h5').write_bytes(b'large')
+  config.text.path = bucket.path
+  bucket.requests.clear()
+  for _ in range(2):
+    found = text.load_frozen(config, mesh), text.text_fingerprint(config)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    np.testing.assert_array_equal(
+      text.make_tokenizer(config).encode('a red ring'), tokens
+    )
+  read = [x for x in bucket.requests if x.startswith('GET /download')]
+  assert sum(name in request for request in read) == 1
+  assert sum('spiece.model' in request for request in read) == 1
+  assert not any('tf_model' in request for request in read)
+  # Another file of the same name is not taken for the first.
+  (path / name).write_bytes((tmp_path / name).read_bytes()[:-1000])
+  with pytest.raises(ValueError, match=f'text.path=.*gs://.*{name} is '):
+    text.load_frozen(config, mesh)
+  (path / 'spiece.model').write_bytes(b'no model')
+  with pytest.raises(ValueError, match='gs://.* is no SentencePiece model'):
+    text.make_tokenizer(config)
 
 
 @pytest.mark.parametrize(

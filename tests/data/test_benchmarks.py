@@ -74,7 +74,7 @@ def test_captions_of_coco_are_one_of_each_photograph(tmp_path):
 
 @pytest.mark.parametrize(
   'value',
-  [{}, {'annotations': []}, {'annotations': [{'image_id': 1, 'id': 2}]}],
+  [{}, [1], {'annotations': []}, {'annotations': [{'image_id': 1, 'id': 2}]}],
 )
 def test_a_file_without_captions_of_coco_is_named(tmp_path, value):
   path = tmp_path / 'instances_val2014.json'
@@ -82,4 +82,7 @@ def test_a_file_without_captions_of_coco_is_named(tmp_path, value):
   with pytest.raises(
     ValueError, match='instances_val2014.json has no captions'
   ):
+    benchmarks.choose_coco(path)
+  path.write_text('[' * 10**5)
+  with pytest.raises(ValueError, match='has no captions of COCO'):
     benchmarks.choose_coco(path)

@@ -72,7 +72,7 @@ def test_shellcheck(path):
 
 @pytest.mark.parametrize(
   'path',
-  [ROOT / 'docs' / 'tpu.md', LAUNCH / 'xpk.md'],
+  [ROOT / 'docs' / 'tpu.md', LAUNCH / 'gke.md', LAUNCH / 'xpk.md'],
   ids=lambda path: path.name,
 )
 def test_commands_in_the_docs(path, tmp_path):
@@ -86,7 +86,7 @@ def test_commands_in_the_docs(path, tmp_path):
   assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_tpu_vm(dry_run):
+def test_tpu_vm_with_a_share(dry_run):
   lines, _ = dry_run(
     'tpu_vm.sh',
     'create',
@@ -136,7 +136,7 @@ def test_tpu_vm(dry_run):
     for words in commands
   )
   assert 'tar -xzf mdm_jax.tar.gz' in unpack
-  assert "pip install -U 'jax[tpu]'" in install
+  assert "pip install -U 'jax[tpu]' gcsfs" in install
   assert 'mount -t nfs 10.0.0.2:/mdm share' in mount
   assert shlex.split(run[run.index('bash -c') :])[2] == (
     '../venv/bin/python launch/supervise.py --workdir=../share/runs/name -- '
@@ -148,15 +148,47 @@ def test_tpu_vm(dry_run):
   assert 'kill $(cat run.pid)' in stop
 
 
-def test_tpu_vm_all_steps(dry_run):
-  steps = [
-    line[3:]
-    for line in dry_run('tpu_vm.sh', **GOOGLE)[0]
-    if line.startswith('== ')
+def test_tpu_vm_with_a_bucket(dry_run):
+  lines, _ = dry_run(
+    'tpu_vm.sh',
+    *'create install run fetch'.split(),
+    NAME='name',
+    ACCELERATOR='v6e-16',
+    SPOT='1',
+    BUCKET='gs://bucket/',
+    **GOOGLE,
+  )
+  create, _, install, run = [line for line in lines if ' tpus ' in line]
+  scopes = 'https://www.googleapis.com/auth/cloud-platform'
+  assert f' --scopes={scopes} --spot ' in create
+  # Nothing is mounted that nothing reads.
+  assert 'gcsfuse' not in install and 'mount' not in install
+  assert (
+    '--workdir=gs://bucket/runs/name -- env JAX_PLATFORMS=tpu,cpu '
+    'JAX_COMPILATION_CACHE_DIR=gs://bucket/cache/xla ../venv/bin/python -m '
+    'mdm_jax.main --distributed --config=configs/shapes_64.py '
+    '--workdir=gs://bucket/runs/name & '
+  ) in run
+  assert lines[-2:] == [
+    'mkdir -p runs/name',
+    'gcloud storage rsync --recursive gs://bucket/runs/name runs/name',
   ]
-  assert steps == ['create', 'copy', 'install', 'run', 'log', 'fetch', 'delete']
-  lines, _ = dry_run('tpu_vm.sh', SPOT='1', SHARE='a:/b', **GOOGLE)
-  assert '== keep' in lines and '== log' not in lines
+
+
+@pytest.mark.parametrize(
+  'variables, expected',
+  [
+    ({}, 'create copy install run log fetch delete'),
+    ({'SPOT': '1', 'SHARE': 'a:/b'}, 'create copy install run keep fetch dele'),
+    # A bucket outlives the VM.
+    ({'BUCKET': 'gs://b'}, 'create copy install run log delete'),
+    ({'SPOT': '1', 'BUCKET': 'gs://b'}, 'create copy install run keep delete'),
+  ],
+)
+def test_tpu_vm_all_steps(dry_run, variables, expected):
+  lines, _ = dry_run('tpu_vm.sh', **variables, **GOOGLE)
+  steps = [line[3:] for line in lines if line.startswith('== ')]
+  assert ' '.join(steps).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +197,26 @@ def test_tpu_vm_all_steps(dry_run):
     ('tpu_vm.sh', (), {'ZONE': 'z'}, 'set PROJECT ('),
     ('tpu_vm.sh', (), {}, 'set PROJECT, ZONE ('),
     ('tpu_vm.sh', ('go',), GOOGLE, 'no step go: the steps are create'),
-    ('tpu_vm.sh', (), GOOGLE | {'SPOT': '1'}, 'SPOT=1 needs SHARE'),
+    ('tpu_vm.sh', (), GOOGLE | {'SPOT': '1'}, 'SPOT=1 needs BUCKET'),
     (
       'tpu_vm.sh',
       (),
       GOOGLE | {'ACCELERATOR': 'v6e-16'},
-      'v6e-16 has 4 hosts, and needs SHARE',
+      'v6e-16 has 4 hosts, and needs BUCKET',
+    ),
+    (
+      'tpu_vm.sh',
+      (),
+      GOOGLE | {'BUCKET': 'name'},
+      'BUCKET=name is not gs://NAME.',
+    ),
+    ('gpu.sh', (), {'BUCKET': 'gs://a/b'}, 'BUCKET=gs://a/b is not gs://NAME.'),
+    ('gpu.sh', (), {'CACHE_GB': '5'}, 'CACHE_GB needs BUCKET'),
+    (
+      'gke.sh',
+      (),
+      {'BUCKET': 'gs://a', 'CACHE_GB': '5G'},
+      'CACHE_GB=5G is no number',
     ),
     (
       'tpu_vm.sh',
@@ -178,7 +224,8 @@ def test_tpu_vm_all_steps(dry_run):
       GOOGLE | {'ACCELERATOR': 'v5p-9'},
       'no slice ACCELERATOR=v5p-9 is known: there are v5litepod-N',
     ),
-    ('gke.sh', ('run',), {}, 'set IMAGE, SHARE ('),
+    ('gke.sh', ('run',), {}, 'set IMAGE ('),
+    ('gke.sh', ('run',), {'IMAGE': 'i'}, 'set BUCKET ('),
     (
       'gke.sh',
       ('pool',),
@@ -187,7 +234,7 @@ def test_tpu_vm_all_steps(dry_run):
     ),
     ('gke.sh', (), {'IMAGE': 'i', 'SHARE': 's'}, 'name a step'),
     ('gke.sh', ('go',), {'IMAGE': 'i', 'SHARE': 's'}, 'no step go'),
-    ('gpu_slurm.sh', (), {}, 'set WORKDIR ('),
+    ('gpu_slurm.sh', (), {}, 'set WORKDIR or BUCKET ('),
   ],
 )
 def test_missing_settings_are_named_in_one_line(
@@ -207,13 +254,15 @@ def test_gpu(dry_run, tmp_path):
   assert dry_run('gpu.sh')[0] == [
     f'python3 -m venv {venv}',
     f'{venv}/bin/pip install -r requirements.txt',
-    f"{venv}/bin/pip install -U 'jax[cuda12]'",
+    f"{venv}/bin/pip install -U 'jax[cuda12]' gcsfs",
     train,
   ]
   venv.mkdir()
   assert dry_run('gpu.sh', '--config.seed=1', WORKDIR='w')[0] == [
     f'{train} --workdir=w --config.seed=1'
   ]
+  lines, _ = dry_run('gpu.sh', BUCKET='gs://b', NAME='name')
+  assert lines == [f'{train} --workdir=gs://b/runs/name']
 
 
 def test_gpu_slurm(dry_run, tmp_path):
@@ -282,7 +331,7 @@ def manifest(lines):
 
 
 def test_jobset_with_the_defaults(dry_run):
-  lines, _ = dry_run('gke.sh', 'run', IMAGE='image', SHARE='claim')
+  lines, _ = dry_run('gke.sh', 'run', IMAGE='image', BUCKET='gs://bucket')
   jobset = manifest(lines)
   assert jobset['metadata']['name'] == 'mdm'
   job = jobset['spec']['replicatedJobs'][0]['template']['spec']
@@ -297,17 +346,71 @@ def test_jobset_with_the_defaults(dry_run):
   assert container['args'] == [
     '--distributed',
     '--config=configs/shapes_64.py',
-    '--workdir=/share/runs/mdm',
+    '--workdir=gs://bucket/runs/mdm',
   ]
   assert container['resources']['limits'] == {'google.com/tpu': 8}
-  (claim,) = pod['volumes']
-  assert claim['persistentVolumeClaim'] == {'claimName': 'claim'}
+  assert {entry['name']: entry['value'] for entry in container['env']} == {
+    'JAX_PLATFORMS': 'tpu,cpu',
+    'JAX_COMPILATION_CACHE_DIR': 'gs://bucket/cache/xla',
+  }
+  (shm,) = pod['volumes']
+  assert shm['emptyDir'] == {'medium': 'Memory'}
   assert container['volumeMounts'] == [
-    {'name': claim['name'], 'mountPath': '/share'}
+    {'name': shm['name'], 'mountPath': '/dev/shm'}
   ]
   # A policy looks for the container by its name.
   codes = job['podFailurePolicy']['rules'][1]['onExitCodes']
   assert (codes['containerName'], codes['values']) == (container['name'], [75])
+
+
+def jobset_volumes(dry_run, **variables):
+  """Volumes by path, but for shared memory; annotations; arguments."""
+  lines, _ = dry_run('gke.sh', 'run', IMAGE='image', **variables)
+  job = manifest(lines)['spec']['replicatedJobs'][0]['template']['spec']
+  template = job['template']
+  volumes = {
+    volume.pop('name'): volume for volume in template['spec']['volumes']
+  }
+  (container,) = template['spec']['containers']
+  paths = {
+    mount['mountPath']: volumes[mount['name']]
+    for mount in container['volumeMounts']
+  }
+  assert len(paths) == len(volumes)
+  assert paths.pop('/dev/shm')
+  return paths, template['metadata']['annotations'], container['args']
+
+
+def test_jobset_with_a_share(dry_run):
+  paths, annotations, arguments = jobset_volumes(dry_run, SHARE='claim')
+  assert paths == {'/share': {'persistentVolumeClaim': {'claimName': 'claim'}}}
+  assert annotations['gke-gcsfuse/volumes'] == 'false'
+  assert '--workdir=/share/runs/mdm' in arguments
+
+
+@pytest.mark.parametrize('size', [50, 0])
+def test_jobset_with_a_mounted_bucket(dry_run, size):
+  paths, annotations, arguments = jobset_volumes(
+    dry_run, BUCKET='gs://data-1', CACHE_GB=str(size)
+  )
+  options = ['implicit-dirs', 'metadata-cache:ttl-secs:-1']
+  if size:
+    options += [
+      'file-cache:cache-file-for-range-read:true',
+      'file-cache:max-size-mb:51200',
+    ]
+  csi = paths.pop('/bucket')['csi']
+  assert not paths
+  assert (csi['driver'], csi['readOnly']) == (
+    'gcsfuse.csi.storage.gke.io',
+    True,
+  )
+  assert csi['volumeAttributes'] == {
+    'bucketName': 'data-1',
+    'mountOptions': ','.join(options),
+  }
+  assert annotations['gke-gcsfuse/volumes'] == 'true'
+  assert '--workdir=gs://data-1/runs/mdm' in arguments
 
 
 def test_gke(dry_run):
@@ -419,6 +522,16 @@ STUBS = {
         sys.exit(int(os.environ['CODE']))""",
   'sleep': """
         exec /bin/sleep 0.05""",
+  # Of a VM on which a bucket is mounted.
+  'sudo': '''
+        [[ $1 != tee ]] || exec cat > {bin}/"$(basename "$2")"
+        echo "sudo $*"''',
+  'lsb_release': """
+        echo jammy""",
+  'mountpoint': """
+        exit 1""",
+  'gcsfuse': '''
+        echo "gcsfuse $*"''',
 }
 
 
@@ -451,7 +564,7 @@ def tpu_vm(tmp_path):
     (stubs / name).chmod(0o755)
   (tmp_path / 'home').mkdir()
 
-  def tpu_vm(steps, code=0, seconds=0.2):
+  def tpu_vm(steps, code=0, seconds=0.2, **variables):
     return subprocess.run(
       [repository / 'launch' / 'tpu_vm.sh', *steps.split()],
       capture_output=True,
@@ -463,10 +576,12 @@ def tpu_vm(tmp_path):
         'CODE': str(code),
         'TMPDIR': str(tmp_path),
         'SECONDS_TO_TRAIN': str(seconds),
-      },
+      }
+      | variables,
     )
 
   tpu_vm.home, tpu_vm.runs = tmp_path / 'home', repository / 'runs'
+  tpu_vm.stubs = stubs
   tpu_vm.state, tpu_vm.preempt = tmp_path / 'state', tmp_path / 'preempt'
   tpu_vm.calls = lambda: [
     line.split()[1] for line in (tmp_path / 'calls').read_text().splitlines()
@@ -494,6 +609,34 @@ def test_on_a_vm_from_create_to_delete(tpu_vm):
     'scp',
     'delete',
   ]
+
+
+@pytest.mark.parametrize(
+  'size, cached',
+  [
+    (
+      '20',
+      '--cache-dir=cache --implicit-dirs --metadata-cache-ttl-secs=-1 '
+      '--file-cache-cache-file-for-range-read=true '
+      '--file-cache-max-size-mb=20480',
+    ),
+    # Without --cache-dir, gcsfuse has no cache of files.
+    ('0', '--implicit-dirs --metadata-cache-ttl-secs=-1'),
+  ],
+)
+def test_on_a_vm_a_bucket_is_mounted(tpu_vm, size, cached):
+  done = tpu_vm('create copy install', BUCKET='gs://data', CACHE_GB=size)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-3:] == [
+    'sudo apt-get -o DPkg::Lock::Timeout=600 update',
+    'sudo apt-get -o DPkg::Lock::Timeout=600 install -y gcsfuse',
+    f'gcsfuse -o ro {cached} data bucket',
+  ]
+  assert (tpu_vm.home / 'bucket').is_dir()
+  assert (tpu_vm.stubs / 'gcsfuse.list').read_text() == (
+    'deb [signed-by=/usr/share/keyrings/cloud.google.asc] '
+    'https://packages.cloud.google.com/apt gcsfuse-jammy main\n'
+  )
 
 
 def test_on_a_vm_training_that_cannot_continue(tpu_vm):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,7 +28,9 @@ with (workdir / 'runs').open('a') as file:
   file.write('x')
 run = len((workdir / 'runs').read_text())
 def save(step):
-  (workdir / 'checkpoints' / '0_8' / str(step)).mkdir(parents=True)
+  path = workdir / 'checkpoints' / '0_8' / str(step)
+  path.mkdir(parents=True)
+  (path / 'manifest.json').touch()
 """
 
 
@@ -102,10 +105,33 @@ def test_gives_up_without_progress(start, tmp_path, code, expected):
 
 
 def test_progress_resets_the_count(start, tmp_path):
-  (tmp_path / 'checkpoints' / '0_8' / '9.uncommitted').mkdir(parents=True)
+  for name in ('9.uncommitted/manifest.json', '9/params'):
+    path = tmp_path / 'checkpoints' / '0_8' / name
+    path.parent.mkdir(parents=True)
+    path.touch()
   process = start('if run in (2, 4): save(run)\nsys.exit(1)')
   process.communicate(timeout=600)
   assert (process.returncode, runs(tmp_path)) == (1, 7)
+
+
+def test_progress_in_a_bucket(bucket, capfd):
+  progress = runpy.run_path(str(SCRIPT))['progress']
+  assert progress(bucket.path) == (-1, -1)
+  for name in (
+    'checkpoints/0_8/20/manifest.json',
+    'checkpoints/1_16/3/manifest.json',
+    'checkpoints/1_16/12/manifest.json',
+    'checkpoints/1_16/40.damaged/manifest.json',
+    'checkpoints/1_16/80/params/manifest.ocdbt',  # Only begun.
+  ):
+    bucket.past_the_proxy.pipe_file(f'{bucket.path}/{name}', b'{}')
+  assert progress(bucket.path) == (1, 12)
+  assert not capfd.readouterr().err
+  with bucket.failing('/o', status=403):
+    assert progress(bucket.path) == (-1, -1)
+  (line,) = capfd.readouterr().err.splitlines()
+  assert line.startswith(f'supervise: {bucket.path} cannot be listed: ')
+  assert 'permission' in line
 
 
 # Saves when it is asked to stop, which takes a while, and tells the signal.

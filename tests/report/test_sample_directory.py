@@ -304,7 +304,10 @@ def test_a_numbered_directory_has_the_samples_of_its_settings_alone(place):
   images = {f'{i:05d}.png' for i in range(5)}
   assert names_in(place) == images | {'samples.jsonl', 'index.html'}
 
-  # Other settings, fewer samples: no others remain, whatever a line says.
+  # Other settings, fewer samples: no others remain, whatever a line says, nor
+  # what a killed process has not finished.
+  (place / '00007.png').write_bytes(b'')
+  (place / '00007.png.tmp').write_bytes(b'')
   path = place / 'samples.jsonl'
   mine = place.parent / 'mine.png'
   mine.write_bytes(b'')
@@ -332,6 +335,14 @@ def test_another_layout_is_refused(stopped):
   SampleDirectory(numbered, RECORDS, layouts.numbered('flat')).add(0, levels(0))
   with pytest.raises(ValueError, match='numbered has samples of another'):
     SampleDirectory(numbered, RECORDS)
+
+
+def test_images_of_somebody_else_stay(tmp_path):
+  theirs = tmp_path / '00001.png'
+  theirs.write_bytes(b'')
+  with pytest.raises(ValueError, match='00001.png was not sampled by this'):
+    SampleDirectory(tmp_path, RECORDS, layouts.numbered('flat'))
+  assert names_in(tmp_path) == {'00001.png'}
 
 
 def test_samples_in_a_bucket_are_continued(bucket):

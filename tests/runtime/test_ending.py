@@ -51,6 +51,13 @@ SOON = {
     1,
     "error: [Errno 28] No space left on device: 'a'. What is finished is kept.",
   ),
+  'import types; os.statvfs = lambda path: types.SimpleNamespace(f_blocks=64, '
+  'f_frsize=2**20); raise OSError(28, "No space left on device")': (
+    1,
+    'error: [Errno 28] No space left on device. What is finished is kept. Data '
+    'workers share /dev/shm, which has only 64 MiB: a container needs more '
+    '(docker run --shm-size=8g).',
+  ),
   'directory_lock.holding_file("/dev/null/a").__enter__()': (
     1,
     'error: /dev/null cannot be written to: File exists.',

@@ -2,9 +2,11 @@
 
 import io
 import json
+import pathlib
 import pickle
 import shutil
 
+from etils import epath
 import numpy as np
 from PIL import Image
 import pytest
@@ -134,7 +136,7 @@ def test_features_are_the_encoders(made, t5_directory):
 
 def test_only_what_is_missing_is_made(copied):
   before = contents(copied)
-  directory = precomputed.text_directory(copied.data.path)
+  directory = pathlib.Path(precomputed.text_directory(copied.data.path))
   names = sorted(name for name in before if name.startswith('train'))
   assert len(names) == 3
   (directory / names[1]).unlink()
@@ -163,6 +165,40 @@ def test_machines_share_the_work(made, copied):
   assert 'empty.npy' not in contents(copied)
   precompute_text.precompute(copied, batch_size=8, part='0/2')
   assert contents(copied) == contents(made)
+
+
+def test_a_data_set_in_a_bucket_has_the_same(
+  made, prepared, bucket, monkeypatch
+):
+  config = made.copy_and_resolve_references()
+  config.text.encoder = 't5'
+  config.data.path = f'{bucket.path}/set'
+  for file in prepared.iterdir():
+    (epath.Path(config.data.path) / file.name).write_bytes(file.read_bytes())
+  write, written = precompute_text._write_records, []
+
+  def write_two(file, records):
+    if len(written) == 2:
+      raise KeyboardInterrupt
+    written.append(file.name)
+    write(file, records)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(precompute_text, '_write_records', write_two)
+    with pytest.raises(KeyboardInterrupt):
+      precompute_text.precompute(config, batch_size=8)
+  bucket.requests.clear()
+  precompute_text.precompute(config, batch_size=8)
+  assert contents(config) == contents(made)
+  # Each file with captions that were missing is read once.
+  read = [
+    x for x in bucket.requests if 'GET /download' in x and '/set/cap' in x
+  ]
+  assert 0 < len(read) == len(set(read))
+  for module in (precomputed.read_info, lambda path: check(config, None)):
+    config.text.encoder = 'precomputed'
+    with pytest.raises(ValueError, match='Mount it with gcsfuse'):
+      module(config.data.path)
 
 
 def test_another_batch_size_and_dtype(made, copied):

@@ -31,6 +31,7 @@ from mdm_jax.report import goodput
 from mdm_jax.runtime import directory_lock, replica_check, sharding
 from mdm_jax.training import initial_state, loop, monitor
 from tests import commands, toy
+from tests.data import test_benchmarks
 from tests.report.test_metric_writer import read_events
 from tests.runtime.test_files import UNREADABLE
 from tests.tools.test_prepare_data import good_files, write_tar
@@ -615,6 +616,52 @@ def test_sample_command(finished, tmp_path):
   assert '1 of 2 prompts are cut, such as "a star a star' in result.stderr
   with Image.open(tmp_path / '0003.webp') as animation:
     assert animation.n_frames == 2
+
+
+def test_sample_for_benchmarks(finished, tmp_path):
+  metadata = tmp_path / 'evaluation_metadata.jsonl'
+  metadata.write_text(test_benchmarks.GENEVAL)
+  output = tmp_path / 'geneval'
+  flags = {
+    'workdir': finished,
+    'layout': 'geneval',
+    'prompts_file': metadata,
+    'num_samples': 2,
+    'steps': 2,
+  }
+  result = run_sample(output=output, **flags)
+  assert result.returncode == 0, result.stderr
+  lines = test_benchmarks.GENEVAL.splitlines()
+  for folder, line in zip(('00000', '00001'), lines, strict=True):
+    assert json.loads((output / folder / 'metadata.jsonl').read_text()) == (
+      json.loads(line)
+    )
+    images = sorted((output / folder / 'samples').iterdir())
+    assert [path.name for path in images] == ['00000.png', '00001.png']
+    for path in images:
+      with Image.open(path) as image:
+        assert image.size == (16, 16)
+  images[0].unlink()
+  result = run_sample(output=output, **flags)
+  assert '3 of 4 samples exist already' in result.stderr
+  assert images[0].exists()
+
+  captions = tmp_path / 'captions_val2014.json'
+  captions.write_text(json.dumps(test_benchmarks.annotations(3)))
+  flags |= {'layout': 'coco', 'prompts_file': captions, 'num_samples': 1}
+  result = run_sample(output=tmp_path / 'coco', **flags)
+  assert result.returncode == 0, result.stderr
+  names = {path.name for path in (tmp_path / 'coco').glob('*.png')}
+  assert names == {'00000.png', '00001.png', '00002.png'}
+  for changes, error in (
+    ({'output': output}, f'{output} has samples of another --layout'),
+    ({'prompt': 'a ring'}, '--layout=coco takes its prompts from'),
+    ({'prompts_file': metadata}, f'{metadata} has no captions of COCO'),
+    ({'animate': True}, '--animate writes files that --layout has no place'),
+  ):
+    result = run_sample(**flags | changes)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f'error: {error}')
 
 
 def test_sample_uses_an_older_checkpoint(finished, tmp_path):
