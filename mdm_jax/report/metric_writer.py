@@ -25,9 +25,9 @@ class MetricWriter:
   two lines have the same stage and step, the last one counts.
 
   In a bucket the lines are in objects beside these names, see
-  `background.LineFile`. Files are written in the background, and each tracker has a thread of its
-  own: a slow or failing disk or tracker drops lines and images, and never
-  blocks training.
+  `background.LineFile`. Files are written in the background, and each tracker
+  has a thread of its own: a slow or failing disk or tracker drops lines and
+  images, and never blocks training.
 
   Only process 0 writes; on the others every method does nothing.
   """
