@@ -313,6 +313,16 @@ def test_image_files_are_opened_in_one_place():
   assert found[0].read_text().count('Image.open(file, formats=formats)') == 1
 
 
+def test_no_owner_is_looked_up():
+  """As `epath.Path.stat` does, which fails for users without a name."""
+  asking = [
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.rglob('*.py')
+    if '.stat()' in path.read_text()
+  ]
+  assert asking == ['runtime/files.py']  # Of buckets.
+
+
 def test_functions_are_short():
   folders = ('mdm_jax', 'configs', 'launch', 'tests')
   for path in (

@@ -87,11 +87,13 @@ def run(
     elif isinstance(error, OSError) and error.filename is not None:
       message = f'error: {error.filename}: {error.strerror}.'
     elif isinstance(error, OSError) and _NO_TEMPORARY in str(error):
-      message = f'error: {error.strerror}: set TMPDIR to one that is writable.'
+      message = f'error: {error.strerror}'
     elif isinstance(error, RuntimeError) and str(error).startswith(_NO_DEVICES):
       message = 'error: ' + ' '.join(str(error).split())
     else:
       sys.excepthook(*sys.exc_info())
+  if _NO_TEMPORARY in message:
+    message += ': set TMPDIR to one that is writable.'
   ending.begin(code)
   stop.close()
   # Schedulers repeat signals.

@@ -74,7 +74,8 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
       if info['type'] == 'directory':
         raise UnreadableFile(path, 'is a directory, not a file')
       return info['size'], version(info)
-    # epath has whole seconds only, and looks up the names of owners.
+    # epath has whole seconds only, and fails if its owner has no name here, as
+    # in containers, and on disks that several machines share.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
@@ -104,6 +105,18 @@ def list_bucket(directory: str) -> dict[str, tuple[int, int]]:
     for info in found
     if info['type'] == 'file'
   }
+
+
+def modified(path: epath.PathLike) -> float:
+  """When a file was written, in seconds since 1970; 0 if a bucket tells none.
+
+  Raises:
+    UnreadableFile: it cannot be told.
+  """
+  with naming_errors(path):
+    if is_local(path):
+      return os.stat(path).st_mtime
+    return epath.Path(path).stat().mtime
 
 
 def version(info: Mapping[str, Any]) -> int:
