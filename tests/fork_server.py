@@ -124,6 +124,9 @@ def make_own_deprecations_errors() -> None:
     warnings.filterwarnings(
       'error', category=category, module=r'(__main__|mdm_jax|configs|tests)\b'
     )
+  warnings.filterwarnings(
+    'ignore', 'builtin type .* has no __module__', DeprecationWarning
+  )
 
 
 def become(request: dict) -> None:
