@@ -391,12 +391,13 @@ def _move_objects(path: epath.Path, target: epath.Path) -> None:
     [name for name in names if '/' in name],
     [name for name in names if '/' not in name],
   ):
-    system.mv(
-      *(
-        [f'{root}/{name}'.rstrip('/') for name in part]
-        for root in (path, target)
+    if part:
+      system.mv(
+        *(
+          [f'{root}/{name}'.rstrip('/') for name in part]
+          for root in (path, target)
+        )
       )
-    )
 
 
 def objects(directory: epath.PathLike) -> dict[str, Mapping[str, Any]]:
@@ -461,6 +462,13 @@ def upload(source: epath.PathLike, path: epath.PathLike) -> None:
   buckets.file_system(path).put_file(os.fspath(source), os.fspath(path))
 
 
+def upload_directory(directory: epath.PathLike, path: epath.PathLike) -> None:
+  """Copies the files below a local directory into a bucket."""
+  for file in sorted(pathlib.Path(directory).rglob('*')):
+    if file.is_file():
+      upload(file, epath.Path(path) / file.relative_to(directory))
+
+
 @contextlib.contextmanager
 def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """A directory on this machine, for what writes to no others.
@@ -478,9 +486,7 @@ def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
     return
   with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
     yield pathlib.Path(directory)
-    for file in sorted(pathlib.Path(directory).rglob('*')):
-      if file.is_file():
-        upload(file, epath.Path(path) / file.relative_to(directory))
+    upload_directory(directory, path)
 
 
 @contextlib.contextmanager
