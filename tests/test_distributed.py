@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -233,6 +234,31 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(two_stages, tmp_path, count):
       40,
     ]
     assert saved_steps.good_steps(workdir / 'best' / name) == [40]
+
+
+@pytest.mark.processes
+def test_in_a_bucket_they_end_as_on_a_disk(two_stages, tmp_path, bucket):
+  workdir = epath.Path(bucket.path) / 'run'
+
+  def begin():
+    return Processes(tmp_path, workdir, 2, config=TWO_STAGES)
+
+  processes = begin()
+  processes.wait_for('Saved step 10 ')
+  processes.all[1].send_signal(signal.SIGTERM)
+  assert processes.wait() == [75, 75], processes.text()
+  step = saved_steps.latest_step(workdir / 'checkpoints' / '0_8')
+  assert 10 <= step < 40
+  processes = begin()
+  processes.wait_for("'16'  step 25/40 ")
+  for process in processes.all:
+    process.kill()
+  processes.wait()
+  processes = begin()
+  assert processes.wait() == [0, 0], processes.text()
+  assert 'Traceback' not in processes.text()
+  assert digests(workdir) == two_stages
+  assert not list(workdir.glob('checkpoints/*/*.corrupt'))
 
 
 @pytest.mark.processes

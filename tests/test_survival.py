@@ -12,10 +12,16 @@ import sys
 import threading
 import time
 
+from etils import epath
+import jax
+import numpy as np
 import pytest
 
+from mdm_jax.checkpoint import saved_steps
+from mdm_jax.inference import session
 from mdm_jax.runtime import directory_lock
 from tests import commands, toy
+from tests.test_distributed import digest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -64,9 +70,17 @@ for _ in sys.stdin:
 """
 
 
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """A directory on a disk or in a bucket."""
+  if request.param == 'disk':
+    return epath.Path(tmp_path)
+  return epath.Path(request.getfixturevalue('bucket').path)
+
+
 @pytest.mark.parametrize('kills', [8, pytest.param(25, marks=pytest.mark.soak)])
-def test_kills_at_random_moments(tmp_path, kills):
-  directory = tmp_path / '0_32'
+def test_kills_at_random_moments(place, kills):
+  directory = place / 'checkpoints' / '0_32'
   rng = random.Random(kills)
   process = subprocess.Popen(
     [sys.executable, '-c', _WRITER, directory],
@@ -90,7 +104,11 @@ def test_kills_at_random_moments(tmp_path, kills):
     last = restored
     while (line := process.stdout.readline()) != 'killed\n':
       last = int(line.removeprefix('committed '))
-    steps = [path for path in directory.iterdir() if path.name != str(last)]
+    steps = [
+      path
+      for path in (directory.iterdir() if directory.exists() else ())
+      if path.name != str(last)
+    ]
     interrupted += any(not (path / 'manifest.json').exists() for path in steps)
   process.stdin.close()
   assert process.wait() == 0
@@ -115,6 +133,52 @@ def run_and_time(directory, *arguments, at='', act=None):
     act(process)
   code = process.wait(600)
   return code, path.read_text(), time.time() - path.stat().st_mtime
+
+
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk(tmp_path, bucket):
+  """Although it is killed, and cannot save for a while."""
+  recipe, here = tmp_path / 'recipe.py', epath.Path(bucket.path)
+  recipe.write_text(
+    toy.recipe(
+      1,
+      24,
+      log_every=1,
+      sample_every=24,
+      checkpoint_every=8,
+      averages__widths=(0.1,),
+    )
+  )
+
+  def train(workdir, **harm):
+    return run_and_time(
+      tmp_path,
+      'mdm_jax.main',
+      f'--config={recipe}',
+      f'--workdir={workdir}',
+      **harm,
+    )[:2]
+
+  code, text = train(tmp_path / 'run')
+  assert code == 0, text
+  code, text = train(here, at='Saved step 8 ', act=commands.Fork.kill)
+  assert code == -signal.SIGKILL
+  with bucket.failing('upload.*checkpoints/0_8/16/', status=403) as fault:
+    code, text = train(here)
+  assert code == 0, text
+  assert fault.hit
+  assert 'continuing from step 8' in text
+  assert 'checkpoints/0_8: saving step 16 failed (1 of ' in text
+  assert 'no permission (' in text and 'Traceback' not in text
+  stage = pathlib.Path('checkpoints', '0_8')
+  assert saved_steps.finished_step(here / stage) == 24
+  assert saved_steps.good_steps(here / stage) == [8, 24]
+  assert digest(here / stage, 24) == digest(tmp_path / 'run' / stage, 24)
+  for widths in ({}, {'sigma_rel': 0.2}):
+    found, expected = (
+      session.open_run(str(workdir), **widths).restore().params
+      for workdir in (here, tmp_path / 'run')
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def fill(directory, what):

@@ -4,6 +4,7 @@ Orbax writes `state`, a tree of arrays, and `extra`, a JSON file, each into a
 directory of its own. Arrays are read by TensorStore, on which Orbax is based.
 """
 
+import errno
 import functools
 from typing import Any
 
@@ -27,6 +28,15 @@ _STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 _DATA = '/d/'
 _SHORT = 2**26  # Bytes.
 _CACHE = 2**27  # Bytes.
+# How the errors of TensorStore begin that say nothing of what is stored.
+_NO_ANSWER = (
+  'ABORTED',  # After all attempts.
+  'DEADLINE_EXCEEDED',
+  'PERMISSION_DENIED',
+  'RESOURCE_EXHAUSTED',
+  'UNAUTHENTICATED',
+  'UNAVAILABLE',
+)
 
 
 def is_committed(directory: epath.PathLike) -> bool:
@@ -67,9 +77,12 @@ def remove(directory: epath.PathLike) -> None:
     directory.rmtree()
     return
   system, names = buckets.file_system(directory), files.objects(directory)
-  system.rm([f'{directory}/{name}' for name in names if name != _STEP])
-  if _STEP in names:
-    system.rm(f'{directory}/{_STEP}')
+  for part in (
+    [x for x in names if x != _STEP],
+    [x for x in names if x == _STEP],
+  ):
+    if part:
+      system.rm([f'{directory}/{name}' for name in part])
 
 
 def abstract_state(directory: epath.PathLike) -> PyTree:
@@ -204,11 +217,19 @@ def other_identity(directory: epath.PathLike) -> str | None:
   try:
     return _other_identity(epath.Path(directory))
   except READ_ERRORS as error:
-    return _unreadable(error)
+    return _unreadable(directory, error)
 
 
-def _unreadable(error: Exception) -> str:
+def _unreadable(directory: epath.PathLike, error: Exception) -> str:
+  """Says what an error while reading tells of a step.
+
+  Raises:
+    OSError: nothing, as a bucket does not answer, or refuses.
+  """
   reason = ' '.join(str(error).split())[:200] or type(error).__name__
+  unanswered = isinstance(error, OSError) or reason.startswith(_NO_ANSWER)
+  if unanswered and not files.is_local(directory):
+    raise OSError(errno.EIO, reason, str(directory)) from error
   return f'its state cannot be read: {reason}'
 
 
@@ -241,4 +262,4 @@ def _problem(directory: str, listed: manifest.Files) -> str | None:
       array.read().result()
     return _other_identity(directory)
   except Exception as error:
-    return _unreadable(error)
+    return _unreadable(directory, error)

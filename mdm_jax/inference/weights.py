@@ -1,10 +1,10 @@
 """Restores weights of a run: the EMA, the best EMA, or a post-hoc EMA."""
 
 import functools
-import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
+from etils import epath
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -181,9 +181,7 @@ def _indices(config: ConfigDict, stage: str | None) -> list[int]:
   return [names.index(stage)]
 
 
-def _reconstruct(
-  directory: pathlib.Path, sigma_rel: float
-) -> tuple[int, Params]:
+def _reconstruct(directory: epath.Path, sigma_rel: float) -> tuple[int, Params]:
   """A post-hoc EMA at the newest snapshot: its step, and host arrays."""
   post_hoc_ema.exponent(sigma_rel)  # Raises before anything is read.
   for _ in range(restore.TRIES):
@@ -200,7 +198,7 @@ def _reconstruct(
 
 
 def _reconstruct_from(
-  directory: pathlib.Path, steps: list[int], sigma_rel: float
+  directory: epath.Path, steps: list[int], sigma_rel: float
 ) -> tuple[int, Params]:
   snapshots = {}
   for step in steps:

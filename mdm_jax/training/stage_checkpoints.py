@@ -8,11 +8,11 @@ metric.
 from collections.abc import Mapping
 import contextlib
 import math
-import pathlib
 import time
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 
 from mdm_jax.builders import data
@@ -32,7 +32,7 @@ class StageCheckpoints:
     last_step: step of the newest state that is saved or being saved, or 0.
   """
 
-  def __init__(self, stage: Stage, workdir: str | pathlib.Path):
+  def __init__(self, stage: Stage, workdir: epath.PathLike):
     """Opens the directories that the config asks for.
 
     Raises:
