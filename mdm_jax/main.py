@@ -4,7 +4,7 @@ python -m mdm_jax.main --config=configs/shapes_64.py
 """
 
 import contextlib
-import pathlib
+import os
 import sys
 import time
 
@@ -23,7 +23,7 @@ _CONFIG = recipes.define(
 _WORKDIR = flag_types.define(
   'workdir',
   None,
-  value_types.Path('directory', output=True),
+  value_types.NEW_RUN,
   'Directory for checkpoints, samples and metrics; the same one continues a '
   'run. Default: runs/<name of the config>.',
 )
@@ -76,7 +76,9 @@ def main(_: list[str]) -> None:
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, *mode = recipes.split(name)
   # A recipe may have a mode of any name.
-  name = '_'.join(filter(None, [pathlib.Path(path).stem, *mode]))
+  name = '_'.join(
+    filter(None, [os.path.splitext(os.path.basename(path))[0], *mode])
+  )
   workdir = _WORKDIR.value or 'runs/' + name.replace('/', '_')
   if _PRINT_CONFIG.value:
     recipes.print_config(config, workdir)

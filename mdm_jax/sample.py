@@ -63,7 +63,7 @@ _NEGATIVE = flag_types.define(
 _GUIDE = flag_types.define(
   'guide',
   None,
-  value_types.Path('directory'),
+  value_types.RUN,
   'Working directory of a worse model, smaller or trained for shorter, that '
   'guidance leads away from instead (autoguidance).',
 )

@@ -36,6 +36,7 @@ class Fault:
     body: of that answer.
     reset: cuts the connection after half of the request or of the response.
     stall: seconds without a byte, before the answer.
+    until: event for which the answer waits, a minute at most.
     times: number of requests; None for all.
     share: of the requests, evenly spread; of all if it is 1.
     seen: matching requests so far.
@@ -47,6 +48,7 @@ class Fault:
   body: bytes = b''
   reset: str = ''  # 'request', 'response'
   stall: float = 0
+  until: threading.Event | None = None
   times: int | None = None
   share: float = 1
   seen: int = 0
@@ -197,6 +199,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     bucket = self.server.bucket
     fault = bucket.fault(f'{self.command} {urllib.parse.unquote(self.path)}')
     time.sleep(bucket.latency + (fault.stall if fault else 0))
+    if fault and fault.until:
+      fault.until.wait(60)
     if fault and fault.reset == 'request':
       length = int(self.headers.get('Content-Length') or 0)
       self.rfile.read(length // 2)

@@ -63,6 +63,7 @@ _EVAL = pathlib.Path(__file__).parent / 'data' / 'eval'
 _LONGEST = (
   'steps/test_train',
   'training/test_loop',
+  'test_bucket_paths',
   'test_distributed',
   'test_versions',
   'models/test_nested_unet',

@@ -77,7 +77,7 @@ def serve(control: socket.socket) -> dict | None:
         return None
       request, (*standard, answer_fd) = received
       with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # JAX's, of forks.
+        warnings.simplefilter('ignore')  # JAX's and Python's, of forks.
         pid = os.fork()
       if not pid:
         for other in list(selector.get_map().values()):
@@ -98,7 +98,7 @@ def serve(control: socket.socket) -> dict | None:
       selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, answer))
 
 
-def _let_every_process_write_to_the_cache() -> None:
+def let_every_process_write_to_the_cache() -> None:
   """JAX lets only process 0, but on CPUs each has keys of its own."""
   from jax._src import compiler, distributed
 
@@ -113,6 +113,21 @@ def _let_every_process_write_to_the_cache() -> None:
       state.process_id = process
 
   compiler._cache_write = write_as_process_0
+
+
+def make_own_deprecations_errors() -> None:
+  """As pyproject.toml does in pytest."""
+  for category in (
+    DeprecationWarning,
+    PendingDeprecationWarning,
+    FutureWarning,
+  ):
+    warnings.filterwarnings(
+      'error', category=category, module=r'(__main__|mdm_jax|configs|tests)\b'
+    )
+  warnings.filterwarnings(
+    'ignore', 'builtin type .* has no __module__', DeprecationWarning
+  )
 
 
 def become(request: dict) -> None:
@@ -140,12 +155,13 @@ def become(request: dict) -> None:
   )
   # What a library has logged in the server was shown by a handler of its own.
   logging.root.handlers.clear()
+  make_own_deprecations_errors()
   sys.argv = [request['module'], *request['arguments']]
 
 
 if __name__ == '__main__':
   _import()
-  _let_every_process_write_to_the_cache()
+  let_every_process_write_to_the_cache()
   gc.freeze()  # The forks need not look at what is imported.
   # Ctrl-C in a terminal reaches every process, and is for pytest.
   signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -85,6 +85,42 @@ FORBIDDEN = (
   'clu.periodic_actions',
   'clu.checkpoint',
 )
+# Modules that may use what knows the disk alone: pathlib, os, shutil, open. All
+# others open paths with epath or `runtime.files`, as they may be in a bucket,
+# and `pathlib.Path('gs://a')` is the local directory gs:/a.
+ON_DISK = {
+  'builders.recipes': 'the shipped recipes',
+  'data.folders': 'folders of images on the disk; links and pipes in them',
+  'data.images': 'names of files',
+  'data.inputs': 'folders of images on the disk',
+  'data.parquet': 'whether there is a tar beside a file of img2dataset',
+  'data.sources': 'ArrayRecord, which is refused in a bucket',
+  'data.tar_index': 'tars on the disk',
+  'inference.feature_extractors': 'a named pipe, which epath takes for a file',
+  'interop.file_types': 'local copies of weights',
+  'report.background': 'lines that are appended on the disk',
+  'report.console': "this package's own directory",
+  'report.sample_directory': 'samples on the disk',
+  'report.trackers': 'event files on the disk',
+  'runtime.directory_lock': 'locks of the kernel',
+  'runtime.ending': '/dev/null',
+  'runtime.environment': '/proc and /dev',
+  'runtime.files': 'temporary files and local copies',
+  'runtime.value_types': 'checks of paths on the disk',
+  'tools.bench': 'traces, which the profiler writes to the disk',
+  'tools.compile_for_tpu': "this package's own source",
+  'tools.precompute_text': 'the local copy of a data set',
+  'training.hooks': 'traces, which the profiler writes to the disk',
+}
+OF_OS = (
+  'access chmod link listdir lstat makedirs mkdir open remove removedirs '
+  'rename renames replace rmdir scandir stat symlink truncate unlink utime walk'
+)
+# Also those that ask for the current directory.
+OF_OS_PATH = (
+  'abspath exists getatime getctime getmtime getsize isdir isfile islink '
+  'ismount lexists realpath samefile'
+)
 FILES = sorted(path for path in ROOT.rglob('*.py') if path.stem != '__init__')
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -152,6 +188,34 @@ def test_imports_only_from_rows_below(path):
     other = name.removeprefix('mdm_jax.')
     same_leaf = leaf(own) and leaf(own) == leaf(other)
     assert same_leaf or row(other) > row(own), name
+
+
+def uses_disk(source: str) -> set[str]:
+  """What a module uses that opens or asks for files of the disk alone."""
+  found = imports(source) & {'pathlib', 'shutil'}
+  for node in ast.walk(ast.parse(source)):
+    name = ast.unparse(node) if isinstance(node, ast.Attribute) else ''
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+      name = node.func.id
+    module, _, function = name.rpartition('.')
+    names = {'': 'open', 'os': OF_OS, 'os.path': OF_OS_PATH}.get(module, '')
+    if function in names.split():
+      found.add(name)
+  return found
+
+
+def test_paths_that_may_be_in_a_bucket_are_opened_by_epath():
+  assert uses_disk(
+    'import os, pathlib\nopen(os.path.join(a, b))\nos.path.exists(a)'
+    '\nos.stat(a)\nepath.Path(a).open()\nparquet.open(a)\nos.open'
+  ) == {'pathlib', 'open', 'os.path.exists', 'os.stat', 'os.open'}
+  found = {
+    module_of(path): used
+    for path in FILES
+    if (used := uses_disk(path.read_text()))
+  }
+  assert found.keys() - ON_DISK.keys() == set(), found
+  assert ON_DISK.keys() - found.keys() == set(), 'these need it no longer'
 
 
 def test_leaves_have_no_cycles():
@@ -247,6 +311,16 @@ def test_image_files_are_opened_in_one_place():
   found = [path for path in paths if opens_images(path.read_text())]
   assert found == [ROOT / 'data' / 'images.py']
   assert found[0].read_text().count('Image.open(file, formats=formats)') == 1
+
+
+def test_no_owner_is_looked_up():
+  """As `epath.Path.stat` does, which fails for users without a name."""
+  asking = [
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.rglob('*.py')
+    if '.stat()' in path.read_text()
+  ]
+  assert asking == ['runtime/files.py']  # Of buckets.
 
 
 def test_functions_are_short():

@@ -22,7 +22,7 @@ from mdm_jax.builders.stage import (
   make_stages,
 )
 from mdm_jax.builders.text import make_tokenizer, text_fingerprint
-from mdm_jax.data import precomputed
+from mdm_jax.data import precomputed, tfds_source
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.runtime import sharding
 
@@ -118,11 +118,14 @@ def _check_text(config: ConfigDict) -> None:
     raise ValueError(f'text.width={text.width}: give an even number.')
   make_tokenizer(config)
   if text.encoder == 'precomputed':
-    if config.data.name != 'captioned_images':
+    if config.data.name not in ('captioned_images', 'tars'):
       raise ValueError(
         f"text.encoder='precomputed' with data.name={config.data.name!r}: "
-        'only a prepared data set can have text features beside it.'
+        'only a prepared data set and an index of tars can have text features '
+        'beside them.'
       )
+    if config.data.name != 'tars':
+      tfds_source.require_local(config.data.path)
     precomputed.require_same(
       config.data.path,
       precomputed.read_info(config.data.path),

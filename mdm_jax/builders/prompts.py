@@ -102,7 +102,7 @@ def make_prompts(
   source = make_source(config, split, 0)
   if rows is None:
     rows = range(min(count, len(source)))
-  records = [pipeline.usable_record(source, i) for i in rows]
+  records = list(pipeline.usable_records(source, rows))
   captions = [record['caption'] for record in records]
   if config.text.encoder == 'precomputed':
     return Prompts(

@@ -14,12 +14,10 @@ import pathlib
 import stat
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from mdm_jax.data import captions, images, tables, tars
 from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tar_members import readable
-from mdm_jax.runtime import buckets, files
+from mdm_jax.runtime import buckets, files, remote_reads
 
 IMAGE_SUFFIXES = (*tars.IMAGE_SUFFIXES, 'gif', 'bmp')
 # Images that people have, and that cannot be read.
@@ -115,19 +113,19 @@ def _read_object(path: str, name: str, limit: int, key: str) -> bytes:
 
   Raises:
     BadRecord: there is none, or it is larger than `limit` bytes.
-    UnreadableFile: the bucket does not answer.
+    Unavailable: the bucket does not answer.
   """
   try:
-    size, _ = files.require_file(path)
-  except files.UnreadableFile as error:
-    if not isinstance(error.__cause__, FileNotFoundError):
-      raise
+    with remote_reads.raising_unavailable(path):
+      system = buckets.file_system(path)
+      size = system.info(path)['size']
+      if size > limit:
+        detail = f'{readable(name)}: {size} bytes'
+        raise BadRecord(key, 'file too large', detail)
+      return system.cat_file(path)
+  except FileNotFoundError:
     detail = f'there is no {readable(name)}'
     raise BadRecord(key, 'caption without image', detail) from None
-  if size > limit:
-    raise BadRecord(key, 'file too large', f'{readable(name)}: {size} bytes')
-  with files.naming_errors(path):
-    return epath.Path(path).read_bytes()
 
 
 def is_folder(path: str) -> bool:

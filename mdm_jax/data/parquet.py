@@ -15,7 +15,6 @@ from mdm_jax.data import captions, tables, tars
 from mdm_jax.data.images import BadRecord
 from mdm_jax.data.tar_members import readable
 from mdm_jax.runtime import remote_reads
-from mdm_jax.runtime.files import UnreadableFile
 
 # 'image' of Hugging Face; img2dataset names it as the suffix of a file.
 IMAGE_COLUMNS = ('image', *tars.IMAGE_SUFFIXES)
@@ -53,8 +52,6 @@ class ParquetPart:
     try:
       with _open(parquet, self.path) as file:
         names = file.schema_arrow.names
-    except UnreadableFile:
-      raise
     except (OSError, ValueError, arrow.ArrowException):
       return
     try:
@@ -74,7 +71,7 @@ class ParquetPart:
     row, from 0.
 
     Raises:
-      UnreadableFile: a bucket does not answer.
+      Unavailable: a bucket does not answer.
     """
     arrow, parquet = _import_pyarrow()
     errors = OSError, ValueError, arrow.ArrowException
@@ -88,14 +85,10 @@ class ParquetPart:
             yield from self._read_group(
               file, group, first, columns, seen, rejects
             )
-          except UnreadableFile:  # An outage is no damage.
-            raise
           except errors as error:
             detail = f'row group {group}: {error}'
             rejects.append(BadRecord(name, 'damaged Parquet file', detail))
           first += file.metadata.row_group(group).num_rows
-    except UnreadableFile:
-      raise
     except errors as error:
       rejects.append(BadRecord(name, 'unreadable Parquet file', str(error)))
 

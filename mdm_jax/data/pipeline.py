@@ -38,8 +38,8 @@ _SHUFFLE_ROUNDS = 4
 _MIN_INDEX_SHUFFLE = 2**16
 # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
 _GLIBC_OPTIONS = {-3: 2**26, -1: 2**30, -8: 1}
-# Records of a batch that are requested before they are needed: at 50 ms each,
-# 640 in a second.
+# Records that a thread requests before it needs them: at 50 ms each, 640 in a
+# second.
 _AHEAD = 32
 # Keys of the independent random streams of one seed.
 _ORDER_STREAM, _EXAMPLE_STREAM = 0, 1
@@ -112,33 +112,54 @@ class _Batches:
   batch_size: int  # global
   process_index: int
   process_count: int
+  end: int = 0  # the first batch that nobody asks for
+  stride: int = 1
   reported: set[str] = dataclasses.field(default_factory=set)
+  # The first records of batches that have not begun, by batch.
+  requested: dict[int, collections.deque] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __call__(self, batch: int) -> Example:
-    size = self.batch_size // self.process_count
-    start = batch * self.batch_size + self.process_index * size
-    requested, examples = collections.deque(), []
-    for position in range(start, start + size):
-      # Slow only where the records are far away.
-      ahead = min(position + _AHEAD, start + size)
-      for other in range(position + len(requested), ahead):
-        requested.append(self._request(other, 0))
+    positions, examples = self._positions(batch), []
+    requested = self.requested.pop(batch, collections.deque())
+    # What this thread is likely to be asked for next.
+    following = batch + self.stride
+    coming = collections.deque()
+    if following < self.end:
+      self.requested[following] = coming
+    # A request is slow only where the records are far away.
+    for done, position in enumerate(positions):
+      for other in positions[done + len(requested) :][
+        : _AHEAD - len(requested)
+      ]:
+        requested.append(self._request(other))
+      if following < self.end:
+        room = _AHEAD - len(requested) - len(coming)
+        for other in self._positions(following)[len(coming) :][: max(room, 0)]:
+          coming.append(self._request(other))
       examples.append(self._example(position, requested.popleft()))
     return _stack(examples)
+
+  def _positions(self, batch: int) -> range:
+    """Where this process's part of a batch is in the endless stream."""
+    size = self.batch_size // self.process_count
+    start = batch * self.batch_size + self.process_index * size
+    return range(start, start + size)
 
   def _row(self, position: int) -> tuple[Source, Transform]:
     # The row in the global batch does not depend on processes and workers.
     return self.rows[position % self.batch_size % len(self.rows)]
 
-  def _request(self, position: int, replacement: int) -> Callable[[], Record]:
+  def _request(
+    self, position: int, replacement: int = 0
+  ) -> Callable[[], Record]:
     """Begins to read a record; returns a function that waits for it."""
     source, _ = self._row(position)
     index = record_index(
       position + replacement, len(source), self.seed, self.shuffle
     )
-    if hasattr(source, 'request'):
-      return source.request(index)
-    return functools.partial(source.__getitem__, index)
+    return _request(source, index)
 
   def _example(self, position: int, read: Callable[[], Record]) -> Example:
     _, transform = self._row(position)
@@ -170,19 +191,48 @@ def _stack(examples: Sequence[Example]) -> Example:
   }
 
 
-def usable_record(source: Source, index: int) -> Record:
-  """The record at an index, or the next one that can be used.
+def _request(source: Source, index: int) -> Callable[[], Record]:
+  """Begins to read a record; returns a function that waits for it."""
+  if hasattr(source, 'request'):
+    return source.request(index)
+  return functools.partial(source.__getitem__, index)
+
+
+def _requests(
+  source: Source, indices: Sequence[int]
+) -> Iterator[Callable[[], Record]]:
+  """Yields a function for each record that waits for it, having asked ahead."""
+  requested = collections.deque()
+  for index in indices:
+    requested.append(_request(source, index))
+    if len(requested) == _AHEAD:
+      yield requested.popleft()
+  yield from requested
+
+
+def usable_records(source: Source, indices: Sequence[int]) -> Iterator[Record]:
+  """Yields the records at some indices, or the next ones that can be used.
 
   Raises:
     DataError: 100 records in a row are unusable.
   """
-  for replacement in range(_MAX_REPLACEMENTS):
-    try:
-      return source[(index + replacement) % len(source)]
-    except BadRecord as error:
-      logging.warning('Replaced an unusable record: %s', error)
-      last_error = error
-  raise _too_many(last_error)
+  found = [index % len(source) for index in indices]
+  for index, read in zip(found, _requests(source, found)):
+    for replacement in range(1, _MAX_REPLACEMENTS + 1):
+      try:
+        yield read()
+        break
+      except BadRecord as error:
+        logging.warning('Replaced an unusable record: %s', error)
+        last_error = error
+      read = _request(source, (index + replacement) % len(source))
+    else:
+      raise _too_many(last_error)
+
+
+def usable_record(source: Source, index: int) -> Record:
+  """One of `usable_records`."""
+  return next(usable_records(source, [index]))
 
 
 def _too_many(last_error: BadRecord) -> DataError:
@@ -211,14 +261,15 @@ def batch_keys(
     One key for each row of the batch.
   """
 
-  def key(position: int) -> str:
-    index = record_index(position, len(source), seed, shuffle)
+  positions = range(batch * batch_size, (batch + 1) * batch_size)
+  indices = [record_index(x, len(source), seed, shuffle) for x in positions]
+  keys = []
+  for read in _requests(source, indices):
     try:
-      return source[index]['key']
+      keys.append(read()['key'])
     except BadRecord as error:
-      return error.key
-
-  return [key(batch * batch_size + row) for row in range(batch_size)]
+      keys.append(error.key)
+  return keys
 
 
 def _begin_worker(

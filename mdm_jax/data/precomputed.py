@@ -1,32 +1,45 @@
 """Text features that tools.precompute_text has stored beside the images.
 
 `<data set>/text/` holds `info.json` (see `TextInfo`), `empty.npy` (features of
-the empty caption) and the ArrayRecord files
-`<split>-<shard>-of-<shards>.array_record`. Record i of a split belongs to
-image i. It holds a hash of the caption (8 bytes), the caption's number of
-tokens before truncation, and the features [n, width] without padding.
+the empty caption) and the files `<split>-<shard>-of-<shards>.<suffix>`. Record
+i of a split belongs to image i. It holds a hash of the caption (8 bytes), the
+caption's number of tokens before truncation, and the features [n, width]
+without padding.
+
+Beside a prepared data set they are ArrayRecord files. Beside the index of tars,
+they are files of which a part can be requested from a bucket: where each record
+starts and where the last one ends (uint64 [n + 1]), and the records, each with
+its CRC-32 (uint32).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
+import io
 import json
+import os
 import struct
 from typing import Any
+import zlib
 
 from etils import epath
 import ml_dtypes
 import numpy as np
 
-from mdm_jax.data import tfds_source
-from mdm_jax.data.images import BadRecord
+from mdm_jax.data.images import BadRecord, DataError
 from mdm_jax.data.text import Tokenizer
+from mdm_jax.runtime import files, remote_reads
 
 DTYPES = {
   'float16': np.dtype(np.float16),
   'bfloat16': np.dtype(ml_dtypes.bfloat16),
 }
+# Suffixes of the files beside a prepared data set, and beside an index of tars.
+ARRAY_RECORD, RANGES = 'array_record', 'features'
+_OFFSET, _CRC = np.dtype('<u8'), np.dtype('<u4')
+# Bytes of a record: 10^5 tokens would have less.
+_LARGEST = 2**32
 _HEADER = struct.Struct('<8sI')
 _COMMAND = 'python -m mdm_jax.tools.precompute_text'
 
@@ -42,6 +55,7 @@ class TextInfo:
     width: D, the width of the features.
     shard_size: captions per file.
     splits: split -> number of captions.
+    suffix: of the files, 'array_record' or 'features'.
   """
 
   made_with: Mapping[str, Any]
@@ -49,12 +63,13 @@ class TextInfo:
   width: int
   shard_size: int
   splits: Mapping[str, int]
+  suffix: str = ARRAY_RECORD
 
   def files(self, split: str) -> list[str]:
     """The names of a split's files, in order."""
     count = -(-self.splits[split] // self.shard_size)
     return [
-      f'{split}-{i:05d}-of-{count:05d}.array_record' for i in range(count)
+      f'{split}-{i:05d}-of-{count:05d}.{self.suffix}' for i in range(count)
     ]
 
 
@@ -68,9 +83,8 @@ def read_info(data_path: str) -> TextInfo:
 
   Raises:
     FileNotFoundError: there are no features, or files are missing.
-    ValueError: `info.json` is something else, or the data set is in a bucket.
+    ValueError: `info.json` is something else.
   """
-  tfds_source.require_local(data_path)
   directory = text_directory(data_path)
   path = directory / 'info.json'
   if not path.exists():
@@ -83,6 +97,7 @@ def read_info(data_path: str) -> TextInfo:
     is_right = (
       isinstance(info.made_with, dict)
       and info.dtype in DTYPES
+      and info.suffix in (ARRAY_RECORD, RANGES)
       and min(info.width, info.shard_size, *info.splits.values()) > 0
     )
   except (ValueError, TypeError, AttributeError):
@@ -91,13 +106,15 @@ def read_info(data_path: str) -> TextInfo:
     raise ValueError(
       f'{path} is damaged: remove {directory} and run {_COMMAND} again.'
     )
+  # In a bucket, one list is faster than a question for each.
+  there = {file.name for file in directory.iterdir()}
   missing = [
     name
     for split in info.splits
     for name in info.files(split)
-    if not (directory / name).exists()
+    if name not in there
   ]
-  if missing or not (directory / 'empty.npy').exists():
+  if missing or 'empty.npy' not in there:
     raise FileNotFoundError(
       f'{directory} lacks {len(missing)} of its files, such as '
       f'{(missing or ["empty.npy"])[0]}: run {_COMMAND} again, which makes '
@@ -141,8 +158,8 @@ def read_empty(data_path: str) -> np.ndarray:
   """
   path = text_directory(data_path) / 'empty.npy'
   try:
-    features = np.load(path)
-  except (ValueError, EOFError, OSError):
+    features = np.load(io.BytesIO(files.read_bytes(path)))
+  except (ValueError, EOFError):
     features = np.zeros(0)
   if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
     raise ValueError(
@@ -171,6 +188,71 @@ def _digest(caption: str) -> bytes:
   return hashlib.blake2b(caption.encode(), digest_size=8).digest()
 
 
+def write_ranges(path: epath.Path, records: Sequence[bytes]) -> None:
+  """Writes a file of which a record can be requested."""
+  start = _OFFSET.itemsize * (len(records) + 1)
+  sizes = [len(record) + _CRC.itemsize for record in records]
+  with files.replacing(path) as temporary, temporary.open('wb') as file:
+    file.write(np.cumsum([start, *sizes]).astype(_OFFSET).tobytes())
+    for record in records:
+      file.write(record)
+      file.write(zlib.crc32(record).to_bytes(_CRC.itemsize, 'little'))
+
+
+@dataclasses.dataclass(frozen=True)
+class _RangeFiles:
+  """The records of a split in files of `write_ranges`."""
+
+  directory: epath.Path
+  info: TextInfo
+  split: str
+
+  @functools.cached_property
+  def _paths(self) -> list[str]:
+    names = self.info.files(self.split)
+    return [os.fspath(self.directory / name) for name in names]
+
+  @functools.cached_property
+  def _offsets(self) -> list[np.ndarray]:
+    """Of each file, where its records start and where the last one ends."""
+    size, total = self.info.shard_size, self.info.splits[self.split]
+    waits = []
+    for shard, path in enumerate(self._paths):
+      count = min(size, total - shard * size)
+      end = _OFFSET.itemsize * (count + 1)
+      waits.append((path, end, remote_reads.request(path, 0, end)))
+    found = []
+    for path, start, wait in waits:
+      try:
+        offsets = np.frombuffer(wait(), _OFFSET)
+      except remote_reads.Unavailable as error:
+        raise DataError(f'{error}.') from error
+      except OSError as error:
+        raise DataError(f'{path} cannot be read: {error}.') from error
+      if offsets[0] != start or (np.diff(offsets) > _LARGEST).any():
+        raise DataError(
+          f'{path} is damaged: remove it and run {_COMMAND} again.'
+        )
+      found.append(offsets)
+    return found
+
+  def request(self, index: int) -> Callable[[], bytes]:
+    """Begins to read a record; returns a function that waits for it."""
+    shard, row = divmod(index, self.info.shard_size)
+    start, end = map(int, self._offsets[shard][row : row + 2])
+    return functools.partial(
+      _checked, remote_reads.request(self._paths[shard], start, end)
+    )
+
+
+def _checked(wait: Callable[[], bytes]) -> bytes:
+  data = wait()
+  record, crc = data[: -_CRC.itemsize], data[-_CRC.itemsize :]
+  if zlib.crc32(record) != int.from_bytes(crc, 'little'):
+    raise ValueError('wrong checksum')
+  return record
+
+
 @dataclasses.dataclass(frozen=True)
 class PrecomputedText:
   """A source whose records have the features of their caption as 'text'.
@@ -195,9 +277,11 @@ class PrecomputedText:
 
   @functools.cached_property
   def _features(self):
+    directory = text_directory(self.data_path)
+    if self.info.suffix == RANGES:
+      return _RangeFiles(directory, self.info, self.split)
     import grain  # Slow to import.
 
-    directory = text_directory(self.data_path)
     return grain.sources.ArrayRecordDataSource(
       [str(directory / name) for name in self.info.files(self.split)]
     )
@@ -225,18 +309,47 @@ class PrecomputedText:
     Raises:
       BadRecord: the record or its features are damaged or those of another
         caption, or the caption is too long.
+      DataError: a bucket does not answer, or files of features are damaged.
     """
-    record = self.source[index]
-    key = record['key']
+    return self.request(index)()
+
+  def request(self, index: int) -> Callable[[], dict[str, Any]]:
+    """Begins to read a record and its features, if they are in a bucket.
+
+    Returns:
+      A function that waits for the record, and raises as `__getitem__`.
+    """
+    if hasattr(self.source, 'request'):
+      read = self.source.request(index)
+    else:
+      read = functools.partial(self.source.__getitem__, index)
     stored = self._features
+    if hasattr(stored, 'request'):
+      read_text = stored.request(index)
+    else:
+      read_text = functools.partial(stored.__getitem__, index)
+    return functools.partial(self._join, read, read_text)
+
+  def _join(
+    self, read: Callable[[], dict[str, Any]], read_text: Callable[[], bytes]
+  ) -> dict[str, Any]:
+    record = read()
+    key = record['key']
     try:
-      data = stored[index]
+      data = read_text()
       digest, num_tokens = _HEADER.unpack_from(data)
       features = np.frombuffer(
         data, DTYPES[self.info.dtype], offset=_HEADER.size
       ).reshape(-1, self.info.width)
-    # A wrong checksum, a missing record, a short one, no whole rows.
-    except (RuntimeError, IndexError, struct.error, ValueError) as error:
+    except remote_reads.Unavailable as error:
+      raise DataError(f'{error}.') from error
+    except (
+      RuntimeError,
+      IndexError,
+      struct.error,
+      ValueError,
+      remote_reads.Missing,
+    ) as error:
       raise BadRecord(key, 'damaged text features', str(error)) from error
     if digest != _digest(record['caption']):
       raise BadRecord(

@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 import numpy as np
+import tqdm
 
 from mdm_jax.data import tar_members, tars
 from mdm_jax.data.images import BadRecord, DataError
@@ -37,6 +38,7 @@ _ROW = np.dtype(
   ]
 )
 _INDEX = 'index.json'
+_PARTS = 'image', 'caption'
 _COMMAND = 'python -m mdm_jax.tools.index_tars'
 # Tars in a bucket that are indexed at the same time.
 _AT_ONCE = 16
@@ -68,6 +70,7 @@ def write_index(
     ValueError: `output` exists, a tar is compressed, or there is no record for
       training.
     OSError: the index cannot be written.
+    Unavailable: a bucket does not answer.
   """
   target, is_local = epath.Path(output), files.is_local(output)
   # In a bucket the index is there once all of it is, its last file.
@@ -77,7 +80,13 @@ def write_index(
     )
   parts = {'train': [], 'validation': []}
   used, rejects = [], []
-  for tar, tables, bad in _read_tars(paths, validation_fraction):
+  for tar, tables, bad in tqdm.tqdm(
+    _read_tars(paths, validation_fraction),
+    total=len(paths),
+    unit=' tar',
+    smoothing=0,
+    disable=all(map(files.is_local, paths)),  # These take seconds.
+  ):
     rejects += bad
     if any(map(len, tables.values())):
       for split, table in tables.items():
@@ -146,7 +155,7 @@ def _read_tars(
   try:
     yield from pool.map(read, paths)
   finally:
-    pool.shutdown(cancel_futures=True)
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _rows(
@@ -182,6 +191,7 @@ def _load_index(path: str) -> dict[str, Any]:
   Raises:
     FileNotFoundError: there is no index.
     ValueError: it cannot be read, or is damaged.
+    OSError: the bucket does not answer.
   """
   file = epath.Path(path) / _INDEX
   try:
@@ -272,7 +282,7 @@ class TarSource:
     """Whether the table is one, and has `length` rows.
 
     Raises:
-      UnreadableFile: it cannot be copied from a bucket.
+      OSError: it cannot be copied from a bucket.
     """
     files.require_file(self._table_file)
     try:
@@ -305,27 +315,43 @@ class TarSource:
     """
     return self.request(index)()
 
+  def caption(self, index: int) -> str:
+    """The first caption of a record, without its image.
+
+    Raises:
+      BadRecord, DataError: as `__getitem__`.
+    """
+    path, spans, is_json = self._place(index)
+    key = f'{tars.stem(path)}@{spans[0][0]}'
+    data = _wait(remote_reads.request(path, *spans[1]), key)
+    return tars.read_captions(data, 'json' if is_json else 'txt', key)[0]
+
+  def _place(self, index: int) -> tuple[str, list[tuple[int, int]], bool]:
+    """The tar, where image and caption start and end, whether that is JSON.
+
+    Raises:
+      BadRecord: there is no such tar.
+    """
+    row = self._table[index]
+    number = int(row['tar'])
+    if number >= len(self._tars):
+      raise BadRecord(f'{self.path}@{index}', 'damaged index')
+    starts = [int(row[f'{part}_block']) * _BLOCK for part in _PARTS]
+    sizes = [int(row[f'{part}_size']) for part in _PARTS]
+    spans = [(start, start + size) for start, size in zip(starts, sizes)]
+    return self._tars[number], spans, bool(row['is_json'])
+
   def request(self, index: int) -> Callable[[], dict[str, Any]]:
     """Begins to read a record, if it is in a bucket.
 
     Returns:
       A function that waits for the record, and raises as `__getitem__`.
     """
-    row = self._table[index]
-    number, is_json = int(row['tar']), bool(row['is_json'])
-    if number >= len(self._tars):
-      bad = BadRecord(f'{self.path}@{index}', 'damaged index')
+    try:
+      path, spans, is_json = self._place(index)
+    except BadRecord as bad:
       return functools.partial(_refuse, bad)
-    path = self._tars[number]
-    spans = [
-      (start, start + int(row[f'{part}_size']))
-      for part in ('image', 'caption')
-      for start in [int(row[f'{part}_block']) * _BLOCK]
-    ]
-    if files.is_local(path):
-      read = functools.partial(_read, path, spans)
-    else:
-      read = _request(path, spans)
+    read = _request(path, spans)
     key = f'{tars.stem(path)}@{spans[0][0]}'
     return functools.partial(_record, read, is_json, key)
 
@@ -337,13 +363,7 @@ def _refuse(bad: BadRecord) -> dict[str, Any]:
 def _record(
   read: Callable[[], list[bytes]], is_json: bool, key: str
 ) -> dict[str, Any]:
-  try:
-    image, caption = read()
-  except OSError as error:
-    raise BadRecord(key, 'unreadable tar', str(error)) from error
-  # An outage would make thousands of them bad.
-  except files.UnreadableFile as error:
-    raise DataError(f'{error}.') from error
+  image, caption = _wait(read, key)
   captions = tars.read_captions(caption, 'json' if is_json else 'txt', key)
   return {
     'image': image,
@@ -353,22 +373,26 @@ def _record(
   }
 
 
-def _read(path: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-  """Reads parts of a file on a disk, from a start up to an end each."""
-  found = []
-  with open(path, 'rb') as file:
-    for start, end in spans:
-      file.seek(start)
-      found.append(file.read(end - start))
-      if len(found[-1]) != end - start:
-        raise OSError(f'the file ends before byte {end}')
-  return found
+def _wait(read: Callable[[], Any], key: str) -> Any:
+  """What a function reads.
+
+  Raises:
+    BadRecord: the tar cannot be read.
+    DataError: the bucket does not answer.
+  """
+  try:
+    return read()
+  except OSError as error:
+    raise BadRecord(key, 'unreadable tar', str(error)) from error
+  # An outage would make thousands of them bad.
+  except remote_reads.Unavailable as error:
+    raise DataError(f'{error}.') from error
 
 
 def _request(
   path: str, spans: Sequence[tuple[int, int]]
 ) -> Callable[[], list[bytes]]:
-  """Begins to read parts of a file in a bucket, together if they are near."""
+  """Begins to read parts of a file, together if they are near."""
   first, last = min(spans)[0], max(end for _, end in spans)
   if last - first - sum(end - start for start, end in spans) <= _GAP:
     wait = remote_reads.request(path, first, last)

@@ -110,7 +110,7 @@ def open_tar(
   Raises:
     CompressedTar: if `in_place`.
     OSError: the file cannot be opened.
-    UnreadableFile: the same in a bucket, also while it is read.
+    Unavailable: a bucket does not answer, also later.
   """
   with remote_reads.open_stream(path) as file:
     yield TarReader(file, in_place)

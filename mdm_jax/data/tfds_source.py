@@ -104,8 +104,10 @@ class TfdsSource:
 
   def fingerprint(self) -> str:
     """A hash of the names and sizes of the files."""
-    files = self._builder.info.splits[self.split].filepaths
-    listing = '\n'.join(f'{file.name} {file.stat().length}' for file in files)
+    paths = self._builder.info.splits[self.split].filepaths
+    listing = '\n'.join(
+      f'{path.name} {files.require_file(path)[0]}' for path in paths
+    )
     return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
   def __reduce__(self):

@@ -369,7 +369,7 @@ class Pipeline:
 
 def _directory(name: str, path: str | os.PathLike) -> str:
   """A directory as a flag reads it; raises ValueError if there is none."""
-  return _checked(name, value_types.Path('directory'), path)
+  return _checked(name, value_types.RUN, path)
 
 
 def _check(

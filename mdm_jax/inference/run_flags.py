@@ -13,7 +13,7 @@ from mdm_jax.runtime import flag_types, value_types
 _WORKDIR = flag_types.define(
   'workdir',
   None,
-  value_types.Path('directory'),
+  value_types.RUN,
   'Working directory of the training run.',
 )
 _BATCH_SIZE = flag_types.define(

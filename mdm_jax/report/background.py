@@ -57,12 +57,16 @@ class BackgroundWriter:
     except queue.Full:
       self._lose('too many writes are pending')
 
-  def settle(self, seconds: float) -> bool:
-    """Waits for pending calls, up to a time limit; returns whether all ran."""
+  def upload_soon(self) -> None:
+    """Uploads after the pending calls, if there is anything to upload to."""
     if self._upload and self._thread.is_alive():
       with contextlib.suppress(queue.Full):
         self._queue.put_nowait((self._upload, ()))
         self._asked += 1
+
+  def settle(self, seconds: float) -> bool:
+    """Waits for pending calls, up to a time limit; returns whether all ran."""
+    self.upload_soon()
     with self._queue.all_tasks_done:
       return self._queue.all_tasks_done.wait_for(
         lambda: not self._queue.unfinished_tasks, seconds
@@ -141,6 +145,7 @@ def settle(
 ) -> None:
   """Waits for the pending writes of all parts, up to a time limit."""
   end = time.monotonic() + seconds
+  _upload_soon(parts)
   for part in parts:
     part.settle(max(0.0, end - time.monotonic()))
 
@@ -148,8 +153,15 @@ def settle(
 def close(parts: Iterable['BackgroundWriter | LineFile']) -> None:
   """Closes all parts, and waits no longer for all than for one."""
   end = time.monotonic() + _CLOSING
+  _upload_soon(parts)
   for part in parts:
     part.close(max(0.0, end - time.monotonic()))
+
+
+def _upload_soon(parts: Iterable['BackgroundWriter | LineFile']) -> None:
+  """Lets all parts upload at the same time."""
+  for part in parts:
+    part.upload_soon()
 
 
 class LineFile:
@@ -173,6 +185,10 @@ class LineFile:
   def append(self, line: Mapping[str, Any]) -> None:
     """Writes an object of JSON's types as a line, in the background."""
     self._background.submit(self._write, f'{json.dumps(line)}\n'.encode())
+
+  def upload_soon(self) -> None:
+    """Uploads the pending lines, if the file is in a bucket."""
+    self._background.upload_soon()
 
   def settle(self, seconds: float) -> bool:
     """Waits for pending lines, up to a time limit; returns whether all ran."""

@@ -210,9 +210,9 @@ def find_earlier(
     elif path.stem.isdecimal():
       try:
         metrics = _numbers(files.read_json(path))
+        changed = files.modified(path)  # 0 in s3://.
       except files.UnreadableFile:  # Training warns of it.
         continue
-      changed = path.stat().mtime  # 0 in s3://, whose names for it differ.
       date = _date(changed) if changed else ''
       found.append(Earlier(int(path.stem), date, metrics, training))
   # Of two of one second the later line.

@@ -28,8 +28,8 @@ class Goodput:
   A line of `goodput.jsonl` has 'time' (seconds since 1970), 'session' (the time
   at which this process started), the 'stage' and 'step' that were reached, and
   'seconds' by bucket since the line before. A killed process loses only the
-  time after its last line. The buckets of a session add up to its wall-clock
-  time, since every moment is in exactly one bucket.
+  time after its last line, or after the last upload. The buckets of a session
+  add up to its wall-clock time, since every moment is in exactly one bucket.
 
   Only process 0 writes.
   """

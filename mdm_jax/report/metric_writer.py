@@ -24,9 +24,10 @@ class MetricWriter:
   resumes from step s writes the lines after s again, with a later 'time'. If
   two lines have the same stage and step, the last one counts.
 
-  Files are written in the background, and each tracker has a thread of its
-  own: a slow or failing disk or tracker drops lines and images, and never
-  blocks training.
+  In a bucket the lines are in objects beside these names, see
+  `background.LineFile`. Files are written in the background, and each tracker
+  has a thread of its own: a slow or failing disk or tracker drops lines and
+  images, and never blocks training.
 
   Only process 0 writes; on the others every method does nothing.
   """

@@ -4,6 +4,7 @@
 of several processes; `command` runs a command to its end, `ending` makes that
 end short, and `preemption` handles signals; `watchdog` and `replica_check`
 notice what hangs or computes wrongly; `cpu`, `compilation_cache` and `peaks`
-are about devices; `files` writes files whole or not at all, and
-`directory_lock` lets only one process write to a directory.
+are about devices; `files` writes files whole or not at all, on
+disks and in the buckets of `buckets`, `appending` appends to those in buckets,
+and `directory_lock` lets only one process write to a directory.
 """

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # What can be a working directory or an output, and the package for it.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs', 'az': 'adlfs'}
 SCHEMES = tuple(PACKAGES)
+# Where runs can be. Orbax 0.12 takes s3://a/b for the local path s3:/a/b, and
+# TensorStore, which it saves with, knows no az://.
+OF_RUNS = ('gs',)
 # Seconds that a command waits for a bucket before it has begun.
 _PATIENCE = 60
 

@@ -10,7 +10,13 @@ from typing import Any, NoReturn, TextIO
 
 from absl import app, logging
 
-from mdm_jax.runtime import directory_lock, ending, flag_types, preemption
+from mdm_jax.runtime import (
+  buckets,
+  directory_lock,
+  ending,
+  flag_types,
+  preemption,
+)
 from mdm_jax.runtime.printable import printable
 
 # A disk that takes no more, not a mistake in the program.
@@ -74,15 +80,20 @@ def run(
       message = f'error: {error}. What is finished is kept.'
       if error.errno == errno.ENOSPC and not error.filename:
         message += _shared_memory()
+    elif _is_of_bucket(error):
+      reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+      message = f'error: {reason}. What is finished is kept.'
     # The environment's fault if a file is named, otherwise maybe ours.
     elif isinstance(error, OSError) and error.filename is not None:
       message = f'error: {error.filename}: {error.strerror}.'
     elif isinstance(error, OSError) and _NO_TEMPORARY in str(error):
-      message = f'error: {error.strerror}: set TMPDIR to one that is writable.'
+      message = f'error: {error.strerror}'
     elif isinstance(error, RuntimeError) and str(error).startswith(_NO_DEVICES):
       message = 'error: ' + ' '.join(str(error).split())
     else:
       sys.excepthook(*sys.exc_info())
+  if _NO_TEMPORARY in message:
+    message += ': set TMPDIR to one that is writable.'
   ending.begin(code)
   stop.close()
   # Schedulers repeat signals.
@@ -103,6 +114,14 @@ def _shared_memory() -> str:
     f' Data workers share /dev/shm, which has only {size:,.0f} MiB: a '
     'container needs more (docker run --shm-size=8g).'
   )
+
+
+def _is_of_bucket(error: BaseException) -> bool:
+  """Whether a bucket has refused something, or its package failed."""
+  if isinstance(error, PermissionError):  # On a disk it names a file.
+    return error.filename is None
+  is_other = isinstance(error, Exception) and not isinstance(error, OSError)
+  return is_other and isinstance(error, buckets.errors())
 
 
 def _is_unread(stream: TextIO) -> bool:

@@ -355,13 +355,13 @@ class _BucketLock:
       end = f'shared-{self._info["token"][:8]}'
     self._name = f'{self._path.name}-{end}'
     self._info['replaces'] = ended
-    try:
+    with contextlib.suppress(FileExistsError):
       self._write(mode='create')
-    except FileExistsError:
-      # Perhaps of this process, whose first attempt was not answered.
-      if not self._is_own():
-        self._name = ''
-        return False
+    # Perhaps it exists because a first attempt of this process was not
+    # answered, and some services of S3's protocol replace what exists.
+    if not self._is_own():
+      self._name = ''
+      return False
     if self._others().keys() - {*ended}:
       self._remove(self._name)
       self._name = ''

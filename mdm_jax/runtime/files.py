@@ -74,7 +74,8 @@ def require_file(path: epath.PathLike) -> tuple[int, int]:
       if info['type'] == 'directory':
         raise UnreadableFile(path, 'is a directory, not a file')
       return info['size'], version(info)
-    # epath has whole seconds only, and looks up the names of owners.
+    # epath has whole seconds only, and fails if its owner has no name here, as
+    # in containers, and on disks that several machines share.
     found = os.stat(path)
   if not stat.S_ISREG(found.st_mode):
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'something else')
@@ -104,6 +105,18 @@ def list_bucket(directory: str) -> dict[str, tuple[int, int]]:
     for info in found
     if info['type'] == 'file'
   }
+
+
+def modified(path: epath.PathLike) -> float:
+  """When a file was written, in seconds since 1970; 0 if a bucket tells none.
+
+  Raises:
+    UnreadableFile: it cannot be told.
+  """
+  with naming_errors(path):
+    if is_local(path):
+      return os.stat(path).st_mtime
+    return epath.Path(path).stat().mtime
 
 
 def version(info: Mapping[str, Any]) -> int:
@@ -449,6 +462,13 @@ def upload(source: epath.PathLike, path: epath.PathLike) -> None:
   buckets.file_system(path).put_file(os.fspath(source), os.fspath(path))
 
 
+def upload_directory(directory: epath.PathLike, path: epath.PathLike) -> None:
+  """Copies the files below a local directory into a bucket."""
+  for file in sorted(pathlib.Path(directory).rglob('*')):
+    if file.is_file():
+      upload(file, epath.Path(path) / file.relative_to(directory))
+
+
 @contextlib.contextmanager
 def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """A directory on this machine, for what writes to no others.
@@ -466,9 +486,7 @@ def local_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
     return
   with tempfile.TemporaryDirectory(prefix='mdm_jax_') as directory:
     yield pathlib.Path(directory)
-    for file in sorted(pathlib.Path(directory).rglob('*')):
-      if file.is_file():
-        upload(file, epath.Path(path) / file.relative_to(directory))
+    upload_directory(directory, path)
 
 
 @contextlib.contextmanager

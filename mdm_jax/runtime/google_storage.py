@@ -91,6 +91,9 @@ class FileSystem(gcsfs.core.GCSFileSystem):
 def as_os_error(error: Exception) -> OSError:
   """Says what is wrong in one line, with the remedy, as `strerror`."""
   text = ' '.join(str(getattr(error, 'message', '') or error).split())
+  code = getattr(error, 'code', None)
+  if text == f', {code}':  # An answer without a word.
+    text = f'the answer is {code}'
   if isinstance(error, FileNotFoundError):
     return FileNotFoundError(errno.ENOENT, 'No such object or bucket', text)
   if isinstance(error, FileExistsError):
@@ -111,7 +114,6 @@ def as_os_error(error: Exception) -> OSError:
     'run `gcloud auth application-default login`, or give this machine a '
     'service account'
   )
-  code = getattr(error, 'code', None)
   if code == 401 or isinstance(error, google.auth.exceptions.GoogleAuthError):
     return PermissionError(
       errno.EACCES, f'there are no valid Google credentials ({text}): {login}'

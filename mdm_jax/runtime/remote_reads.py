@@ -7,6 +7,7 @@ for minutes, and an error of a stream is never taken for the end of the file.
 import asyncio
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import os
 import tempfile
 import time
@@ -30,22 +31,51 @@ class Missing(OSError):
   """There is no such part: the file is gone, or shorter."""
 
 
+class Unavailable(RuntimeError):
+  """A bucket does not answer, or refuses; what is in it may be good.
+
+  It is no OSError, which decoders raise if what they decode is damaged.
+  """
+
+
+@contextlib.contextmanager
+def raising_unavailable(path: epath.PathLike) -> Iterator[None]:
+  """Turns what a bucket raises into `Unavailable`, or FileNotFoundError."""
+  try:
+    with buckets.naming_errors():
+      yield
+  except ValueError as error:
+    cause = error.__cause__
+    if isinstance(cause, FileNotFoundError):
+      raise cause from None
+    if not isinstance(cause, buckets.errors()):
+      raise
+    raise _unavailable(path, str(error)) from error
+
+
+def _unavailable(path: epath.PathLike, reason: str) -> Unavailable:
+  return Unavailable(f'{path} cannot be read ({reason.rstrip(".")})')
+
+
 def request(path: str, start: int, end: int) -> Callable[[], bytes]:
-  """Begins to read a part of a file in a bucket.
+  """Begins to read a part of a file, if it is in a bucket.
 
   Args:
-    path: such as 'gs://name/path'.
+    path: of the file; a local one is read when it is waited for.
     start, end: bytes; `end` is the first that is not read.
 
   Returns:
     A function that waits for the bytes, which there are `end - start` of.
       Raises:
         Missing: the file is gone or ends before `end`.
-        UnreadableFile: the bucket refuses, or has not answered for 10 minutes.
+        OSError: a local file cannot be read.
+        Unavailable: the bucket refuses, or has not answered for 10 minutes.
           Before that, what fails is repeated.
   """
   if start == end:
     return bytes
+  if files.is_local(path):
+    return functools.partial(_read_local, path, start, end)
   system = buckets.file_system(path)
   # An event loop in a thread of fsspec's own, one for the process.
   future = asyncio.run_coroutine_threadsafe(
@@ -59,6 +89,15 @@ def request(path: str, start: int, end: int) -> Callable[[], bytes]:
       future.cancel()  # If the wait is interrupted.
 
   return wait
+
+
+def _read_local(path: str, start: int, end: int) -> bytes:
+  with open(path, 'rb') as file:
+    file.seek(start)
+    data = file.read(end - start)
+  if len(data) != end - start:
+    raise Missing(f'the file ends before byte {end}')
+  return data
 
 
 async def _read(system: Any, path: str, start: int, end: int) -> bytes:
@@ -76,11 +115,11 @@ async def _read(system: Any, path: str, start: int, end: int) -> bytes:
       if isinstance(cause, FileNotFoundError):
         raise Missing('there is no such object') from error
       if isinstance(cause, PermissionError):
-        raise _unreadable(path, reason) from error
+        raise _unavailable(path, reason) from error
     if await _ends_before(system, inside, end):
       raise Missing(f'the file ends before byte {end}')
     if time.monotonic() > deadline:
-      raise _unreadable(path, f'for {_PATIENCE / 60:.0f} minutes: {reason}')
+      raise _unavailable(path, f'for {_PATIENCE / 60:.0f} minutes: {reason}')
     logging.log_every_n_seconds(
       logging.WARNING,
       '%s cannot be read (%s): trying again, for %.0f minutes at most.',
@@ -90,10 +129,6 @@ async def _read(system: Any, path: str, start: int, end: int) -> bytes:
       _PATIENCE / 60,
     )
     await asyncio.sleep(_PAUSE)
-
-
-def _unreadable(path: str, reason: str) -> files.UnreadableFile:
-  return files.UnreadableFile(path, f'cannot be read ({reason.rstrip(".")})')
 
 
 async def _ends_before(system: Any, path: str, end: int) -> bool:
@@ -114,14 +149,14 @@ def open_stream(path: epath.PathLike, block: int = BLOCK) -> Iterator[BinaryIO]:
     block: bytes that are read at once from a bucket.
 
   Raises:
-    OSError: a local file cannot be read.
-    UnreadableFile: one in a bucket, now or when it is read.
+    OSError: there is no such file, or a local one cannot be read.
+    Unavailable: one in a bucket cannot be read, now or later.
   """
   if files.is_local(path):
     with epath.Path(path).open('rb') as file:
       yield file
     return
-  with files.naming_errors(path):
+  with raising_unavailable(path):
     file = buckets.file_system(path).open(
       os.fspath(path), 'rb', block_size=block, cache_type='readahead'
     )
@@ -130,16 +165,13 @@ def open_stream(path: epath.PathLike, block: int = BLOCK) -> Iterator[BinaryIO]:
 
 
 class _Stream:
-  """A file in a bucket whose OSErrors are `UnreadableFile`.
-
-  Decoders raise OSError too, if what they decode is damaged.
-  """
+  """A file in a bucket that raises `Unavailable`."""
 
   def __init__(self, path: epath.PathLike, file: BinaryIO):
     self._path, self._file = path, file
 
   def read(self, size: int = -1) -> bytes:
-    with files.naming_errors(self._path):
+    with raising_unavailable(self._path):
       return self._file.read(size)
 
   def __getattr__(self, name: str) -> Any:  # `seek` and `tell`, for instance.
@@ -156,7 +188,8 @@ def kept_copy(path: epath.PathLike) -> epath.Path:
   A file in a bucket is copied once, and again if it has been replaced since.
 
   Raises:
-    UnreadableFile: it cannot be read.
+    UnreadableFile: there is none.
+    OSError: the bucket does not answer, or refuses.
   """
   path = epath.Path(path)
   if files.is_local(path):

@@ -370,6 +370,11 @@ class Path:
     return 'directory' if self.kind == 'directory' else 'file'
 
 
+# The working directory of a run.
+RUN = Path('directory', schemes=buckets.OF_RUNS)
+NEW_RUN = dataclasses.replace(RUN, output=True)
+
+
 def check_outputs(directory: str | os.PathLike, *names: str) -> None:
   """Checks that directories can be written to, before there is work to lose.
 

@@ -339,7 +339,7 @@ if __name__ == '__main__':
   flag_types.define(
     'workdir',
     None,
-    value_types.Path('directory'),
+    value_types.RUN,
     'Working directory of a run on shapes.',
     required=True,
   )

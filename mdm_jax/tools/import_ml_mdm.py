@@ -194,7 +194,7 @@ if __name__ == '__main__':
   flag_types.define(
     'workdir',
     None,
-    value_types.Path('directory', output=True),
+    value_types.NEW_RUN,
     'Working directory to create.',
     required=True,
   )

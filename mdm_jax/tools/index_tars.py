@@ -14,7 +14,13 @@ import sys
 from absl import flags
 
 from mdm_jax.data import tar_index, tars
-from mdm_jax.runtime import command, directory_lock, flag_types, value_types
+from mdm_jax.runtime import (
+  command,
+  directory_lock,
+  flag_types,
+  remote_reads,
+  value_types,
+)
 
 
 def main(_: list[str]) -> None:
@@ -25,7 +31,7 @@ def main(_: list[str]) -> None:
       counts = tar_index.write_index(
         tars.find(values.input), values.output, values.validation_fraction
       )
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, remote_reads.Unavailable) as error:
     sys.exit(f'error: {error}')
   for split, count in counts.items():
     print(f'{split}: {count}')

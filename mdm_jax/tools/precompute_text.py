@@ -1,12 +1,13 @@
-"""Encodes the captions of a prepared data set, for text.encoder=precomputed.
+"""Encodes the captions of a data set, for text.encoder=precomputed.
 
   python -m mdm_jax.tools.precompute_text --config=configs/cc12m_64.py \\
       --config.data.path=DIR --config.text.path=T5
 
 The features are written to DIR/text. If the command is killed, the same
 command makes the missing files. Several machines divide the work by
---part=0/4, --part=1/4, … If DIR is in a bucket, its files are copied to the
-local disk one after another.
+--part=0/4, --part=1/4, … DIR is a prepared data set, or with
+--config.data.name=tars an index of tars. It may be in a bucket: the files of a
+prepared data set are then copied to the local disk one after another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ SHARD_SIZE = 4096
 # The length of a batch is that of its longest caption, rounded up to a
 # multiple of this many tokens. The encoder is compiled once per length.
 _LENGTH_STEP = 32
+# Captions that are read at the same time, perhaps from a bucket.
+_THREADS = 32
 
 
 def main(_: list[str]) -> None:
@@ -107,13 +110,14 @@ def precompute(
   path = config.data.path
   directory = precomputed.text_directory(path)
   value_types.check_outputs(directory)
-  data = _Data(path)
+  data = _Data(path, config.data.name == 'tars')
   info = precomputed.TextInfo(
     made_with=text_fingerprint(config),
     dtype=storage,
     width=encoder.width,
     shard_size=SHARD_SIZE,
     splits=data.sizes,
+    suffix=data.suffix,
   )
   _write_info(path, info)
   names = [
@@ -121,7 +125,6 @@ def precompute(
     for split in data.sizes
     for k, name in enumerate(info.files(split))
   ]
-  # In a bucket, one list is faster than a question for each.
   there = {file.name for file in directory.iterdir()}
   missing = [
     (directory / name, split, _rows(k, info.splits[split]))
@@ -144,22 +147,33 @@ def precompute(
 
 
 class _Data:
-  """The captions of a prepared data set, on a disk or in a bucket.
+  """The captions of a prepared data set or of tars, on a disk or in a bucket.
 
   Attributes:
     sizes: split -> number of records.
+    suffix: of the files of features.
   """
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, is_tars: bool = False):
     """Opens the data set.
+
+    Args:
+      path: directory of the data set, or of an index of tars.
+      is_tars: whether it is an index of tars.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it cannot be read.
     """
-    from mdm_jax.data import sources
+    from mdm_jax.data import sources, tar_index
 
     self._path = self._local = path
+    self._open, self.suffix = sources.open_source, precomputed.ARRAY_RECORD
+    if is_tars:
+      self.suffix = precomputed.RANGES
+      self._open = tar_index.open_source
+      self.sizes = tar_index.read_index(path)['splits']
+      return
     if not files.is_local(path):
       self._directory = tempfile.TemporaryDirectory(prefix='mdm_jax_')
       self._local = self._directory.name
@@ -177,7 +191,7 @@ class _Data:
     from mdm_jax.data import sources
 
     if self._local == self._path:
-      yield sources.open_source(self._path, split), 0
+      yield self._open(self._path, split), 0
       return
     part = f'{split}[{rows.start}:{rows.stop}]'
     needed = sources.file_names(self._local, part)
@@ -312,8 +326,11 @@ def encode_captions(
 def _write_info(path: str, info: precomputed.TextInfo) -> None:
   file = precomputed.text_directory(path) / 'info.json'
   if not file.exists():
+    written = dataclasses.asdict(info)
+    if info.suffix == precomputed.ARRAY_RECORD:
+      del written['suffix']  # Older versions do not know it.
     # The machines that share the work all write it.
-    files.write_json(file, dataclasses.asdict(info), shared=True)
+    files.write_json(file, written, shared=True)
     return
   try:
     found = precomputed.TextInfo(**files.read_json(file))
@@ -348,9 +365,12 @@ def _length(tokens: np.ndarray) -> int:
 def _captions(source, indices: range) -> list[str]:
   import grain
 
+  # Those of tars are found without the images.
+  read = getattr(source, 'caption', lambda index: source[index]['caption'])
+
   def caption(index: int) -> str:
     try:
-      return source[index]['caption']
+      return read(index)
     # Training replaces such a record, whatever its features are.
     except BadRecord as error:
       logging.warning('Encoded as an empty caption: %s', error)
@@ -359,11 +379,14 @@ def _captions(source, indices: range) -> list[str]:
   return list(
     grain.MapDataset.range(indices.start, indices.stop)
     .map(caption)
-    .to_iter_dataset(grain.ReadOptions())
+    .to_iter_dataset(grain.ReadOptions(num_threads=_THREADS))
   )
 
 
 def _write_records(file: epath.Path, records: Sequence[bytes]) -> None:
+  if file.name.endswith(precomputed.RANGES):
+    precomputed.write_ranges(file, records)
+    return
   from array_record.python import array_record_module
 
   with files.replacing(file) as temporary:

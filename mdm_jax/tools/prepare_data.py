@@ -101,14 +101,13 @@ def main(_) -> None:
       summary = prepare(
         values.input, values.output, options, values.num_workers, values.part
       )
-  # An input or an output in a bucket that does not answer is an UnreadableFile.
-  except (OSError, RuntimeError, files.UnreadableFile) as error:
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  except (OSError, RuntimeError) as error:
     sys.exit(
       f'error: {error}. Finished parts are kept: run the same command '
       'again to continue.'
     )
-  except ValueError as error:
-    sys.exit(f'error: {error}')
   if summary is None:
     print(
       'This part is finished. When all parts are, run the command without '

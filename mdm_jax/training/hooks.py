@@ -6,7 +6,6 @@ is.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import pathlib
 import shutil
 import tempfile
 
@@ -376,8 +375,6 @@ class _Profiler:
 def _move(directory: str, target: epath.Path) -> None:
   """Uploads the files below a directory into a bucket, and removes it."""
   try:
-    for path in pathlib.Path(directory).rglob('*'):
-      if path.is_file():
-        files.upload(path, target / path.relative_to(directory))
+    files.upload_directory(directory, target)
   finally:
     shutil.rmtree(directory, ignore_errors=True)

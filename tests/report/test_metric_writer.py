@@ -264,6 +264,20 @@ def test_bursts_of_errors_lose_nothing(bucket):
   assert [event.value for event in events] == [*range(10)]
 
 
+def test_a_slow_bucket_has_all_lines_within_the_time_limit(bucket, monkeypatch):
+  """A stop request leaves no time to upload one file after the other."""
+  monkeypatch.setattr(metric_writer, '_PATIENCE', 2.0)
+  writer = open_writer(bucket.path, 'tensorboard')
+  writer.scalars(1, {'train': {'loss': 1}}, stage='b')
+  writer.skipped({'step': 1})
+  with bucket.delayed(0.3):
+    writer.flush()
+  names = {name.partition('-')[0] for name in bucket.files()}
+  assert {'metrics', 'skipped'} < names
+  assert sum(name.startswith('tensorboard/b/') for name in names) == 1
+  writer.close()
+
+
 def wandb_run(workdir, **env):
   """Two numbers and an image of a session of the same run."""
   program = """

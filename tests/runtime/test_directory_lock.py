@@ -325,6 +325,24 @@ def test_of_two_that_wait_for_a_vanished_machine_one_wins(
   assert not bucket.files()
 
 
+def test_of_two_that_begin_at_the_same_time_one_sees_the_other(
+  hold, bucket, monkeypatch
+):
+  path = f'{bucket.path}/out'
+  first = hold('holding_part', path, 0, 3)
+  before = objects(bucket)
+  look, looks = directory_lock._BucketLock._others, iter([{}])
+  monkeypatch.setattr(
+    directory_lock._BucketLock, '_others', lambda self: next(looks, look(self))
+  )
+  with (
+    pytest.raises(directory_lock.InUse, match=f'process {first.pid} on'),
+    directory_lock.holding_part(path, 0, 1),
+  ):
+    raise AssertionError
+  assert objects(bucket) == before
+
+
 def test_a_distant_machine_that_is_alive(of_another_machine_in_a_bucket):
   path, beat = of_another_machine_in_a_bucket
   timer = threading.Timer(0.2, beat)

@@ -16,8 +16,8 @@ from mdm_jax.builders.check import check
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.text import empty_text, make_tokenizer
-from mdm_jax.data import precomputed
-from mdm_jax.data.images import BadRecord
+from mdm_jax.data import pipeline, precomputed, tar_index
+from mdm_jax.data.images import BadRecord, DataError
 from mdm_jax.data.transforms import Transform
 from mdm_jax.inference.session import open_run
 from mdm_jax.runtime import sharding
@@ -195,10 +195,102 @@ def test_a_data_set_in_a_bucket_has_the_same(
     x for x in bucket.requests if 'GET /download' in x and '/set/cap' in x
   ]
   assert 0 < len(read) == len(set(read))
-  for module in (precomputed.read_info, lambda path: check(config, None)):
-    config.text.encoder = 'precomputed'
-    with pytest.raises(ValueError, match='Mount it with gcsfuse'):
-      module(config.data.path)
+  config.text.encoder = 'precomputed'
+  with pytest.raises(ValueError, match='Mount it with gcsfuse'):
+    check(config, mesh_of(config))
+
+
+def example_batches(config):
+  return list(
+    pipeline.make_dataset(
+      make_source(config, 'train', 8),
+      transform=Transform(make_tokenizer(config, of_captions=True), 8),
+      batch_size=8,
+      seed=0,
+      shuffle=True,
+      num_batches=4,
+    )
+  )
+
+
+@pytest.fixture
+def of_tars(made, prepared, tmp_path, bucket):
+  """The configs of an index of tars with features, on a disk, in a bucket."""
+  tar = epath.Path(bucket.path) / 'some.tar'
+  tar.write_bytes((prepared.parent / 'some.tar').read_bytes())
+  configs = []
+  for given, output in (
+    (f'{prepared.parent}/some.tar', f'{tmp_path}/index'),
+    (str(tar), f'{bucket.path}/index'),
+  ):
+    tar_index.write_index([given], output, 0.2)
+    config = made.copy_and_resolve_references()
+    config.data.update(name='tars', path=output)
+    precompute_text.precompute(config, batch_size=8)
+    configs.append(config)
+  return configs
+
+
+def test_features_beside_tars_are_the_same(made, of_tars, bucket):
+  local, remote = of_tars
+  assert contents(local) == contents(remote)
+  texts = [record['text'] for record in records(made)]
+  bucket.requests.clear()
+  for config in of_tars:
+    check(config, mesh_of(config))
+    np.testing.assert_array_equal(
+      [record['text'] for record in records(config)], texts
+    )
+    np.testing.assert_array_equal(empty_text(config), empty_text(made))
+  bucket.requests.clear()
+  for one, other in zip(example_batches(remote), example_batches(local)):
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+  read = [x for x in bucket.requests if x.startswith('GET /download')]
+  assert sum('.tar?' in x for x in read) == 4 * 8
+  # The beginning of each of the files, and the records.
+  assert sum('.features?' in x for x in read) == 3 + 4 * 8
+
+
+def test_damaged_features_beside_tars_are_named(of_tars, bucket):
+  local, remote = of_tars
+  for config in of_tars:
+    directory = precomputed.text_directory(config.data.path)
+    path = directory / 'train-00001-of-00003.features'
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    bad = []
+    source = make_source(config, 'train', 8)
+    for i in range(len(source)):
+      try:
+        source[i]
+      except BadRecord as error:
+        bad.append((i, error.reason, error.detail))
+    assert bad == [(11, 'damaged text features', 'wrong checksum')]
+    path.write_bytes(data[:-9])
+    with pytest.raises(BadRecord, match='features .the file ends before byte'):
+      make_source(config, 'train', 8)[11]
+    path.write_bytes(bytes(8) + data[8:])
+    with pytest.raises(
+      DataError, match='00001-of-00003.features is damaged: r'
+    ):
+      make_source(config, 'train', 8)[0]
+    path.write_bytes(data[:20])
+    with pytest.raises(DataError, match='features cannot be read: the file e'):
+      make_source(config, 'train', 8)[0]
+    path.unlink()
+    with pytest.raises(
+      FileNotFoundError, match='lacks 1 of its files, such as'
+    ):
+      check(config, mesh_of(config))
+    precompute_text.precompute(config, batch_size=8)
+    assert len(records(config)) == len(source)
+  with (
+    bucket.failing('features.alt', status=403, body=b'no access'),
+    pytest.raises(DataError, match='features cannot be read .no permission'),
+  ):
+    records(remote)
 
 
 def test_another_batch_size_and_dtype(made, copied):

@@ -7,7 +7,7 @@ import gcsfs.retry
 import pytest
 
 from mdm_jax.data import folders, sources
-from mdm_jax.runtime import files
+from mdm_jax.runtime import files, remote_reads
 from mdm_jax.tools import conversion, prepare_data, tfds_writer
 from mdm_jax.tools.conversion import Options, prepare
 from tests.tools import test_conversion as forms
@@ -113,13 +113,20 @@ def test_an_outage_of_the_input_makes_no_rejects(bucket, tmp_path, monkeypatch):
     'asyncio',
     types.SimpleNamespace(**vars(gcsfs.retry.asyncio) | {'sleep': sleep}),
   )
-  for name, make in (('tar', forms.make_tar), ('txt', forms.make_folder)):
+  for name, make in (
+    ('tar', forms.make_tar),
+    ('txt', forms.make_folder),
+    ('parquet', forms.make_hugging_face),
+    ('jsonl', forms.make_json_lines),
+  ):
     make(tmp_path / name)
     given = upload(tmp_path / name, f'{bucket.path}/{name}')
     output = f'{bucket.path}/out-{name}'
     with (
       bucket.failing(f'/download/.*{name}/', status=503),
-      pytest.raises(files.UnreadableFile, match=f'{name}/.*cannot be read .'),
+      pytest.raises(
+        (remote_reads.Unavailable, OSError), match=f'(?=.*{name}/).*503'
+      ),
     ):
       prepare(given, output)
     summary = prepare(given, output)
