@@ -106,6 +106,7 @@ ON_DISK = {
   'runtime.ending': '/dev/null',
   'runtime.environment': '/proc and /dev',
   'runtime.files': 'temporary files and local copies',
+  'runtime.remote_reads': 'files on the disk, where nothing is requested',
   'runtime.value_types': 'checks of paths on the disk',
   'tools.bench': 'traces, which the profiler writes to the disk',
   'tools.compile_for_tpu': "this package's own source",

@@ -24,7 +24,7 @@ import numpy as np
 
 from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.checkpoint.saved_steps import CheckpointError
-from mdm_jax.runtime import distributed, files
+from mdm_jax.runtime import buckets, distributed, files
 
 with epy.lazy_imports():  # 0.7 s, which no command's --help should pay.
   import orbax.checkpoint as ocp
@@ -61,6 +61,10 @@ class Checkpoints:
       CheckpointError: there are checkpoints, but none is good, or the directory
         cannot be opened.
     """
+    if buckets.scheme(directory) not in (None, 'gs'):
+      raise CheckpointError(
+        f'{directory}: Orbax saves checkpoints on disks and in gs:// only.'
+      )
     self._given_directory = epath.Path(directory)
     self._directory = files.absolute(directory)
     self._options = dict(

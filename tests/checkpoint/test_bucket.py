@@ -367,6 +367,11 @@ def test_post_hoc_averages_are_reconstructed(bucket, tmp_path):
   )
 
 
+def test_other_buckets_are_refused():
+  with pytest.raises(saved_steps.CheckpointError, match='gs:// only'):
+    Checkpoints('s3://a/checkpoints/0_8', save_interval=1, max_to_keep=1)
+
+
 def test_a_directory_that_cannot_be_read_is_made_anew(bucket):
   """As any side file of a run, see `files.set_aside`."""
   for _ in range(2):

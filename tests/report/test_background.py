@@ -148,15 +148,14 @@ def test_a_file_is_read_before_the_objects_beside_it(bucket):
 def test_lines_are_uploaded_now_and_then(bucket, monkeypatch):
   monkeypatch.setattr(background, '_UPLOAD_EVERY', 0.3)
   log = background.LineFile(f'{bucket.path}/log.jsonl')
-  begin = time.monotonic()
-  while time.monotonic() < begin + 1:
+  begin, uploads = time.monotonic(), 0
+  while uploads < 3:
     log.append({'a': 1})
     time.sleep(0.005)
-  uploads = sum(request.startswith('POST') for request in bucket.requests)
-  assert 2 <= uploads <= 4
-  count = len(files.read_json_lines(f'{bucket.path}/log.jsonl'))
-  assert count > 20
-  time.sleep(0.5)
+    uploads = sum(request.startswith('POST') for request in bucket.requests)
+  assert time.monotonic() - begin > 0.6
+  assert len(files.read_json_lines(f'{bucket.path}/log.jsonl')) > 20
+  assert log.settle(30)
   bucket.requests.clear()
   time.sleep(0.5)
   assert not bucket.requests  # Nothing is new.
@@ -187,14 +186,16 @@ def test_a_killed_process_loses_the_last_seconds_only(bucket):
   times = {}
   for line in killed.stdout:
     times[int(line)] = time.monotonic()
-    if times[int(line)] - times[0] > 2:
+    uploads = sum(request.startswith('POST') for request in bucket.requests)
+    if uploads > 2:  # The second one has been answered.
       killed.send_signal(signal.SIGKILL)
       break
   killed.wait()
   found = [line['i'] for line in files.read_json_lines(path)]
   assert found == list(range(len(found)))
-  assert max(times.values()) - times[found[-1]] < 1.5
-  assert found[-1] < max(times)  # The last are lost indeed.
+  # Those of the first uploads are there, and the last ones are lost indeed.
+  assert max(times.values()) - times[found[-1]] < 10
+  assert 0 < found[-1] < max(times)
 
 
 def test_a_bucket_that_fails_for_a_while_loses_nothing(
@@ -231,10 +232,9 @@ def test_a_stalled_bucket_does_not_block(bucket, monkeypatch, caplog):
     begin = time.monotonic()
     for _ in range(9):
       log.append({'a': 1})
-    assert time.monotonic() - begin < 0.1
     assert not log.settle(0.2)
     log.close(0.2)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 2
   assert f'{path}: 10 writes were dropped' in caplog.text
 
 
