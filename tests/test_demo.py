@@ -198,7 +198,9 @@ class Page:
   def __init__(self, browser, address):
     self.browser = browser
     browser.get(address)
-    self.wait(lambda: self.status())
+    # Gradio shows one part after another.
+    parts = ('#status', '#examples', '#card', '#generate', '#settings')
+    self.wait(lambda: all(map(self.text, parts)))
 
   def all(self, selector):
     return self.browser.find_elements('css selector', selector)
