@@ -62,7 +62,8 @@ ROWS = (
   'runtime.distributed runtime.flag_types runtime.compilation_cache '
   'runtime.remote_reads',
   'runtime.preemption runtime.watchdog runtime.directory_lock',
-  'runtime.ending runtime.rendezvous '
+  'runtime.bucket_lock',
+  'runtime.ending runtime.rendezvous runtime.lock_holder '
   'runtime.replica_check runtime.cpu runtime.peaks runtime.sharding '
   'runtime.appending runtime.value_types runtime.printable',
   'runtime.files',
@@ -105,6 +106,7 @@ ON_DISK = {
   'runtime.directory_lock': 'locks of the kernel',
   'runtime.ending': '/dev/null',
   'runtime.environment': '/proc and /dev',
+  'runtime.lock_holder': '/proc',
   'runtime.files': 'temporary files and local copies',
   'runtime.remote_reads': 'files on the disk, where nothing is requested',
   'runtime.value_types': 'checks of paths on the disk',

@@ -17,9 +17,8 @@ from mdm_jax.runtime import buckets, files
 
 # Bytes after which a new object begins: writing one again stays cheap.
 _FULL = 2**20
-_MOST = (
-  2**28
-)  # Bytes that wait for a bucket that fails; then no more are taken.
+# Bytes that wait for a bucket that fails; then no more are taken.
+_MOST = 2**28
 
 
 @dataclasses.dataclass

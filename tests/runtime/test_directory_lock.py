@@ -13,7 +13,12 @@ import time
 
 import pytest
 
-from mdm_jax.runtime import directory_lock, preemption
+from mdm_jax.runtime import (
+  bucket_lock,
+  directory_lock,
+  lock_holder,
+  preemption,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Holds a lock until its input ends; its child outlives it.
@@ -155,8 +160,8 @@ def test_a_directory_of_two_names_has_one_lock(hold, tmp_path, monkeypatch):
 @pytest.fixture
 def of_another_machine(hold, tmp_path, monkeypatch):
   """A directory that seems to be held by another machine."""
-  monkeypatch.setattr(directory_lock, '_SILENCE', 0.5)
-  monkeypatch.setattr(directory_lock, '_POLL', 0.05)
+  monkeypatch.setattr(lock_holder, 'SILENCE', 0.5)
+  monkeypatch.setattr(lock_holder, 'POLL', 0.05)
   hold('holding', tmp_path)
   path = tmp_path / directory_lock.NAME
   # Opened by this process after it has no lock of its own to lose.
@@ -172,7 +177,7 @@ def test_a_machine_that_has_vanished_holds_nothing(of_another_machine, caplog):
 
 
 def test_a_machine_that_is_alive_is_found_so(of_another_machine, monkeypatch):
-  monkeypatch.setattr(directory_lock, '_SILENCE', 600)
+  monkeypatch.setattr(lock_holder, 'SILENCE', 600)
   path = of_another_machine / directory_lock.NAME
 
   def beat(seconds):
@@ -187,7 +192,7 @@ def test_a_machine_that_is_alive_is_found_so(of_another_machine, monkeypatch):
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
-  monkeypatch.setattr(directory_lock, '_BEAT', 0.01)
+  monkeypatch.setattr(lock_holder, 'BEAT', 0.01)
   with directory_lock.holding(tmp_path):
     path = tmp_path / directory_lock.NAME
     os.utime(path, (0, 0))
@@ -280,8 +285,8 @@ def test_parts_in_a_bucket(hold, bucket):
 @pytest.fixture
 def of_another_machine_in_a_bucket(bucket, monkeypatch):
   """(directory, function that writes a sign of life)."""
-  monkeypatch.setattr(directory_lock, '_POLL', 0.02)
-  monkeypatch.setattr(directory_lock, '_SILENCE', 0.4)
+  monkeypatch.setattr(lock_holder, 'POLL', 0.02)
+  monkeypatch.setattr(lock_holder, 'SILENCE', 0.4)
   system, beats = bucket.past_the_proxy, iter(range(9999))
   info = {'host': 'far', 'pid': 7, 'since': 'ever', 'machine': 'a'}
 
@@ -331,9 +336,9 @@ def test_of_two_that_begin_at_the_same_time_one_sees_the_other(
   path = f'{bucket.path}/out'
   first = hold('holding_part', path, 0, 3)
   before = objects(bucket)
-  look, looks = directory_lock._BucketLock._others, iter([{}])
+  look, looks = bucket_lock.BucketLock._others, iter([{}])
   monkeypatch.setattr(
-    directory_lock._BucketLock, '_others', lambda self: next(looks, look(self))
+    bucket_lock.BucketLock, '_others', lambda self: next(looks, look(self))
   )
   with (
     pytest.raises(directory_lock.InUse, match=f'process {first.pid} on'),
@@ -347,7 +352,7 @@ def test_a_distant_machine_that_is_alive(
   of_another_machine_in_a_bucket, monkeypatch
 ):
   path, beat = of_another_machine_in_a_bucket
-  monkeypatch.setattr(directory_lock, '_SILENCE', 600)
+  monkeypatch.setattr(lock_holder, 'SILENCE', 600)
   timer = threading.Timer(0.2, beat)
   timer.start()
   with (
@@ -360,7 +365,7 @@ def test_a_distant_machine_that_is_alive(
 
 def test_a_holder_in_a_bucket_gives_signs_of_life(bucket, monkeypatch):
   """Also after the bucket has failed for a while."""
-  monkeypatch.setattr(directory_lock, '_BEAT', 0.02)
+  monkeypatch.setattr(lock_holder, 'BEAT', 0.02)
   with directory_lock.holding(f'{bucket.path}/run'):
     for _ in range(2):
       with bucket.failing('.', status=403) as fault:
@@ -381,8 +386,8 @@ def test_a_holder_that_was_replaced_ends(bucket, found):
       sys.executable,
       '-c',
       'import sys, time\n'
-      'from mdm_jax.runtime import directory_lock\n'
-      'directory_lock._BEAT = 1\n'
+      'from mdm_jax.runtime import directory_lock, lock_holder\n'
+      'lock_holder.BEAT = 1\n'
       'with directory_lock.holding(sys.argv[1]):\n'
       "  print('held', flush=True)\n"
       '  time.sleep(60)\n',
@@ -448,7 +453,7 @@ def test_a_bucket_that_cannot_be_written_to(bucket):
 
 
 def test_a_bucket_that_stalls_holds_up_no_end(bucket, monkeypatch):
-  monkeypatch.setattr(directory_lock, '_RELEASE', 0.2)
+  monkeypatch.setattr(bucket_lock, '_RELEASE', 0.2)
   with directory_lock.holding(f'{bucket.path}/run'):
     fault = bucket.failing('.', stall=3)
     fault.__enter__()
