@@ -171,7 +171,14 @@ class Checkpoints:
     """
     if step is None:
       self._settle()
-      self._open()
+      if self._manager is None:
+        self._open()
+      else:
+        # Not a new one: what each begins by, to remove temporary directories,
+        # may still go on in the old one.
+        self._set_aside_in_all()
+        self._manager.reload()
+        self._latest_step = self._manager.latest_step()
       step = saved_steps.latest_step(self._directory)
     step = saved_steps.require_step(self._directory, step)
     path = self._directory / str(step)
@@ -262,16 +269,7 @@ class Checkpoints:
       OSError: the bucket does not answer, or refuses. There is no manager then.
     """
     self._close_manager()
-    failure = None
-    try:
-      self._set_aside()
-    except (CheckpointError, OSError) as error:
-      failure = error
-    if distributed.any_of(failure is not None):
-      raise failure or CheckpointError(
-        f'{self._directory} cannot be opened: see the log of the other '
-        'processes.'
-      )
+    self._set_aside_in_all()
     try:
       self._manager = ocp.CheckpointManager(
         self._directory,
@@ -296,6 +294,19 @@ class Checkpoints:
       closings = (self._thread.submit(self._manager.close) for _ in range(5))
       any(closing.exception() is None for closing in closings)
       self._manager = None
+
+  def _set_aside_in_all(self) -> None:
+    """See `_set_aside`; raises an error in all processes or in none."""
+    failure = None
+    try:
+      self._set_aside()
+    except (CheckpointError, OSError) as error:
+      failure = error
+    if distributed.any_of(failure is not None):
+      raise failure or CheckpointError(
+        f'{self._directory} cannot be opened: see the log of the other '
+        'processes.'
+      )
 
   def _set_aside(self) -> None:
     """Renames directories of steps newer than the newest good step."""
