@@ -28,6 +28,7 @@ _STEP, _SHAPES = '_CHECKPOINT_METADATA', 'state/array_metadatas/'
 _DATA = '/d/'
 _SHORT = 2**26  # Bytes.
 _CACHE = 2**27  # Bytes.
+_TEMPORARY = '.orbax-checkpoint-tmp'
 # How the errors of TensorStore begin that say nothing of what is stored.
 _NO_ANSWER = (
   'ABORTED',  # After all attempts.
@@ -66,15 +67,18 @@ def is_interrupted(directory: epath.PathLike) -> bool:
 def remove(directory: epath.PathLike) -> None:
   """Removes a step.
 
-  In a bucket it counts as what it was, interrupted or committed, until all else
-  is gone: what is left after an interruption is removed as the step would be.
+  On a disk it first gets the name of a temporary directory of Orbax's, which
+  the next start removes if this is interrupted. In a bucket it counts as what
+  it was, interrupted or committed, until all else is gone: what is left after
+  an interruption is removed as the step would be.
 
   Raises:
     OSError: it cannot be removed.
   """
   directory = epath.Path(directory)
   if files.is_local(directory):
-    directory.rmtree()
+    removed = directory.with_name(f'{directory.name}{_TEMPORARY}')
+    directory.rename(removed).rmtree()
     return
   system, names = buckets.file_system(directory), files.objects(directory)
   for part in (
