@@ -30,7 +30,7 @@ MOUNTS = """
 # All else is then read-only.
 READ_ONLY = """
   mount --bind "$1" "$1"
-  mount --bind "$1/work" "$1/work"
+  mount --bind "$1/data" "$1/data"
   mount -o remount,bind,ro "$1"
 """
 # How this machine reaches its package index.
@@ -159,10 +159,10 @@ def test_the_image_trains_as_any_user_on_a_read_only_disk(tmp_path):
   image = Image(tmp_path / 'image')
   try:
     image.build(read_steps(DOCKERFILE))
-    work = image.root / 'work'
-    work.mkdir()
-    os.chown(work, *map(int, USER.split(':')))
-    (work / 'toy.py').write_text(
+    data = image.root / 'data'
+    data.mkdir()
+    os.chown(data, *map(int, USER.split(':')))
+    (data / 'toy.py').write_text(
       toy.recipe(1, 4, sample_every=4, data__num_workers=1)
     )
 
@@ -176,15 +176,15 @@ def test_the_image_trains_as_any_user_on_a_read_only_disk(tmp_path):
       )
 
     assert run('touch', '/mdm_jax/file').returncode == 1
-    main = [*image.entrypoint, '--config=/work/toy.py']
-    done = run(*main, '--workdir=/work/run')
+    main = [*image.entrypoint, '--config=/data/toy.py']
+    done = run(*main, '--workdir=/data/run')
     assert done.returncode == 0, done.stdout
     (warning,) = re.findall('WARNING (.*)', done.stdout)
     assert warning.startswith('Nothing is cached in ~/.cache/mdm_jax/xla: ')
     assert 'Traceback' not in done.stdout and 'Finished in' in done.stdout
-    saved = work / 'run' / 'checkpoints' / '0_8' / '4' / 'manifest.json'
+    saved = data / 'run' / 'checkpoints' / '0_8' / '4' / 'manifest.json'
     assert saved.stat().st_uid == int(USER.split(':')[0])
-    assert (work / 'run' / 'samples' / '8_4.png').exists()
+    assert (data / 'run' / 'samples' / '8_4.png').exists()
     # By default it writes beside the code, which is refused in one line.
     done = run(*main)
     assert done.returncode == 1
