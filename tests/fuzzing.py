@@ -10,6 +10,7 @@ where `make(rng)` returns the input of a case, a function of `rng` alone.
 """
 
 from collections.abc import Callable
+import gc
 import json
 import multiprocessing
 import os
@@ -165,6 +166,9 @@ def case(make: Callable, seed: int, index: int) -> Any:
 
 
 def _run(read, make, count, refuses, seconds, megabytes, seed, writer) -> None:
+  # Collections would go through all that the tests before have left, which is
+  # no cost of the reader's.
+  gc.freeze()
   # Python's SIGPROF handler would wait for a loop in C to end.
   signal.signal(signal.SIGPROF, signal.SIG_DFL)
   pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])

@@ -136,6 +136,7 @@ def run_and_time(directory, *arguments, at='', act=None):
   return code, path.read_text(), time.time() - path.stat().st_mtime
 
 
+@pytest.mark.processes
 def test_a_run_in_a_bucket_ends_as_one_on_a_disk(tmp_path, bucket):
   """Although it is killed, and cannot save for a while."""
   recipe, here = tmp_path / 'recipe.py', epath.Path(bucket.path)
@@ -193,6 +194,7 @@ def fill(directory, what):
         file.write(bytes(4096))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('kind', ['tmpfs', 'ext4', 'ext4, files'])
 def test_a_disk_that_fills_up_and_stays_full_ends_the_command(tmp_path, kind):
   """Each failed save, and the end of the command, is one log line."""
@@ -257,6 +259,7 @@ monitor.Monitor.add = add_or_fail
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('how', ['is stopped', 'has an error'])
 def test_a_save_that_hangs_ends_with_its_limit(tmp_path, how):
   recipe = tmp_path / 'recipe.py'
@@ -284,6 +287,7 @@ def test_a_save_that_hangs_ends_with_its_limit(tmp_path, how):
   assert seconds < 10
 
 
+@pytest.mark.processes
 def test_a_second_run_is_refused(tmp_path):
   (tmp_path / 'recipe.py').write_text(toy.recipe(1, 8))
   workdir = tmp_path / 'run'
@@ -308,6 +312,7 @@ def wait_for(run, condition):
     time.sleep(0.05)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('victim', ['a worker', 'all', 'SIGTERM to all'])
 def test_no_worker_outlives_its_run(tmp_path, victim):
   """Nor does a run outlive a worker; a broken TensorBoard ends neither."""

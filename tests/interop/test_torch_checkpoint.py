@@ -343,6 +343,7 @@ def test_bad_pickles_are_refused_at_no_cost(tmp_path, name):
     lambda rng: path,
     1,
     refuses=Refused,
+    seconds=3.0,  # at load 8
     megabytes=64,
   )
   with pytest.raises(ValueError, match='a.pth is no usable .*: download') as e:
