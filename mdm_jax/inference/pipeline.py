@@ -20,7 +20,7 @@ from PIL import Image
 import tqdm
 
 from mdm_jax.builders import ranges
-from mdm_jax.builders.config import naming
+from mdm_jax.builders.config import naming, sampler_settings
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.text import empty_text
 from mdm_jax.inference import evaluation
@@ -442,7 +442,7 @@ def _settings(
 ) -> dict[str, Any]:
   """What samples depend on beside prompt, seed and weights."""
   settings = {
-    **model.stage.config.sampler.to_dict(),
+    **sampler_settings(model.stage.config),
     'negative_prompt': negative_prompt,
   }
   # Samples of older versions, which were rounded, go on without the key.

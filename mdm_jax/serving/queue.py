@@ -414,8 +414,8 @@ class SampleQueue:
       request.steps,
       request.guidance,
     )
-    schedule = model.stage.objective.schedule
-    times = samplers.time_steps(request.steps, schedule.num_steps)
+    schedule = self._samplers[index][0].schedule
+    times = samplers.time_steps(request.steps, schedule)
     kept = film.frame_steps(request.steps)
     for step, (x_t, images) in enumerate(steps, 1):
       # Waits for the images, so that a cancelled job starts no further step.

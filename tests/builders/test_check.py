@@ -147,7 +147,7 @@ BAD = [
     "class_names='no/such' does not exist",
   ),
   ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
-  ({'diffusion.schedule': 'linear'}, "schedule='linear': use one of deepfloyd"),
+  ({'diffusion.schedule': 'sine'}, "schedule='sine': use one of deepfloyd"),
   (
     {'text.padding': 'batch'},
     "text.padding='batch': use one of max_length, longest",

@@ -65,6 +65,16 @@ ADDED = {
   'diffusion.normalize_time_weights': False,
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
+  'diffusion.noise_floor': 0,
+  'diffusion.min_snr_gamma': 5,
+  'diffusion.sigmoid_bias': 0,
+  'diffusion.p2': (1, 1),
+  'diffusion.time_density': 'uniform',
+  'diffusion.logit_normal': (0, 1),
+  'diffusion.stratified_times': False,
+  'diffusion.level_times': 'shared',
+  'diffusion.level_offset': 0,
+  'sampler.level_offset': 0,
 }
 
 
@@ -184,8 +194,8 @@ def test_a_renamed_key_is_read_by_its_earlier_name(
 def later(values: dict) -> str:
   values['version'] = len(ADDED) + 2
   return (
-    'config.json is of a later version of mdm_jax (its keys are version 26; '
-    'this one knows 24): update mdm_jax.'
+    'config.json is of a later version of mdm_jax (its keys are version 36; '
+    'this one knows 34): update mdm_jax.'
   )
 
 

@@ -6,7 +6,8 @@ import pytest
 from mdm_jax import mixed_batch
 from mdm_jax.diffusion import loss, process
 from mdm_jax.diffusion import pyramid as pyramids
-from mdm_jax.diffusion.schedule import make_schedule, vdm_weights
+from mdm_jax.diffusion.schedule import make_schedule
+from mdm_jax.diffusion.weights import vdm_weights
 
 SCHEDULE = make_schedule('deepfloyd', (4, 8), 1.0)
 T = np.array([0, 300, 700, 999])
@@ -97,31 +98,37 @@ def test_time_weights_are_read_at_the_next_step():
   )
 
 
-@pytest.mark.parametrize('space', ['v', 'eps', 'x0'])
+@pytest.mark.parametrize('space', ['v', 'eps', 'x0', 'velocity'])
 def test_spaces_weigh_the_error_of_x0_by_functions_of_the_snr(space):
   rng = np.random.default_rng(3)
   x0, eps, prediction = rng.normal(size=(3, 3, 4, 4, 3)).astype(np.float32)
   gamma = np.array([0.1, 0.5, 0.9], np.float32)[:, None, None, None]
-  x_t = process.add_noise(x0, eps, gamma)
+  at = process.Coefficients(np.sqrt(gamma), np.sqrt(1 - gamma))
+  x_t = process.add_noise(x0, eps, at)
   got = loss.level_loss(
-    prediction, x_t, x0, eps, gamma, parameterization='x0', loss_space=space
+    prediction, x_t, x0, eps, at, parameterization='x0', loss_space=space
   )
   snr = (gamma / (1 - gamma)).ravel()
-  weight = {'v': snr + 1, 'eps': snr, 'x0': 1}[space]
+  weight = {
+    'v': snr + 1,
+    'eps': snr,
+    'x0': 1,
+    'velocity': (1 + np.sqrt(snr)) ** 2,
+  }[space]
   expected = weight * np.mean((prediction - x0) ** 2, (1, 2, 3))
   np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize('parameterization', ['v', 'eps', 'x0'])
+@pytest.mark.parametrize('parameterization', ['v', 'eps', 'x0', 'velocity'])
 def test_a_perfect_network_has_no_loss(parameterization):
   pyramid, eps = _batch()
   t = np.full(4, 400)
 
   def perfect(x_t, t):
-    gammas = loss.training_gammas(SCHEDULE, x_t, t)
+    coefficients = loss.training_coefficients(SCHEDULE, x_t, t)
     return tuple(
-      process.target(x0, noise, gamma, parameterization)
-      for x0, noise, gamma in zip(pyramid, eps, gammas, strict=True)
+      process.target(x0, noise, at, parameterization)
+      for x0, noise, at in zip(pyramid, eps, coefficients, strict=True)
     )
 
   losses, _ = loss.multi_resolution_loss(
