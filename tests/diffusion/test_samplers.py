@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax import mixed_batch
 from mdm_jax.diffusion import process, samplers
-from mdm_jax.diffusion.schedule import make_schedule
+from mdm_jax.diffusion.schedule import make_schedule, offset_levels
 
 RESOLUTIONS = (4, 8)
 SCHEDULE = make_schedule('deepfloyd', RESOLUTIONS, 1.0)
@@ -369,3 +370,88 @@ def test_invalid_settings_are_named():
       samplers.sample(
         _constant(0), x_t, SCHEDULE, jax.random.key(0), num_steps=2, **options
       )
+
+
+FLOW = make_schedule('linear', RESOLUTIONS, 2.0)
+
+
+def linear(t):
+  """Signal and noise of the linear path."""
+  return process.Coefficients(np.float32(1 - t), np.float32(t))
+
+
+def test_the_linear_path_is_sampled_from_pure_noise():
+  np.testing.assert_array_equal(
+    samplers.time_steps(4, FLOW), [1000, 750, 500, 250, 0]
+  )
+
+
+def test_ddim_is_eulers_method_on_the_linear_path():
+  x0, x_t = _images()[0], _images(13)[0]
+  for t, s in ((0.9, 0.6), (0.6, 0.05), (0.3, 0.0)):
+    velocity = process.predict_velocity(x0, x_t, linear(t), 'x0')
+    np.testing.assert_allclose(
+      samplers.ddim_step(x0, x_t, linear(t), linear(s)),
+      x_t + (s - t) * velocity,
+      atol=2e-6,
+    )
+
+
+STEPS = {
+  'ddim': lambda x0, x, noise, *ends: samplers.ddim_step(x0, x, *ends),
+  'eta': lambda x0, x, noise, *ends: samplers.ddim_step(
+    x0, x, *ends, noise, eta=0.4
+  ),
+  'ddpm': lambda x0, x, noise, *ends: samplers.ddpm_step(x0, x, *ends, noise),
+  'heun': lambda x0, x, noise, *ends: samplers.heun_step(x0, noise, x, *ends),
+}
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_steps_on_the_linear_path_are_the_others_rescaled(step):
+  """x is multiplied by the norm of (signal, noise), and fresh noise too."""
+  rng = np.random.default_rng(15)
+  x0, x_t, noise = rng.normal(size=(3, 1, 4, 4, 3)).astype(np.float32)
+  for t, s in ((0.9, 0.6), (0.5, 0.1)):
+    norm, norm_s = (np.sqrt((1 - time) ** 2 + time**2) for time in (t, s))
+    found = STEPS[step](x0, norm * x_t, noise, linear(t), linear(s))
+    shares = ((1 - t) ** 2 / norm**2, (1 - s) ** 2 / norm_s**2)
+    expected = norm_s * STEPS[step](x0, x_t, noise, *map(vp, shares))
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+OFFSET = offset_levels(SCHEDULE, 3.0)
+
+
+@pytest.mark.parametrize(
+  'schedule', [FLOW, OFFSET], ids=['linear', 'with an offset']
+)
+@pytest.mark.parametrize('sampler', samplers.SAMPLERS)
+def test_other_schedules_end_at_the_images_that_a_network_knows(
+  sampler, schedule
+):
+  images = _images()
+
+  def network(x_t, t):
+    """Knows its images, and the noise of a level by the time it is told."""
+    trained = SCHEDULE if schedule is OFFSET else schedule
+    assert t.shape == ((2, 2) if schedule is OFFSET else (2,))
+    predictions = []
+    for level, (x, x0) in enumerate(zip(x_t, images, strict=True)):
+      at = trained.at(level, mixed_batch.times(t, level, 2, 1) + 1)
+      eps = process.predict_eps(x0, x, at, 'x0')
+      predictions.append(process.target(x0, eps, at, 'velocity'))
+    return tuple(predictions)
+
+  got = samplers.sample(
+    network,
+    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    schedule,
+    jax.random.key(1),
+    num_steps=8,
+    sampler=sampler,
+    threshold='none',
+    parameterization='velocity',
+  )
+  for level, image in zip(got, images, strict=True):
+    np.testing.assert_allclose(level, image, atol=5e-4)
