@@ -57,12 +57,15 @@ class Schedule:
     Returns:
       float32 [B, 1, 1, 1], to broadcast over images.
     """
-    return Coefficients(
-      *(
-        jnp.asarray(table)[level, t][:, None, None, None]
-        for table in self.coefficients
-      )
-    )
+
+    def read(table):
+      return jnp.asarray(table)[level, t][:, None, None, None]
+
+    if self.is_linear:
+      return Coefficients(*map(read, self.coefficients))
+    # In the program, as ever: roots from a table round the images otherwise.
+    gamma = read(self.gammas)
+    return Coefficients(jnp.sqrt(gamma), jnp.sqrt(1 - gamma))
 
   def log_snr(self, t: int | np.ndarray) -> np.ndarray:
     """log(gamma / (1 - gamma)) at noising steps in 1..T, [levels, ...]."""
