@@ -209,9 +209,8 @@ class Pipeline:
       prompts: a prompt, or several.
       num_samples: images of each prompt.
       seed: image i of a prompt has seed + i.
-      steps, guidance, sampler, threshold, level_offset: as `num_steps`,
-        `guidance`, `name`, `threshold` and `level_offset` of `config.sampler`;
-        None for those of the config.
+      steps, guidance, sampler, threshold, level_offset: as in `config.sampler`,
+        `num_steps` and `name` for two of them; None for those of the config.
       negative_prompt: text that guidance leads away from.
       guide: working directory of a worse model, smaller or trained for shorter,
         that guidance leads away from instead (autoguidance).

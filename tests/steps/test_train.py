@@ -225,8 +225,11 @@ def test_equals_one_device_and_the_whole_batch(
       )
 
 
-def test_rectified_flow_equals_one_device_and_the_whole_batch(losses):
+def test_rectified_flow_equals_one_device_and_the_whole_batch(losses, metrics):
   """Each level has its own times, stratified over all microbatches."""
+  counts = metrics('one', 1, True)[0][0]['noise_counts']
+  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
+  assert 15 <= counts[0, :2].sum() <= 17 and 3 <= counts[0, 0] <= 6
   expected = losses('one', 1, True)
   assert np.isfinite(expected).all() and np.ptp(expected[:, 0]) > 1e-2
   np.testing.assert_allclose(losses('all', 4, True), expected, rtol=1e-5)
