@@ -48,7 +48,8 @@ def level_spec(level: ConfigDict) -> LevelSpec:
   fields = dict(level)
   fields.pop('resolution')
   if not fields['lanes']:
-    fields['lanes'] = TPU_LANES if jax.default_backend() == 'tpu' else 1
+    packs = fields['kind'] == 'unet' and jax.default_backend() == 'tpu'
+    fields['lanes'] = TPU_LANES if packs else 1
   return LevelSpec(**fields)
 
 

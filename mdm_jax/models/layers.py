@@ -24,11 +24,21 @@ zeros = nn.initializers.zeros_init()
 
 
 def dense_layer(
-  features: int, name: str | None = None, *, dtype, zero: bool = False
+  features: int,
+  name: str | None = None,
+  *,
+  dtype,
+  zero: bool = False,
+  use_bias: bool = True,
 ) -> nn.Dense:
   """A linear map of the last axis (a 1x1 convolution on images)."""
-  kernel_init = zeros if zero else nn.initializers.lecun_normal()
-  return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+  return nn.Dense(
+    features,
+    use_bias,
+    dtype=dtype,
+    kernel_init=zeros if zero else nn.initializers.lecun_normal(),
+    name=name,
+  )
 
 
 def sinusoidal_embedding(value: jax.Array, dim: int) -> jax.Array:
