@@ -55,14 +55,14 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope='module')
 def training(make_config, batch):
-  """(name of a mesh, number of microbatches) -> Training.
+  """(name of a mesh, number of microbatches, kind of level 0) -> Training.
 
   The batch is mixed: level 1 sees half of it.
   """
 
   @functools.cache
-  def make(mesh_name, accumulate):
-    config = make_config()
+  def make(mesh_name, accumulate, kind):
+    config = make_config(kind)
     stage = config.stages[1]
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
@@ -132,7 +132,9 @@ def training(make_config, batch):
       shardings,
     )
 
-  return lambda mesh_name, accumulate=1: make(mesh_name, accumulate)
+  return lambda mesh_name, accumulate=1, kind='unet': make(
+    mesh_name, accumulate, kind
+  )
 
 
 @pytest.fixture(scope='module')
@@ -161,8 +163,8 @@ def metrics(training, batch, random_params):
   """Runs five steps -> their metrics, with the first and last parameters."""
 
   @functools.cache
-  def run(mesh_name, accumulate=1):
-    made = training(mesh_name, accumulate)
+  def run(mesh_name, accumulate=1, kind='unet'):
+    made = training(mesh_name, accumulate, kind)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
       before = jax.device_get(state.params)
@@ -182,26 +184,28 @@ def losses(metrics):
 
 
 @pytest.mark.parametrize(
-  'mesh_name, accumulate',
+  'mesh_name, accumulate, kind',
   [
-    ('data', 1),
-    ('fsdp', 1),
-    ('all', 1),
-    ('spatial', 1),
-    ('both', 1),
-    ('one', 4),
-    ('data', 2),
-    ('all', 4),
+    ('data', 1, 'unet'),
+    ('fsdp', 1, 'unet'),
+    ('all', 1, 'unet'),
+    ('spatial', 1, 'unet'),
+    ('both', 1, 'unet'),
+    ('one', 4, 'unet'),
+    ('data', 2, 'unet'),
+    ('all', 4, 'unet'),
+    ('all', 1, 'transformer'),
   ],
 )
 def test_equals_one_device_and_the_whole_batch(
-  losses, metrics, mesh_name, accumulate
+  losses, metrics, mesh_name, accumulate, kind
 ):
-  expected = losses('one')
+  expected = losses('one', 1, kind)
   assert np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(losses(mesh_name, accumulate), expected, rtol=1e-5)
+  given = (mesh_name, accumulate, kind)
+  np.testing.assert_allclose(losses(*given), expected, rtol=1e-5)
   # What is logged beside the losses.
-  for each, other in zip(metrics(mesh_name, accumulate)[0], metrics('one')[0]):
+  for each, other in zip(metrics(*given)[0], metrics('one', 1, kind)[0]):
     for name in ('grad_norm', 'update_norm', 'param_norm'):
       np.testing.assert_allclose(each[name], other[name], rtol=1e-4)
     for name in ('noise_sums', 'noise_counts'):  # Means over microbatches.
