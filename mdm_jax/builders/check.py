@@ -178,13 +178,13 @@ def _check_evaluation(config: ConfigDict) -> None:
 def _check_resolutions(config: ConfigDict) -> None:
   levels = config.model.levels
   for i, level in enumerate(levels):
-    with naming(f'model.levels[{i}]'):
-      spec = level_spec(level)
-    if i and spec.kind == 'transformer':
+    if i and level.kind == 'transformer':
       raise ValueError(
         f"model.levels[{i}].kind='transformer': only the innermost level, "
         "level 0, can be one; use 'unet'."
       )
+    with naming(f'model.levels[{i}]'):
+      spec = level_spec(level)
     if not i and spec.channels[-1] % spec.num_heads:
       raise ValueError(
         f'model.levels[0].num_heads={spec.num_heads} does not divide the '
