@@ -86,11 +86,13 @@ class Block(nn.Module):
     num_heads: heads of the attention.
     grid: rows and columns of the image's tokens.
     dtype: of matrix products and the output.
+    flash: see `layers.attend`.
   """
 
   num_heads: int
   grid: tuple[int, int]
   dtype: jnp.dtype
+  flash: bool = False
 
   @nn.compact
   def __call__(
@@ -101,7 +103,7 @@ class Block(nn.Module):
     Args:
       x: [B, N, C] tokens, those of the image first.
       text: [B, L, D].
-      text_mask: [B, L] bool or None.
+      text_mask: [B, L] bool, True for tokens, which come first; None for all.
 
     Returns:
       [B, N, C].
@@ -145,6 +147,7 @@ class Block(nn.Module):
       jnp.concatenate([value, text_value], axis=1),
       self.num_heads,
       mask,
+      self.flash,
     )
     x += dense(width, 'proj', zero=True)(h)
     h = dense(2 * ffn_size(width), 'ffn_in')(norm(name='ffn_norm')(x))
@@ -181,7 +184,11 @@ class Blocks(nn.Module):
     x = jnp.concatenate([h.x.reshape(batch, -1, width), tokens], axis=1)
     for i in range(self.spec.num_blocks[0]):
       x = rematerialised(Block, self.spec)(
-        self.spec.num_heads, tuple(grid), self.dtype, name=f'block_{i}'
+        self.spec.num_heads,
+        tuple(grid),
+        self.dtype,
+        self.spec.flash,
+        name=f'block_{i}',
       )(x, text, mask)
     return h.replace(x=x[:, : math.prod(grid)].reshape(h.x.shape))
 

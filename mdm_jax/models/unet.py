@@ -55,6 +55,9 @@ class LevelSpec:
   # only a UNet has. The defaults of `num_groups` and `attention_ffn` say
   # nothing about it.
   kind: str = 'unet'
+  # Self-attention by cuDNN's flash kernels, see `layers.attend`. They need an
+  # NVIDIA GPU, and all rows of an image on one device.
+  flash: bool = False
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
@@ -152,6 +155,7 @@ class _Blocks(nn.Module):
         spec.num_groups,
         spec.attention_ffn,
         self.dtype,
+        spec.flash,
         name=f'attention_{j}_{k}',
       )(h, text, mask)
     return h
@@ -218,6 +222,7 @@ class Middle(nn.Module):
       spec.num_groups,
       spec.attention_ffn,
       self.dtype,
+      spec.flash,
       name='attention',
     )(h, text, mask)
     return block('block_1')([h], temb)
