@@ -73,6 +73,6 @@ def get_config(mode: str = ''):
     name='dpm', num_steps=25, guidance=3.0, threshold='clip'
   )
   config.checkpoint_every = 500
-  # 5 batches of 64 are all but 6 of the held-out images.
+  # 5 batches of 64 are all but 5 of the held-out images.
   config.eval.update(loss_batches=5, batch_size=32, loss_every=500)
   return common.in_mode(config, mode)

@@ -16,7 +16,7 @@ validation split, `validation-00000.tar`. Beside the tars are
   labels.jsonl   key, style, group, subgroup and skin tone of each image
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import hashlib
 import io
@@ -210,13 +210,20 @@ def captions_of(emoji: Emoji, style: str) -> list[str]:
   return found
 
 
-def choose_held_out(pictures: Sequence[Picture]) -> dict[str, str]:
+def choose_held_out(
+  pictures: Sequence[Picture], copies: Collection[str] = ()
+) -> dict[str, str]:
   """Chooses the combinations that are held out, by hashes of codes alone.
 
   Of each emoji with skin tones, 5 % of the tones, or pairs of tones of two
   people, are held out in both styles; without a tone it is never held out.
   Of 10 % of the emoji without skin tones that are in both styles, one style is
   held out. So each part of a combination is seen in other combinations.
+
+  Args:
+    pictures: all images.
+    copies: codes of emoji, see `find_copies`, of which nothing is held out, as
+      training would see it.
 
   Returns:
     By the key of an image that is held out, 'skin tone' or 'style'.
@@ -227,7 +234,7 @@ def choose_held_out(pictures: Sequence[Picture]) -> dict[str, str]:
     tones.setdefault(emoji.subject, set()).add(emoji.tones)
     styles.setdefault(emoji.subject, set()).add(picture.style)
   tone_of, style_of = {}, {}
-  for subject in tones:
+  for subject in tones.keys() - set(copies):
     with_tone = sorted(
       tones[subject] - {()}, key=lambda each: _hash(subject, each)
     )
@@ -247,14 +254,23 @@ def choose_held_out(pictures: Sequence[Picture]) -> dict[str, str]:
   return found
 
 
-def without_copies(pictures: Sequence[Picture]) -> list[Picture]:
-  """Leaves out images whose pixels an earlier one has, such as some flags."""
-  found = {}
+def find_copies(pictures: Sequence[Picture]) -> set[str]:
+  """The emoji that share an image with others, such as the flag of Norway.
+
+  Returns:
+    Their codes without skin tones.
+  """
+  subjects = {}
   for picture in pictures:
     image = images.load_image(picture.image, key=picture.key)[0]
     digest = hashlib.blake2b(image.tobytes()).digest()
-    found.setdefault((image.size, digest), picture)
-  return list(found.values())
+    subjects.setdefault(digest, []).append(picture.emoji.subject)
+  return {
+    subject
+    for found in subjects.values()
+    if len(found) > 1
+    for subject in found
+  }
 
 
 def reduced(picture: Picture, resolution: int) -> Picture:
@@ -387,8 +403,7 @@ def main(_: list[str]) -> None:
     ]
     if not pictures:
       raise ValueError('no images: give --fluent, --noto or both.')
-    pictures = without_copies(pictures)
-    held_out = choose_held_out(pictures)
+    held_out = choose_held_out(pictures, find_copies(pictures))
     if values.resolution:
       pictures = [reduced(each, values.resolution) for each in pictures]
     with directory_lock.holding(output):
