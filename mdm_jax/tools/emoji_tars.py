@@ -348,7 +348,7 @@ def _describe(picture: Picture, held_out: dict[str, str]) -> dict[str, Any]:
 
 
 def _labels(about: dict[str, Any]) -> dict[str, str]:
-  names = 'style', 'group', 'subgroup', 'skin_tone', 'held_out'
+  names = 'style', 'group', 'subgroup', 'skin_tone'
   return {name: about[name] for name in names}
 
 
@@ -378,8 +378,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _open_package(path: epath.PathLike) -> tarfile.TarFile:
   try:
     return tarfile.open(fileobj=io.BytesIO(files.read_bytes(path)))
-  except tarfile.TarError as error:
-    raise ValueError(f'{path} is no .tgz of npm ({error}).') from None
+  except tarfile.TarError:
+    raise ValueError(f'{path} is no .tgz of npm.') from None
 
 
 def _member(package: tarfile.TarFile, name: str, path: epath.PathLike) -> bytes:
