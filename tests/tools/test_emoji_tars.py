@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 import pytest
 
-from mdm_jax.data import images
+from mdm_jax.data import images, sources
+from mdm_jax.inference import labelled_features
 from mdm_jax.tools import emoji_tars
 from mdm_jax.tools.emoji_tars import Emoji, Picture
 from tests import commands
@@ -222,8 +223,22 @@ def test_command(tmp_path):
     'subgroup': 'hand',
     'skin_tone': 'none',
   }
+  assert labelled_features.read_labels(tmp_path / 'tars' / 'labels.jsonl') == (
+    labels
+  )
   captions = (tmp_path / 'tars' / 'captions.txt').read_text().splitlines()
   assert captions.count('dog in 3D style') == 1
+  # The folder is one of tars, whatever is beside them.
+  done = commands.run(
+    'mdm_jax.tools.prepare_data',
+    *(f'--input={tmp_path}/tars', f'--output={tmp_path}/data'),
+    '--num_workers=1',
+  )
+  assert done.returncode == 0, done.stderr
+  source = sources.open_source(str(tmp_path / 'data'), 'train')
+  read = [source[i] for i in range(len(source))]
+  (hand,) = [each for each in read if each['key'] == 'train-00000/fluent_1f44b']
+  assert hand['captions'] == about['caption']
 
 
 def test_fonts_are_rendered(monkeypatch, tmp_path):
