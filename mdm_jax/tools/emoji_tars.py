@@ -294,19 +294,12 @@ def write(
   Returns:
     The number of images of each tar.
   """
+  # The first ones of a split are what sample grids show, and what losses and
+  # references are of: of both styles, and not sixteen flags.
+  pictures = sorted(pictures, key=lambda picture: _hash(picture.key))
   tars = {
-    'train-00000': [p for p in pictures if p.style == STYLES[0]],
-    'train-00001': [p for p in pictures if p.style == STYLES[1]],
-  }
-  tars = {
-    name: [p for p in found if p.key not in held_out]
-    for name, found in tars.items()
-  }
-  tars['validation-00000'] = [p for p in pictures if p.key in held_out]
-  # Sample grids show the first ones of a split: not sixteen flags.
-  tars = {
-    name: sorted(found, key=lambda picture: _hash(picture.key))
-    for name, found in tars.items()
+    'train-00000': [p for p in pictures if p.key not in held_out],
+    'validation-00000': [p for p in pictures if p.key in held_out],
   }
   labels, captions, prompts = [], [], []
   for name, found in tars.items():

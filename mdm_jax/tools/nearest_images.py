@@ -79,6 +79,7 @@ def main(_: list[str]) -> None:
         training.images, training.keys, labels, _STEPS.value
       )
       found['classifier_accuracy'] = accuracy(held_out.images, held_out.keys)
+    found['losses'] = _losses(model.model)
     samples = model.sample(
       held_out.prompts, seed=_SEED.value, **run_flags.sampling()
     )
@@ -103,6 +104,36 @@ def main(_: list[str]) -> None:
   for name, value in found.items():
     logging.info('%s: %s', name, value)
   logging.info('Wrote %s and %s.', output, output.with_suffix('.json').name)
+
+
+def _losses(model) -> dict[str, dict[str, float]]:
+  """The loss of each level on held-out images, and on as many training images.
+
+  Both have the same noise.
+
+  Args:
+    model: a `session.Model`.
+  """
+  import jax
+
+  from mdm_jax.inference import validation
+  from mdm_jax.steps.evaluate import make_band_step
+
+  stage = model.stage
+  step = jax.jit(
+    make_band_step(stage.model, stage.objective, validation.LOSS_SEED, 1)
+  )
+  found = {}
+  for name, split in (('held_out', None), ('training', 'train')):
+    sums = validation.over_held_out(
+      stage, model.mesh, model.params, step, split
+    )
+    losses = validation.mean_losses(sums)
+    found[name] = {
+      str(pixels): float(loss)
+      for pixels, loss in zip(stage.resolutions, losses)
+    }
+  return found
 
 
 def _compare(spaces, samples, held_out, training):

@@ -801,6 +801,15 @@ def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
   assert found['samples'] == 4 and found['training_images'] == 8
   assert found['nearest_by_pixels']['median_of_held_out'] > 0
   assert 'frechet' not in found
+  # What training has measured of the held-out images at its end.
+  losses = found['losses']
+  (path,) = [
+    path for path in (finished / 'eval').glob('*.json') if path.stem.isdigit()
+  ]
+  for pixels, loss in losses['held_out'].items():
+    expected = json.loads(path.read_text())[f'held_out_loss_{pixels}']
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert losses['training'][pixels] != loss
 
 
 def test_sample_without_a_run_names_the_directory(tmp_path):
