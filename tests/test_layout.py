@@ -29,6 +29,7 @@ ROWS = (
   'training.stage_checkpoints training.run training.grow',
   'inference.pipeline',
   'inference.evaluation',
+  'inference.shapes_features',
   'inference.references',
   'inference.session inference.validation inference.feature_extractors',
   'inference.weights inference.run_flags',

@@ -141,14 +141,16 @@ def chance_accuracy() -> dict[str, float]:
   assigned to stated ones such that most marks are right.
 
   Returns:
-    By the names of `prompt_accuracy.NAMES`, from 0 to 1.
+    By the names of `prompt_accuracy.NAMES` and `by_number_of_objects`, from 0
+    to 1.
   """
   source = shapes.ShapesSource(0, 'held_out', _CHANCE, 8)
   scenes = [source.scene(i) for i in range(len(source))]
-  return {
-    name: float(value)
-    for name, value in prompt_accuracy.mean_marks(
-      prompt_accuracy.compare(scene.background, scene.objects, stated)
-      for (scene, *_), (*_, stated) in zip(scenes, [*scenes[1:], scenes[0]])
-    ).items()
-  }
+  statements = [stated for *_, stated in [*scenes[1:], scenes[0]]]
+  marks = [
+    prompt_accuracy.compare(scene.background, scene.objects, stated)
+    for (scene, *_), stated in zip(scenes, statements)
+  ]
+  accuracy = prompt_accuracy.mean_marks(marks)
+  accuracy |= prompt_accuracy.by_number_of_objects(marks, statements)
+  return {name: float(value) for name, value in accuracy.items()}

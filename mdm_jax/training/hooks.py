@@ -17,7 +17,7 @@ import numpy as np
 from mdm_jax.builders.prompts import make_prompts
 from mdm_jax.builders.stage import Stage
 from mdm_jax.inference import validation
-from mdm_jax.report import grid
+from mdm_jax.report import evaluations, grid
 from mdm_jax.report.progress import Progress
 from mdm_jax.runtime import files, peaks, replica_check
 from mdm_jax.steps.sample import SampleFn
@@ -304,6 +304,7 @@ def _make_validation(
   """
   settings = stage.config.eval
   measure = validation.make_validation(stage, run.mesh, sample_fn)
+  chance = validation.chance(stage)
 
   def validate(step, state):
     last = step == stage.num_steps
@@ -314,9 +315,14 @@ def _make_validation(
         '%s: step %d: %s',
         stage.title,
         step,
-        ', '.join(f'{name} {value:.4g}' for name, value in values.items()),
+        evaluations.one_line(values, chance),
       )
-      run.writer.scalars(step, {'eval': values}, stage=stage.name)
+      at_random = {
+        name.replace('accuracy', 'chance', 1): value
+        for name, value in chance.items()
+        if name in values
+      }
+      run.writer.scalars(step, {'eval': values | at_random}, stage=stage.name)
       if stage.is_last and last and full:
         validation.write_metrics(stage, run.workdir, values)
     with run.goodput.time('save'):

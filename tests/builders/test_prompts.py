@@ -17,7 +17,15 @@ def test_chance_is_what_images_of_other_prompts_score():
   right = prompt_accuracy.accuracy(images, stated, vocabulary)
   assert right['all'] > 0.9
   wrong = prompt_accuracy.accuracy(images, [*stated[1:], stated[0]], vocabulary)
-  assert wrong.keys() == chance.keys() == set(prompt_accuracy.NAMES)
+  assert wrong.keys() == set(prompt_accuracy.NAMES)
+  assert chance.keys() - wrong.keys() == {
+    f'{name}_{count}'
+    for name in prompt_accuracy.NAMES
+    for count in ('1_object', '2_objects')
+  }
+  # Other images have one object more often than two.
+  assert chance['count_1_object'] == pytest.approx(0.76, abs=0.03)
+  assert chance['count_2_objects'] == pytest.approx(0.24, abs=0.03)
   for name, value in wrong.items():
     assert abs(value - chance[name]) < max(3 * value.standard_error, 0.02), name
   assert chance['background'] == pytest.approx(1 / 6, abs=0.02)
