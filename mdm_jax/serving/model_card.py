@@ -92,6 +92,7 @@ def make_model_card(model: Model) -> ModelCard:
       'It makes images like those it was trained on. Describe one as their '
       'captions do.'
     )
+    words, note = _known_words(config)
     captions = _captions(config)
     examples = {'Captions of its data set': captions} if captions else {}
   if len(model.stage.resolutions) > 1:
@@ -116,6 +117,22 @@ def _shapes_words() -> dict[str, tuple[str, ...]]:
     'Two objects': tuple(shapes.INVERSE),
     'Backgrounds': tuple(shapes.BACKGROUNDS),
   }
+
+
+def _known_words(config: ConfigDict) -> tuple[dict, str]:
+  """The words that the tokenizer was trained on, and a note if they are many.
+
+  T5 knows all words, and lists none.
+  """
+  if config.text.encoder != 'learned':
+    return {}, ''
+  known = sorted(make_tokenizer(config).known_words or ())
+  if len(known) > _NUM_NAMES:
+    return {}, (
+      f'Its captions had {len(known):,} different words. Others mean nothing '
+      'to it, and are named when a prompt has them.'
+    )
+  return ({'Words': tuple(known)} if known else {}), ''
 
 
 def _class_names(config: ConfigDict) -> tuple[str, ...]:
