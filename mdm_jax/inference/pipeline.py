@@ -233,9 +233,7 @@ class Pipeline:
         'with any_prompt=True.'
       )
     text = encode_prompts(model.stage.config, prompts)
-    unknown = unknown_words(model.stage.config, [*prompts, negative_prompt])
-    if unknown:
-      logging.warning('The prompts have %s.', printable(unknown))
+    _warn_of_unknown_words(model, [*prompts, negative_prompt])
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
     if guide:
       guide = _directory('guide', guide)
@@ -403,6 +401,12 @@ def _check(
       'guidance leads away from one thing: give a guide or a negative prompt.'
     )
   return prompts, num_samples, seed
+
+
+def _warn_of_unknown_words(model: Model, prompts: Sequence[str]) -> None:
+  """Logs words that the tokenizer's training never saw."""
+  if unknown := unknown_words(model.stage.config, prompts):
+    logging.warning('The prompts have %s.', printable(unknown))
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:

@@ -11,11 +11,11 @@ can be named in a warning.
 
 from collections.abc import Iterable, Iterator
 import io
-import pathlib
 import sys
 import tempfile
 
 from absl import logging
+from etils import epath
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
@@ -86,7 +86,7 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
       yield caption
 
   with tempfile.TemporaryDirectory() as directory:
-    rules = pathlib.Path(directory) / 'case.tsv'
+    rules = epath.Path(directory) / 'case.tsv'
     rules.write_text(_case_folding())
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=noting_words(),
