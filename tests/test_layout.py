@@ -26,7 +26,7 @@ ROWS = (
   'training.summary',
   'training.hooks training.initial_state',
   'training.monitor',
-  'training.stage_checkpoints training.run training.grow',
+  'training.stage_checkpoints training.run training.grow training.expected',
   'inference.pipeline',
   'inference.evaluation',
   'inference.shapes_features',

@@ -105,6 +105,16 @@ def chance(stage: Stage) -> dict[str, float]:
   }
 
 
+def with_chance(stage: Stage, values: Mapping[str, float]) -> dict[str, float]:
+  """Metrics, and 'chance_<attribute>' of each accuracy among them."""
+  at_random = {
+    name.replace('accuracy', 'chance', 1): value
+    for name, value in chance(stage).items()
+    if name in values
+  }
+  return {**values, **at_random}
+
+
 def loss_settings(stage: Stage) -> dict[str, Any]:
   """What the losses of a stage depend on beside the weights. JSON."""
   config = stage.config
