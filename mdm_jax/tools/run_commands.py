@@ -1,0 +1,163 @@
+"""Runs commands beside each other, each on its own devices of this machine."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+# Platform and number of chips: TPUs of two cores count once. In a process of
+# its own, since the devices would otherwise be those of this one.
+_COUNT = """
+import jax
+found = jax.local_devices()
+chips = {tuple(getattr(each, 'coords', [each.id])) for each in found}
+print('devices', found[0].platform, len(chips))
+"""
+# How libtpu arranges so many chips.
+_TPU_BOUNDS = {1: '1,1,1', 2: '1,2,1', 4: '2,2,1', 8: '2,4,1'}
+
+
+class Ended(NamedTuple):
+  """A command that has ended.
+
+  Attributes:
+    name: of the command.
+    code: its exit code; minus the signal that has ended it.
+    line: the last line that it has written.
+  """
+
+  name: str
+  code: int
+  line: str
+
+
+def device_groups(size: int) -> list[dict[str, str]]:
+  """Divides the accelerators of this machine among commands.
+
+  Args:
+    size: devices of each command.
+
+  Returns:
+    For each group the environment variables by which JAX sees it alone. On a
+    CPU there is one group, of all devices.
+
+  Raises:
+    ValueError: there are fewer devices, or libtpu does not divide them so.
+  """
+  result = subprocess.run(
+    [sys.executable, '-c', _COUNT], capture_output=True, text=True
+  )
+  _, _, line = result.stdout.rpartition('devices ')
+  if result.returncode or not line:
+    *_, line = result.stderr.splitlines() or ['no error']
+    raise ValueError(f'--devices_per_run: JAX finds no devices: {line}')
+  platform, count = line.split()
+  if platform == 'cpu':
+    return [{}]
+  groups = int(count) // size
+  if not groups:
+    raise ValueError(f'--devices_per_run={size}: there are only {count}.')
+  variable = 'CUDA_VISIBLE_DEVICES'
+  bounds = {}
+  if platform == 'tpu':
+    variable = 'TPU_VISIBLE_CHIPS'
+    if size not in _TPU_BOUNDS:
+      raise ValueError(
+        f'--devices_per_run={size}: give one of {[*_TPU_BOUNDS]} TPU chips.'
+      )
+    bounds = {
+      'TPU_CHIPS_PER_PROCESS_BOUNDS': _TPU_BOUNDS[size],
+      'TPU_PROCESS_BOUNDS': '1,1,1',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }
+  # Those that this process may use, where the variable is set already.
+  visible = [*filter(None, os.environ.get(variable, '').split(','))]
+  visible = visible or [str(i) for i in range(int(count))]
+  return [
+    {variable: ','.join(visible[i * size : (i + 1) * size]), **bounds}
+    for i in range(groups)
+  ]
+
+
+class Commands:
+  """Commands in subprocesses, which a stop request reaches."""
+
+  def __init__(
+    self,
+    commands: Iterable[tuple[str, Sequence[str]]],
+    groups: Sequence[Mapping[str, str]],
+  ):
+    """Nothing is started yet.
+
+    Args:
+      commands: pairs of a name and the words of a command.
+      groups: environment variables; so many commands run at the same time.
+    """
+    self._commands = list(commands)
+    self._groups = groups
+    self._ended = queue.SimpleQueue()
+    self._lock = threading.Lock()
+    self._running, self._is_stopped = set(), False
+
+  def run(self) -> Iterator[Ended]:
+    """Runs all, and yields each that has ended; after `stop` no new one begins.
+
+    What they write goes to standard error.
+    """
+    for group in self._groups:
+      threading.Thread(target=self._work, args=(group,), daemon=True).start()
+    for _ in self._groups:
+      while ended := self._ended.get():
+        yield ended
+
+  def stop(self) -> None:
+    """Asks the commands that run to stop, from any thread."""
+    with self._lock:
+      self._is_stopped = True
+      for process in self._running:
+        process.send_signal(signal.SIGTERM)
+
+  def _work(self, group: Mapping[str, str]) -> None:
+    try:
+      while begun := self._begin(group):
+        name, process = begun
+        line = self._forward(name, process)
+        code = process.wait()
+        with self._lock:
+          self._running.remove(process)
+        self._ended.put(Ended(name, code, line))
+    finally:
+      self._ended.put(None)
+
+  def _begin(
+    self, group: Mapping[str, str]
+  ) -> tuple[str, subprocess.Popen] | None:
+    """Starts the next command; None if there is none, or all are to stop."""
+    with self._lock:
+      if self._is_stopped or not self._commands:
+        return None
+      name, words = self._commands.pop(0)
+      process = subprocess.Popen(
+        words,
+        env=os.environ | group,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors='replace',
+      )
+      self._running.add(process)
+      return name, process
+
+  def _forward(self, name: str, process: subprocess.Popen) -> str:
+    """Writes what a command writes; returns the last line."""
+    prefix = f'[{name}] ' if len(self._groups) > 1 else ''
+    last = ''
+    for line in process.stdout:
+      sys.stderr.write(prefix + line)
+      last = line.strip() or last
+    return last
