@@ -1,6 +1,7 @@
 """The grid of a sweep: combinations of values of keys, and their names."""
 
 from collections.abc import Callable, Mapping, Sequence
+import copy
 import itertools
 import re
 from typing import Any
@@ -60,9 +61,8 @@ def parse(config: ConfigDict, key: str, text: str) -> tuple[str, Any]:
   Raises:
     ValueError: there is no such key, or the value is wrong.
   """
-  changed = config.copy_and_resolve_references()
   try:
-    value = recipes.override(changed, key, text)
+    value = recipes.override(copy.deepcopy(config), key, text)
   except ValueError as error:
     raise ValueError(f'--grid: {error}') from None
   return from_the_start(config, key), value
@@ -80,10 +80,10 @@ def from_the_start(config: ConfigDict, key: str) -> str:
 
 def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
   """A copy of a config with other values."""
-  copy = config.copy_and_resolve_references()
+  copied = copy.deepcopy(config)  # Other copies share the stages and levels.
   for key, value in changes.items():
-    config_path.set_value(key, copy, value)
-  return copy
+    config_path.set_value(key, copied, value)
+  return copied
 
 
 def run_name(changes: Changes) -> str:
@@ -115,4 +115,6 @@ def _split(text: str) -> list[str]:
 
 
 def _word(value: Any) -> str:
+  if value is None:
+    return 'none'
   return re.sub(r'[^\w.+-]+', '_', str(value)).strip('_.') or 'empty'

@@ -151,38 +151,42 @@ class Results:
     return sorted(groups.values(), key=place)
 
   def _table(self) -> tuple[list[list[Any]], list[str]]:
-    rows = []
-    for group in self._groups():
-      done = [run for run in group if run.status == FINISHED]
-      row = self._values(group[0])
+    """Rows and headers, without the columns that have nothing to say."""
+    columns = {key: [] for key in self._keys()}
+
+    def add(header, cell):
+      columns.setdefault(header, []).append(cell)
+
+    groups = self._groups()
+    several = any(
+      len(group) > 1 or group[0].status != FINISHED for group in groups
+    )
+    for group in groups:
+      for key, value in zip(self._keys(), self._values(group[0])):
+        add(key, _text(value))
       for name in self.metrics:
         mean = _mean(group, name)
         error = getattr(mean, 'standard_error', None)
-        row += [
-          evaluations.format_value(name, mean),
-          evaluations.format_value(name, error, digits=2),
-        ]
-      row += [
-        f'{len(done)} of {len(group)}',
-        _average(run.flops for run in done),
-        _average(run.seconds for run in done),
-        next((_note(run) for run in group if run not in done), None),
-      ]
-      rows.append(row)
-    headers = self._keys()
-    for name in self.metrics:
-      headers += [name, 'std. error']
-    headers += ['runs', 'FLOPs', 'time', 'note']
-    for row in rows:
-      *_, flops, seconds, _ = row
-      row[-3] = flops and f'{flops:.3g}'
-      row[-2] = seconds and _duration(seconds)
-    kept = [
-      i
-      for i in range(len(headers))
-      if i < len(self._keys()) or any(row[i] is not None for row in rows)
+        add(name, evaluations.format_value(name, mean))
+        # Headers are distinct here, and equal in the table.
+        add((name,), evaluations.format_value(name, error, digits=2))
+      done = [run for run in group if run.status == FINISHED]
+      add('runs', f'{len(done)} of {len(group)}' if several else None)
+      flops = _average(run.flops for run in done)
+      add('FLOPs', None if flops is None else f'{flops:.3g}')
+      seconds = _average(run.seconds for run in done)
+      header = 's/image' if group[0].settings else 'time'
+      add(header, None if seconds is None else _duration(seconds))
+      add('note', next((_note(run) for run in group if run not in done), None))
+    kept = {
+      header: cells
+      for header, cells in columns.items()
+      if header in self.metrics or any(cell is not None for cell in cells)
+    }
+    headers = [
+      'std. error' if isinstance(header, tuple) else header for header in kept
     ]
-    return [[row[i] for i in kept] for row in rows], [headers[i] for i in kept]
+    return list(map(list, zip(*kept.values()))), headers
 
   def _plot(self, path: str) -> None:
     """Metric against training FLOPs and seconds, or against swept numbers."""
@@ -315,4 +319,8 @@ def _cell(cell: Any) -> str:
 
 
 def _title(keys: Sequence[str], values: Sequence[Any]) -> str:
-  return ', '.join(f'{key}={value}' for key, value in zip(keys, values))
+  return ', '.join(f'{key}={_text(value)}' for key, value in zip(keys, values))
+
+
+def _text(value: Any) -> str:
+  return 'none' if value is None else str(value)

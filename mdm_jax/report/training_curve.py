@@ -55,8 +55,10 @@ def read(workdir: epath.PathLike) -> list[Evaluation]:
     if _PACE in numbers:
       paces.setdefault(line['stage'], {})[line['step']] = numbers
     else:
-      # A resumed run writes it again.
-      measured[place] = measured.get(place, {}) | numbers
+      # A resumed run writes it again; the end of a run adds to it.
+      before = measured.get(place, {})
+      kept = {name: before[name] for name in before if name not in line}
+      measured[place] = kept | numbers
   found, flops, seconds = [], 0.0, 0.0
   for stage, rows in paces.items():
     steps = sorted(rows)

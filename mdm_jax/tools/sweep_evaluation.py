@@ -14,7 +14,7 @@ import numpy as np
 
 from mdm_jax.builders import ranges, sweep_grid
 from mdm_jax.builders.check import check
-from mdm_jax.builders.config import differences, naming
+from mdm_jax.builders.config import differences
 from mdm_jax.builders.text import empty_text
 from mdm_jax.inference import evaluation
 from mdm_jax.inference.session import Model, Session
@@ -74,8 +74,7 @@ def evaluate(
   """
   config = opened.config
   for point in points:
-    with naming(sweep_grid.run_name(point)):
-      check(sweep_grid.changed(config, _of_sampler(point)), opened.mesh)
+    check(sweep_grid.changed(config, _of_sampler(point)), opened.mesh)
   results = sweep_results.read(
     output,
     metrics,
@@ -105,11 +104,11 @@ def evaluate(
     found = _measure(
       model, _of_sampler(point), options, programs, output / name
     )
-    results.check_metrics(found['metrics'])
     results.add(
       name, point, status=sweep_results.FINISHED, settings=settings, **found
     )
     results.write(plot)
+    results.check_metrics(found['metrics'])
   results.write(plot)
   return results
 

@@ -14,7 +14,7 @@ from ml_collections.config_flags import config_path
 
 from mdm_jax.builders import sweep_grid
 from mdm_jax.builders.check import check, metric_names
-from mdm_jax.builders.config import changes_of_run, has_config, naming
+from mdm_jax.builders.config import changes_of_run, has_config
 from mdm_jax.report import sweep_results, training_curve
 from mdm_jax.report.sweep_results import Result, Results
 from mdm_jax.runtime import files, preemption, sharding
@@ -39,8 +39,7 @@ def check_points(
   jax.config.update('jax_platforms', 'cpu')
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   for point in points:
-    with naming(sweep_grid.run_name(point)):
-      check(sweep_grid.changed(config, point), mesh)
+    check(sweep_grid.changed(config, point), mesh)
   names = list(itertools.chain(*metric_names(config)))
   for metric in metrics:
     if metric not in names:
