@@ -218,7 +218,9 @@ class Results:
             )
         axis.set(xlabel=label, ylabel=f'{name}, %' if factor > 1 else name)
         axis.grid(alpha=0.3)
-      axes[0].legend(fontsize='small')
+      # Curves have the same titles in both panels.
+      for axis in axes[:1] if lines else axes:
+        axis.legend(fontsize='small')
 
   def _is_number(self, key: str) -> bool:
     return any(

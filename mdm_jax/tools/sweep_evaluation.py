@@ -222,7 +222,8 @@ def _make_sample_fn(
   config = model.stage.config
   sampler = model.stage.make_sampler(model.mesh)
   size, spec, times = config.eval.batch_size, sampler.spec, []
-  kind = dataclasses.replace(spec, num_steps=0, guidance=0)
+  # Post-hoc EMAs may be those of an earlier stage.
+  kind = model.stage.name, dataclasses.replace(spec, num_steps=0, guidance=0)
   negative = np.broadcast_to(
     empty_text(config), (size, *empty_text(config).shape)
   )
