@@ -34,7 +34,8 @@ class Result:
     seconds: of its training, or of sampling an image.
     curve: values of the metrics of the table during training, each with
       'stage', 'step', 'flops' and 'seconds'.
-    settings: that the metrics depend on, of all runs of the sweep.
+    settings: that the metrics depend on, of all evaluations of a finished run.
+    evaluated: the flags by which mdm_jax.evaluate has measured a training.
   """
 
   run: str
@@ -47,6 +48,7 @@ class Result:
   seconds: float | None = None
   curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  evaluated: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,8 @@ import sys
 import threading
 from typing import NamedTuple
 
+from mdm_jax.runtime import preemption
+
 # Platform and number of chips: TPUs of two cores count once. In a process of
 # its own, since the devices would otherwise be those of this one.
 _COUNT = """
@@ -22,12 +24,13 @@ _TPU_BOUNDS = {1: '1,1,1', 2: '1,2,1', 4: '2,2,1', 8: '2,4,1'}
 
 
 class Ended(NamedTuple):
-  """A command that has ended.
+  """A job that has ended: one or several commands, one after the other.
 
   Attributes:
-    name: of the command.
-    code: its exit code; minus the signal that has ended it.
-    line: the last line that it has written.
+    name: of the job.
+    code: exit code of the last command that has begun; minus the signal that
+      has ended it. `preemption.EXIT_CODE` if a stop came before the next one.
+    line: the last line that was written.
   """
 
   name: str
@@ -83,28 +86,29 @@ def device_groups(size: int) -> list[dict[str, str]]:
   ]
 
 
-class Commands:
+class Jobs:
   """Commands in subprocesses, which a stop request reaches."""
 
   def __init__(
     self,
-    commands: Iterable[tuple[str, Sequence[str]]],
+    jobs: Iterable[tuple[str, Sequence[Sequence[str]]]],
     groups: Sequence[Mapping[str, str]],
   ):
     """Nothing is started yet.
 
     Args:
-      commands: pairs of a name and the words of a command.
-      groups: environment variables; so many commands run at the same time.
+      jobs: pairs of a name and commands, each a list of words; a command that
+        fails is the last one of its job.
+      groups: environment variables; so many jobs run at the same time.
     """
-    self._commands = list(commands)
+    self._jobs = list(jobs)
     self._groups = groups
     self._ended = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._running, self._is_stopped = set(), False
 
   def run(self) -> Iterator[Ended]:
-    """Runs all, and yields each that has ended; after `stop` no new one begins.
+    """Runs all, and yields each that has ended; after `stop` none begins.
 
     What they write goes to standard error.
     """
@@ -115,7 +119,7 @@ class Commands:
         yield ended
 
   def stop(self) -> None:
-    """Asks the commands that run to stop, from any thread."""
+    """Asks the commands that run to stop. From any thread."""
     with self._lock:
       self._is_stopped = True
       for process in self._running:
@@ -123,24 +127,29 @@ class Commands:
 
   def _work(self, group: Mapping[str, str]) -> None:
     try:
-      while begun := self._begin(group):
-        name, process = begun
-        line = self._forward(name, process)
-        code = process.wait()
-        with self._lock:
-          self._running.remove(process)
+      while job := self._next():
+        name, commands = job
+        for words in commands:
+          code, line = self._run(name, words, group)
+          if code:
+            break
         self._ended.put(Ended(name, code, line))
     finally:
       self._ended.put(None)
 
-  def _begin(
-    self, group: Mapping[str, str]
-  ) -> tuple[str, subprocess.Popen] | None:
-    """Starts the next command; None if there is none, or all are to stop."""
+  def _next(self) -> tuple[str, Sequence[Sequence[str]]] | None:
     with self._lock:
-      if self._is_stopped or not self._commands:
+      if self._is_stopped or not self._jobs:
         return None
-      name, words = self._commands.pop(0)
+      return self._jobs.pop(0)
+
+  def _run(
+    self, name: str, words: Sequence[str], group: Mapping[str, str]
+  ) -> tuple[int, str]:
+    """Runs a command to its end; returns its exit code and its last line."""
+    with self._lock:
+      if self._is_stopped:
+        return preemption.EXIT_CODE, ''
       process = subprocess.Popen(
         words,
         env=os.environ | group,
@@ -151,7 +160,11 @@ class Commands:
         errors='replace',
       )
       self._running.add(process)
-      return name, process
+    line = self._forward(name, process)
+    code = process.wait()
+    with self._lock:
+      self._running.remove(process)
+    return code, line
 
   def _forward(self, name: str, process: subprocess.Popen) -> str:
     """Writes what a command writes; returns the last line."""

@@ -15,6 +15,7 @@ same command again continues an interrupted sweep; a larger grid adds runs.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -30,10 +31,8 @@ from mdm_jax.runtime import (
   value_types,
 )
 
-# Options of mdm_jax.evaluate.
+# Of mdm_jax.evaluate.
 _OPTIONS = [name for name in ranges.EVALUATION if name != 'output']
-_OF_TRAINING = ('seeds', 'devices_per_run')
-_OF_EVALUATION = (*_OPTIONS, 'stage', 'batch_size')
 
 
 def main(_: list[str]) -> None:
@@ -67,16 +66,26 @@ def _check_flags(values: flags.FlagValues) -> None:
     raise ValueError(
       'give either --config, to train, or the --workdir of a finished run.'
     )
-  others, needed = (
-    (_OF_EVALUATION, '--workdir')
-    if values.workdir is None
-    else (_OF_TRAINING, '--config')
-  )
-  for name in others:
+  trains = values.workdir is None
+  for name in ('stage',) if trains else ('seeds', 'devices_per_run'):
     if values[name].value is not None:
-      raise ValueError(f'--{name} needs {needed}.')
+      raise ValueError(
+        f'--{name} needs {"--workdir" if trains else "--config"}.'
+      )
+  given = _options(values)
+  if trains and given and not values.metrics:
+    raise ValueError(f'--{[*given][0]} needs --metrics.')
   if not (values.grid or values.seeds):
     raise ValueError('nothing to compare: give --grid=KEY=VALUE,VALUE.')
+
+
+def _options(values: flags.FlagValues) -> dict[str, Any]:
+  """The flags of mdm_jax.evaluate that are given."""
+  return {
+    name: values[name].value
+    for name in (*_OPTIONS, 'batch_size')
+    if values[name].value is not None
+  }
 
 
 def _end(results) -> None:
@@ -157,17 +166,21 @@ def _define_flags() -> None:
     'stage',
     None,
     ranges.KEYS['stages[].name'],
-    'With --workdir: as for mdm_jax.evaluate, as are the following flags.',
+    'With --workdir: as for mdm_jax.evaluate.',
   )
   flag_types.define(
     'batch_size', None, ranges.KEYS['eval.batch_size'], 'Images at once.'
   )
   for name in _OPTIONS:
-    text = f'See mdm_jax.evaluate --help. Give {ranges.EVALUATION[name]}.'
+    text = (
+      f'Of each evaluation, or of one after each training if --metrics is '
+      f'given: {ranges.EVALUATION[name]}. See mdm_jax.evaluate --help.'
+    )
     flag_types.define(name, None, ranges.EVALUATION[name], text)
 
 
 def _train_by_flags(values: flags.FlagValues):
+  from mdm_jax.inference import evaluation
   from mdm_jax.tools import run_commands, sweep_training
 
   config = values.config
@@ -183,25 +196,47 @@ def _train_by_flags(values: flags.FlagValues):
     for key, value in config_flags.get_override_values(flag).items()
   }
 
-  def make_command(workdir, changes):
-    return [
-      *(sys.executable, '-m', 'mdm_jax.main'),
+  options = _options(values)
+  evaluated = {
+    name: ','.join(value) if isinstance(value, list) else str(value)
+    for name, value in options.items()
+  }
+
+  def make_commands(workdir, changes):
+    words = [
+      *('mdm_jax.main', f'--workdir={workdir}'),
       f'--config={config_flags.get_config_filename(flag)}',
       *(f'--config.{key}={value}' for key, value in (given | changes).items()),
-      f'--workdir={workdir}',
     ]
+    commands = [words]
+    if evaluated:
+      path = sweep_training.evaluation_path(workdir)
+      commands.append(
+        [
+          *('mdm_jax.evaluate', f'--workdir={workdir}', f'--output={path}'),
+          *(f'--{name}={value}' for name, value in evaluated.items()),
+        ]
+      )
+    return [[sys.executable, '-m', *words] for words in commands]
 
-  sweep_training.check_points(config, points, values.metric)
+  options.pop('batch_size', None)
+  sweep_training.check_points(
+    config,
+    points,
+    values.metric,
+    evaluation.make_options(options) if options else None,
+  )
   groups = [{}]
   if values.devices_per_run:
     groups = run_commands.device_groups(values.devices_per_run)
   return sweep_training.train(
     config,
     points,
-    make_command,
+    make_commands,
     output=epath.Path(values.output),
     metrics=values.metric,
     groups=groups,
+    evaluated=evaluated,
     plot=values.plot,
   )
 
@@ -218,8 +253,8 @@ def _evaluate_by_flags(values: flags.FlagValues):
   points = sweep_grid.combinations(
     values.grid, lambda *pair: sweep_evaluation.parse(opened.config, *pair)
   )
-  given = {name: values[name].value for name in _OPTIONS}
-  given['metrics'] = given['metrics'] or ['prompt_accuracy']
+  given = {'metrics': ['prompt_accuracy']} | _options(values)
+  given.pop('batch_size', None)
   return sweep_evaluation.evaluate(
     opened,
     points,

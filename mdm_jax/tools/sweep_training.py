@@ -1,6 +1,7 @@
 """The trainings of a sweep: each is a command in a process of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import itertools
 import json
 import signal
@@ -15,6 +16,7 @@ from ml_collections.config_flags import config_path
 from mdm_jax.builders import sweep_grid
 from mdm_jax.builders.check import check, metric_names
 from mdm_jax.builders.config import changes_of_run, has_config
+from mdm_jax.inference import evaluation
 from mdm_jax.report import sweep_results, training_curve
 from mdm_jax.report.sweep_results import Result, Results
 from mdm_jax.runtime import files, preemption, sharding
@@ -29,8 +31,15 @@ def check_points(
   config: ConfigDict,
   points: Sequence[sweep_grid.Changes],
   metrics: Sequence[str],
+  options: evaluation.Options | None = None,
 ) -> None:
   """Checks the config of each run, but not against the devices.
+
+  Args:
+    config: that the runs change.
+    points: values of keys, of each run.
+    metrics: that training is to measure, or an evaluation after it.
+    options: of this evaluation, whose metrics are not checked; None for none.
 
   Raises:
     ValueError, FileNotFoundError: a config is wrong, or has no such metric.
@@ -39,7 +48,12 @@ def check_points(
   jax.config.update('jax_platforms', 'cpu')
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   for point in points:
-    check(sweep_grid.changed(config, point), mesh)
+    changed = sweep_grid.changed(config, point)
+    check(changed, mesh)
+    if options:
+      evaluation.check_options(changed, options)
+  if options:
+    return
   names = list(itertools.chain(*metric_names(config)))
   for metric in metrics:
     if metric not in names:
@@ -49,11 +63,14 @@ def check_points(
 def train(
   config: ConfigDict,
   points: Sequence[sweep_grid.Changes],
-  make_command: Callable[[epath.Path, sweep_grid.Changes], Sequence[str]],
+  make_commands: Callable[
+    [epath.Path, sweep_grid.Changes], Sequence[Sequence[str]]
+  ],
   *,
   output: epath.Path,
   metrics: Sequence[str],
   groups: Sequence[Mapping[str, str]] = ({},),
+  evaluated: Mapping[str, str] | None = None,
   plot: str | None = None,
 ) -> Results:
   """Trains the runs that are not finished, and writes what they measure.
@@ -63,15 +80,18 @@ def train(
   Args:
     config: that the runs change.
     points: values of keys, of each run.
-    make_command: (workdir, values) -> the words of the command that trains a
-      run, or continues it. It exits with the codes of `mdm_jax.main`.
+    make_commands: (workdir, values) -> the words of the command that trains a
+      run, or continues it, and perhaps of one that evaluates it, and adds a
+      line to `evaluation_path`. They exit with the codes of `mdm_jax.main`.
     output: directory of the runs and of the results.
     metrics: to show; the first one orders the table.
     groups: environment variables of the runs that train at the same time.
+    evaluated: flags of the evaluation: runs with others are evaluated again.
     plot: file for a plot, or None.
 
   Raises:
-    ValueError: the directory is of something else, or of another config.
+    ValueError: the directory is of something else, or of another config, or a
+      finished run has no such metric: then the others are stopped.
   """
   results = sweep_results.read(
     output, metrics, lambda key: config_path.get_value(key, config)
@@ -81,8 +101,12 @@ def train(
     results.find(point) or results.add(sweep_grid.run_name(point), point)
     for point in points
   ]
+  evaluated = dict(evaluated or {})
   waiting = {
-    run.run: run for run in runs if run.status != sweep_results.FINISHED
+    run.run: run
+    for run in runs
+    if run.status != sweep_results.FINISHED
+    or (evaluated and run.evaluated != evaluated)
   }
   for run in waiting.values():
     run.status, run.note = sweep_results.TO_DO, ''
@@ -93,25 +117,40 @@ def train(
     len(runs) - len(waiting),
     len(groups),
   )
-  commands = run_commands.Commands(
+  jobs = run_commands.Jobs(
     [
-      (name, make_command(output / name, run.changes))
+      (name, make_commands(output / name, run.changes))
       for name, run in waiting.items()
     ],
     groups,
   )
   all_ended = threading.Event()
-  stop = preemption.StopHandler(lambda: None, None, commands.stop)
+  stop = preemption.StopHandler(lambda: None, None, jobs.stop)
   stop.defer(all_ended.wait)
   stop.allow()
-  for ended in commands.run():
+  wrong = None
+  for ended in jobs.run():
     run = waiting[ended.name]
+    run.evaluated = evaluated
     _note_end(run, ended, results)
     results.write(plot)
     logging.info('%s: %s. %s', run.run, run.status, run.note)
+    if run.status == sweep_results.FINISHED and not wrong:
+      try:
+        results.check_metrics(run.metrics)
+      except ValueError as error:
+        wrong = error
+        jobs.stop()
   all_ended.set()
   stop.close()
+  if wrong:
+    raise wrong
   return results
+
+
+def evaluation_path(workdir: epath.Path) -> epath.Path:
+  """The file of a run to which its evaluation in the sweep adds a line."""
+  return workdir / 'eval' / 'sweep.jsonl'
 
 
 def _keep_begun(results: Results, config: ConfigDict) -> None:
@@ -158,13 +197,23 @@ def _note_end(run: Result, ended: run_commands.Ended, results: Results) -> None:
     run.note = ended.line.removeprefix('error: ') or 'it has written nothing.'
     if ended.code < 0:
       run.note = f'ended by {signal.Signals(-ended.code).name}.'
-  curve = training_curve.read(results.directory / run.run)
+  directory = results.directory / run.run
+  curve = training_curve.read(directory)
   if not curve:
     return
   # Metrics of the last stage, at its end if it is finished.
   *_, last = curve
-  run.metrics = dict(last.metrics)
-  run.flops, run.seconds = last.flops, last.seconds
+  metrics, run.errors = dict(last.metrics), {}
+  if run.evaluated and run.status == sweep_results.FINISHED:
+    *_, line = files.read_json_lines(evaluation_path(directory))
+    metrics |= {
+      name: value
+      for name, value in line['metrics'].items()
+      if files.is_number(value)
+    }
+    run.errors = line['standard_errors']
+  run.metrics, run.flops, run.seconds = metrics, last.flops, last.seconds
+  curve[-1] = dataclasses.replace(last, metrics=metrics)
   run.curve = [
     {
       'stage': each.stage,

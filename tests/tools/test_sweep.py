@@ -39,6 +39,16 @@ if given['code'] == 9:
 sys.exit(given['code'])
 """
 
+# In place of mdm_jax.evaluate.
+EVALUATION = """
+import json, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+path.parent.mkdir(exist_ok=True)
+line = {'metrics': {'fid': float(sys.argv[2])}, 'standard_errors': {'fid': 0.5}}
+with path.open('a') as file:
+  file.write(json.dumps(line) + '\\n')
+"""
+
 
 class Trainings:
   """Sweeps of the learning rate, with a stub that trains nothing."""
@@ -48,8 +58,9 @@ class Trainings:
     self.codes = {}  # exit codes, by learning rate; others end with 0
     self.seconds = 0  # of each run
     self.together = 1  # runs that have to begin before any ends
+    self.fid = None  # that an evaluation finds, added to the learning rate
 
-  def command(self, workdir, changes):
+  def commands(self, workdir, changes):
     rate = changes['stages[0].learning_rate']
     lines = (
       {'seconds_per_step': 1.5, 'flops_per_second': 2},
@@ -65,9 +76,14 @@ class Trainings:
       'seconds': self.seconds,
       'together': self.together,
     }
-    return [sys.executable, '-c', STUB, str(workdir), json.dumps(given)]
+    commands = [[sys.executable, '-c', STUB, str(workdir), json.dumps(given)]]
+    if self.fid is not None:
+      path = str(sweep_training.evaluation_path(workdir))
+      words = [sys.executable, '-c', EVALUATION, path, str(self.fid + rate)]
+      commands.append(words)
+    return commands
 
-  def sweep(self, *grid, config=None, **options):
+  def sweep(self, *grid, config=None, metrics=('held_out_loss_16',), **options):
     config = config or self.config
     points = sweep_grid.combinations(
       grid, lambda *pair: sweep_grid.parse(config, *pair)
@@ -75,9 +91,9 @@ class Trainings:
     return sweep_training.train(
       config,
       points,
-      self.command,
+      self.commands,
       output=self.output,
-      metrics=['held_out_loss_16'],
+      metrics=metrics,
       **options,
     )
 
@@ -142,6 +158,39 @@ def test_a_changed_grid_adds_runs(trainings):
   lines = (trainings.output / 'table.md').read_text().splitlines()
   assert lines[2].split(' | ')[:4] == ['| 0.1', '1.5', '0.5', '2 of 2']
   assert len(lines) == 4 and len(results.runs) == 4
+
+
+def test_runs_are_evaluated_after_training(trainings):
+  grid = 'stages[0].learning_rate=0.1,0.2'
+  options = {'metrics': ['fid', 'held_out_loss_16'], 'evaluated': {'a': '1'}}
+  for fid, evaluated, count in ((7, '1', 1), (8, '1', 1), (9, '2', 2)):
+    trainings.fid = fid
+    options['evaluated'] = {'a': evaluated}
+    trainings.sweep(grid, **options)
+    assert trainings.begun() == {rate(0.1): count, rate(0.2): count}
+    lines = (trainings.output / 'table.md').read_text().splitlines()
+    known = 9 if count == 2 else 7
+    assert [line.split(' | ')[:4] for line in lines[2:]] == [
+      [f'| {x}', f'{known + x}', '0.5', f'{10 * x:g}'] for x in (0.1, 0.2)
+    ]
+  best, _ = (trainings.output / 'results.jsonl').read_text().splitlines()
+  assert json.loads(best)['curve'][-1]['fid'] == 9.1
+  # A training that fails is not evaluated.
+  trainings.codes = {0.1: 1}
+  options['evaluated'] = {'a': '3'}
+  found = trainings.sweep(grid, **options).runs
+  assert found[rate(0.1)].status == 'failed'
+  lines = sweep_training.evaluation_path(trainings.output / rate(0.1))
+  assert len(lines.read_text().splitlines()) == 2
+
+
+def test_a_metric_that_no_run_has_ends_the_sweep(trainings):
+  with pytest.raises(ValueError, match='--metric=b: there are held_out_loss'):
+    trainings.sweep('stages[0].learning_rate=0.1,0.2', metrics=['b'])
+  assert trainings.begun() == {rate(0.1): 1}
+  # What is trained is kept.
+  trainings.sweep('stages[0].learning_rate=0.1,0.2')
+  assert trainings.begun() == {rate(0.1): 1, rate(0.2): 1}
 
 
 def test_another_config_is_refused(trainings):
@@ -323,25 +372,22 @@ def test_a_finished_run_is_evaluated(finished):
   'flags, message',
   (
     (('--grid=seed=1',), 'give either --config, to train, or the --workdir'),
-    (('--config=x', '--workdir=.', '--grid=seed=1'), 'no such file'),
     (
       ('--config=shapes_64', '--workdir=.', '--grid=seed=1'),
       'give either --config, to train, or the --workdir',
     ),
     (('--config=shapes_64',), 'nothing to compare: give --grid=KEY=VALUE'),
-    (('--config=shapes_64', '--grid=seed'), '--grid=seed: give KEY=VALUE,'),
     (
       ('--config=shapes_64', '--grid=seed=1', '--num_samples=8'),
-      '--num_samples needs --workdir',
+      '--num_samples needs --metrics',
     ),
-    (('--workdir=.', '--seeds=1'), '--seeds needs --config'),
+    (
+      ('--config=shapes_64', '--grid=seed=1', '--metrics=fid'),
+      '--metrics=fid needs --inception=FILE',
+    ),
     (
       ('--config=shapes_64', '--grid=seed=1', '--seeds=1'),
       'seed is given twice',
-    ),
-    (
-      ('--config=shapes_64', '--grid=stages[0].batch_size=0'),
-      'stages[0].batch_size=0: give an integer from 1',
     ),
     (
       ('--config=shapes_64', '--grid=stages[1].loss_weights=(1,)'),
@@ -361,12 +407,17 @@ def test_a_mistake_is_one_line(flags, message, tmp_path):
   assert not result.stdout and not output.exists()
 
 
-def test_an_output_of_something_else_is_refused(finished):
+def test_trainings_and_evaluations_are_not_mixed(finished, trainings):
   workdir, _ = finished
-  flags = (f'--workdir={workdir}', '--grid=sampler.guidance=1', '--metric=fid')
-  for output, message in (
-    (workdir, f'--output={workdir} holds something else, such as '),
-    (workdir.parent, f'--output={workdir.parent} is a sweep of trainings'),
-  ):
-    *_, line = sweep(*flags, f'--output={output}', code=1).stderr.splitlines()
-    assert message in line
+  *_, line = sweep(
+    *(f'--workdir={workdir}', '--grid=sampler.guidance=1', '--metric=fid'),
+    f'--output={workdir.parent}',
+    code=1,
+  ).stderr.splitlines()
+  assert f'--output={workdir.parent} is a sweep of trainings' in line
+  trainings.sweep('stages[0].learning_rate=0.1')
+  path = trainings.output / 'results.jsonl'
+  line = json.loads(path.read_text()) | {'settings': {'num_samples': 8}}
+  path.write_text(json.dumps(line) + '\n')
+  with pytest.raises(ValueError, match='sweep evaluates a finished run'):
+    trainings.sweep('stages[0].learning_rate=0.1')
