@@ -65,6 +65,7 @@ ADDED = {
   'diffusion.normalize_time_weights': False,
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
+  'data.two_objects': 0.25,
   'model.levels[].kind': 'unet',
 }
 
