@@ -64,8 +64,7 @@ def training(make_config, batch):
   def make(mesh_name, accumulate, kind):
     config = make_config(kind)
     stage = config.stages[1]
-    stage.mixed_ratio = (1.0, 1.0)
-    stage.learning_rate = 1e-2
+    stage.update(mixed_ratio=(1.0, 1.0), learning_rate=1e-2)
     sizes = dict(zip(sharding.AXES, MESHES[mesh_name]))
     mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     model = make_model(config, stage)
