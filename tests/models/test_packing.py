@@ -224,22 +224,26 @@ def test_lanes_default_to_those_of_the_device(
 
 
 @pytest.mark.parametrize(
-  'backend, version, spatial, expected',
+  'backend, version, capability, spatial, expected',
   [
-    ('gpu', 'cuda 12090', 1, True),
-    ('gpu', 'rocm 60000', 1, False),
-    ('gpu', 'cuda 12090', 2, False),
-    ('cpu', 'cpu', 1, False),
+    ('gpu', 'cuda 12090', '9.0', 1, True),
+    ('gpu', 'cuda 12090', '12.0', 1, True),
+    ('gpu', 'cuda 12090', '7.5', 1, False),
+    ('gpu', 'rocm 60000', 'gfx942', 1, False),
+    ('gpu', 'cuda 12090', '9.0', 2, False),
+    ('cpu', 'cpu', None, 1, False),
   ],
 )
 def test_flash_attention_is_of_nvidia_gpus(
-  monkeypatch, make_config, backend, version, spatial, expected
+  monkeypatch, make_config, backend, version, capability, spatial, expected
 ):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(
     'jax.extend.backend.get_backend',
     lambda: types.SimpleNamespace(platform_version=version),
   )
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
   config = make_config()
   config.mesh.spatial = spatial
   levels = make_levels(config, config.stages[1])
