@@ -633,7 +633,9 @@ def served(users, **changes):
   )
   listeners = access.Listeners()
   page = pages.make_page(
-    samples, listeners, model_card.ModelCard('', {}, {}, '', {})
+    samples,
+    listeners,
+    model_card.ModelCard('', {}, {}, '', {'One': ('a ring',)}),
   )
   try:
     yield (
