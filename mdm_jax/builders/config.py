@@ -84,6 +84,7 @@ _ADDED = {
   'diffusion.normalize_time_weights': False,
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
+  'data.two_objects': 0.25,
   'diffusion.noise_floor': 0.0,
   'diffusion.min_snr_gamma': 5.0,
   'diffusion.sigmoid_bias': 0.0,
