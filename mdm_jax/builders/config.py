@@ -85,6 +85,16 @@ _ADDED = {
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
   'data.two_objects': 0.25,
+  'diffusion.noise_floor': 0.0,
+  'diffusion.min_snr_gamma': 5.0,
+  'diffusion.sigmoid_bias': 0.0,
+  'diffusion.p2': (1.0, 1.0),
+  'diffusion.time_density': 'uniform',
+  'diffusion.logit_normal': (0.0, 1.0),
+  'diffusion.stratified_times': False,
+  'diffusion.level_times': 'shared',
+  'diffusion.level_offset': 0.0,
+  'sampler.level_offset': 0.0,
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)
@@ -336,6 +346,17 @@ def reading_prompts(config: ConfigDict) -> ConfigDict:
   if config.text.encoder == 'precomputed':
     config.text.encoder = 't5'
   return config
+
+
+def sampler_settings(config: ConfigDict) -> dict[str, Any]:
+  """The sampler's keys, to be recorded beside what was sampled.
+
+  What was recorded before there was an offset of the levels goes on without it.
+  """
+  settings = config.sampler.to_dict()
+  if not settings['level_offset']:
+    del settings['level_offset']
+  return settings
 
 
 def stage_directory(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders import ranges
+from mdm_jax.builders.config import sampler_settings
 from mdm_jax.builders.data import loss_names
 from mdm_jax.builders.prompts import (
   can_score_prompts,
@@ -290,7 +291,7 @@ def _first_samples(model: Model, options: Options) -> SampleDirectory:
   """Where the samples that are written to disk go."""
   config, count = model.stage.config, _count(model, options)
   captions = make_prompts(config, count, range(min(count, _SAVED))).captions
-  about = model.description | config.sampler.to_dict()
+  about = model.description | sampler_settings(config)
   return SampleDirectory(
     epath.Path(model.workdir)
     / 'eval'

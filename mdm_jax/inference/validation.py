@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mdm_jax.builders import data
+from mdm_jax.builders.config import sampler_settings
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   chance_accuracy,
@@ -123,7 +124,7 @@ def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
     'num_samples': count,
     'seed': seed,
     'prompts': data.held_out_split(stage.config),
-    'sampler': stage.config.sampler.to_dict(),
+    'sampler': sampler_settings(stage.config),
   }
 
 

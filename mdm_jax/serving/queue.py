@@ -248,6 +248,8 @@ class SampleQueue:
     """The shell command that samples image i of a request again."""
     saved = self._saved[request.weights]
     is_last = saved.stage == self._config.stages[-1].name
+    is_independent = self._config.diffusion.level_times == 'independent'
+    offset = self._config.sampler.level_offset
     values = {
       'workdir': self._model.workdir,
       'prompt': request.prompt,
@@ -256,6 +258,7 @@ class SampleQueue:
       'steps': request.steps,
       'sampler': request.sampler,
       'threshold': request.threshold,
+      'level_offset': offset if is_independent else None,
       'seed': request.seed + i,
       'num_samples': 1,
       'stage': None if is_last else saved.stage,
@@ -414,8 +417,8 @@ class SampleQueue:
       request.steps,
       request.guidance,
     )
-    schedule = model.stage.objective.schedule
-    times = samplers.time_steps(request.steps, schedule.num_steps)
+    schedule = self._samplers[index][0].schedule
+    times = samplers.time_steps(request.steps, schedule)
     kept = film.frame_steps(request.steps)
     for step, (x_t, images) in enumerate(steps, 1):
       # Waits for the images, so that a cancelled job starts no further step.

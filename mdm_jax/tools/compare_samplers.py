@@ -143,11 +143,12 @@ def _compare(
   Returns:
     All results with this model and these settings, old and new.
   """
+  from mdm_jax.builders.config import sampler_settings
   from mdm_jax.builders.prompts import make_prompts
   from mdm_jax.runtime import files
 
   values, config = flags.FLAGS, model.stage.config
-  sampler = config.sampler.to_dict()
+  sampler = sampler_settings(config)
   del sampler['name'], sampler['num_steps']
   # To compare with results from disk, where tuples have become lists.
   settings = json.loads(
