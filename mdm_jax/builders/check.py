@@ -237,6 +237,11 @@ def _check_evaluation(config: ConfigDict) -> None:
 def _check_resolutions(config: ConfigDict) -> None:
   levels = config.model.levels
   for i, level in enumerate(levels):
+    if i and level.kind == 'transformer':
+      raise ValueError(
+        f"model.levels[{i}].kind='transformer': only the innermost level, "
+        "level 0, can be one; use 'unet'."
+      )
     with naming(f'model.levels[{i}]'):
       spec = level_spec(level)
     if not i and spec.channels[-1] % spec.num_heads:

@@ -121,6 +121,7 @@ KEYS = {
   'model.text.num_heads': _HEADS,
   'model.text.masked_attention': Boolean(),
   'model.levels[].resolution': Number(int, 1, 2**16),
+  'model.levels[].kind': Choice(('unet', 'transformer')),
   'model.levels[].channels': Tuple(_WIDTH),
   'model.levels[].num_blocks': Tuple(_LAYERS),
   'model.levels[].attention_layers': Tuple(_LAYERS),
