@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 ROWS = (
   'main sample evaluate demo',
   'tools.plan tools.bench tools.bench_data tools.compare_samplers '
-  'tools.compare_with_data '
+  'tools.compare_with_data tools.emoji_tars tools.nearest_images '
   'tools.export_weights tools.import_ml_mdm tools.index_tars '
   'tools.precompute_text tools.prepare_data tools.train_tokenizer',
   'tools.compile_for_tpu tools.conversion',
@@ -30,7 +30,8 @@ ROWS = (
   'inference.pipeline',
   'inference.evaluation',
   'inference.references',
-  'inference.session inference.validation inference.feature_extractors',
+  'inference.session inference.validation inference.feature_extractors '
+  'inference.split_images inference.labelled_features',
   'inference.weights inference.run_flags',
   'builders.check',
   'builders.stage builders.prompts',

@@ -30,6 +30,13 @@ PAIRS = {
   ('main', 'compare_with_data'): (
     'training/test_loop.py::test_samples_are_shown_beside_the_data'
   ),
+  ('main', 'nearest_images'): (
+    'training/test_loop.py::test_samples_are_shown_beside_the_nearest_images'
+  ),
+  ('emoji_tars', 'prepare_data'): 'tools/test_emoji_tars.py::test_command',
+  ('emoji_tars', 'nearest_images --labels'): (
+    'tools/test_emoji_tars.py::test_command'
+  ),
   ('sample', 'sample'): (
     'report/test_sample_directory.py'
     '::test_an_interrupted_directory_is_continued'

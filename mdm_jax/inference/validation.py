@@ -248,11 +248,23 @@ def warn_if_not_held_out(stage: Stage) -> None:
 
 
 def over_held_out(
-  stage: Stage, mesh: Mesh, params: Params, step: Callable[..., Any]
+  stage: Stage,
+  mesh: Mesh,
+  params: Params,
+  step: Callable[..., Any],
+  split: str | None = None,
 ) -> Iterable[Any]:
-  """`step(params, batch, i)` of each held-out batch, as host arrays."""
+  """`step(params, batch, i)` of each held-out batch, as host arrays.
+
+  Args:
+    stage: of the run.
+    mesh: the devices.
+    params: all parameters that the model needs, on the mesh.
+    step: what `make_band_step` returns, compiled.
+    split: another one, of which the first batches are read.
+  """
   batches = stage.make_dataset(
-    data.held_out_split(stage.config),
+    split or data.held_out_split(stage.config),
     num_batches=stage.config.eval.loss_batches,
   )
   for i, batch in enumerate(batches):

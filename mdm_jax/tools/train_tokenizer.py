@@ -4,14 +4,15 @@
 
 `mdm_jax/data/captions.model` was made by this command. `--captions=FILE` (one
 caption per line) trains on other captions. Any text can be encoded: words that
-are not in the vocabulary are split into bytes.
+are not in the vocabulary are split into bytes. With `--lowercase` a text is
+read without case, in captions and in prompts.
 """
 
 from collections.abc import Iterable
 import io
 import sys
 
-from absl import logging
+from absl import flags, logging
 import sentencepiece
 
 from mdm_jax.data import shapes
@@ -44,6 +45,9 @@ _VOCAB_SIZE = flag_types.integer(
   10**6,
   'Size of the vocabulary, of which 256 are bytes and 3 special tokens.',
 )
+_LOWERCASE = flags.DEFINE_boolean(
+  'lowercase', False, 'Make a tokenizer that reads texts without case.'
+)
 _NUM_CAPTIONS = 20_000
 
 
@@ -53,12 +57,16 @@ def shapes_captions(count: int = _NUM_CAPTIONS) -> Iterable[str]:
   return (source.scene(index)[1] for index in range(count))
 
 
-def train(captions: Iterable[str], vocab_size: int) -> bytes:
+def train(
+  captions: Iterable[str], vocab_size: int, lowercase: bool = False
+) -> bytes:
   """Trains a BPE model (pad 0, `</s>` 1, unknown 2).
 
   Args:
     captions: to train on.
     vocab_size: of the model, at most.
+    lowercase: whether the model folds the case of every text, and characters of
+      compatibility, such as ² (Unicode's NFKC).
 
   Returns:
     The serialized SentencePiece model.
@@ -72,7 +80,7 @@ def train(captions: Iterable[str], vocab_size: int) -> bytes:
     model_writer=model,
     # The unigram trainer finds no pieces in words that occur in one form only.
     model_type='bpe',
-    normalization_rule_name='identity',
+    normalization_rule_name='nmt_nfkc_cf' if lowercase else 'identity',
     vocab_size=vocab_size,
     hard_vocab_limit=False,
     byte_fallback=True,
@@ -95,7 +103,7 @@ def main(_: list[str]) -> None:
       captions = read_entries(_CAPTIONS.value)
     if not captions:
       raise ValueError(f'{_CAPTIONS.value} has no captions: give one a line.')
-    model = train(captions, _VOCAB_SIZE.value)
+    model = train(captions, _VOCAB_SIZE.value, _LOWERCASE.value)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   except RuntimeError as error:

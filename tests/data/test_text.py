@@ -109,6 +109,16 @@ def test_training_learns_the_words_it_is_given(tmp_path):
   assert np.count_nonzero(tokenizer.encode('a zebra')) == 3
 
 
+def test_a_tokenizer_without_case(tmp_path):
+  path = tmp_path / 'zebra.model'
+  captions = ['a Zebra in the snow'] * 9
+  path.write_bytes(train_tokenizer.train(captions, 300, lowercase=True))
+  tokenizer = text.Tokenizer(str(path), 8)
+  tokens = tokenizer.encode('a zebra')
+  assert np.count_nonzero(tokens) == 3
+  np.testing.assert_array_equal(tokenizer.encode('A ZEBRA'), tokens)
+
+
 def test_shipped_model_is_what_the_command_trains():
   model = train_tokenizer.train(train_tokenizer.shapes_captions(), 450)
   with open(text.CAPTIONS_MODEL, 'rb') as file:

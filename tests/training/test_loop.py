@@ -772,6 +772,46 @@ def test_samples_are_shown_beside_the_data(finished, tmp_path):
   np.testing.assert_array_equal(shown, source[0]['image'])
 
 
+def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
+  output = tmp_path / 'nearest.png'
+  result = commands.run(
+    'mdm_jax.tools.nearest_images',
+    f'--workdir={finished}',
+    f'--output={output}',
+    *('--num_images=2', '--num_samples=4', '--num_training=8', '--steps=2'),
+    env=ONE_DEVICE,
+  )
+  assert result.returncode == 0, result.stderr
+  page = np.asarray(Image.open(output))
+  held_out = make_source(toy_config(), 'held_out', 16)[0]['image']
+  training = make_source(toy_config(), 'train', 16)
+  training = [training[i]['image'] for i in range(8)]
+  # Levels of 8 and 16 pixels, the data and its neighbour, 128 px each, 2 px
+  # apart.
+  sample, data, neighbour = (
+    page[16 : 16 + 128 : 8, start : start + 128 : 8]
+    for start in (146, 276, 406)
+  )
+  np.testing.assert_array_equal(data, held_out)
+  distances = [
+    np.square(sample.astype(float) - image).mean() for image in training
+  ]
+  np.testing.assert_array_equal(neighbour, training[np.argmin(distances)])
+  found = json.loads((tmp_path / 'nearest.json').read_text())
+  assert found['samples'] == 4 and found['training_images'] == 8
+  assert found['nearest_by_pixels']['median_of_held_out'] > 0
+  assert 'frechet' not in found
+  # What training has measured of the held-out images at its end.
+  losses = found['losses']
+  (path,) = [
+    path for path in (finished / 'eval').glob('*.json') if path.stem.isdigit()
+  ]
+  for pixels, loss in losses['held_out'].items():
+    expected = json.loads(path.read_text())[f'held_out_loss_{pixels}']
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert losses['training'][pixels] != loss
+
+
 def test_sample_without_a_run_names_the_directory(tmp_path):
   result = run_sample(workdir=tmp_path / 'none', prompt='x')
   assert result.returncode == 1
