@@ -182,7 +182,11 @@ class Evaluation:
     return value <= self.chance[name] + 2 * error
 
   def _summary(self) -> Iterator[str]:
-    at = [name for name in self.chance if name in self.metrics]
+    at = [
+      name
+      for name in self.chance
+      if name in self.metrics and not _BY_OBJECTS.fullmatch(name)
+    ]
     if at := [name for name in at if self._is_at_chance(name)]:
       yield (
         f'at chance: {", ".join(at)}; by these, images of other prompts would '

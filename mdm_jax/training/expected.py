@@ -20,8 +20,9 @@ from mdm_jax.builders.stage import Stage
 from mdm_jax.runtime import files
 from mdm_jax.runtime.printable import printable
 
-# What is compared, by the beginning of its name, and how far it may be from
-# the curve: by so many times, and accuracies by so many percentage points.
+# What is compared, by the beginning of its name before '_', and how far it may
+# be from the curve: by so many times, and accuracies by so many percentage
+# points. The sum of the levels' losses says no more than they do.
 BANDS = {
   'loss': 1.5,
   'held_out_loss': 1.5,
@@ -166,7 +167,7 @@ def _band(name: str, bands: Mapping[str, float]) -> float | None:
   if '_object' in name or '_noise_' in name:  # Of few prompts or examples.
     return None
   for prefix, band in bands.items():
-    if name == prefix or name.startswith(f'{prefix}_'):
+    if name == prefix == 'grad_norm' or name.startswith(f'{prefix}_'):
       return band
   return None
 

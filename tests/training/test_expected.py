@@ -1,5 +1,6 @@
 """A run of a recorded recipe is compared with the recorded one; others not."""
 
+import importlib
 import json
 import pathlib
 import shutil
@@ -65,16 +66,16 @@ def record(path, config, **changes):
 def test_curves():
   curves = expected.curves_of(lines())['8']
   assert curves.keys() == {
-    *('loss', 'loss_8', 'grad_norm', 'held_out_loss_8', 'accuracy_all')
+    *('loss_8', 'grad_norm', 'held_out_loss_8', 'accuracy_all')
   }
-  steps, values = curves['loss']
+  steps, values = curves['loss_8']
   assert steps[0] == 50 and steps[-1] == 2000
   assert steps == sorted(steps) and 15 < len(steps) <= 40
   for step in (50, 70, 333, 1999, 2000):
-    found = expected.value_at(curves['loss'], step)
+    found = expected.value_at(curves['loss_8'], step)
     assert found == pytest.approx(loss_at(step), rel=0.05)
-  assert expected.value_at(curves['loss'], 49) is None
-  assert expected.value_at(curves['loss'], 2001) is None
+  assert expected.value_at(curves['loss_8'], 49) is None
+  assert expected.value_at(curves['loss_8'], 2001) is None
   assert curves['accuracy_all'] == [[2000], [0.4]]
   assert expected.value_at(curves['accuracy_all'], 2000) == 0.4
 
@@ -82,18 +83,18 @@ def test_curves():
 @pytest.mark.parametrize(
   'step, values, named',
   [
-    (100, {'loss': 0.2, 'loss_8': 0.29, 'grad_norm': 1.4}, None),
-    (100, {'loss': 0.31, 'grad_norm': 0.5}, 'loss is 0.31, but 0.2 in'),
+    (100, {'loss': 9.9, 'loss_8': 0.29, 'grad_norm': 1.4}, None),
+    (100, {'loss_8': 0.31, 'grad_norm': 0.5}, 'loss_8 is 0.31, but 0.2 in'),
     (100, {'loss_8': 0.1}, 'loss_8 is 0.1, but 0.2 in'),
     (1000, {'grad_norm': 2.0}, 'grad_norm is 2, but 0.5 in'),
-    (1000, {'loss': float('nan')}, 'loss is nan'),
+    (1000, {'loss_8': float('nan')}, 'loss_8 is nan'),
     (2000, {'held_out_loss_8': 0.2}, 'held_out_loss_8 is 0.2, but 0.1 in'),
     (2000, {'accuracy_all': 0.27}, None),
     (2000, {'accuracy_all': 0.2}, 'more than 15 points off'),
     # Nothing is known of these.
     (1000, {'accuracy_all': 0.0, 'held_out_loss_8': 9.0, 'x': 1.0}, None),
-    (10, {'loss': 9.0}, None),
-    (3000, {'loss': 9.0}, None),
+    (10, {'loss_8': 9.0}, None),
+    (3000, {'loss_8': 9.0}, None),
   ],
 )
 def test_far_values_are_named_once(
@@ -111,7 +112,7 @@ def test_far_values_are_named_once(
     assert f'{stage.title}: at step {step} ' in found[0]
     assert 'configs/expected/a.json' in found[0]
   # The other stage has no curves.
-  expected.make_comparison(make_stages(config)[1])(step, {'loss': 99.0})
+  expected.make_comparison(make_stages(config)[1])(step, {'loss_8': 99.0})
   assert len(caplog.records) == len(found)
 
 
@@ -160,7 +161,7 @@ def test_a_key_that_was_added_since_is_no_change(config):
 def test_a_damaged_record_is_named(config, directory, caplog, change):
   record(directory / 'a.json', config, **change)
   compare = expected.make_comparison(make_stages(config)[0])
-  compare(1, {'loss': 99.0})
+  compare(1, {'loss_8': 99.0})
   (line,) = [each.getMessage() for each in caplog.records]
   assert 'a.json' in line and 'not compared' in line
 
@@ -168,7 +169,7 @@ def test_a_damaged_record_is_named(config, directory, caplog, change):
 def test_other_processes_are_silent(config, directory, caplog, monkeypatch):
   record(directory / 'a.json', config)
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  expected.make_comparison(make_stages(config)[0])(100, {'loss': 99.0})
+  expected.make_comparison(make_stages(config)[0])(100, {'loss_8': 99.0})
   assert not caplog.records
 
 
@@ -182,6 +183,11 @@ def test_the_script_records_a_run(config, tmp_path, directory):
   shutil.copytree(ROOT / 'docs' / 'results', copy / 'docs' / 'results')
   (copy / 'mdm_jax').symlink_to(ROOT / 'mdm_jax')
   (copy / 'configs').mkdir()
+  (copy / 'configs' / 'tiny.py').write_text(
+    'import json\nfrom mdm_jax.builders.config import load_config\n'
+    f'def get_config(mode):\n  found = json.loads({config.to_json()!r})\n'
+    "  found['seed'] = len(mode)\n  return load_config(found)\n"
+  )
   for command in (
     ['git', 'init', '-q', '.'],
     ['git', 'add', 'configs'],
@@ -189,14 +195,14 @@ def test_the_script_records_a_run(config, tmp_path, directory):
       *('git', '-c', 'user.name=a', '-c', 'user.email=a@b'),
       *('commit', '-q', '--allow-empty', '-m', 'x'),
     ],
-    [sys.executable, 'docs/results/record_expected.py', 'tiny', str(run)],
+    [sys.executable, 'docs/results/record_expected.py', 'tiny:', str(run)],
   ):
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-  written = copy / 'configs' / 'expected' / 'tiny.json'
+  written = copy / 'configs' / 'expected' / 'tiny_.json'
   shutil.copy(written, directory)
   read = expected.find(json.loads(config.to_json()))
-  assert read.path == epath.Path(directory / 'tiny.json')
+  assert read.path == epath.Path(directory / 'tiny_.json')
   assert read.bands == expected.BANDS
   assert read.curves == expected.curves_of(found)
   assert len(json.loads(written.read_text())['commit']) == 12
@@ -206,19 +212,28 @@ def test_the_script_records_a_run(config, tmp_path, directory):
   assert done.returncode == 1
   assert "has nothing of stage '16': train" in done.stderr
 
+  command[2] = 'tiny:other'
+  done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert 'has another config than tiny:other: train' in done.stderr
 
-def recorded():
-  return sorted((ROOT / 'configs' / 'expected').glob('*.json'))
 
-
-def test_shipped_records_can_be_read():
-  for path in recorded():
+def test_shipped_records_are_of_the_recipes_as_they_are():
+  """A recipe that has changed needs another record, or none."""
+  for path in sorted((ROOT / 'configs' / 'expected').glob('*.json')):
     found = files.read_json(path, expected._is_valid)
+    name, *mode = found['recipe'].split(':')
+    assert path.stem == '_'.join([name, *mode])
+    recipe = importlib.import_module(f'configs.{name}').get_config(*mode)
+    new = json.loads(recipe.to_json())
+    assert has_config_of(found['config'], new), (
+      f'{path} is of another config than {found["recipe"]}: train the recipe '
+      'and record it, see docs/monitoring.md, or remove the file.'
+    )
     names = [stage['name'] for stage in found['config']['stages']]
     assert [*found['curves']] == names, path
     for curves in found['curves'].values():
-      assert {'loss', 'grad_norm'} < curves.keys(), path
+      assert 'grad_norm' in curves, path
       for steps, values in curves.values():
-        assert len(steps) <= expected._POINTS + 1 and np.all(
-          np.isfinite(values)
-        )
+        assert len(steps) <= expected._POINTS + 1, path
+        assert np.all(np.isfinite(values)), path
