@@ -156,6 +156,10 @@ def evaluate_run(
     )
   count = options.num_samples or config.eval.num_prompts
   value_types.check_seeds('--seed', options.seed, count)
+  if count < 2 and {'fid', 'frechet'} & set(names):
+    raise ValueError(
+      f'--num_samples={count}: a Fréchet distance needs 2 samples or more.'
+    )
   extractors = _load_extractors(names, options, model)
   settings = {
     'workdir': str(model.workdir),

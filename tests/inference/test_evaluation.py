@@ -267,6 +267,13 @@ def test_reference_is_read_once(config, run, mesh, tmp_path):
   assert count == 9 + 11 and other != first
 
 
+def test_one_sample_has_no_distance(config, run, mesh, monkeypatch):
+  monkeypatch.delattr(shapes_features, 'Features')  # It is said before.
+  options = evaluation.Options(metrics=['frechet'], num_samples=1)
+  with pytest.raises(ValueError, match='--num_samples=1: a Fréchet'):
+    evaluate(run, config, mesh, options)
+
+
 def test_warns_of_singular_covariances(caplog):
   rng = np.random.default_rng(0)
   six, seven = (
@@ -391,8 +398,9 @@ def test_labels_have_no_accuracy_and_need_names_for_clip(
 ):
   config = config.copy_and_resolve_references()
   config.text.update(encoder='label', num_classes=8)
-  with pytest.raises(ValueError, match='--metrics=prompt_accuracy: here'):
-    evaluate(run, config, mesh, evaluation.Options(metrics=['prompt_accuracy']))
+  for name in ('prompt_accuracy', 'edge_width', 'frechet'):
+    with pytest.raises(ValueError, match=f'--metrics={name}: here'):
+      evaluate(run, config, mesh, evaluation.Options(metrics=[name]))
   with pytest.raises(ValueError, match='needs words, but text.class_names'):
     options = evaluation.Options(metrics=['clip'], clip=clip_directory.path)
     evaluate(run, config, mesh, options)
