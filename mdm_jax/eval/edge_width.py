@@ -73,15 +73,15 @@ def edge_width(image: np.ndarray) -> float | None:
     return None
 
   def residuals(values):
-    sigma, center, low, high = values
-    return low + (high - low) * step(distance - center, sigma) - share
+    sigma, center = values
+    # From 0 to 1: with free ends, halos would widen the step.
+    return step(distance - center, sigma) - share
 
-  widest = _LARGEST / _TEN_TO_NINETY
   found = optimize.least_squares(
     residuals,
-    (0.6, 0.0, 0.0, 1.0),
-    bounds=((1e-3, -1, -0.3, 0.7), (widest, 1, 0.3, 1.3)),
-    # Spots and dents count little.
+    (0.6, 0.0),
+    bounds=((1e-3, -1), (_LARGEST / _TEN_TO_NINETY, 1)),
+    # Halos, spots and dents count little.
     loss='soft_l1',
     f_scale=0.1,
   )

@@ -71,6 +71,16 @@ def test_noise_hardly_counts():
   assert edge_width.edge_width(image) == pytest.approx(expected, abs=0.15)
 
 
+def test_halos_hardly_count():
+  """Overshoot and undershoot beside the edge, as of a sharpened image."""
+  image = blurred(scene('circle', background='grey'), 1.0).astype(np.float64)
+  ring = ndimage.gaussian_filter(image, (4, 4, 0))
+  halo = 0.25 * (ndimage.gaussian_filter(image, (2.5, 2.5, 0)) - ring)
+  image = (image + halo).clip(0, 255).astype(np.uint8)
+  expected = edge_width.width_of(1.0)
+  assert edge_width.edge_width(image) == pytest.approx(expected, abs=0.3)
+
+
 @pytest.mark.parametrize(
   'image',
   [
