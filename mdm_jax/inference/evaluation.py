@@ -212,8 +212,10 @@ def _evaluate_samples(
   about |= of_metrics | validation.sample_settings(
     model.stage, _count(model, options), options.seed
   )
+  chance = validation.chance(model.stage)
   scalars = {
     name: f'{value:.4g}'
+    + (f' (chance {chance[name]:.2g})' if name in chance else '')
     for name, value in metrics.items()
     if not isinstance(value, dict)
   }

@@ -12,7 +12,7 @@ from absl import logging
 import jax
 from ml_collections import ConfigDict
 
-from mdm_jax.builders.prompts import make_prompts
+from mdm_jax.builders.prompts import chance_accuracy, make_prompts
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import shapes
 from mdm_jax.inference.session import Model
@@ -194,8 +194,9 @@ def _accuracy(model: Model) -> dict[str, str]:
   except files.UnreadableFile as error:
     logging.warning('%s', error)
     return {}
+  chance = chance_accuracy()
   found = {
-    name: f'{values[f"accuracy_{name}"]:.0%}'
+    name: f'{values[f"accuracy_{name}"]:.0%} (chance {chance[name]:.0%})'
     for name in ('all', 'shape', 'color', 'pattern', 'position', 'background')
     if f'accuracy_{name}' in values
   }
@@ -209,6 +210,6 @@ def _accuracy(model: Model) -> dict[str, str]:
   return {
     'Accuracy': f'at the end of training, {found["all"]} of images showed all '
     'that the prompt says'
-    + (f' ({parts})' if parts else '')
-    + ', for prompts with combinations that training had left out'
+    + (f': {parts}' if parts else '')
+    + '; for prompts with combinations that training had left out'
   }

@@ -64,6 +64,7 @@ def main(_: list[str]) -> None:
       else len(cases)
     )
   )
+  chance = _chance()
   print(
     console.table(
       [
@@ -77,6 +78,11 @@ def main(_: list[str]) -> None:
           f'{one["seconds_per_image"]:.2f}',
         ]
         for one in found
+      ]
+      + [
+        ['chance', None]
+        + [f'{chance[name]:.1%}' for name in ('accuracy', 'color', 'shape')]
+        + [None, None]
       ],
       ['sampler', 'steps', 'accuracy', 'color', 'shape', 'distance', 's/image'],
     )
@@ -218,6 +224,18 @@ def _accuracy(images, prompts) -> dict[str, float]:
   )
   attributes = [value for name, value in marks.items() if name != 'all']
   return {'accuracy': float(np.mean(attributes)), **marks}
+
+
+def _chance() -> dict[str, float]:
+  """What images of other prompts score, by the names of `_accuracy`."""
+  import numpy as np
+
+  from mdm_jax.builders.prompts import chance_accuracy
+  from mdm_jax.eval import prompt_accuracy
+
+  values = chance_accuracy()
+  attributes = [values[name] for name in prompt_accuracy.NAMES if name != 'all']
+  return {'accuracy': float(np.mean(attributes)), **values}
 
 
 def _make_distance(resolution: int, seed: int):

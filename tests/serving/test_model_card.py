@@ -71,7 +71,8 @@ def test_accuracy_at_the_end_of_training(make_card, tmp_path, caplog):
   path.write_text(json.dumps(values))
   accuracy = make_card().facts['Accuracy']
   assert (
-    '29% of images showed all that the prompt says (colour 87%)' in accuracy
+    '29% (chance 0%) of images showed all that the prompt says: '
+    'colour 87% (chance 14%); for prompts with' in accuracy
   )
   path.write_text('[]')
   assert 'Accuracy' not in make_card().facts

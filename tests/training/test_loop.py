@@ -779,6 +779,7 @@ def test_samplers_are_compared(finished, tmp_path):
   assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
     ['ddim', '1'],
     ['ddim', '2'],
+    ['chance', '-'],
   ]
 
 
