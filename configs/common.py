@@ -106,6 +106,7 @@ def _data() -> dict[str, Any]:
     'train_split': 'train',
     'validation_split': 'validation',  # '': use the training split
     'size': 1_000_000,  # records of the procedural set, 'shapes'
+    'two_objects': 0.25,  # share of its training scenes; others show one
     'flip': False,  # mirror half of the training images
     'random_crop': False,  # crop the square anywhere, not at the centre
     # Largest image file: what 256 MB hold in each loader process.

@@ -88,6 +88,7 @@ _ADDED = {
   'diffusion.normalize_time_weights': False,
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
+  'data.two_objects': 0.25,
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

@@ -1,6 +1,7 @@
 """Opens the data sets of a configuration."""
 
 from collections.abc import Sequence
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -69,7 +70,11 @@ def make_source(
 def _make_records(config: ConfigDict, split: str, resolution: int):
   data = config.data
   if data.name == 'shapes':
-    return shapes.ShapesSource(config.seed, split, data.size, resolution)
+    source = shapes.ShapesSource(config.seed, split, data.size, resolution)
+    # What is measured stays comparable.
+    if split == 'train':
+      source = dataclasses.replace(source, two_objects=data.two_objects)
+    return source
   if data.name.startswith(_TFDS):
     is_label = config.text.encoder == 'label'
     text = {'label': data.label} if is_label else {'caption': data.caption}

@@ -102,6 +102,7 @@ KEYS = {
   'data.train_split': Text('a split of TFDS', r'\S.*'),
   'data.validation_split': Text('a split of TFDS'),
   'data.size': Number(int, 1, 2**31 - 1),
+  'data.two_objects': _SHARE,
   'data.flip': Boolean(),
   'data.random_crop': Boolean(),
   'data.max_bad_fraction': _SHARE,

@@ -77,6 +77,7 @@ SEEN = {
   for background, missed in HELD_OUT.items()
 }
 
+TWO_OBJECTS = 0.25  # of the scenes, where no other share is asked for
 PERIOD = 0.1  # of the patterns, a fraction of the image's side
 DARK = 0.42  # the second colour's brightness, relative to the first
 _OUTLINE = 0.01
@@ -287,18 +288,23 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
   return low + (high - low) * float(rng.random())
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-  """Samples a scene of one object (75%), or of two that do not overlap.
+def sample_scene(
+  rng: np.random.Generator,
+  held_out: bool = False,
+  two_objects: float = TWO_OBJECTS,
+) -> Scene:
+  """Samples a scene of one object, or of two that do not overlap.
 
   Args:
     rng: the source of randomness.
     held_out: whether the shape and colour of one object are HELD_OUT on the
       background; otherwise those of no object are.
+    two_objects: probability of two objects.
   """
   background = _pick(rng, tuple(BACKGROUNDS))
   seen = SEEN[background]
   pairs = [_pick(rng, HELD_OUT[background] if held_out else seen)]
-  if rng.random() < 0.25:
+  if rng.random() < two_objects:
     others = tuple(pair for pair in seen if pair != pairs[0])
     pairs.insert(int(rng.integers(2)), _pick(rng, others))
   looks = []
@@ -414,12 +420,14 @@ class ShapesSource:
     split: one of SPLITS.
     size: number of records.
     resolution: side of the images in pixels; does not change the scenes.
+    two_objects: share of the scenes that show two objects.
   """
 
   seed: int
   split: str
   size: int
   resolution: int
+  two_objects: float = TWO_OBJECTS
 
   def __post_init__(self):
     """Raises ValueError if there is no such split."""
@@ -447,7 +455,7 @@ class ShapesSource:
     key = np.array([self.seed, SPLITS.index(self.split)], np.uint64)
     counter = np.array([0, index, 0, 0], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    scene = sample_scene(rng, held_out=self.split == 'held_out')
+    scene = sample_scene(rng, self.split == 'held_out', self.two_objects)
     return scene, *describe(scene, rng)
 
   def __getitem__(self, index: int) -> dict:

@@ -65,6 +65,7 @@ ADDED = {
   'diffusion.normalize_time_weights': False,
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
+  'data.two_objects': 0.25,
 }
 
 
@@ -184,8 +185,8 @@ def test_a_renamed_key_is_read_by_its_earlier_name(
 def later(values: dict) -> str:
   values['version'] = len(ADDED) + 2
   return (
-    'config.json is of a later version of mdm_jax (its keys are version 26; '
-    'this one knows 24): update mdm_jax.'
+    'config.json is of a later version of mdm_jax (its keys are version '
+    f'{len(ADDED) + 2}; this one knows {len(ADDED)}): update mdm_jax.'
   )
 
 

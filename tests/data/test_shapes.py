@@ -58,6 +58,22 @@ def test_train_shows_everything_else():
   assert 1400 < len(singles) < 1600
 
 
+def test_the_share_of_two_objects():
+  few, many = (
+    shapes.ShapesSource(0, 'train', COUNT, 64, two_objects=share)
+    for share in (0.25, 0.6)
+  )
+  counts = [
+    [len(source.scene(i)[0].objects) for i in range(COUNT)]
+    for source in (few, many)
+  ]
+  assert counts[0].count(2) / COUNT == pytest.approx(0.25, abs=0.06)
+  assert counts[1].count(2) / COUNT == pytest.approx(0.6, abs=0.06)
+  # A scene with as many objects as before is the same scene.
+  same = [i for i in range(COUNT) if counts[0][i] == counts[1][i]]
+  assert all(few.scene(i) == many.scene(i) for i in same)
+
+
 def test_objects_are_inside_and_do_not_overlap():
   for scene, _, _ in _scenes('train'):
     for item in scene.objects:
@@ -122,7 +138,8 @@ def test_source_repr_and_errors():
   source = shapes.ShapesSource(1, 'train', 5, 64)
   assert len(source) == 5
   assert repr(source) == (
-    "ShapesSource(seed=1, split='train', size=5, resolution=64)"
+    "ShapesSource(seed=1, split='train', size=5, resolution=64, "
+    'two_objects=0.25)'
   )
   with pytest.raises(IndexError, match='index 5'):
     source[5]
