@@ -26,9 +26,10 @@ ROWS = (
   'training.summary',
   'training.hooks training.initial_state',
   'training.monitor',
-  'training.stage_checkpoints training.run training.grow',
+  'training.stage_checkpoints training.run training.grow training.expected',
   'inference.pipeline',
   'inference.evaluation',
+  'inference.shapes_features',
   'inference.references',
   'inference.session inference.validation inference.feature_extractors '
   'inference.split_images inference.labelled_features',

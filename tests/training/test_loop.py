@@ -29,7 +29,7 @@ from mdm_jax.inference import validation, weights
 from mdm_jax.optim import skip_step
 from mdm_jax.report import goodput
 from mdm_jax.runtime import directory_lock, replica_check, sharding
-from mdm_jax.training import initial_state, loop, monitor
+from mdm_jax.training import expected, initial_state, loop, monitor
 from tests import commands, toy
 from tests.data import test_benchmarks
 from tests.report.test_metric_writer import read_events
@@ -92,12 +92,35 @@ def stop_at(step, config, workdir, stage='8'):
       run(config, workdir)
 
 
+# What `finished` has compared with a recorded run: stage, step, metrics.
+COMPARED = []
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   """The working directory of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp('run')
-  run(toy_config(), workdir)
+
+  def make_comparison(stage):
+    return lambda step, values: COMPARED.append((stage.name, step, {**values}))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(expected, 'make_comparison', make_comparison)
+    run(toy_config(), workdir)
   return workdir
+
+
+def test_metrics_are_compared_with_those_of_a_recorded_run(finished):
+  for name, steps in (
+    ('loss_8', {('8', 2), ('8', 4), ('8', 6), ('16', 2), ('16', 4), ('16', 6)}),
+    ('grad_norm', {('8', 2), ('8', 4), ('8', 6)}),
+    ('held_out_loss_16', {('16', 2), ('16', 3), ('16', 4), ('16', 6)}),
+    ('accuracy_all', {('8', 3), ('8', 6), ('16', 3), ('16', 6)}),
+  ):
+    found = {
+      (stage, step) for stage, step, values in COMPARED if name in values
+    }
+    assert found >= steps, name
 
 
 def test_writes_the_documented_files(finished):
@@ -162,6 +185,12 @@ def test_writes_the_documented_files(finished):
   assert event.value == pytest.approx(values['held_out_loss_16'])
   assert 0 < values['held_out_loss_16'] < 2
   assert 0 <= values['accuracy_background'] <= 1
+  (chances,) = {
+    line['chance_background']
+    for line in lines_of(finished / 'metrics.jsonl')
+    if 'accuracy_background' in line
+  }
+  assert chances == pytest.approx(1 / 6, abs=0.01)
 
 
 def evaluations(workdir) -> dict[tuple[str, int], dict[str, float]]:
@@ -750,6 +779,7 @@ def test_samplers_are_compared(finished, tmp_path):
   assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
     ['ddim', '1'],
     ['ddim', '2'],
+    ['chance', '-'],
   ]
 
 
