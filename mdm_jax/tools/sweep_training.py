@@ -1,6 +1,7 @@
 """The trainings of a sweep: each is a command in a process of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -124,28 +125,37 @@ def train(
     ],
     groups,
   )
+  with _running(jobs) as ended_jobs:
+    for ended in ended_jobs:
+      run = waiting[ended.name]
+      run.evaluated = evaluated
+      _note_end(run, ended, results)
+      results.write(plot)
+      logging.info('%s: %s. %s', run.run, run.status, run.note)
+      if run.status == sweep_results.FINISHED:
+        results.check_metrics(run.metrics)
+  return results
+
+
+@contextlib.contextmanager
+def _running(jobs: run_commands.Jobs) -> Iterator[Iterator[run_commands.Ended]]:
+  """Yields the jobs that have ended, of which an error or a stop ends the rest.
+
+  After a stop request the process exits once they all have ended.
+  """
   all_ended = threading.Event()
   stop = preemption.StopHandler(lambda: None, None, jobs.stop)
   stop.defer(all_ended.wait)
   stop.allow()
-  wrong = None
-  for ended in jobs.run():
-    run = waiting[ended.name]
-    run.evaluated = evaluated
-    _note_end(run, ended, results)
-    results.write(plot)
-    logging.info('%s: %s. %s', run.run, run.status, run.note)
-    if run.status == sweep_results.FINISHED and not wrong:
-      try:
-        results.check_metrics(run.metrics)
-      except ValueError as error:
-        wrong = error
-        jobs.stop()
-  all_ended.set()
-  stop.close()
-  if wrong:
-    raise wrong
-  return results
+  ended = jobs.run()
+  try:
+    yield ended
+  finally:
+    jobs.stop()
+    for _ in ended:  # They save meanwhile.
+      pass
+    all_ended.set()
+    stop.close()
 
 
 def evaluation_path(workdir: epath.Path) -> epath.Path:
