@@ -238,9 +238,12 @@ def _make_sample_fn(
       rows = np.arange(start, start + size) % len(text)
       inputs = text[rows], negative, np.asarray(seeds)[rows]
       begin = time.monotonic()
-      *_, images = programs[kind](
+      for images in programs[kind](
         params, *inputs, spec.num_steps, spec.guidance
-      )
+      ):
+        # One step at a time: with many in flight, collectives between the cores
+        # of a CPU have deadlocked.
+        jax.block_until_ready(images)
       left = len(text) - start
       batches.append([np.asarray(level)[:left] for level in images])
       if not is_new:
