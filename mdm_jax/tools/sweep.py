@@ -4,10 +4,11 @@ r"""Compares values of configuration keys: trains a run of each, or evaluates.
       --grid='stages[0].learning_rate=0.01,0.02' --seeds=0,1,2 \
       --metric=accuracy_all --output=sweeps/learning_rate
 
-Of a finished run, it compares guidance, samplers, steps and post-hoc EMAs:
+Of a finished run, it compares guidance, samplers, steps, and, if averages were
+tracked, post-hoc EMAs (sigma_rel=none,0.05,0.1):
 
   python -m mdm_jax.tools.sweep --workdir=runs/shapes_64 \
-      --grid=sampler.guidance=1,2,4 --grid=sigma_rel=none,0.05,0.1 \
+      --grid=sampler.guidance=1,2,4 --grid=sampler.num_steps=10,20 \
       --metric=accuracy_all --output=sweeps/guidance
 
 The results are in OUTPUT/table.md and OUTPUT/results.jsonl, best first. The
