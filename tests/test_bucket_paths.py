@@ -292,6 +292,29 @@ def try_compare(tries, run, monkeypatch):
   tries.note('tools.compare_samplers', 'plot')
 
 
+def try_sweep(tries, run):
+  given = tries.upload(config=toy.recipe(1, 1).encode())
+  output = f'{tries.path}/sweep'
+  flags = ('--grid=seed=1', '--metric=nonsense')
+  result = tries('tools.sweep', *flags, output=output, code=1, **given)
+  assert '--metric=nonsense: there are held_out_loss_8' in result.stderr
+  flags = (
+    *('--grid=sampler.guidance=1,2', '--metric=accuracy_all'),
+    *('--num_samples=2', '--batch_size=8'),
+  )
+  tries('tools.sweep', *flags, workdir=run, output=output)
+  found = files.read_json_lines(f'{output}/results.jsonl')
+  assert {line['run'] for line in found} == {
+    'sampler.guidance=1.0',
+    'sampler.guidance=2.0',
+  }
+  assert b'| sampler.guidance |' in tries.files()['sweep/table.md']
+  again = tries('tools.sweep', *flags, workdir=run, output=output)
+  assert 'Evaluation' not in again.stderr
+  # The functions of mdm_jax.evaluate read these, and compare_samplers plots.
+  tries.note('tools.sweep', 'clip', 'inception', 'reference', 'cache', 'plot')
+
+
 def try_bench(tries):
   given = tries.upload(config=toy.recipe(1, 1).encode())
   flags = ('--batch_size=8', '--steps=1', '--sampling_steps=1')
@@ -470,6 +493,13 @@ TRIED = {
   'tools.plan': {'config': try_plan, 'cache': try_plan},
   'tools.precompute_text': {'config': try_training},
   'tools.prepare_data': {'input': try_prepare_data, 'output': try_prepare_data},
+  'tools.sweep': dict.fromkeys(
+    (
+      *('config', 'workdir', 'output', 'plot'),
+      *('clip', 'inception', 'reference', 'cache'),
+    ),
+    try_sweep,
+  ),
   'tools.train_tokenizer': {
     'output': try_train_tokenizer,
     'captions': try_train_tokenizer,
@@ -555,6 +585,7 @@ NEEDED = {
   'tools.plan': ('--config=shapes_64', 'cache'),
   'tools.precompute_text': ('--batch_size=8', 'config'),
   'tools.prepare_data': ('--input=.', 'output'),
+  'tools.sweep': ('--metric=a', 'config'),
   'tools.train_tokenizer': ('--vocab_size=300', 'output'),
 }
 

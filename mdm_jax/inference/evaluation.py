@@ -96,6 +96,11 @@ class _Extractors(NamedTuple):
   shapes: shapes_features.Features | None
 
 
+def check_options(config: ConfigDict, options: Options) -> None:
+  """Raises ValueError if these metrics cannot be computed of a run."""
+  _select_for_run(config, options)
+
+
 def evaluate_folder(
   images: str, options: Options, batch_size: int, mesh: Mesh
 ) -> Evaluation:

@@ -136,18 +136,18 @@ class Evaluation:
     found = {name: self._find(name) for name in values}
     columns = {
       'metric': list(found),
-      'value': [_format(name, value) for name, value in values.items()],
+      'value': [format_value(name, value) for name, value in values.items()],
       'std. error': [
-        _format(name, getattr(value, 'standard_error', None), digits=2)
+        format_value(name, getattr(value, 'standard_error', None), digits=2)
         for name, value in values.items()
       ],
       'n': [getattr(value, 'count', None) for value in values.values()],
       'chance': [self._chance(name) for name in found],
       'better': [
-        'higher' if name.startswith(_HIGHER) else 'lower' for name in found
+        'higher' if higher_is_better(name) else 'lower' for name in found
       ],
       'before': [
-        each and _format(name, each.metrics[name])
+        each and format_value(name, each.metrics[name])
         for name, each in found.items()
       ],
       'change': [
@@ -173,7 +173,7 @@ class Evaluation:
     if name not in self.chance:
       return None
     at = ' (at chance)' if self._is_at_chance(name) else ''
-    return _format(name, self.chance[name]) + at
+    return format_value(name, self.chance[name]) + at
 
   def _is_at_chance(self, name: str) -> bool:
     """Whether a value is not above chance by two standard errors."""
@@ -336,20 +336,30 @@ def _split(name: str) -> str:
   return 'TRAINING' if name == 'train' else name
 
 
-def _format(name: str, value: float | None, digits: int = 4) -> str | None:
+def higher_is_better(name: str) -> bool:
+  """Whether the better of two models has the higher value of a metric."""
+  return name.startswith(_HIGHER)
+
+
+def is_share(name: str) -> bool:
+  """Whether a metric is a share of 1, printed in percent."""
+  return name.startswith(_SHARES)
+
+
+def format_value(name: str, value: float | None, digits: int = 4) -> str | None:
   """A metric's value: shares in percent, others in significant digits."""
   if value is None:
     return None
-  if name.startswith(_SHARES):
+  if is_share(name):
     return f'{100 * value:.1f} %'
   return f'{value:.{digits}g}'
 
 
 def _change(name: str, before: float, value: float) -> str:
   """A difference that can be seen in the values as they are printed."""
-  if _format(name, before) == _format(name, value):
+  if format_value(name, before) == format_value(name, value):
     return '0'
-  if name.startswith(_SHARES):
+  if is_share(name):
     return f'{100 * (value - before):+.1f} points'
   return f'{value - before:+.2g}'
 

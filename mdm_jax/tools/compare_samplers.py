@@ -29,18 +29,15 @@ from mdm_jax.runtime import (
 def main(_: list[str]) -> None:
   """Compares samplers, prints a table, and plots it."""
   from mdm_jax.inference import session
-  from mdm_jax.report import console
+  from mdm_jax.report import console, plots
   from mdm_jax.runtime import compilation_cache
 
   console.setup_logging()
   compilation_cache.enable()
   values = flags.FLAGS
-  if values.plot:
-    try:
-      import matplotlib  # noqa: F401
-    except ImportError:
-      sys.exit('error: --plot needs matplotlib: pip install matplotlib.')
   try:
+    if values.plot:
+      plots.check_installed()
     cases = [
       (name, steps)
       for steps, name in itertools.product(values.steps, values.samplers)
@@ -266,33 +263,26 @@ def _make_distance(resolution: int, seed: int):
 
 
 def _plot(found: list[dict], path: str) -> None:
-  import matplotlib
+  from mdm_jax.report import plots
 
-  from mdm_jax.runtime import files
-
-  matplotlib.use('agg')
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-  for axis, key, factor, label in (
-    (axes[0], 'accuracy', 100, 'prompt accuracy, %'),
-    (axes[1], 'frechet', 1, 'Fréchet distance'),
-  ):
-    for name in dict.fromkeys(one['sampler'] for one in found):
-      points = sorted(
-        (one['steps'], factor * one[key])
-        for one in found
-        if one['sampler'] == name
-      )
-      axis.plot(*zip(*points), marker='o', markersize=4, label=name)
-    axis.set(xscale='log', xlabel='steps', ylabel=label)
-    axis.set_xticks(ticks := sorted({one['steps'] for one in found}), ticks)
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-  axes[1].set_yscale('log')
-  axes[0].legend()
-  with files.replacing(path) as temporary:
-    figure.savefig(temporary, format=epath.Path(path).suffix[1:])
+  with plots.panels(path, 2) as axes:
+    for axis, key, factor, label in (
+      (axes[0], 'accuracy', 100, 'prompt accuracy, %'),
+      (axes[1], 'frechet', 1, 'Fréchet distance'),
+    ):
+      for name in dict.fromkeys(one['sampler'] for one in found):
+        points = sorted(
+          (one['steps'], factor * one[key])
+          for one in found
+          if one['sampler'] == name
+        )
+        axis.plot(*zip(*points), marker='o', markersize=4, label=name)
+      axis.set(xscale='log', xlabel='steps', ylabel=label)
+      axis.set_xticks(ticks := sorted({one['steps'] for one in found}), ticks)
+      axis.minorticks_off()
+      axis.grid(alpha=0.3)
+    axes[1].set_yscale('log')
+    axes[0].legend()
 
 
 if __name__ == '__main__':
