@@ -165,6 +165,12 @@ def test_parts_of_held_out_combinations_are_seen():
   }
 
 
+def test_of_one_style_only_skin_tones_are_held_out():
+  pictures = [each for each in many() if each.style == 'flat']
+  held_out = emoji_tars.choose_held_out(pictures)
+  assert len(held_out) > 75 and {*held_out.values()} == {'skin tone'}
+
+
 def test_nothing_of_copies_is_held_out():
   pictures = many()
   held_out = emoji_tars.choose_held_out(pictures)
