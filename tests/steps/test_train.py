@@ -30,11 +30,17 @@ FLOW = {
   'schedule': 'linear',
   'parameterization': 'velocity',
   'loss_space': 'velocity',
-  'time_weights': 'min_snr',
   'normalize_time_weights': True,
   'time_density': 'logit_normal',
   'stratified_times': True,
   'level_times': 'independent',
+}
+COARSE_FIRST = FLOW | {
+  'parameterization': 'x0',
+  'noise_floor': 0.05,
+  'time_density': 'uniform',
+  'level_times': 'coarse_first',
+  'level_offset': 2.0,
 }
 CAPTIONS = ('a red ring', 'a small blue star', 'two green circles', 'a cross')
 # Number of devices along data, fsdp and spatial.
@@ -70,15 +76,14 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope='module')
 def training(make_config, batch):
-  """(name of a mesh, number of microbatches, is it flow) -> Training.
+  """(name of a mesh, number of microbatches) -> Training.
 
   The batch is mixed: level 1 sees half of it.
   """
 
   @functools.cache
-  def make(mesh_name, accumulate, is_flow):
+  def make(mesh_name, accumulate):
     config = make_config()
-    config.diffusion.update(FLOW if is_flow else {})
     stage = config.stages[1]
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
@@ -147,7 +152,7 @@ def training(make_config, batch):
       shardings,
     )
 
-  return lambda name, accumulate=1, flow=False: make(name, accumulate, flow)
+  return lambda mesh_name, accumulate=1: make(mesh_name, accumulate)
 
 
 @pytest.fixture(scope='module')
@@ -176,8 +181,8 @@ def metrics(training, batch, random_params):
   """Runs five steps -> their metrics, with the first and last parameters."""
 
   @functools.cache
-  def run(*given):
-    made = training(*given)
+  def run(mesh_name, accumulate=1):
+    made = training(mesh_name, accumulate)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
       before = jax.device_get(state.params)
@@ -225,36 +230,17 @@ def test_equals_one_device_and_the_whole_batch(
       )
 
 
-def test_rectified_flow_equals_one_device_and_the_whole_batch(losses, metrics):
-  """Each level has its own times, stratified over all microbatches."""
-  counts = metrics('one', 1, True)[0][0]['noise_counts']
-  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
-  assert 15 <= counts[0, :2].sum() <= 17 and 3 <= counts[0, 0] <= 6
-  expected = losses('one', 1, True)
-  assert np.isfinite(expected).all() and np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(losses('all', 4, True), expected, rtol=1e-5)
-
-
 @pytest.fixture(scope='module')
 def weighted_losses(make_config, batch, random_params):
-  """name of a mesh -> losses of the batch with each of the weights.
+  """(name of a mesh, objective) -> losses [B] of a batch, with each weighting.
 
-  Of x0 prediction on the linear path, coarse levels first. All weights go
-  through one program.
+  All weights go through one program.
   """
 
-  def run(mesh_name):
+  def run(mesh_name, diffusion):
     config = make_config()
     config.stages[1].mixed_ratio = (1.0, 1.0)
-    config.diffusion.update(
-      FLOW
-      | {
-        'parameterization': 'x0',
-        'noise_floor': 0.05,
-        'level_times': 'coarse_first',
-        'level_offset': 2.0,
-      }
-    )
+    config.diffusion.update(diffusion)
     model = make_model(config, config.stages[1])
     mesh = mesh_of(mesh_name)
 
@@ -286,10 +272,11 @@ def weighted_losses(make_config, batch, random_params):
   return run
 
 
-def test_weights_and_offsets_equal_one_device(weighted_losses):
-  expected = weighted_losses('one')
+@pytest.mark.parametrize('diffusion', [FLOW, COARSE_FIRST])
+def test_objectives_equal_one_device(weighted_losses, diffusion):
+  expected = weighted_losses('one', diffusion)
   assert all(np.isfinite(each).all() and np.ptp(each) > 0 for each in expected)
-  for found, other in zip(weighted_losses('all'), expected):
+  for found, other in zip(weighted_losses('all', diffusion), expected):
     np.testing.assert_allclose(found, other, rtol=1e-5)
 
 
