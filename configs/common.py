@@ -237,6 +237,9 @@ def level(resolution: int, **changes) -> ConfigDict:
   config = ConfigDict(
     {
       'resolution': resolution,  # pixels a side
+      # 'unet', or for the coarsest level 'transformer', with channels=(width,),
+      # num_blocks=(depth,) and attention_layers=(0,).
+      'kind': 'unet',
       'channels': (64, 128, 256),  # at each resolution inside the level
       'num_blocks': (2, 2, 1),  # residual blocks down; one more, up
       'attention_layers': (0, 0, 0),  # after each of those blocks
@@ -330,13 +333,18 @@ def smoke(config: ConfigDict) -> ConfigDict:
       resolution=resolution,
       scale_condition=resolution,
       temporal_dim=32,
-      channels=(8, 8),
-      num_blocks=(1, 0),
       num_heads=2,
-      num_groups=4,
-      attention_layers=(0, 0 if i else 1),
       patch_size=1,
     )
+    if level.kind == 'transformer':
+      level.update(channels=(8,), num_blocks=(1,))
+    else:
+      level.update(
+        channels=(8, 8),
+        num_blocks=(1, 0),
+        num_groups=4,
+        attention_layers=(0, 0 if i else 1),
+      )
   for stage in config.stages:
     # One whole pattern of a mixed batch on each of 8 devices.
     stage.update(

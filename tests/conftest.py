@@ -209,22 +209,32 @@ def golden():
 
 @pytest.fixture(scope='session')
 def make_config():
-  """() -> a fresh, unlocked config: 8 px, then 8+16 px, as small as can be."""
+  """(kind='unet') -> a fresh, unlocked config of a network of 8 and 8+16 px.
 
-  def make():
+  It is as small as can be. `kind` is that of the 8 px level.
+  """
+
+  def make(kind='unet'):
     config = common.get_config().unlock()
     config.text.update(max_length=8, width=16, num_layers=0, num_heads=2)
     config.model.text.update(width=16, num_heads=2)
-    shared = {'temporal_dim': 16, 'num_heads': 2, 'num_groups': 4}
+    shared = {'temporal_dim': 16, 'num_heads': 2}
+    depth = {'num_groups': 4} if kind == 'unet' else {'kind': kind}
     config.model.levels = [
       common.level(
-        8, channels=(8,), num_blocks=(0,), attention_layers=(0,), **shared
+        8,
+        channels=(8,),
+        num_blocks=(0 if kind == 'unet' else 1,),
+        attention_layers=(0,),
+        **depth,
+        **shared,
       ),
       common.level(
         16,
         channels=(8, 8),
         num_blocks=(0, 0),
         attention_layers=(0, 0),
+        num_groups=4,
         **shared,
       ),
     ]

@@ -107,6 +107,15 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   return make_stages(config)
 
 
+def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
+  """The held-out losses and the scores that the last stage is measured by."""
+  losses = loss_names(config, resolutions(config, config.stages[-1]))
+  scores = []
+  if can_score_prompts(config):
+    scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  return list(losses), scores
+
+
 def _check_text(config: ConfigDict) -> None:
   text = config.text
   needs_t5 = text.encoder not in TRAINED_ENCODERS
@@ -219,10 +228,7 @@ def _check_evaluation(config: ConfigDict) -> None:
   metric = settings.best_metric
   if not metric or not config.stages:
     return
-  losses = loss_names(config, resolutions(config, config.stages[-1]))
-  scores = []
-  if can_score_prompts(config):
-    scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  losses, scores = metric_names(config)
   if current_name(config, metric) not in losses + scores:
     raise ValueError(
       f'eval.best_metric={metric!r}: use one of {losses + scores}.'
@@ -237,6 +243,11 @@ def _check_evaluation(config: ConfigDict) -> None:
 def _check_resolutions(config: ConfigDict) -> None:
   levels = config.model.levels
   for i, level in enumerate(levels):
+    if i and level.kind == 'transformer':
+      raise ValueError(
+        f"model.levels[{i}].kind='transformer': only the innermost level, "
+        "level 0, can be one; use 'unet'."
+      )
     with naming(f'model.levels[{i}]'):
       spec = level_spec(level)
     if not i and spec.channels[-1] % spec.num_heads:

@@ -48,6 +48,10 @@ _MAY_CHANGE = (
   'model.levels.remat',
   'model.levels.lanes',
 )
+# Of those keys, the ones that the metrics of a run depend on, and keys that say
+# where its files are.
+_MEASURED = ('log_every:', 'sampler.', 'eval.', 'guard.')
+_PLACES = ('data.path:', 'text.path:', 'text.tokenizer:')
 
 
 class Renamed(NamedTuple):
@@ -95,6 +99,7 @@ _ADDED = {
   'diffusion.level_times': 'shared',
   'diffusion.level_offset': 0.0,
   'sampler.level_offset': 0.0,
+  'model.levels[].kind': 'unet',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)
@@ -291,6 +296,27 @@ def changes_of_run(
     line: re.sub(r'\[\d+\]', '', line).startswith(free)
     for line in differences(old, new)
   }
+
+
+def has_config_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+  """Whether two runs have the same metrics, but for chance and their machines.
+
+  Args:
+    old: what `read_config` returned for a run, maybe of an earlier version.
+    new: configuration of another one, as JSON.
+  """
+  old = json.loads(json.dumps(old))
+  for key, value in _ADDED.items():
+    _add(old, key.split('.'), value)
+  free = tuple(
+    key
+    for key in (*_MAY_CHANGE, *_PLACES)
+    if not f'{key}:'.startswith(_MEASURED)
+  )
+  return all(
+    re.sub(r'\[\d+\]', '', line).startswith(free)
+    for line in differences(old, new)
+  )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,9 @@
 """Builds the network of a stage."""
 
+import dataclasses
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -36,7 +39,20 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
 
 def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
   """Architectures of the levels of a stage, coarse to fine."""
-  return tuple(map(level_spec, config.model.levels[: stage.num_levels]))
+  flash = _has_flash_attention(config)
+  return tuple(
+    dataclasses.replace(level_spec(level), flash=flash)
+    for level in config.model.levels[: stage.num_levels]
+  )
+
+
+def _has_flash_attention(config: ConfigDict) -> bool:
+  """Whether attention may use cuDNN, which takes no divided images."""
+  return (
+    config.mesh.spatial == 1
+    and jax.default_backend() == 'gpu'
+    and 'cuda' in jax.extend.backend.get_backend().platform_version
+  )
 
 
 def level_spec(level: ConfigDict) -> LevelSpec:
@@ -48,7 +64,8 @@ def level_spec(level: ConfigDict) -> LevelSpec:
   fields = dict(level)
   fields.pop('resolution')
   if not fields['lanes']:
-    fields['lanes'] = TPU_LANES if jax.default_backend() == 'tpu' else 1
+    packs = fields['kind'] == 'unet' and jax.default_backend() == 'tpu'
+    fields['lanes'] = TPU_LANES if packs else 1
   return LevelSpec(**fields)
 
 

@@ -29,7 +29,16 @@ from mdm_jax.runtime.value_types import (
 SAMPLERS = ('ddim', 'ddpm', 'heun', 'dpm', 'dpm_sde')
 THRESHOLDS = ('none', 'clip', 'dynamic', 'dynamic_if')
 # What `inference.evaluation` measures.
-METRICS = ('loss', 'prompt_accuracy', 'fid', 'kid', 'precision_recall', 'clip')
+METRICS = (
+  'loss',
+  'prompt_accuracy',
+  'edge_width',
+  'frechet',
+  'fid',
+  'kid',
+  'precision_recall',
+  'clip',
+)
 
 _SPACES = Choice(('v', 'eps', 'x0', 'velocity'))
 _PERIOD = Number(int, 1, 10**9)  # in steps
@@ -121,6 +130,7 @@ KEYS = {
   'model.text.num_heads': _HEADS,
   'model.text.masked_attention': Boolean(),
   'model.levels[].resolution': Number(int, 1, 2**16),
+  'model.levels[].kind': Choice(('unet', 'transformer')),
   'model.levels[].channels': Tuple(_WIDTH),
   'model.levels[].num_blocks': Tuple(_LAYERS),
   'model.levels[].attention_layers': Tuple(_LAYERS),

@@ -12,6 +12,7 @@ import operator
 import os
 from typing import Any
 
+from absl import logging
 from etils import epath
 import jax
 from ml_collections import ConfigDict
@@ -21,13 +22,14 @@ import tqdm
 
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import naming, sampler_settings
-from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.prompts import encode_prompts, unknown_words
 from mdm_jax.builders.text import empty_text
 from mdm_jax.inference import evaluation
 from mdm_jax.inference.session import Model, Session, open_run
 from mdm_jax.report import grid
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.runtime import sharding, value_types
+from mdm_jax.runtime.printable import printable
 from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
 _TEXT = value_types.Text("a text (also of a class, such as '207')")
@@ -233,6 +235,7 @@ class Pipeline:
         'with any_prompt=True.'
       )
     text = encode_prompts(model.stage.config, prompts)
+    _warn_of_unknown_words(model, [*prompts, negative_prompt])
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
     if guide:
       guide = _directory('guide', guide)
@@ -402,6 +405,12 @@ def _check(
       'guidance leads away from one thing: give a guide or a negative prompt.'
     )
   return prompts, num_samples, seed
+
+
+def _warn_of_unknown_words(model: Model, prompts: Sequence[str]) -> None:
+  """Logs words that the tokenizer's training never saw."""
+  if unknown := unknown_words(model.stage.config, prompts):
+    logging.warning('The prompts have %s.', printable(unknown))
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:

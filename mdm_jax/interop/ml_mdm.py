@@ -87,7 +87,15 @@ def release_names(
   Args:
     params: NestedUNet's parameters, or their shapes (anything with `.shape`).
     levels: the network's levels, coarse to fine.
+
+  Raises:
+    ValueError: a level is a transformer, which ml-mdm does not have.
   """
+  if any(level.kind != 'unet' for level in levels):
+    raise ValueError(
+      "ml-mdm has no levels of kind='transformer': its names and weights are "
+      'those of UNets.'
+    )
   for path, leaf in traverse_util.flatten_dict(params).items():
     name = f'{_module_name(path[:-1], levels)}.{_LEAF[path[-1]]}'
     shape = leaf.shape
@@ -119,7 +127,8 @@ def from_release(
     Float32 parameters of the structure of `params`.
 
   Raises:
-    ValueError: a tensor is missing, unknown, of another shape or not finite.
+    ValueError: a tensor is missing, unknown, of another shape or not finite,
+      or see `release_names`.
   """
   flat, problems, left = {}, [], set(state_dict)
   for path, name, shape in release_names(params, levels):
@@ -161,6 +170,9 @@ def to_release(
 
   Returns:
     Arrays by the release's names.
+
+  Raises:
+    ValueError: see `release_names`.
   """
   flat, state_dict = traverse_util.flatten_dict(params), {}
   for path, name, shape in release_names(params, levels):

@@ -24,11 +24,21 @@ zeros = nn.initializers.zeros_init()
 
 
 def dense_layer(
-  features: int, name: str | None = None, *, dtype, zero: bool = False
+  features: int,
+  name: str | None = None,
+  *,
+  dtype,
+  zero: bool = False,
+  use_bias: bool = True,
 ) -> nn.Dense:
   """A linear map of the last axis (a 1x1 convolution on images)."""
-  kernel_init = zeros if zero else nn.initializers.lecun_normal()
-  return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+  return nn.Dense(
+    features,
+    use_bias,
+    dtype=dtype,
+    kernel_init=zeros if zero else nn.initializers.lecun_normal(),
+    name=name,
+  )
 
 
 def sinusoidal_embedding(value: jax.Array, dim: int) -> jax.Array:
@@ -345,6 +355,7 @@ def attend(
   value: jax.Array,
   num_heads: int,
   mask: jax.Array | None = None,
+  flash: bool = False,
 ) -> jax.Array:
   """Multi-head attention, softmax in float32.
 
@@ -354,6 +365,9 @@ def attend(
     value: [B, M, C].
     num_heads: divides C.
     mask: [B, M] bool, True for keys that are attended to; None for all.
+    flash: if dtype and size of the heads allow it, use cuDNN's flash attention
+      (Dao, arXiv 2307.08691), which does not store the N x M weights. The keys
+      that are attended to, one at least, must then come first.
 
   Returns:
     [B, N, C].
@@ -362,10 +376,16 @@ def attend(
   def heads(x):
     return x.reshape(*x.shape[:2], num_heads, -1)
 
-  if mask is not None:
-    mask = mask[:, None, None, :]
+  size = query.shape[-1] // num_heads
+  options = {}
+  if flash and query.dtype.itemsize == 2 and size % 8 == 0 and size <= 128:
+    options['implementation'] = 'cudnn'
+    if mask is not None:
+      options['key_value_seq_lengths'] = mask.sum(axis=1, dtype=jnp.int32)
+  elif mask is not None:
+    options['mask'] = mask[:, None, None, :]
   out = jax.nn.dot_product_attention(
-    heads(query), heads(key), heads(value), mask=mask
+    heads(query), heads(key), heads(value), **options
   )
   return out.reshape(query.shape)
 
@@ -381,6 +401,7 @@ class Attention(nn.Module):
   num_groups: int
   ffn: bool
   dtype: jnp.dtype
+  flash: bool = False  # see `attend`
 
   @nn.compact
   def __call__(
@@ -405,7 +426,7 @@ class Attention(nn.Module):
       return dense(2 * channels, 'text_kv')(norm_text(text))
 
     text_k, text_v = jnp.split(once(self, 'text_kv', keys_and_values), 2, -1)
-    h = attend(q, k, v, self.num_heads)
+    h = attend(q, k, v, self.num_heads, flash=self.flash)
     h += attend(q, text_k, text_v, self.num_heads, text_mask)
     x += dense(channels, 'proj', zero=True)(h).reshape(x.shape)
     if self.ffn:

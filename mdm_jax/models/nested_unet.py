@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from mdm_jax import mixed_batch
 from mdm_jax.models import layers
 from mdm_jax.models.conditioning import Cond, TextConditioning, TextSpec
+from mdm_jax.models.transformer import Transformer
 from mdm_jax.models.unet import LevelSpec, UNet
 
 
@@ -14,9 +15,9 @@ class NestedUNet(nn.Module):
   """Denoises every level of a pyramid at once.
 
   Parameters are `text`, which the levels share, and `level_0` (the coarsest,
-  a complete UNet), `level_1`, ... A network contains those of fewer levels
-  under the same names, so that a stage can start from the weights of the
-  previous stage.
+  a complete UNet or transformer), `level_1`, ... A network contains those of
+  fewer levels under the same names, so that a stage can start from the weights
+  of the previous stage.
 
   Attributes:
     levels: architecture of each level, coarse to fine.
@@ -35,8 +36,12 @@ class NestedUNet(nn.Module):
         f'All levels share one temporal_dim; got {sorted(dims)}.'
       )
     self.text = TextConditioning(self.text_spec, dims.pop(), self.dtype)
+    if any(spec.kind == 'transformer' for spec in self.levels[1:]):
+      raise ValueError('Only the coarsest level can be a transformer.')
     self.level = [
-      UNet(spec, self.levels[r - 1].channels[0] if r else None, self.dtype)
+      Transformer(spec, self.dtype)
+      if spec.kind == 'transformer'
+      else UNet(spec, self.levels[r - 1].channels[0] if r else None, self.dtype)
       for r, spec in enumerate(self.levels)
     ]
 
@@ -57,7 +62,8 @@ class NestedUNet(nn.Module):
       A pyramid of float32 predictions of the shapes of `x_t`.
 
     Raises:
-      ValueError: if the levels differ in temporal_dim.
+      ValueError: if the levels differ in temporal_dim, or an outer level is a
+        transformer.
     """
     text, mask, pooled = layers.once(self, 'text', lambda: self.text(cond))
     # Down, fine to coarse. `outer` are the features of the next finer level.

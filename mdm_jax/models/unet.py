@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from mdm_jax.models import layers, packing
 from mdm_jax.models.packing import Features
 
+# What a level may be: `UNet`, or `transformer.Transformer`.
+KINDS = ('unet', 'transformer')
 # Activations that the backward pass computes again, see `LevelSpec.remat`.
 REMAT = ('none', 'block', 'level')
 
@@ -48,9 +50,19 @@ class LevelSpec:
   # 128 on a TPU, where narrow levels would leave most lanes empty; 1 packs
   # nothing. `lanes` and `remat` change speed, memory and rounding alone.
   lanes: int = 1
+  # 'unet', or for the coarsest level 'transformer': channels=(width,),
+  # num_blocks=(depth,), attention_layers=(0,), with none of the fields that
+  # only a UNet has. The defaults of `num_groups` and `attention_ffn` say
+  # nothing about it.
+  kind: str = 'unet'
+  # Self-attention by cuDNN's flash kernels, see `layers.attend`. They need an
+  # NVIDIA GPU, and all rows of an image on one device.
+  flash: bool = False
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
+    if self.kind not in KINDS:
+      raise ValueError(f'kind={self.kind!r}: use one of {KINDS}.')
     if self.remat not in REMAT:
       raise ValueError(f'remat={self.remat!r}: use one of {REMAT}.')
     if self.lanes < 1:
@@ -70,6 +82,9 @@ class LevelSpec:
         f'resolution: got {self.channels}, {self.num_blocks} and '
         f'{self.attention_layers}.'
       )
+    if self.kind == 'transformer':
+      self._check_transformer()
+      return
     for channels in self.channels:
       for name in ('num_groups', 'num_heads'):
         if name == 'num_heads' and not any(self.attention_layers):
@@ -79,6 +94,33 @@ class LevelSpec:
             f'{name}={getattr(self, name)} does not divide the '
             f'{channels} channels of {self.channels}.'
           )
+
+  def _check_transformer(self) -> None:
+    """Raises ValueError for settings that a transformer cannot have."""
+    if len(self.channels) != 1 or not self.num_blocks[0]:
+      raise ValueError(
+        f"kind='transformer' with channels={self.channels} and num_blocks="
+        f'{self.num_blocks}: give one width and one depth, as in '
+        'channels=(384,), num_blocks=(8,).'
+      )
+    for name, only in (
+      ('attention_layers', (0,)),
+      ('attention_ffn', True),
+      ('num_groups', 32),
+      ('lanes', 1),
+    ):
+      if getattr(self, name) != only:
+        raise ValueError(
+          f"kind='transformer' with {name}={getattr(self, name)}: that is of "
+          f'UNets; leave it at {only}.'
+        )
+    (width,) = self.channels
+    # Each head has pairs of dimensions for rows and for columns.
+    if width % (4 * self.num_heads):
+      raise ValueError(
+        f'num_heads={self.num_heads} does not divide the width {width} of '
+        "kind='transformer' into heads of a multiple of 4 channels."
+      )
 
   @property
   def downsampling(self) -> int:
@@ -104,21 +146,23 @@ class _Blocks(nn.Module):
 
   def block(self, j, inputs, temb, text, mask):
     spec = self.spec
-    h = _rematerialised(layers.ResidualBlock, spec)(
+    h = rematerialised(layers.ResidualBlock, spec)(
       spec.channels[self.index], spec.num_groups, self.dtype, name=f'block_{j}'
     )(inputs, temb)
     for k in range(spec.attention_layers[self.index]):
-      h = _rematerialised(layers.Attention, spec)(
+      h = rematerialised(layers.Attention, spec)(
         spec.num_heads,
         spec.num_groups,
         spec.attention_ffn,
         self.dtype,
+        spec.flash,
         name=f'attention_{j}_{k}',
       )(h, text, mask)
     return h
 
 
-def _rematerialised(module, spec: LevelSpec):
+def rematerialised(module, spec: LevelSpec):
+  """The module; with `remat` one that keeps nothing for the backward pass."""
   return module if spec.remat == 'none' else nn.remat(module)
 
 
@@ -168,19 +212,52 @@ class Middle(nn.Module):
     spec = self.spec
 
     def block(name):
-      return _rematerialised(layers.ResidualBlock, spec)(
+      return rematerialised(layers.ResidualBlock, spec)(
         spec.channels[-1], spec.num_groups, self.dtype, name=name
       )
 
     h = block('block_0')([h], temb)
-    h = _rematerialised(layers.Attention, spec)(
+    h = rematerialised(layers.Attention, spec)(
       spec.num_heads,
       spec.num_groups,
       spec.attention_ffn,
       self.dtype,
+      spec.flash,
       name='attention',
     )(h, text, mask)
     return block('block_1')([h], temb)
+
+
+def condition_features(
+  spec: LevelSpec, t: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Sinusoidal features of time and micro-condition, of one width.
+
+  Args:
+    spec: of the level.
+    t: [B] time indices.
+    scale: [B] shorter side of the original images in pixels; None for
+      `scale_condition`.
+
+  Returns:
+    Two arrays [B, temporal_dim / 4].
+  """
+  limit = spec.scale_condition
+  if scale is None:
+    scale = jnp.full(t.shape, limit, jnp.float32)
+  scale = jnp.minimum(scale / limit, 1) * limit
+  t, scale = (
+    layers.sinusoidal_embedding(value, spec.temporal_dim // 4)
+    for value in (t, scale)
+  )
+  return t, scale
+
+
+def folded(x: jax.Array, spec: LevelSpec) -> jax.Array:
+  """A level's input: noisy images [B, H, W, 3] in patches, as it takes them."""
+  if spec.normalize_input:
+    x = x / x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
+  return packing.fold(x, (spec.patch_size,) * 2)
 
 
 class UNet(nn.Module):
@@ -240,17 +317,9 @@ class UNet(nn.Module):
     Returns:
       [B, temporal_dim].
     """
-    limit = self.spec.scale_condition
-    if scale is None:
-      scale = jnp.full(t.shape, limit, jnp.float32)
-    scale = jnp.minimum(scale / limit, 1) * limit
-    dim = self.spec.temporal_dim // 4
-
-    def sinusoidal(value):
-      return layers.sinusoidal_embedding(value, dim)
-
-    temb = self.time_out(nn.silu(self.time_in(sinusoidal(t))))
-    temb += self.scale_out(nn.silu(self.scale_in(sinusoidal(scale))))
+    t, scale = condition_features(self.spec, t, scale)
+    temb = self.time_out(nn.silu(self.time_in(t)))
+    temb += self.scale_out(nn.silu(self.scale_in(scale)))
     return temb + pooled_text
 
   def descend(self, x, temb, text, mask, outer):
@@ -267,9 +336,7 @@ class UNet(nn.Module):
     Returns:
       Features at the level's coarsest resolution, and the list of skips.
     """
-    if self.spec.normalize_input:
-      x = x / x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
-    x = Features(packing.fold(x, (self.spec.patch_size,) * 2))
+    x = Features(folded(x, self.spec))
     h = self.conv_in(x, patch=self.spec.patch(0, x.size))
     if outer is not None:
       h = h.replace(x=h.x + outer.as_patch(h.patch).x)

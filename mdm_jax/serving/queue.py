@@ -12,7 +12,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.prompts import encode_prompts, unknown_words
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data.text import Tokenizer
 from mdm_jax.diffusion import samplers
@@ -237,12 +237,17 @@ class SampleQueue:
     self._encode(request)  # Raises ValueError for an unknown class label.
 
   def note(self, request: Request) -> str:
-    """Tells the user if the prompt was truncated; '' if it was not."""
+    """Tells of a truncated prompt and of unknown words; '' for neither."""
     tokenizer = make_tokenizer(self._config)
     if not isinstance(tokenizer, Tokenizer):
       return ''
-    excess = tokenizer.excess(request.prompt)
-    return excess and f'The prompt was cut: it has {excess}.'
+    notes = []
+    if excess := tokenizer.excess(request.prompt):
+      notes.append(f'The prompt was cut: it has {excess}.')
+    prompts = [request.prompt, request.negative_prompt]
+    if unknown := unknown_words(self._config, prompts):
+      notes.append(f'The prompt has {unknown}.')
+    return ' '.join(notes)
 
   def command(self, request: Request, i: int = 0) -> str:
     """The shell command that samples image i of a request again."""

@@ -137,7 +137,8 @@ def prepare(
   if batch_per_chip is not None:
     config.stages[0].batch_size = batch_per_chip * num_chips
   for level in config.model.levels:
-    level.lanes = level.lanes or TPU_LANES
+    if level.kind == 'unet':
+      level.lanes = level.lanes or TPU_LANES
   shards = math.prod(
     sharding.mesh_sizes(config.mesh, num_chips)[axis]
     for axis in sharding.BATCH_AXES

@@ -105,6 +105,17 @@ def test_rows_that_devices_do_not_divide_are_named(make_config):
     check(config, mesh)
 
 
+TRANSFORMER = {
+  'model.levels[0].kind': 'transformer',
+  'model.levels[0].num_groups': 32,
+  'model.levels[0].num_blocks': (1,),
+}
+
+
+def test_a_transformer_inside_is_good(make_config, mesh):
+  check(changed(make_config(), TRANSFORMER), mesh)
+
+
 BAD = [
   ({'dtype': 'float16'}, "dtype='float16': use one of float32, bfloat16"),
   (
@@ -151,6 +162,39 @@ BAD = [
   (
     {'model.levels[0].num_heads': 3},
     r'model.levels\[0\].*num_heads=3 does not divide the 8 channels',
+  ),
+  (
+    {'model.levels[0].kind': 'dit'},
+    r"model.levels\[0\].kind='dit': use one of unet, transformer",
+  ),
+  (
+    {'model.levels[1].kind': 'transformer'},
+    r"model.levels\[1\].kind='transformer': only the innermost level, level 0",
+  ),
+  (
+    {'model.levels[0].kind': 'transformer'},
+    r"model.levels\[0\]: kind='transformer' with channels=\(8,\) and "
+    r'num_blocks=\(0,\): give one width and one depth',
+  ),
+  (
+    TRANSFORMER | {'model.levels[0].num_groups': 4},
+    r'model.levels\[0\]: .*num_groups=4: that is of UNets; leave it at 32',
+  ),
+  (
+    TRANSFORMER | {'model.levels[0].num_heads': 3},
+    r'model.levels\[0\]: num_heads=3 does not divide the width 8',
+  ),
+  (
+    TRANSFORMER | {'model.levels[0].num_heads': 4},
+    r'model.levels\[0\]: num_heads=4 .* heads of a multiple of 4 channels',
+  ),
+  (
+    TRANSFORMER | {'model.levels[0].patch_size': 3},
+    r'model.levels\[0\].resolution=8 .* into patches of 3 px',
+  ),
+  (
+    TRANSFORMER | {'model.levels[0].lanes': 64},
+    r'model.levels\[0\]: .*lanes=64: that is of UNets; leave it at 1',
   ),
   ({'model.levels[1].temporal_dim': 32}, 'temporal_dim'),
   ({'model.levels': []}, 'at least one stage and one level'),

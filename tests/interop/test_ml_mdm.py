@@ -143,6 +143,17 @@ def test_from_release_transposes_kernels(small):
   )
 
 
+def test_a_transformer_has_no_names_there():
+  level = LevelSpec((8,), (1,), (0,), 16, 8, num_heads=2, kind='transformer')
+  shapes = parameter_shapes((level,), 6, TextSpec(width=10))
+  for convert in (
+    lambda: from_release(shapes, (level,), {}),
+    lambda: to_release(shapes, (level,)),
+  ):
+    with pytest.raises(ValueError, match="ml-mdm has no levels of kind='tran"):
+      convert()
+
+
 def test_from_release_names_tensors_that_do_not_fit(small):
   levels, shapes, state_dict = small
   state_dict = dict(state_dict)

@@ -17,12 +17,13 @@ def leaves(tree):
   }
 
 
-@pytest.fixture(scope='module')
-def model(make_config):
+@pytest.fixture(scope='module', params=['unet', 'transformer'])
+def model(make_config, request):
   """A two-level network with every kind of layer."""
-  config = make_config()
+  config = make_config(request.param)
   config.text.num_layers = config.model.text.num_layers = 1
-  config.model.levels[0].attention_layers = (1,)
+  if request.param == 'unet':
+    config.model.levels[0].attention_layers = (1,)
   return make_model(config, config.stages[1])
 
 
@@ -48,7 +49,7 @@ def test_distributions_are_those_of_flax(model):
       assert value.std() == pytest.approx(other.std(), rel=0.15), name
       assert abs(value.mean()) < 5 * value.std() / value.size**0.5, name
       compared += 1
-  assert compared > 10
+  assert compared > 8
 
 
 def test_seed_decides(model):
@@ -64,7 +65,7 @@ def test_no_two_parameters_are_alike(model):
     for value in leaves(model.init(0, 8)).values()
     if value.std()
   ]
-  assert len(set(values)) == len(values) > 30
+  assert len(set(values)) == len(values) > 28
 
 
 def test_independent_of_order_and_of_other_parameters(model):

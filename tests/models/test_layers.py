@@ -43,6 +43,34 @@ def test_attention_equals_numpy():
       )
 
 
+@pytest.mark.parametrize(
+  'dtype, num_heads, flash, chosen',
+  [
+    (jnp.bfloat16, 2, True, True),
+    (jnp.bfloat16, 2, False, False),
+    (jnp.float32, 2, True, False),
+    (jnp.bfloat16, 4, True, False),  # Heads of 4 channels.
+  ],
+)
+def test_flash_attention_where_the_kernels_can(
+  monkeypatch, dtype, num_heads, flash, chosen
+):
+  given = {}
+  monkeypatch.setattr(
+    jax.nn,
+    'dot_product_attention',
+    lambda q, k, v, **options: given.update(options) or q,
+  )
+  x = jnp.zeros((2, 5, 16), dtype)
+  mask = np.array([[True] * 5, [True] * 2 + [False] * 3])
+  layers.attend(x, x, x, num_heads, mask, flash)
+  if chosen:
+    assert given['implementation'] == 'cudnn'
+    assert given['key_value_seq_lengths'].tolist() == [5, 2]
+  else:
+    assert given['mask'].shape == (2, 1, 1, 5) and len(given) == 1
+
+
 # Means over standard deviations, and the largest error of values of about 1.
 @pytest.mark.parametrize(
   'mean, tolerance', [(0, 1.5e-6), (4, 2e-6), (16, 5e-6)]

@@ -1,6 +1,7 @@
 """Packed features against the same operations on pixels."""
 
 import dataclasses
+import types
 
 import flax.linen as nn
 import jax
@@ -220,6 +221,29 @@ def test_lanes_default_to_those_of_the_device(
   config.model.levels[0].lanes = lanes
   level = make_levels(config, config.stages[0])[0]
   assert level.lanes == expected
+
+
+@pytest.mark.parametrize(
+  'backend, version, spatial, expected',
+  [
+    ('gpu', 'cuda 12090', 1, True),
+    ('gpu', 'rocm 60000', 1, False),
+    ('gpu', 'cuda 12090', 2, False),
+    ('cpu', 'cpu', 1, False),
+  ],
+)
+def test_flash_attention_is_of_nvidia_gpus(
+  monkeypatch, make_config, backend, version, spatial, expected
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(
+    'jax.extend.backend.get_backend',
+    lambda: types.SimpleNamespace(platform_version=version),
+  )
+  config = make_config()
+  config.mesh.spatial = spatial
+  levels = make_levels(config, config.stages[1])
+  assert [level.flash for level in levels] == [expected] * 2
 
 
 def test_invalid_level_settings_are_refused(make_config):

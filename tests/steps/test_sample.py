@@ -241,9 +241,18 @@ def text_keys(jaxpr, in_loop=False):
   return found
 
 
-@pytest.mark.parametrize('interval', [(0.0, 1.0), (0.2, 0.8)])
-def test_text_keys_are_computed_once(config, made, interval):
-  sampler, params, _ = made(sharding.make_mesh(config.mesh))
+@pytest.mark.parametrize(
+  'interval, kind',
+  [((0.0, 1.0), 'unet'), ((0.2, 0.8), 'unet'), ((0.2, 0.8), 'transformer')],
+)
+def test_text_keys_are_computed_once(
+  config, make_config, random_params, interval, kind
+):
+  of_kind = make_config(kind)
+  of_kind.sampler.update(config.sampler)
+  stage = make_stage(of_kind, 1)
+  params = random_params(stage.model, config.text.max_length)
+  sampler = stage.make_sampler(sharding.make_mesh(config.mesh))
   sampler = dataclasses.replace(
     sampler, spec=dataclasses.replace(sampler.spec, guidance_interval=interval)
   )

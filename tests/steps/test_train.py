@@ -76,14 +76,24 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope='module')
 def training(make_config, batch):
+<<<<<<< HEAD
   """(name of a mesh, number of microbatches) -> Training.
+=======
+  """(mesh, number of microbatches, kind of level 0, is it flow) -> Training.
+>>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
 
   The batch is mixed: level 1 sees half of it.
   """
 
   @functools.cache
+<<<<<<< HEAD
   def make(mesh_name, accumulate):
     config = make_config()
+=======
+  def make(mesh_name, accumulate, kind, is_flow):
+    config = make_config(kind)
+    config.diffusion.update(FLOW if is_flow else {})
+>>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
     stage = config.stages[1]
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
@@ -152,7 +162,13 @@ def training(make_config, batch):
       shardings,
     )
 
+<<<<<<< HEAD
   return lambda mesh_name, accumulate=1: make(mesh_name, accumulate)
+=======
+  return lambda mesh_name, accumulate=1, kind='unet', flow=False: make(
+    mesh_name, accumulate, kind, flow
+  )
+>>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
 
 
 @pytest.fixture(scope='module')
@@ -202,26 +218,28 @@ def losses(metrics):
 
 
 @pytest.mark.parametrize(
-  'mesh_name, accumulate',
+  'mesh_name, accumulate, kind',
   [
-    ('data', 1),
-    ('fsdp', 1),
-    ('all', 1),
-    ('spatial', 1),
-    ('both', 1),
-    ('one', 4),
-    ('data', 2),
-    ('all', 4),
+    ('data', 1, 'unet'),
+    ('fsdp', 1, 'unet'),
+    ('all', 1, 'unet'),
+    ('spatial', 1, 'unet'),
+    ('both', 1, 'unet'),
+    ('one', 4, 'unet'),
+    ('data', 2, 'unet'),
+    ('all', 4, 'unet'),
+    ('all', 1, 'transformer'),
   ],
 )
 def test_equals_one_device_and_the_whole_batch(
-  losses, metrics, mesh_name, accumulate
+  losses, metrics, mesh_name, accumulate, kind
 ):
-  expected = losses('one')
+  expected = losses('one', 1, kind)
   assert np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(losses(mesh_name, accumulate), expected, rtol=1e-5)
+  given = (mesh_name, accumulate, kind)
+  np.testing.assert_allclose(losses(*given), expected, rtol=1e-5)
   # What is logged beside the losses.
-  for each, other in zip(metrics(mesh_name, accumulate)[0], metrics('one')[0]):
+  for each, other in zip(metrics(*given)[0], metrics('one', 1, kind)[0]):
     for name in ('grad_norm', 'update_norm', 'param_norm'):
       np.testing.assert_allclose(each[name], other[name], rtol=1e-4)
     for name in ('noise_sums', 'noise_counts'):  # Means over microbatches.
@@ -230,6 +248,21 @@ def test_equals_one_device_and_the_whole_batch(
       )
 
 
+<<<<<<< HEAD
+=======
+def test_rectified_flow_equals_one_device_and_the_whole_batch(losses, metrics):
+  """Each level has its own times, stratified over all microbatches."""
+  counts = metrics('one', 1, 'unet', True)[0][0]['noise_counts']
+  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
+  assert 15 <= counts[0, :2].sum() <= 17 and 3 <= counts[0, 0] <= 6
+  expected = losses('one', 1, 'unet', True)
+  assert np.isfinite(expected).all() and np.ptp(expected[:, 0]) > 1e-2
+  np.testing.assert_allclose(
+    losses('all', 4, 'unet', True), expected, rtol=1e-5
+  )
+
+
+>>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
 @pytest.fixture(scope='module')
 def weighted_losses(make_config, batch, random_params):
   """(name of a mesh, objective) -> losses [B] of a batch, with each weighting.

@@ -71,14 +71,15 @@ def optimized():
 
 # By default XLA skips roundings to bfloat16 inside what it fuses, and it fuses
 # the two networks differently: 0.005 (rms) of an output of size 0.5.
+@pytest.mark.parametrize('kind', ['unet', 'transformer'])
 @pytest.mark.parametrize(
   'dtype, options',
   [('float32', {}), ('bfloat16', {'xla_allow_excess_precision': False})],
 )
 def test_coarse_output_equals_the_trained_network(
-  make_config, random_params, optimized, dtype, options
+  make_config, random_params, optimized, kind, dtype, options
 ):
-  config = make_config()
+  config = make_config(kind)
   config.dtype = dtype
   small, large = (make_model(config, stage) for stage in config.stages)
   trained = random_params(small, 8)

@@ -1,0 +1,278 @@
+"""A transformer as the innermost level, in the place of its UNet.
+
+Blocks are pre-RMSNorm with QK-norm (Henry et al., arXiv 2010.04245; per head as
+in ViT-22B, arXiv 2302.05442), two-dimensional rotary positions (RoPE-ViT, arXiv
+2403.13298) and SwiGLU (Shazeer, arXiv 2002.05202). Time, micro-condition and
+text are tokens beside those of the image; nothing modulates the norms.
+
+Parameters, norms and softmax are float32; matrix products are in `dtype`.
+"""
+
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdm_jax.models import layers, packing
+from mdm_jax.models.packing import Features
+from mdm_jax.models.unet import (
+  LevelSpec,
+  condition_features,
+  folded,
+  rematerialised,
+)
+
+# Rotary frequencies run from 1 radian a token down to almost 1 / 100, as in
+# RoPE-ViT, for grids of 8 to 64 tokens a side. With the 1 / 10,000 of texts,
+# half of the dimensions would hardly turn.
+_LOWEST_FREQUENCY = 1 / 100
+
+
+def rotary_angles(
+  grid: tuple[int, int], head_size: int, others: int = 0
+) -> np.ndarray:
+  """Angles by which a head's queries and keys are turned at each token.
+
+  The first half of the pairs turns with the row, the second with the column.
+  Both are counted from the middle of the image, which is also the place of
+  tokens that have none.
+
+  Args:
+    grid: rows and columns of tokens.
+    head_size: dimensions of a head, a multiple of 4.
+    others: tokens without a place, which follow those of the image.
+
+  Returns:
+    [rows * columns + others, head_size / 2] float64, in radians.
+  """
+  count = head_size // 4
+  frequencies = _LOWEST_FREQUENCY ** (np.arange(count) / count)
+  rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
+  places = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)
+  angles = (places[..., None] * frequencies).reshape(-1, 2 * count)
+  return np.pad(angles, ((0, others), (0, 0)))
+
+
+def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+  """Turns dimensions i and i + D/2 of each head by angle i.
+
+  Args:
+    x: [B, N, heads, D].
+    angles: [N, D/2] in radians.
+  """
+  cos, sin = (np.float32(f(angles))[:, None] for f in (np.cos, np.sin))
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
+def ffn_size(width: int) -> int:
+  """Hidden channels of SwiGLU: about 8/3 of the width, a multiple of 8.
+
+  Its three matrices then cost what the two of a feed-forward block of four
+  times the width cost.
+  """
+  return 8 * max(round(width / 3), 1)
+
+
+class Block(nn.Module):
+  """Attention to all tokens and to the text in one softmax, then SwiGLU.
+
+  Attributes:
+    num_heads: heads of the attention.
+    grid: rows and columns of the image's tokens.
+    dtype: of matrix products and the output.
+    flash: see `layers.attend`.
+  """
+
+  num_heads: int
+  grid: tuple[int, int]
+  dtype: jnp.dtype
+  flash: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, text: jax.Array, text_mask: jax.Array | None
+  ) -> jax.Array:
+    """Applies the block.
+
+    Args:
+      x: [B, N, C] tokens, those of the image first.
+      text: [B, L, D].
+      text_mask: [B, L] bool, True for tokens, which come first; None for all.
+
+    Returns:
+      [B, N, C].
+    """
+    count, width = x.shape[1:]
+    norm = functools.partial(
+      nn.RMSNorm, epsilon=layers.EPSILON, dtype=self.dtype
+    )
+    dense = functools.partial(
+      layers.dense_layer, dtype=self.dtype, use_bias=False
+    )
+
+    def heads(x):
+      return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+    def keys_and_values():
+      key, value = jnp.split(
+        dense(2 * width, 'text_kv')(norm(name='norm_text')(text)), 2, axis=-1
+      )
+      return norm(name='text_k_norm')(heads(key)).reshape(key.shape), value
+
+    angles = rotary_angles(
+      self.grid, width // self.num_heads, count - math.prod(self.grid)
+    )
+
+    def placed(name, x):
+      x = norm(name=name, dtype=jnp.float32)(heads(x))
+      return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
+
+    query, key, value = jnp.split(
+      dense(3 * width, 'qkv')(norm(name='norm')(x)), 3, axis=-1
+    )
+    query, key = placed('q_norm', query), placed('k_norm', key)
+    text_key, text_value = layers.once(self, 'text_kv', keys_and_values)
+    mask = text_mask
+    if mask is not None:
+      mask = jnp.pad(mask, ((0, 0), (count, 0)), constant_values=True)
+    h = layers.attend(
+      query,
+      jnp.concatenate([key, text_key], axis=1),
+      jnp.concatenate([value, text_value], axis=1),
+      self.num_heads,
+      mask,
+      self.flash,
+    )
+    x += dense(width, 'proj', zero=True)(h)
+    h = dense(2 * ffn_size(width), 'ffn_in')(norm(name='ffn_norm')(x))
+    gate, h = jnp.split(h, 2, axis=-1)
+    return x + dense(width, 'ffn_out', zero=True)(nn.silu(gate) * h)
+
+
+class Blocks(nn.Module):
+  """All blocks of the level."""
+
+  spec: LevelSpec
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    h: Features,
+    tokens: jax.Array,
+    text: jax.Array,
+    mask: jax.Array | None,
+  ) -> Features:
+    """Applies the blocks.
+
+    Args:
+      h: [B, H, W, C] features of patches.
+      tokens: [B, n, C] tokens beside them.
+      text: [B, L, D].
+      mask: [B, L] bool or None.
+
+    Returns:
+      Features of the shape of `h`.
+    """
+    batch, *grid, width = h.x.shape
+    x = jnp.concatenate([h.x.reshape(batch, -1, width), tokens], axis=1)
+    for i in range(self.spec.num_blocks[0]):
+      x = rematerialised(Block, self.spec)(
+        self.spec.num_heads,
+        tuple(grid),
+        self.dtype,
+        self.spec.flash,
+        name=f'block_{i}',
+      )(x, text, mask)
+    return h.replace(x=x[:, : math.prod(grid)].reshape(h.x.shape))
+
+
+class Transformer(nn.Module):
+  """The innermost level, in the parts that `NestedUNet` interleaves.
+
+  They are those of `unet.UNet`: `embed`, `descend`, `middle`, which is all of
+  the transformer's blocks, `ascend`, which has nothing to do, and `out`.
+  """
+
+  spec: LevelSpec
+  dtype: jnp.dtype
+
+  # A transformer has no coarser level inside.
+  inner_channels = None
+
+  def setup(self):
+    spec, dtype = self.spec, self.dtype
+    (width,) = spec.channels
+
+    def dense(features, zero=False):
+      return layers.dense_layer(features, dtype=dtype, zero=zero)
+
+    self.time_in, self.time_out = (dense(spec.temporal_dim) for _ in range(2))
+    self.time_token = dense(width)
+    self.scale_in, self.scale_token = dense(spec.temporal_dim), dense(width)
+    # Convolutions of patches with as large a stride; rules for the first and
+    # last layer of any level know them by these names.
+    self.conv_in = dense(width)
+    self.conv_out = dense(3 * spec.patch_size**2, zero=True)
+    if spec.position_waves:
+      self.position = dense(width)
+    blocks = nn.remat(Blocks) if spec.remat == 'level' else Blocks
+    self.middle = blocks(spec, dtype)
+    self.norm_out = nn.RMSNorm(epsilon=layers.EPSILON, dtype=dtype)
+
+  def embed(
+    self, t: jax.Array, scale: jax.Array | None, pooled_text: jax.Array
+  ) -> jax.Array:
+    """The tokens of time, with the pooled text, and of the micro-condition.
+
+    Args:
+      t: [B] time indices.
+      scale: [B] shorter side of the original images in pixels; None for
+        `scale_condition`.
+      pooled_text: [B, temporal_dim].
+
+    Returns:
+      [B, 2, C].
+    """
+    t, scale = condition_features(self.spec, t, scale)
+    temb = self.time_out(nn.silu(self.time_in(t))) + pooled_text
+    time = self.time_token(nn.silu(temb))
+    scale = self.scale_token(nn.silu(self.scale_in(scale)))
+    return jnp.stack([time, scale], axis=1)
+
+  def descend(self, x, tokens, text, mask, outer):
+    """The noisy images as features of patches, those of finer levels added.
+
+    Args:
+      x: [B, H, W, 3] noisy images of this level.
+      tokens, text, mask: as for `Blocks`; not used.
+      outer: Features from the `in_adapter` of the next finer level; None for
+        the finest level.
+
+    Returns:
+      Features [B, H/p, W/p, C], and no skips.
+    """
+    h = Features(self.conv_in(folded(x, self.spec)))
+    if outer is not None:
+      h = h.replace(x=h.x + outer.as_patch(h.patch).x)
+    if self.spec.position_waves:
+      position = self.position(
+        layers.position_features(h.size, self.spec.position_waves)
+      )
+      h = h.replace(x=h.x + position)
+    return h, []
+
+  def ascend(self, h, skips, tokens, text, mask):
+    """Returns the features: there is nothing to do after the blocks."""
+    return h
+
+  def out(self, h: Features) -> jax.Array:
+    """Features of patches -> prediction [B, H, W, 3] in float32."""
+    h = self.conv_out(self.norm_out(h.x)).astype(jnp.float32)
+    return packing.unfold(h, (self.spec.patch_size,) * 2)
