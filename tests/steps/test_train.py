@@ -76,24 +76,14 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope='module')
 def training(make_config, batch):
-<<<<<<< HEAD
-  """(name of a mesh, number of microbatches) -> Training.
-=======
-  """(mesh, number of microbatches, kind of level 0, is it flow) -> Training.
->>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
+  """(name of a mesh, microbatches, kind of level 0) -> Training.
 
   The batch is mixed: level 1 sees half of it.
   """
 
   @functools.cache
-<<<<<<< HEAD
-  def make(mesh_name, accumulate):
-    config = make_config()
-=======
-  def make(mesh_name, accumulate, kind, is_flow):
+  def make(mesh_name, accumulate, kind):
     config = make_config(kind)
-    config.diffusion.update(FLOW if is_flow else {})
->>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
     stage = config.stages[1]
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
@@ -162,13 +152,9 @@ def training(make_config, batch):
       shardings,
     )
 
-<<<<<<< HEAD
-  return lambda mesh_name, accumulate=1: make(mesh_name, accumulate)
-=======
-  return lambda mesh_name, accumulate=1, kind='unet', flow=False: make(
-    mesh_name, accumulate, kind, flow
+  return lambda mesh_name, accumulate=1, kind='unet': make(
+    mesh_name, accumulate, kind
   )
->>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
 
 
 @pytest.fixture(scope='module')
@@ -248,21 +234,6 @@ def test_equals_one_device_and_the_whole_batch(
       )
 
 
-<<<<<<< HEAD
-=======
-def test_rectified_flow_equals_one_device_and_the_whole_batch(losses, metrics):
-  """Each level has its own times, stratified over all microbatches."""
-  counts = metrics('one', 1, 'unet', True)[0][0]['noise_counts']
-  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
-  assert 15 <= counts[0, :2].sum() <= 17 and 3 <= counts[0, 0] <= 6
-  expected = losses('one', 1, 'unet', True)
-  assert np.isfinite(expected).all() and np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(
-    losses('all', 4, 'unet', True), expected, rtol=1e-5
-  )
-
-
->>>>>>> 0abf069430072d50cdd4f1a79067dc1fb0768a56
 @pytest.fixture(scope='module')
 def weighted_losses(make_config, batch, random_params):
   """(name of a mesh, objective) -> losses [B] of a batch, with each weighting.
