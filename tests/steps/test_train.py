@@ -183,8 +183,8 @@ def metrics(training, batch, random_params):
   """Runs five steps -> their metrics, with the first and last parameters."""
 
   @functools.cache
-  def run(mesh_name, accumulate=1):
-    made = training(mesh_name, accumulate)
+  def run(*given):
+    made = training(*given)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
       before = jax.device_get(state.params)
