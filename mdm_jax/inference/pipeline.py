@@ -241,9 +241,7 @@ class Pipeline:
       guide = _directory('guide', guide)
     guided_by = self._guide(guide) if guide else None
     spec = model.stage.make_sampler(model.mesh).spec
-    params = model.params
-    if guided_by:
-      params = params | {'guide': guided_by.params}
+    params = model.params | ({'guide': guided_by.params} if guided_by else {})
     each = [prompt for prompt in prompts for _ in range(num_samples)]
     seeds = [seed + i for _ in prompts for i in range(num_samples)]
     size = _batch_size(model, len(each))

@@ -120,7 +120,7 @@ class Evaluation:
     for column, names in cells.items():
       names = [names.get(each, '') for each in attributes]
       for header, texts in (
-        (column, [_format(name, self.values.get(name)) for name in names]),
+        (column, [format_value(name, self.values.get(name)) for name in names]),
         ('chance', [self._chance(name) for name in names]),
       ):
         headers.append(header)

@@ -15,7 +15,12 @@ from mdm_jax.models.conditioning import PrecomputedTextEncoder
 from mdm_jax.optim.skip_step import SkipRule
 from mdm_jax.runtime import sharding
 from mdm_jax.steps.evaluate import make_band_step
-from mdm_jax.steps.objective import batch_losses, sample_noise
+from mdm_jax.steps.objective import (
+  batch_losses,
+  losses_by_noise,
+  sample_noise,
+  with_whole,
+)
 from mdm_jax.steps.train import make_train_step, new_state
 
 BATCH = 16
@@ -148,4 +153,26 @@ def test_weights_are_divided_by_their_sum_over_the_batch(
   )
   np.testing.assert_allclose(
     mean_loss(True, False).mean(), (losses * weights).mean(), 1e-5
+  )
+
+
+def test_bands_of_levels_with_times_of_their_own(config):
+  """The finer level sees the first of every two examples."""
+  objective = make_objective(config, config.stages[1])
+  t = np.array([[0, 999], [260, 5], [999, 260], [251, 7]])
+  losses = np.array([1.0, 2, 4, 8]), np.array([16.0, 32])
+  sums, counts = losses_by_noise(objective, losses, t, 4)
+  np.testing.assert_array_equal(sums, [[1, 10, 0, 4], [0, 32, 0, 16]])
+  np.testing.assert_array_equal(counts, [[1, 2, 0, 1], [0, 1, 0, 1]])
+
+
+def test_level_weights_are_divided_by_their_mean(config, model, batch):
+  changed = config.copy_and_resolve_references()
+  changed.diffusion.time_weights = 'min_snr'
+  objective = make_objective(changed, changed.stages[1])
+  t = np.arange(0, 960, 60)
+  whole = with_whole(model, objective, batch, t)
+  table = objective.time_weights.astype(np.float64)
+  np.testing.assert_allclose(
+    whole['mean_weight'], np.full(BATCH, table[:, t + 1].mean()), rtol=1e-6
   )

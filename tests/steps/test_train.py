@@ -30,11 +30,17 @@ FLOW = {
   'schedule': 'linear',
   'parameterization': 'velocity',
   'loss_space': 'velocity',
-  'time_weights': 'min_snr',
   'normalize_time_weights': True,
   'time_density': 'logit_normal',
   'stratified_times': True,
   'level_times': 'independent',
+}
+COARSE_FIRST = FLOW | {
+  'parameterization': 'x0',
+  'noise_floor': 0.05,
+  'time_density': 'uniform',
+  'level_times': 'coarse_first',
+  'level_offset': 2.0,
 }
 CAPTIONS = ('a red ring', 'a small blue star', 'two green circles', 'a cross')
 # Number of devices along data, fsdp and spatial.
@@ -70,15 +76,14 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope='module')
 def training(make_config, batch):
-  """(mesh, number of microbatches, kind of level 0, is it flow) -> Training.
+  """(name of a mesh, microbatches, kind of level 0) -> Training.
 
   The batch is mixed: level 1 sees half of it.
   """
 
   @functools.cache
-  def make(mesh_name, accumulate, kind, is_flow):
+  def make(mesh_name, accumulate, kind):
     config = make_config(kind)
-    config.diffusion.update(FLOW if is_flow else {})
     stage = config.stages[1]
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
@@ -147,8 +152,8 @@ def training(make_config, batch):
       shardings,
     )
 
-  return lambda mesh_name, accumulate=1, kind='unet', flow=False: make(
-    mesh_name, accumulate, kind, flow
+  return lambda mesh_name, accumulate=1, kind='unet': make(
+    mesh_name, accumulate, kind
   )
 
 
@@ -229,38 +234,17 @@ def test_equals_one_device_and_the_whole_batch(
       )
 
 
-def test_rectified_flow_equals_one_device_and_the_whole_batch(losses, metrics):
-  """Each level has its own times, stratified over all microbatches."""
-  counts = metrics('one', 1, 'unet', True)[0][0]['noise_counts']
-  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
-  assert 15 <= counts[0, :2].sum() <= 17 and 3 <= counts[0, 0] <= 6
-  expected = losses('one', 1, 'unet', True)
-  assert np.isfinite(expected).all() and np.ptp(expected[:, 0]) > 1e-2
-  np.testing.assert_allclose(
-    losses('all', 4, 'unet', True), expected, rtol=1e-5
-  )
-
-
 @pytest.fixture(scope='module')
 def weighted_losses(make_config, batch, random_params):
-  """name of a mesh -> losses of the batch with each of the weights.
+  """(name of a mesh, objective) -> losses [B] of a batch, with each weighting.
 
-  Of x0 prediction on the linear path, coarse levels first. All weights go
-  through one program.
+  All weights go through one program.
   """
 
-  def run(mesh_name):
+  def run(mesh_name, diffusion):
     config = make_config()
     config.stages[1].mixed_ratio = (1.0, 1.0)
-    config.diffusion.update(
-      FLOW
-      | {
-        'parameterization': 'x0',
-        'noise_floor': 0.05,
-        'level_times': 'coarse_first',
-        'level_offset': 2.0,
-      }
-    )
+    config.diffusion.update(diffusion)
     model = make_model(config, config.stages[1])
     mesh = mesh_of(mesh_name)
 
@@ -292,10 +276,11 @@ def weighted_losses(make_config, batch, random_params):
   return run
 
 
-def test_weights_and_offsets_equal_one_device(weighted_losses):
-  expected = weighted_losses('one')
+@pytest.mark.parametrize('diffusion', [FLOW, COARSE_FIRST])
+def test_objectives_equal_one_device(weighted_losses, diffusion):
+  expected = weighted_losses('one', diffusion)
   assert all(np.isfinite(each).all() and np.ptp(each) > 0 for each in expected)
-  for found, other in zip(weighted_losses('all'), expected):
+  for found, other in zip(weighted_losses('all', diffusion), expected):
     np.testing.assert_allclose(found, other, rtol=1e-5)
 
 
