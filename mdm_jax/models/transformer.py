@@ -20,7 +20,7 @@ from mdm_jax.models import layers, packing
 from mdm_jax.models.packing import Features
 from mdm_jax.models.unet import (
   LevelSpec,
-  condition_features,
+  capped_scale,
   folded,
   rematerialised,
 )
@@ -240,7 +240,10 @@ class Transformer(nn.Module):
     Returns:
       [B, 2, C].
     """
-    t, scale = condition_features(self.spec, t, scale)
+    t, scale = (
+      layers.sinusoidal_embedding(value, self.spec.temporal_dim // 4)
+      for value in (t, capped_scale(self.spec, t, scale))
+    )
     temb = self.time_out(nn.silu(self.time_in(t))) + pooled_text
     time = self.time_token(nn.silu(temb))
     scale = self.scale_token(nn.silu(self.scale_in(scale)))

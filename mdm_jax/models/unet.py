@@ -228,10 +228,10 @@ class Middle(nn.Module):
     return block('block_1')([h], temb)
 
 
-def condition_features(
+def capped_scale(
   spec: LevelSpec, t: jax.Array, scale: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """Sinusoidal features of time and micro-condition, of one width.
+) -> jax.Array:
+  """The micro-condition: the size of the original images, up to a level's cap.
 
   Args:
     spec: of the level.
@@ -240,17 +240,12 @@ def condition_features(
       `scale_condition`.
 
   Returns:
-    Two arrays [B, temporal_dim / 4].
+    [B] in pixels.
   """
   limit = spec.scale_condition
   if scale is None:
     scale = jnp.full(t.shape, limit, jnp.float32)
-  scale = jnp.minimum(scale / limit, 1) * limit
-  t, scale = (
-    layers.sinusoidal_embedding(value, spec.temporal_dim // 4)
-    for value in (t, scale)
-  )
-  return t, scale
+  return jnp.minimum(scale / limit, 1) * limit
 
 
 def folded(x: jax.Array, spec: LevelSpec) -> jax.Array:
@@ -317,9 +312,14 @@ class UNet(nn.Module):
     Returns:
       [B, temporal_dim].
     """
-    t, scale = condition_features(self.spec, t, scale)
-    temb = self.time_out(nn.silu(self.time_in(t)))
-    temb += self.scale_out(nn.silu(self.scale_in(scale)))
+    scale = capped_scale(self.spec, t, scale)
+    dim = self.spec.temporal_dim // 4
+
+    def sinusoidal(value):
+      return layers.sinusoidal_embedding(value, dim)
+
+    temb = self.time_out(nn.silu(self.time_in(sinusoidal(t))))
+    temb += self.scale_out(nn.silu(self.scale_in(sinusoidal(scale))))
     return temb + pooled_text
 
   def descend(self, x, temb, text, mask, outer):

@@ -51,34 +51,37 @@ def params():
   )
 
 
+def dense(module, x):
+  return x @ module['kernel'] + module.get('bias', 0)
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def norm(module, x):
+  return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * module['scale']
+
+
+def waves(value):
+  angles = value * 10000.0 ** (-np.arange(3) / 3)
+  return np.concatenate([np.sin(angles), np.cos(angles)])
+
+
+def turned(x, row, column):
+  """Turns the pairs (i, i + 4) of a head, two by row and two by column."""
+  out = x.copy()
+  for i, angle in enumerate([row, row / 10, column, column / 10]):
+    a, b = x[i], x[i + 4]
+    out[i] = a * np.cos(angle) - b * np.sin(angle)
+    out[i + 4] = a * np.sin(angle) + b * np.cos(angle)
+  return out
+
+
 def in_numpy(params, x, t, text, mask, scale):
   """The network in float64, example by example and token by token."""
   params = jax.tree.map(np.float64, params)
   level, width, heads, dim = params['level_0'], 16, 2, 8
-
-  def dense(module, x):
-    return x @ module['kernel'] + module.get('bias', 0)
-
-  def silu(x):
-    return x / (1 + np.exp(-x))
-
-  def norm(module, x):
-    return (
-      x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * module['scale']
-    )
-
-  def waves(value):
-    angles = value * 10000.0 ** (-np.arange(3) / 3)
-    return np.concatenate([np.sin(angles), np.cos(angles)])
-
-  def turned(x, row, column):
-    """Turns the pairs (i, i + 4) of a head, two by row and two by column."""
-    out = x.copy()
-    for i, angle in enumerate([row, row / 10, column, column / 10]):
-      a, b = x[i], x[i + 4]
-      out[i] = a * np.cos(angle) - b * np.sin(angle)
-      out[i + 4] = a * np.sin(angle) + b * np.cos(angle)
-    return out
 
   def attention(block, x, words):
     query, key, value = np.split(
