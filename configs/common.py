@@ -39,15 +39,7 @@ def get_config() -> ConfigDict:
         },
         'levels': [],  # coarse to fine, each a level()
       },
-      'diffusion': {
-        'schedule': 'deepfloyd',  # or 'ddpm', 'cosine'
-        'num_steps': 1000,  # T, the number of noising steps
-        'parameterization': 'v',  # what the network predicts: v, eps, x0
-        'loss_space': 'eps',  # where the error is measured: v, eps, x0
-        'time_weights': 'none',  # or 'vdm': those of the variational bound
-        # Divide them by their mean over the batch, as the release does.
-        'normalize_time_weights': False,
-      },
+      'diffusion': _diffusion(),
       'stages': [],  # in order, each a stage()
       'optimizer': _optimizer(),
       # Post-hoc EMA: an EMA of any sigma_rel, computed after training from
@@ -145,6 +137,34 @@ def _text() -> dict[str, Any]:
   }
 
 
+def _diffusion() -> dict[str, Any]:
+  """The objective; docs/objectives.md says what to choose."""
+  return {
+    'schedule': 'deepfloyd',  # or ddpm, cosine; linear: rectified flow
+    'num_steps': 1000,  # T, the number of noising steps
+    # What the network predicts: v, eps, x0, velocity.
+    'parameterization': 'v',
+    # Where the error is measured: v, eps, x0, velocity.
+    'loss_space': 'eps',
+    # With x0 prediction, the least noise that its error is divided by.
+    'noise_floor': 0.0,
+    # Or 'vdm', those of the variational bound; 'min_snr', 'sigmoid', 'p2'.
+    'time_weights': 'none',
+    'min_snr_gamma': 5.0,  # of min_snr
+    'sigmoid_bias': 0.0,  # of sigmoid, in nats of logSNR
+    'p2': (1.0, 1.0),  # gamma and k of p2
+    # Divide them by their mean over the batch, as the release does.
+    'normalize_time_weights': False,
+    'time_density': 'uniform',  # of the times; or 'logit_normal'
+    'logit_normal': (0.0, 1.0),  # mean, std of the logit; 1 is noise
+    'stratified_times': False,  # spread evenly over each batch
+    # Times of the levels: 'shared'; 'independent' of each other;
+    # 'coarse_first', each level less noisy than the next finer one.
+    'level_times': 'shared',
+    'level_offset': 0.0,  # of coarse_first: nats of logSNR between levels
+  }
+
+
 def _sampler() -> dict[str, Any]:
   """Sampling of images, during training and after."""
   return {
@@ -157,6 +177,9 @@ def _sampler() -> dict[str, Any]:
     'guidance_interval': (0.0, 1.0),
     'threshold': 'dynamic_if',  # of x0; or none, clip, dynamic
     'pixels': 'round',  # to 8 bits; or 'truncate', as in the release
+    # Nats of logSNR by which each level is ahead of the next finer one; for
+    # networks that were trained with independent times.
+    'level_offset': 0.0,
   }
 
 

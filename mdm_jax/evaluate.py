@@ -27,9 +27,10 @@ _METRICS = flag_types.define(
   'metrics',
   None,
   _KINDS['metrics'],
-  'Some of loss, prompt_accuracy, fid, kid, precision_recall, clip. Default: '
-  'the first two, which need no files; for directories fid, kid and '
-  'precision_recall.',
+  'Some of loss, prompt_accuracy, edge_width, frechet, fid, kid, '
+  'precision_recall, clip. Default: the first three, which need no files; for '
+  'directories fid, kid and precision_recall. frechet, for shapes, trains a '
+  'classifier and caches it.',
 )
 _NUM_SAMPLES = flag_types.define(
   'num_samples',

@@ -115,6 +115,18 @@ def take(tree: Any, count: int, repeats: int) -> Any:
   return jax.tree.map(take_leaf, tree)
 
 
+def times(t: jax.Array, level: int, count: int, repeats: int) -> jax.Array:
+  """The times of the examples that a level sees, [count].
+
+  Args:
+    t: [B], times that the levels share, or [B, levels].
+    level: from 0, the coarsest.
+    count: how many examples the level sees.
+    repeats: periods in the batch.
+  """
+  return take(t if t.ndim == 1 else t[:, level], count, repeats)
+
+
 def split(tree: Any, parts: int, repeats: int) -> Any:
   """Splits a batch into parts that consist of whole periods.
 

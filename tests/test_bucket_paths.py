@@ -36,6 +36,7 @@ from mdm_jax.serving import access
 from mdm_jax.serving.model_card import make_model_card
 from mdm_jax.tools import compare_samplers, compile_for_tpu
 from tests import commands, toy
+from tests.tools import test_emoji_tars
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPT = 'a red ring on navy'
@@ -240,11 +241,38 @@ def try_train_tokenizer(tries):
   assert 1 in Tokenizer(output, 8).encode('a ring')
 
 
+def try_emoji(tries):
+  given = tries.upload(
+    emojibase=test_emoji_tars.emojibase(),
+    fluent=test_emoji_tars.fluent(),
+    noto=b'no font',
+  )
+  output = f'{tries.path}/emoji'
+  result = tries('tools.emoji_tars', output=output, code=1, **given)
+  assert 'is not NotoColorEmoji.ttf' in result.stderr
+  del given['noto']
+  tries('tools.emoji_tars', output=output, **given)
+  assert 'emoji/train-00000.tar' in tries.files()
+
+
 def try_compare(tries, run, monkeypatch):
   output = f'{tries.path}/a.png'
   flags = ('--num_images=2', '--steps=1', '--batch_size=8')
   tries('tools.compare_with_data', *flags, workdir=run, output=output)
   assert tries.files()['a.png'].startswith(b'\x89PNG')
+  labels = [
+    json.dumps({'key': f'{split}/{i}', 'kind': split})
+    for split in ('train', 'held_out')
+    for i in range(8)
+  ]
+  given = tries.upload(labels='\n'.join(labels).encode())
+  tries(
+    'tools.nearest_images',
+    *(*flags, '--num_samples=2', '--num_training=8', '--classifier_steps=1'),
+    workdir=run,
+    output=f'{tries.path}/b.png',
+    **given,
+  )
   output = f'{tries.path}/results.json'
   flags = (
     *('--samplers=ddim', '--steps=1', '--num_images=8'),
@@ -262,6 +290,29 @@ def try_compare(tries, run, monkeypatch):
   compare_samplers._plot([found], f'{tries.path}/plot.svg')
   assert tries.files()['plot.svg'] == b'svg'
   tries.note('tools.compare_samplers', 'plot')
+
+
+def try_sweep(tries, run):
+  given = tries.upload(config=toy.recipe(1, 1).encode())
+  output = f'{tries.path}/sweep'
+  flags = ('--grid=seed=1', '--metric=nonsense')
+  result = tries('tools.sweep', *flags, output=output, code=1, **given)
+  assert '--metric=nonsense: there are held_out_loss_8' in result.stderr
+  flags = (
+    *('--grid=sampler.guidance=1,2', '--metric=accuracy_all'),
+    *('--num_samples=2', '--batch_size=8'),
+  )
+  tries('tools.sweep', *flags, workdir=run, output=output)
+  found = files.read_json_lines(f'{output}/results.jsonl')
+  assert {line['run'] for line in found} == {
+    'sampler.guidance=1.0',
+    'sampler.guidance=2.0',
+  }
+  assert b'| sampler.guidance |' in tries.files()['sweep/table.md']
+  again = tries('tools.sweep', *flags, workdir=run, output=output)
+  assert 'Evaluation' not in again.stderr
+  # The functions of mdm_jax.evaluate read these, and compare_samplers plots.
+  tries.note('tools.sweep', 'clip', 'inception', 'reference', 'cache', 'plot')
 
 
 def try_bench(tries):
@@ -421,6 +472,12 @@ TRIED = {
     'plot': try_compare,
   },
   'tools.compare_with_data': {'workdir': try_compare, 'output': try_compare},
+  'tools.emoji_tars': {
+    'emojibase': try_emoji,
+    'fluent': try_emoji,
+    'noto': try_emoji,
+    'output': try_emoji,
+  },
   'tools.export_weights': {'workdir': try_weights, 'output': try_weights},
   'tools.import_ml_mdm': {
     'config': try_weights,
@@ -428,9 +485,21 @@ TRIED = {
     'workdir': try_weights,
   },
   'tools.index_tars': {'input': try_training, 'output': try_training},
+  'tools.nearest_images': {
+    'workdir': try_compare,
+    'output': try_compare,
+    'labels': try_compare,
+  },
   'tools.plan': {'config': try_plan, 'cache': try_plan},
   'tools.precompute_text': {'config': try_training},
   'tools.prepare_data': {'input': try_prepare_data, 'output': try_prepare_data},
+  'tools.sweep': dict.fromkeys(
+    (
+      *('config', 'workdir', 'output', 'plot'),
+      *('clip', 'inception', 'reference', 'cache'),
+    ),
+    try_sweep,
+  ),
   'tools.train_tokenizer': {
     'output': try_train_tokenizer,
     'captions': try_train_tokenizer,
@@ -508,12 +577,15 @@ NEEDED = {
   'tools.bench_data': ('--config=shapes_64', 'output'),
   'tools.compare_samplers': ('--steps=1', 'workdir'),
   'tools.compare_with_data': ('--workdir=.', 'output'),
+  'tools.emoji_tars': ('--resolution=64', 'output'),
   'tools.export_weights': ('--workdir=.', 'output'),
   'tools.import_ml_mdm': ('--config=shapes_64', 'checkpoint'),
   'tools.index_tars': ('--input=*.tar', 'output'),
+  'tools.nearest_images': ('--workdir=.', 'output'),
   'tools.plan': ('--config=shapes_64', 'cache'),
   'tools.precompute_text': ('--batch_size=8', 'config'),
   'tools.prepare_data': ('--input=.', 'output'),
+  'tools.sweep': ('--metric=a', 'config'),
   'tools.train_tokenizer': ('--vocab_size=300', 'output'),
 }
 

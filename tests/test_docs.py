@@ -450,7 +450,7 @@ def test_every_key_has_a_row_with_its_default():
     *('mesh', 'sharding_rules', 'model.levels', 'sampler.guidance_interval'),
     *('model.levels[i].resolution', 'model.levels[i].scale_condition'),
     *('stages[i].name', 'stages[i].num_levels', 'stages[i].loss_weights'),
-    'stages[i].mixed_ratio',
+    *('stages[i].mixed_ratio', 'diffusion.logit_normal', 'diffusion.p2'),
   }
   for key, value in values.items():
     if key not in in_words:

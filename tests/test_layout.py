@@ -12,12 +12,14 @@ ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 ROWS = (
   'main sample evaluate demo',
   'tools.plan tools.bench tools.bench_data tools.compare_samplers '
-  'tools.compare_with_data '
+  'tools.compare_with_data tools.emoji_tars tools.nearest_images '
   'tools.export_weights tools.import_ml_mdm tools.index_tars '
-  'tools.precompute_text tools.prepare_data tools.train_tokenizer',
-  'tools.compile_for_tpu tools.conversion',
+  'tools.precompute_text tools.prepare_data tools.sweep '
+  'tools.train_tokenizer',
+  'tools.compile_for_tpu tools.conversion tools.sweep_training '
+  'tools.sweep_evaluation',
   'tools.hlo tools.tfds_writer',
-  'tools.worker_pool',
+  'tools.worker_pool tools.run_commands',
   'serving.page',
   'serving.html serving.access',
   'serving.queue serving.model_card serving.assets',
@@ -26,16 +28,18 @@ ROWS = (
   'training.summary',
   'training.hooks training.initial_state',
   'training.monitor',
-  'training.stage_checkpoints training.run training.grow',
+  'training.stage_checkpoints training.run training.grow training.expected',
   'inference.pipeline',
   'inference.evaluation',
+  'inference.shapes_features',
   'inference.references',
-  'inference.session inference.validation inference.feature_extractors',
+  'inference.session inference.validation inference.feature_extractors '
+  'inference.split_images inference.labelled_features',
   'inference.weights inference.run_flags',
   'builders.check',
   'builders.stage builders.prompts',
   'builders.model builders.data',
-  'builders.text',
+  'builders.text builders.sweep_grid',
   'builders.recipes',
   'builders.listing',
   'builders.config',
@@ -49,8 +53,9 @@ ROWS = (
   'checkpoint.contents',
   'checkpoint.manifest',
   'checkpoint.identity',
+  'report.sweep_results',
   'report.sample_directory report.progress report.metric_writer '
-  'report.goodput report.evaluations',
+  'report.goodput report.evaluations report.training_curve report.plots',
   'report.background report.console report.gallery report.grid report.trackers '
   'report.layouts',
   'interop.hugging_face interop.ml_mdm',

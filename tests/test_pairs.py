@@ -27,8 +27,17 @@ PAIRS = {
   ('main', 'compare_samplers'): (
     'training/test_loop.py::test_samplers_are_compared'
   ),
+  ('main', 'sweep'): 'tools/test_sweep.py::test_a_finished_run_is_evaluated',
+  ('sweep', 'sweep'): 'tools/test_sweep.py::test_a_changed_grid_adds_runs',
   ('main', 'compare_with_data'): (
     'training/test_loop.py::test_samples_are_shown_beside_the_data'
+  ),
+  ('main', 'nearest_images'): (
+    'training/test_loop.py::test_samples_are_shown_beside_the_nearest_images'
+  ),
+  ('emoji_tars', 'prepare_data'): 'tools/test_emoji_tars.py::test_command',
+  ('emoji_tars', 'nearest_images --labels'): (
+    'tools/test_emoji_tars.py::test_command'
   ),
   ('sample', 'sample'): (
     'report/test_sample_directory.py'

@@ -43,6 +43,8 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   """
   ranges.check(config)
   _check_text(config)
+  _check_objective(config)
+  _check_level_times(config)
   _check_sampler(config)
   _check_averages(config)
   _check_evaluation(config)
@@ -105,6 +107,15 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   return make_stages(config)
 
 
+def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
+  """The held-out losses and the scores that the last stage is measured by."""
+  losses = loss_names(config, resolutions(config, config.stages[-1]))
+  scores = []
+  if can_score_prompts(config):
+    scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  return list(losses), scores
+
+
 def _check_text(config: ConfigDict) -> None:
   text = config.text
   needs_t5 = text.encoder not in TRAINED_ENCODERS
@@ -130,6 +141,63 @@ def _check_text(config: ConfigDict) -> None:
       config.data.path,
       precomputed.read_info(config.data.path),
       text_fingerprint(config),
+    )
+
+
+def _check_objective(config: ConfigDict) -> None:
+  diffusion = config.diffusion
+  if (
+    diffusion.time_density == 'logit_normal' and diffusion.logit_normal[1] <= 0
+  ):
+    raise ValueError(
+      f'diffusion.logit_normal={diffusion.logit_normal}: give a mean and a '
+      'standard deviation above 0.'
+    )
+  if diffusion.schedule != 'linear':
+    return
+  predicted = diffusion.parameterization
+  if predicted not in ('velocity', 'x0'):
+    raise ValueError(
+      f"diffusion.parameterization={predicted!r} with schedule='linear': use "
+      'velocity or x0. v is that of the other schedules, and from eps no image '
+      'follows where the linear path begins, in pure noise.'
+    )
+  if diffusion.loss_space == 'v':
+    raise ValueError(
+      "diffusion.loss_space='v' with schedule='linear': use velocity, eps or "
+      'x0; v is that of the other schedules.'
+    )
+  if (
+    predicted == 'x0' != diffusion.loss_space
+    and diffusion.time_weights in ('none', 'vdm')
+    and not diffusion.noise_floor
+  ):
+    raise ValueError(
+      "diffusion.parameterization='x0' with schedule='linear' and "
+      f'loss_space={diffusion.loss_space!r}: the loss divides by the noise, '
+      'which is 0 at t = 0; give diffusion.noise_floor, such as 0.05, '
+      "loss_space='x0', or time_weights='min_snr'."
+    )
+
+
+def _check_level_times(config: ConfigDict) -> None:
+  diffusion, offset = config.diffusion, config.sampler.level_offset
+  levels = max((stage.num_levels for stage in config.stages), default=2)
+  if diffusion.level_times != 'shared' and levels < 2:
+    raise ValueError(
+      f'diffusion.level_times={diffusion.level_times!r} with a single level: '
+      "use 'shared'."
+    )
+  if diffusion.level_offset and diffusion.level_times != 'coarse_first':
+    raise ValueError(
+      f'diffusion.level_offset={diffusion.level_offset} with level_times='
+      f"{diffusion.level_times!r}: give 0.0, or level_times='coarse_first'."
+    )
+  if offset and diffusion.level_times != 'independent':
+    raise ValueError(
+      f'sampler.level_offset={offset} with diffusion.level_times='
+      f'{diffusion.level_times!r}: give 0.0; only networks that were trained '
+      'with independent times can be sampled with an offset.'
     )
 
 
@@ -160,10 +228,7 @@ def _check_evaluation(config: ConfigDict) -> None:
   metric = settings.best_metric
   if not metric or not config.stages:
     return
-  losses = loss_names(config, resolutions(config, config.stages[-1]))
-  scores = []
-  if can_score_prompts(config):
-    scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+  losses, scores = metric_names(config)
   if current_name(config, metric) not in losses + scores:
     raise ValueError(
       f'eval.best_metric={metric!r}: use one of {losses + scores}.'

@@ -48,6 +48,10 @@ _MAY_CHANGE = (
   'model.levels.remat',
   'model.levels.lanes',
 )
+# Of those keys, the ones that the metrics of a run depend on, and keys that say
+# where its files are.
+_MEASURED = ('log_every:', 'sampler.', 'eval.', 'guard.')
+_PLACES = ('data.path:', 'text.path:', 'text.tokenizer:')
 
 
 class Renamed(NamedTuple):
@@ -85,6 +89,16 @@ _ADDED = {
   'sampler.pixels': 'round',
   'eval.loss_every': 0,
   'data.two_objects': 0.25,
+  'diffusion.noise_floor': 0.0,
+  'diffusion.min_snr_gamma': 5.0,
+  'diffusion.sigmoid_bias': 0.0,
+  'diffusion.p2': (1.0, 1.0),
+  'diffusion.time_density': 'uniform',
+  'diffusion.logit_normal': (0.0, 1.0),
+  'diffusion.stratified_times': False,
+  'diffusion.level_times': 'shared',
+  'diffusion.level_offset': 0.0,
+  'sampler.level_offset': 0.0,
   'model.levels[].kind': 'unet',
 }
 # With these a run that lacks them may begin at any step.
@@ -284,6 +298,27 @@ def changes_of_run(
   }
 
 
+def has_config_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+  """Whether two runs have the same metrics, but for chance and their machines.
+
+  Args:
+    old: what `read_config` returned for a run, maybe of an earlier version.
+    new: configuration of another one, as JSON.
+  """
+  old = json.loads(json.dumps(old))
+  for key, value in _ADDED.items():
+    _add(old, key.split('.'), value)
+  free = tuple(
+    key
+    for key in (*_MAY_CHANGE, *_PLACES)
+    if not f'{key}:'.startswith(_MEASURED)
+  )
+  return all(
+    re.sub(r'\[\d+\]', '', line).startswith(free)
+    for line in differences(old, new)
+  )
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Names every value that two configurations do not share.
 
@@ -337,6 +372,17 @@ def reading_prompts(config: ConfigDict) -> ConfigDict:
   if config.text.encoder == 'precomputed':
     config.text.encoder = 't5'
   return config
+
+
+def sampler_settings(config: ConfigDict) -> dict[str, Any]:
+  """The sampler's keys, to be recorded beside what was sampled.
+
+  What was recorded before there was an offset of the levels goes on without it.
+  """
+  settings = config.sampler.to_dict()
+  if not settings['level_offset']:
+    del settings['level_offset']
+  return settings
 
 
 def stage_directory(

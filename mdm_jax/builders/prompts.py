@@ -1,6 +1,7 @@
 """Prompts to sample: encodes captions, and takes captions of the data set."""
 
 from collections.abc import Sequence
+import difflib
 import functools
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from mdm_jax.data import pipeline, shapes
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.eval.prompt_accuracy import Vocabulary
 
+_SHOWN_WORDS = 5  # unknown words that are named
+_MANY_WORDS = 100  # of more known words only those near to unknown ones are
 _CHANCE = 4000  # scenes from which the level of chance is computed
 
 
@@ -61,6 +64,45 @@ def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
         *cut[0],
       )
   return np.stack(list(map(tokenizer.encode, captions)))
+
+
+def unknown_words(config: ConfigDict, prompts: Sequence[str]) -> str:
+  """Says which words of prompts the tokenizer's training never saw.
+
+  A text encoder that is trained on these captions alone has no meaning for
+  them.
+
+  Args:
+    config: configuration of the run.
+    prompts: any texts.
+
+  Returns:
+    A sentence without a full stop, with the words that are known; '' if there
+    is nothing to say: T5 and class labels know no other words than theirs.
+  """
+  if config.text.encoder != 'learned':
+    return ''
+  tokenizer = make_tokenizer(config)
+  found = tokenizer.unknown_words(prompts)
+  if not found:
+    return ''
+  shown = ', '.join(f'"{word:.30}"' for word in found[:_SHOWN_WORDS])
+  more = len(found) - _SHOWN_WORDS
+  if more > 0:
+    shown += f' and {more:,} more'
+  known = sorted(tokenizer.known_words)
+  text = f'words that training never saw: {shown}; '
+  if len(known) <= _MANY_WORDS:
+    return text + f'it knows {", ".join(known)}'
+  text += f'it knows {len(known):,} words'
+  near = {
+    near: None
+    for word in found[:_SHOWN_WORDS]
+    for near in difflib.get_close_matches(
+      word[:30], [each for each in known if each[0] == word[0]]
+    )
+  }
+  return text + (f', of which {", ".join(near)} are near' if near else '')
 
 
 def make_prompts(
@@ -141,14 +183,16 @@ def chance_accuracy() -> dict[str, float]:
   assigned to stated ones such that most marks are right.
 
   Returns:
-    By the names of `prompt_accuracy.NAMES`, from 0 to 1.
+    By the names of `prompt_accuracy.NAMES` and `by_number_of_objects`, from 0
+    to 1.
   """
   source = shapes.ShapesSource(0, 'held_out', _CHANCE, 8)
   scenes = [source.scene(i) for i in range(len(source))]
-  return {
-    name: float(value)
-    for name, value in prompt_accuracy.mean_marks(
-      prompt_accuracy.compare(scene.background, scene.objects, stated)
-      for (scene, *_), (*_, stated) in zip(scenes, [*scenes[1:], scenes[0]])
-    ).items()
-  }
+  statements = [stated for *_, stated in [*scenes[1:], scenes[0]]]
+  marks = [
+    prompt_accuracy.compare(scene.background, scene.objects, stated)
+    for (scene, *_), stated in zip(scenes, statements)
+  ]
+  accuracy = prompt_accuracy.mean_marks(marks)
+  accuracy |= prompt_accuracy.by_number_of_objects(marks, statements)
+  return {name: float(value) for name, value in accuracy.items()}

@@ -29,12 +29,22 @@ from mdm_jax.runtime.value_types import (
 SAMPLERS = ('ddim', 'ddpm', 'heun', 'dpm', 'dpm_sde')
 THRESHOLDS = ('none', 'clip', 'dynamic', 'dynamic_if')
 # What `inference.evaluation` measures.
-METRICS = ('loss', 'prompt_accuracy', 'fid', 'kid', 'precision_recall', 'clip')
+METRICS = (
+  'loss',
+  'prompt_accuracy',
+  'edge_width',
+  'frechet',
+  'fid',
+  'kid',
+  'precision_recall',
+  'clip',
+)
 
-_SPACES = Choice(('v', 'eps', 'x0'))
+_SPACES = Choice(('v', 'eps', 'x0', 'velocity'))
 _PERIOD = Number(int, 1, 10**9)  # in steps
 _RARELY = Number(int, 0, 10**9)  # in steps; 0: never
 _SHARE = Number(float, 0, 1)
+_NATS = Number(float, 0, 20)  # of logSNR
 # Nearer to 1 it is 1 in float32, and Adam divides by 0.
 _DECAY = Number(float, 0, 0.9999999)
 _AXIS = Number(int, 1, 10**6, also=(-1,))
@@ -134,12 +144,21 @@ KEYS = {
   'model.levels[].patch_size': Number(int, 1, 1024),
   'model.levels[].remat': Choice(('none', 'block', 'level')),
   'model.levels[].lanes': Number(int, 0, 10**5),
-  'diffusion.schedule': Choice(('deepfloyd', 'ddpm', 'cosine')),
+  'diffusion.schedule': Choice(('deepfloyd', 'ddpm', 'cosine', 'linear')),
   'diffusion.num_steps': Number(int, 1, 10**5),
   'diffusion.parameterization': _SPACES,
   'diffusion.loss_space': _SPACES,
-  'diffusion.time_weights': Choice(('none', 'vdm')),
+  'diffusion.noise_floor': Number(float, 0, 1, below=True),
+  'diffusion.time_weights': Choice(('none', 'vdm', 'min_snr', 'sigmoid', 'p2')),
+  'diffusion.min_snr_gamma': Number(float, 0, 10**9, above=True),
+  'diffusion.sigmoid_bias': Number(float, -30, 30),
+  'diffusion.p2': Tuple(Number(float, 0, 100), 2),
   'diffusion.normalize_time_weights': Boolean(),
+  'diffusion.time_density': Choice(('uniform', 'logit_normal')),
+  'diffusion.logit_normal': Tuple(Number(float, -10, 10), 2),
+  'diffusion.stratified_times': Boolean(),
+  'diffusion.level_times': Choice(('shared', 'independent', 'coarse_first')),
+  'diffusion.level_offset': _NATS,
   'stages[].name': NAME,
   'stages[].num_levels': Number(int, 1, 100),
   'stages[].steps': _PERIOD,
@@ -172,6 +191,7 @@ KEYS = {
   'sampler.guidance_interval': Tuple(_SHARE, 2),
   'sampler.pixels': Choice(('round', 'truncate')),
   'sampler.threshold': Choice(THRESHOLDS),
+  'sampler.level_offset': _NATS,
   'log_every': _PERIOD,
   'trackers': Tuple(Choice(('tensorboard', 'wandb'))),
   'sample_every': _PERIOD,

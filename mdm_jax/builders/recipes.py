@@ -26,6 +26,14 @@ from mdm_jax.runtime.value_types import Path
 flags.disclaim_key_flags()
 
 _KNOWN = 'configs/common.py has all keys.'
+# What ConfigDict raises for a key that is not there, or a placeholder.
+_MISTAKES = (
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+  config_dict.RequiredValueError,
+)
 
 
 def define(text: str, *, required: bool = True) -> flags.FlagHolder:
@@ -57,15 +65,40 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
   except flags.Error as error:
     sys.exit(f'error: {_with_range(argv, flag_types.reason(error))}')
-  # What ConfigDict raises for a key that is not there, or a placeholder.
-  except (
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    config_dict.RequiredValueError,
-  ) as error:
-    sys.exit(f'error: {_explain(argv, error)}')
+  except _MISTAKES as error:
+    config = flags.FLAGS['config'].parser.loaded
+    sys.exit(f'error: {_explain(argv, error, config)}')
+
+
+def override(config: ConfigDict, key: str, text: str) -> Any:
+  """Sets a key of a configuration to what `--config.KEY=TEXT` means.
+
+  Args:
+    config: is changed.
+    key: such as `stages[0].learning_rate`.
+    text: as on the command line.
+
+  Returns:
+    The key's new value.
+
+  Raises:
+    ValueError: there is no such key, or the value is wrong: one line that
+      begins with `KEY=TEXT`.
+  """
+  word = f'--config.{key}={text}'
+  own = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict(
+      'config', config, flag_values=own, sys_argv=['', word]
+    )
+    own(['', word])
+    ranges.check(config)
+    return config_path.get_value(key, config)
+  except flags.Error as error:
+    text = _with_range([word], flag_types.reason(error))
+  except _MISTAKES as error:
+    text = _explain([word], error, config)
+  raise ValueError(text.removeprefix('--config.'))
 
 
 def split(argument: str) -> list[str]:
@@ -243,9 +276,10 @@ def _with_range(argv: Sequence[str], text: str) -> str:
   return text
 
 
-def _explain(argv: Sequence[str], error: Exception) -> str:
+def _explain(
+  argv: Sequence[str], error: Exception, config: ConfigDict | None
+) -> str:
   """Why a key could not be changed, or its value is wrong."""
-  config = flags.FLAGS['config'].parser.loaded
   for word in argv:
     found = re.match(r'--?(?:no)?config\.([^=]+)', word)
     if not found or config is None:

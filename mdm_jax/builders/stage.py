@@ -17,7 +17,9 @@ from mdm_jax.builders import data
 from mdm_jax.builders.config import naming, stage_directory
 from mdm_jax.builders.model import make_model, resolutions
 from mdm_jax.builders.text import empty_text
-from mdm_jax.diffusion.schedule import Schedule, make_schedule, vdm_weights
+from mdm_jax.diffusion.loss import TimeDensity
+from mdm_jax.diffusion.schedule import Schedule, make_schedule, offset_levels
+from mdm_jax.diffusion.weights import level_weights, vdm_weights
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.optim import optimizer
 from mdm_jax.optim.skip_step import SkipRule
@@ -153,10 +155,14 @@ class Stage:
       guide: the network of a guide, see `Sampler`.
       **changes: fields of `SamplerSpec` that are not as in the config.
     """
+    spec = SamplerSpec(**{**self.config.sampler, **changes})
+    schedule = self.objective.schedule
+    if spec.level_offset:
+      schedule = offset_levels(schedule, spec.level_offset)
     return Sampler(
       self.model,
-      self.objective.schedule,
-      SamplerSpec(**{**self.config.sampler, **changes}),
+      schedule,
+      spec,
       mesh,
       self.objective.parameterization,
       guide,
@@ -289,15 +295,21 @@ def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
   """What a stage minimises."""
   diffusion = config.diffusion
   schedule = _make_noise_schedule(config, stage)
-  weighted = diffusion.time_weights == 'vdm'
   return Objective(
     schedule=schedule,
     parameterization=diffusion.parameterization,
     loss_space=diffusion.loss_space,
     weights=tuple(stage.loss_weights),
     fractions=mixed_batch.batch_fractions(stage.mixed_ratio),
-    time_weights=vdm_weights(schedule.gammas[0]) if weighted else None,
+    time_weights=_make_time_weights(config, schedule),
     normalize_weights=diffusion.normalize_time_weights,
+    density=TimeDensity(
+      diffusion.time_density,
+      diffusion.logit_normal,
+      diffusion.stratified_times,
+    ),
+    independent_times=diffusion.level_times == 'independent',
+    noise_floor=diffusion.noise_floor,
   )
 
 
@@ -337,4 +349,25 @@ def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
     resolutions(config, stage),
     stage.shift_power,
     config.diffusion.num_steps,
+    config.diffusion.level_offset,
+  )
+
+
+def _make_time_weights(
+  config: ConfigDict, schedule: Schedule
+) -> np.ndarray | None:
+  """Weights of the noising steps in the loss; None for equal weights."""
+  diffusion = config.diffusion
+  match diffusion.time_weights:
+    case 'none':
+      return None
+    case 'vdm':
+      return vdm_weights(schedule.gammas[0])
+  return level_weights(
+    diffusion.time_weights,
+    schedule,
+    diffusion.loss_space,
+    min_snr_gamma=diffusion.min_snr_gamma,
+    sigmoid_bias=diffusion.sigmoid_bias,
+    p2=diffusion.p2,
   )

@@ -1,8 +1,10 @@
 """Tokenizes captions: by SentencePiece, or by the rules of Apple's release."""
 
+from collections.abc import Iterable
 import functools
 import hashlib
 import os
+import re
 from typing import NamedTuple
 
 from etils import epath
@@ -17,6 +19,12 @@ _PAD, _EOS = 0, 1
 # T5 has 100 sentinels behind the pieces of its SentencePiece model, the last
 # one first.
 _T5_PIECES, _T5_SENTINELS = 32_000, 100
+# Of a model's file, which is a Protocol Buffer: the field of the words that it
+# was trained on. SentencePiece leaves fields above 200 to others.
+_WORDS_FIELD = 1001
+# A word, or a character of a script without spaces between words.
+_UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff'
+_WORD = re.compile(f'[{_UNSPACED}]|[^\\W_{_UNSPACED}]+')
 
 
 class Tokenizer:
@@ -80,6 +88,26 @@ class Tokenizer:
     """Changes with the file's contents."""
     data = remote_reads.kept_copy(self.path).read_bytes()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+  @functools.cached_property
+  def known_words(self) -> frozenset[str] | None:
+    """The words that the model was trained on, see `words_of`.
+
+    None if its file does not have them: other programs made it, or an earlier
+    version of `train_tokenizer`, or there were too many.
+    """
+    return read_words(remote_reads.kept_copy(self.path).read_bytes())
+
+  def unknown_words(self, texts: Iterable[str]) -> list[str]:
+    """The words of some texts that the model was never trained on, in order.
+
+    They are encoded as pieces of other words or as bytes, which say nothing to
+    a text encoder that is trained on these captions.
+    """
+    if self.known_words is None:
+      return []
+    words = dict.fromkeys(word for text in texts for word in words_of(text))
+    return [word for word in words if word not in self.known_words]
 
   @property
   def vocab_size(self) -> int:
@@ -168,6 +196,52 @@ class ReleaseTokenizer(Tokenizer):
 
 # By the value of `text.tokenizer_rules`.
 TOKENIZERS = {'sentencepiece': Tokenizer, 'release': ReleaseTokenizer}
+
+
+def words_of(text: str) -> list[str]:
+  """The words of a text, without case: runs of letters and digits."""
+  return _WORD.findall(text.casefold())
+
+
+def with_words(model: bytes, words: Iterable[str]) -> bytes:
+  """A SentencePiece file that also has the words that it was trained on."""
+  data = '\n'.join(sorted(words)).encode()
+  return model + _varint(_WORDS_FIELD << 3 | 2) + _varint(len(data)) + data
+
+
+def read_words(model: bytes) -> frozenset[str] | None:
+  """The words that `with_words` added; None if it has not."""
+  start = 0
+  try:
+    while start < len(model):
+      key, start = _read_varint(model, start)
+      if key & 7 != 2:  # The fields of a model are all of varying length.
+        return None
+      length, start = _read_varint(model, start)
+      if key >> 3 == _WORDS_FIELD:
+        return frozenset(model[start : start + length].decode().split('\n'))
+      start += length
+  except (IndexError, UnicodeDecodeError):  # Damaged, but SentencePiece reads.
+    pass
+  return None
+
+
+def _varint(value: int) -> bytes:
+  """A number as Protocol Buffers write it: 7 bits a byte, the lowest first."""
+  data = b''
+  while value > 127:
+    data += bytes([value & 127 | 128])
+    value >>= 7
+  return data + bytes([value])
+
+
+def _read_varint(data: bytes, start: int) -> tuple[int, int]:
+  """A number of `_varint`, and where it ends."""
+  value = shift = 0
+  while data[start] > 127:
+    value |= (data[start] & 127) << shift
+    start, shift = start + 1, shift + 7
+  return value | data[start] << shift, start + 1
 
 
 class _Vocabulary(NamedTuple):

@@ -134,7 +134,8 @@ def _guided(
     return guided
 
   def guided_within(x_t, t):
-    is_guided = (interval[0] <= t[0]) & (t[0] <= interval[1])
+    first = t.ravel()[0]  # Of the coarsest level, if each has its own.
+    is_guided = (interval[0] <= first) & (first <= interval[1])
     return jax.lax.cond(is_guided, guided, plain, x_t, t)
 
   return guided_within

@@ -1,8 +1,9 @@
 """Samplers: from noise to a pyramid of images, all levels together.
 
-A sampling step goes from the noising step t to a less noisy one, s < t.
-`gamma` and `gamma_s` are a level's gammas at t and at s (see `schedule`), [B,
-1, 1, 1] or scalars; images and noise are [B, H, W, C].
+A sampling step goes from the noising step t to a less noisy one, s < t. `at`
+and `at_s` are a level's signal and noise there, on any path (see `schedule`);
+images and noise are [B, H, W, C]. On a path that is not variance-preserving the
+formulas are those of the papers for x / sqrt(signal^2 + noise^2).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdm_jax.diffusion import process
-from mdm_jax.diffusion.process import DenoiseFn
+from mdm_jax.diffusion.process import Coefficients, DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
 
@@ -48,25 +49,32 @@ def start_noise(
   )
 
 
-def time_steps(num_steps: int, total_steps: int) -> np.ndarray:
+def time_steps(num_steps: int, schedule: Schedule) -> np.ndarray:
   """The noising steps to visit: noisiest first, evenly spaced, ending at 0.
+
+  On the linear path they begin at T; on the others, as in the release, below
+  it: 50 steps of 1000 begin at 981.
 
   Args:
     num_steps: how many times the network is called.
-    total_steps: T of the schedule.
+    schedule: the noise of each level.
 
   Returns:
     int32 [num_steps + 1].
 
   Raises:
-    ValueError: if `num_steps` is not in 1..`total_steps`.
+    ValueError: if `num_steps` is not in 1..T.
   """
+  total_steps = schedule.num_steps
   if not 1 <= num_steps <= total_steps:
     raise ValueError(
       f'num_steps is {num_steps}: it must be in 1..{total_steps}.'
     )
   count = num_steps + 1
-  steps = np.round(np.arange(count) * (total_steps + 1) / count)
+  if schedule.is_linear:
+    steps = np.round(np.linspace(0, total_steps, count))
+  else:
+    steps = np.round(np.arange(count) * (total_steps + 1) / count)
   return steps[::-1].astype(np.int32)
 
 
@@ -104,58 +112,70 @@ def threshold_x0(x0: jax.Array, method: str) -> jax.Array:
   return jnp.clip(x0, -scale, scale) / scale
 
 
-def posterior_variance(gamma: jax.Array, gamma_s: jax.Array) -> jax.Array:
-  """Variance of x_s given x_t and x0 (Ho et al., arXiv 2006.11239, eq. 7)."""
-  return (1 - gamma / gamma_s) * (1 - gamma_s) / (1 - gamma)
+def _snr_ratio(at: Coefficients, at_s: Coefficients) -> jax.Array:
+  """The SNR at t over that at s; 0 where s is clean."""
+  return (at.signal * at_s.noise / (at_s.signal * at.noise)) ** 2
+
+
+def posterior_variance(at: Coefficients, at_s: Coefficients) -> jax.Array:
+  """Variance of x_s given x_t and x0: noise_s^2 (1 - SNR_t / SNR_s).
+
+  Ho et al., arXiv 2006.11239, eq. 7; for any path Kingma et al., arXiv
+  2107.00630, appendix A.
+  """
+  return at_s.noise**2 * (1 - _snr_ratio(at, at_s))
 
 
 def ddpm_step(
   x0: jax.Array,
   x_t: jax.Array,
-  gamma: jax.Array,
-  gamma_s: jax.Array,
+  at: Coefficients,
+  at_s: Coefficients,
   noise: jax.Array,
 ) -> jax.Array:
   """Samples x_s from its posterior given x_t and x0.
 
-  Ho et al., arXiv 2006.11239, eqs. 6 and 7. `noise` is standard normal.
+  With r = SNR_t / SNR_s its mean is signal_s (1 - r) x0 + sqrt(r) noise_s /
+  noise_t x_t: Ho et al., arXiv 2006.11239, eqs. 6 and 7; for any path Kingma et
+  al., arXiv 2107.00630, appendix A. `noise` is standard normal.
   """
-  alpha = gamma / gamma_s
+  ratio = _snr_ratio(at, at_s)
   mean = (
-    jnp.sqrt(gamma_s) * (1 - alpha) * x0 + jnp.sqrt(alpha) * (1 - gamma_s) * x_t
-  ) / (1 - gamma)
-  return mean + jnp.sqrt(posterior_variance(gamma, gamma_s)) * noise
+    at_s.signal * (1 - ratio) * x0
+    + jnp.sqrt(ratio) * at_s.noise / at.noise * x_t
+  )
+  return mean + jnp.sqrt(posterior_variance(at, at_s)) * noise
 
 
 def ddim_step(
   x0: jax.Array,
   x_t: jax.Array,
-  gamma: jax.Array,
-  gamma_s: jax.Array,
+  at: Coefficients,
+  at_s: Coefficients,
   noise: jax.Array | None = None,
   eta: float = 0.0,
 ) -> jax.Array:
   """A step of DDIM to x_s (Song et al., arXiv 2010.02502, eqs. 12 and 16).
 
-  `eta` is 0 for the deterministic sampler, which takes no noise, and 1 for
-  DDPM's variance. eps is recomputed from x_t and the given x0, as x0 may have
-  been thresholded.
+  On the linear path this is Euler's method along the velocity. `eta` is 0 for
+  the deterministic sampler, which takes no noise, and 1 for DDPM's variance.
+  eps is recomputed from x_t and the given x0, as x0 may have been thresholded.
   """
-  eps = process.predict_eps(x0, x_t, gamma, 'x0')
+  eps = process.predict_eps(x0, x_t, at, 'x0')
   if eta == 0:
-    return process.add_noise(x0, eps, gamma_s)
-  variance = eta**2 * posterior_variance(gamma, gamma_s)
+    return process.add_noise(x0, eps, at_s)
+  variance = eta**2 * posterior_variance(at, at_s)
   # Rounding may leave the difference below zero when it should be zero.
-  direction = jnp.sqrt(jnp.maximum(1 - gamma_s - variance, 0))
-  return jnp.sqrt(gamma_s) * x0 + direction * eps + jnp.sqrt(variance) * noise
+  direction = jnp.sqrt(jnp.maximum(at_s.noise**2 - variance, 0))
+  return at_s.signal * x0 + direction * eps + jnp.sqrt(variance) * noise
 
 
 def heun_step(
   eps: jax.Array,
   eps_s: jax.Array,
   x_t: jax.Array,
-  gamma: jax.Array,
-  gamma_s: jax.Array,
+  at: Coefficients,
+  at_s: Coefficients,
 ) -> jax.Array:
   """A step of Heun's method to x_s: along the mean of the slopes at t and s.
 
@@ -163,24 +183,22 @@ def heun_step(
   (Song et al., arXiv 2010.02502, eq. 14; Karras et al., arXiv 2206.00364, alg.
   1). `eps` is predicted at x_t, `eps_s` at the x_s that DDIM steps to.
   """
-  ratio = jnp.sqrt(gamma_s / gamma)
+  ratio = at_s.signal / at.signal
   slope = (eps + eps_s) / 2
-  return (
-    ratio * x_t + (jnp.sqrt(1 - gamma_s) - ratio * jnp.sqrt(1 - gamma)) * slope
-  )
+  return ratio * x_t + (at_s.noise - ratio * at.noise) * slope
 
 
-def half_logsnr(gamma: jax.Array) -> jax.Array:
-  """DPM-Solver's lambda, log(signal / noise); infinite where gamma is 1."""
-  return (jnp.log(gamma) - jnp.log1p(-gamma)) / 2
+def half_logsnr(at: Coefficients) -> jax.Array:
+  """DPM-Solver's lambda, log(signal / noise); infinite where noise is 0."""
+  return jnp.log(at.signal) - jnp.log(at.noise)
 
 
 def extrapolate_x0(
   x0: jax.Array,
-  gamma: jax.Array,
-  gamma_s: jax.Array,
+  at: Coefficients,
+  at_s: Coefficients,
   x0_r: jax.Array,
-  gamma_r: jax.Array,
+  at_r: Coefficients,
 ) -> jax.Array:
   """Extrapolates x0 from the predictions at r and t to half way from t to s.
 
@@ -190,10 +208,10 @@ def extrapolate_x0(
 
   Args:
     x0: predicted at t.
-    gamma: at t.
-    gamma_s: at s.
+    at: signal and noise at t.
+    at_s: those at s.
     x0_r: predicted at r, where the previous sampling step started.
-    gamma_r: at r.
+    at_r: signal and noise at r.
 
   Returns:
     The extrapolated x0. It is `x0` itself at the first sampling step (r is t),
@@ -201,21 +219,31 @@ def extrapolate_x0(
   """
   step, last = (
     half_logsnr(end) - half_logsnr(start)
-    for start, end in ((gamma, gamma_s), (gamma_r, gamma))
+    for start, end in ((at, at_s), (at_r, at))
   )
-  is_first_order = (last == 0) | (gamma_s == 1)
+  is_first_order = (last == 0) | (at_s.noise == 0)
   slope = jnp.where(is_first_order, 0, step / jnp.where(last == 0, 1, last))
   return x0 + slope / 2 * (x0 - x0_r)
 
 
-def _level_gammas(
+def _coefficients(
   schedule: Schedule, x_t: Pyramid, step: jax.Array
-) -> tuple[jax.Array, ...]:
-  """Each level's gammas at a noising step, coarse to fine, [B, 1, 1, 1]."""
+) -> tuple[Coefficients, ...]:
+  """Each level's signal and noise at a noising step, coarse to fine."""
   batch = len(x_t[0])
   return tuple(
-    schedule.gamma(level, jnp.full(batch, step)) for level in range(len(x_t))
+    schedule.at(level, jnp.full(batch, step)) for level in range(len(x_t))
   )
+
+
+def _network_times(
+  schedule: Schedule, step: jax.Array, batch: int
+) -> jax.Array:
+  """The time indices that the network is given, [B] or [B, levels]."""
+  if schedule.times is None:
+    return jnp.full(batch, step - 1)
+  times = jnp.asarray(schedule.times)[:, step] - 1
+  return jnp.broadcast_to(times, (batch, len(times)))
 
 
 def _predict_x0(
@@ -227,16 +255,17 @@ def _predict_x0(
   threshold: str,
 ) -> Pyramid:
   """The network's thresholded x0 at a noising step, float32 at every level."""
-  predictions = denoise_fn(x_t, jnp.full(len(x_t[0]), step - 1))
-  gammas = _level_gammas(schedule, x_t, step)
+  predictions = denoise_fn(x_t, _network_times(schedule, step, len(x_t[0])))
   return tuple(
     threshold_x0(
       process.predict_x0(
-        prediction.astype(jnp.float32), x, gamma, parameterization
+        prediction.astype(jnp.float32), x, at, parameterization
       ),
       threshold,
     )
-    for prediction, x, gamma in zip(predictions, x_t, gammas, strict=True)
+    for prediction, x, at in zip(
+      predictions, x_t, _coefficients(schedule, x_t, step), strict=True
+    )
   )
 
 
@@ -260,9 +289,10 @@ def sample_step(
   training.
 
   Args:
-    denoise_fn: maps (x_t pyramid, t [B]) to the predictions.
+    denoise_fn: maps (x_t pyramid, t [B]) to the predictions; t is [B, levels]
+      where the schedule has `times`.
     x_t: noisy pyramid, coarse to fine, [B, H_r, H_r, C].
-    schedule: one row of gammas for each level.
+    schedule: the noise of each level.
     t: noising step to start from, int scalar.
     s: noising step to go to, int scalar, s < t.
     noise: standard normal noise of the shapes of `x_t`; None if the sampler
@@ -281,52 +311,50 @@ def sample_step(
     ValueError: if a name is unknown.
   """
 
-  def gammas(step):
-    return _level_gammas(schedule, x_t, step)
+  def coefficients(step):
+    return _coefficients(schedule, x_t, step)
 
   def predict(x, step):
     return _predict_x0(
       denoise_fn, schedule, x, step, parameterization, threshold
     )
 
-  x0, gamma, gamma_s = predict(x_t, t), gammas(t), gammas(s)
+  x0, at, at_s = predict(x_t, t), coefficients(t), coefficients(s)
   target = x0
   if sampler.startswith('dpm') and before is not None:
     r, x0_r = before
-    target = tuple(map(extrapolate_x0, x0, gamma, gamma_s, x0_r, gammas(r)))
+    target = tuple(map(extrapolate_x0, x0, at, at_s, x0_r, coefficients(r)))
   match sampler:
     case 'ddpm' | 'dpm_sde':
-      x_s = tuple(map(ddpm_step, target, x_t, gamma, gamma_s, noise))
+      x_s = tuple(map(ddpm_step, target, x_t, at, at_s, noise))
     case 'ddim' if eta:
       x_s = tuple(
-        map(
-          functools.partial(ddim_step, eta=eta), x0, x_t, gamma, gamma_s, noise
-        )
+        map(functools.partial(ddim_step, eta=eta), x0, x_t, at, at_s, noise)
       )
     case 'ddim' | 'dpm' | 'heun':
-      x_s = tuple(map(ddim_step, target, x_t, gamma, gamma_s))
+      x_s = tuple(map(ddim_step, target, x_t, at, at_s))
     case _:
       raise ValueError(f'Unknown sampler {sampler!r}: use one of {SAMPLERS}.')
   if sampler == 'heun':
 
     def correct(x_s):
       slopes, slopes_s = (
-        tuple(process.predict_eps(*level, 'x0') for level in zip(*at))
-        for at in ((x0, x_t, gamma), (predict(x_s, s), x_s, gamma_s))
+        tuple(process.predict_eps(*level, 'x0') for level in zip(*each))
+        for each in ((x0, x_t, at), (predict(x_s, s), x_s, at_s))
       )
-      return tuple(map(heun_step, slopes, slopes_s, x_t, gamma, gamma_s))
+      return tuple(map(heun_step, slopes, slopes_s, x_t, at, at_s))
 
     # The network is not trained on images without noise, as at s = 0.
     x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
   return x_s, x0
 
 
-def steps(num_steps: int, total_steps: int) -> tuple[np.ndarray, ...]:
+def steps(num_steps: int, schedule: Schedule) -> tuple[np.ndarray, ...]:
   """The inputs of each sampling step, noisiest first.
 
   Args:
     num_steps: how many sampling steps.
-    total_steps: T of the schedule.
+    schedule: the noise of each level.
 
   Returns:
     Four arrays with one entry for each sampling step, int [num_steps]: its
@@ -334,9 +362,9 @@ def steps(num_steps: int, total_steps: int) -> tuple[np.ndarray, ...]:
     (where it starts) and s (where it ends). At the first one, r is t.
 
   Raises:
-    ValueError: if `num_steps` is not in 1..`total_steps`.
+    ValueError: if `num_steps` is not in 1..T.
   """
-  times = time_steps(num_steps, total_steps)
+  times = time_steps(num_steps, schedule)
   return (
     np.arange(num_steps),
     np.append(times[0], times[:-2]),
@@ -363,14 +391,14 @@ def sample(
   Args:
     denoise_fn: maps (x_t pyramid, t [B]) to the predictions.
     x_t: standard normal noise to start from, see `start_noise`.
-    schedule: one row of gammas for each level.
+    schedule: the noise of each level.
     rng: a random key for the noise that steps add.
     num_steps: sampling steps. Each calls the network once; a step of 'heun'
       calls it twice, except for the last.
     sampler: one of `SAMPLERS`: 'ddim', 'heun' (Heun's method), 'dpm'
       (DPM-Solver++(2M)), 'dpm_sde' (its SDE form) or 'ddpm'.
     eta: fresh noise that DDIM adds, from 0 (none) to 1 (DDPM's variance).
-    parameterization: what the network predicts: 'v', 'eps' or 'x0'.
+    parameterization: what the network predicts, see `process`.
     threshold: method of `threshold_x0`.
     noise_fn: maps a step's index, counted from 0 at the noisiest, to the noise
       that it adds. None samples the noise from `rng`.
@@ -408,7 +436,5 @@ def sample(
     ), None
 
   x_t = tuple(x_t)
-  (images, _), _ = jax.lax.scan(
-    advance, (x_t, x_t), steps(num_steps, schedule.num_steps)
-  )
+  (images, _), _ = jax.lax.scan(advance, (x_t, x_t), steps(num_steps, schedule))
   return tuple(jnp.clip(level, -1, 1) for level in images)

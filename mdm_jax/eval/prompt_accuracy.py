@@ -336,6 +336,12 @@ def score(
   return compare(*analyze(image, vocabulary), stated)
 
 
+def is_one_plain_object(stated: dict) -> bool:
+  """Whether a prompt states one object and no pattern but 'solid'."""
+  objects = stated['objects']
+  return len(objects) == 1 and objects[0].get('pattern', 'solid') == 'solid'
+
+
 def compare(
   background: str, objects: tuple[Found, ...], stated: dict
 ) -> dict[str, list[bool]]:
@@ -397,4 +403,26 @@ def mean_marks(marks: Iterable[dict[str, list[bool]]]) -> dict[str, Estimate]:
     name: estimate.of_groups(list(map(sum, each)), list(map(len, each)))
     for name, each in groups.items()
     if any(each)
+  }
+
+
+def by_number_of_objects(
+  marks: Iterable[dict[str, list[bool]]], statements: Iterable[dict]
+) -> dict[str, Estimate]:
+  """`mean_marks` of the prompts with one, and of those with two objects.
+
+  Args:
+    marks: `score` of each image.
+    statements: what the prompt of each image states, see `score`.
+
+  Returns:
+    Accuracies by name, such as 'color_1_object' and 'color_2_objects'.
+  """
+  groups: dict[int, list] = {}
+  for each, stated in zip(marks, statements, strict=True):
+    groups.setdefault(len(stated['objects']), []).append(each)
+  return {
+    f'{name}_{count}_{"object" if count == 1 else "objects"}': value
+    for count, group in sorted(groups.items())
+    for name, value in mean_marks(group).items()
   }

@@ -15,16 +15,22 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders import ranges
-from mdm_jax.builders.data import loss_names
+from mdm_jax.builders.config import sampler_settings
+from mdm_jax.builders.data import held_out_split, loss_names, make_source
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   make_prompts,
   make_vocabulary,
 )
 from mdm_jax.builders.stage import Stage, make_stages
-from mdm_jax.eval import estimate, fid, prompt_accuracy
+from mdm_jax.eval import edge_width, estimate, fid, prompt_accuracy
 from mdm_jax.eval.estimate import Estimate
-from mdm_jax.inference import feature_extractors, references, validation
+from mdm_jax.inference import (
+  feature_extractors,
+  references,
+  shapes_features,
+  validation,
+)
 from mdm_jax.inference.session import Model
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.report.sample_directory import SampleDirectory
@@ -35,6 +41,8 @@ from mdm_jax.steps.sample import SampleFn
 METRICS = ranges.METRICS
 # Metrics that compare two sets of images.
 SET_METRICS = ('fid', 'kid', 'precision_recall')
+# Metrics of images of shapes, whose prompts state all that they show.
+_OF_SHAPES = ('prompt_accuracy', 'edge_width', 'frechet')
 _NUM_BANDS = 10
 _SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
 _NEIGHBOURS = 3
@@ -47,7 +55,8 @@ class Options:
   """What is measured, and with what.
 
   Attributes:
-    metrics: some of METRICS; None for those that need no files.
+    metrics: some of METRICS; None for those that need no files, but `frechet`,
+      which trains a classifier.
     num_samples: images to sample; None for as many as training does.
     seed: sample i has seed + i.
     num_reference: images of the data set to compare with, at most.
@@ -84,6 +93,12 @@ class _Extractors(NamedTuple):
 
   inception: feature_extractors.Inception | None
   clip: feature_extractors.Clip | None
+  shapes: shapes_features.Features | None
+
+
+def check_options(config: ConfigDict, options: Options) -> None:
+  """Raises ValueError if these metrics cannot be computed of a run."""
+  _select_for_run(config, options)
 
 
 def evaluate_folder(
@@ -147,6 +162,10 @@ def evaluate_run(
     )
   count = options.num_samples or config.eval.num_prompts
   value_types.check_seeds('--seed', options.seed, count)
+  if count < 2 and {'fid', 'frechet'} & set(names):
+    raise ValueError(
+      f'--num_samples={count}: a Fréchet distance needs 2 samples or more.'
+    )
   extractors = _load_extractors(names, options, model)
   settings = {
     'workdir': str(model.workdir),
@@ -190,6 +209,8 @@ def _evaluate_samples(
     )
   if extractors.clip:
     about['clip'] = extractors.clip.fingerprint
+  if extractors.shapes:
+    about['frechet'] = extractors.shapes.settings
   saved = _first_samples(model, options)
   metrics, of_metrics = _measure_samples(
     model, names, options, extractors, sample_fn, reference, saved
@@ -197,8 +218,10 @@ def _evaluate_samples(
   about |= of_metrics | validation.sample_settings(
     model.stage, _count(model, options), options.seed
   )
+  chance = validation.chance(model.stage)
   scalars = {
     name: f'{value:.4g}'
+    + (f' (chance {chance[name]:.2g})' if name in chance else '')
     for name, value in metrics.items()
     if not isinstance(value, dict)
   }
@@ -210,9 +233,11 @@ def _select_for_run(config: ConfigDict, options: Options) -> Sequence[str]:
   """The metrics to compute for a run, see `_select`."""
   can_score = can_score_prompts(config)
   possible = tuple(
-    name for name in METRICS if can_score or name != 'prompt_accuracy'
+    name for name in METRICS if can_score or name not in _OF_SHAPES
   )
-  default = ('loss', 'prompt_accuracy') if can_score else ('loss',)
+  default = (
+    ('loss', 'prompt_accuracy', 'edge_width') if can_score else ('loss',)
+  )
   names = _select(options, possible, default)
   labels = config.text.encoder == 'label' and not config.text.class_names
   if 'clip' in names and labels:
@@ -262,7 +287,12 @@ def _load_extractors(
     inception = feature_extractors.Inception(options.inception, size, mesh)
   if 'clip' in names:
     clip = feature_extractors.Clip(options.clip, size, mesh)
-  return _Extractors(inception, clip)
+  shapes = None
+  if 'frechet' in names:
+    shapes = shapes_features.Features(
+      model.stage.resolutions[-1], model.stage.config.seed, options.cache
+    )
+  return _Extractors(inception, clip, shapes)
 
 
 def _reference(
@@ -290,7 +320,7 @@ def _first_samples(model: Model, options: Options) -> SampleDirectory:
   """Where the samples that are written to disk go."""
   config, count = model.stage.config, _count(model, options)
   captions = make_prompts(config, count, range(min(count, _SAVED))).captions
-  about = model.description | config.sampler.to_dict()
+  about = model.description | sampler_settings(config)
   return SampleDirectory(
     epath.Path(model.workdir)
     / 'eval'
@@ -368,6 +398,74 @@ def _compare(
   return metrics, settings
 
 
+class _OfShapes:
+  """Metrics of images of shapes, to which batches of images are added."""
+
+  def __init__(
+    self,
+    model: Model,
+    names: Sequence[str],
+    features: shapes_features.Features | None,
+  ):
+    config = model.stage.config
+    self._names, self._vocabulary = names, make_vocabulary()
+    self._marks, self._statements = [], []
+    self._widths, self._widths_of_data = [], []
+    self._features, self._found = features, None
+    if features:
+      self._found = fid.Statistics(features.width)
+    if 'edge_width' in names:
+      self._data = make_source(
+        config, held_out_split(config), model.stage.resolutions[-1]
+      )
+
+  def add(
+    self, rows: Sequence[int], images: np.ndarray, statements: Sequence[dict]
+  ) -> None:
+    """Adds samples uint8 [B, R, R, 3] of the prompts with indices `rows`."""
+    if 'prompt_accuracy' in self._names:
+      self._statements += statements
+      self._marks += [
+        prompt_accuracy.score(image, stated, self._vocabulary)
+        for image, stated in zip(images, statements, strict=True)
+      ]
+    if 'edge_width' in self._names:
+      for row, image, stated in zip(rows, images, statements, strict=True):
+        if prompt_accuracy.is_one_plain_object(stated):
+          data = self._data[row % len(self._data)]['image']
+          self._widths.append(edge_width.edge_width(image))
+          self._widths_of_data.append(edge_width.edge_width(data))
+    if self._features:
+      self._found.update(self._features.encode(images))
+
+  def metrics(self) -> dict[str, Estimate]:
+    """The metrics of all images."""
+    found = {}
+    if self._marks:
+      found |= validation.accuracies(self._marks, self._statements)
+    for name, widths in (
+      ('edge_width', self._widths),
+      ('edge_width_of_data', self._widths_of_data),
+    ):
+      if widths := [width for width in widths if width is not None]:
+        found[name] = estimate.mean(widths)
+      elif 'edge_width' in self._names:
+        logging.warning('%s: no image has an outline to measure.', name)
+    if self._features:
+      reference, count = self._features.reference(), self._found.count
+      found['frechet'] = Estimate(
+        fid.frechet_distance(self._found, reference.statistics), count
+      )
+      of_data = self._features.of_data(count)
+      found['frechet_of_data'] = Estimate(
+        fid.frechet_distance(of_data, reference.statistics), count
+      )
+      found['frechet_of_halves'] = Estimate(
+        shapes_features.halves(reference), len(reference.rows) // 2
+      )
+    return found
+
+
 def _measure_samples(
   model: Model,
   names: Sequence[str],
@@ -379,8 +477,10 @@ def _measure_samples(
 ) -> tuple[dict, dict]:
   """Samples batch by batch; keeps only features, scores and first images."""
   config, count = model.stage.config, _count(model, options)
-  size, vocabulary = config.eval.batch_size, make_vocabulary()
-  marks, scores, missing = [], [], set(saved.missing)
+  size, scores, missing = config.eval.batch_size, [], set(saved.missing)
+  of_shapes = None
+  if set(names) & set(_OF_SHAPES):
+    of_shapes = _OfShapes(model, names, extractors.shapes)
 
   def batches() -> Iterator[np.ndarray]:
     for first in range(0, count, _PROMPTS_AT_ONCE):
@@ -394,11 +494,8 @@ def _measure_samples(
           if row in missing:
             saved.add(row, image)
         images = levels[-1]
-        if 'prompt_accuracy' in names:
-          marks.extend(
-            prompt_accuracy.score(image, stated, vocabulary)
-            for image, stated in zip(images, prompts.statements[part])
-          )
+        if of_shapes:
+          of_shapes.add(rows[part], images, prompts.statements[part])
         if extractors.clip:
           scores.append(extractors.clip.scores(images, prompts.captions[part]))
         yield images
@@ -413,7 +510,6 @@ def _measure_samples(
       pass
   if extractors.clip:
     metrics['clip_score'] = estimate.mean(np.concatenate(scores))
-  if marks:
-    accuracy = prompt_accuracy.mean_marks(marks)
-    metrics |= {f'accuracy_{name}': each for name, each in accuracy.items()}
+  if of_shapes:
+    metrics |= of_shapes.metrics()
   return metrics, settings

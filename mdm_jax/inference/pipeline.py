@@ -12,6 +12,7 @@ import operator
 import os
 from typing import Any
 
+from absl import logging
 from etils import epath
 import jax
 from ml_collections import ConfigDict
@@ -20,14 +21,15 @@ from PIL import Image
 import tqdm
 
 from mdm_jax.builders import ranges
-from mdm_jax.builders.config import naming
-from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.config import naming, sampler_settings
+from mdm_jax.builders.prompts import encode_prompts, unknown_words
 from mdm_jax.builders.text import empty_text
 from mdm_jax.inference import evaluation
 from mdm_jax.inference.session import Model, Session, open_run
 from mdm_jax.report import grid
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.runtime import sharding, value_types
+from mdm_jax.runtime.printable import printable
 from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
 _TEXT = value_types.Text("a text (also of a class, such as '207')")
@@ -170,8 +172,8 @@ class Pipeline:
     Args:
       prompts: a prompt, or several; for class-conditional models class labels.
       **options: `num_samples` of each prompt (1) and their `seed` (0), `steps`,
-        `guidance`, `sampler`, `threshold`, `negative_prompt`, `guide` and
-        `batch_size`, see `request`.
+        `guidance`, `sampler`, `threshold`, `level_offset`, `negative_prompt`,
+        `guide` and `batch_size`, see `request`.
 
     Returns:
       `num_samples` images of the first prompt, then of the second, …
@@ -198,6 +200,7 @@ class Pipeline:
     guidance: float | None = None,
     sampler: str | None = None,
     threshold: str | None = None,
+    level_offset: float | None = None,
     negative_prompt: str = '',
     guide: str | os.PathLike | None = None,
     batch_size: int | None = None,
@@ -208,8 +211,8 @@ class Pipeline:
       prompts: a prompt, or several.
       num_samples: images of each prompt.
       seed: image i of a prompt has seed + i.
-      steps, guidance, sampler, threshold: as `num_steps`, `guidance`, `name`
-        and `threshold` of `config.sampler`; None for those of the config.
+      steps, guidance, sampler, threshold, level_offset: as in `config.sampler`,
+        `num_steps` and `name` for two of them; None for those of the config.
       negative_prompt: text that guidance leads away from.
       guide: working directory of a worse model, smaller or trained for shorter,
         that guidance leads away from instead (autoguidance).
@@ -223,7 +226,8 @@ class Pipeline:
       prompts, num_samples, seed, negative_prompt, guide
     )
     model = self.model.changed(
-      _sampler(steps, guidance, sampler, threshold), {'batch_size': batch_size}
+      _sampler(steps, guidance, sampler, threshold, level_offset),
+      {'batch_size': batch_size},
     )
     if model.stage.config.text.encoder == 'precomputed':
       raise ValueError(
@@ -231,6 +235,7 @@ class Pipeline:
         'with any_prompt=True.'
       )
     text = encode_prompts(model.stage.config, prompts)
+    _warn_of_unknown_words(model, [*prompts, negative_prompt])
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
     if guide:
       guide = _directory('guide', guide)
@@ -277,6 +282,7 @@ class Pipeline:
     guidance: float | None = None,
     sampler: str | None = None,
     threshold: str | None = None,
+    level_offset: float | None = None,
     batch_size: int | None = None,
     loss_batches: int | None = None,
     output: str | None = None,
@@ -291,7 +297,8 @@ class Pipeline:
       metrics: some of `evaluation.METRICS`; None for those that need no files.
       num_samples: images to sample; None for `eval.num_prompts` of the config.
       seed: sample i has seed + i; None for that of training.
-      steps, guidance, sampler, threshold, batch_size: see `request`.
+      steps, guidance, sampler, threshold, level_offset, batch_size: see
+        `request`.
       loss_batches: batches of the loss; None for `eval.loss_batches`.
       output: a file; None for `WORKDIR/eval/<stage>_<step>.jsonl`.
       **options: further fields of `evaluation.Options`, such as `inception`.
@@ -321,7 +328,7 @@ class Pipeline:
     }
     output = given.pop('output', self.evaluations)
     model = self.model.changed(
-      _sampler(steps, guidance, sampler, threshold),
+      _sampler(steps, guidance, sampler, threshold, level_offset),
       {'batch_size': batch_size, 'loss_batches': loss_batches},
     )
     config = model.stage.config
@@ -400,6 +407,12 @@ def _check(
   return prompts, num_samples, seed
 
 
+def _warn_of_unknown_words(model: Model, prompts: Sequence[str]) -> None:
+  """Logs words that the tokenizer's training never saw."""
+  if unknown := unknown_words(model.stage.config, prompts):
+    logging.warning('The prompts have %s.', printable(unknown))
+
+
 def _checked(name: str, kind: Any, value: Any) -> Any:
   """The value as its kind has it; raises ValueError if it is of another."""
   if isinstance(value, os.PathLike):
@@ -416,6 +429,7 @@ def _sampler(
   guidance: float | None,
   sampler: str | None,
   threshold: str | None,
+  level_offset: float | None,
 ) -> dict[str, Any]:
   """What these arguments change of `config.sampler`."""
   return {
@@ -423,6 +437,7 @@ def _sampler(
     'guidance': guidance,
     'name': sampler,
     'threshold': threshold,
+    'level_offset': level_offset,
   }
 
 
@@ -442,7 +457,7 @@ def _settings(
 ) -> dict[str, Any]:
   """What samples depend on beside prompt, seed and weights."""
   settings = {
-    **model.stage.config.sampler.to_dict(),
+    **sampler_settings(model.stage.config),
     'negative_prompt': negative_prompt,
   }
   # Samples of older versions, which were rounded, go on without the key.

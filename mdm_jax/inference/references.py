@@ -59,7 +59,9 @@ def of_folder(
     folder.batches(batch_size), len(folder), 'reference images'
   )
   sample = cached(
-    _cache(cache), settings, lambda: collect(network, batches, len(folder))
+    cache_directory(cache),
+    settings,
+    lambda: collect(network, batches, len(folder)),
   )
   return sample, settings | {'directory': directory}
 
@@ -99,7 +101,7 @@ def of_split(
     _images_of_split(stage, split, count), count, 'reference images'
   )
   sample = cached(
-    _cache(cache), settings, lambda: collect(network, batches, count)
+    cache_directory(cache), settings, lambda: collect(network, batches, count)
   )
   return sample, settings
 
@@ -126,25 +128,11 @@ def _images_of_split(
       yield images[~is_bad]
 
 
-def _cache(directory: str | None) -> epath.Path | None:
+def cache_directory(directory: str | None) -> epath.Path | None:
+  """The directory of the cache; None if the user's own cannot be used."""
   if directory:
     return epath.Path(directory)
   return compilation_cache.directory('references')
-
-
-def _read(path: epath.Path, fingerprint: str) -> fid.Sample:
-  with files.local_copy(path) as copy, np.load(copy) as file:
-    arrays = {name: np.asarray(value) for name, value in file.items()}
-  (width,) = arrays['mean'].shape
-  is_right = (
-    str(arrays['fingerprint']) == fingerprint
-    and arrays['count'].shape == ()
-    and arrays['scatter'].shape == (width, width)
-    and arrays['rows'].shape == (len(arrays['rows']), width)
-  )
-  if not is_right:
-    raise ValueError('it has other arrays')
-  return fid.Sample.from_arrays(arrays)
 
 
 def cached(
@@ -161,6 +149,42 @@ def cached(
     fingerprint: all that the features depend on, as JSON.
     make: called if the cache does not have them, or cannot be read.
   """
+
+  def is_right(arrays):
+    (width,) = arrays['mean'].shape
+    return (
+      arrays['count'].shape == ()
+      and arrays['scatter'].shape == (width, width)
+      and arrays['rows'].shape == (len(arrays['rows']), width)
+    )
+
+  return fid.Sample.from_arrays(
+    cached_arrays(
+      'reference features',
+      directory,
+      fingerprint,
+      lambda: make().to_arrays(),
+      is_right,
+    )
+  )
+
+
+def cached_arrays(
+  what: str,
+  directory: epath.Path | None,
+  fingerprint: Mapping[str, Any],
+  make: Callable[[], dict[str, np.ndarray]],
+  is_right: Callable[[dict[str, np.ndarray]], bool],
+) -> dict[str, np.ndarray]:
+  """As `cached`, for arrays by name.
+
+  Args:
+    what: their name in log lines.
+    directory: of the cache; None for none.
+    fingerprint: all that they depend on, as JSON.
+    make: called if the cache does not have them, or cannot be read.
+    is_right: whether arrays that were read are what `make` returns.
+  """
   if directory is None:
     return make()
   text = json.dumps(fingerprint, sort_keys=True)
@@ -168,20 +192,30 @@ def cached(
   path = directory / f'{name}.npz'
   if path.exists():
     try:
-      sample = _read(path, text)
-      logging.info('Read the reference features from %s.', path)
-      return sample
+      arrays = _read(path, text, is_right)
+      logging.info('Read the %s from %s.', what, path)
+      return arrays
     # Zip files and NumPy's headers break in too many ways to list.
     except Exception as error:
       reason = ' '.join(str(error).split())
       logging.warning('%s is damaged (%s): it is made anew.', path, reason)
     if path.is_dir():
       files.set_aside(path)
-  sample = make()
+  arrays = make()
   try:
     with files.replacing(path, shared=True) as temporary:
       with temporary.open('wb') as file:
-        np.savez(file, fingerprint=text, **sample.to_arrays())
+        np.savez(file, fingerprint=text, **arrays)
   except OSError as error:
-    logging.warning('The reference features are not cached: %s', error)
-  return sample
+    logging.warning('The %s are not cached: %s', what, error)
+  return arrays
+
+
+def _read(
+  path: epath.Path, fingerprint: str, is_right: Callable[..., bool]
+) -> dict[str, np.ndarray]:
+  with files.local_copy(path) as copy, np.load(copy) as file:
+    arrays = {name: np.asarray(value) for name, value in file.items()}
+  if str(arrays.pop('fingerprint')) != fingerprint or not is_right(arrays):
+    raise ValueError('it has other arrays')
+  return arrays

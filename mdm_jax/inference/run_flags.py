@@ -47,6 +47,13 @@ _THRESHOLD = flag_types.define(
   ranges.KEYS['sampler.threshold'],
   'How predicted images are kept in range. Default: as in the config.',
 )
+_LEVEL_OFFSET = flag_types.define(
+  'level_offset',
+  None,
+  ranges.KEYS['sampler.level_offset'],
+  'Nats of logSNR by which each level is ahead of the next finer one, for runs '
+  "with diffusion.level_times='independent'. Default: as in the config.",
+)
 _STAGE = flag_types.define(
   'stage',
   None,
@@ -92,6 +99,7 @@ def sampling() -> dict[str, Any]:
     'steps': _STEPS.value,
     'guidance': _GUIDANCE.value,
     'threshold': _THRESHOLD.value,
+    'level_offset': _LEVEL_OFFSET.value,
     'batch_size': _BATCH_SIZE.value,
   }
 
@@ -104,6 +112,7 @@ def options() -> dict[str, Any]:
       'num_steps': _STEPS.value,
       'guidance': _GUIDANCE.value,
       'threshold': _THRESHOLD.value,
+      'level_offset': _LEVEL_OFFSET.value,
     },
     'evaluation': {'batch_size': _BATCH_SIZE.value},
     **weights(),

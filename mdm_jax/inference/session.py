@@ -255,9 +255,15 @@ def _compared(stage: Stage) -> dict[str, Any]:
   return {
     'resolutions': stage.resolutions,
     'diffusion': {
-      key: value
-      for key, value in config.diffusion.items()
-      if key != 'normalize_time_weights'  # Matters to the loss alone.
+      # The others matter to the loss alone.
+      key: config.diffusion[key]
+      for key in (
+        'schedule',
+        'num_steps',
+        'parameterization',
+        'level_times',
+        'level_offset',
+      )
     },
     'shift_power': stage.settings.shift_power,
     'tokenizer': make_tokenizer(config).fingerprint(),

@@ -1,6 +1,6 @@
 """Metrics of a stage on held-out data, while it trains and at its end."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mdm_jax.builders import data
+from mdm_jax.builders.config import sampler_settings
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   chance_accuracy,
@@ -105,6 +106,16 @@ def chance(stage: Stage) -> dict[str, float]:
   }
 
 
+def with_chance(stage: Stage, values: Mapping[str, float]) -> dict[str, float]:
+  """Metrics, and 'chance_<attribute>' of each accuracy among them."""
+  at_random = {
+    name.replace('accuracy', 'chance', 1): value
+    for name, value in chance(stage).items()
+    if name in values
+  }
+  return {**values, **at_random}
+
+
 def loss_settings(stage: Stage) -> dict[str, Any]:
   """What the losses of a stage depend on beside the weights. JSON."""
   config = stage.config
@@ -123,7 +134,7 @@ def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
     'num_samples': count,
     'seed': seed,
     'prompts': data.held_out_split(stage.config),
-    'sampler': stage.config.sampler.to_dict(),
+    'sampler': sampler_settings(stage.config),
   }
 
 
@@ -199,9 +210,9 @@ def make_validation(
 
   Returns:
     (params, prompts=True) -> the loss of each level, by `data.loss_names`; for
-    shapes, if `prompts`, also 'accuracy_<attribute>', from 0 to 1, see
-    `prompt_accuracy`. It takes all parameters that the model needs, on the
-    mesh; it compiles once, and reads the same data each time.
+    shapes, if `prompts`, also `accuracies`. It takes all parameters that the
+    model needs, on the mesh; it compiles once, and reads the same data each
+    time.
   """
   config = stage.config
   warn_if_not_held_out(stage)
@@ -221,14 +232,32 @@ def make_validation(
     # Other noise than that of the grids.
     seeds = range(GRID_PROMPTS, GRID_PROMPTS + len(asked.captions))
     images = sample_fn(params, asked.text, seeds)
-    accuracy = prompt_accuracy.accuracy(
-      images[-1], asked.statements, make_vocabulary()
-    )
-    return values | {
-      f'accuracy_{name}': value for name, value in accuracy.items()
-    }
+    vocabulary = make_vocabulary()
+    marks = [
+      prompt_accuracy.score(image, stated, vocabulary)
+      for image, stated in zip(images[-1], asked.statements, strict=True)
+    ]
+    return values | accuracies(marks, asked.statements)
 
   return validation
+
+
+def accuracies(
+  marks: Sequence[dict], statements: Sequence[dict]
+) -> dict[str, Estimate]:
+  """Prompt accuracy of all prompts, and by their number of objects.
+
+  Args:
+    marks: `prompt_accuracy.score` of each image.
+    statements: what the prompt of each image states.
+
+  Returns:
+    Such as 'accuracy_color', 'accuracy_color_1_object' and
+    'accuracy_color_2_objects', from 0 to 1.
+  """
+  found = prompt_accuracy.mean_marks(marks)
+  found |= prompt_accuracy.by_number_of_objects(marks, statements)
+  return {f'accuracy_{name}': value for name, value in found.items()}
 
 
 def mean_losses(sums: Iterable[Any]) -> list[Estimate]:
@@ -247,11 +276,23 @@ def warn_if_not_held_out(stage: Stage) -> None:
 
 
 def over_held_out(
-  stage: Stage, mesh: Mesh, params: Params, step: Callable[..., Any]
+  stage: Stage,
+  mesh: Mesh,
+  params: Params,
+  step: Callable[..., Any],
+  split: str | None = None,
 ) -> Iterable[Any]:
-  """`step(params, batch, i)` of each held-out batch, as host arrays."""
+  """`step(params, batch, i)` of each held-out batch, as host arrays.
+
+  Args:
+    stage: of the run.
+    mesh: the devices.
+    params: all parameters that the model needs, on the mesh.
+    step: what `make_band_step` returns, compiled.
+    split: another one, of which the first batches are read.
+  """
   batches = stage.make_dataset(
-    data.held_out_split(stage.config),
+    split or data.held_out_split(stage.config),
     num_batches=stage.config.eval.loss_batches,
   )
   for i, batch in enumerate(batches):

@@ -53,7 +53,8 @@ class NestedUNet(nn.Module):
     Args:
       x_t: noisy pyramid, coarse to fine, `x_t[r]` [B_r, H_r, W_r, 3]. In a
         mixed batch B_r < B_0, see `mixed_batch`.
-      t: [B_0] time indices, as in training: 0 is the first noisy step.
+      t: time indices, as in training: 0 is the first noisy step. [B_0], shared
+        by all levels, or [B_0, levels], coarse to fine.
       cond: the conditioning of all B_0 examples.
       repeats: periods of a mixed batch, see `mixed_batch`.
 
@@ -67,9 +68,11 @@ class NestedUNet(nn.Module):
     text, mask, pooled = layers.once(self, 'text', lambda: self.text(cond))
     # Down, fine to coarse. `outer` are the features of the next finer level.
     outer, states = None, []
-    for level, x in zip(reversed(self.level), reversed(x_t)):
-      t_r, scale, pooled_r, *context = mixed_batch.take(
-        (t, cond.scale, pooled, text, mask), len(x), repeats
+    for r, level in reversed(list(enumerate(self.level))):
+      x = x_t[r]
+      t_r = mixed_batch.times(t, r, len(x), repeats)
+      scale, pooled_r, *context = mixed_batch.take(
+        (cond.scale, pooled, text, mask), len(x), repeats
       )
       context = (level.embed(t_r, scale, pooled_r), *context)
       if states:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -16,6 +17,8 @@ from mdm_jax.runtime.printable import printable
 # Beginnings of the names of metrics that are shares, printed in percent.
 _SHARES = ('accuracy_', 'precision', 'recall')
 _HIGHER = (*_SHARES, 'clip_score')
+# Accuracies of the prompts with so many objects have a table of their own.
+_BY_OBJECTS = re.compile(r'accuracy_(\w+?)_(\d+_objects?)')
 _OF_KID = 'kid_standard_deviation'  # shown as the standard error of 'kid'
 # Settings that say where and when, not how.
 _PLACES = ('workdir', 'step', 'fingerprint', 'devices', 'jax')
@@ -96,30 +99,55 @@ class Evaluation:
         title = name.replace('_', ' ').capitalize()
         rows = list(zip(*columns.values()))
         parts.append(f'{title}:\n{console.table(rows, list(columns))}')
+    if found := self._by_number_of_objects():
+      parts.append(f'Accuracy by the number of objects in the prompt:\n{found}')
     parts.append(f'{_heading(self.settings)}:\n{self._table()}')
     return printable('\n\n'.join(parts))
 
   __repr__ = __str__
 
+  def _by_number_of_objects(self) -> str:
+    """A table of accuracies, each beside its chance; '' without any."""
+    cells = {}
+    for name in self.values:
+      if match := _BY_OBJECTS.fullmatch(name):
+        attribute, column = match.groups()
+        cells.setdefault(column.replace('_', ' '), {})[attribute] = name
+    attributes = list(
+      dict.fromkeys(each for row in cells.values() for each in row)
+    )
+    headers, columns = ['attribute'], [attributes]
+    for column, names in cells.items():
+      names = [names.get(each, '') for each in attributes]
+      for header, texts in (
+        (column, [_format(name, self.values.get(name)) for name in names]),
+        ('chance', [self._chance(name) for name in names]),
+      ):
+        headers.append(header)
+        columns.append(_align(header, texts))
+    return console.table(list(zip(*columns)), headers) if cells else ''
+
   def _table(self) -> str:
     values = {
-      name: value for name, value in self.values.items() if name != _OF_KID
+      name: value
+      for name, value in self.values.items()
+      if name != _OF_KID and not _BY_OBJECTS.fullmatch(name)
     }
     found = {name: self._find(name) for name in values}
     columns = {
       'metric': list(found),
-      'value': [_format(name, value) for name, value in values.items()],
+      'value': [format_value(name, value) for name, value in values.items()],
       'std. error': [
-        _format(name, getattr(value, 'standard_error', None), digits=2)
+        format_value(name, getattr(value, 'standard_error', None), digits=2)
         for name, value in values.items()
       ],
       'n': [getattr(value, 'count', None) for value in values.values()],
       'chance': [self._chance(name) for name in found],
       'better': [
-        'higher' if name.startswith(_HIGHER) else 'lower' for name in found
+        'higher' if higher_is_better(name) else 'lower' for name in found
       ],
       'before': [
-        each and _format(name, each.metrics[name])
+        each and format_value(name, each.metrics[name])
         for name, each in found.items()
       ],
       'change': [
@@ -145,7 +173,7 @@ class Evaluation:
     if name not in self.chance:
       return None
     at = ' (at chance)' if self._is_at_chance(name) else ''
-    return _format(name, self.chance[name]) + at
+    return format_value(name, self.chance[name]) + at
 
   def _is_at_chance(self, name: str) -> bool:
     """Whether a value is not above chance by two standard errors."""
@@ -154,7 +182,11 @@ class Evaluation:
     return value <= self.chance[name] + 2 * error
 
   def _summary(self) -> Iterator[str]:
-    at = [name for name in self.chance if name in self.metrics]
+    at = [
+      name
+      for name in self.chance
+      if name in self.metrics and not _BY_OBJECTS.fullmatch(name)
+    ]
     if at := [name for name in at if self._is_at_chance(name)]:
       yield (
         f'at chance: {", ".join(at)}; by these, images of other prompts would '
@@ -188,6 +220,16 @@ class Evaluation:
       line += f'; with other settings: {", ".join([*changes][:6])}'
       line += ', …' if len(changes) > 6 else ''
     return line
+
+
+def one_line(values: Mapping[str, float], chance: Mapping[str, float]) -> str:
+  """Metrics as a part of a log line; each accuracy is beside its chance."""
+  return ', '.join(
+    f'{name} {value:.4g}'
+    + (f' (chance {chance[name]:.2g})' if name in chance else '')
+    for name, value in values.items()
+    if not _BY_OBJECTS.fullmatch(name)
+  )
 
 
 def find_earlier(
@@ -294,20 +336,30 @@ def _split(name: str) -> str:
   return 'TRAINING' if name == 'train' else name
 
 
-def _format(name: str, value: float | None, digits: int = 4) -> str | None:
+def higher_is_better(name: str) -> bool:
+  """Whether the better of two models has the higher value of a metric."""
+  return name.startswith(_HIGHER)
+
+
+def is_share(name: str) -> bool:
+  """Whether a metric is a share of 1, printed in percent."""
+  return name.startswith(_SHARES)
+
+
+def format_value(name: str, value: float | None, digits: int = 4) -> str | None:
   """A metric's value: shares in percent, others in significant digits."""
   if value is None:
     return None
-  if name.startswith(_SHARES):
+  if is_share(name):
     return f'{100 * value:.1f} %'
   return f'{value:.{digits}g}'
 
 
 def _change(name: str, before: float, value: float) -> str:
   """A difference that can be seen in the values as they are printed."""
-  if _format(name, before) == _format(name, value):
+  if format_value(name, before) == format_value(name, value):
     return '0'
-  if name.startswith(_SHARES):
+  if is_share(name):
     return f'{100 * (value - before):+.1f} points'
   return f'{value - before:+.2g}'
 

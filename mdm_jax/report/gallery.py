@@ -28,6 +28,7 @@ _NAMES = {
   'guidance_interval': 'guidance interval (fractions of T)',
   'threshold': 'threshold of the predicted x0',
   'pixels': 'from floats to pixels',
+  'level_offset': 'offset of the levels (nats of log-SNR)',
 }
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

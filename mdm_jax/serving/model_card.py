@@ -12,7 +12,7 @@ from absl import logging
 import jax
 from ml_collections import ConfigDict
 
-from mdm_jax.builders.prompts import make_prompts
+from mdm_jax.builders.prompts import chance_accuracy, make_prompts
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import shapes
 from mdm_jax.inference.session import Model
@@ -92,6 +92,7 @@ def make_model_card(model: Model) -> ModelCard:
       'It makes images like those it was trained on. Describe one as their '
       'captions do.'
     )
+    words, note = _known_words(config)
     captions = _captions(config)
     examples = {'Captions of its data set': captions} if captions else {}
   if len(model.stage.resolutions) > 1:
@@ -116,6 +117,22 @@ def _shapes_words() -> dict[str, tuple[str, ...]]:
     'Two objects': tuple(shapes.INVERSE),
     'Backgrounds': tuple(shapes.BACKGROUNDS),
   }
+
+
+def _known_words(config: ConfigDict) -> tuple[dict, str]:
+  """The words that the tokenizer was trained on, and a note if they are many.
+
+  T5 knows all words, and lists none.
+  """
+  if config.text.encoder != 'learned':
+    return {}, ''
+  known = sorted(make_tokenizer(config).known_words or ())
+  if len(known) > _NUM_NAMES:
+    return {}, (
+      f'Its captions had {len(known):,} different words. Others mean nothing '
+      'to it, and are named when a prompt has them.'
+    )
+  return ({'Words': tuple(known)} if known else {}), ''
 
 
 def _class_names(config: ConfigDict) -> tuple[str, ...]:
@@ -177,8 +194,9 @@ def _accuracy(model: Model) -> dict[str, str]:
   except files.UnreadableFile as error:
     logging.warning('%s', error)
     return {}
+  chance = chance_accuracy()
   found = {
-    name: f'{values[f"accuracy_{name}"]:.0%}'
+    name: f'{values[f"accuracy_{name}"]:.0%} (chance {chance[name]:.0%})'
     for name in ('all', 'shape', 'color', 'pattern', 'position', 'background')
     if f'accuracy_{name}' in values
   }
@@ -192,6 +210,6 @@ def _accuracy(model: Model) -> dict[str, str]:
   return {
     'Accuracy': f'at the end of training, {found["all"]} of images showed all '
     'that the prompt says'
-    + (f' ({parts})' if parts else '')
-    + ', for prompts with combinations that training had left out'
+    + (f': {parts}' if parts else '')
+    + '; for prompts with combinations that training had left out'
   }

@@ -12,7 +12,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.prompts import encode_prompts, unknown_words
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data.text import Tokenizer
 from mdm_jax.diffusion import samplers
@@ -237,17 +237,24 @@ class SampleQueue:
     self._encode(request)  # Raises ValueError for an unknown class label.
 
   def note(self, request: Request) -> str:
-    """Tells the user if the prompt was truncated; '' if it was not."""
+    """Tells of a truncated prompt and of unknown words; '' for neither."""
     tokenizer = make_tokenizer(self._config)
     if not isinstance(tokenizer, Tokenizer):
       return ''
-    excess = tokenizer.excess(request.prompt)
-    return excess and f'The prompt was cut: it has {excess}.'
+    notes = []
+    if excess := tokenizer.excess(request.prompt):
+      notes.append(f'The prompt was cut: it has {excess}.')
+    prompts = [request.prompt, request.negative_prompt]
+    if unknown := unknown_words(self._config, prompts):
+      notes.append(f'The prompt has {unknown}.')
+    return ' '.join(notes)
 
   def command(self, request: Request, i: int = 0) -> str:
     """The shell command that samples image i of a request again."""
     saved = self._saved[request.weights]
     is_last = saved.stage == self._config.stages[-1].name
+    is_independent = self._config.diffusion.level_times == 'independent'
+    offset = self._config.sampler.level_offset
     values = {
       'workdir': self._model.workdir,
       'prompt': request.prompt,
@@ -256,6 +263,7 @@ class SampleQueue:
       'steps': request.steps,
       'sampler': request.sampler,
       'threshold': request.threshold,
+      'level_offset': offset if is_independent else None,
       'seed': request.seed + i,
       'num_samples': 1,
       'stage': None if is_last else saved.stage,
@@ -414,8 +422,8 @@ class SampleQueue:
       request.steps,
       request.guidance,
     )
-    schedule = model.stage.objective.schedule
-    times = samplers.time_steps(request.steps, schedule.num_steps)
+    schedule = self._samplers[index][0].schedule
+    times = samplers.time_steps(request.steps, schedule)
     kept = film.frame_steps(request.steps)
     for step, (x_t, images) in enumerate(steps, 1):
       # Waits for the images, so that a cancelled job starts no further step.

@@ -39,13 +39,18 @@ class Objective:
 
   Attributes:
     schedule: noise schedule, with a row for each level.
-    parameterization: prediction of the network: 'v', 'eps' or 'x0'.
-    loss_space: space in which the error is measured: 'v', 'eps' or 'x0'.
+    parameterization: prediction of the network, see `process`.
+    loss_space: space in which the error is measured, see `process`.
     weights: weights of the levels' losses, coarse to fine.
     fractions: fraction of the batch that each level sees, coarse to fine.
-    time_weights: [T + 1], weights of the times; None for equal weights.
+    time_weights: [T + 1] or [levels, T + 1], weights of the times; None for
+      equal weights.
     normalize_weights: whether the weights of the times are divided by their
-      mean over the batch, as in the release's trainer.
+      mean over the batch, as in the release's trainer, and over the levels, if
+      each has its own.
+    density: of the times.
+    independent_times: whether each level has a time of its own.
+    noise_floor: see `loss.level_loss`.
   """
 
   schedule: Schedule
@@ -55,6 +60,9 @@ class Objective:
   fractions: tuple[float, ...]
   time_weights: np.ndarray | None = None
   normalize_weights: bool = False
+  density: loss.TimeDensity = loss.TimeDensity()
+  independent_times: bool = False
+  noise_floor: float = 0.0
 
 
 def num_repeats(objective: Objective, batch: Batch) -> int:
@@ -70,13 +78,21 @@ def sample_noise(
   """Samples the times and the noise of a batch.
 
   Returns:
-    int32 times [B], and float32 noise of each level [B_r, H_r, H_r, 3].
+    int32 times [B], or [B, levels] if they are independent, and float32 noise
+    of each level [B_r, H_r, H_r, 3].
   """
   sizes = mixed_batch.level_batch_sizes(
     len(batch['scale']), objective.fractions
   )
   time_rng, noise_rng = jax.random.split(rng)
-  t = loss.sample_time(time_rng, sizes[0], objective.schedule.num_steps)
+  is_own = objective.independent_times and len(sizes) > 1
+  t = loss.sample_time(
+    time_rng,
+    sizes[0],
+    objective.schedule.num_steps,
+    objective.density,
+    len(sizes) if is_own else None,
+  )
   return t, process.sample_noise(
     noise_rng,
     [
@@ -98,14 +114,14 @@ def with_whole(
     model: the network.
     objective: the objective.
     batch: the global batch of B examples, or a part to which it was added.
-    t: int32 [B], times.
+    t: int32 times, from `sample_noise`.
   """
   whole = {}
   if model.to_longest:
     whole['length'] = longest(batch['text'])
   if objective.time_weights is not None and objective.normalize_weights:
     weights = loss.weights_at(objective.time_weights, t)
-    whole['mean_weight'] = jnp.full_like(weights, weights.mean())
+    whole['mean_weight'] = jnp.full(len(t), weights.mean())
   return whole | batch
 
 
@@ -124,7 +140,7 @@ def batch_losses(
     objective: the objective.
     params: all parameters of the model, trained and frozen.
     batch: images, texts and scales.
-    t: int32 [B], times.
+    t: int32 times, from `sample_noise`.
     eps: noise of each level, [B_r, H_r, H_r, 3].
 
   Returns:
@@ -157,6 +173,7 @@ def batch_losses(
     eps,
     parameterization=objective.parameterization,
     loss_space=objective.loss_space,
+    noise_floor=objective.noise_floor,
     weights=objective.weights,
     time_weights=objective.time_weights,
     repeats=repeats,
@@ -179,17 +196,20 @@ def losses_by_noise(
   Args:
     objective: the objective.
     losses: of the examples that each level sees, [B_r], coarse to fine.
-    t: int32 [B], times.
+    t: int32 times, from `sample_noise`.
     num_bands: number of bands.
 
   Returns:
     Sums of the losses, and numbers of examples; both float32 [levels, bands].
   """
   repeats = mixed_batch.num_repeats(list(map(len, losses)))
-  bands = jax.nn.one_hot(
-    t * num_bands // objective.schedule.num_steps, num_bands
-  )
-  seen = [mixed_batch.take(bands, len(each), repeats) for each in losses]
+  bands = t * num_bands // objective.schedule.num_steps
+  seen = [
+    jax.nn.one_hot(
+      mixed_batch.times(bands, level, len(each), repeats), num_bands
+    )
+    for level, each in enumerate(losses)
+  ]
   # No matrix product: on a TPU it would round the losses to bfloat16.
   sums = [(each[:, None] * band).sum(0) for each, band in zip(losses, seen)]
   return jnp.stack(sums), jnp.stack([band.sum(0) for band in seen])

@@ -35,6 +35,8 @@ class SamplerSpec:
     guidance_interval: times at which to guide, as fractions of T.
     threshold: one of `samplers.THRESHOLDS`, for the predicted x0.
     pixels: one of `pyramid.PIXELS`: how images become uint8.
+    level_offset: nats of logSNR by which the schedule lets each level be ahead
+      of the next finer one, beyond that of training.
   """
 
   name: str
@@ -45,6 +47,7 @@ class SamplerSpec:
   guidance_interval: tuple[float, float]
   threshold: str
   pixels: str = 'round'
+  level_offset: float = 0.0
 
 
 class Prepared(NamedTuple):
@@ -73,7 +76,7 @@ class Sampler:
     schedule: noise schedule of the network.
     spec: options of the sampler.
     mesh: the devices, over which images and their rows are sharded.
-    parameterization: prediction of the network: 'v', 'eps' or 'x0'.
+    parameterization: prediction of the network, see `process`.
     guide: a worse network of the same resolutions, from which guidance leads
       away instead of from the negative prompt (autoguidance, Karras et al.,
       2024). Its parameters are `params['guide']`.
@@ -388,7 +391,7 @@ def make_sample_steps(
     prepared = prepare(params, *_place(sampler.mesh, text, negative, seeds))
     # Two separate buffers, since both are donated.
     state = start(prepared), start(prepared)
-    steps = list(zip(*samplers.steps(num_steps, sampler.schedule.num_steps)))
+    steps = list(zip(*samplers.steps(num_steps, sampler.schedule)))
     for one in steps:
       noisy = (
         to_uint8(state[0]) if with_inputs else None

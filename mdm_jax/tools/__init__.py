@@ -2,10 +2,11 @@
 
 Data: `prepare_data`, `index_tars`, `precompute_text`, `train_tokenizer`.
 Weights: `import_ml_mdm`, `export_weights`. Speed and memory: `plan`, `bench`,
-`bench_data`. Samplers: `compare_samplers`. `--help` explains the flags; tests
-and other tools may import the functions.
+`bench_data`. Samplers: `compare_samplers`. Tuning: `sweep`. `--help` explains
+the flags; tests and other tools may import the functions.
 
-Five modules are no commands. `compile_for_tpu` compiles steps for TPU slices
+Eight modules are no commands. `compile_for_tpu` compiles steps for TPU slices
 without TPUs, and `hlo` counts the bytes that a compiled program communicates.
-`conversion`, `tfds_writer` and `worker_pool` do the work of `prepare_data`.
+`conversion`, `tfds_writer` and `worker_pool` do the work of `prepare_data`,
+`sweep_training`, `run_commands` and `sweep_evaluation` that of `sweep`.
 """

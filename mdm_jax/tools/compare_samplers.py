@@ -4,7 +4,7 @@
 
 Samples the same held-out prompts with each sampler and number of steps, scores
 the images by their prompts, and measures the Fréchet distance to held-out
-images in the features of a small classifier, which it trains first.
+images in the features of a small classifier, which it trains first, and caches.
 """
 
 import itertools
@@ -25,24 +25,19 @@ from mdm_jax.runtime import (
   value_types,
 )
 
-_BATCH = 128  # images that the classifier sees at once
-
 
 def main(_: list[str]) -> None:
   """Compares samplers, prints a table, and plots it."""
   from mdm_jax.inference import session
-  from mdm_jax.report import console
+  from mdm_jax.report import console, plots
   from mdm_jax.runtime import compilation_cache
 
   console.setup_logging()
   compilation_cache.enable()
   values = flags.FLAGS
-  if values.plot:
-    try:
-      import matplotlib  # noqa: F401
-    except ImportError:
-      sys.exit('error: --plot needs matplotlib: pip install matplotlib.')
   try:
+    if values.plot:
+      plots.check_installed()
     cases = [
       (name, steps)
       for steps, name in itertools.product(values.steps, values.samplers)
@@ -66,6 +61,7 @@ def main(_: list[str]) -> None:
       else len(cases)
     )
   )
+  chance = _chance()
   print(
     console.table(
       [
@@ -79,6 +75,11 @@ def main(_: list[str]) -> None:
           f'{one["seconds_per_image"]:.2f}',
         ]
         for one in found
+      ]
+      + [
+        ['chance', None]
+        + [f'{chance[name]:.1%}' for name in ('accuracy', 'color', 'shape')]
+        + [None, None]
       ],
       ['sampler', 'steps', 'accuracy', 'color', 'shape', 'distance', 's/image'],
     )
@@ -143,11 +144,12 @@ def _compare(
   Returns:
     All results with this model and these settings, old and new.
   """
+  from mdm_jax.builders.config import sampler_settings
   from mdm_jax.builders.prompts import make_prompts
   from mdm_jax.runtime import files
 
   values, config = flags.FLAGS, model.stage.config
-  sampler = config.sampler.to_dict()
+  sampler = sampler_settings(config)
   del sampler['name'], sampler['num_steps']
   # To compare with results from disk, where tuples have become lists.
   settings = json.loads(
@@ -165,11 +167,7 @@ def _compare(
     (found if one | settings == one else others).append(one)
   done = {(one['sampler'], one['steps']) for one in found}
   prompts = make_prompts(config, values.num_images)
-  reference, distance = _make_distance(model.stage.resolutions[-1], config.seed)
-  logging.info(
-    'Fréchet distance between two halves of the held-out images: %.2f.',
-    reference,
-  )
+  distance = _make_distance(model.stage.resolutions[-1], config.seed)
   for name, steps in cases:
     if (name, steps) in done:
       continue
@@ -226,111 +224,65 @@ def _accuracy(images, prompts) -> dict[str, float]:
   return {'accuracy': float(np.mean(attributes)), **marks}
 
 
-def _make_distance(resolution: int, seed: int):
-  """Trains the classifier, and computes statistics of held-out images.
-
-  Returns:
-    The Fréchet distance between two halves of the held-out images, and a
-    function that returns the distance of uint8 [N, H, W, 3] images to all of
-    them.
-  """
-  import jax
+def _chance() -> dict[str, float]:
+  """What images of other prompts score, by the names of `_accuracy`."""
   import numpy as np
 
-  from mdm_jax.data import shapes
-  from mdm_jax.eval import classifier, fid
+  from mdm_jax.builders.prompts import chance_accuracy
+  from mdm_jax.eval import prompt_accuracy
 
-  words = {}  # words of each attribute, in the order of the classes
+  values = chance_accuracy()
+  attributes = [values[name] for name in prompt_accuracy.NAMES if name != 'all']
+  return {'accuracy': float(np.mean(attributes)), **values}
 
-  def images_and_labels(split, count):
-    source = shapes.ShapesSource(seed, split, count, resolution)
-    scenes = [source.scene(i)[0] for i in range(count)]
-    images = np.stack([shapes.draw(scene, resolution) for scene in scenes])
-    values = {
-      'count': [len(scene.objects) for scene in scenes],
-      'background': [scene.background for scene in scenes],
-      'layout': [scene.layout for scene in scenes],
-      **{
-        name: [getattr(scene.objects[0], name) for scene in scenes]
-        for name in ('color', 'shape', 'pattern', 'size')
-      },
-    }
-    for name, each in values.items():
-      if name not in words:  # None is the class of words not seen in training.
-        words[name] = [*sorted(set(each)), None]
-    return images, {
-      name: np.array(
-        [
-          words[name].index(value if value in words[name] else None)
-          for value in each
-        ]
-      )
-      for name, each in values.items()
-    }
 
-  images, labels = images_and_labels('train', flags.FLAGS.classifier_images)
-  network, params = classifier.train(
-    images, labels, num_steps=flags.FLAGS.classifier_steps
+def _make_distance(resolution: int, seed: int):
+  """Returns the Fréchet distance of uint8 [N, R, R, 3] to held-out images."""
+  from mdm_jax.eval import fid
+  from mdm_jax.inference import shapes_features
+
+  features = shapes_features.Features(
+    resolution,
+    seed,
+    cache=None,
+    num_images=flags.FLAGS.classifier_images,
+    num_steps=flags.FLAGS.classifier_steps,
   )
-  apply = jax.jit(lambda images: network.apply({'params': params}, images))
-
-  def batches(images):
-    for start in range(0, len(images), _BATCH):
-      yield apply(images[start : start + _BATCH])
-
-  def statistics(images):
-    found = fid.Statistics(classifier.FEATURES)
-    for features, _ in batches(images):
-      found.update(np.asarray(features))
-    return found
-
-  half = flags.FLAGS.classifier_images // 4
-  images, labels = images_and_labels('held_out', 2 * half)
-  for name, expected in labels.items():
-    right = (
-      np.concatenate([logits[name].argmax(-1) for _, logits in batches(images)])
-      == expected
-    )
-    logging.info(
-      'Accuracy of the classifier on %s: %.1f %%.', name, 100 * right.mean()
-    )
-  reference = statistics(images)
-  halves = fid.frechet_distance(
-    statistics(images[:half]), statistics(images[half:])
+  reference = features.reference()
+  logging.info(
+    'Fréchet distance between two halves of the held-out images: %.2f.',
+    shapes_features.halves(reference),
   )
-  return halves, lambda images: fid.frechet_distance(
-    statistics(images), reference
-  )
+
+  def distance(images):
+    found = fid.Statistics(features.width)
+    found.update(features.encode(images))
+    return fid.frechet_distance(found, reference.statistics)
+
+  return distance
 
 
 def _plot(found: list[dict], path: str) -> None:
-  import matplotlib
+  from mdm_jax.report import plots
 
-  from mdm_jax.runtime import files
-
-  matplotlib.use('agg')
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-  for axis, key, factor, label in (
-    (axes[0], 'accuracy', 100, 'prompt accuracy, %'),
-    (axes[1], 'frechet', 1, 'Fréchet distance'),
-  ):
-    for name in dict.fromkeys(one['sampler'] for one in found):
-      points = sorted(
-        (one['steps'], factor * one[key])
-        for one in found
-        if one['sampler'] == name
-      )
-      axis.plot(*zip(*points), marker='o', markersize=4, label=name)
-    axis.set(xscale='log', xlabel='steps', ylabel=label)
-    axis.set_xticks(ticks := sorted({one['steps'] for one in found}), ticks)
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-  axes[1].set_yscale('log')
-  axes[0].legend()
-  with files.replacing(path) as temporary:
-    figure.savefig(temporary, format=epath.Path(path).suffix[1:])
+  with plots.panels(path, 2) as axes:
+    for axis, key, factor, label in (
+      (axes[0], 'accuracy', 100, 'prompt accuracy, %'),
+      (axes[1], 'frechet', 1, 'Fréchet distance'),
+    ):
+      for name in dict.fromkeys(one['sampler'] for one in found):
+        points = sorted(
+          (one['steps'], factor * one[key])
+          for one in found
+          if one['sampler'] == name
+        )
+        axis.plot(*zip(*points), marker='o', markersize=4, label=name)
+      axis.set(xscale='log', xlabel='steps', ylabel=label)
+      axis.set_xticks(ticks := sorted({one['steps'] for one in found}), ticks)
+      axis.minorticks_off()
+      axis.grid(alpha=0.3)
+    axes[1].set_yscale('log')
+    axes[0].legend()
 
 
 if __name__ == '__main__':

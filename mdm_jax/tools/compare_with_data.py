@@ -37,6 +37,7 @@ _SEED = flag_types.define('seed', 0, value_types.SEED, 'Sample i has seed + i.')
 def main(_: list[str]) -> None:
   """Samples, and writes the image."""
   # Slow to import, and not needed for --help.
+  from mdm_jax.inference import split_images
   from mdm_jax.inference.pipeline import load
   from mdm_jax.report import console, grid
   from mdm_jax.runtime import compilation_cache
@@ -45,57 +46,16 @@ def main(_: list[str]) -> None:
   compilation_cache.enable()
   try:
     model = load(run_flags.workdir(), **run_flags.weights())
-    prompts, captions, images = _records(
-      model.model.stage, _SPLIT.value, _NUM_IMAGES.value
+    data = split_images.read(model.model.stage, _SPLIT.value, _NUM_IMAGES.value)
+    samples = model.sample(
+      data.prompts, seed=_SEED.value, **run_flags.sampling()
     )
-    samples = model.sample(prompts, seed=_SEED.value, **run_flags.sampling())
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  grid.save_png(_OUTPUT.value, grid.grid([*samples.levels, images], captions))
-  logging.info('Wrote %s.', _OUTPUT.value)
-
-
-def _records(stage, split: str | None, count: int):
-  """The first records of a split.
-
-  Args:
-    stage: a `builders.stage.Stage`.
-    split: None for the held-out one.
-    count: most records.
-
-  Returns:
-    For each record, its prompt, the caption to show and its image: two lists
-    of N texts, and uint8 [N, R, R, 3] at the finest resolution of the stage.
-
-  Raises:
-    ValueError: there is no such split.
-    FileNotFoundError: a file of the data set is missing.
-  """
-  import numpy as np
-
-  from mdm_jax.builders.data import held_out_split, make_source
-  from mdm_jax.builders.text import make_tokenizer
-  from mdm_jax.data import pipeline
-  from mdm_jax.data.transforms import Transform
-
-  config, resolution = stage.config, stage.resolutions[-1]
-  source = make_source(config, split or held_out_split(config), resolution)
-  tokenizer = make_tokenizer(config)
-  transform = Transform(
-    tokenizer, resolution, max_pixels=config.data.max_pixels
+  grid.save_png(
+    _OUTPUT.value, grid.grid([*samples.levels, data.images], data.captions)
   )
-  prompts, captions, images = [], [], []
-  for index in range(min(count, len(source))):
-    record = pipeline.usable_record(source, index)
-    if config.text.encoder == 'label':
-      prompts.append(str(record['label']))
-      captions.append(tokenizer.name(record['label']))
-    else:
-      prompts.append(record['caption'])
-      captions.append(record['caption'])
-    example = transform(record, np.random.default_rng(index))
-    images.append(example[transform.image_name])
-  return prompts, captions, np.stack(images)
+  logging.info('Wrote %s.', _OUTPUT.value)
 
 
 if __name__ == '__main__':

@@ -17,11 +17,12 @@ import numpy as np
 from mdm_jax.builders.prompts import make_prompts
 from mdm_jax.builders.stage import Stage
 from mdm_jax.inference import validation
-from mdm_jax.report import grid
+from mdm_jax.report import evaluations, grid
 from mdm_jax.report.progress import Progress
 from mdm_jax.runtime import files, peaks, replica_check
 from mdm_jax.steps.sample import SampleFn
 from mdm_jax.steps.state import TrainState
+from mdm_jax.training import expected
 from mdm_jax.training.monitor import Monitor
 from mdm_jax.training.run import Run
 from mdm_jax.training.stage_checkpoints import StageCheckpoints
@@ -136,7 +137,8 @@ def make_hooks(
   """
   config = stage.config
   sample_fn = stage.make_sample_fn(run.mesh, shapes.ema | run.frozen)
-  log = _make_log(run, stage, monitor, progress, compiled)
+  compare = expected.make_comparison(stage)
+  log = _make_log(run, stage, monitor, progress, compiled, compare)
   profiler = _Profiler(run, stage, progress)
   before_save = [
     Hook(log, config.log_every, at_end=True),
@@ -164,7 +166,7 @@ def make_hooks(
   if config.eval.every or config.eval.loss_every:
     after_save.append(
       Hook(
-        _make_validation(run, stage, saved, sample_fn),
+        _make_validation(run, stage, saved, sample_fn, compare),
         config.eval.every,
         config.eval.loss_every,
         at_end=True,
@@ -182,6 +184,7 @@ def _make_log(
   monitor: Monitor,
   progress: Progress,
   compiled: jax.stages.Compiled,
+  compare: expected.Compare,
 ) -> Callable[[int, TrainState], None]:
   """Returns a hook that logs a line of progress, and writes its numbers."""
   flops = peaks.flops_per_step(compiled, stage.settings.accumulate)
@@ -216,6 +219,7 @@ def _make_log(
       'bad_records': monitor.bad_records,
       'skipped_steps': skipped,
     }
+    compare(step, numbers)
     speed = {
       name: rates[name] for name in ('images_per_second', 'seconds_per_step')
     }
@@ -296,7 +300,11 @@ def _make_sample_grid(
 
 
 def _make_validation(
-  run: Run, stage: Stage, saved: StageCheckpoints, sample_fn: SampleFn
+  run: Run,
+  stage: Stage,
+  saved: StageCheckpoints,
+  sample_fn: SampleFn,
+  compare: expected.Compare,
 ) -> Callable[[int, TrainState], None]:
   """Returns a hook that measures the EMA, and saves it if it is the best.
 
@@ -304,6 +312,7 @@ def _make_validation(
   """
   settings = stage.config.eval
   measure = validation.make_validation(stage, run.mesh, sample_fn)
+  chance = validation.chance(stage)
 
   def validate(step, state):
     last = step == stage.num_steps
@@ -314,9 +323,14 @@ def _make_validation(
         '%s: step %d: %s',
         stage.title,
         step,
-        ', '.join(f'{name} {value:.4g}' for name, value in values.items()),
+        evaluations.one_line(values, chance),
       )
-      run.writer.scalars(step, {'eval': values}, stage=stage.name)
+      compare(step, values)
+      run.writer.scalars(
+        step,
+        {'eval': validation.with_chance(stage, values)},
+        stage=stage.name,
+      )
       if stage.is_last and last and full:
         validation.write_metrics(stage, run.workdir, values)
     with run.goodput.time('save'):

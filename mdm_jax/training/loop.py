@@ -32,7 +32,7 @@ from mdm_jax.runtime.printable import command_line, quoted
 from mdm_jax.steps.objective import Batch
 from mdm_jax.steps.state import Params, TrainState
 from mdm_jax.steps.train import jit_train_step
-from mdm_jax.training import grow
+from mdm_jax.training import expected, grow
 from mdm_jax.training.hooks import make_hooks
 from mdm_jax.training.initial_state import make_initial_state
 from mdm_jax.training.monitor import Monitor
@@ -312,7 +312,17 @@ def _evaluate(run: Run, stage: Stage) -> None:
     values = validation.validate_last(stage, run.workdir, run.mesh, run.frozen)
     # A stop request may have reached only some processes: exit in all or none.
     run.stop.allow(distributed.any_of(run.stop.requested))
-  run.writer.scalars(stage.num_steps, {'eval': values}, stage=stage.name)
+  accuracies = {
+    name: value
+    for name, value in values.items()
+    if name.startswith('accuracy')  # Losses have been compared.
+  }
+  expected.make_comparison(stage)(stage.num_steps, accuracies)
+  run.writer.scalars(
+    stage.num_steps,
+    {'eval': validation.with_chance(stage, values)},
+    stage=stage.name,
+  )
 
 
 def _report_goodput(run: Run) -> None:

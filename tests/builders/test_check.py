@@ -22,6 +22,14 @@ RECIPES = sorted(
 )
 
 
+LOGIT_NORMAL = {'diffusion.time_density': 'logit_normal'}
+LINEAR = {
+  'diffusion.schedule': 'linear',
+  'diffusion.parameterization': 'velocity',
+  'diffusion.loss_space': 'velocity',
+}
+
+
 @pytest.fixture(scope='module')
 def mesh():
   return sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
@@ -40,6 +48,28 @@ def changed(config: ConfigDict, changes: dict) -> ConfigDict:
 
 def test_tiny_config_is_good(make_config, mesh):
   check(make_config().lock(), mesh)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {**LINEAR, **LOGIT_NORMAL, 'diffusion.stratified_times': True},
+    {
+      **LINEAR,
+      'diffusion.parameterization': 'x0',
+      'diffusion.noise_floor': 0.05,
+    },
+    {
+      **LINEAR,
+      'diffusion.parameterization': 'x0',
+      'diffusion.time_weights': 'min_snr',
+    },
+    {'diffusion.level_times': 'coarse_first', 'diffusion.level_offset': 2.0},
+    {'diffusion.level_times': 'independent', 'sampler.level_offset': 2.0},
+  ],
+)
+def test_objectives_that_are_good(make_config, mesh, changes):
+  check(changed(make_config(), changes), mesh)
 
 
 def test_levels_of_patches_fit(make_config, mesh):
@@ -191,7 +221,7 @@ BAD = [
     "class_names='no/such' does not exist",
   ),
   ({'text.caption_dropout': 1.5}, 'text.caption_dropout=1.5'),
-  ({'diffusion.schedule': 'linear'}, "schedule='linear': use one of deepfloyd"),
+  ({'diffusion.schedule': 'sine'}, "schedule='sine': use one of deepfloyd"),
   (
     {'text.padding': 'batch'},
     "text.padding='batch': use one of max_length, longest",
@@ -201,6 +231,64 @@ BAD = [
     "tokenizer_rules='t5': use one of sentencepiece, release",
   ),
   ({'sampler.pixels': 'floor'}, "pixels='floor': use one of round, truncate"),
+  (
+    {'diffusion.time_density': 'cauchy'},
+    "time_density='cauchy': use one of uniform, logit_normal",
+  ),
+  (
+    {'diffusion.time_weights': 'max_snr'},
+    "time_weights='max_snr': use one of none, vdm, min_snr, sigmoid, p2",
+  ),
+  (
+    {'diffusion.logit_normal': (0.0, 0.0), **LOGIT_NORMAL},
+    r'logit_normal=\(0.0, 0.0\): give a mean and a standard deviation above 0',
+  ),
+  ({'diffusion.logit_normal': (99.0, 1.0)}, r'diffusion.logit_normal=\(99.0'),
+  ({'diffusion.min_snr_gamma': 0.0}, 'min_snr_gamma=0.0: give a number above'),
+  ({'diffusion.sigmoid_bias': 31.0}, 'sigmoid_bias=31.0: give a number from'),
+  ({'diffusion.p2': (-1.0, 1.0)}, r'diffusion.p2=\(-1.0, 1.0\): give a tuple'),
+  ({'diffusion.p2': (1.0,)}, r'diffusion.p2=\(1.0,\): give a tuple of 2'),
+  ({'diffusion.noise_floor': 1.0}, 'noise_floor=1.0: give a number from 0 to'),
+  (
+    {'diffusion.schedule': 'linear'},
+    "parameterization='v' with schedule='linear': use velocity or x0",
+  ),
+  (
+    {**LINEAR, 'diffusion.parameterization': 'eps'},
+    "parameterization='eps' with schedule='linear': use velocity or x0",
+  ),
+  (
+    {**LINEAR, 'diffusion.loss_space': 'v'},
+    "loss_space='v' with schedule='linear': use velocity, eps or x0",
+  ),
+  (
+    {**LINEAR, 'diffusion.parameterization': 'x0'},
+    "parameterization='x0' with schedule='linear' and loss_space='velocity': "
+    'the loss divides by the noise, which is 0 at t = 0; give '
+    'diffusion.noise_floor',
+  ),
+  (
+    {'diffusion.level_times': 'alternating'},
+    "level_times='alternating': use one of shared, independent, coarse_first",
+  ),
+  (
+    {
+      'diffusion.level_times': 'independent',
+      'stages[1].num_levels': 1,
+      'stages[1].loss_weights': (1.0,),
+      'stages[1].mixed_ratio': (1.0,),
+    },
+    "level_times='independent' with a single level: use 'shared'",
+  ),
+  (
+    {'diffusion.level_offset': 1.0},
+    "level_offset=1.0 with level_times='shared': give 0.0, or",
+  ),
+  ({'diffusion.level_offset': -1.0}, 'diffusion.level_offset=-1.0: give a num'),
+  (
+    {'sampler.level_offset': 1.0},
+    "sampler.level_offset=1.0 with diffusion.level_times='shared': give 0.0",
+  ),
   ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
   ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),
   ({'sampler.name': 'euler'}, "sampler.name='euler'"),

@@ -1,5 +1,6 @@
 """The tokenizer, and the model in this package."""
 
+import hashlib
 import json
 import lzma
 import pathlib
@@ -70,7 +71,7 @@ def test_any_text_is_spelt_in_bytes(tokenizer):
   tokens = tokenizer.encode(caption)
   assert 2 not in tokens
   kept = tokens[: np.count_nonzero(tokens) - 1]
-  assert processor.decode(kept.tolist()) == caption
+  assert processor.decode(kept.tolist()) == caption.casefold()
 
 
 def test_pickles_as_its_arguments(tokenizer):
@@ -107,6 +108,71 @@ def test_training_learns_the_words_it_is_given(tmp_path):
   path.write_bytes(train_tokenizer.train(['a zebra in the snow'] * 9, 300))
   tokenizer = text.Tokenizer(str(path), 8)
   assert np.count_nonzero(tokenizer.encode('a zebra')) == 3
+
+
+def test_case_does_not_count(tokenizer, captions):
+  for caption in ('A red circle', 'a RED circle', 'a red Circle'):
+    np.testing.assert_array_equal(
+      tokenizer.encode(caption), tokenizer.encode('a red circle')
+    )
+  model = train_tokenizer.train(['eine Straße in Ötz', 'ΣΊΣΥΦΟΣ'] * 9, 320)
+  processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  for first, second in (('Ötz STRASSE', 'ÖTZ straße'), ('Σίσυφος', 'σίσυφοσ')):
+    assert processor.encode(first) == processor.encode(second)
+
+
+def test_captions_of_shapes_have_the_tokens_they_always_had(
+  tokenizer, captions
+):
+  """Those of the model of earlier versions, which kept case."""
+  tokens = np.stack(list(map(tokenizer.encode, captions)))
+  assert hashlib.sha256(tokens.astype('<i4').tobytes()).hexdigest() == (
+    'e834a0d750049779fe6e5d683120f7932e0fc2a174a2757612ce3523e37a4227'
+  )
+
+
+def test_words_that_training_never_saw(tokenizer, captions, t5_model, tmp_path):
+  assert tokenizer.unknown_words(captions) == []
+  assert tokenizer.unknown_words(
+    ['A purpl HEXAGON, left-of a hexagon', 'over_the purpl']
+  ) == ['purpl', 'hexagon', 'over']
+  assert {'circle', 'a', 'navy'} < tokenizer.known_words
+  assert text.ReleaseTokenizer(text.CAPTIONS_MODEL, 8).known_words
+  # T5's file has no words, nor has one of an earlier version: all are known.
+  for path in (t5_model, tmp_path / 'old.model'):
+    if path != t5_model:
+      with open(text.CAPTIONS_MODEL, 'rb') as file:
+        model = file.read()
+      known = text.with_words(b'', tokenizer.known_words)
+      assert model.endswith(known)
+      path.write_bytes(model.removesuffix(known))
+    other = text.Tokenizer(str(path), 32)
+    assert other.known_words is None
+    assert other.unknown_words(['purpl']) == []
+  np.testing.assert_array_equal(
+    other.encode('A red ring'), tokenizer.encode('a red ring')
+  )
+
+
+def test_words_of_texts():
+  assert text.words_of("A bear's  left-hand_side: 42%") == [
+    *('a', 'bear', 's', 'left', 'hand', 'side', '42'),
+  ]
+  # Without spaces between words, each character is one.
+  assert text.words_of('красный КРУГ 赤い丸🔴') == [
+    *('красный', 'круг', '赤', 'い', '丸')
+  ]
+  many = {f'word{i}' for i in range(3000)}
+  assert text.read_words(text.with_words(b'', many)) == many
+  for damaged in (b'', b'\xff', b'\x08\x01', b'\x0a\x7f', b'\xca\x3e\x01\xff'):
+    assert text.read_words(damaged) is None
+
+
+def test_too_many_words_are_not_kept(monkeypatch):
+  monkeypatch.setattr(train_tokenizer, '_MAX_WORDS', 3)
+  for caption, known in (('a b c', {'a', 'b', 'c'}), ('a b c d', None)):
+    model = train_tokenizer.train([caption] * 9, 300)
+    assert text.read_words(model) == known
 
 
 def test_shipped_model_is_what_the_command_trains():

@@ -62,12 +62,12 @@ def test_loss_equals_the_release(golden, golden_model, name):
 
   x_t = seen['x_t'][-1]
   size = len(x_t)
-  gamma = loss.training_gammas(schedule, pyramid, file['t'])[-1]
-  pred_eps = process.predict_eps(seen['prediction'][-1], x_t, gamma, 'v')
+  at = loss.training_coefficients(schedule, pyramid, file['t'])[-1]
+  pred_eps = process.predict_eps(seen['prediction'][-1], x_t, at, 'v')
   np.testing.assert_allclose(x_t, file['x_t_0'][:size], atol=1e-6)
   # The release goes through x0, which magnifies its rounding of numbers
-  # around 2 by 1 / sqrt(1 - gamma): to 2e-5 at time index 0.
-  rounding = 2 * np.finfo(np.float32).eps / np.sqrt(1 - gamma)
+  # around 2 by 1 / noise: to 2e-5 at time index 0.
+  rounding = 2 * np.finfo(np.float32).eps / at.noise
   difference = np.abs(pred_eps - file['pred_eps_0'][:size])
   assert np.all(difference < 1e-5 + rounding)
   # Almost pure noise is easy: time index 999 has a loss of about 1e-9.

@@ -59,7 +59,7 @@ def test_steps_equal_the_release(golden, golden_model, name):
   file = golden(f'sample_{name}')
   denoise, schedule, options = _setting(file, golden_model)
   num_steps = len(file['timesteps']) - 1
-  times = samplers.time_steps(num_steps, 1000)
+  times = samplers.time_steps(num_steps, schedule)
   np.testing.assert_array_equal(times, file['timesteps'])
   x = _levels(file, 'z')
   for step in range(num_steps):

@@ -3,11 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax import mixed_batch
 from mdm_jax.diffusion import process, samplers
-from mdm_jax.diffusion.schedule import make_schedule
+from mdm_jax.diffusion.schedule import make_schedule, offset_levels
 
 RESOLUTIONS = (4, 8)
 SCHEDULE = make_schedule('deepfloyd', RESOLUTIONS, 1.0)
+
+
+def vp(gamma):
+  """Signal and noise of a variance-preserving path."""
+  gamma = np.float32(gamma)
+  return process.Coefficients(np.sqrt(gamma), np.sqrt(1 - gamma))
 
 
 def _images(seed=6):
@@ -24,9 +31,9 @@ def _knows(images, parameterization):
   def denoise(x_t, t):
     predictions = []
     for level, (x, x0) in enumerate(zip(x_t, images, strict=True)):
-      gamma = SCHEDULE.gamma(level, t + 1)
-      eps = process.predict_eps(x0, x, gamma, 'x0')
-      predictions.append(process.target(x0, eps, gamma, parameterization))
+      at = SCHEDULE.at(level, t + 1)
+      eps = process.predict_eps(x0, x, at, 'x0')
+      predictions.append(process.target(x0, eps, at, parameterization))
     return tuple(predictions)
 
   return denoise
@@ -38,7 +45,7 @@ def _constant(value):
 
 @pytest.mark.parametrize('num_steps', (10, 50, 250))
 def test_steps_equal_the_released(golden, num_steps):
-  steps = samplers.time_steps(num_steps, 1000)
+  steps = samplers.time_steps(num_steps, SCHEDULE)
   np.testing.assert_array_equal(
     steps, golden('schedules')[f'timesteps_{num_steps}']
   )
@@ -46,7 +53,7 @@ def test_steps_equal_the_released(golden, num_steps):
 
 @pytest.mark.parametrize('num_steps', (1, 7, 1000))
 def test_steps_fall_to_zero(num_steps):
-  steps = samplers.time_steps(num_steps, 1000)
+  steps = samplers.time_steps(num_steps, SCHEDULE)
   assert len(steps) == num_steps + 1
   assert np.all(np.diff(steps) < 0)
   assert steps[-1] == 0 and steps[0] <= 1000
@@ -55,7 +62,7 @@ def test_steps_fall_to_zero(num_steps):
 @pytest.mark.parametrize('num_steps', (0, 1001))
 def test_steps_beyond_the_schedule_are_refused(num_steps):
   with pytest.raises(ValueError, match=str(num_steps)):
-    samplers.time_steps(num_steps, 1000)
+    samplers.time_steps(num_steps, SCHEDULE)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +109,10 @@ def test_ddim_recovers_the_images_that_a_network_knows(parameterization):
 def test_ddim_keeps_the_noise_and_moves_along_the_forward_process():
   rng = np.random.default_rng(8)
   x0, eps = rng.normal(size=(2, 1, 4, 4, 3)).astype(np.float32)
-  x_t = process.add_noise(x0, eps, 0.3)
+  x_t = process.add_noise(x0, eps, vp(0.3))
   np.testing.assert_allclose(
-    samplers.ddim_step(x0, x_t, 0.3, 0.8),
-    process.add_noise(x0, eps, 0.8),
+    samplers.ddim_step(x0, x_t, vp(0.3), vp(0.8)),
+    process.add_noise(x0, eps, vp(0.8)),
     atol=1e-5,
   )
 
@@ -114,19 +121,19 @@ def test_ddim_with_full_eta_is_ddpm():
   rng = np.random.default_rng(9)
   x0, x_t, noise = rng.normal(size=(3, 1, 4, 4, 3)).astype(np.float32)
   for gamma, gamma_s in ((0.01, 0.2), (0.5, 0.9), (0.9, 1.0)):
-    gammas = jnp.float32(gamma), jnp.float32(gamma_s)
+    ends = vp(gamma), vp(gamma_s)
     np.testing.assert_allclose(
-      samplers.ddim_step(x0, x_t, *gammas, noise, eta=1.0),
-      samplers.ddpm_step(x0, x_t, *gammas, noise),
+      samplers.ddim_step(x0, x_t, *ends, noise, eta=1.0),
+      samplers.ddpm_step(x0, x_t, *ends, noise),
       atol=2e-6,
     )
 
 
 def test_eta_scales_the_standard_deviation_of_fresh_noise():
   x0, x_t = _images()[0], _images(13)[0]
-  gammas = jnp.float32(0.2), jnp.float32(0.7)
+  ends = vp(0.2), vp(0.7)
   with_noise, without = (
-    samplers.ddim_step(x0, x_t, *gammas, jnp.float32(noise), eta=0.5)
+    samplers.ddim_step(x0, x_t, *ends, jnp.float32(noise), eta=0.5)
     for noise in (1, 0)
   )
   # (1 - alpha)(1 - gamma_s)/(1 - gamma) = 5/7 * 0.3 / 0.8
@@ -139,8 +146,8 @@ def test_ddpm_steps_from_the_forward_process_stay_on_it():
   keys = jax.random.split(jax.random.key(2))
   shape = (1, 200, 200, 3)
   eps, noise = (jax.random.normal(key, shape) for key in keys)
-  x_t = process.add_noise(0.7, eps, 0.3)
-  x_s = np.array(samplers.ddpm_step(0.7, x_t, 0.3, 0.6, noise), float)
+  x_t = process.add_noise(0.7, eps, vp(0.3))
+  x_s = np.array(samplers.ddpm_step(0.7, x_t, vp(0.3), vp(0.6), noise), float)
   assert x_s.mean() == pytest.approx(0.7 * np.sqrt(0.6), abs=0.01)
   assert x_s.var() == pytest.approx(0.4, abs=0.01)
 
@@ -148,11 +155,11 @@ def test_ddpm_steps_from_the_forward_process_stay_on_it():
 def test_the_last_step_lands_on_x0_without_noise():
   x0 = _images()[0]
   noise = np.full_like(x0, 1e6)
-  gamma = jnp.float32(SCHEDULE.gammas[0, 1])
+  ends = vp(SCHEDULE.gammas[0, 1]), vp(1)
   for step in (
-    samplers.ddpm_step(x0, 3 * x0, gamma, jnp.float32(1), noise),
-    samplers.ddim_step(x0, 3 * x0, gamma, jnp.float32(1), noise, eta=1.0),
-    samplers.ddim_step(x0, 3 * x0, gamma, jnp.float32(1)),
+    samplers.ddpm_step(x0, 3 * x0, *ends, noise),
+    samplers.ddim_step(x0, 3 * x0, *ends, noise, eta=1.0),
+    samplers.ddim_step(x0, 3 * x0, *ends),
   ):
     np.testing.assert_allclose(step, x0, atol=1e-6)
 
@@ -199,7 +206,7 @@ def test_the_compiled_loop_equals_single_steps(sampler, eta):
       **options,
     )
   )(x)
-  times = samplers.time_steps(5, 1000)
+  times = samplers.time_steps(5, SCHEDULE)
   for index in range(5):
     x, _ = samplers.sample_step(
       _constant(0.2),
@@ -221,9 +228,9 @@ def _knows_the_spread(spread):
   def denoise(x_t, t):
     predictions = []
     for level, x in enumerate(x_t):
-      gamma = SCHEDULE.gamma(level, t + 1)
-      variance = gamma * spread**2 + 1 - gamma
-      predictions.append(jnp.sqrt(gamma) * spread**2 / variance * x)
+      signal, noise = SCHEDULE.at(level, t + 1)
+      variance = signal**2 * spread**2 + noise**2
+      predictions.append(signal * spread**2 / variance * x)
     return tuple(predictions)
 
   return denoise
@@ -294,18 +301,18 @@ def test_all_recover_the_images_that_a_network_knows(sampler):
 
 def test_extrapolation_is_along_the_logsnr():
   x0, x0_r = _images()[0], _images(14)[0]
-  gamma_r, gamma, gamma_s = map(jnp.float32, (0.1, 0.4, 0.7))
+  at_r, at, at_s = map(vp, (0.1, 0.4, 0.7))
   first, middle, last = (np.log(g / (1 - g)) / 2 for g in (0.1, 0.4, 0.7))
   expected = x0 + (last - middle) / 2 * (x0 - x0_r) / (middle - first)
   np.testing.assert_allclose(
-    samplers.extrapolate_x0(x0, gamma, gamma_s, x0_r, gamma_r),
+    samplers.extrapolate_x0(x0, at, at_s, x0_r, at_r),
     expected,
     rtol=1e-4,
     atol=1e-5,
   )
   for ends in (
-    (gamma, gamma_s, x0_r, gamma),
-    (gamma, jnp.float32(1), x0_r, gamma_r),
+    (at, at_s, x0_r, at),
+    (at, vp(1), x0_r, at_r),
   ):
     np.testing.assert_array_equal(samplers.extrapolate_x0(x0, *ends), x0)
 
@@ -363,3 +370,88 @@ def test_invalid_settings_are_named():
       samplers.sample(
         _constant(0), x_t, SCHEDULE, jax.random.key(0), num_steps=2, **options
       )
+
+
+FLOW = make_schedule('linear', RESOLUTIONS, 2.0)
+
+
+def linear(t):
+  """Signal and noise of the linear path."""
+  return process.Coefficients(np.float32(1 - t), np.float32(t))
+
+
+def test_the_linear_path_is_sampled_from_pure_noise():
+  np.testing.assert_array_equal(
+    samplers.time_steps(4, FLOW), [1000, 750, 500, 250, 0]
+  )
+
+
+def test_ddim_is_eulers_method_on_the_linear_path():
+  x0, x_t = _images()[0], _images(13)[0]
+  for t, s in ((0.9, 0.6), (0.6, 0.05), (0.3, 0.0)):
+    velocity = process.predict_velocity(x0, x_t, linear(t), 'x0')
+    np.testing.assert_allclose(
+      samplers.ddim_step(x0, x_t, linear(t), linear(s)),
+      x_t + (s - t) * velocity,
+      atol=2e-6,
+    )
+
+
+STEPS = {
+  'ddim': lambda x0, x, noise, *ends: samplers.ddim_step(x0, x, *ends),
+  'eta': lambda x0, x, noise, *ends: samplers.ddim_step(
+    x0, x, *ends, noise, eta=0.4
+  ),
+  'ddpm': lambda x0, x, noise, *ends: samplers.ddpm_step(x0, x, *ends, noise),
+  'heun': lambda x0, x, noise, *ends: samplers.heun_step(x0, noise, x, *ends),
+}
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_steps_on_the_linear_path_are_the_others_rescaled(step):
+  """x is multiplied by the norm of (signal, noise), and fresh noise too."""
+  rng = np.random.default_rng(15)
+  x0, x_t, noise = rng.normal(size=(3, 1, 4, 4, 3)).astype(np.float32)
+  for t, s in ((0.9, 0.6), (0.5, 0.1)):
+    norm, norm_s = (np.sqrt((1 - time) ** 2 + time**2) for time in (t, s))
+    found = STEPS[step](x0, norm * x_t, noise, linear(t), linear(s))
+    shares = ((1 - t) ** 2 / norm**2, (1 - s) ** 2 / norm_s**2)
+    expected = norm_s * STEPS[step](x0, x_t, noise, *map(vp, shares))
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+OFFSET = offset_levels(SCHEDULE, 3.0)
+
+
+@pytest.mark.parametrize(
+  'schedule', [FLOW, OFFSET], ids=['linear', 'with an offset']
+)
+@pytest.mark.parametrize('sampler', samplers.SAMPLERS)
+def test_other_schedules_end_at_the_images_that_a_network_knows(
+  sampler, schedule
+):
+  images = _images()
+
+  def network(x_t, t):
+    """Knows its images, and the noise of a level by the time it is told."""
+    trained = SCHEDULE if schedule is OFFSET else schedule
+    assert t.shape == ((2, 2) if schedule is OFFSET else (2,))
+    predictions = []
+    for level, (x, x0) in enumerate(zip(x_t, images, strict=True)):
+      at = trained.at(level, mixed_batch.times(t, level, 2, 1) + 1)
+      eps = process.predict_eps(x0, x, at, 'x0')
+      predictions.append(process.target(x0, eps, at, 'velocity'))
+    return tuple(predictions)
+
+  got = samplers.sample(
+    network,
+    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    schedule,
+    jax.random.key(1),
+    num_steps=8,
+    sampler=sampler,
+    threshold='none',
+    parameterization='velocity',
+  )
+  for level, image in zip(got, images, strict=True):
+    np.testing.assert_allclose(level, image, atol=5e-4)

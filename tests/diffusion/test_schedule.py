@@ -15,13 +15,6 @@ def test_gammas_equal_the_released(golden, name):
   np.testing.assert_array_equal(gammas, golden('schedules')[f'{name}_gammas'])
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_vdm_weights_equal_the_released(golden, name):
-  weights = schedules.vdm_weights(schedules.make_gammas(name))
-  expected = golden('schedules')[f'{name}_vdm_loss_weights']
-  np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize('power', (1, 2))
 @pytest.mark.parametrize('scale', (4, 16))
 def test_shift_equals_the_released(golden, scale, power):
@@ -42,8 +35,8 @@ def test_gammas_fall_from_one(name):
 
 
 def test_an_unknown_schedule_is_named():
-  with pytest.raises(ValueError, match="'linear'"):
-    schedules.make_gammas('linear')
+  with pytest.raises(ValueError, match="'quadratic'"):
+    schedules.make_gammas('quadratic')
 
 
 def test_schedule_shifts_all_but_the_smallest_level():
@@ -58,12 +51,68 @@ def test_schedule_shifts_all_but_the_smallest_level():
   assert np.all(schedule.gammas[:, 0] == 1)
 
 
-def test_gamma_is_read_per_example_inside_jit():
+def test_signal_and_noise_are_read_per_example_inside_jit():
   schedule = schedules.make_schedule('ddpm', (8, 16), 1.0)
   t = np.array([3, 1000, 0])
-  gamma = jax.jit(lambda schedule, t: schedule.gamma(1, t))(schedule, t)
-  assert gamma.shape == (3, 1, 1, 1)
-  np.testing.assert_array_equal(gamma.ravel(), schedule.gammas[1, t])
+  at = jax.jit(lambda t: schedule.at(1, t))(t)
+  gamma = schedule.gammas[1, t]
+  for found, expected in ((at.signal, gamma), (at.noise, 1 - gamma)):
+    assert found.shape == (3, 1, 1, 1)
+    np.testing.assert_array_equal(found.ravel(), np.sqrt(expected))
+
+
+@pytest.mark.parametrize('power', (0.0, 1.0, 2.0))
+def test_the_linear_path_in_float64(power):
+  """Times are shifted as in SD3: t' = c t / (1 + (c - 1) t), c^2 = m / n."""
+  schedule = schedules.make_schedule('linear', (16, 64), power, 500)
+  assert schedule.is_linear and schedule.num_steps == 500
+  t = (np.arange(1, 501) - 0.5) / 500
+  for level, scale in enumerate((1, 4)):
+    c = np.sqrt(scale**power)
+    shifted = c * t / (1 + (c - 1) * t)
+    signals, noises = (table[level] for table in schedule.coefficients)
+    assert signals[0] == 1 and noises[0] == 0
+    assert signals.dtype == noises.dtype == np.float32
+    np.testing.assert_allclose(noises[1:], shifted, rtol=1e-6)
+    np.testing.assert_allclose(signals[1:], 1 - shifted, rtol=1e-6)
+    np.testing.assert_allclose(
+      schedule.log_snr(250)[level],
+      2 * np.log((1 - shifted[249]) / shifted[249]),
+      atol=1e-9,
+    )
+
+
+@pytest.mark.parametrize('name', (*NAMES, 'linear'))
+def test_an_offset_moves_the_rows_of_finer_levels(name):
+  plain, same, moved = (
+    schedules.make_schedule(name, (8, 16, 32), 1.0, level_offset=offset)
+    for offset in (0.0, 0.0, 1.5)
+  )
+  assert same.gammas.tobytes() == plain.gammas.tobytes()
+  assert moved.gammas[0].tobytes() == plain.gammas[0].tobytes()
+  steps = np.arange(100, 1001)
+  np.testing.assert_allclose(
+    plain.log_snr(steps) - moved.log_snr(steps),
+    np.outer([0, 1.5, 3], np.ones(901)),
+    atol=2e-3,
+  )
+  assert np.all(moved.gammas[:, 0] == 1)
+
+
+def test_an_offset_in_sampling_reads_the_rows_of_training():
+  schedule = schedules.make_schedule('deepfloyd', (8, 16), 1.0)
+  moved = schedules.offset_levels(schedule, 2.0)
+  assert moved.times.shape == (2, 1001) and moved.times.dtype == np.int32
+  np.testing.assert_array_equal(moved.times[0], np.arange(1001))
+  assert np.all(np.diff(moved.times[1]) >= 0)
+  assert moved.times[1, 0] == 0 and moved.times[1, -1] == 1000
+  np.testing.assert_array_equal(
+    moved.gammas[1], schedule.gammas[1][moved.times[1]]
+  )
+  steps = np.arange(10, 950)
+  np.testing.assert_allclose(
+    schedule.log_snr(steps)[1] - moved.log_snr(steps)[1], 2, atol=0.06
+  )
 
 
 def test_log_snr_of_each_level():

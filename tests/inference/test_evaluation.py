@@ -1,12 +1,15 @@
 """Metrics of a small untrained model: right for its samples, repeatable."""
 
 import dataclasses
+import functools
 import json
+import types
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
+from scipy import ndimage
 
 from mdm_jax.builders.config import stage_directory, write_config
 from mdm_jax.builders.data import make_source
@@ -18,6 +21,7 @@ from mdm_jax.eval import fid
 from mdm_jax.inference import (
   evaluation,
   feature_extractors,
+  shapes_features,
   validation,
 )
 from mdm_jax.inference.pipeline import Pipeline
@@ -104,11 +108,16 @@ def statistics(images):
 
 
 def test_all_metrics_of_samples(
-  config, run, mesh, clip_directory, tmp_path, monkeypatch
+  config, run, mesh, clip_directory, tmp_path, monkeypatch, caplog
 ):
   """Samples batches of 8 and 10 prompts at once, more than the data set has."""
   monkeypatch.setattr(evaluation, '_PROMPTS_AT_ONCE', 10)
   monkeypatch.setattr(evaluation, '_SAVED', 2)
+  monkeypatch.setattr(
+    shapes_features,
+    'Features',
+    functools.partial(shapes_features.Features, num_images=32, num_steps=1),
+  )
   options = evaluation.Options(
     metrics=evaluation.METRICS[1:],
     num_samples=COUNT,
@@ -143,6 +152,11 @@ def test_all_metrics_of_samples(
     clip.scores(images, captions).mean(), rel=1e-5
   )
   assert 0 <= found['accuracy_background'] <= 1
+  assert found['frechet'] > 0 and found['frechet'].count == COUNT
+  assert settings['frechet']['images'] == 32
+  # Images of 8 px have no outlines.
+  assert 'edge_width' not in found
+  assert 'edge_width: no image has an outline to measure.' in caplog.text
 
   assert json.loads(json.dumps(settings))['step'] == 3
   expected = {
@@ -170,6 +184,35 @@ def test_all_metrics_of_samples(
   page = (directory / 'index.html').read_text()
   assert page.count('<img') == 2
   assert f'{found["fid"]:.4g}' in page and 'held_out' in page
+
+
+def test_images_of_the_data_score_as_the_data(config):
+  """Of their own captions, beside blurred ones."""
+  stage = types.SimpleNamespace(config=config, resolutions=(8, 64))
+  model = types.SimpleNamespace(stage=stage)
+  names = ('prompt_accuracy', 'edge_width')
+  source = make_source(config, 'held_out', 64)
+  rows = range(18)
+  images = np.stack([source[row]['image'] for row in rows])
+  stated = make_prompts(config, 18).statements
+  of_shapes = evaluation._OfShapes(model, names, None)
+  of_shapes.add(rows[:10], images[:10], stated[:10])
+  of_shapes.add(rows[10:], images[10:], stated[10:])
+  found = of_shapes.metrics()
+  assert found['edge_width'] == found['edge_width_of_data']
+  assert found['edge_width'] == pytest.approx(0.8, abs=0.05)
+  one = [len(each['objects']) == 1 for each in stated]
+  assert found['accuracy_count'].count == 18
+  assert found['accuracy_count_1_object'].count == sum(one)
+  assert found['accuracy_count_2_objects'].count == 18 - sum(one) > 0
+  assert found['accuracy_all'] > 0.9
+
+  blurred = ndimage.gaussian_filter(images * 1.0, (0, 1, 1, 0))
+  of_shapes = evaluation._OfShapes(model, names, None)
+  of_shapes.add(rows, blurred.astype(np.uint8), stated)
+  blurred = of_shapes.metrics()
+  assert blurred['edge_width_of_data'] == found['edge_width']
+  assert 2.3 < blurred['edge_width'] < 3.2
 
 
 def test_metrics_of_training(config, run, mesh, caplog):
@@ -222,6 +265,13 @@ def test_reference_is_read_once(config, run, mesh, tmp_path):
   assert judge(num_reference=12)[1] == 9 + 12
   other, count = judge(reference_split='train')
   assert count == 9 + 11 and other != first
+
+
+def test_one_sample_has_no_distance(config, run, mesh, monkeypatch):
+  monkeypatch.delattr(shapes_features, 'Features')  # It is said before.
+  options = evaluation.Options(metrics=['frechet'], num_samples=1)
+  with pytest.raises(ValueError, match='--num_samples=1: a Fréchet'):
+    evaluate(run, config, mesh, options)
 
 
 def test_warns_of_singular_covariances(caplog):
@@ -348,8 +398,9 @@ def test_labels_have_no_accuracy_and_need_names_for_clip(
 ):
   config = config.copy_and_resolve_references()
   config.text.update(encoder='label', num_classes=8)
-  with pytest.raises(ValueError, match='--metrics=prompt_accuracy: here'):
-    evaluate(run, config, mesh, evaluation.Options(metrics=['prompt_accuracy']))
+  for name in ('prompt_accuracy', 'edge_width', 'frechet'):
+    with pytest.raises(ValueError, match=f'--metrics={name}: here'):
+      evaluate(run, config, mesh, evaluation.Options(metrics=[name]))
   with pytest.raises(ValueError, match='needs words, but text.class_names'):
     options = evaluation.Options(metrics=['clip'], clip=clip_directory.path)
     evaluate(run, config, mesh, options)

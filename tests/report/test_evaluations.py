@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mdm_jax.eval.estimate import Estimate
-from mdm_jax.report.evaluations import Evaluation, find_earlier
+from mdm_jax.report.evaluations import Evaluation, find_earlier, one_line
 
 SETTINGS = {
   'workdir': 'runs/a',
@@ -55,6 +55,34 @@ def test_first_evaluation():
     METRICS | {'accuracy_pattern': Estimate(0.35, 53, 0.05)}, SETTINGS, CHANCE
   )
   assert 'at chance' not in str(better)
+
+
+def test_accuracies_by_number_of_objects_have_a_table_beside_chance():
+  by_objects = {
+    'accuracy_color_1_object': Estimate(0.97, 60, 0.01),
+    'accuracy_shape_1_object': Estimate(0.9, 60, 0.01),
+    'accuracy_color_2_objects': Estimate(0.14, 30, 0.05),
+  }
+  chance = {name: 0.13 for name in by_objects}
+  text = str(Evaluation(by_objects | METRICS, SETTINGS, chance | CHANCE))
+  small, large = text.split('\n\n')
+  assert [row for row in rows(small) if len(row) > 1] == [
+    ['attribute', '1 object', 'chance', '2 objects', 'chance'],
+    ['---------', '--------', '------', '---------', '------------------'],
+    ['color', '97.0 %', '13.0 %', '14.0 %', '13.0 % (at chance)'],
+    ['shape', '90.0 %', '13.0 %', '-', '-'],
+  ]
+  assert 'accuracy_shape ' in large and 'accuracy_color_1_object ' not in large
+  assert 'at chance: accuracy_pattern; by these' in large
+
+
+def test_training_logs_chance_beside_each_accuracy():
+  values = METRICS | {'accuracy_shape_1_object': Estimate(0.9, 60, 0.01)}
+  line = one_line(values, CHANCE | {'accuracy_shape_1_object': 0.2})
+  assert 'accuracy_shape 0.7564 (chance 0.17), accuracy_pattern 0.3 (' in line
+  assert (
+    line.startswith('held_out_loss_64 0.02317, ') and '1_object' not in line
+  )
 
 
 def test_training_images_are_not_called_held_out():

@@ -16,7 +16,7 @@ from mdm_jax.inference.session import Model
 from mdm_jax.inference.weights import Weights
 from mdm_jax.runtime import sharding
 from mdm_jax.serving.model_card import make_model_card
-from mdm_jax.tools import prepare_data
+from mdm_jax.tools import prepare_data, train_tokenizer
 
 
 @pytest.fixture
@@ -71,7 +71,8 @@ def test_accuracy_at_the_end_of_training(make_card, tmp_path, caplog):
   path.write_text(json.dumps(values))
   accuracy = make_card().facts['Accuracy']
   assert (
-    '29% of images showed all that the prompt says (colour 87%)' in accuracy
+    '29% (chance 0%) of images showed all that the prompt says: '
+    'colour 87% (chance 14%); for prompts with' in accuracy
   )
   path.write_text('[]')
   assert 'Accuracy' not in make_card().facts
@@ -116,6 +117,15 @@ def test_captions_of_images(make_card, tmp_path):
   (found,) = card.examples.values()
   assert sorted(found) == ['a cat on a mat', 'a dog']
   assert card.facts['Data'] == 'your own images (cats)'
+  # Those that the tokenizer was trained on.
+  assert {'circle', 'navy'} < {*card.words['Words']} and not card.note
+  path = tmp_path / 'many.model'
+  words = ' '.join(f'word{i}' for i in range(300))
+  path.write_bytes(train_tokenizer.train([words] * 3, 400))
+  card = make_card(
+    **{'data.name': 'captioned_images', 'text.tokenizer': str(path)}
+  )
+  assert not card.words and 'had 300 different words.' in card.note
 
 
 def test_without_the_data_there_are_no_captions(make_card, tmp_path):

@@ -354,6 +354,15 @@ def test_any_text_is_a_prompt(gated, prompt):
   sampled(sample_queue, request(sample_queue, prompt=prompt, steps=1))
 
 
+def test_unknown_words_are_noted(real):
+  sample_queue, *_ = real
+  note = sample_queue.note(request(sample_queue, prompt='A purpl <b>Ring'))
+  assert note.startswith(
+    'The prompt has words that training never saw: "purpl", "b"; it knows a, '
+  )
+  assert sample_queue.note(request(sample_queue, negative_prompt='hazy'))
+
+
 def test_a_truncated_prompt_is_noted(real):
   sample_queue, *_ = real
   assert sample_queue.note(request(sample_queue, prompt='a ring')) == ''

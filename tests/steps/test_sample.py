@@ -379,3 +379,45 @@ def test_pixels_are_rounded_or_truncated(reads_padding):
     for pixels in ('round', 'truncate')
   )
   assert set(np.unique(rounded - truncated)) == {0, 1}
+
+
+def test_each_level_is_told_its_own_time(config, made):
+  sampler, params, _ = made(sharding.make_mesh(config.mesh, jax.devices()[:1]))
+  text = encode_prompts(config, PROMPTS[:2])
+  rng = np.random.default_rng(0)
+  x_t = tuple(
+    rng.standard_normal((2, side, side, 3), np.float32)
+    for side in sampler.model.resolutions
+  )
+
+  @jax.jit
+  def denoise(t):
+    cond = sampler.model.encode(params, text)
+    return sampler.model.denoise(params, x_t, t, cond)
+
+  coarse, fine = denoise(np.array([100, 700]))
+  own = denoise(np.array([[100, 700], [700, 700]]))
+  # This fine level has no block before the coarse one that reads its time.
+  np.testing.assert_array_equal(own[0], coarse)
+  np.testing.assert_array_equal(own[1][1], fine[1])
+  assert np.abs(own[1][0] - fine[0]).max() > 1e-4
+
+
+def test_an_offset_of_the_levels_in_sampling(config):
+  """It is traced with guidance in an interval; 0 is the schedule itself."""
+  changed = config.copy_and_resolve_references()
+  changed.diffusion.level_times = 'independent'
+  stage = make_stage(changed, 1)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  plain, moved = (
+    stage.make_sampler(
+      mesh, name='heun', guidance_interval=(0.2, 0.8), level_offset=offset
+    )
+    for offset in (0.0, 2.0)
+  )
+  assert plain.schedule is stage.objective.schedule
+  assert moved.schedule.times[1, 500] > 500 == moved.schedule.times[0, 500]
+  text = jax.ShapeDtypeStruct((2, 8), np.int32)
+  seeds = jax.ShapeDtypeStruct((2,), np.uint32)
+  found = jax.eval_shape(moved.sample, stage.model.shapes(8), text, text, seeds)
+  assert [level.shape for level in found] == [(2, 8, 8, 3), (2, 16, 16, 3)]

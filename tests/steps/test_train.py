@@ -26,6 +26,16 @@ from mdm_jax.steps.state import TrainState
 from mdm_jax.steps.train import make_train_step, new_state
 
 BATCH = 32
+FLOW = {
+  'schedule': 'linear',
+  'parameterization': 'velocity',
+  'loss_space': 'velocity',
+  'time_weights': 'min_snr',
+  'normalize_time_weights': True,
+  'time_density': 'logit_normal',
+  'stratified_times': True,
+  'level_times': 'independent',
+}
 CAPTIONS = ('a red ring', 'a small blue star', 'two green circles', 'a cross')
 # Number of devices along data, fsdp and spatial.
 MESHES = {
@@ -39,6 +49,11 @@ MESHES = {
   'two': (2, 1, 1),
 }
 GUARDED = ('one', 'data', 'fsdp')
+
+
+def mesh_of(name):
+  sizes = dict(zip(sharding.AXES, MESHES[name]))
+  return sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 class Training(NamedTuple):
@@ -55,18 +70,19 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope='module')
 def training(make_config, batch):
-  """(name of a mesh, number of microbatches, kind of level 0) -> Training.
+  """(mesh, number of microbatches, kind of level 0, is it flow) -> Training.
 
   The batch is mixed: level 1 sees half of it.
   """
 
   @functools.cache
-  def make(mesh_name, accumulate, kind):
+  def make(mesh_name, accumulate, kind, is_flow):
     config = make_config(kind)
+    config.diffusion.update(FLOW if is_flow else {})
     stage = config.stages[1]
-    stage.update(mixed_ratio=(1.0, 1.0), learning_rate=1e-2)
-    sizes = dict(zip(sharding.AXES, MESHES[mesh_name]))
-    mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    stage.mixed_ratio = (1.0, 1.0)
+    stage.learning_rate = 1e-2
+    mesh = mesh_of(mesh_name)
     model = make_model(config, stage)
     objective = make_objective(config, stage)
     optimizer, _ = make_optimizer(config, stage)
@@ -131,8 +147,8 @@ def training(make_config, batch):
       shardings,
     )
 
-  return lambda mesh_name, accumulate=1, kind='unet': make(
-    mesh_name, accumulate, kind
+  return lambda mesh_name, accumulate=1, kind='unet', flow=False: make(
+    mesh_name, accumulate, kind, flow
   )
 
 
@@ -162,8 +178,8 @@ def metrics(training, batch, random_params):
   """Runs five steps -> their metrics, with the first and last parameters."""
 
   @functools.cache
-  def run(mesh_name, accumulate=1, kind='unet'):
-    made = training(mesh_name, accumulate, kind)
+  def run(*given):
+    made = training(*given)
     state, values = made.new_state(random_params(made.model, 8)), []
     for _ in range(5):
       before = jax.device_get(state.params)
@@ -211,6 +227,76 @@ def test_equals_one_device_and_the_whole_batch(
       np.testing.assert_allclose(
         accumulate * each[name], other[name], rtol=1e-4, atol=1e-5
       )
+
+
+def test_rectified_flow_equals_one_device_and_the_whole_batch(losses, metrics):
+  """Each level has its own times, stratified over all microbatches."""
+  counts = metrics('one', 1, 'unet', True)[0][0]['noise_counts']
+  assert counts.sum(1).tolist() == [BATCH, BATCH / 2]
+  assert 15 <= counts[0, :2].sum() <= 17 and 3 <= counts[0, 0] <= 6
+  expected = losses('one', 1, 'unet', True)
+  assert np.isfinite(expected).all() and np.ptp(expected[:, 0]) > 1e-2
+  np.testing.assert_allclose(
+    losses('all', 4, 'unet', True), expected, rtol=1e-5
+  )
+
+
+@pytest.fixture(scope='module')
+def weighted_losses(make_config, batch, random_params):
+  """name of a mesh -> losses of the batch with each of the weights.
+
+  Of x0 prediction on the linear path, coarse levels first. All weights go
+  through one program.
+  """
+
+  def run(mesh_name):
+    config = make_config()
+    config.stages[1].mixed_ratio = (1.0, 1.0)
+    config.diffusion.update(
+      FLOW
+      | {
+        'parameterization': 'x0',
+        'noise_floor': 0.05,
+        'level_times': 'coarse_first',
+        'level_offset': 2.0,
+      }
+    )
+    model = make_model(config, config.stages[1])
+    mesh = mesh_of(mesh_name)
+
+    @jax.jit
+    def measure(params, batch, time_weights):
+      objective = dataclasses.replace(
+        make_objective(config, config.stages[1]), time_weights=time_weights
+      )
+      t, eps = sample_noise(
+        objective, model.resolutions, batch, jax.random.key(0)
+      )
+      return batch_losses(model, objective, params, batch, t, eps)[0]
+
+    params = random_params(model, 8)
+    placed = (
+      sharding.place(
+        params, sharding.tree_shardings(params, mesh, config.sharding_rules)
+      ),
+      sharding.shard_batch(batch, mesh),
+    )
+    found = []
+    for name in ('min_snr', 'sigmoid', 'p2'):
+      config.diffusion.time_weights = name
+      table = make_objective(config, config.stages[1]).time_weights
+      found.append(np.asarray(measure(*placed, table)))
+    assert measure._cache_size() == 1
+    return found
+
+  return run
+
+
+def test_weights_and_offsets_equal_one_device(weighted_losses):
+  expected = weighted_losses('one')
+  assert all(np.isfinite(each).all() and np.ptp(each) > 0 for each in expected)
+  for found, other in zip(weighted_losses('all'), expected):
+    np.testing.assert_allclose(found, other, rtol=1e-5)
 
 
 def test_norms_and_losses_by_noise(metrics):

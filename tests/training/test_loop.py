@@ -29,7 +29,7 @@ from mdm_jax.inference import validation, weights
 from mdm_jax.optim import skip_step
 from mdm_jax.report import goodput
 from mdm_jax.runtime import directory_lock, replica_check, sharding
-from mdm_jax.training import initial_state, loop, monitor
+from mdm_jax.training import expected, initial_state, loop, monitor
 from tests import commands, toy
 from tests.data import test_benchmarks
 from tests.report.test_metric_writer import read_events
@@ -92,12 +92,35 @@ def stop_at(step, config, workdir, stage='8'):
       run(config, workdir)
 
 
+# What `finished` has compared with a recorded run: stage, step, metrics.
+COMPARED = []
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   """The working directory of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp('run')
-  run(toy_config(), workdir)
+
+  def make_comparison(stage):
+    return lambda step, values: COMPARED.append((stage.name, step, {**values}))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(expected, 'make_comparison', make_comparison)
+    run(toy_config(), workdir)
   return workdir
+
+
+def test_metrics_are_compared_with_those_of_a_recorded_run(finished):
+  for name, steps in (
+    ('loss_8', {('8', 2), ('8', 4), ('8', 6), ('16', 2), ('16', 4), ('16', 6)}),
+    ('grad_norm', {('8', 2), ('8', 4), ('8', 6)}),
+    ('held_out_loss_16', {('16', 2), ('16', 3), ('16', 4), ('16', 6)}),
+    ('accuracy_all', {('8', 3), ('8', 6), ('16', 3), ('16', 6)}),
+  ):
+    found = {
+      (stage, step) for stage, step, values in COMPARED if name in values
+    }
+    assert found >= steps, name
 
 
 def test_writes_the_documented_files(finished):
@@ -162,6 +185,12 @@ def test_writes_the_documented_files(finished):
   assert event.value == pytest.approx(values['held_out_loss_16'])
   assert 0 < values['held_out_loss_16'] < 2
   assert 0 <= values['accuracy_background'] <= 1
+  (chances,) = {
+    line['chance_background']
+    for line in lines_of(finished / 'metrics.jsonl')
+    if 'accuracy_background' in line
+  }
+  assert chances == pytest.approx(1 / 6, abs=0.01)
 
 
 def evaluations(workdir) -> dict[tuple[str, int], dict[str, float]]:
@@ -750,6 +779,7 @@ def test_samplers_are_compared(finished, tmp_path):
   assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
     ['ddim', '1'],
     ['ddim', '2'],
+    ['chance', '-'],
   ]
 
 
@@ -770,6 +800,46 @@ def test_samples_are_shown_beside_the_data(finished, tmp_path):
   # Levels of 8 and 16 pixels and the data, 128 px each, 2 px apart.
   shown = page[16 : 16 + 128 : 8, 16 + 260 : 16 + 388 : 8]
   np.testing.assert_array_equal(shown, source[0]['image'])
+
+
+def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
+  output = tmp_path / 'nearest.png'
+  result = commands.run(
+    'mdm_jax.tools.nearest_images',
+    f'--workdir={finished}',
+    f'--output={output}',
+    *('--num_images=2', '--num_samples=4', '--num_training=8', '--steps=2'),
+    env=ONE_DEVICE,
+  )
+  assert result.returncode == 0, result.stderr
+  page = np.asarray(Image.open(output))
+  held_out = make_source(toy_config(), 'held_out', 16)[0]['image']
+  training = make_source(toy_config(), 'train', 16)
+  training = [training[i]['image'] for i in range(8)]
+  # Levels of 8 and 16 pixels, the data and its neighbour, 128 px each, 2 px
+  # apart.
+  sample, data, neighbour = (
+    page[16 : 16 + 128 : 8, start : start + 128 : 8]
+    for start in (146, 276, 406)
+  )
+  np.testing.assert_array_equal(data, held_out)
+  distances = [
+    np.square(sample.astype(float) - image).mean() for image in training
+  ]
+  np.testing.assert_array_equal(neighbour, training[np.argmin(distances)])
+  found = json.loads((tmp_path / 'nearest.json').read_text())
+  assert found['samples'] == 4 and found['training_images'] == 8
+  assert found['nearest_by_pixels']['median_of_held_out'] > 0
+  assert 'frechet' not in found
+  # What training has measured of the held-out images at its end.
+  losses = found['losses']
+  (path,) = [
+    path for path in (finished / 'eval').glob('*.json') if path.stem.isdigit()
+  ]
+  for pixels, loss in losses['held_out'].items():
+    expected = json.loads(path.read_text())[f'held_out_loss_{pixels}']
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert losses['training'][pixels] != loss
 
 
 def test_sample_without_a_run_names_the_directory(tmp_path):

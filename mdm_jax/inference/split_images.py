@@ -1,0 +1,63 @@
+"""Images of a split of a run's data set, in the order of its records."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mdm_jax.builders.data import held_out_split, make_source
+from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.data import pipeline
+from mdm_jax.data.transforms import Transform
+
+
+class SplitImages(NamedTuple):
+  """N records.
+
+  Attributes:
+    prompts: the first caption of each, or the number of its class.
+    captions: what is shown for it: its prompt, or the name of its class.
+    images: uint8 [N, R, R, 3].
+    keys: of the records.
+  """
+
+  prompts: list[str]
+  captions: list[str]
+  images: np.ndarray
+  keys: list[str]
+
+
+def read(
+  stage: Stage, split: str | None = None, count: int | None = None
+) -> SplitImages:
+  """The first records of a split, at the finest resolution of the stage.
+
+  Args:
+    stage: of the run.
+    split: of the data set; None for the held-out one.
+    count: most records; None for all.
+
+  Raises:
+    ValueError: there is no such split.
+    FileNotFoundError: a file of the data set is missing.
+  """
+  config, resolution = stage.config, stage.resolutions[-1]
+  source = make_source(config, split or held_out_split(config), resolution)
+  tokenizer = make_tokenizer(config)
+  transform = Transform(
+    tokenizer, resolution, max_pixels=config.data.max_pixels
+  )
+  indices = range(len(source) if count is None else min(count, len(source)))
+  found = SplitImages([], [], [], [])
+  for index in indices:
+    record = pipeline.usable_record(source, index)
+    if config.text.encoder == 'label':
+      found.prompts.append(str(record['label']))
+      found.captions.append(tokenizer.name(record['label']))
+    else:
+      found.prompts.append(record['caption'])
+      found.captions.append(record['caption'])
+    example = transform(record, np.random.default_rng(index))
+    found.images.append(example[transform.image_name])
+    found.keys.append(record['key'])
+  return found._replace(images=np.stack(found.images))

@@ -1,0 +1,240 @@
+"""The trainings of a sweep: each is a command in a process of its own."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import itertools
+import json
+import signal
+import threading
+
+from absl import logging
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
+
+from mdm_jax.builders import sweep_grid
+from mdm_jax.builders.check import check, metric_names
+from mdm_jax.builders.config import changes_of_run, has_config
+from mdm_jax.inference import evaluation
+from mdm_jax.report import sweep_results, training_curve
+from mdm_jax.report.sweep_results import Result, Results
+from mdm_jax.runtime import files, preemption, sharding
+from mdm_jax.tools import run_commands
+
+# Metrics of two settings of these are not to be compared, though a run may be
+# continued with others.
+_COMPARED = ('sampler.', 'eval.')
+
+
+def check_points(
+  config: ConfigDict,
+  points: Sequence[sweep_grid.Changes],
+  metrics: Sequence[str],
+  options: evaluation.Options | None = None,
+) -> None:
+  """Checks the config of each run, but not against the devices.
+
+  Args:
+    config: that the runs change.
+    points: values of keys, of each run.
+    metrics: that training is to measure, or an evaluation after it.
+    options: of this evaluation, whose metrics are not checked; None for none.
+
+  Raises:
+    ValueError, FileNotFoundError: a config is wrong, or has no such metric.
+  """
+  # The accelerators are for the runs.
+  jax.config.update('jax_platforms', 'cpu')
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+  for point in points:
+    changed = sweep_grid.changed(config, point)
+    check(changed, mesh)
+    if options:
+      evaluation.check_options(changed, options)
+  if options:
+    return
+  names = list(itertools.chain(*metric_names(config)))
+  for metric in metrics:
+    if metric not in names:
+      raise ValueError(f'--metric={metric}: there are {", ".join(names)}.')
+
+
+def train(
+  config: ConfigDict,
+  points: Sequence[sweep_grid.Changes],
+  make_commands: Callable[
+    [epath.Path, sweep_grid.Changes], Sequence[Sequence[str]]
+  ],
+  *,
+  output: epath.Path,
+  metrics: Sequence[str],
+  groups: Sequence[Mapping[str, str]] = ({},),
+  evaluated: Mapping[str, str] | None = None,
+  plot: str | None = None,
+) -> Results:
+  """Trains the runs that are not finished, and writes what they measure.
+
+  A stop request goes on to the runs, which save; then the process exits.
+
+  Args:
+    config: that the runs change.
+    points: values of keys, of each run.
+    make_commands: (workdir, values) -> the words of the command that trains a
+      run, or continues it, and perhaps of one that evaluates it, and adds a
+      line to `evaluation_path`. They exit with the codes of `mdm_jax.main`.
+    output: directory of the runs and of the results.
+    metrics: to show; the first one orders the table.
+    groups: environment variables of the runs that train at the same time.
+    evaluated: flags of the evaluation: runs with others are evaluated again.
+    plot: file for a plot, or None.
+
+  Raises:
+    ValueError: the directory is of something else, or of another config, or a
+      finished run has no such metric: then the others are stopped.
+  """
+  results = sweep_results.read(
+    output, metrics, lambda key: config_path.get_value(key, config)
+  )
+  _keep_begun(results, config)
+  runs = [
+    results.find(point) or results.add(sweep_grid.run_name(point), point)
+    for point in points
+  ]
+  evaluated = dict(evaluated or {})
+  waiting = {
+    run.run: run
+    for run in runs
+    if run.status != sweep_results.FINISHED
+    or (evaluated and run.evaluated != evaluated)
+  }
+  for run in waiting.values():
+    run.status, run.note = sweep_results.TO_DO, ''
+  results.write(plot)
+  logging.info(
+    '%d runs, of which %d are finished; %d at a time.',
+    len(runs),
+    len(runs) - len(waiting),
+    len(groups),
+  )
+  jobs = run_commands.Jobs(
+    [
+      (name, make_commands(output / name, run.changes))
+      for name, run in waiting.items()
+    ],
+    groups,
+  )
+  with _running(jobs) as ended_jobs:
+    for ended in ended_jobs:
+      run = waiting[ended.name]
+      run.evaluated = evaluated
+      _note_end(run, ended, results)
+      results.write(plot)
+      logging.info('%s: %s. %s', run.run, run.status, run.note)
+      if run.status == sweep_results.FINISHED:
+        results.check_metrics(run.metrics)
+  return results
+
+
+@contextlib.contextmanager
+def _running(jobs: run_commands.Jobs) -> Iterator[Iterator[run_commands.Ended]]:
+  """Yields the jobs that have ended, of which an error or a stop ends the rest.
+
+  After a stop request the process exits once they all have ended.
+  """
+  all_ended = threading.Event()
+  stop = preemption.StopHandler(lambda: None, None, jobs.stop)
+  stop.defer(all_ended.wait)
+  stop.allow()
+  ended = jobs.run()
+  try:
+    yield ended
+  finally:
+    jobs.stop()
+    for _ in ended:  # They save meanwhile.
+      pass
+    all_ended.set()
+    stop.close()
+
+
+def evaluation_path(workdir: epath.Path) -> epath.Path:
+  """The file of a run to which its evaluation in the sweep adds a line."""
+  return workdir / 'eval' / 'sweep.jsonl'
+
+
+def _keep_begun(results: Results, config: ConfigDict) -> None:
+  """Forgets the runs that were not begun; the others must be of this config.
+
+  Raises:
+    ValueError: the sweep is of another config, or of a finished run.
+  """
+  for name, run in list(results.runs.items()):
+    directory = results.directory / name
+    if run.settings:
+      raise ValueError(
+        f'--output={results.directory} evaluates a finished run: give another '
+        'directory.'
+      )
+    if not has_config(directory):
+      del results.runs[name]
+      continue
+    changed = sweep_grid.changed(config, run.changes)
+    try:
+      found = changes_of_run(directory, json.loads(changed.to_json()))
+    except files.UnreadableFile:
+      continue  # mdm_jax.main makes it anew.
+    lines = [
+      line
+      for line, is_allowed in found.items()
+      if not is_allowed or line.startswith(_COMPARED)
+    ]
+    if lines:
+      raise ValueError(
+        f'--output={results.directory} is a sweep of another config '
+        f'({"; ".join(lines[:5])}{" …" if len(lines) > 5 else ""}): give '
+        'another directory, or the same config.'
+      )
+
+
+def _note_end(run: Result, ended: run_commands.Ended, results: Results) -> None:
+  """Reads what a run has measured."""
+  run.status = {
+    0: sweep_results.FINISHED,
+    preemption.EXIT_CODE: sweep_results.STOPPED,
+  }.get(ended.code, sweep_results.FAILED)
+  if run.status == sweep_results.FAILED:
+    run.note = ended.line.removeprefix('error: ') or 'it has written nothing.'
+    if ended.code < 0:
+      run.note = f'ended by {signal.Signals(-ended.code).name}.'
+  directory = results.directory / run.run
+  curve = training_curve.read(directory)
+  if not curve:
+    return
+  # Metrics of the last stage, at its end if it is finished.
+  *_, last = curve
+  metrics, run.errors = dict(last.metrics), {}
+  if run.evaluated and run.status == sweep_results.FINISHED:
+    *_, line = files.read_json_lines(evaluation_path(directory))
+    metrics |= {
+      name: value
+      for name, value in line['metrics'].items()
+      if files.is_number(value)
+    }
+    run.errors = line['standard_errors']
+  run.metrics, run.flops, run.seconds = metrics, last.flops, last.seconds
+  curve[-1] = dataclasses.replace(last, metrics=metrics)
+  run.curve = [
+    {
+      'stage': each.stage,
+      'step': each.step,
+      'flops': each.flops,
+      'seconds': each.seconds,
+    }
+    | {
+      name: each.metrics[name]
+      for name in results.metrics
+      if name in each.metrics
+    }
+    for each in curve
+  ]
