@@ -237,8 +237,7 @@ class Pipeline:
     text = encode_prompts(model.stage.config, prompts)
     _warn_of_unknown_words(model, [*prompts, negative_prompt])
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
-    if guide:
-      guide = _directory('guide', guide)
+    guide = _directory('guide', guide) if guide else None
     guided_by = self._guide(guide) if guide else None
     spec = model.stage.make_sampler(model.mesh).spec
     params = model.params | ({'guide': guided_by.params} if guided_by else {})
