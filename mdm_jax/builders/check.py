@@ -153,9 +153,19 @@ def _check_objective(config: ConfigDict) -> None:
       f'diffusion.logit_normal={diffusion.logit_normal}: give a mean and a '
       'standard deviation above 0.'
     )
+  predicted = diffusion.parameterization
+  divides = predicted == 'x0' != diffusion.loss_space
+  bounded = diffusion.time_weights in ('min_snr', 'sigmoid') or (
+    diffusion.time_weights == 'p2' and diffusion.p2[0] >= 1
+  )
+  if diffusion.noise_floor and not (divides and not bounded):
+    raise ValueError(
+      f'diffusion.noise_floor={diffusion.noise_floor}: it is for '
+      "parameterization='x0' with another loss_space and without the bounded "
+      'time_weights, where the loss divides by the noise; give 0.0.'
+    )
   if diffusion.schedule != 'linear':
     return
-  predicted = diffusion.parameterization
   if predicted not in ('velocity', 'x0'):
     raise ValueError(
       f"diffusion.parameterization={predicted!r} with schedule='linear': use "
@@ -167,11 +177,7 @@ def _check_objective(config: ConfigDict) -> None:
       "diffusion.loss_space='v' with schedule='linear': use velocity, eps or "
       'x0; v is that of the other schedules.'
     )
-  if (
-    predicted == 'x0' != diffusion.loss_space
-    and diffusion.time_weights in ('none', 'vdm')
-    and not diffusion.noise_floor
-  ):
+  if divides and not bounded and not diffusion.noise_floor:
     raise ValueError(
       "diffusion.parameterization='x0' with schedule='linear' and "
       f'loss_space={diffusion.loss_space!r}: the loss divides by the noise, '
@@ -182,11 +188,18 @@ def _check_objective(config: ConfigDict) -> None:
 
 def _check_level_times(config: ConfigDict) -> None:
   diffusion, offset = config.diffusion, config.sampler.level_offset
-  levels = max((stage.num_levels for stage in config.stages), default=2)
+  if not config.stages:
+    return  # `check_stages` names that.
+  levels = max(stage.num_levels for stage in config.stages)
   if diffusion.level_times != 'shared' and levels < 2:
     raise ValueError(
       f'diffusion.level_times={diffusion.level_times!r} with a single level: '
       "use 'shared'."
+    )
+  if diffusion.level_times == 'coarse_first' and not diffusion.level_offset:
+    raise ValueError(
+      "diffusion.level_times='coarse_first' with level_offset=0.0: give the "
+      'nats of logSNR between levels, such as diffusion.level_offset=2.0.'
     )
   if diffusion.level_offset and diffusion.level_times != 'coarse_first':
     raise ValueError(

@@ -15,6 +15,8 @@ from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.packing import TPU_LANES
 from mdm_jax.models.unet import LevelSpec
 
+_AMPERE = 8.0  # compute capability of the first GPUs with flash kernels
+
 
 def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
   """The network and text encoder of a stage.
@@ -47,11 +49,17 @@ def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
 
 
 def _has_flash_attention(config: ConfigDict) -> bool:
-  """Whether attention may use cuDNN, which takes no divided images."""
+  """Whether attention may use cuDNN's flash kernels.
+
+  They need an NVIDIA GPU from Ampere on, and take no divided images.
+  """
   return (
     config.mesh.spatial == 1
     and jax.default_backend() == 'gpu'
     and 'cuda' in jax.extend.backend.get_backend().platform_version
+    and all(
+      float(device.compute_capability) >= _AMPERE for device in jax.devices()
+    )
   )
 
 

@@ -44,7 +44,7 @@ _SPACES = Choice(('v', 'eps', 'x0', 'velocity'))
 _PERIOD = Number(int, 1, 10**9)  # in steps
 _RARELY = Number(int, 0, 10**9)  # in steps; 0: never
 _SHARE = Number(float, 0, 1)
-_NATS = Number(float, 0, 20)  # of logSNR
+_NATS = Number(float, 0, 10)  # of logSNR
 # Nearer to 1 it is 1 in float32, and Adam divides by 0.
 _DECAY = Number(float, 0, 0.9999999)
 _AXIS = Number(int, 1, 10**6, also=(-1,))
@@ -150,9 +150,9 @@ KEYS = {
   'diffusion.loss_space': _SPACES,
   'diffusion.noise_floor': Number(float, 0, 1, below=True),
   'diffusion.time_weights': Choice(('none', 'vdm', 'min_snr', 'sigmoid', 'p2')),
-  'diffusion.min_snr_gamma': Number(float, 0, 10**9, above=True),
-  'diffusion.sigmoid_bias': Number(float, -30, 30),
-  'diffusion.p2': Tuple(Number(float, 0, 100), 2),
+  'diffusion.min_snr_gamma': Number(float, 0, 1000, above=True),
+  'diffusion.sigmoid_bias': Number(float, -10, 10),
+  'diffusion.p2': Tuple(Number(float, 0, 10), 2),
   'diffusion.normalize_time_weights': Boolean(),
   'diffusion.time_density': Choice(('uniform', 'logit_normal')),
   'diffusion.logit_normal': Tuple(Number(float, -10, 10), 2),

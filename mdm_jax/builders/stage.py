@@ -356,14 +356,18 @@ def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
 def _make_time_weights(
   config: ConfigDict, schedule: Schedule
 ) -> np.ndarray | None:
-  """Weights of the noising steps in the loss; None for equal weights."""
+  """Weights of the noising steps in the loss; None for equal weights.
+
+  Raises:
+    ValueError: a weight is beyond what float32 holds.
+  """
   diffusion = config.diffusion
   match diffusion.time_weights:
     case 'none':
       return None
     case 'vdm':
       return vdm_weights(schedule.gammas[0])
-  return level_weights(
+  weights = level_weights(
     diffusion.time_weights,
     schedule,
     diffusion.loss_space,
@@ -371,3 +375,10 @@ def _make_time_weights(
     sigmoid_bias=diffusion.sigmoid_bias,
     p2=diffusion.p2,
   )
+  if not (np.isfinite(weights).all() and weights.any()):
+    raise ValueError(
+      f'diffusion.time_weights={diffusion.time_weights!r}: its weights are 0 '
+      'or infinite in float32; give other parameters, such as p2=(1.0, 1.0), '
+      'or fewer diffusion.num_steps.'
+    )
+  return weights

@@ -123,7 +123,8 @@ def posterior_variance(at: Coefficients, at_s: Coefficients) -> jax.Array:
   Ho et al., arXiv 2006.11239, eq. 7; for any path Kingma et al., arXiv
   2107.00630, appendix A.
   """
-  return at_s.noise**2 * (1 - _snr_ratio(at, at_s))
+  # Where s is t, a device whose division rounds may find a ratio above 1.
+  return at_s.noise**2 * jnp.maximum(1 - _snr_ratio(at, at_s), 0)
 
 
 def ddpm_step(

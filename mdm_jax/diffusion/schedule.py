@@ -63,7 +63,8 @@ class Schedule:
 
     if self.is_linear:
       return Coefficients(*map(read, self.coefficients))
-    # In the program, as ever: roots from a table round the images otherwise.
+    # Roots are computed in the program: a table of roots would change samples
+    # in the last bit.
     gamma = read(self.gammas)
     return Coefficients(jnp.sqrt(gamma), jnp.sqrt(1 - gamma))
 

@@ -42,9 +42,9 @@ def level_weights(
       'min_snr': min(SNR, gamma) on the error of x0, so min(SNR, gamma) / SNR
         on that of eps (Hang et al., arXiv 2303.09556, section 3.4);
       'sigmoid': sigmoid(bias - logSNR) times the weights of the variational
-        bound, which are the change of logSNR from step to step, on the error
-        of eps (Kingma & Gao, arXiv 2303.00848; Hoogeboom et al., arXiv
-        2410.19324);
+        bound, SNR[t - 1] / SNR[t] - 1, which is about the change of logSNR, on
+        the error of eps (Kingma & Gao, arXiv 2303.00848; Hoogeboom et al.,
+        arXiv 2410.19324);
       'p2': 1 / (k + SNR)^gamma on the error of eps (Choi et al., arXiv
         2204.00227, eq. 8).
     schedule: the noise of each level.
@@ -76,7 +76,8 @@ def level_weights(
     case _:
       raise ValueError(f'Unknown weights {name!r}: use min_snr, sigmoid or p2.')
   weights = weights * snr / _error_ratio(loss_space, snr)
-  return np.concatenate([weights[:, :1], weights], axis=1).astype(np.float32)
+  with np.errstate(over='ignore'):  # What is beyond float32 is inf.
+    return np.concatenate([weights[:, :1], weights], axis=1).astype(np.float32)
 
 
 def _error_ratio(loss_space: str, snr: np.ndarray) -> np.ndarray:
@@ -88,4 +89,8 @@ def _error_ratio(loss_space: str, snr: np.ndarray) -> np.ndarray:
       return snr + 1
     case 'velocity':
       return (np.sqrt(snr) + 1) ** 2
-  return np.ones_like(snr)
+    case 'x0':
+      return np.ones_like(snr)
+  raise ValueError(
+    f'Unknown loss space {loss_space!r}: use v, eps, x0 or velocity.'
+  )

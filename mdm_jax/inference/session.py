@@ -150,6 +150,7 @@ class Session:
         `model`.
     """
     config = _read(workdir, any_prompt=True)
+    config.mesh.update(self.config.mesh)
     guide = Session(workdir, config, self.mesh)
     stage, weights = guide._restore_weights()
     if found := differences(_compared(model.stage), _compared(stage)):

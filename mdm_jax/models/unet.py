@@ -51,9 +51,8 @@ class LevelSpec:
   # nothing. `lanes` and `remat` change speed, memory and rounding alone.
   lanes: int = 1
   # 'unet', or for the coarsest level 'transformer': channels=(width,),
-  # num_blocks=(depth,), attention_layers=(0,), with none of the fields that
-  # only a UNet has. The defaults of `num_groups` and `attention_ffn` say
-  # nothing about it.
+  # num_blocks=(depth,), attention_layers=(0,). A transformer does not read
+  # num_groups, attention_ffn and lanes, which must have their defaults.
   kind: str = 'unet'
   # Self-attention by cuDNN's flash kernels, see `layers.attend`. They need an
   # NVIDIA GPU, and all rows of an image on one device.

@@ -12,6 +12,8 @@ from mdm_jax.runtime import files
 _PLACE = ('time', 'stage', 'step')
 # What lines of progress have, and evaluations have not.
 _PACE = 'seconds_per_step'
+# Of what is right by chance, beside what was measured.
+_CHANCE = 'chance_'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,9 @@ def read(workdir: epath.PathLike) -> list[Evaluation]:
     numbers = {
       name: value
       for name, value in line.items()
-      if name not in _PLACE and files.is_number(value)
+      if name not in _PLACE
+      and not name.startswith(_CHANCE)
+      and files.is_number(value)
     }
     if _PACE in numbers:
       paces.setdefault(line['stage'], {})[line['step']] = numbers

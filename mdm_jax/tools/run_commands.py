@@ -9,6 +9,7 @@ import sys
 import threading
 from typing import NamedTuple
 
+from mdm_jax.data import lines
 from mdm_jax.runtime import preemption
 
 # Platform and number of chips: TPUs of two cores count once. In a process of
@@ -56,7 +57,7 @@ def device_groups(size: int) -> list[dict[str, str]]:
   )
   _, _, line = result.stdout.rpartition('devices ')
   if result.returncode or not line:
-    *_, line = result.stderr.splitlines() or ['no error']
+    *_, line = lines.split_lines(result.stderr) or ['no error']
     raise ValueError(f'--devices_per_run: JAX finds no devices: {line}')
   platform, count = line.split()
   if platform == 'cpu':

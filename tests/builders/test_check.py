@@ -246,6 +246,31 @@ BAD = [
   ({'diffusion.logit_normal': (99.0, 1.0)}, r'diffusion.logit_normal=\(99.0'),
   ({'diffusion.min_snr_gamma': 0.0}, 'min_snr_gamma=0.0: give a number above'),
   ({'diffusion.sigmoid_bias': 31.0}, 'sigmoid_bias=31.0: give a number from'),
+  (
+    {**LINEAR, 'diffusion.time_weights': 'p2', 'diffusion.p2': (9.0, 0.0)},
+    "time_weights='p2': its weights are 0 or infinite in float32",
+  ),
+  (
+    {'diffusion.noise_floor': 0.05},
+    "noise_floor=0.05: it is for parameterization='x0' with another loss_space",
+  ),
+  (
+    {
+      **LINEAR,
+      'diffusion.parameterization': 'x0',
+      'diffusion.time_weights': 'p2',
+      'diffusion.p2': (0.5, 1.0),
+    },
+    'the loss divides by the noise',
+  ),
+  (
+    {'diffusion.level_times': 'coarse_first'},
+    "level_times='coarse_first' with level_offset=0.0: give the nats",
+  ),
+  (
+    {'diffusion.level_times': 'coarse_first', 'diffusion.level_offset': 11.0},
+    'level_offset=11.0: give a number from 0 to 10',
+  ),
   ({'diffusion.p2': (-1.0, 1.0)}, r'diffusion.p2=\(-1.0, 1.0\): give a tuple'),
   ({'diffusion.p2': (1.0,)}, r'diffusion.p2=\(1.0,\): give a tuple of 2'),
   ({'diffusion.noise_floor': 1.0}, 'noise_floor=1.0: give a number from 0 to'),
