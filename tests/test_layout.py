@@ -31,10 +31,11 @@ ROWS = (
   'training.stage_checkpoints training.run training.grow training.expected',
   'inference.pipeline',
   'inference.evaluation',
-  'inference.shapes_features',
+  'inference.shapes_features inference.labelled_features',
+  'inference.classifier_features',
   'inference.references',
   'inference.session inference.validation inference.feature_extractors '
-  'inference.split_images inference.labelled_features',
+  'inference.split_images',
   'inference.weights inference.run_flags',
   'builders.check',
   'builders.stage builders.prompts',

@@ -72,7 +72,8 @@ def train(
   classifier = Classifier(
     {name: int(values.max()) + 1 for name, values in labels.items()}
   )
-  params = classifier.init(jax.random.key(seed), images[:1])['params']
+  init = jax.jit(classifier.init)  # Else each operation is compiled by itself.
+  params = init(jax.random.key(seed), images[:1])['params']
   optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
 
   def loss(params, images, labels):

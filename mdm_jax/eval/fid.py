@@ -6,6 +6,7 @@ exchanging them exchanges precision and recall.
 
 from collections.abc import Iterator, Mapping
 
+from absl import logging
 import numpy as np
 import scipy.linalg
 
@@ -26,6 +27,13 @@ class Statistics:
     self.count = 0
     self.mean = np.zeros(width)
     self.scatter = np.zeros((width, width))
+
+  @classmethod
+  def of(cls, features: np.ndarray) -> 'Statistics':
+    """The statistics of features `[N, D]`; raises what `update` raises."""
+    found = cls(features.shape[1])
+    found.update(features)
+    return found
 
   def update(self, features: np.ndarray) -> None:
     """Adds features `[N, D]`.
@@ -133,12 +141,22 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
 
   Heusel et al., arXiv 1706.08500, eq. 6. The trace of (C1 C2)^(1/2) is
   computed as that of (C1^(1/2) C2 C1^(1/2))^(1/2), which is symmetric: the
-  result is real, and singular covariances need no offset.
+  result is real, and singular covariances need no offset. They make it too
+  high, with a warning.
 
   Raises:
     ValueError: a set has fewer than two features.
   """
   covariances = first.covariance(), second.covariance()
+  if min(first.count, second.count) <= len(first.mean):
+    logging.warning(
+      'Fréchet distance of %d images and %d: no more than its %d features, so '
+      'a covariance is singular and the distance too high. Compare it only '
+      'with those of the same numbers of images.',
+      first.count,
+      second.count,
+      len(first.mean),
+    )
   values, vectors = scipy.linalg.eigh(covariances[0])
   root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
   values = scipy.linalg.eigvalsh(root @ covariances[1] @ root)

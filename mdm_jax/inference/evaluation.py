@@ -364,15 +364,6 @@ def _compare(
   metrics = {}
   settings = {'num_samples': counts[0], 'num_reference': counts[1]}
   if 'fid' in names:
-    width = len(reference.statistics.mean)
-    if min(counts) <= width:
-      logging.warning(
-        'FID of %d images against %d: no more than its %d features, so a '
-        'covariance is singular and the FID too high. Compare it only with '
-        'FIDs of the same numbers of images, or use KID.',
-        *counts,
-        width,
-      )
     metrics['fid'] = Estimate(
       fid.frechet_distance(sample.statistics, reference.statistics), counts[0]
     )

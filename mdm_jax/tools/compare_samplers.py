@@ -255,8 +255,7 @@ def _make_distance(resolution: int, seed: int):
   )
 
   def distance(images):
-    found = fid.Statistics(features.width)
-    found.update(features.encode(images))
+    found = fid.Statistics.of(features.encode(images))
     return fid.frechet_distance(found, reference.statistics)
 
   return distance

@@ -79,11 +79,11 @@ class Emoji:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """An image of an emoji.
+class Record:
+  """A record of the data set: an image of an emoji.
 
   Attributes:
-    key: of the record, such as 'fluent_1f44b'.
+    key: such as 'fluent_1f44b'.
     style: one of STYLES.
     emoji: what it shows.
     image: an image file.
@@ -132,7 +132,7 @@ def read_emoji(path: epath.PathLike) -> dict[str, Emoji]:
 
 def read_fluent(
   path: epath.PathLike, emoji: dict[str, Emoji]
-) -> Iterator[Picture]:
+) -> Iterator[Record]:
   """Reads the images of the package @lobehub/fluent-emoji-3d.
 
   Raises:
@@ -144,7 +144,7 @@ def read_fluent(
       match = _IMAGES.fullmatch(member.name)
       if match and code(match[1]) in emoji:
         count += 1
-        yield Picture(
+        yield Record(
           f'fluent_{match[1]}',
           '3D',
           emoji[code(match[1])],
@@ -159,7 +159,7 @@ def read_fluent(
 
 def render_noto(
   path: epath.PathLike, emoji: dict[str, Emoji]
-) -> Iterator[Picture]:
+) -> Iterator[Record]:
   """Renders what the font Noto Color Emoji has, at the size of its bitmaps.
 
   Raises:
@@ -189,7 +189,7 @@ def render_noto(
     if image.getbbox():
       file = io.BytesIO()
       image.save(file, 'WEBP', lossless=True)
-      yield Picture(f'noto_{name}', 'flat', each, file.getvalue())
+      yield Record(f'noto_{name}', 'flat', each, file.getvalue())
 
 
 def captions_of(emoji: Emoji, style: str) -> list[str]:
@@ -211,7 +211,7 @@ def captions_of(emoji: Emoji, style: str) -> list[str]:
 
 
 def choose_held_out(
-  pictures: Sequence[Picture], copies: Collection[str] = ()
+  records: Sequence[Record], copies: Collection[str] = ()
 ) -> dict[str, str]:
   """Chooses the combinations that are held out, by hashes of codes alone.
 
@@ -221,7 +221,7 @@ def choose_held_out(
   held out. So each part of a combination is seen in other combinations.
 
   Args:
-    pictures: all images.
+    records: all of them.
     copies: codes of emoji, see `find_copies`, of which nothing is held out, as
       training would see it.
 
@@ -229,10 +229,10 @@ def choose_held_out(
     By the key of an image that is held out, 'skin tone' or 'style'.
   """
   tones, styles = {}, {}
-  for picture in pictures:
-    emoji = picture.emoji
+  for record in records:
+    emoji = record.emoji
     tones.setdefault(emoji.subject, set()).add(emoji.tones)
-    styles.setdefault(emoji.subject, set()).add(picture.style)
+    styles.setdefault(emoji.subject, set()).add(record.style)
   tone_of, style_of = {}, {}
   for subject in tones.keys() - set(copies):
     with_tone = sorted(
@@ -245,26 +245,26 @@ def choose_held_out(
     elif len(styles[subject]) == 2 and _hash(subject) < 2 * HELD_OUT:
       style_of[subject] = STYLES[_hash(subject, 'style') < 0.5]
   found = {}
-  for picture in pictures:
-    emoji = picture.emoji
+  for record in records:
+    emoji = record.emoji
     if emoji.tones in tone_of.get(emoji.subject, ()):
-      found[picture.key] = 'skin tone'
-    elif style_of.get(emoji.subject) == picture.style:
-      found[picture.key] = 'style'
+      found[record.key] = 'skin tone'
+    elif style_of.get(emoji.subject) == record.style:
+      found[record.key] = 'style'
   return found
 
 
-def find_copies(pictures: Sequence[Picture]) -> set[str]:
+def find_copies(records: Sequence[Record]) -> set[str]:
   """The emoji that share an image with others, such as the flag of Norway.
 
   Returns:
     Their codes without skin tones.
   """
   subjects = {}
-  for picture in pictures:
-    image = images.load_image(picture.image, key=picture.key)[0]
+  for record in records:
+    image = images.load_image(record.image, key=record.key)[0]
     digest = hashlib.blake2b(image.tobytes()).digest()
-    subjects.setdefault(digest, []).append(picture.emoji.subject)
+    subjects.setdefault(digest, []).append(record.emoji.subject)
   return {
     subject
     for found in subjects.values()
@@ -273,21 +273,21 @@ def find_copies(pictures: Sequence[Picture]) -> set[str]:
   }
 
 
-def reduced(picture: Picture, resolution: int) -> Picture:
-  """The picture at another resolution, as training would decode it."""
-  image, _ = images.decode_image(picture.image, resolution, picture.key)
+def reduced(record: Record, resolution: int) -> Record:
+  """The same image at another resolution, as training would decode it."""
+  image, _ = images.decode_image(record.image, resolution, record.key)
   file = io.BytesIO()
   Image.fromarray(image).save(file, 'PNG', optimize=True)
-  return dataclasses.replace(picture, image=file.getvalue(), suffix='png')
+  return dataclasses.replace(record, image=file.getvalue(), suffix='png')
 
 
 def write(
-  pictures: Sequence[Picture], held_out: dict[str, str], output: epath.Path
+  records: Sequence[Record], held_out: dict[str, str], output: epath.Path
 ) -> dict[str, int]:
   """Writes the tars, and what is beside them.
 
   Args:
-    pictures: to write.
+    records: to write.
     held_out: what `choose_held_out` returned.
     output: the directory.
 
@@ -296,21 +296,21 @@ def write(
   """
   # The first ones of a split are what sample grids show, and what losses and
   # references are of: of both styles, and not sixteen flags.
-  pictures = sorted(pictures, key=lambda picture: _hash(picture.key))
+  records = sorted(records, key=lambda record: _hash(record.key))
   tars = {
-    'train-00000': [p for p in pictures if p.key not in held_out],
-    'validation-00000': [p for p in pictures if p.key in held_out],
+    'train-00000': [each for each in records if each.key not in held_out],
+    'validation-00000': [each for each in records if each.key in held_out],
   }
   labels, captions, prompts = [], [], []
   for name, found in tars.items():
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode='w') as tar:
-      for picture in found:
-        about = _describe(picture, held_out)
-        _add(tar, f'{picture.key}.{picture.suffix}', picture.image)
-        _add(tar, f'{picture.key}.json', json.dumps(about).encode())
-        labels.append({**_labels(about), 'key': f'{name}/{picture.key}'})
-        if picture.key in held_out:
+      for record in found:
+        about = _describe(record, held_out)
+        _add(tar, f'{record.key}.{record.suffix}', record.image)
+        _add(tar, f'{record.key}.json', json.dumps(about).encode())
+        labels.append({**_labels(about), 'key': f'{name}/{record.key}'})
+        if record.key in held_out:
           prompts.append(about['caption'][0])
         else:
           captions += about['caption']
@@ -324,19 +324,19 @@ def write(
   return {name: len(found) for name, found in tars.items()}
 
 
-def _describe(picture: Picture, held_out: dict[str, str]) -> dict[str, Any]:
+def _describe(record: Record, held_out: dict[str, str]) -> dict[str, Any]:
   """The JSON of a record."""
-  emoji = picture.emoji
+  emoji = record.emoji
   return {
-    'key': picture.key,
-    'caption': captions_of(emoji, picture.style),
+    'key': record.key,
+    'caption': captions_of(emoji, record.style),
     'tags': emoji.tags,
-    'style': picture.style,
+    'style': record.style,
     'group': emoji.group,
     'subgroup': emoji.subgroup,
     'skin_tone': ', '.join(_TONES[tone - 1] for tone in emoji.tones) or 'none',
-    'held_out': held_out.get(picture.key, ''),
-    'license': _LICENSES[picture.style],
+    'held_out': held_out.get(record.key, ''),
+    'license': _LICENSES[record.style],
   }
 
 
@@ -390,17 +390,17 @@ def main(_: list[str]) -> None:
   output = epath.Path(values.output)
   try:
     emoji = read_emoji(values.emojibase)
-    pictures = [
+    records = [
       *(read_fluent(values.fluent, emoji) if values.fluent else ()),
       *(render_noto(values.noto, emoji) if values.noto else ()),
     ]
-    if not pictures:
+    if not records:
       raise ValueError('no images: give --fluent, --noto or both.')
-    held_out = choose_held_out(pictures, find_copies(pictures))
+    held_out = choose_held_out(records, find_copies(records))
     if values.resolution:
-      pictures = [reduced(each, values.resolution) for each in pictures]
+      records = [reduced(each, values.resolution) for each in records]
     with directory_lock.holding(output):
-      counts = write(pictures, held_out, output)
+      counts = write(records, held_out, output)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   for name, count in counts.items():

@@ -74,11 +74,10 @@ def main(_: list[str]) -> None:
     spaces = {'pixels': lambda images: images}
     found = {}
     if labels:
-      logging.info('Training the classifier for %d steps.', _STEPS.value)
-      spaces['features'], accuracy = labelled_features.train(
-        training.images, training.keys, labels, _STEPS.value
+      features, found['classifier_accuracy'] = labelled_features.train(
+        training, held_out, labels, _STEPS.value
       )
-      found['classifier_accuracy'] = accuracy(held_out.images, held_out.keys)
+      spaces['features'] = features.encode
     found['losses'] = _losses(model.model)
     samples = model.sample(
       held_out.prompts, seed=_SEED.value, **run_flags.sampling()
@@ -148,8 +147,8 @@ def _compare(spaces, samples, held_out, training):
   """
   import numpy as np
 
+  from mdm_jax.eval import fid
   from mdm_jax.eval.nearest import nearest
-  from mdm_jax.inference import labelled_features
 
   neighbours: list[Any] = []
   found: dict[str, Any] = {}
@@ -169,13 +168,13 @@ def _compare(spaces, samples, held_out, training):
     }
     if name == 'features' and len(samples) > 1:
       as_many = np.random.default_rng(0).permutation(len(training))
+      reference = fid.Statistics.of(rows['held_out'])
       found['frechet'] = {
-        'samples': labelled_features.frechet_distance(
-          rows['samples'], rows['held_out']
-        ),
-        'training_images': labelled_features.frechet_distance(
-          rows['training'][as_many[: len(samples)]], rows['held_out']
-        ),
+        key: fid.frechet_distance(fid.Statistics.of(features), reference)
+        for key, features in (
+          ('samples', rows['samples']),
+          ('training_images', rows['training'][as_many[: len(samples)]]),
+        )
       }
   return neighbours, found
 

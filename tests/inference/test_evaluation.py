@@ -282,9 +282,7 @@ def test_warns_of_singular_covariances(caplog):
   evaluation._compare(['fid'], seven, seven)
   assert not caplog.text
   evaluation._compare(['fid'], seven, six)
-  assert 'FID of 7 images against 6: no more than its 6 features' in (
-    caplog.text
-  )
+  assert '7 images and 6: no more than its 6 features' in caplog.text
 
 
 def test_kid_has_the_standard_error_of_its_subsets(monkeypatch):

@@ -1,49 +1,73 @@
-"""A classifier is trained on labelled images; its features tell them apart."""
+"""A classifier of labelled images: trained once, and tells them apart."""
 
 import json
 
 import numpy as np
 import pytest
 
-from mdm_jax.eval import classifier
+from mdm_jax.eval import classifier, fid
 from mdm_jax.inference import labelled_features
+from mdm_jax.inference.split_images import SplitImages
 
 _CHANNELS = ('red', 'green', 'blue')
 
 
 def data(count, seed):
-  """Dark images with much of one colour, and their keys and labels."""
+  """Dark images with much of one colour, and their labels."""
   rng = np.random.default_rng(seed)
   images = rng.integers(0, 60, (count, 16, 16, 3), np.uint8)
   colors = rng.integers(3, size=count)
   images[np.arange(count), :, :, colors] += 150
   keys = [f'{seed}/{i}' for i in range(count)]
-  return (
-    images,
-    keys,
-    {key: {'color': _CHANNELS[color]} for key, color in zip(keys, colors)},
-  )
+  labels = {
+    key: {'the/color': _CHANNELS[color]} for key, color in zip(keys, colors)
+  }
+  return SplitImages([], [], images, keys), labels
 
 
-def test_features_tell_classes_apart(monkeypatch):
+def test_features_tell_classes_apart(tmp_path, monkeypatch):
+  """And the classifier is trained once for the same images, labels, steps."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   monkeypatch.setattr(classifier, '_WIDTHS', (8,))  # compiles faster
-  images, keys, labels = data(140, 0)
-  others, other_keys, other_labels = data(140, 1)
+  (training, labels), (others, other_labels) = data(140, 0), data(140, 1)
+
+  def train(labels, training=training, num_steps=30):
+    return labelled_features.train(training, others, labels, num_steps)
+
+  with pytest.raises(ValueError, match='140 of 280 images have no label'):
+    train(labels)
   labels |= other_labels
-  encode, accuracy = labelled_features.train(images, keys, labels, 30)
-  assert accuracy(others, other_keys)['color'] > 0.95
+  features, accuracy = train(labels)
+  assert not features.from_cache and accuracy['the/color'] > 0.95
+  found = features.encode(others.images)
+  assert found.shape == (140, 64)
+  np.testing.assert_array_equal(
+    features.encode(others.images[130:]), found[130:]
+  )
+  of_others = fid.Statistics.of(found)
+  same, different = (
+    fid.frechet_distance(fid.Statistics.of(features.encode(images)), of_others)
+    for images in (training.images, 255 - training.images)
+  )
+  assert 0 <= same < different / 5
+
   # Classes of which none was seen are never right.
-  unseen = {key: {'color': 'grey'} for key in other_keys}
-  with pytest.raises(ValueError, match='140 of 140 images have no label'):
-    accuracy(others, [f'x{key}' for key in other_keys])
-  labels |= unseen
-  assert accuracy(others, other_keys) == {'color': 0}
-  features = encode(others)
-  assert features.shape == (140, 64)
-  np.testing.assert_allclose(encode(others[130:]), features[130:], atol=1e-4)
-  distance = labelled_features.frechet_distance
-  same = distance(encode(images), features)
-  assert 0 <= same < distance(encode(255 - images), features) / 5
+  unseen = {key: {'the/color': 'grey'} for key in others.keys}
+  monkeypatch.setattr(classifier, 'train', None)
+  again, accuracy = train(labels | unseen)
+  assert again.from_cache and accuracy == {'the/color': 0}
+  np.testing.assert_array_equal(again.encode(others.images), found)
+  one = training.keys[0]
+  other_color = next(
+    each for each in _CHANNELS if each != labels[one]['the/color']
+  )
+  for changed in (
+    {'training': training._replace(images=255 - training.images)},
+    {'num_steps': 31},
+    {'labels': labels | {one: {'the/color': other_color}}},
+  ):
+    with pytest.raises(TypeError, match='not callable'):
+      train(**{'labels': labels} | changed)
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,12 @@ def test_the_classifier_is_trained_once(tmp_path, monkeypatch):
   reference = first.reference()
   source = ShapesSource(3, 'held_out', 64, 16)
   images = np.stack([source[i]['image'] for i in range(32)])
-  found = fid.Statistics(first.width)
-  found.update(first.encode(images))
+  found = fid.Statistics.of(first.encode(images))
   # Half as many held-out images as were trained on.
   distance = fid.frechet_distance(found, reference.statistics)
   assert distance == pytest.approx(0, abs=1e-4)
-  halves = [fid.Statistics(first.width) for _ in range(2)]
-  for half, part in zip(halves, (images[:16], images[16:])):
-    half.update(first.encode(part))
-  expected = fid.frechet_distance(*halves)
+  halves = (first.encode(part) for part in (images[:16], images[16:]))
+  expected = fid.frechet_distance(*map(fid.Statistics.of, halves))
   assert shapes_features.halves(reference) == pytest.approx(expected, rel=1e-4)
   # Others of the data are not those of the reference.
   others = first.of_data(32)

@@ -12,7 +12,7 @@ import pytest
 from mdm_jax.data import images, sources
 from mdm_jax.inference import labelled_features
 from mdm_jax.tools import emoji_tars
-from mdm_jax.tools.emoji_tars import Emoji, Picture
+from mdm_jax.tools.emoji_tars import Emoji, Record
 from tests import commands
 
 _TONES = '1f3fb', '1f3fc', '1f3fd', '1f3fe', '1f3ff'
@@ -60,7 +60,7 @@ def emojibase():
   )
 
 
-def picture(color, size=32):
+def record(color, size=32):
   """A WebP of a disc on a transparent ground."""
   image = Image.new('RGBA', (size, size))
   ImageDraw.Draw(image).ellipse((4, 4, size - 4, size - 4), fill=color)
@@ -74,7 +74,7 @@ def fluent():
   codes = ['1f44b', '1f44b-1f3fb', '1f44b-1f3ff', '1f415-fe0f', '1f999']
   return tgz(
     **{
-      f'package__assets__{code}_DOT_webp': picture((40 * i, 90, 200))
+      f'package__assets__{code}_DOT_webp': record((40 * i, 90, 200))
       for i, code in enumerate(codes)
     }
   )
@@ -121,7 +121,7 @@ def many():
   pairs = [(a, b) for a in range(1, 6) for b in range(1, 6)]
   tones = [((), *((i,) for i in range(1, 6)))] * 300 + [((), *pairs)] * 20
   return [
-    Picture(
+    Record(
       f'{style}_{i}_{tone}',
       style,
       Emoji('', '', f'{i:x}', tone, (), '', ''),
@@ -134,16 +134,16 @@ def many():
 
 
 def test_parts_of_held_out_combinations_are_seen():
-  pictures = many()
-  held_out = emoji_tars.choose_held_out(pictures)
+  records = many()
+  held_out = emoji_tars.choose_held_out(records)
   # 5 % of all but the people without a tone.
-  assert 0.045 < len(held_out) / (len(pictures) - 640) < 0.055
-  seen = [each for each in pictures if each.key not in held_out]
+  assert 0.045 < len(held_out) / (len(records) - 640) < 0.055
+  seen = [each for each in records if each.key not in held_out]
   subjects = {(each.emoji.subject, each.style) for each in seen}
   toned = {(each.emoji.subject, each.emoji.tones) for each in seen}
   tones = {each.emoji.tones for each in seen}
   kinds = {'skin tone': 0, 'style': 0}
-  for each in pictures:
+  for each in records:
     emoji = each.emoji
     kind = held_out.get(each.key)
     if kind == 'skin tone':
@@ -159,30 +159,30 @@ def test_parts_of_held_out_combinations_are_seen():
       kinds[kind] += 1
   assert kinds['skin tone'] > 150 and 80 < kinds['style'] < 120
   # Of each image alone: others do not change it.
-  part = [each for each in pictures if int(each.emoji.subject, 16) % 2]
+  part = [each for each in records if int(each.emoji.subject, 16) % 2]
   assert emoji_tars.choose_held_out(part) == {
     each.key: held_out[each.key] for each in part if each.key in held_out
   }
 
 
 def test_of_one_style_only_skin_tones_are_held_out():
-  pictures = [each for each in many() if each.style == 'flat']
-  held_out = emoji_tars.choose_held_out(pictures)
+  records = [each for each in many() if each.style == 'flat']
+  held_out = emoji_tars.choose_held_out(records)
   assert len(held_out) > 75 and {*held_out.values()} == {'skin tone'}
 
 
 def test_nothing_of_copies_is_held_out():
-  pictures = many()
-  held_out = emoji_tars.choose_held_out(pictures)
-  first = next(each for each in pictures if each.key in held_out)
-  without = emoji_tars.choose_held_out(pictures, {first.emoji.subject})
+  records = many()
+  held_out = emoji_tars.choose_held_out(records)
+  first = next(each for each in records if each.key in held_out)
+  without = emoji_tars.choose_held_out(records, {first.emoji.subject})
   assert without == {
     key: kind
     for key, kind in held_out.items()
     if key.split('_')[1] != first.key.split('_')[1]
   }
   same = [
-    Picture(key, '3D', Emoji('', '', key, (), (), '', ''), picture(color))
+    Record(key, '3D', Emoji('', '', key, (), (), '', ''), record(color))
     for key, color in (('a', 'red'), ('b', 'blue'), ('c', 'red'))
   ]
   assert emoji_tars.find_copies(same) == {'a', 'c'}
@@ -217,7 +217,7 @@ def test_command(tmp_path):
   assert about['caption'][0] == 'a 3D emoji of waving hand'
   assert about['group'] == 'people' and about['license'] == 'MIT'
   image, _ = images.decode_image(found['train-00000']['fluent_1f44b.png'], 16)
-  expected, _ = images.decode_image(picture((0, 90, 200)), 16)
+  expected, _ = images.decode_image(record((0, 90, 200)), 16)
   np.testing.assert_array_equal(image, expected)
   lines = (tmp_path / 'tars' / 'labels.jsonl').read_text().splitlines()
   labels = {line.pop('key'): line for line in map(json.loads, lines)}
