@@ -142,6 +142,9 @@ def _diffusion() -> dict[str, Any]:
   return {
     'schedule': 'deepfloyd',  # or ddpm, cosine; linear: rectified flow
     'num_steps': 1000,  # T, the number of noising steps
+    # Pixels a side of images whose schedule is not shifted by a stage's
+    # shift_power; 0: the coarsest level's.
+    'reference_resolution': 0,
     # What the network predicts: v, eps, x0, velocity.
     'parameterization': 'v',
     # Where the error is measured: v, eps, x0, velocity.
@@ -279,7 +282,7 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
       'accumulate': 1,  # gradient accumulation: parts of the batch
       'learning_rate': 5e-5,  # after the warm-up
       'warmup_steps': 10_000,  # linear, from 0
-      'shift_power': 1.0,  # SNR / (resolution ratio) ** power
+      'shift_power': 1.0,  # SNR / (resolution / reference) ** power
       'loss_weights': (1.0,) * num_levels,  # coarse to fine
       # Shares of the batch by the finest level that sees the image, coarse to
       # fine.

@@ -99,6 +99,7 @@ _ADDED = {
   'diffusion.level_times': 'shared',
   'diffusion.level_offset': 0.0,
   'sampler.level_offset': 0.0,
+  'diffusion.reference_resolution': 0,
   'model.levels[].kind': 'unet',
 }
 # With these a run that lacks them may begin at any step.

@@ -350,6 +350,7 @@ def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
     stage.shift_power,
     config.diffusion.num_steps,
     config.diffusion.level_offset,
+    config.diffusion.reference_resolution,
   )
 
 

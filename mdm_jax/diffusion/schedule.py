@@ -129,7 +129,7 @@ def shift_gammas(
 
   Args:
     gammas: float32 or float64 [T + 1].
-    scale: the level's resolution over that of the coarsest level.
+    scale: the level's resolution over that which is not shifted.
     power: exponent of the scale; 0 shifts nothing.
     log_snr: nats by which the logSNR is lowered as well.
 
@@ -152,6 +152,7 @@ def make_schedule(
   shift_power: float,
   num_steps: int = 1000,
   level_offset: float = 0.0,
+  reference_resolution: int = 0,
 ) -> Schedule:
   """Builds the schedule of a pyramid.
 
@@ -159,10 +160,12 @@ def make_schedule(
     name: as in `make_gammas`.
     resolutions: side of each level in pixels, coarse to fine.
     shift_power: the power of `shift_gammas`. Its scale is a level's resolution
-      over the coarsest, so the coarsest level is never shifted.
+      over that of reference.
     num_steps: T, the number of noising steps.
     level_offset: nats of logSNR by which each level is ahead of the next finer
       one at all steps, so that coarse levels are denoised first.
+    reference_resolution: side in pixels of images whose schedule is not
+      shifted; 0 for that of the coarsest level.
 
   Returns:
     A schedule with one row of gammas for each resolution.
@@ -171,11 +174,12 @@ def make_schedule(
     ValueError: if there is no such schedule.
   """
   gammas = make_gammas(name, num_steps)
+  reference = reference_resolution or resolutions[0]
   return Schedule(
     np.stack(
       [
         shift_gammas(
-          gammas, resolution / resolutions[0], shift_power, level_offset * level
+          gammas, resolution / reference, shift_power, level_offset * level
         )
         for level, resolution in enumerate(resolutions)
       ]

@@ -261,6 +261,7 @@ def _compared(stage: Stage) -> dict[str, Any]:
       for key in (
         'schedule',
         'num_steps',
+        'reference_resolution',
         'parameterization',
         'level_times',
         'level_offset',

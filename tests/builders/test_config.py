@@ -77,6 +77,7 @@ ADDED = {
   'diffusion.level_times': 'shared',
   'diffusion.level_offset': 0,
   'sampler.level_offset': 0,
+  'diffusion.reference_resolution': 0,
   'model.levels[].kind': 'unet',
 }
 

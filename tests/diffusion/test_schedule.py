@@ -115,6 +115,15 @@ def test_an_offset_in_sampling_reads_the_rows_of_training():
   )
 
 
+@pytest.mark.parametrize('name', (*NAMES, 'linear'))
+def test_the_reference_is_the_level_without_a_shift(name):
+  whole = schedules.make_schedule(name, (8, 16, 32), 1.5)
+  part = schedules.make_schedule(name, (16, 32), 1.5, reference_resolution=8)
+  assert part.gammas.tobytes() == whole.gammas[1:].tobytes()
+  same = schedules.make_schedule(name, (8, 16, 32), 1.5, reference_resolution=8)
+  assert same.gammas.tobytes() == whole.gammas.tobytes()
+
+
 def test_log_snr_of_each_level():
   """A level of twice the side has a quarter of the signal-to-noise ratio."""
   made = schedules.make_schedule('cosine', (8, 16), 2.0)
