@@ -345,7 +345,7 @@ class ResidualBlock(nn.Module):
     if sum(x.channels for x in inputs) != self.features:
       x = Pointwise(self.features, self.dtype, name='shortcut')(*inputs)
     else:
-      (x,) = inputs
+      x = packing.concatenate(inputs)
     return x.replace(x=x.x + h.x)
 
 

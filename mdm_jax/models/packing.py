@@ -62,6 +62,14 @@ class Features:
     return values if values.ndim == 1 else values[:, None, None]
 
 
+def concatenate(inputs: Sequence[Features]) -> Features:
+  """Concatenates the channels of features of the same size and patch."""
+  if len(inputs) == 1:
+    return inputs[0]
+  x = jnp.concatenate([x.as_patch((1, 1)).x for x in inputs], axis=-1)
+  return Features(x).as_patch(inputs[0].patch)
+
+
 def best_patch(channels: int, lanes: int, size: Sequence[int]) -> Patch:
   """The largest patch that has at most `lanes` channels and divides `size`.
 

@@ -126,6 +126,14 @@ class LevelSpec:
     """The level's resolution over that of its coarsest features."""
     return self.patch_size * 2 ** (len(self.channels) - 1)
 
+  @property
+  def down_channels(self) -> int:
+    """Channels after the way down: blocks alone change their number."""
+    for channels, count in zip(reversed(self.channels), self.num_blocks[::-1]):
+      if count:
+        return channels
+    return self.channels[0]
+
   def patch(self, index: int, size: Sequence[int]) -> packing.Patch:
     """The patch by which features of a resolution are packed.
 
@@ -293,7 +301,7 @@ class UNet(nn.Module):
       self.middle = Middle(spec, dtype)
     else:
       self.in_adapter = conv(self.inner_channels, zero=True)
-      self.out_adapter = conv(spec.channels[-1], zero=True)
+      self.out_adapter = conv(spec.down_channels, zero=True)
     self.norm_out = layers.GroupNorm(spec.num_groups, dtype)
     self.conv_out = conv(3 * spec.patch_size**2, zero=True)
 

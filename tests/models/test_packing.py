@@ -11,8 +11,10 @@ import pytest
 
 from mdm_jax.builders.model import make_levels, make_model
 from mdm_jax.models import layers, packing
-from mdm_jax.models.conditioning import Cond
+from mdm_jax.models.conditioning import Cond, TextSpec
+from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.packing import Features
+from mdm_jax.models.unet import LevelSpec
 
 
 @pytest.mark.parametrize(
@@ -256,3 +258,50 @@ def test_invalid_level_settings_are_refused(make_config):
     dataclasses.replace(level, remat='all')
   with pytest.raises(ValueError, match='lanes=0'):
     dataclasses.replace(level, lanes=0)
+
+
+@pytest.mark.parametrize('patch', [(1, 1), (2, 4)])
+def test_a_block_that_keeps_the_channels_of_two_inputs(patch):
+  """The release has no convolution in such a shortcut: it is the inputs."""
+  inputs = inputs_of(4, 12)
+  block = layers.ResidualBlock(16, 4, jnp.float32)
+  temb = jnp.ones((2, 8))
+  # Its last convolution begins at zero.
+  out, params = block.init_with_output(
+    jax.random.key(0), packed(inputs, patch), temb
+  )
+  assert 'shortcut' not in params['params']
+  assert (out.patch, out.channels) == (patch, 16)
+  np.testing.assert_array_equal(
+    packing.unfold(out.x, patch), np.concatenate(inputs, axis=-1)
+  )
+
+
+@pytest.mark.parametrize(
+  'channels, num_blocks, expected',
+  [
+    ((8, 16), (0, 0), 8),
+    ((8, 16), (1, 0), 8),
+    ((8, 16), (0, 1), 16),
+    ((8, 16, 32), (1, 1, 0), 16),
+  ],
+)
+def test_an_adapter_has_the_channels_that_arrive(
+  channels, num_blocks, expected
+):
+  """Without a block, a resolution keeps the channels of the finer one."""
+  inner = LevelSpec((8,), (0,), (0,), 16, 8, num_groups=4)
+  outer = LevelSpec(
+    channels, num_blocks, (0,) * len(channels), 16, 16, num_groups=4
+  )
+  size = 4 * outer.downsampling
+  net = NestedUNet((inner, outer), TextSpec(8, 0, 1))
+  x_t = tuple(jnp.ones((1, side, side, 3)) for side in (4, size))
+  shapes = jax.eval_shape(
+    net.init,
+    jax.random.key(0),
+    x_t,
+    jnp.ones(1),
+    Cond(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool)),
+  )['params']['level_1']
+  assert shapes['out_adapter']['kernel'].shape[-1] == expected
