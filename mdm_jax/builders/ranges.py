@@ -146,7 +146,7 @@ KEYS = {
   'model.levels[].lanes': Number(int, 0, 10**5),
   'diffusion.schedule': Choice(('deepfloyd', 'ddpm', 'cosine', 'linear')),
   'diffusion.num_steps': Number(int, 1, 10**5),
-  'diffusion.reference_resolution': Number(int, 0, 100_000),
+  'diffusion.reference_resolution': Number(int, 0, 10**5),
   'diffusion.parameterization': _SPACES,
   'diffusion.loss_space': _SPACES,
   'diffusion.noise_floor': Number(float, 0, 1, below=True),
