@@ -1,4 +1,4 @@
-r"""Emoji: real images with captions, 16 px and then 16+64 px.
+r"""Emoji: real images with captions, 32 px and then 32+64 px.
 
     python -m mdm_jax.main --config=configs/emoji_64.py \
         --config.data.path=data/emoji --config.text.tokenizer=data/emoji.model
@@ -19,37 +19,42 @@ def get_config(mode: str = ''):
   config.data.flip = False
   config.text.update(max_length=32, width=128, num_layers=2, num_heads=4)
   config.model.text.update(width=128, num_heads=4)
-  shared = {
-    'temporal_dim': 128,
-    'num_heads': 4,
-    'num_groups': 8,
-    'attention_ffn': False,
-    'position_waves': 2,
-  }
   config.model.levels = [
     common.level(
-      16,
-      channels=(128,),
-      num_blocks=(0,),
-      attention_layers=(1,),
-      patch_size=2,
-      **shared,
+      32,
+      kind='transformer',
+      channels=(192,),
+      num_blocks=(6,),
+      attention_layers=(0,),
+      num_heads=6,
+      temporal_dim=128,
+      patch_size=4,
     ),
     common.level(
       64,
       channels=(96, 96),
       num_blocks=(0, 0),
       attention_layers=(0, 1),
+      attention_ffn=False,
+      num_heads=4,
+      num_groups=8,
+      temporal_dim=128,
+      position_waves=2,
       patch_size=4,
-      **shared,
     ),
   ]
   config.stages = [
     common.stage(
-      '16', 1, steps=12_000, batch_size=64, learning_rate=0.02, warmup_steps=200
+      '32',
+      1,
+      steps=12_000,
+      batch_size=64,
+      learning_rate=0.02,
+      warmup_steps=200,
+      shift_power=2.0,
     ),
     # With a power of 2 the noise hides as much of a 64 px image as of its
-    # 16 px version.
+    # 32 px version.
     common.stage(
       '64',
       2,
@@ -60,7 +65,13 @@ def get_config(mode: str = ''):
       shift_power=2.0,
     ),
   ]
-  config.diffusion.update(parameterization='x0', loss_space='x0')
+  # As in shapes_64.
+  config.diffusion.update(
+    reference_resolution=12,
+    parameterization='x0',
+    loss_space='v',
+    noise_floor=0.35,
+  )
   config.optimizer.update(
     name='muon',
     b2=0.99,

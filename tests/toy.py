@@ -14,8 +14,13 @@ def shrink(config):
   config.text.num_layers = 0
   config.eval.loss_every = 0
   for level, channels in zip(config.model.levels, ((8,), (8, 8))):
-    zeros = (0,) * len(channels)
-    level.update(channels=channels, num_blocks=zeros, attention_layers=zeros)
+    # A transformer's blocks are its depth, and it has at least one.
+    blocks = (level.kind == 'transformer',) + (0,) * len(channels[1:])
+    level.update(
+      channels=channels,
+      num_blocks=tuple(map(int, blocks)),
+      attention_layers=(0,) * len(channels),
+    )
   return config
 
 
