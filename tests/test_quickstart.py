@@ -19,6 +19,7 @@ CELLS = [
   if cell['cell_type'] == 'code'
 ]
 CODE = [''.join(cell['source']) for cell in CELLS]
+STEPS = re.findall(r'\.steps = (\d+)', '\n'.join(CODE))  # of the stages
 
 
 def test_every_cell_runs(tmp_path):
@@ -26,8 +27,8 @@ def test_every_cell_runs(tmp_path):
   # A smaller network that is trained for fewer steps shows as much.
   for old, new in (
     ('shapes_64.get_config()', "toy.shrink(shapes_64.get_config('smoke'))"),
-    ('steps = 2200', 'steps = 8'),
-    ('steps = 220', 'steps = 8'),
+    (f'steps = {STEPS[0]}', 'steps = 8'),
+    (f'steps = {STEPS[1]}', 'steps = 8'),
     ('num_prompts = 64', 'num_prompts, config.eval.loss_every = 8, 0'),
     ('log_every = 100', 'log_every = config.sample_every = 100'),
     ('num_samples=64', 'num_samples=8'),
@@ -85,7 +86,7 @@ def test_outputs_are_stored():
   assert not [each for each in shown if each['output_type'] == 'error']
   # What the cells print is of these cells.
   text = ''.join(''.join(each.get('text', '')) for each in shown)
-  assert 'of stage 64 at step 220' in text
+  assert f'of stage 64 at step {STEPS[1]}' in text
   assert 'largest difference of the coarse output: 0.0' in text
   assert (ROOT / 'docs/quickstart.ipynb').stat().st_size < 2**20
 
