@@ -15,12 +15,9 @@ def shrink(config):
   config.eval.loss_every = 0
   for level, channels in zip(config.model.levels, ((8,), (8, 8))):
     # A transformer's blocks are its depth, and it has at least one.
-    blocks = (level.kind == 'transformer',) + (0,) * len(channels[1:])
-    level.update(
-      channels=channels,
-      num_blocks=tuple(map(int, blocks)),
-      attention_layers=(0,) * len(channels),
-    )
+    zeros = (0,) * len(channels)
+    depth = (1,) if level.kind == 'transformer' else zeros
+    level.update(channels=channels, num_blocks=depth, attention_layers=zeros)
   return config
 
 

@@ -6,7 +6,7 @@
 
 The coarsest level of `shapes_64`, or of `emoji_64` with the modes
 'emoji_transformer' and 'emoji_unet', trained by itself. Both networks have the
-same objective, optimizer and batches. docs/results.md has the comparison.
+same objective, optimizer and batches.
 """
 
 from configs import common, emoji_64, shapes_64
