@@ -142,9 +142,13 @@ def _open_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
     node[last] = {}
     if not leaf['value_metadata']['skip_deserialize']:  # It is not empty.
       store = {'driver': 'ocdbt', 'base': base, 'path': '.'.join(path)}
-      node[last] = tensorstore.open(
-        {'driver': driver, 'kvstore': store}, read=True, context=context
-      )
+      # Orbax stores zeros as well: what is missing has been removed since.
+      spec = {
+        'driver': driver,
+        'kvstore': store,
+        'fill_missing_data_reads': False,
+      }
+      node[last] = tensorstore.open(spec, read=True, context=context)
   return jax.tree.map(lambda opening: opening.result(), tree)
 
 

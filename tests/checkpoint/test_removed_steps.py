@@ -109,6 +109,22 @@ def test_a_step_that_is_half_removed_is_replaced(directory, monkeypatch, read):
   assert found == ('no shape' if read == 'abstract_item' else 4)
 
 
+def test_data_that_is_removed_after_opening_is_not_read_as_zeros(
+  directory, monkeypatch
+):
+  open_state, removals = contents._open_state, [damage(directory)]
+
+  def open_then_remove(*arguments):
+    opened = open_state(*arguments)
+    if 'ema' in arguments and removals:
+      removals.pop()()
+    return opened
+
+  monkeypatch.setattr(contents, '_open_state', open_then_remove)
+  ema = restore.restore_item(directory, None, 'ema')
+  assert np.array_equal(ema['a']['b'], np.full((40, 50), 4))
+
+
 @pytest.mark.parametrize('read', READS)
 def test_a_step_that_was_asked_for_is_not_replaced(
   directory, monkeypatch, read
