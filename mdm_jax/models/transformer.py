@@ -30,6 +30,11 @@ from mdm_jax.models.unet import (
 # half of the dimensions would hardly turn.
 _LOWEST_FREQUENCY = 1 / 100
 
+# With normalised queries and keys, the largest logit is the square root of a
+# head's size: 5.7 for 32 dimensions, too little to choose one of a hundred
+# tokens. The scale starts as in Swin V2 (arXiv 2111.09883), and is learned.
+_LARGEST_LOGIT = 10.0
+
 
 def rotary_angles(
   grid: tuple[int, int], head_size: int, others: int = 0
@@ -125,18 +130,22 @@ class Block(nn.Module):
       )
       return norm(name='text_k_norm')(heads(key)).reshape(key.shape), value
 
-    angles = rotary_angles(
-      self.grid, width // self.num_heads, count - math.prod(self.grid)
-    )
+    head_size = width // self.num_heads
+    angles = rotary_angles(self.grid, head_size, count - math.prod(self.grid))
 
-    def placed(name, x):
-      x = norm(name=name, dtype=jnp.float32)(heads(x))
+    def placed(name, x, scale=1.0):
+      x = norm(
+        name=name,
+        dtype=jnp.float32,
+        scale_init=nn.initializers.constant(scale),
+      )(heads(x))
       return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
 
     query, key, value = jnp.split(
       dense(3 * width, 'qkv')(norm(name='norm')(x)), 3, axis=-1
     )
-    query, key = placed('q_norm', query), placed('k_norm', key)
+    query = placed('q_norm', query, _LARGEST_LOGIT / (head_size**0.5))
+    key = placed('k_norm', key)
     text_key, text_value = layers.once(self, 'text_kv', keys_and_values)
     mask = text_mask
     if mask is not None:
@@ -254,7 +263,9 @@ class Transformer(nn.Module):
 
     Args:
       x: [B, H, W, 3] noisy images of this level.
-      tokens, text, mask: as for `Blocks`; not used.
+      tokens: [B, n, C] as for `Blocks`; the first, that of the time, is added
+        to each patch.
+      text, mask: as for `Blocks`; not used.
       outer: Features from the `in_adapter` of the next finer level; None for
         the finest level.
 
@@ -262,6 +273,9 @@ class Transformer(nn.Module):
       Features [B, H/p, W/p, C], and no skips.
     """
     h = Features(self.conv_in(folded(x, self.spec)))
+    # What a noisy pixel says depends on the time, which the first block would
+    # otherwise have to find out by attention.
+    h = h.replace(x=h.x + tokens[:, None, :1])
     if outer is not None:
       h = h.replace(x=h.x + outer.as_patch(h.patch).x)
     if self.spec.position_waves:
