@@ -25,10 +25,9 @@ from mdm_jax.models.unet import (
   rematerialised,
 )
 
-# Rotary frequencies run from 1 radian a token down to almost 1 / 100, as in
-# RoPE-ViT, for grids of 8 to 64 tokens a side. With the 1 / 10,000 of texts,
-# half of the dimensions would hardly turn.
-_LOWEST_FREQUENCY = 1 / 100
+# The fastest pairs of a head turn by this many radians a token, so that single
+# neighbours can be told apart; with the 1 of texts they are learned later.
+_HIGHEST_FREQUENCY = 2.0
 
 # With normalised queries and keys, the largest logit is the square root of a
 # head's size: 5.7 for 32 dimensions, too little to choose one of a hundred
@@ -43,7 +42,8 @@ def rotary_angles(
 
   The first half of the pairs turns with the row, the second with the column.
   Both are counted from the middle of the image, which is also the place of
-  tokens that have none.
+  tokens that have none. The slowest pairs turn by one radian from one side of
+  the image to the other: slower ones would tell nothing apart.
 
   Args:
     grid: rows and columns of tokens.
@@ -54,7 +54,7 @@ def rotary_angles(
     [rows * columns + others, head_size / 2] float64, in radians.
   """
   count = head_size // 4
-  frequencies = _LOWEST_FREQUENCY ** (np.arange(count) / count)
+  frequencies = np.geomspace(_HIGHEST_FREQUENCY, 1 / max(grid), count)
   rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
   places = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)
   angles = (places[..., None] * frequencies).reshape(-1, 2 * count)

@@ -71,7 +71,7 @@ def waves(value):
 def turned(x, row, column):
   """Turns the pairs (i, i + 4) of a head, two by row and two by column."""
   out = x.copy()
-  for i, angle in enumerate([row, row / 10, column, column / 10]):
+  for i, angle in enumerate([2 * row, row / 4, 2 * column, column / 4]):
     a, b = x[i], x[i + 4]
     out[i] = a * np.cos(angle) - b * np.sin(angle)
     out[i + 4] = a * np.sin(angle) + b * np.cos(angle)
@@ -124,7 +124,9 @@ def in_numpy(params, x, t, text, mask, scale):
       angles = np.pi * (np.array([row, column]) + 0.5) / 4
       position = np.concatenate([np.sin(angles), np.cos(angles)])
       patches.append(
-        dense(level['conv_in'], patch) + dense(level['position'], position)
+        dense(level['conv_in'], patch)
+        + dense(level['position'], position)
+        + tokens[0]
       )
     h = np.array(patches + tokens)
     for i in range(2):
@@ -234,8 +236,18 @@ def test_cached_text_changes_nothing(params, expected):
   np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
 
 
+def test_the_largest_logit_begins_at_10():
+  params = network().init(jax.random.key(0), (X_T,), T, Cond(TEXT, MASK))
+  block = params['params']['level_0']['middle']['block_0']
+  scales = [block[name]['scale'] for name in ('q_norm', 'k_norm')]
+  # Of heads of 8 channels, whose normalised vectors have a length of sqrt(8).
+  np.testing.assert_allclose(scales[0] * scales[1] * 8 / 8**0.5, 10, rtol=1e-6)
+
+
 def test_rotation_makes_products_depend_on_distances_alone():
   angles = transformer.rotary_angles((3, 5), 8, others=1)
+  # From 2 radians a token to 1 radian over five.
+  np.testing.assert_allclose(angles[6] - angles[0], [2, 0.2, 2, 0.2])
   q, k = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
   turned = [
     np.asarray(
