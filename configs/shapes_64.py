@@ -1,12 +1,13 @@
-"""The default: captioned procedural shapes, 32 px and then 32+64 px.
+"""The default: captioned procedural shapes, 16 px and then 16+64 px.
 
     python -m mdm_jax.main --config=configs/shapes_64.py
 
 Made for two CPU cores, on which it takes about 12 minutes; `:long` takes two
-hours. The 32 px stage is cheap and learns what the words mean: its transformer
+hours. The 16 px stage is cheap and learns what the words mean: its transformer
 sees 64 patches and the caption in one softmax, which is where attributes are
-given to the right one of two objects. Both levels predict x0: a patch's noise
-has more dimensions than their narrow channels can carry.
+given to the right one of two objects. The 64 px level draws outlines and
+patterns. Both levels predict x0: a patch's noise has more dimensions than the
+narrow channels of the 64 px level can carry.
 """
 
 from ml_collections import ConfigDict
@@ -27,20 +28,20 @@ def get_config(mode: str = ''):
   config.model.levels = _levels()
   config.stages = [
     common.stage(
-      '32',
+      '16',
       1,
-      steps=3500,
+      steps=2600,
       batch_size=64,
       learning_rate=0.02,
       warmup_steps=100,
       shift_power=2.0,
     ),
     # With a power of 2 the noise hides as much of a 64 px image as of its
-    # 32 px version.
+    # 16 px version.
     common.stage(
       '64',
       2,
-      steps=1000,
+      steps=2000,
       batch_size=32,
       learning_rate=0.01,
       warmup_steps=20,
@@ -49,9 +50,9 @@ def get_config(mode: str = ''):
   ]
   config.text.max_length = 24
   config.diffusion.update(
-    # At 32 px the schedule itself has too little noise: outlines are learned
-    # where the noise hides all else.
-    reference_resolution=12,
+    # A little more noise than the schedule itself has at 16 px: outlines are
+    # learned where the noise hides all else.
+    reference_resolution=14,
     parameterization='x0',
     # An image of little noise counts for up to 8 of much, so that patterns are
     # learned too.
@@ -77,17 +78,17 @@ def get_config(mode: str = ''):
 
 
 def _levels() -> list[ConfigDict]:
-  """Returns the 32 px transformer and, around it, the 64 px U-Net."""
+  """Returns the 16 px transformer and, around it, the 64 px U-Net."""
   return [
     common.level(
-      32,
+      16,
       kind='transformer',
       channels=(96,),
       num_blocks=(4,),
       attention_layers=(0,),
       num_heads=3,
       temporal_dim=128,
-      patch_size=4,
+      patch_size=2,
     ),
     common.level(
       64,
