@@ -15,7 +15,7 @@ def load(
   """Loads a trained model, to sample from it and to measure it.
 
     model = mdm_jax.load('runs/shapes_64')
-    samples = model.sample(['a red ring on navy', 'a green star on white'])
+    samples = model.sample('a red ring in the centre, on navy', num_samples=4)
     samples[0].show()
 
   The model runs on all devices of this process. If JAX has not been used yet,
@@ -23,7 +23,7 @@ def load(
 
   Args:
     workdir: working directory of the training run.
-    stage: name of a stage, such as '32'; None for the last one that has been
+    stage: name of a stage, such as '16'; None for the last one that has been
       trained.
     best: use the EMA that was best by `eval.best_metric`.
     sigma_rel: use a post-hoc EMA of this width, see docs/post_hoc_ema.md.

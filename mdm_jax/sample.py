@@ -1,6 +1,7 @@
-"""Samples images from prompts with a trained model.
+r"""Samples images from prompts with a trained model.
 
-python -m mdm_jax.sample --workdir=runs/shapes_64 --prompt="a red ring on navy"
+python -m mdm_jax.sample --workdir=runs/shapes_64 \
+  --prompt="a red ring in the centre, on navy"
 """
 
 import sys

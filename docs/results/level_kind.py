@@ -1,7 +1,7 @@
 """A transformer level and a U-Net level with equal FLOPs in training.
 
     python -m mdm_jax.tools.sweep --config=docs/results/level_kind.py:unet \
-        --grid=seed=0,1,2 --metric=accuracy_color_2_objects,held_out_loss_32 \
+        --grid=seed=0,1,2 --metric=accuracy_color_2_objects,held_out_loss_16 \
         --output=sweeps/unet
 
 The coarsest level of `shapes_64`, or of `emoji_64` with the modes
@@ -24,7 +24,10 @@ def get_config(mode: str):
   """Returns the recipe of 'transformer', 'unet', or one with 'emoji_' before."""
   shapes = shapes_64.get_config()
   config = emoji_64.get_config() if mode.startswith('emoji') else shapes
+  side = config.model.levels[0].resolution
   level = _unet() if mode.endswith('unet') else shapes.model.levels[0]
+  # Either has 8 x 8 positions.
+  level.update(resolution=side, scale_condition=side, patch_size=side // 8)
   config.model.levels = [level]
   config.stages = config.stages[:1]
   config.stages[0].update(steps=STEPS[mode], warmup_steps=100)
@@ -33,9 +36,9 @@ def get_config(mode: str):
 
 
 def _unet():
-  """A U-Net of as many positions, with attention three times."""
+  """A U-Net with attention three times."""
   return common.level(
-    32,
+    16,
     channels=(64,),
     num_blocks=(0,),
     attention_layers=(3,),
@@ -44,5 +47,4 @@ def _unet():
     num_groups=8,
     temporal_dim=128,
     position_waves=2,
-    patch_size=4,
   )

@@ -395,7 +395,7 @@ def test_a_finished_run_is_evaluated(finished):
     ),
     (
       ('--config=shapes_64', '--grid=seed=1'),
-      '--metric=nonsense: there are held_out_loss_32, held_out_loss_64, accu',
+      '--metric=nonsense: there are held_out_loss_16, held_out_loss_64, accu',
     ),
   ),
 )
