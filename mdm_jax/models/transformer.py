@@ -29,11 +29,6 @@ from mdm_jax.models.unet import (
 # neighbours can be told apart; with the 1 of texts they are learned later.
 _HIGHEST_FREQUENCY = 2.0
 
-# With normalised queries and keys, the largest logit is the square root of a
-# head's size: 5.7 for 32 dimensions, too little to choose one of a hundred
-# tokens. The scale starts as in Swin V2 (arXiv 2111.09883), and is learned.
-_LARGEST_LOGIT = 10.0
-
 
 def rotary_angles(
   grid: tuple[int, int], head_size: int, others: int = 0
@@ -130,22 +125,18 @@ class Block(nn.Module):
       )
       return norm(name='text_k_norm')(heads(key)).reshape(key.shape), value
 
-    head_size = width // self.num_heads
-    angles = rotary_angles(self.grid, head_size, count - math.prod(self.grid))
+    angles = rotary_angles(
+      self.grid, width // self.num_heads, count - math.prod(self.grid)
+    )
 
-    def placed(name, x, scale=1.0):
-      x = norm(
-        name=name,
-        dtype=jnp.float32,
-        scale_init=nn.initializers.constant(scale),
-      )(heads(x))
+    def placed(name, x):
+      x = norm(name=name, dtype=jnp.float32)(heads(x))
       return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
 
     query, key, value = jnp.split(
       dense(3 * width, 'qkv')(norm(name='norm')(x)), 3, axis=-1
     )
-    query = placed('q_norm', query, _LARGEST_LOGIT / (head_size**0.5))
-    key = placed('k_norm', key)
+    query, key = placed('q_norm', query), placed('k_norm', key)
     text_key, text_value = layers.once(self, 'text_kv', keys_and_values)
     mask = text_mask
     if mask is not None:

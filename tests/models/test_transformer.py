@@ -236,14 +236,6 @@ def test_cached_text_changes_nothing(params, expected):
   np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
 
 
-def test_the_largest_logit_begins_at_10():
-  params = network().init(jax.random.key(0), (X_T,), T, Cond(TEXT, MASK))
-  block = params['params']['level_0']['middle']['block_0']
-  scales = [block[name]['scale'] for name in ('q_norm', 'k_norm')]
-  # Of heads of 8 channels, whose normalised vectors have a length of sqrt(8).
-  np.testing.assert_allclose(scales[0] * scales[1] * 8 / 8**0.5, 10, rtol=1e-6)
-
-
 def test_rotation_makes_products_depend_on_distances_alone():
   angles = transformer.rotary_angles((3, 5), 8, others=1)
   # From 2 radians a token to 1 radian over five.
