@@ -26,7 +26,7 @@ from mdm_jax.models.unet import (
 )
 
 # The fastest pairs of a head turn by this many radians a token, so that single
-# neighbours can be told apart; with the 1 of texts they are learned later.
+# neighbours can be told apart. With 1, as for texts, that is learned later.
 _HIGHEST_FREQUENCY = 2.0
 
 
