@@ -78,7 +78,7 @@ _LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-  """Orders files by the time they take; a file stays with one worker."""
+  """Orders files by the time they take; soaks take longer than other tests."""
 
   def place(item):
     path = item.path.relative_to(pathlib.Path(__file__).parent)
@@ -86,6 +86,9 @@ def pytest_collection_modifyitems(items):
     return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
 
   items.sort(key=place)
+  for item in items:
+    if item.get_closest_marker('soak'):
+      item.add_marker(pytest.mark.timeout(7200))
 
 
 @pytest.fixture(scope='session')

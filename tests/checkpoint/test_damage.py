@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +67,6 @@ def train(directory):
     assert opened.save(15, state(15), {'at': 15})
   assert restored(directory) == 15
   return step
-
-
-@pytest.fixture(autouse=True)
-def bounded(request):
-  """Ends tests that wait for ever, as for the writer of a pipe."""
-  signal.alarm(3600 if request.node.get_closest_marker('soak') else 120)
-  yield
-  signal.alarm(0)
 
 
 @pytest.fixture(scope='module')
