@@ -240,6 +240,7 @@ def level(resolution: int, **changes) -> ConfigDict:
   config = ConfigDict(
     {
       'resolution': resolution,  # pixels a side
+      'frames': 1,  # of a clip; 1: images
       # 'unet', or for the coarsest level 'transformer', with channels=(width,),
       # num_blocks=(depth,) and attention_layers=(0,).
       'kind': 'unet',
@@ -247,6 +248,9 @@ def level(resolution: int, **changes) -> ConfigDict:
       'num_blocks': (2, 2, 1),  # residual blocks down; one more, up
       'attention_layers': (0, 0, 0),  # after each of those blocks
       'attention_ffn': True,  # feed-forward block after attention
+      # Layers of attention between the frames of a clip, which follow those of
+      # attention_layers; (): none.
+      'frame_attention': (),
       'temporal_dim': 1024,  # width of the time embedding
       'scale_condition': resolution,  # cap of the original size, in pixels
       'normalize_input': False,  # divide the noisy input by its std
@@ -282,7 +286,10 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
       'accumulate': 1,  # gradient accumulation: parts of the batch
       'learning_rate': 5e-5,  # after the warm-up
       'warmup_steps': 10_000,  # linear, from 0
+      'max_frames': 0,  # of its levels; 1: they train on images; 0: all
       'shift_power': 1.0,  # SNR / (resolution / reference) ** power
+      # The same for the frames: SNR / (frames / those of level 0) ** power.
+      'frame_shift_power': 0.0,
       'loss_weights': (1.0,) * num_levels,  # coarse to fine
       # Shares of the batch by the finest level that sees the image, coarse to
       # fine.
@@ -317,7 +324,8 @@ def in_mode(
 
 def smoke(config: ConfigDict) -> ConfigDict:
   """Returns the same run, stage by stage, at toy size on procedural shapes."""
-  config.data.name = 'shapes'
+  is_video = any(level.frames > 1 for level in config.model.levels)
+  config.data.name = 'moving_shapes' if is_video else 'shapes'
   config.data.path = ''
   config.data.num_workers = 0
   config.dtype = 'float32'
@@ -339,14 +347,17 @@ def smoke(config: ConfigDict) -> ConfigDict:
       num_heads=2,
       patch_size=1,
     )
+    between_frames = 1 if any(level.frame_attention) else 0
     if level.kind == 'transformer':
       level.update(channels=(8,), num_blocks=(1,))
+      level.frame_attention = (between_frames,)
     else:
       level.update(
         channels=(8, 8),
         num_blocks=(1, 0),
         num_groups=4,
         attention_layers=(0, 0 if i else 1),
+        frame_attention=(0, between_frames),
       )
   for stage in config.stages:
     # One whole pattern of a mixed batch on each of 8 devices.

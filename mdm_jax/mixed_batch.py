@@ -82,16 +82,40 @@ def finest_levels(sizes: Sequence[int]) -> tuple[int, ...]:
   )
 
 
-def image_names(resolutions: Sequence[int]) -> tuple[str, ...]:
+def example_shape(resolution: int, frames: int = 1) -> tuple[int, ...]:
+  """The shape of an image, [H, H, 3], or of a clip, [T, H, H, 3]."""
+  image = resolution, resolution, 3
+  return image if frames == 1 else (frames, *image)
+
+
+def level_name(shape: Sequence[int]) -> str:
+  """How a level is called: '64' for images, '16x64' for 16 frames.
+
+  Args:
+    shape: of an example, see `example_shape`.
+  """
+  return 'x'.join(map(str, shape[:-2]))
+
+
+def named_shape(name: str) -> tuple[int, ...] | None:
+  """The shape of a `level_name`; None for any other text."""
+  numbers = name.split('x')
+  if len(numbers) > 2 or not all(map(str.isdecimal, numbers)):
+    return None
+  *frames, resolution = map(int, numbers)
+  return example_shape(resolution, *frames)
+
+
+def image_names(shapes: Sequence[Sequence[int]]) -> tuple[str, ...]:
   """The batch's keys for the images of examples with each finest level.
 
   Args:
-    resolutions: coarse to fine, in pixels.
+    shapes: of an example at each level, coarse to fine.
 
   Returns:
-    Coarse to fine, for example ('image_64', 'image') for (64, 256).
+    Coarse to fine, for example ('image_64', 'image') for 64 and 256 pixels.
   """
-  return *(f'image_{pixels}' for pixels in resolutions[:-1]), 'image'
+  return *(f'image_{level_name(shape)}' for shape in shapes[:-1]), 'image'
 
 
 def take(tree: Any, count: int, repeats: int) -> Any:

@@ -57,8 +57,9 @@ ROWS = (
   'report.sweep_results',
   'report.sample_directory report.progress report.metric_writer '
   'report.goodput report.evaluations report.training_curve report.plots',
-  'report.background report.console report.gallery report.grid report.trackers '
+  'report.background report.console report.gallery report.trackers '
   'report.layouts',
+  'report.grid',
   'interop.hugging_face interop.ml_mdm',
   'interop.torch_checkpoint',
   'interop.torch_pickle interop.file_types',

@@ -77,8 +77,12 @@ def test_devices_keep_their_share_of_every_part():
 
 
 def test_names_of_images():
-  assert mixed_batch.image_names((16, 64, 256)) == (
+  sizes = (16, 1), (64, 1), (64, 4), (256, 8)
+  shapes = [mixed_batch.example_shape(*size) for size in sizes]
+  assert shapes == [(16, 16, 3), (64, 64, 3), (4, 64, 64, 3), (8, 256, 256, 3)]
+  assert mixed_batch.image_names(shapes) == (
     'image_16',
     'image_64',
+    'image_4x64',
     'image',
   )

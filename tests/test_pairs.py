@@ -122,7 +122,7 @@ def test_data_and_a_tokenizer(name, tool, make_config, tmp_path):
   (batch,) = make_dataset(
     config,
     'train',
-    (8,),
+    [(8, 8, 3)],
     (12,),
     process_index=0,
     process_count=1,

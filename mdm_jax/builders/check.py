@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from mdm_jax import mixed_batch
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import TRAINED_ENCODERS, naming
-from mdm_jax.builders.data import current_name, loss_names
+from mdm_jax.builders.data import DRAWN, current_name, loss_names
 from mdm_jax.builders.model import (
+  level_names,
   level_spec,
-  resolutions,
 )
 from mdm_jax.builders.prompts import can_score_prompts
 from mdm_jax.builders.stage import (
@@ -49,7 +49,7 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   _check_averages(config)
   _check_evaluation(config)
   least = max(config.eval.num_prompts, config.eval.batch_size)
-  if config.data.name == 'shapes' and config.data.size < least:
+  if config.data.name in DRAWN and config.data.size < least:
     raise ValueError(
       f'data.size={config.data.size}: the evaluation needs {least} scenes. '
       'Increase it, or lower eval.num_prompts and eval.batch_size.'
@@ -109,7 +109,7 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
 
 def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
   """The held-out losses and the scores that the last stage is measured by."""
-  losses = loss_names(config, resolutions(config, config.stages[-1]))
+  losses = loss_names(config, level_names(config, config.stages[-1]))
   scores = []
   if can_score_prompts(config):
     scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
@@ -280,6 +280,11 @@ def _check_resolutions(config: ConfigDict) -> None:
         f'into patches of {spec.patch_size} px and halved '
         f'{len(spec.channels) - 1} times: use a multiple of '
         f'{spec.downsampling}, or fewer entries in channels.'
+      )
+    if i and level.frames % levels[i - 1].frames:
+      raise ValueError(
+        f'model.levels[{i}].frames={level.frames}: give a multiple of the '
+        f'{levels[i - 1].frames} of level {i - 1}.'
       )
     if i:
       inner = levels[i - 1].resolution // levels[i - 1].patch_size

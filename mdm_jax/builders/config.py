@@ -101,6 +101,10 @@ _ADDED = {
   'sampler.level_offset': 0.0,
   'diffusion.reference_resolution': 0,
   'model.levels[].kind': 'unet',
+  'model.levels[].frames': 1,
+  'model.levels[].frame_attention': (),
+  'stages[].max_frames': 0,
+  'stages[].frame_shift_power': 0.0,
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

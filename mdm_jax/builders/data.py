@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from mdm_jax import mixed_batch
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import (
+  moving_shapes,
   pipeline,
   precomputed,
   shapes,
@@ -18,21 +19,24 @@ from mdm_jax.data import (
 from mdm_jax.data.labels import LabelledSource
 from mdm_jax.data.transforms import Transform
 
-_DATA_SETS = ('shapes', 'captioned_images', 'tars', 'tfds:NAME')
+# Procedural sets, which are drawn at the resolution of each level.
+DRAWN = ('shapes', 'moving_shapes')
+_DATA_SETS = (*DRAWN, 'captioned_images', 'tars', 'tfds:NAME')
 _TFDS = 'tfds:'
 _HELD_OUT = 'held_out_loss'
 
 
 def make_source(
-  config: ConfigDict, split: str, resolution: int
+  config: ConfigDict, split: str, resolution: int, frames: int = 1
 ) -> pipeline.Source:
   """Opens a split of the data set.
 
   Args:
     config: configuration of the run.
-    split: 'train' or 'validation'; shapes also have 'held_out'.
+    split: 'train' or 'validation'; procedural sets also have 'held_out'.
     resolution: resolution of procedural shapes in pixels; image files are
       returned in their own resolution.
+    frames: of procedural clips; 1 for images.
 
   Raises:
     FileNotFoundError: a file of the data set is missing.
@@ -40,7 +44,7 @@ def make_source(
       another number of classes than the config.
   """
   data, text = config.data, config.text
-  source = _make_records(config, split, resolution)
+  source = _make_records(config, split, resolution, frames)
   if text.encoder == 'label':
     num_classes = getattr(source, 'num_classes', 0)
     if not num_classes:
@@ -67,10 +71,15 @@ def make_source(
   return source
 
 
-def _make_records(config: ConfigDict, split: str, resolution: int):
+def _make_records(config: ConfigDict, split: str, resolution: int, frames: int):
   data = config.data
-  if data.name == 'shapes':
-    source = shapes.ShapesSource(config.seed, split, data.size, resolution)
+  if data.name in DRAWN:
+    if data.name == 'shapes':
+      source = shapes.ShapesSource(config.seed, split, data.size, resolution)
+    else:
+      source = moving_shapes.MovingShapesSource(
+        config.seed, split, data.size, resolution, frames
+      )
     # What is measured stays comparable.
     if split == 'train':
       source = dataclasses.replace(source, two_objects=data.two_objects)
@@ -101,7 +110,7 @@ def _leave_out(config: ConfigDict) -> bool:
 
 def held_out_split(config: ConfigDict) -> str:
   """The split to validate on: 'train' if the data set has no other one."""
-  if config.data.name == 'shapes':
+  if config.data.name in DRAWN:
     return 'held_out'
   if config.data.name.startswith(_TFDS):
     splits = '', config.data.train_split
@@ -111,27 +120,36 @@ def held_out_split(config: ConfigDict) -> str:
   return 'validation' if 'validation' in splits else 'train'
 
 
-def loss_names(config: ConfigDict, resolutions: Sequence[int]) -> list[str]:
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+  """Pixels a side, and frames, of an example."""
+  return shape[-2], shape[0] if len(shape) == 4 else 1
+
+
+def loss_names(config: ConfigDict, levels: Sequence[str]) -> list[str]:
   """Names of the losses that an evaluation measures, coarse to fine.
 
-  They are 'held_out_loss_<px>', or 'train_split_loss_<px>' where the data set
-  has no validation split.
+  They are 'held_out_loss_<level>', or 'train_split_loss_<level>' where the data
+  set has no validation split.
+
+  Args:
+    config: configuration of the run.
+    levels: names of the levels, see `mixed_batch.level_name`.
   """
   is_train = held_out_split(config) == 'train'
   prefix = 'train_split_loss' if is_train else _HELD_OUT
-  return [f'{prefix}_{pixels}' for pixels in resolutions]
+  return [f'{prefix}_{level}' for level in levels]
 
 
 def current_name(config: ConfigDict, metric: str) -> str:
   """The name of a metric; older runs called every loss a held-out one."""
-  prefix, _, pixels = metric.rpartition('_')
-  return loss_names(config, [pixels])[0] if prefix == _HELD_OUT else metric
+  prefix, _, level = metric.rpartition('_')
+  return loss_names(config, [level])[0] if prefix == _HELD_OUT else metric
 
 
 def make_dataset(
   config: ConfigDict,
   split: str,
-  resolutions: Sequence[int],
+  shapes: Sequence[Sequence[int]],
   batch_sizes: Sequence[int],
   *,
   process_index: int,
@@ -147,7 +165,7 @@ def make_dataset(
   Args:
     config: configuration of the run.
     split: as for `make_source`.
-    resolutions: resolutions of the levels in pixels, coarse to fine.
+    shapes: of an example at each level, coarse to fine.
     batch_sizes: number of examples that each level sees, coarse to fine; the
       first is the size of the batch.
     process_index: index of this process.
@@ -156,20 +174,22 @@ def make_dataset(
     num_batches: number of batches; None for endless training batches.
   """
   data, training = config.data, split == 'train' and num_batches is None
-  finest = make_source(config, split, resolutions[-1])
+  finest = make_source(config, split, *_size(shapes[-1]))
   tokenizer = make_tokenizer(config, of_captions=True)
 
   def row(level):
     source = finest
-    if data.name == 'shapes':  # Shapes are drawn at each resolution.
-      source = make_source(config, split, resolutions[level])
+    pixels, frames = _size(shapes[level])
+    if data.name in DRAWN:  # At each resolution.
+      source = make_source(config, split, pixels, frames)
     return source, Transform(
       tokenizer,
-      resolutions[level],
+      pixels,
+      frames=frames,
       flip=data.flip and training,
       random_crop=data.random_crop and training,
       leave_out=_leave_out(config),
-      image_name=mixed_batch.image_names(resolutions)[level],
+      image_name=mixed_batch.image_names(shapes)[level],
       max_pixels=data.max_pixels,
     )
 
@@ -203,7 +223,7 @@ def data_fingerprint(config: ConfigDict) -> dict[str, str]:
     'tokenizer': make_tokenizer(config).fingerprint(),
     **pipeline.package_versions(),
   }
-  if config.data.name != 'shapes':
+  if config.data.name not in DRAWN:
     source = make_source(config, 'train', 0)
     found |= {'records': str(len(source)), 'files': source.fingerprint()}
   return found

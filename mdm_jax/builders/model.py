@@ -7,6 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mdm_jax import mixed_batch
 from mdm_jax.builders.config import TRAINED_ENCODERS
 from mdm_jax.builders.text import check_heads, make_text_encoder
 from mdm_jax.models.conditioning import TextSpec
@@ -43,9 +44,16 @@ def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
   """Architectures of the levels of a stage, coarse to fine."""
   flash = _has_flash_attention(config)
   return tuple(
-    dataclasses.replace(level_spec(level), flash=flash)
+    dataclasses.replace(
+      level_spec(level), flash=flash, frames=_frames(level, stage)
+    )
     for level in config.model.levels[: stage.num_levels]
   )
+
+
+def _frames(level: ConfigDict, stage: ConfigDict) -> int:
+  """Frames of a level in a stage, which may train on fewer."""
+  return min(level.frames, stage.max_frames or level.frames)
 
 
 def _has_flash_attention(config: ConfigDict) -> bool:
@@ -75,6 +83,16 @@ def level_spec(level: ConfigDict) -> LevelSpec:
     packs = fields['kind'] == 'unet' and jax.default_backend() == 'tpu'
     fields['lanes'] = TPU_LANES if packs else 1
   return LevelSpec(**fields)
+
+
+def level_names(config: ConfigDict, stage: ConfigDict) -> tuple[str, ...]:
+  """Names of the levels of a stage, see `mixed_batch.level_name`."""
+  return tuple(
+    mixed_batch.level_name(
+      mixed_batch.example_shape(level.resolution, _frames(level, stage))
+    )
+    for level in config.model.levels[: stage.num_levels]
+  )
 
 
 def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:

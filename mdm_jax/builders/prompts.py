@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax.builders.data import held_out_split, make_source
+from mdm_jax.builders.data import DRAWN, held_out_split, make_source
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import pipeline, shapes
 from mdm_jax.eval import prompt_accuracy
@@ -131,7 +131,7 @@ def make_prompts(
       None,
     )
   split = held_out_split(config)
-  if config.data.name == 'shapes':
+  if config.data.name in DRAWN:
     source = make_source(config, split, config.model.levels[-1].resolution)
     scenes = [
       source.scene(i % len(source))

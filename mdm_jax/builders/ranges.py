@@ -50,6 +50,7 @@ _DECAY = Number(float, 0, 0.9999999)
 _AXIS = Number(int, 1, 10**6, also=(-1,))
 _SECONDS = Number(int, 0, 10**7)
 _WIDTH = Number(int, 1, 10**6)
+_FRAMES = Number(int, 1, 1024)
 _LAYERS = Number(int, 0, 1000)
 _HEADS = Number(int, 1, 10**5)
 _BATCH = Number(int, 1, 10**6)
@@ -95,7 +96,9 @@ KEYS = {
   'mesh.fsdp': _AXIS,
   'mesh.spatial': _AXIS,
   'sharding_rules': _Rules(),
-  'data.name': Choice(('shapes', 'captioned_images', 'tars', 'tfds:NAME')),
+  'data.name': Choice(
+    ('shapes', 'moving_shapes', 'captioned_images', 'tars', 'tfds:NAME')
+  ),
   'data.path': Path('directory', missing=True, empty=True),
   'data.image': _FEATURE,
   'data.caption': _FEATURE,
@@ -130,11 +133,13 @@ KEYS = {
   'model.text.num_heads': _HEADS,
   'model.text.masked_attention': Boolean(),
   'model.levels[].resolution': Number(int, 1, 2**16),
+  'model.levels[].frames': _FRAMES,
   'model.levels[].kind': Choice(('unet', 'transformer')),
   'model.levels[].channels': Tuple(_WIDTH),
   'model.levels[].num_blocks': Tuple(_LAYERS),
   'model.levels[].attention_layers': Tuple(_LAYERS),
   'model.levels[].attention_ffn': Boolean(),
+  'model.levels[].frame_attention': Tuple(_LAYERS),
   'model.levels[].temporal_dim': Number(int, 8, 10**6),
   'model.levels[].scale_condition': Number(int, 1, 2**16),
   'model.levels[].normalize_input': Boolean(),
@@ -167,7 +172,9 @@ KEYS = {
   'stages[].accumulate': _BATCH,
   'stages[].learning_rate': Number(float, 0, 1000),
   'stages[].warmup_steps': _RARELY,
+  'stages[].max_frames': Number(int, 0, 1024),
   'stages[].shift_power': Number(float, 0, 10),
+  'stages[].frame_shift_power': Number(float, 0, 10),
   'stages[].loss_weights': _WEIGHTS,
   'stages[].mixed_ratio': _WEIGHTS,
   'optimizer.name': Choice(('adamw', 'muon')),

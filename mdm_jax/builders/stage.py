@@ -15,7 +15,7 @@ import optax
 from mdm_jax import mixed_batch
 from mdm_jax.builders import data
 from mdm_jax.builders.config import naming, stage_directory
-from mdm_jax.builders.model import make_model, resolutions
+from mdm_jax.builders.model import make_levels, make_model, resolutions
 from mdm_jax.builders.text import empty_text
 from mdm_jax.diffusion.loss import TimeDensity
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, offset_levels
@@ -93,6 +93,11 @@ class Stage:
   def resolutions(self) -> tuple[int, ...]:
     """Resolutions in pixels, coarse to fine."""
     return self.model.resolutions
+
+  @property
+  def level_names(self) -> tuple[str, ...]:
+    """Names of the levels, coarse to fine, see `mixed_batch.level_name`."""
+    return tuple(map(mixed_batch.level_name, self.model.level_shapes))
 
   @property
   def seed(self) -> int:
@@ -195,7 +200,7 @@ class Stage:
     return data.make_dataset(
       self.config,
       split,
-      self.resolutions,
+      self.model.level_shapes,
       self.batch_sizes,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -216,8 +221,8 @@ class Stage:
     params = self.model.shapes(self.config.text.max_length) | frozen
     sizes = self.batch_sizes
     x_t = tuple(
-      jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32)
-      for size, side in zip(sizes, self.resolutions)
+      jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+      for size, shape in zip(sizes, self.model.level_shapes)
     )
     texts = jax.ShapeDtypeStruct((sizes[0], *text.shape[1:]), text.dtype)
     t = jax.ShapeDtypeStruct(sizes[:1], jnp.float32)
@@ -236,7 +241,7 @@ class Stage:
     Args:
       text: shape of the texts of the batch.
     """
-    sizes, sides = self.batch_sizes, self.resolutions
+    sizes, levels = self.batch_sizes, self.model.level_shapes
     shapes = {
       'text': text,
       'scale': jax.ShapeDtypeStruct(sizes[:1], jnp.float32),
@@ -244,13 +249,11 @@ class Stage:
     for name in ('bad', 'stop', 'save'):
       shapes[name] = jax.ShapeDtypeStruct(sizes[:1], bool)
     # Each example is stored once, for the finest level that sees it.
-    for name, side, seen, finer in zip(
-      mixed_batch.image_names(sides), sides, sizes, (*sizes[1:], 0)
+    for name, level, seen, finer in zip(
+      mixed_batch.image_names(levels), levels, sizes, (*sizes[1:], 0)
     ):
       if seen > finer:
-        shapes[name] = jax.ShapeDtypeStruct(
-          (seen - finer, side, side, 3), jnp.uint8
-        )
+        shapes[name] = jax.ShapeDtypeStruct((seen - finer, *level), jnp.uint8)
     return shapes
 
 
@@ -351,6 +354,8 @@ def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
     config.diffusion.num_steps,
     config.diffusion.level_offset,
     config.diffusion.reference_resolution,
+    [spec.frames for spec in make_levels(config, stage)],
+    stage.frame_shift_power,
   )
 
 

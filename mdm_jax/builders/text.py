@@ -15,7 +15,12 @@ import numpy as np
 from mdm_jax.builders.config import naming, reading_prompts
 from mdm_jax.data import precomputed
 from mdm_jax.data.labels import Labels, read_names
-from mdm_jax.data.text import CAPTIONS_MODEL, TOKENIZERS, Tokenizer
+from mdm_jax.data.text import (
+  CAPTIONS_MODEL,
+  MOVING_CAPTIONS_MODEL,
+  TOKENIZERS,
+  Tokenizer,
+)
 from mdm_jax.interop import hugging_face
 from mdm_jax.models.conditioning import (
   LabelEncoder,
@@ -50,11 +55,13 @@ def make_tokenizer(
   if config.text.encoder == 'label':
     path = config.text.class_names
     return Labels(config.text.num_classes, read_names(path) if path else ())
-  own = (
-    CAPTIONS_MODEL
-    if config.text.encoder == 'learned'
-    else os.path.join(hugging_face.folder(config.text.path), 'spiece.model')
-  )
+  if config.text.encoder != 'learned':
+    folder = hugging_face.folder(config.text.path)
+    own = os.path.join(folder, 'spiece.model')
+  elif config.data.name == 'moving_shapes':
+    own = MOVING_CAPTIONS_MODEL
+  else:
+    own = CAPTIONS_MODEL
   make = TOKENIZERS[config.text.tokenizer_rules]
   return make(config.text.tokenizer or own, config.text.max_length, of_captions)
 

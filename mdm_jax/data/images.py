@@ -11,7 +11,7 @@ import io
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 # Otherwise Pillow imports all of its plugins when it meets the first WebP.
 import PIL.WebPImagePlugin  # noqa: F401
@@ -176,6 +176,35 @@ def load_image(
     if file.orientation in _TRANSPOSE:
       image = image.transpose(_TRANSPOSE[file.orientation])
     return image, size
+
+
+def load_frames(
+  data: bytes, key: str = 'image', max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+  """Decodes all frames of an animated image file.
+
+  Args:
+    data: a PNG, WebP or GIF file.
+    key: of the record, for errors.
+    max_pixels: largest number of pixels of all frames together.
+
+  Returns:
+    uint8 [T, H, W, 3].
+
+  Raises:
+    BadRecord: not an image, too large, truncated or damaged.
+  """
+  with decoding(key):
+    image = open_image(io.BytesIO(data))
+    count = getattr(image, 'n_frames', 1)
+    if count * image.width * image.height > max_pixels:
+      size = f'{count} x {image.width} x {image.height}'
+      raise BadRecord(
+        key, 'too many pixels', f'{size}, the limit is {max_pixels}'
+      )
+    return np.stack(
+      [np.asarray(_to_rgb(each)) for each in ImageSequence.Iterator(image)]
+    )
 
 
 def decode_image(

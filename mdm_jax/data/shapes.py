@@ -45,7 +45,7 @@ INVERSE = {
   'above': 'below',
   'below': 'above',
 }
-_TEMPLATES = (
+TEMPLATES = (
   '{subject}, on {ground}',
   '{subject} on a {ground} background',
   '{subject}, {ground} background',
@@ -86,13 +86,24 @@ _HATCH_PERIOD = 1 / 96
 _HATCH = 0.14  # amplitude relative to the object's brightness
 _GRAIN_PERIOD = 1 / 80
 _GRAIN = 8.0  # amplitude in levels of 0..255
-_MARGIN = 0.02
+MARGIN = 0.02
 _GAP = 0.06
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """One shape, inside the square `x ± radius`, `y ± radius`."""
+  """One shape, inside the square `x ± radius`, `y ± radius`.
+
+  Attributes:
+    shape: one of SHAPES.
+    color: one of COLORS.
+    pattern: one of PATTERNS.
+    size: one of SIZES.
+    x, y: of its centre.
+    radius: half the side of its square.
+    angle: radians that it is turned clockwise.
+    blend: another colour, and its share from 0 to 1.
+  """
 
   shape: str
   color: str
@@ -101,6 +112,8 @@ class Object:
   x: float
   y: float
   radius: float
+  angle: float = 0.0
+  blend: tuple[str, float] = ('', 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +231,8 @@ def _draw_object(canvas, item: Object) -> None:
   """Draws one object over `canvas`, uint8 `[R, R, 3]`, in place."""
   resolution = canvas.shape[0]
   reach = item.radius + 1 / resolution
+  if item.angle:  # Corners may leave the square.
+    reach = 1.25 * item.radius + 1 / resolution
   columns, rows = (
     slice(
       max(int((center - reach) * resolution), 0),
@@ -229,6 +244,9 @@ def _draw_object(canvas, item: Object) -> None:
   x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * scale
   y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) * scale
   x, y = (x - np.float32(item.x))[None], (y - np.float32(item.y))[:, None]
+  if item.angle:
+    cos, sin = np.float32(np.cos(item.angle)), np.float32(np.sin(item.angle))
+    x, y = cos * x + sin * y, cos * y - sin * x
 
   distance = shape_distance(item.shape, x, y, item.radius)
   inside = _coverage(distance, resolution)
@@ -245,6 +263,10 @@ def _draw_object(canvas, item: Object) -> None:
     shade *= 1 + _HATCH * visible * (hatch - 1)
   # Channels first, because NumPy is slow if the last axis has three elements.
   color = np.array(COLORS[item.color], np.float32)[:, None, None]
+  other, share = item.blend
+  if share:
+    other = np.array(COLORS[other], np.float32)[:, None, None]
+    color = color + np.float32(share) * (other - color)
   behind = canvas[rows, columns].transpose(2, 0, 1)
   patch = (1 - inside) * behind + (inside * shade) * color + 0.5
   canvas[rows, columns] = patch.transpose(1, 2, 0)
@@ -280,11 +302,13 @@ def draw(scene: Scene, resolution: int) -> np.ndarray:
   return canvas
 
 
-def _pick(rng: np.random.Generator, options):
+def pick(rng: np.random.Generator, options):
+  """One of the options, each as likely as the others."""
   return options[int(rng.integers(len(options)))]
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
+def between(rng: np.random.Generator, low: float, high: float) -> float:
+  """A number from low to high, uniformly."""
   return low + (high - low) * float(rng.random())
 
 
@@ -301,17 +325,17 @@ def sample_scene(
       background; otherwise those of no object are.
     two_objects: probability of two objects.
   """
-  background = _pick(rng, tuple(BACKGROUNDS))
+  background = pick(rng, tuple(BACKGROUNDS))
   seen = SEEN[background]
-  pairs = [_pick(rng, HELD_OUT[background] if held_out else seen)]
+  pairs = [pick(rng, HELD_OUT[background] if held_out else seen)]
   if rng.random() < two_objects:
     others = tuple(pair for pair in seen if pair != pairs[0])
-    pairs.insert(int(rng.integers(2)), _pick(rng, others))
+    pairs.insert(int(rng.integers(2)), pick(rng, others))
   looks = []
   for pair in pairs:
     solid = rng.random() < 0.4
-    pattern = 'solid' if solid else _pick(rng, PATTERNS[1:])
-    size = _pick(rng, tuple(SIZES))
+    pattern = 'solid' if solid else pick(rng, PATTERNS[1:])
+    size = pick(rng, tuple(SIZES))
     low, high = SIZES[size]
     if len(pairs) == 2:
       # Two objects side by side: at most one can be large, and both have
@@ -319,15 +343,15 @@ def sample_scene(
       if any('large' in look for look in looks):
         size, (low, high) = 'small', SIZES['small']
       high = low + 0.005
-    looks.append((*pair, pattern, size, _between(rng, low, high)))
+    looks.append((*pair, pattern, size, between(rng, low, high)))
 
   if len(pairs) == 1:
     *look, radius = looks[0]
     place = int(rng.integers(len(PLACES)))
-    reach = 0.5 - radius - 2 * _MARGIN
+    reach = 0.5 - radius - 2 * MARGIN
     row, column = place // 3 - 1, place % 3 - 1
-    x = 0.5 + reach * column + _between(rng, -_MARGIN, _MARGIN)
-    y = 0.5 + reach * row + _between(rng, -_MARGIN, _MARGIN)
+    x = 0.5 + reach * column + between(rng, -MARGIN, MARGIN)
+    y = 0.5 + reach * row + between(rng, -MARGIN, MARGIN)
     item = Object(*look, x, y, radius)
     return Scene((item,), background, PLACES[place])
 
@@ -335,13 +359,13 @@ def sample_scene(
   # margin. The remaining space is spread about equally before, between and
   # behind the objects.
   radii = [look[-1] for look in looks]
-  slack = 1 - 2 * sum(radii) - 2 * _MARGIN - _GAP
-  before, between = (
-    slack * (third + _between(rng, -0.1, 0.1)) for third in (1 / 3, 2 / 3)
+  slack = 1 - 2 * sum(radii) - 2 * MARGIN - _GAP
+  before, apart = (
+    slack * (third + between(rng, -0.1, 0.1)) for third in (1 / 3, 2 / 3)
   )
-  first = _MARGIN + before + radii[0]
-  second = _MARGIN + between + _GAP + 2 * radii[0] + radii[1]
-  across = [_between(rng, -0.06, 0.06) + 0.5 for _ in radii]
+  first = MARGIN + before + radii[0]
+  second = MARGIN + apart + _GAP + 2 * radii[0] + radii[1]
+  across = [between(rng, -0.06, 0.06) + 0.5 for _ in radii]
   along = [float(first), float(second)]
   sideways = bool(rng.integers(2))
   xs, ys = (along, across) if sideways else (across, along)
@@ -351,11 +375,14 @@ def sample_scene(
   return Scene(objects, background, 'left of' if sideways else 'above')
 
 
-def _noun_phrase(rng: np.random.Generator, item: Object) -> tuple[str, dict]:
+def noun_phrase(
+  rng: np.random.Generator, item: Object, has_size: bool = True
+) -> tuple[str, dict]:
+  """Words for an object, and what they state; its size only if `has_size`."""
   stated = {'shape': item.shape, 'color': item.color}
   if item.pattern != 'solid' or rng.random() < 0.3:
     stated['pattern'] = item.pattern
-  if rng.random() < 0.85:
+  if has_size and rng.random() < 0.85:
     stated['size'] = item.size
   words = [
     stated[key]
@@ -366,14 +393,15 @@ def _noun_phrase(rng: np.random.Generator, item: Object) -> tuple[str, dict]:
   return ' '.join([article, *words]), stated
 
 
-def _place_phrase(rng: np.random.Generator, place: str) -> str:
+def place_phrase(rng: np.random.Generator, place: str) -> str:
+  """Words for one of PLACES."""
   if place == 'centre':
-    return _pick(rng, ('in the centre', 'in the middle'))
+    return pick(rng, ('in the centre', 'in the middle'))
   if place in ('left', 'right'):
-    return _pick(rng, (f'on the {place}', f'at the {place}'))
+    return pick(rng, (f'on the {place}', f'at the {place}'))
   if place in ('top', 'bottom'):
     return f'at the {place}'
-  return _pick(rng, (f'at the {place}', f'in the {place} corner'))
+  return pick(rng, (f'at the {place}', f'in the {place} corner'))
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
@@ -386,9 +414,9 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
     of PLACES, if mentioned. For two objects, `relation` is that of the first
     mentioned to the second.
   """
-  phrases, objects = zip(*(_noun_phrase(rng, item) for item in scene.objects))
+  phrases, objects = zip(*(noun_phrase(rng, item) for item in scene.objects))
   stated = {'background': scene.background, 'objects': list(objects)}
-  template = _pick(rng, _TEMPLATES)
+  template = pick(rng, TEMPLATES)
   if len(objects) == 2:
     first, second, relation = *phrases, scene.layout
     if rng.random() < 0.5:
@@ -404,8 +432,22 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, dict]:
     subject = phrases[0]
     if rng.random() < 0.85:
       stated['position'] = scene.layout
-      subject = f'{subject} {_place_phrase(rng, scene.layout)}'
+      subject = f'{subject} {place_phrase(rng, scene.layout)}'
   return template.format(subject=subject, ground=scene.background), stated
+
+
+def check_split(split: str) -> None:
+  """Raises ValueError if there is no such split."""
+  if split not in SPLITS:
+    raise ValueError(f'split {split!r}: choose one of {SPLITS}')
+
+
+def generator(seed: int, split: str, index: int) -> np.random.Generator:
+  """The random stream of a record."""
+  # One key per split, 2^64 random numbers per index: no streams overlap.
+  key = np.array([seed, SPLITS.index(split)], np.uint64)
+  counter = np.array([0, index, 0, 0], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,8 +473,7 @@ class ShapesSource:
 
   def __post_init__(self):
     """Raises ValueError if there is no such split."""
-    if self.split not in SPLITS:
-      raise ValueError(f'split {self.split!r}: choose one of {SPLITS}')
+    check_split(self.split)
 
   @property
   def num_classes(self) -> int:
@@ -451,10 +492,7 @@ class ShapesSource:
     """
     if not 0 <= index < self.size:
       raise IndexError(f'index {index}: {self!r} has {self.size} records')
-    # One key per split, 2^64 random numbers per index: no streams overlap.
-    key = np.array([self.seed, SPLITS.index(self.split)], np.uint64)
-    counter = np.array([0, index, 0, 0], np.uint64)
-    rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    rng = generator(self.seed, self.split, index)
     scene = sample_scene(rng, self.split == 'held_out', self.two_objects)
     return scene, *describe(scene, rng)
 

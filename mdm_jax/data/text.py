@@ -14,6 +14,9 @@ import sentencepiece
 from mdm_jax.runtime import remote_reads
 
 CAPTIONS_MODEL = os.path.join(os.path.dirname(__file__), 'captions.model')
+MOVING_CAPTIONS_MODEL = os.path.join(
+  os.path.dirname(__file__), 'moving_captions.model'
+)
 
 _PAD, _EOS = 0, 1
 # T5 has 100 sentinels behind the pieces of its SentencePiece model, the last

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mdm_jax.data.images import MAX_PIXELS, BadRecord, decode_image
+from mdm_jax.mixed_batch import example_shape
 
 
 class Tokenizer(Protocol):
@@ -25,6 +26,7 @@ class Transform:
   Attributes:
     tokenizer: encodes captions.
     resolution: R, side of the images in pixels.
+    frames: T of clips; 1 for images.
     flip: mirrors half of the images. Off by default, because captions may
       mention left and right.
     random_crop: crops a square at random; otherwise the centre.
@@ -40,6 +42,7 @@ class Transform:
   random_crop: bool = False
   leave_out: bool = False
   image_name: str = 'image'
+  frames: int = 1
   max_pixels: int = MAX_PIXELS
 
   def __call__(
@@ -48,21 +51,21 @@ class Transform:
     """Makes an example.
 
     Args:
-      record: `image` (an image file as bytes, or uint8 [R, R, 3]), `caption`
-        and `key`; optionally `captions` (a list to choose from), `text` (an
-        encoded caption) and `size` (shorter side of the original image in
-        pixels).
+      record: `image` (an image file as bytes, uint8 [R, R, 3], or of a clip
+        [T, R, R, 3]), `caption` and `key`; optionally `captions` (a list to
+        choose from), `text` (an encoded caption) and `size` (shorter side of
+        the original image in pixels).
       rng: decides on caption, crop and flip.
 
     Returns:
-      The image under `image_name`, uint8 [R, R, 3]; `text`, that of the record
+      The image or clip under `image_name`, uint8; `text`, that of the record
       or else the tokens of a caption, int32 [L]; and `scale`, float32 [], the
       record's `size` or else the shorter side of the image file in pixels.
 
     Raises:
       BadRecord: the file cannot be decoded, or the caption is too long (with
         `leave_out`).
-      ValueError: the image is an array that is not [R, R, 3].
+      ValueError: the image is an array of another shape.
     """
     text = record['text'] if 'text' in record else self._tokens(record, rng)
     image = record['image']
@@ -73,14 +76,14 @@ class Transform:
       )
     else:
       side = self.resolution
-    if image.shape != (self.resolution, self.resolution, 3):
+    if image.shape != example_shape(self.resolution, self.frames):
       raise ValueError(
         f'{record["key"]}: the image has shape {image.shape}, but the '
         f'resolution is {self.resolution}: open the source with this '
         'resolution.'
       )
     if self.flip and rng.random() < 0.5:
-      image = image[:, ::-1]
+      image = image[..., ::-1, :]
     return {
       self.image_name: image,
       'text': text,

@@ -95,10 +95,14 @@ def training_coefficients(
     repeats: periods of a mixed batch, see `mixed_batch`.
 
   Returns:
-    Of float32 [B_r, 1, 1, 1] for each level.
+    Of float32 [B_r, 1, 1, 1] for each level of images, of rank 5 for clips.
   """
   return tuple(
-    schedule.at(level, mixed_batch.times(t, level, len(images), repeats) + 1)
+    schedule.at(
+      level,
+      mixed_batch.times(t, level, len(images), repeats) + 1,
+      images.ndim,
+    )
     for level, images in enumerate(pyramid)
   )
 
@@ -135,10 +139,10 @@ def level_loss(
   """Mean squared error over pixels and channels, float32 [B].
 
   Args:
-    prediction: the network's output, [B, H, W, C].
-    x_t: the noisy images that the network was given, [B, H, W, C].
-    x0: the clean images, [B, H, W, C].
-    eps: the noise that was added, [B, H, W, C].
+    prediction: the network's output, [B, H, W, C] or [B, T, H, W, C].
+    x_t: the noisy images that the network was given, of that shape.
+    x0: the clean images, of that shape.
+    eps: the noise that was added, of that shape.
     at: signal and noise of `x_t`, [B, 1, 1, 1].
     parameterization: what the network predicts, see `process`.
     loss_space: where the error is measured: 'v', 'eps', 'x0' or 'velocity'.
@@ -163,7 +167,7 @@ def level_loss(
   error = convert(prediction, x_t, at, parameterization) - target
   if noise_floor and parameterization == 'x0' and loss_space != 'x0':
     error *= at.noise / jnp.maximum(at.noise, noise_floor)
-  return jnp.mean(error**2, axis=(1, 2, 3))
+  return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
 def multi_resolution_loss(
@@ -190,7 +194,8 @@ def multi_resolution_loss(
     denoise_fn: maps (x_t pyramid, t) to the predictions, a pyramid of the same
       shapes. Conditioning is closed over.
     schedule: the noise of each level.
-    pyramid: float32 images [B_r, H_r, W_r, C], coarse to fine.
+    pyramid: float32 images [B_r, H_r, W_r, C] or clips [B_r, T_r, H_r, W_r, C],
+      coarse to fine.
     t: int, time indices in 0..T-1: [B], shared by all levels, or [B, levels].
     eps: standard normal noise of the shapes of `pyramid`.
     parameterization: as in `level_loss`.

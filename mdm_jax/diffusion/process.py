@@ -1,7 +1,8 @@
 """The forward process of one level, and conversions between predictions.
 
-Everything is elementwise: images [B, H, W, C], and the `Coefficients` of x_t =
-signal x0 + noise eps. The `parameterization` says what the network predicts:
+Everything is elementwise: images [B, H, W, C] or clips [B, T, H, W, C], and the
+`Coefficients` of x_t = signal x0 + noise eps. The `parameterization` says what
+the network predicts:
 
   'v': signal eps - noise x0. On a variance-preserving path (x_t, v) is (x0,
     eps) rotated (Salimans & Ho, arXiv 2202.00512, appendix D). Conversions from
@@ -27,7 +28,7 @@ DenoiseFn = Callable[[Pyramid, jax.Array], Pyramid]
 
 
 class Coefficients(NamedTuple):
-  """What x0 and eps are multiplied by in x_t: [B, 1, 1, 1], or scalars."""
+  """What x0 and eps are multiplied by in x_t: [B, 1, ...], or scalars."""
 
   signal: jax.Array
   noise: jax.Array

@@ -2,8 +2,9 @@
 
 A sampling step goes from the noising step t to a less noisy one, s < t. `at`
 and `at_s` are a level's signal and noise there, on any path (see `schedule`);
-images and noise are [B, H, W, C]. On a path that is not variance-preserving the
-formulas are those of the papers for x / sqrt(signal^2 + noise^2).
+images and noise are [B, H, W, C], or clips [B, T, H, W, C]. On a path that is
+not variance-preserving the formulas are those of the papers for
+x / sqrt(signal^2 + noise^2).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,24 +29,21 @@ def is_stochastic(sampler: str, eta: float) -> bool:
 
 
 def start_noise(
-  rng: jax.Array, resolutions: Sequence[int], batch: int
+  rng: jax.Array, shapes: Sequence[Sequence[int]], batch: int
 ) -> Pyramid:
   """Samples the noise to start from.
 
   Args:
     rng: a random key.
-    resolutions: side of each level in pixels, coarse to fine.
+    shapes: of an example at each level, coarse to fine.
     batch: B, the number of examples.
 
   Returns:
-    Standard normal noise, coarse to fine, float32 [B, H_r, H_r, 3].
+    Standard normal noise, coarse to fine, float32 [B, *shapes[r]].
   """
   return process.sample_noise(
     rng,
-    [
-      jax.ShapeDtypeStruct((batch, resolution, resolution, 3), jnp.float32)
-      for resolution in resolutions
-    ],
+    [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in shapes],
   )
 
 
@@ -82,13 +80,13 @@ def threshold_x0(x0: jax.Array, method: str) -> jax.Array:
   """Keeps a predicted image in range (Imagen, arXiv 2205.11487, section 2.3).
 
   Args:
-    x0: [B, H, W, C].
+    x0: [B, H, W, C], or clips.
     method: 'none'; 'clip' to [-1, 1]; 'dynamic' divides each example by the
       .995 quantile of its magnitudes, limited to 1..100, and clips to [-1, 1];
       'dynamic_if' does so with the .95 quantile, limited to 1..1.5.
 
   Returns:
-    [B, H, W, C].
+    Of the shape of `x0`.
 
   Raises:
     ValueError: if there is no such method.
@@ -107,7 +105,7 @@ def threshold_x0(x0: jax.Array, method: str) -> jax.Array:
         f'Unknown threshold {method!r}: use none, clip, dynamic or dynamic_if.'
       )
   scale = jnp.quantile(
-    jnp.abs(x0), quantile, axis=(1, 2, 3), keepdims=True
+    jnp.abs(x0), quantile, axis=tuple(range(1, x0.ndim)), keepdims=True
   ).clip(1, largest)
   return jnp.clip(x0, -scale, scale) / scale
 
@@ -233,7 +231,8 @@ def _coefficients(
   """Each level's signal and noise at a noising step, coarse to fine."""
   batch = len(x_t[0])
   return tuple(
-    schedule.at(level, jnp.full(batch, step)) for level in range(len(x_t))
+    schedule.at(level, jnp.full(batch, step), images.ndim)
+    for level, images in enumerate(x_t)
   )
 
 
@@ -292,7 +291,7 @@ def sample_step(
   Args:
     denoise_fn: maps (x_t pyramid, t [B]) to the predictions; t is [B, levels]
       where the schedule has `times`.
-    x_t: noisy pyramid, coarse to fine, [B, H_r, H_r, C].
+    x_t: noisy pyramid, coarse to fine.
     schedule: the noise of each level.
     t: noising step to start from, int scalar.
     s: noising step to go to, int scalar, s < t.

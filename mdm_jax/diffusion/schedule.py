@@ -51,15 +51,21 @@ class Schedule:
       signals, noises = signals / total, noises / total
     return Coefficients(signals.astype(np.float32), noises.astype(np.float32))
 
-  def at(self, level: int, t: jax.Array) -> Coefficients:
+  def at(self, level: int, t: jax.Array, ndim: int = 4) -> Coefficients:
     """Signal and noise of `level` at the noising steps `t` [B] in 0..T.
 
+    Args:
+      level: from 0, the coarsest.
+      t: noising steps.
+      ndim: rank of what they are for: 4 for images, 5 for clips.
+
     Returns:
-      float32 [B, 1, 1, 1], to broadcast over images.
+      float32 [B, 1, 1, 1], or of rank 5.
     """
 
     def read(table):
-      return jnp.asarray(table)[level, t][:, None, None, None]
+      values = jnp.asarray(table)[level, t]
+      return values.reshape(-1, *(1,) * (ndim - 1))
 
     if self.is_linear:
       return Coefficients(*map(read, self.coefficients))
@@ -153,6 +159,8 @@ def make_schedule(
   num_steps: int = 1000,
   level_offset: float = 0.0,
   reference_resolution: int = 0,
+  frames: Sequence[int] | None = None,
+  frame_shift_power: float = 0.0,
 ) -> Schedule:
   """Builds the schedule of a pyramid.
 
@@ -166,6 +174,9 @@ def make_schedule(
       one at all steps, so that coarse levels are denoised first.
     reference_resolution: side in pixels of images whose schedule is not
       shifted; 0 for that of the coarsest level.
+    frames: of each level; None for one.
+    frame_shift_power: the power of `shift_gammas` whose scale is a level's
+      number of frames over that of the coarsest one.
 
   Returns:
     A schedule with one row of gammas for each resolution.
@@ -175,13 +186,16 @@ def make_schedule(
   """
   gammas = make_gammas(name, num_steps)
   reference = reference_resolution or resolutions[0]
+  frames = frames or [1] * len(resolutions)
+  # Nats of logSNR beyond those of the resolution.
+  further = level_offset * np.arange(len(frames)) + frame_shift_power * np.log(
+    np.divide(frames, frames[0])
+  )
   return Schedule(
     np.stack(
       [
-        shift_gammas(
-          gammas, resolution / reference, shift_power, level_offset * level
-        )
-        for level, resolution in enumerate(resolutions)
+        shift_gammas(gammas, resolution / reference, shift_power, nats)
+        for resolution, nats in zip(resolutions, further, strict=True)
       ]
     ),
     is_linear=name == LINEAR,

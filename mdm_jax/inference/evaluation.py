@@ -345,7 +345,7 @@ def _losses(model: Model) -> dict[str, Any]:
     validation.over_held_out(stage, model.mesh, model.params, band_step)
   )
   sums, counts, _ = np.sum(found, axis=0, dtype=np.float64)
-  names = loss_names(stage.config, stage.resolutions)
+  names = loss_names(stage.config, stage.level_names)
   bands = {'noise': [f'{10 * i} to {10 * i + 10} %' for i in range(_NUM_BANDS)]}
   for name, row, number in zip(names, sums, counts):
     bands[name] = [

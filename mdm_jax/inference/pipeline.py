@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 import tqdm
 
+from mdm_jax import mixed_batch
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import naming, sampler_settings
 from mdm_jax.builders.prompts import encode_prompts, unknown_words
@@ -67,10 +68,12 @@ def load(
 class Samples(Sequence):
   """Sampled images: a sequence of PIL images of the finest level.
 
-  A notebook shows it as a grid with the prompts.
+  A notebook shows it as a grid with the prompts. Of clips the images are the
+  first frames; `levels` has all, and `save` writes the grid as it moves.
 
   Attributes:
-    levels: uint8 [N, H_r, H_r, 3] for each level, coarse to fine.
+    levels: uint8 [N, H_r, H_r, 3], or clips [N, T_r, H_r, H_r, 3], for each
+      level, coarse to fine.
     prompts: of each image.
     seeds: of each image.
   """
@@ -85,22 +88,30 @@ class Samples(Sequence):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.images[index]
-    return Image.fromarray(self.levels[-1][operator.index(index)])
+    level = self.levels[-1][operator.index(index)]
+    return Image.fromarray(grid.frame_at(level, 0))
 
   @property
   def images(self) -> list[Image.Image]:
     """PIL images of the finest level."""
-    return list(map(Image.fromarray, self.levels[-1]))
+    return [self[i] for i in range(len(self))]
 
   def grid(self) -> Image.Image:
     """All images on one page, every level of each, with the prompts."""
-    return Image.fromarray(grid.grid(self.levels, self.prompts))
+    page = grid.grid(self.levels, self.prompts)
+    return Image.fromarray(grid.frame_at(page, 0))
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the grid as a PNG file, which is animated if there are clips."""
+    grid.save_png(path, grid.grid(self.levels, self.prompts))
 
   def _repr_png_(self) -> bytes:
     return self.grid()._repr_png_()
 
   def __repr__(self) -> str:
-    sides = ', '.join(str(level.shape[1]) for level in self.levels)
+    sides = ', '.join(
+      mixed_batch.level_name(level.shape[1:]) for level in self.levels
+    )
     noun = 'sample' if len(self) == 1 else 'samples'
     return f'<{len(self)} {noun} at {sides} px>'
 

@@ -14,6 +14,7 @@ from etils import epath
 import numpy as np
 
 from mdm_jax.builders.data import (
+  DRAWN,
   data_fingerprint,
   held_out_split,
   make_dataset,
@@ -86,7 +87,7 @@ def of_split(
   split = split or held_out_split(config)
   source = make_source(config, split, resolution)
   count = min(max_images, len(source))
-  is_drawn = config.data.name == 'shapes'
+  is_drawn = config.data.name in DRAWN
   settings = {
     'data': config.data.name,
     'split': split,

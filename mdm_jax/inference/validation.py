@@ -171,7 +171,7 @@ def _metrics_path(stage: Stage, workdir: epath.PathLike) -> epath.Path:
 
 def _are_metrics(stage: Stage, values: Any) -> bool:
   """Whether these are a stage's metrics; a broken model's loss may be NaN."""
-  losses = set(data.loss_names(stage.config, stage.resolutions))
+  losses = set(data.loss_names(stage.config, stage.level_names))
   return (
     isinstance(values, dict)
     and all(
@@ -220,7 +220,7 @@ def make_validation(
     make_band_step(stage.model, stage.objective, LOSS_SEED, 1),
     out_shardings=sharding.replicated(mesh),
   )
-  names = data.loss_names(config, stage.resolutions)
+  names = data.loss_names(config, stage.level_names)
 
   def validation(params, prompts=True):
     losses = mean_losses(over_held_out(stage, mesh, params, loss_step))

@@ -390,6 +390,36 @@ def attend(
   return out.reshape(query.shape)
 
 
+def per_frame(x: jax.Array | None, count: int) -> jax.Array | None:
+  """Repeats what an example has for each of its frames.
+
+  Args:
+    x: [B, ...] of examples, or of frames that stand for several; None stays
+      None.
+    count: a multiple of B. The frames of an example are adjacent.
+
+  Returns:
+    [count, ...].
+  """
+  if x is None or len(x) == count:
+    return x
+  return jnp.repeat(x, count // len(x), axis=0)
+
+
+def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+  """Turns dimensions i and i + D/2 of each head by angle i (RoPE, 2104.09864).
+
+  Args:
+    x: [B, N, heads, D].
+    angles: [N, D/2] in radians.
+  """
+  cos, sin = (np.float32(f(angles))[:, None] for f in (np.cos, np.sin))
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
 class Attention(nn.Module):
   """Self-attention plus cross-attention to the text, sharing the queries.
 
@@ -407,7 +437,16 @@ class Attention(nn.Module):
   def __call__(
     self, features: Features, text: jax.Array, text_mask: jax.Array | None
   ) -> Features:
-    """Features, text [B, L, D], text_mask [B, L] or None -> Features."""
+    """Attends to the pixels and the text.
+
+    Args:
+      features: of B images, or of all frames of B clips.
+      text: [B, L, D].
+      text_mask: [B, L] bool, True for tokens; None for all.
+
+    Returns:
+      Features of the same shape.
+    """
 
     def norm(name, x):
       (h,) = GroupNorm(self.num_groups, self.dtype, name=name)(Features(x))
@@ -425,14 +464,64 @@ class Attention(nn.Module):
       )
       return dense(2 * channels, 'text_kv')(norm_text(text))
 
-    text_k, text_v = jnp.split(once(self, 'text_kv', keys_and_values), 2, -1)
+    text_kv = per_frame(once(self, 'text_kv', keys_and_values), batch)
+    text_k, text_v = jnp.split(text_kv, 2, -1)
     h = attend(q, k, v, self.num_heads, flash=self.flash)
-    h += attend(q, text_k, text_v, self.num_heads, text_mask)
+    h += attend(q, text_k, text_v, self.num_heads, per_frame(text_mask, batch))
     x += dense(channels, 'proj', zero=True)(h).reshape(x.shape)
     if self.ffn:
       h = dense(4 * channels, 'ffn_in')(norm('ffn_norm', x))
       h = nn.gelu(h, approximate=False)
       x += dense(channels, 'ffn_out', zero=True)(h)
+    return Features(x).as_patch(features.patch)
+
+
+class FrameAttention(nn.Module):
+  """Attention between the frames of a clip, at each position by itself.
+
+  The frames have rotary positions, and queries and keys are normalised per
+  head. The output is zero at first: a clip's frames are then those of a network
+  without this layer. Its parameters do not depend on the number of frames.
+
+  Attributes:
+    frames: T, of each clip.
+    num_heads: divides the channels into heads of an even size.
+    dtype: of matrix products and the output.
+  """
+
+  frames: int
+  num_heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, features: Features) -> Features:
+    """Features [B * T, H, W, C], a clip's frames adjacent -> the same shape."""
+    x = features.as_patch((1, 1)).x
+    *shape, channels = x.shape
+    size = channels // self.num_heads
+    # From 2 radians a frame to 1 radian in 64 frames.
+    turns = np.geomspace(2.0, 1 / 64, size // 2)
+    angles = np.arange(self.frames)[:, None] * turns
+
+    def norm(name, x, dtype=self.dtype):
+      return nn.RMSNorm(epsilon=EPSILON, dtype=dtype, name=name)(x)
+
+    def clips(x):  # [B * T, H, W, D] -> [B * H * W, T, D]
+      x = x.reshape(-1, self.frames, math.prod(shape[1:]), x.shape[-1])
+      return x.swapaxes(1, 2).reshape(-1, self.frames, x.shape[-1])
+
+    def placed(name, x):
+      x = norm(name, x.reshape(*x.shape[:2], self.num_heads, size), jnp.float32)
+      return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
+
+    dense = functools.partial(dense_layer, dtype=self.dtype, use_bias=False)
+    qkv = clips(dense(3 * channels, 'qkv')(norm('norm', x)))
+    query, key, value = jnp.split(qkv, 3, axis=-1)
+    query, key = placed('q_norm', query), placed('k_norm', key)
+    h = attend(query, key, value, self.num_heads)
+    h = h.reshape(-1, math.prod(shape[1:]), self.frames, channels)
+    h = h.swapaxes(1, 2).reshape(x.shape)
+    x += dense(channels, 'proj', zero=True)(h)
     return Features(x).as_patch(features.patch)
 
 

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from mdm_jax import mixed_batch
 from mdm_jax.models.conditioning import Cond, num_positions
 from mdm_jax.models.initialize import initial_params
 from mdm_jax.models.nested_unet import NestedUNet
@@ -32,6 +33,14 @@ class Matryoshka:
   frozen_text: bool = False
   to_longest: bool = False
 
+  @property
+  def level_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """Shape of an example at each level, see `mixed_batch.example_shape`."""
+    return tuple(
+      mixed_batch.example_shape(pixels, spec.frames)
+      for pixels, spec in zip(self.resolutions, self.unet.levels, strict=True)
+    )
+
   def shapes(self, num_tokens: int) -> dict:
     """Shapes and dtypes of the trained parameters.
 
@@ -47,7 +56,7 @@ class Matryoshka:
         jnp.zeros((1, num_tokens, self.text_encoder.width)),
         jnp.ones((1, num_tokens), bool),
       )
-      x_t = tuple(jnp.zeros((1, r, r, 3)) for r in self.resolutions)
+      x_t = tuple(jnp.zeros((1, *shape)) for shape in self.level_shapes)
       params = {'unet': self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']}
       if not self.frozen_text:
         tokens = jnp.ones((1, num_tokens), jnp.int32)
@@ -94,7 +103,7 @@ class Matryoshka:
     the compiler removes all that does not depend on the text alone.
     """
     batch = len(cond.text)
-    x_t = tuple(jnp.zeros((batch, r, r, 3)) for r in self.resolutions)
+    x_t = tuple(jnp.zeros((batch, *shape)) for shape in self.level_shapes)
     _, variables = self.unet.apply(
       {'params': params['unet']}, x_t, jnp.zeros(batch), cond, mutable='context'
     )

@@ -1,4 +1,9 @@
-"""NestedUNet (MDM, arXiv 2310.15111, section 3.2), of any depth."""
+"""NestedUNet (MDM, arXiv 2310.15111, section 3.2), of any depth.
+
+Levels may differ in the number of frames as they do in resolution. A level that
+is finer in time wraps one that is coarser: its features are averaged over the
+frames that one coarser frame stands for, and what comes back is repeated.
+"""
 
 from flax import linen as nn
 import jax
@@ -38,6 +43,12 @@ class NestedUNet(nn.Module):
     self.text = TextConditioning(self.text_spec, dims.pop(), self.dtype)
     if any(spec.kind == 'transformer' for spec in self.levels[1:]):
       raise ValueError('Only the coarsest level can be a transformer.')
+    for coarse, fine in zip(self.levels, self.levels[1:]):
+      if fine.frames % coarse.frames:
+        raise ValueError(
+          f'A level of {coarse.frames} frames is inside of one of '
+          f'{fine.frames}: each must divide the next.'
+        )
     self.level = [
       Transformer(spec, self.dtype)
       if spec.kind == 'transformer'
@@ -51,8 +62,9 @@ class NestedUNet(nn.Module):
     """Predicts for every level.
 
     Args:
-      x_t: noisy pyramid, coarse to fine, `x_t[r]` [B_r, H_r, W_r, 3]. In a
-        mixed batch B_r < B_0, see `mixed_batch`.
+      x_t: noisy pyramid, coarse to fine, `x_t[r]` [B_r, H_r, W_r, 3], or for a
+        level of several frames [B_r, T_r, H_r, W_r, 3]. In a mixed batch
+        B_r < B_0, see `mixed_batch`.
       t: time indices, as in training: 0 is the first noisy step. [B_0], shared
         by all levels, or [B_0, levels], coarse to fine.
       cond: the conditioning of all B_0 examples.
@@ -69,28 +81,49 @@ class NestedUNet(nn.Module):
     # Down, fine to coarse. `outer` are the features of the next finer level.
     outer, states = None, []
     for r, level in reversed(list(enumerate(self.level))):
-      x = x_t[r]
-      t_r = mixed_batch.times(t, r, len(x), repeats)
+      count, frames = len(x_t[r]), self.levels[r].frames
+      t_r = mixed_batch.times(t, r, count, repeats)
       scale, pooled_r, *context = mixed_batch.take(
-        (cond.scale, pooled, text, mask), len(x), repeats
+        (cond.scale, pooled, text, mask), count, repeats
       )
-      context = (level.embed(t_r, scale, pooled_r), *context)
+      x = _frames(x_t[r], frames)
+      temb = level.embed(t_r, scale, pooled_r)
+      context = (layers.per_frame(temb, len(x)), *context)
       if states:
-        outer = outer.replace(x=mixed_batch.pad(outer.x, len(x), repeats))
+        h = _mean_of_frames(outer.x, self.levels[r + 1].frames // frames)
+        h = mixed_batch.pad(_clips(h, frames), count, repeats)
+        outer = outer.replace(x=_frames(h, frames))
       h, skips = level.descend(x, *context, outer)
       states.append((h, skips, context))
       if level.inner_channels is not None:
         outer = level.in_adapter(h)
     # Up, coarse to fine.
     out = []
-    for level in self.level:
+    for r, level in enumerate(self.level):
       bottom, skips, context = states.pop()
       if level.inner_channels is None:
         h = level.middle(bottom, *context)
       else:
-        h = mixed_batch.take(h, len(bottom.x), repeats)
-        h = level.out_adapter(h, patch=bottom.patch)
+        inner = self.levels[r - 1].frames
+        x = mixed_batch.take(_clips(h.x, inner), len(x_t[r]), repeats)
+        x = layers.per_frame(_frames(x, inner), len(bottom.x))
+        h = level.out_adapter(h.replace(x=x), patch=bottom.patch)
         h = bottom.replace(x=bottom.x + h.x)
       h = level.ascend(h, skips, *context)
-      out.append(level.out(h))
+      out.append(level.out(h).reshape(x_t[r].shape))
     return tuple(out)
+
+
+def _frames(x: jax.Array, frames: int) -> jax.Array:
+  """Clips [B, T, ...] -> their frames [B * T, ...]; images stay as they are."""
+  return x if frames == 1 else x.reshape(-1, *x.shape[2:])
+
+
+def _clips(x: jax.Array, frames: int) -> jax.Array:
+  """Undoes `_frames`."""
+  return x if frames == 1 else x.reshape(-1, frames, *x.shape[1:])
+
+
+def _mean_of_frames(x: jax.Array, count: int) -> jax.Array:
+  """Averages each `count` frames: [B * T, ...] -> [B * T / count, ...]."""
+  return x if count == 1 else x.reshape(-1, count, *x.shape[1:]).mean(axis=1)

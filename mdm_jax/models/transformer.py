@@ -22,6 +22,7 @@ from mdm_jax.models.unet import (
   LevelSpec,
   capped_scale,
   folded,
+  frame_attention,
   rematerialised,
 )
 
@@ -56,20 +57,6 @@ def rotary_angles(
   return np.pad(angles, ((0, others), (0, 0)))
 
 
-def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
-  """Turns dimensions i and i + D/2 of each head by angle i.
-
-  Args:
-    x: [B, N, heads, D].
-    angles: [N, D/2] in radians.
-  """
-  cos, sin = (np.float32(f(angles))[:, None] for f in (np.cos, np.sin))
-  first, second = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-
-
 def ffn_size(width: int) -> int:
   """Hidden channels of SwiGLU: about 8/3 of the width, a multiple of 8.
 
@@ -102,13 +89,13 @@ class Block(nn.Module):
 
     Args:
       x: [B, N, C] tokens, those of the image first.
-      text: [B, L, D].
+      text: [B, L, D]; of the examples, where x has several frames of each.
       text_mask: [B, L] bool, True for tokens, which come first; None for all.
 
     Returns:
       [B, N, C].
     """
-    count, width = x.shape[1:]
+    batch, count, width = x.shape
     norm = functools.partial(
       nn.RMSNorm, epsilon=layers.EPSILON, dtype=self.dtype
     )
@@ -131,14 +118,19 @@ class Block(nn.Module):
 
     def placed(name, x):
       x = norm(name=name, dtype=jnp.float32)(heads(x))
-      return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
+      return (
+        layers.rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
+      )
 
     query, key, value = jnp.split(
       dense(3 * width, 'qkv')(norm(name='norm')(x)), 3, axis=-1
     )
     query, key = placed('q_norm', query), placed('k_norm', key)
-    text_key, text_value = layers.once(self, 'text_kv', keys_and_values)
-    mask = text_mask
+    text_key, text_value = (
+      layers.per_frame(each, batch)
+      for each in layers.once(self, 'text_kv', keys_and_values)
+    )
+    mask = layers.per_frame(text_mask, batch)
     if mask is not None:
       mask = jnp.pad(mask, ((0, 0), (count, 0)), constant_values=True)
     h = layers.attend(
@@ -190,6 +182,10 @@ class Blocks(nn.Module):
         self.spec.flash,
         name=f'block_{i}',
       )(x, text, mask)
+      for k in range(self.spec.frame_layers(0)):
+        name = f'frame_attention_{i}_{k}'
+        layer = frame_attention(self.spec, self.dtype, name)
+        x = layer(Features(x[:, None])).x[:, 0]
     return h.replace(x=x[:, : math.prod(grid)].reshape(h.x.shape))
 
 
@@ -253,7 +249,7 @@ class Transformer(nn.Module):
     """The noisy images as features of patches, those of finer levels added.
 
     Args:
-      x: [B, H, W, 3] noisy images of this level.
+      x: [B, H, W, 3] noisy images of this level, or frames of its clips.
       tokens: [B, n, C] as for `Blocks`; the first, that of the time, is added
         to each patch.
       text, mask: as for `Blocks`; not used.

@@ -57,6 +57,13 @@ class LevelSpec:
   # Self-attention by cuDNN's flash kernels, see `layers.attend`. They need an
   # NVIDIA GPU, and all rows of an image on one device.
   flash: bool = False
+  # Of the clips that the level denoises; with 1 they are images. All layers but
+  # those of `frame_attention` see each frame as an image.
+  frames: int = 1
+  # Layers of attention between the frames of a clip, one entry for each
+  # resolution as in `attention_layers`, which they follow; () for none. With
+  # one frame they are left out.
+  frame_attention: tuple[int, ...] = ()
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
@@ -69,6 +76,13 @@ class LevelSpec:
     if self.patch_size < 1:
       raise ValueError(
         f'patch_size={self.patch_size}: give a number of pixels, 1 for none.'
+      )
+    if self.frames < 1:
+      raise ValueError(f'frames={self.frames}: give a number, 1 for images.')
+    if len(self.frame_attention) not in (0, len(self.channels)):
+      raise ValueError(
+        f'frame_attention={self.frame_attention}: give one entry for each of '
+        f'the channels {self.channels}, or ().'
       )
     lengths = {
       len(self.channels),
@@ -84,9 +98,16 @@ class LevelSpec:
     if self.kind == 'transformer':
       self._check_transformer()
       return
+    for channels, count in zip(self.channels, self.frame_attention):
+      if count and channels % (2 * self.num_heads):
+        raise ValueError(
+          f'num_heads={self.num_heads} does not divide {channels} channels, '
+          'which have frame_attention, into heads of an even size.'
+        )
     for channels in self.channels:
       for name in ('num_groups', 'num_heads'):
-        if name == 'num_heads' and not any(self.attention_layers):
+        attends = any((*self.attention_layers, *self.frame_attention))
+        if name == 'num_heads' and not attends:
           continue
         if channels % getattr(self, name):
           raise ValueError(
@@ -120,6 +141,12 @@ class LevelSpec:
         f'num_heads={self.num_heads} does not divide the width {width} of '
         "kind='transformer' into heads of a multiple of 4 channels."
       )
+
+  def frame_layers(self, index: int) -> int:
+    """Layers of attention between frames at a resolution inside the level."""
+    if self.frames == 1 or not self.frame_attention:
+      return 0
+    return self.frame_attention[index]
 
   @property
   def downsampling(self) -> int:
@@ -165,12 +192,21 @@ class _Blocks(nn.Module):
         spec.flash,
         name=f'attention_{j}_{k}',
       )(h, text, mask)
+    for k in range(spec.frame_layers(self.index)):
+      h = frame_attention(spec, self.dtype, f'frame_attention_{j}_{k}')(h)
     return h
 
 
 def rematerialised(module, spec: LevelSpec):
   """The module; with `remat` one that keeps nothing for the backward pass."""
   return module if spec.remat == 'none' else nn.remat(module)
+
+
+def frame_attention(spec: LevelSpec, dtype, name: str) -> nn.Module:
+  """A layer of attention between the frames of a level."""
+  return rematerialised(layers.FrameAttention, spec)(
+    spec.frames, spec.num_heads, dtype, name=name
+  )
 
 
 class DownBlocks(_Blocks):
@@ -232,6 +268,8 @@ class Middle(nn.Module):
       spec.flash,
       name='attention',
     )(h, text, mask)
+    for k in range(spec.frame_layers(-1)):
+      h = frame_attention(spec, self.dtype, f'frame_attention_{k}')(h)
     return block('block_1')([h], temb)
 
 
@@ -333,9 +371,9 @@ class UNet(nn.Module):
     """The way down: from the noisy images to features and skips.
 
     Args:
-      x: [B, H, W, 3] noisy images of this level.
+      x: [B, H, W, 3] noisy images of this level, or frames of its clips.
       temb: [B, temporal_dim] from `embed`.
-      text: [B, L, D] projected text.
+      text: [B, L, D] projected text, of each image or clip.
       mask: [B, L] bool or None.
       outer: Features from the `in_adapter` of the next finer level; None for
         the finest level.

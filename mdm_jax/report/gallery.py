@@ -64,7 +64,7 @@ class Entry:
 
   Attributes:
     caption: the prompt.
-    levels: images of the levels, uint8 [H_r, H_r, 3], coarse to fine.
+    levels: images of the levels, uint8 [H_r, H_r, 3], or clips; coarse to fine.
     links: paths of the levels' files, relative to the page.
     details: further values to show, such as the seed.
     animation: path of an animation of the sampling steps, relative to the page;
@@ -147,8 +147,8 @@ def _value(value: Any) -> Any:
 
 def _figure(entry: Entry) -> str:
   images = ''.join(
-    f'<a href="{_escape(link)}"><img src="{_thumbnail(level)}" '
-    f'alt="{len(level)} pixels"></a>'
+    f'<a href="{_escape(link)}"><img src="{_source(level, link)}" '
+    f'alt="{level.shape[-2]} pixels"></a>'
     for level, link in zip(entry.levels, entry.links, strict=True)
   )
   details = ', '.join(
@@ -166,6 +166,11 @@ def _figure(entry: Entry) -> str:
     f'<figcaption>{_escape(entry.caption)} '
     f'<small>{_escape(details)}</small></figcaption></figure>'
   )
+
+
+def _source(level: np.ndarray, link: str) -> str:
+  """An embedded thumbnail; clips are played from their files."""
+  return _thumbnail(level) if level.ndim == 3 else _escape(link)
 
 
 def _thumbnail(image: np.ndarray) -> str:

@@ -1,9 +1,11 @@
 """Image grids of samples with their prompts, and animations of sampling."""
 
 from collections.abc import Sequence
+import io
 import math
 import os
 
+from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +16,7 @@ _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
 _MIN_TILE = 128  # pixels
 _ANIMATION, _LAST_FRAME = 3000, 1500  # milliseconds
+_CLIP_FRAME = 125  # milliseconds
 _MAX_LINES = 3  # lines of a caption; longer captions end in an ellipsis
 
 
@@ -30,21 +33,23 @@ def grid(
   then down.
 
   Args:
-    pyramids: uint8 `[B, R, R, 3]`, coarse to fine.
+    pyramids: uint8 `[B, R, R, 3]`, or clips `[B, T, R, R, 3]`, coarse to fine.
     prompts: one for each sample.
     tile: edge of every level on the page in pixels, a multiple or a divisor of
       the level's own edge; larger levels are averaged down. The default is the
       finest level's edge, times a whole factor that makes it 128 or more.
 
   Returns:
-    uint8 `[H, W, 3]`.
+    uint8 `[H, W, 3]`; with clips `[T, H, W, 3]`, T of the level of most frames.
+    A level of fewer shows each of its own for longer.
 
   Raises:
     ValueError: if the shapes, their order or the tile do not fit.
   """
-  edges = [level.shape[1] for level in pyramids]
+  edges = [level.shape[-2] for level in pyramids]
   for level, edge in zip(pyramids, edges):
-    if level.shape != (len(prompts), edge, edge, 3) or level.dtype != np.uint8:
+    shape = (len(prompts), *level.shape[1:-3], edge, edge, 3)
+    if level.shape != shape or level.dtype != np.uint8 or level.ndim > 5:
       raise ValueError(
         f'A level is {level.dtype}{list(level.shape)}: give uint8'
         f' [B, R, R, 3] with B = {len(prompts)}, the number of prompts.'
@@ -77,35 +82,89 @@ def grid(
     _BACKGROUND,
   )
   draw = ImageDraw.Draw(page)
-  for i, caption in enumerate(captions):
-    left = margin + i % columns * (width + margin)
-    top = margin + i // columns * (height + margin)
-    for r, (level, edge) in enumerate(zip(pyramids, edges)):
-      image = Image.fromarray(level[i]).resize(
-        (tile, tile),
-        Image.Resampling.BOX if edge > tile else Image.Resampling.NEAREST,
-      )
-      page.paste(image, (left + r * (tile + gap), top))
+  places = [
+    (
+      margin + i % columns * (width + margin),
+      margin + i // columns * (height + margin),
+    )
+    for i in range(len(captions))
+  ]
+  for (left, top), caption in zip(places, captions):
     for k, line in enumerate(caption):
       draw.text((left, top + tile + gap + k * line_height), line, _INK, font)
-  return np.asarray(page)
+
+  count = max(level.shape[1] if level.ndim == 5 else 1 for level in pyramids)
+  pages = [
+    _paste(page, pyramids, k / count, places, tile, gap) for k in range(count)
+  ]
+  return np.stack(pages) if count > 1 else pages[0]
+
+
+def _paste(
+  page: Image.Image,
+  pyramids: Sequence[np.ndarray],
+  time: float,
+  places: Sequence[tuple[int, int]],
+  tile: int,
+  gap: int,
+) -> np.ndarray:
+  """Puts the samples, at a time of their clips, on the page at their places."""
+  for i, (left, top) in enumerate(places):
+    for r, level in enumerate(pyramids):
+      image = Image.fromarray(frame_at(level[i], time))
+      is_larger = image.width > tile
+      image = image.resize(
+        (tile, tile),
+        Image.Resampling.BOX if is_larger else Image.Resampling.NEAREST,
+      )
+      page.paste(image, (left + r * (tile + gap), top))
+  return np.array(page)
+
+
+def frame_at(level: np.ndarray, time: float) -> np.ndarray:
+  """An image, or the frame of a clip [T, H, W, 3] at a time from 0 to 1."""
+  if level.ndim == 3:
+    return level
+  return level[int(time * len(level) + 1e-6)]
+
+
+def encode_png(image: np.ndarray) -> bytes:
+  """The bytes of a PNG file of uint8 `[H, W, 3]`.
+
+  Frames `[T, H, W, 3]` become an animated PNG file that plays for ever; viewers
+  that do not know these show the first frame.
+  """
+  first, *rest = map(Image.fromarray, image if image.ndim == 4 else image[None])
+  options = {}
+  if rest:
+    options = {
+      'save_all': True,
+      'append_images': rest,
+      'duration': _CLIP_FRAME,
+      'loop': 0,
+    }
+  file = io.BytesIO()
+  first.save(file, 'PNG', **options)
+  return file.getvalue()
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-  """Writes uint8 `[H, W, 3]` as a PNG file."""
+  """Writes a PNG file, see `encode_png`."""
   with files.replacing(path) as temporary:
-    Image.fromarray(image).save(temporary, format='PNG')
+    epath.Path(temporary).write_bytes(encode_png(image))
 
 
 def side_by_side(levels: Sequence[np.ndarray]) -> np.ndarray:
   """Joins the levels of one sample, enlarged to the size of the finest one.
 
   Args:
-    levels: uint8 [H_r, H_r, 3], coarse to fine; H_r divides the finest H.
+    levels: uint8 [H_r, H_r, 3], coarse to fine; H_r divides the finest H. Of
+      clips [T_r, H_r, H_r, 3] the frame in the middle is shown.
 
   Returns:
     uint8 [H, levels * W, 3].
   """
+  levels = [frame_at(level, 0.5) for level in levels]
   edge = len(levels[-1])
   return np.concatenate(
     [

@@ -102,7 +102,7 @@ class MetricWriter:
   def image(
     self, step: int, name: str, image: np.ndarray, *, stage: str
   ) -> None:
-    """Hands an image, uint8 `[H, W, 3]`, to the trackers."""
+    """Hands an image, uint8 `[H, W, 3]` or `[T, H, W, 3]`, to the trackers."""
     if self._lines:
       for tracker, thread in self._trackers:
         thread.submit(tracker.image, stage, int(step), time.time(), name, image)

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from mdm_jax import mixed_batch
 from mdm_jax.data import images
 from mdm_jax.report import gallery, grid
 from mdm_jax.report.layouts import Layout
@@ -47,8 +48,9 @@ def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:
     for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
       try:
         record = json.loads(line)
-        level = max(filter(str.isdigit, record['files']), key=int)
-        found[int(record['index'])] = str(record['files'][level])
+        levels = filter(mixed_batch.named_shape, record['files'])
+        finest = max(levels, key=lambda name: mixed_batch.named_shape(name)[-2])
+        found[int(record['index'])] = str(record['files'][finest])
       except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
           f'{path}: line {number} is damaged: run the command that sampled '
@@ -161,11 +163,14 @@ class SampleDirectory:
 
     Args:
       index: index of the sample's record.
-      levels: images of the levels, uint8 [H_r, H_r, 3], coarse to fine.
+      levels: images of the levels, uint8 [H_r, H_r, 3], or clips, which become
+        animated PNG files; coarse to fine.
       path: the levels at each sampling step, to write an animation; None for
         no animation.
     """
-    names = self._names(index, [len(level) for level in levels])
+    names = self._names(
+      index, [mixed_batch.level_name(level.shape) for level in levels]
+    )
     parts = [
       (grid.save_png, self.directory / name, level)
       for name, level in zip(names.values(), levels[-len(names) :])
@@ -220,11 +225,11 @@ class SampleDirectory:
     )
     self._pool.shutdown()
 
-  def _names(self, index: int, sides: Sequence[int]) -> dict[str, str]:
-    """The files of a sample, by the pixels a side of the level."""
+  def _names(self, index: int, levels: Sequence[str]) -> dict[str, str]:
+    """The files of a sample, by `mixed_batch.level_name`."""
     if self._layout:
-      return {str(sides[-1]): self._layout.image(index)}
-    return {str(side): f'{self._stem(index)}_{side}.png' for side in sides}
+      return {levels[-1]: self._layout.image(index)}
+    return {level: f'{self._stem(index)}_{level}.png' for level in levels}
 
   def _stem(self, index: int) -> str:
     if len(self._records) > _SHARD:
@@ -253,22 +258,23 @@ class SampleDirectory:
 
     In a bucket there are no halves of files, so that none is read.
     """
-    sizes = [int(key) for key in names if key.isdecimal()]
+    levels = _levels(names)
     if self._layout:
-      if len(sizes) != 1 or names != self._names(index, sizes):
+      if len(levels) != 1 or names != self._names(index, levels):
         return False
       if not all(map(self._is_there, self._layout.texts(index))):
         return False
     try:
       if not is_local:
-        return bool(sizes) and all(map(self._is_there, names.values()))
+        return bool(levels) and all(map(self._is_there, names.values()))
       for name in names.values():
         files.require_file(self.directory / name)
       read = self._read(names) if index < _IN_GALLERY else ()
     except (ValueError, TypeError, OSError):
       return False
-    return bool(sizes) and all(
-      image.shape == (size, size, 3) for image, size in zip(read, sizes)
+    return bool(levels) and all(
+      image.shape == mixed_batch.named_shape(level)
+      for image, level in zip(read, levels)
     )
 
   def _remove_others(self, pattern: str) -> None:
@@ -320,18 +326,22 @@ class SampleDirectory:
       yield waiting.popleft().result()
 
   def _read(self, names: Mapping[str, str]) -> tuple[np.ndarray, ...]:
-    paths = [self.directory / name for name in _images(names)]
-    return tuple(
-      np.asarray(images.load_image(path.read_bytes(), key=str(path))[0])
-      for path in paths
-    )
+    read = []
+    for level in _levels(names):
+      path = self.directory / names[level]
+      if len(mixed_batch.named_shape(level)) == 4:
+        read.append(images.load_frames(path.read_bytes(), str(path)))
+      else:
+        image, _ = images.load_image(path.read_bytes(), key=str(path))
+        read.append(np.asarray(image))
+    return tuple(read)
 
   def _entry(self, index: int, levels: tuple[np.ndarray, ...]) -> gallery.Entry:
     record = self._records[index]
     return gallery.Entry(
       record['prompt'],
       levels,
-      tuple(_images(self._files[index])),
+      tuple(map(self._files[index].get, _levels(self._files[index]))),
       {'seed': record['seed']},
       self._files[index].get('path'),
     )
@@ -386,6 +396,6 @@ class _Uploads:
       self._waiting.popleft()
 
 
-def _images(names: Mapping[str, str]) -> list[str]:
-  """The images of a sample's levels, among the names of its files."""
-  return [name for key, name in names.items() if key.isdecimal()]
+def _levels(names: Mapping[str, str]) -> list[str]:
+  """The names of a sample's levels, among the keys of its files."""
+  return [key for key in names if mixed_batch.named_shape(key)]

@@ -20,8 +20,8 @@ from absl import logging
 from etils import epath, epy
 import jax
 import numpy as np
-from PIL import Image
 
+from mdm_jax.report import grid
 from mdm_jax.runtime import files
 from mdm_jax.runtime.appending import AppendedObjects
 
@@ -70,7 +70,7 @@ class Tracker(Protocol):
   def image(
     self, stage: str, step: int, now: float, name: str, image: np.ndarray
   ) -> None:
-    """Writes an image, uint8 `[H, W, 3]`."""
+    """Writes an image, uint8 `[H, W, 3]`, or frames `[T, H, W, 3]`."""
 
   def finish(self) -> None:
     """Ends the session. Nothing is written after it."""
@@ -117,14 +117,12 @@ class TensorBoard:
     self, stage: str, step: int, now: float, name: str, image: np.ndarray
   ) -> None:
     """See `Tracker`."""
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, 'png')
-    height, width, _ = image.shape
+    *_, height, width, _ = image.shape
     value = summary_pb2.Summary.Image(
       height=height,
       width=width,
       colorspace=3,
-      encoded_image_string=png.getvalue(),
+      encoded_image_string=grid.encode_png(image),
     )
     self._write(
       stage, step, now, summary_pb2.Summary.Value(tag=name, image=value)
@@ -301,6 +299,7 @@ class WeightsAndBiases:
     self, stage: str, step: int, now: float, name: str, image: np.ndarray
   ) -> None:
     """See `Tracker`."""
+    image = grid.frame_at(image, 0.5)
     self._log(stage, step, {name: wandb.Image(image)})
 
   def finish(self) -> None:

@@ -92,14 +92,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-  """Shards examples over `BATCH_AXES`, and the rows of images over `spatial`.
+  """Shards examples over `BATCH_AXES`, rows or frames over `spatial`.
 
   Args:
     mesh: the devices.
-    ndim: rank of the array; 4 for images [B, H, W, 3].
+    ndim: rank of the array; 4 for images [B, H, W, 3], 5 for clips
+      [B, T, H, W, 3].
   """
-  height = ('spatial',) if ndim == 4 else ()
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *height))
+  inner = ('spatial',) if ndim in (4, 5) else ()
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *inner))
 
 
 def shard_batch(

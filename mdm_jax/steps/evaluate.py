@@ -40,7 +40,7 @@ def make_band_step(
 
   def band_step(params, batch, index):
     rng = jax.random.fold_in(jax.random.key(seed), index)
-    t, eps = sample_noise(objective, model.resolutions, batch, rng)
+    t, eps = sample_noise(objective, model.level_shapes, batch, rng)
     _, levels = batch_losses(model, objective, params, batch, t, eps)
     losses = levels['losses']
     sums, counts = losses_by_noise(objective, losses, t, num_bands)

@@ -18,7 +18,7 @@ from mdm_jax.models.matryoshka import Matryoshka, longest
 from mdm_jax.steps.state import Params
 
 # A batch of B examples:
-#   image: uint8 [B, H, H, 3].
+#   image: uint8 [B, H, H, 3], or clips [B, T, H, H, 3].
 #   text: int32 tokens [B, L], or precomputed features [B, L, D].
 #   scale: float32 [B], shorter side of the original image in pixels.
 # In training also bool [B] flags:
@@ -29,7 +29,7 @@ from mdm_jax.steps.state import Params
 #   length: int32, positions that every text is padded to.
 #   mean_weight: float32, the mean weight of the times.
 # In a mixed batch `image` may hold only the examples that the finest level
-# sees. Others are in image_<resolution>, by the finest level that sees them.
+# sees. Others are in image_<level>, by the finest level that sees them.
 Batch = dict[str, jax.Array]
 
 
@@ -73,13 +73,22 @@ def num_repeats(objective: Objective, batch: Batch) -> int:
 
 
 def sample_noise(
-  objective: Objective, resolutions: Sequence[int], batch: Batch, rng: jax.Array
+  objective: Objective,
+  shapes: Sequence[Sequence[int]],
+  batch: Batch,
+  rng: jax.Array,
 ) -> tuple[jax.Array, pyramid.Pyramid]:
   """Samples the times and the noise of a batch.
 
+  Args:
+    objective: the objective.
+    shapes: of an example at each level, coarse to fine.
+    batch: the batch.
+    rng: a random key.
+
   Returns:
     int32 times [B], or [B, levels] if they are independent, and float32 noise
-    of each level [B_r, H_r, H_r, 3].
+    of each level [B_r, *shapes[r]].
   """
   sizes = mixed_batch.level_batch_sizes(
     len(batch['scale']), objective.fractions
@@ -96,8 +105,8 @@ def sample_noise(
   return t, process.sample_noise(
     noise_rng,
     [
-      jax.ShapeDtypeStruct((size, pixels, pixels, 3), jnp.float32)
-      for size, pixels in zip(sizes, resolutions, strict=True)
+      jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+      for size, shape in zip(sizes, shapes, strict=True)
     ],
   )
 
@@ -141,7 +150,7 @@ def batch_losses(
     params: all parameters of the model, trained and frozen.
     batch: images, texts and scales.
     t: int32 times, from `sample_noise`.
-    eps: noise of each level, [B_r, H_r, H_r, 3].
+    eps: noise of each level, from `sample_noise`.
 
   Returns:
     Weighted loss of each example [B], and losses of each level, see
@@ -149,7 +158,7 @@ def batch_losses(
   """
   batch = with_whole(model, objective, batch, t)
   repeats = num_repeats(objective, batch)
-  names = mixed_batch.image_names(model.resolutions)
+  names = mixed_batch.image_names(model.level_shapes)
   own = {
     level: pyramid.to_float(batch[name])
     for level, name in enumerate(names)
@@ -157,7 +166,7 @@ def batch_losses(
   }
   images = pyramid.make_pyramid(
     own.pop(len(names) - 1),
-    model.resolutions,
+    model.level_shapes,
     objective.fractions,
     coarse=own,
     repeats=repeats,

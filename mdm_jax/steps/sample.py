@@ -240,13 +240,16 @@ class Sampler:
     @jax.vmap
     def noise_of(key):
       one = samplers.start_noise(
-        jax.random.fold_in(key, index), self.model.resolutions, 1
+        jax.random.fold_in(key, index), self.model.level_shapes, 1
       )
       return tuple(level[0] for level in one)
 
     # The only place where the program says how the images' rows are sharded.
-    return jax.lax.with_sharding_constraint(
-      noise_of(prepared.keys), sharding.batch_sharding(self.mesh, 4)
+    return tuple(
+      jax.lax.with_sharding_constraint(
+        level, sharding.batch_sharding(self.mesh, level.ndim)
+      )
+      for level in noise_of(prepared.keys)
     )
 
 

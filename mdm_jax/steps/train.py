@@ -98,7 +98,7 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_rng, dropout_rng = jax.random.split(rng)
     batch = _drop_captions(batch, dropout_rng, caption_dropout, empty_text)
-    t, eps = sample_noise(objective, model.resolutions, batch, loss_rng)
+    t, eps = sample_noise(objective, model.level_shapes, batch, loss_rng)
 
     (total, (levels, by_noise)), grads = _gradients(
       model, objective, accumulate, state.params, frozen, batch, t, eps

@@ -2,11 +2,12 @@
 
   python -m mdm_jax.tools.train_tokenizer --output=captions.model
 
-`mdm_jax/data/captions.model` was made by this command. `--captions=FILE` (one
-caption per line) trains on other captions. Captions and prompts are read
-without case. Any text can be encoded: words that are not in the vocabulary are
-split into bytes. The file also has the words of the captions, so that others
-can be named in a warning.
+`mdm_jax/data/captions.model` was made by this command, and
+`moving_captions.model` with `--data=moving_shapes --vocab_size=560`.
+`--captions=FILE` (one caption per line) trains on other captions. Captions and
+prompts are read without case. Any text can be encoded: words that are not in
+the vocabulary are split into bytes. The file also has the words of the
+captions, so that others can be named in a warning.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from etils import epath
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from mdm_jax.data import shapes
+from mdm_jax.data import moving_shapes, shapes
 from mdm_jax.data.lines import read_entries
 from mdm_jax.data.text import with_words, words_of
 from mdm_jax.runtime import (
@@ -41,7 +42,13 @@ _CAPTIONS = flag_types.define(
   'captions',
   None,
   value_types.Path('text'),
-  'Text file with one caption per line; by default, captions of shapes.',
+  'Text file with one caption per line; by default, those of --data.',
+)
+_DATA = flag_types.define(
+  'data',
+  'shapes',
+  value_types.Choice(('shapes', 'moving_shapes')),
+  'Procedural data set whose captions are used without --captions.',
 )
 _VOCAB_SIZE = flag_types.integer(
   'vocab_size',
@@ -57,9 +64,13 @@ _CASED = range(0x600), range(0x1E00, 0x2000)
 _MAX_WORDS = 100_000
 
 
-def shapes_captions(count: int = _NUM_CAPTIONS) -> Iterable[str]:
-  """Captions of the first training scenes of the shapes data set."""
+def shapes_captions(
+  count: int = _NUM_CAPTIONS, moving: bool = False
+) -> Iterable[str]:
+  """Captions of the first training scenes of shapes, or of moving shapes."""
   source = shapes.ShapesSource(0, 'train', count, resolution=64)
+  if moving:
+    source = moving_shapes.MovingShapesSource(0, 'train', count, 64, frames=1)
   return (source.scene(index)[1] for index in range(count))
 
 
@@ -127,7 +138,7 @@ def _case_folding() -> str:
 def main(_: list[str]) -> None:
   """Trains and writes one model."""
   try:
-    captions = shapes_captions()
+    captions = shapes_captions(moving=_DATA.value == 'moving_shapes')
     if _CAPTIONS.value:
       captions = read_entries(_CAPTIONS.value)
     if not captions:

@@ -28,7 +28,8 @@ def grow(fresh: Any, trained: Any) -> Any:
 
   The new level acts on the coarser ones through zero-initialised adapters, so
   that at first their output equals that of the trained network, bit for bit
-  (MDM, arXiv 2310.15111, section 3.3).
+  (MDM, arXiv 2310.15111, section 3.3). Layers of attention between frames,
+  which a stage of images does not have, begin with an output of zero too.
 
   Args:
     fresh: initialised parameters of the larger network.
@@ -39,7 +40,8 @@ def grow(fresh: Any, trained: Any) -> Any:
 
   Raises:
     CheckpointError: a trained parameter has no place or another shape, or a
-      parameter outside the new levels is missing. The message names them.
+      parameter outside the new levels and layers is missing. The message names
+      them.
   """
   fresh = traverse_util.flatten_dict(fresh, sep='/')
   trained = traverse_util.flatten_dict(trained, sep='/')
@@ -53,7 +55,7 @@ def grow(fresh: Any, trained: Any) -> Any:
   problems += [
     f'{name} is missing'
     for name in fresh.keys() - trained.keys()
-    if _block(name) in blocks
+    if _block(name) in blocks and '/frame_attention_' not in name
   ]
   if problems:
     raise saved_steps.CheckpointError(

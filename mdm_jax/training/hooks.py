@@ -193,8 +193,8 @@ def _make_log(
   def log(step, state):
     last, means = monitor.latest, monitor.take_means()
     levels = {
-      str(name): float(value)
-      for name, value in zip(stage.resolutions, means['level_losses'])
+      name: float(value)
+      for name, value in zip(stage.level_names, means['level_losses'])
     }
     skipped = int(last['skipped'])
     # The schedule counts accepted steps.
@@ -248,9 +248,9 @@ def _losses_by_noise(
   sums, counts = means['noise_sums'], means['noise_counts']
   width = 100 // sums.shape[1]
   return {
-    f'loss_{pixels}_noise_{width * band}_{width * (band + 1)}': sums[i, band]
+    f'loss_{name}_noise_{width * band}_{width * (band + 1)}': sums[i, band]
     / counts[i, band]
-    for i, pixels in enumerate(stage.resolutions)
+    for i, name in enumerate(stage.level_names)
     for band in range(sums.shape[1])
     if counts[i, band] > 0
   }

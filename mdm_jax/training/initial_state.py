@@ -4,6 +4,7 @@ from absl import logging
 import jax
 
 from mdm_jax.builders.config import differences, stage_directory
+from mdm_jax.builders.data import DRAWN
 from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint import restore
 from mdm_jax.data.pipeline import DataError
@@ -76,7 +77,7 @@ def _check_data(
   stage: Stage, old: dict[str, str] | None, new: dict[str, str]
 ) -> None:
   old, new = dict(old or {}), dict(new)
-  if stage.config.data.name == 'shapes':
+  if stage.config.data.name in DRAWN:
     # They are drawn without it, and installing Gradio for the demo replaces it.
     old.pop('Pillow', None)
     new.pop('Pillow', None)

@@ -79,6 +79,10 @@ ADDED = {
   'sampler.level_offset': 0,
   'diffusion.reference_resolution': 0,
   'model.levels[].kind': 'unet',
+  'model.levels[].frames': 1,
+  'model.levels[].frame_attention': (),
+  'stages[].max_frames': 0,
+  'stages[].frame_shift_power': 0,
 }
 
 

@@ -32,7 +32,7 @@ def one_batch(config, resolutions, batch_sizes, split='train'):
   (batch,) = make_dataset(
     config,
     split,
-    resolutions,
+    [(side, side, 3) for side in resolutions],
     batch_sizes,
     process_index=0,
     process_count=1,
@@ -60,11 +60,14 @@ def test_a_record_without_label_is_replaced(config):
 
 @pytest.mark.parametrize('split', ['', 'train'])
 def test_losses_of_training_images_are_not_called_held_out(config, split):
-  assert loss_names(config, (8, 16)) == ['held_out_loss_8', 'held_out_loss_16']
+  assert loss_names(config, ('8', '16')) == [
+    'held_out_loss_8',
+    'held_out_loss_16',
+  ]
   assert current_name(config, 'held_out_loss_8') == 'held_out_loss_8'
   config.data.validation_split = split
   assert held_out_split(config) == 'train'
-  assert loss_names(config, (8, 16)) == [
+  assert loss_names(config, ('8', '16')) == [
     'train_split_loss_8',
     'train_split_loss_16',
   ]

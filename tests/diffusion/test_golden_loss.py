@@ -35,7 +35,8 @@ def test_loss_equals_the_release(golden, golden_model, name):
   if mixed_ratio := str(file['mixed_ratio']):
     ratio = _coarse_to_fine(mixed_ratio, levels)
     fractions = mixed_batch.batch_fractions(ratio)
-  pyramid = pyramids.make_pyramid(file['images'], resolutions, fractions)
+  shapes = [(side, side, 3) for side in resolutions]
+  pyramid = pyramids.make_pyramid(file['images'], shapes, fractions)
   eps = tuple(
     file[f'eps_{levels - 1 - level}'][: len(images)]
     for level, images in enumerate(pyramid)

@@ -25,7 +25,7 @@ def _half(x_t, t):
 def _batch(fractions=(1, 1)):
   rng = np.random.default_rng(2)
   images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
-  pyramid = pyramids.make_pyramid(images, (4, 8), fractions)
+  pyramid = pyramids.make_pyramid(images, [(4, 4, 3), (8, 8, 3)], fractions)
   eps = tuple(rng.normal(size=x.shape).astype(np.float32) for x in pyramid)
   return pyramid, eps
 

@@ -4,6 +4,10 @@ import pytest
 from mdm_jax.diffusion import pyramid as pyramids
 
 
+def shapes(*sides):
+  return [(side, side, 3) for side in sides]
+
+
 def _pool(images, factor):
   batch, height, width, channels = images.shape
   pooled = np.zeros((batch, height // factor, width // factor, channels))
@@ -43,7 +47,7 @@ def test_pixels_are_truncated_as_in_the_release():
 def test_levels_are_block_means_of_the_first_examples():
   images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
   images = images.astype(np.float32)
-  levels = pyramids.make_pyramid(images, (4, 16, 32), (1, 0.75, 0.5))
+  levels = pyramids.make_pyramid(images, shapes(4, 16, 32), (1, 0.75, 0.5))
   np.testing.assert_array_equal(levels[2], images[:2])
   np.testing.assert_allclose(levels[1], _pool(images, 2)[:3], atol=1e-6)
   np.testing.assert_allclose(levels[0], _pool(images, 8), atol=1e-6)
@@ -53,26 +57,28 @@ def test_images_of_the_coarse_examples_take_their_places():
   rng = np.random.default_rng(0)
   images = rng.normal(size=(8, 16, 16, 3)).astype(np.float32)
   sizes = (1, 0.75, 0.5)
-  whole = pyramids.make_pyramid(images, (4, 8, 16), sizes, repeats=2)
+  whole = pyramids.make_pyramid(images, shapes(4, 8, 16), sizes, repeats=2)
   np.testing.assert_array_equal(whole[2], images[[0, 1, 4, 5]])
   levels = pyramids.make_pyramid(
     images[[0, 1, 4, 5]],
-    (4, 8, 16),
+    shapes(4, 8, 16),
     sizes,
     repeats=2,
     coarse={1: _pool(images[[2, 6]], 2), 0: _pool(images[[3, 7]], 4)},
   )
   for found, expected in zip(levels, whole, strict=True):
     np.testing.assert_allclose(found, expected, atol=1e-6)
-  with pytest.raises(ValueError, match='8x8: .* level 0, 4'):
+  with pytest.raises(ValueError, match='8x8: crop them to 4x4, as of level 0'):
     pyramids.make_pyramid(
-      images[:4], (4, 16), (1, 0.5), coarse={0: images[:4, :8, :8]}
+      images[:4], shapes(4, 16), (1, 0.5), coarse={0: images[:4, :8, :8]}
     )
 
 
 def test_wrong_resolutions_are_refused():
   images = np.zeros((1, 24, 24, 3), np.float32)
-  with pytest.raises(ValueError, match='24x24'):
-    pyramids.make_pyramid(images, (8, 16), (1, 1))
+  with pytest.raises(
+    ValueError, match='24x24: crop them to 16x16, as of level 1'
+  ):
+    pyramids.make_pyramid(images, shapes(8, 16), (1, 1))
   with pytest.raises(ValueError, match='divide'):
-    pyramids.make_pyramid(images, (16, 24), (1, 1))
+    pyramids.make_pyramid(images, shapes(16, 24), (1, 1))

@@ -8,6 +8,7 @@ from mdm_jax.diffusion import process, samplers
 from mdm_jax.diffusion.schedule import make_schedule, offset_levels
 
 RESOLUTIONS = (4, 8)
+SHAPES = (4, 4, 3), (8, 8, 3)
 SCHEDULE = make_schedule('deepfloyd', RESOLUTIONS, 1.0)
 
 
@@ -95,7 +96,7 @@ def test_ddim_recovers_the_images_that_a_network_knows(parameterization):
   images = _images()
   got = samplers.sample(
     _knows(images, parameterization),
-    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    samplers.start_noise(jax.random.key(0), SHAPES, 2),
     SCHEDULE,
     jax.random.key(1),
     num_steps=10,
@@ -288,7 +289,7 @@ def test_all_recover_the_images_that_a_network_knows(sampler):
   images = _images()
   got = samplers.sample(
     _knows(images, 'v'),
-    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    samplers.start_noise(jax.random.key(0), SHAPES, 2),
     SCHEDULE,
     jax.random.key(1),
     num_steps=8,
@@ -320,7 +321,7 @@ def test_extrapolation_is_along_the_logsnr():
 def test_sde_steps_stay_on_the_forward_process():
   """Second-order steps with fresh noise keep the spread of the images."""
   spread = 0.3
-  x_t = samplers.start_noise(jax.random.key(5), (64, 64), 2)
+  x_t = samplers.start_noise(jax.random.key(5), [(64, 64, 3)] * 2, 2)
   got = samplers.sample(
     _knows_the_spread(spread),
     x_t,
@@ -445,7 +446,7 @@ def test_other_schedules_end_at_the_images_that_a_network_knows(
 
   got = samplers.sample(
     network,
-    samplers.start_noise(jax.random.key(0), RESOLUTIONS, 2),
+    samplers.start_noise(jax.random.key(0), SHAPES, 2),
     schedule,
     jax.random.key(1),
     num_steps=8,

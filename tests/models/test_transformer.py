@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.models import transformer
+from mdm_jax.models import layers, transformer
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.unet import LevelSpec
@@ -243,7 +243,7 @@ def test_rotation_makes_products_depend_on_distances_alone():
   q, k = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
   turned = [
     np.asarray(
-      transformer.rotate(np.broadcast_to(x, (1, 16, 1, 8)), angles)
+      layers.rotate(np.broadcast_to(x, (1, 16, 1, 8)), angles)
     ).reshape(16, 8)
     for x in (q, k)
   ]

@@ -135,7 +135,7 @@ def test_weights_are_divided_by_their_sum_over_the_batch(
 ):
   """As in the release's trainer: sum(losses * weights) / sum(weights)."""
   objective = make_objective(config, config.stages[0])
-  t, eps = sample_noise(objective, model.resolutions, batch, jax.random.key(0))
+  t, eps = sample_noise(objective, model.level_shapes, batch, jax.random.key(0))
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def mean_loss(is_weighted, is_normalized):

@@ -254,7 +254,7 @@ def weighted_losses(make_config, batch, random_params):
         make_objective(config, config.stages[1]), time_weights=time_weights
       )
       t, eps = sample_noise(
-        objective, model.resolutions, batch, jax.random.key(0)
+        objective, model.level_shapes, batch, jax.random.key(0)
       )
       return batch_losses(model, objective, params, batch, t, eps)[0]
 
@@ -559,7 +559,7 @@ def test_losses_by_bands_of_noise(training, batch, random_params, make_config):
     model = made.model
     t, eps = sample_noise(
       objective,
-      model.resolutions,
+      model.level_shapes,
       batch,
       jax.random.fold_in(jax.random.key(0), 5),
     )

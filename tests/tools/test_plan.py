@@ -12,7 +12,7 @@ import pytest
 
 from configs import cc12m_1024
 from mdm_jax.builders.data import make_dataset
-from mdm_jax.builders.model import resolutions
+from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import batch_sizes, make_stage
 from mdm_jax.builders.text import make_text_encoder
 from mdm_jax.runtime import sharding
@@ -165,7 +165,7 @@ def test_batch_is_the_pipelines(config, tmp_path):
       make_dataset(
         config,
         'train',
-        resolutions(config, stage),
+        make_model(config, stage).level_shapes,
         batch_sizes(stage),
         process_index=0,
         process_count=1,

@@ -1,0 +1,120 @@
+"""The loss of images and clips in one batch, on any mesh."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from mdm_jax.builders.data import make_dataset
+from mdm_jax.builders.model import make_model
+from mdm_jax.builders.stage import batch_sizes, make_objective
+from mdm_jax.runtime import sharding
+from mdm_jax.steps.objective import batch_losses, sample_noise
+
+# Devices along data, fsdp and spatial: frames lie along the last.
+MESHES = {'one': (1, 1, 1), 'all': (2, 2, 2), 'spatial': (1, 1, 8)}
+
+
+@pytest.fixture(scope='module')
+def config():
+  """8 px images inside of clips of 8 frames of 16 px."""
+  config = common.get_config().unlock()
+  config.data.update(name='moving_shapes', size=1000)
+  config.text.update(max_length=32, width=16, num_layers=0, num_heads=2)
+  config.model.text.update(width=16, num_heads=2)
+  shared = {'temporal_dim': 16, 'num_heads': 2, 'num_groups': 4}
+  config.model.levels = [
+    common.level(
+      8, channels=(8,), num_blocks=(0,), attention_layers=(0,), **shared
+    ),
+    common.level(
+      16,
+      frames=8,
+      channels=(8, 8),
+      num_blocks=(0, 0),
+      attention_layers=(0, 0),
+      frame_attention=(0, 1),
+      **shared,
+    ),
+  ]
+  config.stages = [
+    common.stage(
+      '8x16', 2, batch_size=16, mixed_ratio=(1.0, 1.0), frame_shift_power=1.0
+    )
+  ]
+  return config
+
+
+@pytest.fixture(scope='module')
+def batch(config):
+  (stage,) = config.stages
+  (batch,) = make_dataset(
+    config,
+    'train',
+    make_model(config, stage).level_shapes,
+    batch_sizes(stage),
+    process_index=0,
+    process_count=1,
+    num_batches=1,
+  )
+  return batch
+
+
+def test_images_and_clips_are_of_their_examples(batch):
+  assert batch['image'].shape == (8, 8, 16, 16, 3)
+  assert batch['image_8'].shape == (8, 8, 8, 3)
+  assert len(batch['text']) == 16
+
+
+@pytest.fixture(scope='module')
+def gradients(config, batch, random_params):
+  """Name of a mesh -> losses [B] and gradients, on the host."""
+  (stage,) = config.stages
+  model, objective = make_model(config, stage), make_objective(config, stage)
+  params = random_params(model, config.text.max_length)
+
+  def loss(params, batch):
+    shapes = model.level_shapes
+    t, eps = sample_noise(objective, shapes, batch, jax.random.key(3))
+    losses, _ = batch_losses(model, objective, params, batch, t, eps)
+    return losses.mean(), losses
+
+  def measure(name):
+    count = math.prod(MESHES[name])
+    sizes = dict(zip(sharding.AXES, MESHES[name]))
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
+    placed = sharding.place(params, shardings)
+    given = {key: batch[key] for key in ('image', 'image_8', 'text', 'scale')}
+    return jax.device_get(
+      jax.jit(jax.grad(loss, has_aux=True))(
+        placed, sharding.shard_batch(given, mesh)
+      )
+    )
+
+  return {name: measure(name) for name in MESHES}
+
+
+@pytest.mark.parametrize('name', ['all', 'spatial'])
+def test_meshes_equal_one_device(gradients, name):
+  (expected, losses), (found, others) = gradients['one'], gradients[name]
+  assert np.ptp(losses) > 0.1
+  np.testing.assert_allclose(others, losses, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()
+    ),
+    found,
+    expected,
+  )
+
+
+def test_more_frames_have_more_noise(config):
+  """By frame_shift_power, as a larger resolution has by shift_power."""
+  (stage,) = config.stages
+  schedule = make_objective(config, stage).schedule
+  of_images, of_clips = schedule.log_snr(np.arange(1, 1001))
+  ratio = np.exp(of_images - of_clips)
+  np.testing.assert_allclose(ratio, 2**1.0 * 8**1.0, rtol=1e-3)

@@ -1,0 +1,80 @@
+"""A run on images and then on clips, and what is sampled from it."""
+
+import jax
+import numpy as np
+from PIL import Image, ImageSequence
+import pytest
+
+from configs import common
+import mdm_jax
+from mdm_jax.builders.text import load_frozen
+from mdm_jax.report.sample_directory import SampleDirectory
+from mdm_jax.runtime import files, sharding
+from mdm_jax.training import loop
+from tests import toy
+
+FRAMES = 4
+
+
+def frames_of(path):
+  with Image.open(path) as image:
+    return [np.asarray(x) for x in ImageSequence.Iterator(image)]
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """Of a run on images of 8 px, then on clips of 8 px."""
+  config = common.get_config()
+  config.model.levels = [common.level(8, frames=FRAMES, frame_attention=(1,))]
+  config.stages = [
+    common.stage('images', 1, max_frames=1),
+    common.stage('clips', 1),
+  ]
+  config = toy.shrink(common.smoke(config))
+  assert config.data.name == 'moving_shapes'
+  for stage in config.stages:
+    stage.update(steps=3, batch_size=8)
+  workdir = tmp_path_factory.mktemp('run')
+  loop.setup(config.lock(), str(workdir))
+  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+  assert loop.train(config, str(workdir), mesh, load_frozen(config, mesh))
+  return workdir
+
+
+def test_it_goes_from_images_to_clips(workdir):
+  assert len(frames_of(workdir / 'samples' / 'images_3.png')) == 1
+  assert len(frames_of(workdir / 'samples' / 'clips_3.png')) == FRAMES
+  lines = files.read_json_lines(workdir / 'metrics.jsonl')
+  found = [line for line in lines if 'loss' in line]
+  assert [line['stage'] for line in found][:: len(found) - 1] == [
+    'images',
+    'clips',
+  ]
+  assert 'loss_8' in found[0] and f'loss_{FRAMES}x8' in found[-1]
+
+
+def test_clips_are_sampled_and_kept(workdir, tmp_path):
+  model = mdm_jax.load(workdir)
+  samples = model.sample(['a red circle moving up', 'a cross'], seed=1)
+  (clips,) = samples.levels
+  assert clips.shape == (2, FRAMES, 8, 8, 3)
+  assert repr(samples) == f'<2 samples at {FRAMES}x8 px>'
+  assert np.array_equal(samples[1], clips[1, 0])
+  samples.save(tmp_path / 'grid.png')
+  assert len(frames_of(tmp_path / 'grid.png')) == FRAMES
+  # A clip alone is that of its batch, and is found again on the disk.
+  (alone,) = model.sample('a cross', seed=samples.seeds[1]).levels
+  np.testing.assert_array_equal(alone[0], clips[1])
+  records = [{'prompt': 'a cross', 'seed': 2}]
+  directory = SampleDirectory(tmp_path / 'samples', records)
+  directory.add(0, [clips[1]])
+  directory.finish({})
+  name = f'0000_{FRAMES}x8.png'
+  assert name in (tmp_path / 'samples' / 'index.html').read_text()
+  for frame, expected in zip(
+    frames_of(tmp_path / 'samples' / name), clips[1], strict=True
+  ):
+    np.testing.assert_array_equal(frame, expected)
+  assert not SampleDirectory(tmp_path / 'samples', records).missing
+  (tmp_path / 'samples' / name).write_bytes(b'no image')
+  assert SampleDirectory(tmp_path / 'samples', records).missing == [0]
