@@ -103,6 +103,9 @@ def _data() -> dict[str, Any]:
     'random_crop': False,  # crop the square anywhere, not at the centre
     # Largest image file: what 256 MB hold in each loader process.
     'max_pixels': 30_000_000,
+    # Which frames of a longer clip are trained on: 'first', 'centre' or
+    # 'random'.
+    'clip_start': 'random',
     'max_bad_fraction': 0.01,  # of the records; more end the run
     'may_change': False,  # continue although the data set has changed
     'num_workers': 0,  # loader processes; 0: threads of this process
@@ -347,17 +350,17 @@ def smoke(config: ConfigDict) -> ConfigDict:
       num_heads=2,
       patch_size=1,
     )
-    between_frames = 1 if any(level.frame_attention) else 0
+    has_frames = any(level.frame_attention)
     if level.kind == 'transformer':
       level.update(channels=(8,), num_blocks=(1,))
-      level.frame_attention = (between_frames,)
+      level.frame_attention = (1,) if has_frames else ()
     else:
       level.update(
         channels=(8, 8),
         num_blocks=(1, 0),
         num_groups=4,
         attention_layers=(0, 0 if i else 1),
-        frame_attention=(0, between_frames),
+        frame_attention=(0, 1) if has_frames else (),
       )
   for stage in config.stages:
     # One whole pattern of a mixed batch on each of 8 devices.

@@ -37,6 +37,7 @@ from mdm_jax.serving.model_card import make_model_card
 from mdm_jax.tools import compare_samplers, compile_for_tpu
 from tests import commands, toy
 from tests.tools import test_emoji_tars
+from tests.tools.test_prepare_clips import video, write_videos
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPT = 'a red ring on navy'
@@ -405,6 +406,13 @@ def try_prepare_data(tries, tmp_path):
   assert 'set/dataset_info.json' in tries.files()
 
 
+def try_prepare_clips(tries, tmp_path):
+  write_videos(tmp_path / 'a.tar', {'a': video(range(48))})
+  tar = tries.upload(**{'a.tar': (tmp_path / 'a.tar').read_bytes()})['a.tar']
+  tries('tools.prepare_clips', input=tar, output=f'{tries.path}/clips')
+  assert 'clips/a.tar' in tries.files()
+
+
 def try_class_names(tries, make_config):
   names = [f'class {i}' for i in range(20)]
   config = make_config()
@@ -492,6 +500,10 @@ TRIED = {
   },
   'tools.plan': {'config': try_plan, 'cache': try_plan},
   'tools.precompute_text': {'config': try_training},
+  'tools.prepare_clips': {
+    'input': try_prepare_clips,
+    'output': try_prepare_clips,
+  },
   'tools.prepare_data': {'input': try_prepare_data, 'output': try_prepare_data},
   'tools.sweep': dict.fromkeys(
     (
@@ -584,6 +596,7 @@ NEEDED = {
   'tools.nearest_images': ('--workdir=.', 'output'),
   'tools.plan': ('--config=shapes_64', 'cache'),
   'tools.precompute_text': ('--batch_size=8', 'config'),
+  'tools.prepare_clips': ('--input=*.tar', 'output'),
   'tools.prepare_data': ('--input=.', 'output'),
   'tools.sweep': ('--metric=a', 'config'),
   'tools.train_tokenizer': ('--vocab_size=300', 'output'),

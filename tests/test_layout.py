@@ -14,7 +14,7 @@ ROWS = (
   'tools.plan tools.bench tools.bench_data tools.compare_samplers '
   'tools.compare_with_data tools.emoji_tars tools.nearest_images '
   'tools.export_weights tools.import_ml_mdm tools.index_tars '
-  'tools.precompute_text tools.prepare_data tools.sweep '
+  'tools.precompute_text tools.prepare_clips tools.prepare_data tools.sweep '
   'tools.train_tokenizer',
   'tools.compile_for_tpu tools.conversion tools.sweep_training '
   'tools.sweep_evaluation',

@@ -33,6 +33,7 @@ def test_dependencies_are_those_of_the_requirements():
     'demo',
     'wandb',
     'parquet',
+    'video',
     'gs',
     's3',
     'tpu',

@@ -62,6 +62,12 @@ PAIRS = {
   ('import_ml_mdm', 'sample'): (
     'tools/test_export_weights.py::test_export_then_import_is_exact'
   ),
+  ('prepare_clips', 'prepare_clips'): (
+    'tools/test_prepare_clips.py::test_a_tar_that_exists_is_finished'
+  ),
+  ('prepare_clips', 'index_tars'): (
+    'tools/test_prepare_clips.py::test_clips_are_trained_on'
+  ),
   ('prepare_data --part', 'prepare_data'): (
     'tools/test_prepare_data.py::test_processes_and_machines_make_the_same'
   ),

@@ -18,7 +18,7 @@ def shrink(config):
     zeros = (0,) * len(channels)
     depth = (1,) if level.kind == 'transformer' else zeros
     level.update(channels=channels, num_blocks=depth, attention_layers=zeros)
-    if level.frame_attention:
+    if any(level.frame_attention):
       level.frame_attention = (0,) * (len(channels) - 1) + (1,)
   return config
 

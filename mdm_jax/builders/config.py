@@ -105,6 +105,7 @@ _ADDED = {
   'model.levels[].frame_attention': (),
   'stages[].max_frames': 0,
   'stages[].frame_shift_power': 0.0,
+  'data.clip_start': 'random',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

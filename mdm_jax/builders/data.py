@@ -23,6 +23,8 @@ from mdm_jax.data.transforms import Transform
 DRAWN = ('shapes', 'moving_shapes')
 _DATA_SETS = (*DRAWN, 'captioned_images', 'tars', 'tfds:NAME')
 _TFDS = 'tfds:'
+# Where the frames of a longer clip begin, see `images.decode_clip`.
+_CLIP_STARTS = {'first': 0.0, 'centre': 0.5, 'random': None}
 _HELD_OUT = 'held_out_loss'
 
 
@@ -186,6 +188,8 @@ def make_dataset(
       tokenizer,
       pixels,
       frames=frames,
+      every=_size(shapes[-1])[1] // frames,
+      clip_start=_CLIP_STARTS[data.clip_start if training else 'centre'],
       flip=data.flip and training,
       random_crop=data.random_crop and training,
       leave_out=_leave_out(config),

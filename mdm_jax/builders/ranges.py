@@ -109,6 +109,7 @@ KEYS = {
   'data.two_objects': _SHARE,
   'data.flip': Boolean(),
   'data.random_crop': Boolean(),
+  'data.clip_start': Choice(('first', 'centre', 'random')),
   'data.max_bad_fraction': _SHARE,
   'data.max_pixels': Number(int, 1, 2**32),
   'data.may_change': Boolean(),

@@ -318,7 +318,9 @@ def _find_by_name(names: Sequence[str], prefix: str) -> list[Entry | BadRecord]:
       found.append(BadRecord(key, 'unsupported image format', detail))
       continue
     try:
-      image, caption, _ = tars.choose(by_suffix, key, IMAGE_SUFFIXES)
+      image, caption, _ = tars.choose(
+        by_suffix, key, tars.Kind('image', IMAGE_SUFFIXES)
+      )
       found.append(Entry(key, image, caption))
     except BadRecord as bad:
       found.append(bad)

@@ -181,7 +181,7 @@ def load_image(
 def load_frames(
   data: bytes, key: str = 'image', max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-  """Decodes all frames of an animated image file.
+  """Decodes all frames of an image file.
 
   Args:
     data: a PNG, WebP or GIF file.
@@ -195,16 +195,70 @@ def load_frames(
     BadRecord: not an image, too large, truncated or damaged.
   """
   with decoding(key):
-    image = open_image(io.BytesIO(data))
-    count = getattr(image, 'n_frames', 1)
-    if count * image.width * image.height > max_pixels:
-      size = f'{count} x {image.width} x {image.height}'
+    image, count = _open_frames(data, key)
+    pixels = count * image.width * image.height
+    if pixels > max_pixels:
       raise BadRecord(
-        key, 'too many pixels', f'{size}, the limit is {max_pixels}'
+        key, 'too many pixels', f'{pixels} of all frames, not {max_pixels}'
       )
-    return np.stack(
-      [np.asarray(_to_rgb(each)) for each in ImageSequence.Iterator(image)]
-    )
+    each = ImageSequence.Iterator(image)
+    return np.stack([np.asarray(_to_rgb(frame)) for frame in each])
+
+
+def decode_clip(
+  data: bytes,
+  resolution: int,
+  frames: int,
+  every: int = 1,
+  key: str = 'image',
+  crop: tuple[float, float] = (0.5, 0.5),
+  start: float = 0.0,
+  max_pixels: int = MAX_PIXELS,
+) -> tuple[np.ndarray, int]:
+  """Decodes frames of an image file, and crops the largest square of each.
+
+  Args:
+    data: as for `load_frames`.
+    resolution: R, side of the result in pixels.
+    frames: T, of the result.
+    every: takes every nth frame of `every * frames`.
+    key: of the record, for errors.
+    crop: as for `decode_image`.
+    start: where those begin, from 0, the first frame, to 1, which ends with the
+      last.
+    max_pixels: of one frame.
+
+  Returns:
+    uint8 [T, R, R, 3], and the shorter side of the clip in pixels.
+
+  Raises:
+    BadRecord: as `load_frames`, or there are not enough frames.
+  """
+  with decoding(key):
+    image, count = _open_frames(data, key)
+    size = image.size
+    if image.width * image.height > max_pixels:
+      raise BadRecord(key, 'too many pixels', f'{size[0]} x {size[1]}')
+    left = count - frames * every
+    if left < 0:
+      raise BadRecord(key, 'too few frames', f'{count}, not {frames * every}')
+    first = round(start * left)
+    clip = []
+    for index in range(first, first + frames * every, every):
+      image.seek(index)
+      if image.size != size:
+        raise BadRecord(key, 'damaged image', 'frames of several sizes')
+      clip.append(_square(_to_rgb(image), resolution, crop))
+    return np.stack(clip), min(size)
+
+
+def _open_frames(data: bytes, key: str) -> tuple[Image.Image, int]:
+  """Opens an image file with all of its frames, and counts them."""
+  try:
+    image = open_image(io.BytesIO(data))
+  except Image.UnidentifiedImageError:
+    raise BadRecord(key, 'not an image', f'{len(data)} bytes') from None
+  return image, getattr(image, 'n_frames', 1)
 
 
 def decode_image(
@@ -232,15 +286,22 @@ def decode_image(
   """
   with decoding(key):
     image, size = load_image(data, resolution, key, max_pixels)
-    side = min(image.size)
-    left, top = ((size - side) * where for size, where in zip(image.size, crop))
-    image = image.resize(
-      (resolution, resolution),
-      Image.Resampling.LANCZOS,
-      box=(left, top, left + side, top + side),
-      reducing_gap=_REDUCING_GAP,
-    )
-    return np.array(image), min(size)
+    return _square(image, resolution, crop), min(size)
+
+
+def _square(
+  image: Image.Image, resolution: int, crop: tuple[float, float]
+) -> np.ndarray:
+  """The largest square of an image, resized: uint8 [R, R, 3]."""
+  side = min(image.size)
+  left, top = ((size - side) * where for size, where in zip(image.size, crop))
+  image = image.resize(
+    (resolution, resolution),
+    Image.Resampling.LANCZOS,
+    box=(left, top, left + side, top + side),
+    reducing_gap=_REDUCING_GAP,
+  )
+  return np.array(image)
 
 
 def _open(

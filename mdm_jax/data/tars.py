@@ -1,13 +1,15 @@
-"""Captioned images in tars, as img2dataset and webdataset write them.
+"""Captioned images or videos in tars of img2dataset, video2dataset, webdataset.
 
-A record is an image (.jpg, .jpeg, .png or .webp) and a caption (.txt, or the
-'caption' of a .json) with the same name. Its key is `<tar>/<name>`. If a name
-has several parts, such as `name.input.jpg` and `name.output.txt`, the key has
-the first. Tars are streamed, and nothing is extracted to disk.
+A record is an image (.jpg, .jpeg, .png or .webp), or a video, and a caption
+(.txt, or the 'caption' of a .json) with the same name. Its key is
+`<tar>/<name>`. If a name has several parts, such as `name.input.jpg` and
+`name.output.txt`, the key has the first. Tars are streamed, and nothing is
+extracted to disk.
 """
 
 import collections
 from collections.abc import Collection, Iterable, Iterator, Sequence
+import dataclasses
 import hashlib
 import math
 import os
@@ -22,12 +24,29 @@ from mdm_jax.data.tar_members import DamagedTar, Member
 from mdm_jax.runtime import buckets
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
+VIDEO_SUFFIXES = ('mp4', 'webm', 'mov', 'mkv', 'avi', 'gif', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
 MAX_IMAGE, MAX_CAPTION = 256 * 2**20, 2**20  # bytes
 _MAX_MEMBERS = 2_000_000
 _MAX_NAMES = 2**28  # letters of all names
 # Bytes of all files that wait for the other file of their record.
 _MAX_PENDING = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What a record has beside its caption.
+
+  Attributes:
+    noun: what it is called.
+    suffixes: of its file.
+  """
+
+  noun: str
+  suffixes: tuple[str, ...]
+
+
+IMAGE, VIDEO = Kind('image', IMAGE_SUFFIXES), Kind('video', VIDEO_SUFFIXES)
 
 # Suffix -> contents of a record's file, or where it is; None for a file that
 # was rejected.
@@ -110,18 +129,19 @@ def stem(path: epath.PathLike) -> str:
 
 
 def read_records(
-  path: epath.PathLike, rejects: list[BadRecord]
+  path: epath.PathLike, rejects: list[BadRecord], kind: Kind = IMAGE
 ) -> Iterator[tuple[str, bytes, list[str]]]:
   """Yields the key, the image file and the captions of a tar's records.
 
   Args:
     path: of a tar, local or in a bucket, compressed or not.
     rejects: unusable records are appended to it.
+    kind: VIDEO yields videos instead of images.
   """
-  members = _files(path, rejects, in_place=False)
-  for key, files in _group(stem(path), members, rejects, _MAX_PENDING):
+  members = _files(path, rejects, in_place=False, kind=kind)
+  for key, files in _group(stem(path), members, rejects, _MAX_PENDING, kind):
     try:
-      image, caption, suffix = choose(files, key)
+      image, caption, suffix = choose(files, key, kind)
       yield key, image, read_captions(caption, suffix, key)
     except BadRecord as bad:
       rejects.append(bad)
@@ -148,20 +168,18 @@ def find_records(
       rejects.append(bad)
 
 
-def choose(
-  files: Files, key: str, image_suffixes: Sequence[str] = IMAGE_SUFFIXES
-) -> tuple[Any, Any, str]:
+def choose(files: Files, key: str, kind: Kind = IMAGE) -> tuple[Any, Any, str]:
   """Returns image file, caption file, and the suffix of the latter.
 
   Raises:
     BadRecord: the image or the caption is missing.
   """
-  image = next((files[s] for s in image_suffixes if s in files), None)
+  image = next((files[s] for s in kind.suffixes if s in files), None)
   if image is None:
-    raise BadRecord(key, 'caption without image')
+    raise BadRecord(key, f'caption without {kind.noun}')
   suffix = next((s for s in CAPTION_SUFFIXES if s in files), None)
   if suffix is None:
-    raise BadRecord(key, 'image without caption')
+    raise BadRecord(key, f'{kind.noun} without caption')
   return image, files[suffix], suffix
 
 
@@ -175,8 +193,8 @@ def read_captions(data: bytes, suffix: str, key: str) -> list[str]:
   return read(data, key)
 
 
-def _is_complete(suffixes: Collection[str]) -> bool:
-  return bool({*IMAGE_SUFFIXES} & {*suffixes}) and bool(
+def _is_complete(suffixes: Collection[str], kind: Kind) -> bool:
+  return bool({*kind.suffixes} & {*suffixes}) and bool(
     {*CAPTION_SUFFIXES} & {*suffixes}
   )
 
@@ -197,8 +215,10 @@ def _webdataset_key(name: str) -> str | None:
 class _Groups:
   """Collects the files of records."""
 
-  def __init__(self, tar: str, rejects: list[BadRecord], max_pending: float):
-    self._tar, self._rejects = tar, rejects
+  def __init__(
+    self, tar: str, rejects: list[BadRecord], max_pending: float, kind: Kind
+  ):
+    self._tar, self._rejects, self._kind = tar, rejects, kind
     self._max_pending = max_pending
     # Name -> files, and their bytes.
     self._pending: dict[str, Files] = {}
@@ -216,7 +236,7 @@ class _Groups:
     """Adds a file; yields the record that was complete before it, if any."""
     if self._neighbours and name != self._neighbours[-1]:
       last = self._neighbours[-1]
-      if _is_complete(self._pending.get(last, ())):
+      if _is_complete(self._pending.get(last, ()), self._kind):
         yield from self._take([last])
       if _webdataset_key(name) != _webdataset_key(last):
         yield from self._take(self._joined(self._neighbours))
@@ -228,7 +248,7 @@ class _Groups:
       return
     if name in self._seen and name not in self._pending:
       # A second caption of a record that was yielded is no loss.
-      if suffix in IMAGE_SUFFIXES:
+      if suffix in self._kind.suffixes:
         self._reject(name, 'name used twice', suffix)
       return
     self._seen |= {name, (name, suffix)}
@@ -267,10 +287,12 @@ class _Groups:
       and len(names) > 1
       and key is not None
       and (key in self._pending or key not in self._seen)
-      and not any(_is_complete(self._pending[name]) for name in names)
-      and _is_complete(suffixes)
+      and not any(
+        _is_complete(self._pending[name], self._kind) for name in names
+      )
+      and _is_complete(suffixes, self._kind)
       and len(suffixes) == len({*suffixes})
-      and len({*suffixes} & {*IMAGE_SUFFIXES}) == 1
+      and len({*suffixes} & {*self._kind.suffixes}) == 1
     )
     return names if is_record else []
 
@@ -285,7 +307,8 @@ class _Groups:
     name = names[0] if len(names) == 1 else _webdataset_key(names[0])
     self._seen.add(name)
     if len(names) == 1 and '.' in name.rpartition('/')[2]:
-      self._may_join = self._may_join and not _is_complete(files)
+      is_complete = _is_complete(files, self._kind)
+      self._may_join = self._may_join and not is_complete
     # None is a file that has been rejected, and its record with it.
     if None not in files.values():
       yield f'{self._tar}/{name}', files
@@ -296,32 +319,36 @@ def _group(
   members: Iterable[tuple[str, str, int, Any]],
   rejects: list[BadRecord],
   max_pending: float,
+  kind: Kind = IMAGE,
 ) -> Iterator[tuple[str, Files]]:
   """Yields the key and the files of each record.
 
   A record whose files are neighbours in the tar is yielded once it is
   complete, others at the end.
   """
-  groups = _Groups(tar, rejects, max_pending)
+  groups = _Groups(tar, rejects, max_pending, kind)
   for member in members:
     yield from groups.add(*member)
   yield from groups.finish()
 
 
-def _parts(name: str) -> tuple[str, str] | None:
+def _parts(name: str, kind: Kind) -> tuple[str, str] | None:
   """The name and lower-case suffix of an image or caption, None for others."""
   # Records may be called `...and more.jpg`, or lie in a hidden directory.
   if is_system_file(name, prefix='._'):
     return None
   name, _, suffix = name.removeprefix('./').rpartition('.')
   suffix = suffix.lower()
-  if suffix in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
+  if suffix in kind.suffixes + CAPTION_SUFFIXES:
     return name, suffix
   return None
 
 
 def _files(
-  path: epath.PathLike, rejects: list[BadRecord], in_place: bool
+  path: epath.PathLike,
+  rejects: list[BadRecord],
+  in_place: bool,
+  kind: Kind = IMAGE,
 ) -> Iterator[tuple[str, str, int, Any]]:
   """Yields name, suffix, size and contents of images and captions.
 
@@ -341,7 +368,7 @@ def _files(
             f'more than {_MAX_MEMBERS} members, or {_MAX_NAMES} letters in '
             'their names'
           )
-        parts = _parts(member.name)
+        parts = _parts(member.name, kind)
         if parts is None or member.kind == 'directory':
           continue
         name, suffix = parts
@@ -369,7 +396,7 @@ def _files(
 def _unusable(member: Member, suffix: str, key: str) -> BadRecord | None:
   if member.kind:
     return BadRecord(key, 'not a plain file', f'{suffix}: {member.kind}')
-  limit = MAX_IMAGE if suffix in IMAGE_SUFFIXES else MAX_CAPTION
+  limit = MAX_CAPTION if suffix in CAPTION_SUFFIXES else MAX_IMAGE
   if member.size > limit:
     return BadRecord(key, 'file too large', f'{suffix} of {member.size} bytes')
   return None

@@ -5,7 +5,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mdm_jax.data.images import MAX_PIXELS, BadRecord, decode_image
+from mdm_jax.data.images import (
+  MAX_PIXELS,
+  BadRecord,
+  decode_clip,
+  decode_image,
+)
 from mdm_jax.mixed_batch import example_shape
 
 
@@ -26,7 +31,10 @@ class Transform:
   Attributes:
     tokenizer: encodes captions.
     resolution: R, side of the images in pixels.
-    frames: T of clips; 1 for images.
+    frames: T of clips; 1 for images, of a clip its first frame.
+    every: takes every nth of `every * frames` frames, for a coarser level.
+    clip_start: where those begin, from 0 to 1, see `images.decode_clip`; None
+      for anywhere.
     flip: mirrors half of the images. Off by default, because captions may
       mention left and right.
     random_crop: crops a square at random; otherwise the centre.
@@ -43,6 +51,8 @@ class Transform:
   leave_out: bool = False
   image_name: str = 'image'
   frames: int = 1
+  every: int = 1
+  clip_start: float | None = 0.0
   max_pixels: int = MAX_PIXELS
 
   def __call__(
@@ -71,9 +81,22 @@ class Transform:
     image = record['image']
     if isinstance(image, bytes):
       crop = tuple(rng.random(2)) if self.random_crop else (0.5, 0.5)
-      image, side = decode_image(
-        image, self.resolution, record['key'], crop, self.max_pixels
-      )
+      if self.frames > 1:
+        start = rng.random() if self.clip_start is None else self.clip_start
+        image, side = decode_clip(
+          image,
+          self.resolution,
+          self.frames,
+          self.every,
+          record['key'],
+          crop,
+          start,
+          self.max_pixels,
+        )
+      else:
+        image, side = decode_image(
+          image, self.resolution, record['key'], crop, self.max_pixels
+        )
     else:
       side = self.resolution
     if image.shape != example_shape(self.resolution, self.frames):

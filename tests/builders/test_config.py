@@ -83,6 +83,7 @@ ADDED = {
   'model.levels[].frame_attention': (),
   'stages[].max_frames': 0,
   'stages[].frame_shift_power': 0,
+  'data.clip_start': 'random',
 }
 
 

@@ -1,0 +1,229 @@
+"""Videos become clips of the frames that were asked for, or are counted."""
+
+import fractions
+import io
+import json
+import tarfile
+
+import av
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import common
+from mdm_jax.builders.data import make_dataset
+from mdm_jax.data import images
+from mdm_jax.data.images import BadRecord
+from mdm_jax.tools.prepare_clips import Options, encode, read_frames
+from tests import commands
+
+OPTIONS = Options(frames=8, min_frames=4, fps=8, resolution=32)
+
+
+def video(
+  values, size=(64, 48), rate=24, times=None, kind='mp4', audio=False, turn=0
+):
+  """The file of a video whose frame i is grey of 5 times `values[i]`."""
+  file = io.BytesIO()
+  with av.open(file, 'w', format=kind) as container:
+    codec = {'mp4': 'mpeg4', 'gif': 'gif'}.get(kind, 'mpeg4')
+    stream = container.add_stream(codec, rate=rate)
+    stream.width, stream.height = size
+    stream.pix_fmt = 'rgb8' if kind == 'gif' else 'yuv420p'
+    if kind != 'gif':
+      stream.bit_rate = 4_000_000
+    sound = container.add_stream('aac', rate=8000) if audio else None
+    for i, value in enumerate(values):
+      image = np.full((size[1], size[0], 3), 5 * value, np.uint8)
+      image[: size[1] // 2, : size[0] // 2] //= 2  # Dark at the top left.
+      frame = av.VideoFrame.from_ndarray(image, format='rgb24')
+      frame.time_base = fractions.Fraction(1, rate)
+      frame.pts = i if times is None else times[i]
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+    if sound:
+      container.mux(sound.encode())
+  return file.getvalue()
+
+
+def write_videos(path, videos, suffix='mp4'):
+  with tarfile.open(path, 'w') as tar:
+    for name, data in videos.items():
+      for end, content in ((suffix, data), ('txt', f'clip {name}'.encode())):
+        member = tarfile.TarInfo(f'{name}.{end}')
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def values_of(frames):
+  """What `video` was given, by the light part of each frame."""
+  return [round(np.asarray(x)[-4:, -4:].mean() / 5) for x in frames]
+
+
+def test_frames_are_chosen_by_their_times():
+  frames = read_frames(video(range(48)), 'a', OPTIONS)
+  assert values_of(frames) == [0, 3, 6, 9, 12, 15, 18, 21]
+  assert frames[0].size == (43, 32)  # 64 x 48
+  later = Options(8, 4, 8, skip_seconds=0.5, resolution=32)
+  assert values_of(read_frames(video(range(48)), 'a', later)) == [
+    *range(12, 36, 3)
+  ]
+  every = Options(8, 4, fps=0, resolution=100)
+  frames = read_frames(video(range(48)), 'a', every)
+  assert values_of(frames) == [*range(8)]
+  assert frames[0].size == (64, 48)  # Not enlarged.
+
+
+def test_of_a_variable_rate_the_times_count():
+  times = [0, 1, 2, 3, 9, 10, 12, 18, 20, 21, 30, 31]
+  frames = read_frames(video(range(12), times=times), 'a', OPTIONS)
+  # At 8 a second, one is due at 0, 3, 6, ... of 24; 9 comes for 6, and so on.
+  assert [times[i] for i in values_of(frames)] == [0, 3, 9, 12, 18, 21, 30]
+
+
+def test_sound_and_odd_sizes_do_not_matter():
+  frames = read_frames(video(range(30), audio=True), 'a', OPTIONS)
+  assert values_of(frames) == [0, 3, 6, 9, 12, 15, 18, 21]
+  frames = read_frames(video(range(30), size=(34, 70)), 'a', OPTIONS)
+  assert frames[0].size == (32, 66)
+  frames = read_frames(video(range(10, 40), kind='gif'), 'a', OPTIONS)
+  assert len(frames) >= 4
+
+
+@pytest.mark.parametrize(
+  'data, problem',
+  [
+    (b'This is a text.', 'damaged video'),
+    (b'', 'damaged video'),
+    (video(range(5)), 'too few frames'),
+    (video(range(48))[:4000], 'damaged video'),
+    (video(range(9), size=(640, 320)), 'too many pixels'),
+  ],
+  ids=['text', 'empty', 'short', 'cut', 'large'],
+)
+def test_what_is_no_clip_is_a_bad_record(data, problem):
+  options = Options(8, 4, 8, resolution=32, max_pixels=100_000)
+  with pytest.raises(BadRecord) as bad:
+    read_frames(data, 'key', options)
+  assert bad.value.reason == problem and bad.value.key == 'key'
+
+
+def test_a_clip_is_an_animated_webp():
+  frames = read_frames(video(range(48)), 'a', OPTIONS)
+  data = encode(frames, 8)
+  found = images.load_frames(data)
+  assert found.shape == (8, 32, 43, 3)
+  assert np.abs(found - np.stack(frames).astype(int)).max() < 12
+  # The first one is what an image is.
+  first, size = images.load_image(data)
+  np.testing.assert_array_equal(np.asarray(first), found[0])
+  assert size == (43, 32)
+  for start, every, values in (
+    (0.0, 1, [0, 3, 6, 9]),
+    (1.0, 1, [12, 15, 18, 21]),
+    (0.5, 1, [6, 9, 12, 15]),
+    (0.0, 2, [0, 6, 12, 18]),
+  ):
+    clip, side = images.decode_clip(data, 16, 4, every, start=start)
+    assert clip.shape == (4, 16, 16, 3) and side == 32
+    assert values_of(clip) == values
+  with pytest.raises(BadRecord, match='too few frames .8, not 9'):
+    images.decode_clip(data, 16, 9)
+  with pytest.raises(BadRecord, match='too many pixels'):
+    images.decode_clip(data, 16, 4, max_pixels=43 * 31)
+  with pytest.raises(BadRecord, match='too many pixels'):
+    images.load_frames(data, max_pixels=8 * 43 * 32 - 1)
+  for cut in (data[: len(data) // 2], b'no image'):
+    with pytest.raises(BadRecord):
+      images.decode_clip(cut, 16, 8)
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """Clips of six videos, one of them a text; and what was printed."""
+  given = tmp_path_factory.mktemp('videos')
+  good = {str(i): video(range(i, i + 30)) for i in range(5)}
+  write_videos(given / 'a.tar', good | {'bad': b'no video'})
+  output = given / 'clips'
+  done = commands.run(
+    'mdm_jax.tools.prepare_clips',
+    f'--input={given}/*.tar',
+    f'--output={output}',
+    '--frames=8',
+    '--min_frames=8',
+    '--resolution=32',
+    '--num_workers=1',
+  )
+  assert not done.returncode, done.stderr
+  return given, output, done.stdout
+
+
+def test_bad_videos_are_counted(prepared):
+  _, output, printed = prepared
+  assert 'skipped, damaged video: 1' in printed
+  (line,) = (output / 'a.rejects.jsonl').read_text().splitlines()
+  assert json.loads(line)['key'] == 'a/bad'
+  with tarfile.open(output / 'a.tar') as tar:
+    assert len(tar.getnames()) == 10
+    about = json.load(tar.extractfile('3.json'))
+    assert about == {'caption': ['clip 3']}
+    with Image.open(tar.extractfile('3.webp')) as image:
+      image.load()
+      assert image.n_frames == 8 and image.info['duration'] == 125
+
+
+def test_a_tar_that_exists_is_finished(prepared):
+  given, output, _ = prepared
+  before = (output / 'a.tar').stat().st_mtime_ns
+  arguments = (f'--input={given}/a.tar', f'--output={output}')
+  done = commands.run('mdm_jax.tools.prepare_clips', *arguments)
+  assert not done.returncode
+  assert (output / 'a.tar').stat().st_mtime_ns == before
+
+
+def test_wrong_options_are_one_line(tmp_path):
+  for flags, problem in (
+    (('--frames=8', '--min_frames=9'), '--min_frames=9 is more than'),
+    ((), 'matches no file'),
+  ):
+    done = commands.run(
+      'mdm_jax.tools.prepare_clips',
+      f'--input={tmp_path}/*.tar',
+      f'--output={tmp_path}/out',
+      *flags,
+    )
+    assert done.returncode == 1
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+    assert problem in line
+
+
+def test_clips_are_trained_on(prepared, tmp_path):
+  """Also images of their first frames, and frames of coarser levels."""
+  _, output, _ = prepared
+  index = tmp_path / 'index'
+  done = commands.run(
+    'mdm_jax.tools.index_tars', f'--input={output}/*.tar', f'--output={index}'
+  )
+  assert not done.returncode, done.stderr
+  config = common.get_config().unlock()
+  config.data.update(name='tars', path=str(index), clip_start='first')
+  shapes = [(16, 16, 3), (4, 16, 16, 3), (8, 16, 16, 3)]
+  (batch,) = make_dataset(
+    config,
+    'train',
+    shapes,
+    (6, 4, 2),
+    process_index=0,
+    process_count=1,
+    num_batches=1,
+  )
+  assert batch['image'].shape == (2, 8, 16, 16, 3)
+  assert batch['image_4x16'].shape == (2, 4, 16, 16, 3)
+  assert batch['image_16'].shape == (2, 16, 16, 3)
+  firsts = [values_of(clip)[0] for clip in batch['image']]
+  for clip, first in zip(batch['image'], firsts):
+    assert values_of(clip) == [*range(first, first + 24, 3)]
+  for clip in batch['image_4x16']:
+    first = values_of(clip)[0]
+    assert values_of(clip) == [*range(first, first + 24, 6)]
+  assert (batch['scale'] == 32).all()
