@@ -15,7 +15,7 @@ from mdm_jax.builders.model import (
   level_names,
   level_spec,
 )
-from mdm_jax.builders.prompts import can_score_prompts
+from mdm_jax.builders.prompts import can_score_prompts, is_moving
 from mdm_jax.builders.stage import (
   Stage,
   batch_sizes,
@@ -112,7 +112,10 @@ def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
   losses = loss_names(config, level_names(config, config.stages[-1]))
   scores = []
   if can_score_prompts(config):
-    scores = [f'accuracy_{name}' for name in prompt_accuracy.NAMES]
+    names = prompt_accuracy.NAMES
+    if is_moving(config):
+      names += prompt_accuracy.MOTION_ATTRIBUTES
+    scores = [f'accuracy_{name}' for name in names]
   return list(losses), scores
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from mdm_jax.builders.data import DRAWN, held_out_split, make_source
 from mdm_jax.builders.text import make_tokenizer
-from mdm_jax.data import pipeline, shapes
+from mdm_jax.data import moving_shapes, pipeline, shapes
 from mdm_jax.eval import prompt_accuracy
-from mdm_jax.eval.prompt_accuracy import Vocabulary
+from mdm_jax.eval.prompt_accuracy import Found, Vocabulary
 
 _SHOWN_WORDS = 5  # unknown words that are named
 _MANY_WORDS = 100  # of more known words only those near to unknown ones are
@@ -155,7 +155,12 @@ def make_prompts(
 
 def can_score_prompts(config: ConfigDict) -> bool:
   """Whether images can be scored by the attributes that their prompts name."""
-  return config.data.name == 'shapes' and config.text.encoder != 'label'
+  return config.data.name in DRAWN and config.text.encoder != 'label'
+
+
+def is_moving(config: ConfigDict) -> bool:
+  """Whether prompts say what objects do in a clip."""
+  return config.data.name == 'moving_shapes'
 
 
 def make_vocabulary() -> Vocabulary:
@@ -174,7 +179,7 @@ def make_vocabulary() -> Vocabulary:
 
 
 @functools.cache
-def chance_accuracy() -> dict[str, float]:
+def chance_accuracy(moving: bool = False) -> dict[str, float]:
   """Accuracies of perfect images of other prompts: the level of chance.
 
   A model that draws shapes well but ignores its prompts scores as much. It is
@@ -182,17 +187,39 @@ def chance_accuracy() -> dict[str, float]:
   more frequent, such as one object instead of two, and since found objects are
   assigned to stated ones such that most marks are right.
 
+  Args:
+    moving: of clips of moving shapes.
+
   Returns:
-    By the names of `prompt_accuracy.NAMES` and `by_number_of_objects`, from 0
-    to 1.
+    By the names of `prompt_accuracy.NAMES` and `by_number_of_objects`, and with
+    `moving` of `MOTION_ATTRIBUTES`, from 0 to 1.
   """
   source = shapes.ShapesSource(0, 'held_out', _CHANCE, 8)
+  if moving:
+    source = moving_shapes.MovingShapesSource(0, 'held_out', _CHANCE, 8, 2)
   scenes = [source.scene(i) for i in range(len(source))]
   statements = [stated for *_, stated in [*scenes[1:], scenes[0]]]
   marks = [
-    prompt_accuracy.compare(scene.background, scene.objects, stated)
+    prompt_accuracy.compare(*_contents(scene), stated)
     for (scene, *_), stated in zip(scenes, statements)
   ]
   accuracy = prompt_accuracy.mean_marks(marks)
   accuracy |= prompt_accuracy.by_number_of_objects(marks, statements)
   return {name: float(value) for name, value in accuracy.items()}
+
+
+def _contents(
+  scene: shapes.Scene | moving_shapes.MovingScene,
+) -> tuple[str, Sequence]:
+  """The background and the objects of a scene, as an analysis finds them."""
+  if isinstance(scene, shapes.Scene):
+    return scene.background, scene.objects
+  objects = [
+    Found(
+      **{name: getattr(item, name) for name in ('shape', 'color', 'pattern')},
+      **{name: getattr(item, name) for name in ('size', 'x', 'y', 'radius')},
+      **motion.stated,
+    )
+    for item, motion in zip(scene.scene.objects, scene.motions)
+  ]
+  return scene.scene.background, objects

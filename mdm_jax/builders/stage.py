@@ -15,7 +15,12 @@ import optax
 from mdm_jax import mixed_batch
 from mdm_jax.builders import data
 from mdm_jax.builders.config import naming, stage_directory
-from mdm_jax.builders.model import make_levels, make_model, resolutions
+from mdm_jax.builders.model import (
+  level_names,
+  make_levels,
+  make_model,
+  resolutions,
+)
 from mdm_jax.builders.text import empty_text
 from mdm_jax.diffusion.loss import TimeDensity
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, offset_levels
@@ -97,7 +102,7 @@ class Stage:
   @property
   def level_names(self) -> tuple[str, ...]:
     """Names of the levels, coarse to fine, see `mixed_batch.level_name`."""
-    return tuple(map(mixed_batch.level_name, self.model.level_shapes))
+    return level_names(self.config, self.settings)
 
   @property
   def seed(self) -> int:

@@ -42,6 +42,13 @@ class Motion:
   speed: str = ''
   path: float = 0.0
 
+  @property
+  def stated(self) -> dict[str, str]:
+    """What a caption says of it, see `describe`."""
+    to = 'new_color' if self.kind == 'changing' else 'direction'
+    found = {'motion': self.kind, to: self.to, 'speed': self.speed}
+    return {name: value for name, value in found.items() if value}
+
 
 @dataclasses.dataclass(frozen=True)
 class MovingScene:
@@ -136,8 +143,9 @@ def describe(moving: MovingScene, rng: np.random.Generator) -> tuple[str, dict]:
 
   Returns:
     The caption, and a dict of what it states, as `shapes.describe`. An object
-    also has `motion`, and if mentioned `to` and `speed`, see `Motion`. The
-    `position` is stated of an object that does not move.
+    also has the `motion`, and if it has them `direction`, `new_color` and
+    `speed`, which may be omitted. The `position` is stated of an object that
+    does not move.
   """
   phrases, objects = zip(
     *(
@@ -171,16 +179,17 @@ def _phrase(
   """A noun and a participle, and what they state."""
   has_size = motion.kind not in ('growing', 'shrinking')
   noun, stated = shapes.noun_phrase(rng, item, has_size)
-  stated['motion'] = motion.kind
+  stated |= motion.stated
   words = motion.kind
   if motion.to:
-    stated['to'] = motion.to
     words += (
       f' to {motion.to}' if motion.kind == 'changing' else f' {motion.to}'
     )
-  if motion.speed and rng.random() < 0.8:
-    stated['speed'] = motion.speed
-    words += f' {motion.speed}'
+  if motion.speed:
+    if rng.random() < 0.8:
+      words += f' {motion.speed}'
+    else:
+      del stated['speed']
   return (noun, words), stated
 
 

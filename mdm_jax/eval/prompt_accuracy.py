@@ -21,7 +21,7 @@ from mdm_jax.eval.estimate import Estimate
 _RESOLUTION = 64
 # Pixels that differ by more from the background's colour are foreground, in
 # levels of 0..255.
-_CONTRAST = 30.0
+CONTRAST = 30.0
 _BLURS = (0.0, 0.08, 0.16, 0.24)  # sigmas, as shares of the radius
 _MIN_AREA = 0.008  # of an object, as a share of the image
 _MIN_DARKENING = 0.2  # of a pattern, as a share of the brightness
@@ -30,6 +30,8 @@ _GRID = 32  # side in pixels at which silhouettes are compared
 _SHIFTS = 8  # phases of a pattern that are tried along each axis
 _CENTRE = 0.115  # largest distance from the middle that counts as central
 OBJECT_ATTRIBUTES = ('color', 'shape', 'pattern', 'size')
+# Of clips alone, see `motion`.
+MOTION_ATTRIBUTES = ('motion', 'direction', 'new_color', 'speed')
 # Keys that `accuracy` may return.
 NAMES = ('background', 'count', *OBJECT_ATTRIBUTES, 'position', 'all')
 
@@ -69,7 +71,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """An object that was found in an image."""
+  """An object that was found in an image, or in a clip with its motion."""
 
   shape: str
   color: str
@@ -78,6 +80,10 @@ class Found:
   x: float
   y: float
   radius: float
+  motion: str = ''
+  direction: str = ''
+  new_color: str = ''
+  speed: str = ''
 
 
 def _hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +92,12 @@ def _hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   angle = np.arctan2(3**0.5 * (green - blue), 2 * red - green - blue)
   chroma = np.maximum(np.maximum(red, green), blue)
   return angle, chroma - np.minimum(np.minimum(red, green), blue)
+
+
+def contrast(image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+  """How much each pixel differs from the background's colour, [R, R]."""
+  image = image.astype(np.float32)
+  return np.linalg.norm(image - _background(image, vocabulary)[1], axis=-1)
 
 
 def _background(image: np.ndarray, vocabulary: Vocabulary):
@@ -259,7 +271,7 @@ def analyze(
 
   background, color = _background(image, vocabulary)
   contrast = np.linalg.norm(image - color, axis=-1)
-  labels, _ = ndimage.label(contrast > _CONTRAST, np.ones((3, 3)))
+  labels, _ = ndimage.label(contrast > CONTRAST, np.ones((3, 3)))
   objects = []
   areas = np.bincount(labels.flat)[1:]
   for label in np.argsort(-areas) + 1:
@@ -291,13 +303,16 @@ def _related(first: Found, relation: str, second: Found) -> bool:
 
 def _marks(stated: dict, objects: tuple[Found | None, ...]) -> dict:
   """Marks for one assignment of found objects (or None) to stated ones."""
+  attributes = OBJECT_ATTRIBUTES
+  if any('motion' in asked for asked in stated['objects']):
+    attributes += MOTION_ATTRIBUTES
   marks = {
     attribute: [
       item is not None and getattr(item, attribute) == asked[attribute]
       for asked, item in zip(stated['objects'], objects)
       if attribute in asked
     ]
-    for attribute in OBJECT_ATTRIBUTES
+    for attribute in attributes
   }
   marks['position'] = []
   if 'position' in stated:

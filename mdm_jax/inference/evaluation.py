@@ -19,11 +19,12 @@ from mdm_jax.builders.config import sampler_settings
 from mdm_jax.builders.data import held_out_split, loss_names, make_source
 from mdm_jax.builders.prompts import (
   can_score_prompts,
+  is_moving,
   make_prompts,
   make_vocabulary,
 )
 from mdm_jax.builders.stage import Stage, make_stages
-from mdm_jax.eval import edge_width, estimate, fid, prompt_accuracy
+from mdm_jax.eval import edge_width, estimate, fid, motion, prompt_accuracy
 from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference import (
   feature_extractors,
@@ -235,9 +236,15 @@ def _select_for_run(config: ConfigDict, options: Options) -> Sequence[str]:
   possible = tuple(
     name for name in METRICS if can_score or name not in _OF_SHAPES
   )
-  default = (
-    ('loss', 'prompt_accuracy', 'edge_width') if can_score else ('loss',)
-  )
+  if is_moving(config):
+    possible = 'loss', 'prompt_accuracy'
+  elif any(level.frames > 1 for level in config.model.levels):
+    possible = ('loss',)  # All others are of images.
+  default = [
+    name
+    for name in ('loss', 'prompt_accuracy', 'edge_width')
+    if name in possible
+  ]
   names = _select(options, possible, default)
   labels = config.text.encoder == 'label' and not config.text.class_names
   if 'clip' in names and labels:
@@ -390,7 +397,7 @@ def _compare(
 
 
 class _OfShapes:
-  """Metrics of images of shapes, to which batches of images are added."""
+  """Metrics of images or clips of shapes, added batch by batch."""
 
   def __init__(
     self,
@@ -417,8 +424,8 @@ class _OfShapes:
     if 'prompt_accuracy' in self._names:
       self._statements += statements
       self._marks += [
-        prompt_accuracy.score(image, stated, self._vocabulary)
-        for image, stated in zip(images, statements, strict=True)
+        motion.score(sample, stated, self._vocabulary)
+        for sample, stated in zip(images, statements, strict=True)
       ]
     if 'edge_width' in self._names:
       for row, image, stated in zip(rows, images, statements, strict=True):

@@ -15,12 +15,13 @@ from mdm_jax.builders.config import sampler_settings
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   chance_accuracy,
+  is_moving,
   make_prompts,
   make_vocabulary,
 )
 from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint.saved_steps import CheckpointError
-from mdm_jax.eval import estimate, prompt_accuracy
+from mdm_jax.eval import estimate, motion, prompt_accuracy
 from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference.weights import restore_weights
 from mdm_jax.report import evaluations
@@ -101,9 +102,8 @@ def chance(stage: Stage) -> dict[str, float]:
   """What a model scores that ignores its prompts; {} if nothing is scored."""
   if not can_score_prompts(stage.config):
     return {}
-  return {
-    f'accuracy_{name}': value for name, value in chance_accuracy().items()
-  }
+  at_random = chance_accuracy(is_moving(stage.config))
+  return {f'accuracy_{name}': value for name, value in at_random.items()}
 
 
 def with_chance(stage: Stage, values: Mapping[str, float]) -> dict[str, float]:
@@ -234,8 +234,8 @@ def make_validation(
     images = sample_fn(params, asked.text, seeds)
     vocabulary = make_vocabulary()
     marks = [
-      prompt_accuracy.score(image, stated, vocabulary)
-      for image, stated in zip(images[-1], asked.statements, strict=True)
+      motion.score(sample, stated, vocabulary)
+      for sample, stated in zip(images[-1], asked.statements, strict=True)
     ]
     return values | accuracies(marks, asked.statements)
 
@@ -248,7 +248,7 @@ def accuracies(
   """Prompt accuracy of all prompts, and by their number of objects.
 
   Args:
-    marks: `prompt_accuracy.score` of each image.
+    marks: `motion.score` of each image or clip.
     statements: what the prompt of each image states.
 
   Returns:

@@ -42,9 +42,10 @@ def make_frame(
   x_t: tuple[np.ndarray, ...],
   x0: tuple[np.ndarray, ...],
 ) -> Frame:
-  """A frame of full images, uint8 [N, H_r, H_r, 3]."""
+  """A frame of full images, uint8 [N, H_r, H_r, 3], or of clips' middles."""
   x_t, x0 = (
-    [np.asarray(level)[:MAX_IMAGES] for level in levels] for levels in (x_t, x0)
+    [_middle(np.asarray(level)[:MAX_IMAGES]) for level in levels]
+    for levels in (x_t, x0)
   )
   factors = [_factor(level, MAX_SIDE) for level in x_t]
   sparse = (level[:, ::k, ::k] for level, k in zip(x_t, factors))
@@ -52,18 +53,23 @@ def make_frame(
 
 
 def shrink(images: np.ndarray, most: int = MAX_SIDE) -> np.ndarray:
-  """Averages images [N, H, H, 3] down to a side of at most `most` pixels."""
+  """Averages images or clips [N, ..., H, H, 3] down to a side of `most`."""
   factor = _factor(images, most)
   if factor == 1:
     return images
-  side = images.shape[1] // factor
-  images = images[:, : side * factor, : side * factor]
+  side = images.shape[-2] // factor
+  images = images[..., : side * factor, : side * factor, :]
   return (
-    images.reshape(len(images), side, factor, side, factor, 3)
-    .mean((2, 4))
+    images.reshape(*images.shape[:-3], side, factor, side, factor, 3)
+    .mean((-4, -2))
     .astype(np.uint8)
   )
 
 
+def _middle(level: np.ndarray) -> np.ndarray:
+  """Of clips [N, T, H, H, 3] the frames in the middle."""
+  return level if level.ndim == 4 else level[:, level.shape[1] // 2]
+
+
 def _factor(images: np.ndarray, most: int) -> int:
-  return -(-images.shape[1] // most)
+  return -(-images.shape[-2] // most)

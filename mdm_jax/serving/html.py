@@ -9,6 +9,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from mdm_jax.report import grid
 from mdm_jax.runtime.printable import printable
 from mdm_jax.serving import film
 from mdm_jax.serving.model_card import ModelCard
@@ -118,7 +119,8 @@ def preview(request: Request, images: tuple[np.ndarray, ...]) -> str:
 
   Args:
     request: the request.
-    images: uint8 [N, H_r, H_r, 3], coarse to fine; empty before there are any.
+    images: uint8 [N, H_r, H_r, 3], or clips, coarse to fine; empty before there
+      are any.
   """
   if not images:
     return ''
@@ -128,7 +130,7 @@ def preview(request: Request, images: tuple[np.ndarray, ...]) -> str:
         _png(level[i])
         for level in (film.shrink(x, _MAX_PREVIEW) for x in images)
       ],
-      [level.shape[1] for level in images],
+      [level.shape[-2] for level in images],
       f'seed {request.seed + i}',
     )
     for i in range(request.num_images)
@@ -147,7 +149,7 @@ def finished(queue: SampleQueue, job: Job) -> str:
   for i in range(request.num_images):
     seed = request.seed + i
     commands.append(queue.command(request, i))
-    sides = [level.shape[1] for level in job.images]
+    sides = [level.shape[-2] for level in job.images]
     sources = [_png(level[i]) for level in job.images]
     links = ''.join(
       f'<a download="seed_{seed}_{side}.png" href="{source}">{side} px PNG</a>'
@@ -222,7 +224,7 @@ def _figure(sources: list[str], sides: list[int], below: str) -> str:
 
 def _film(job: Job) -> str:
   """A slider over the sampling steps: x_t and x0 of each sample and level."""
-  sides = [level.shape[1] for level in job.images]
+  sides = [level.shape[-2] for level in job.images]
   labels = [
     f'Step {frame.step} of {job.request.steps}: log-SNR '
     + ', '.join(
@@ -275,6 +277,6 @@ def _strip(images: list[np.ndarray]) -> str:
 
 
 def _png(image: np.ndarray) -> str:
-  file = io.BytesIO()
-  Image.fromarray(image).save(file, 'PNG')
-  return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+  """An image, or a clip [T, S, S, 3], as a link that holds its data."""
+  data = base64.b64encode(grid.encode_png(image)).decode()
+  return f'data:image/png;base64,{data}'

@@ -12,7 +12,11 @@ from absl import logging
 import jax
 from ml_collections import ConfigDict
 
-from mdm_jax.builders.prompts import chance_accuracy, make_prompts
+from mdm_jax.builders.prompts import (
+  chance_accuracy,
+  is_moving,
+  make_prompts,
+)
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import shapes
 from mdm_jax.inference.session import Model
@@ -194,7 +198,7 @@ def _accuracy(model: Model) -> dict[str, str]:
   except files.UnreadableFile as error:
     logging.warning('%s', error)
     return {}
-  chance = chance_accuracy()
+  chance = chance_accuracy(is_moving(model.stage.config))
   found = {
     name: f'{values[f"accuracy_{name}"]:.0%} (chance {chance[name]:.0%})'
     for name in ('all', 'shape', 'color', 'pattern', 'position', 'background')

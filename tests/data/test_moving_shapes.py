@@ -59,7 +59,9 @@ def test_motions_are_those_of_the_caption():
       moved = np.array([last.x - first.x, last.y - first.y])
       if motion.kind == 'moving':
         np.testing.assert_allclose(
-          moved, motion.path * np.array(DIRECTIONS[said['to']]), atol=1e-9
+          moved,
+          motion.path * np.array(DIRECTIONS[said['direction']]),
+          atol=1e-9,
         )
         low, high = SPEEDS[said.get('speed', motion.speed)]
         assert low <= motion.path <= high
