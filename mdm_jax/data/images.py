@@ -5,7 +5,7 @@ file's metadata say, its pixels are used; whatever is wrong with a file, the
 only error is BadRecord.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import io
 import pathlib
@@ -34,6 +34,7 @@ _RUN_LENGTH, _RUN_LENGTH_ENCODINGS = 16, (1, 2)
 # times the needed side. The sharpness then depends on the antialiased resize,
 # and not on the decoder's box filter.
 _REDUCING_GAP = 2.0
+_MAX_FRAMES = 1024  # of a clip
 # Pixels that are converted to RGB at a time.
 _STRIP = 2**18
 _TRANSPOSE = {
@@ -186,7 +187,7 @@ def load_frames(
   Args:
     data: a PNG, WebP or GIF file.
     key: of the record, for errors.
-    max_pixels: largest number of pixels of all frames together.
+    max_pixels: of all frames together.
 
   Returns:
     uint8 [T, H, W, 3].
@@ -195,14 +196,13 @@ def load_frames(
     BadRecord: not an image, too large, truncated or damaged.
   """
   with decoding(key):
-    image, count = _open_frames(data, key)
-    pixels = count * image.width * image.height
+    image = _open_frames(data, key)
+    pixels = getattr(image, 'n_frames', 1) * image.width * image.height
     if pixels > max_pixels:
       raise BadRecord(
         key, 'too many pixels', f'{pixels} of all frames, not {max_pixels}'
       )
-    each = ImageSequence.Iterator(image)
-    return np.stack([np.asarray(_to_rgb(frame)) for frame in each])
+    return np.stack(_frames(image, np.asarray, key))
 
 
 def decode_clip(
@@ -235,30 +235,43 @@ def decode_clip(
     BadRecord: as `load_frames`, or there are not enough frames.
   """
   with decoding(key):
-    image, count = _open_frames(data, key)
-    size = image.size
-    if image.width * image.height > max_pixels:
+    image = _open_frames(data, key)
+    size, wanted = image.size, frames * every
+    if size[0] * size[1] > max_pixels:
       raise BadRecord(key, 'too many pixels', f'{size[0]} x {size[1]}')
-    left = count - frames * every
-    if left < 0:
-      raise BadRecord(key, 'too few frames', f'{count}, not {frames * every}')
-    first = round(start * left)
-    clip = []
-    for index in range(first, first + frames * every, every):
-      image.seek(index)
-      if image.size != size:
-        raise BadRecord(key, 'damaged image', 'frames of several sizes')
-      clip.append(_square(_to_rgb(image), resolution, crop))
-    return np.stack(clip), min(size)
+    found = _frames(image, lambda x: _square(x, resolution, crop), key)
+    if len(found) < wanted:
+      raise BadRecord(key, 'too few frames', f'{len(found)}, not {wanted}')
+    first = round(start * (len(found) - wanted))
+    return np.stack(found[first : first + wanted : every]), min(size)
 
 
-def _open_frames(data: bytes, key: str) -> tuple[Image.Image, int]:
-  """Opens an image file with all of its frames, and counts them."""
+def _open_frames(data: bytes, key: str) -> Image.Image:
+  """Opens an image file with all of its frames."""
   try:
-    image = open_image(io.BytesIO(data))
+    return open_image(io.BytesIO(data))
   except Image.UnidentifiedImageError:
     raise BadRecord(key, 'not an image', f'{len(data)} bytes') from None
-  return image, getattr(image, 'n_frames', 1)
+
+
+def _frames(
+  image: Image.Image, convert: Callable[[Image.Image], np.ndarray], key: str
+) -> list[np.ndarray]:
+  """The converted frames at even times, the shortest time that one is shown.
+
+  Programs that write animations store equal frames once, shown for longer.
+  """
+  found, times = [], []
+  for frame in ImageSequence.Iterator(image):
+    found.append(convert(_to_rgb(frame)))
+    times.append(frame.info.get('duration') or 0)
+    if len(found) > _MAX_FRAMES:
+      break
+  shortest = min((time for time in times if time > 0), default=1)
+  counts = [max(1, round(time / shortest)) for time in times]
+  if sum(counts) > _MAX_FRAMES:
+    raise BadRecord(key, 'too many frames', f'more than {_MAX_FRAMES}')
+  return [x for x, count in zip(found, counts) for _ in range(count)]
 
 
 def decode_image(

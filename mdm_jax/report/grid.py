@@ -142,6 +142,8 @@ def encode_png(image: np.ndarray) -> bytes:
       'append_images': rest,
       'duration': _CLIP_FRAME,
       'loop': 0,
+      # Both mean the same here; equal frames would be joined without it.
+      'blend': [k % 2 for k in range(len(image))],
     }
   file = io.BytesIO()
   first.save(file, 'PNG', **options)

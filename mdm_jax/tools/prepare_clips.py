@@ -112,6 +112,8 @@ def read_frames(data: bytes, key: str, options: Options) -> list[Image.Image]:
     raise BadRecord(
       key, 'too few frames', f'{len(chosen)}, not {options.min_frames}'
     )
+  if len(chosen) > 1 and all(x == chosen[0] for x in chosen):
+    raise BadRecord(key, 'nothing moves')
   return chosen
 
 

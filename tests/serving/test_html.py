@@ -1,14 +1,18 @@
 """What a user types is text on the page, wherever it is shown."""
 
+import base64
 from html.parser import HTMLParser
+import io
 import json
+import re
 import threading
 import types
 
 import numpy as np
+from PIL import Image
 import pytest
 
-from mdm_jax.serving import html
+from mdm_jax.serving import film, html
 from mdm_jax.serving.film import Frame
 from mdm_jax.serving.model_card import ModelCard
 from mdm_jax.serving.queue import Job, Progress, Request
@@ -101,3 +105,26 @@ def test_a_request_that_began_does_not_warm_up(hostile, progress, expected):
   job, queue = hostile
   queue.ready.clear()
   assert expected in html.progress_line(queue, job.request, progress)
+
+
+def test_clips_play_on_the_page(hostile):
+  """Each level is an animated PNG; the film has the frames in the middle."""
+  job, queue = hostile
+  clip = np.arange(4 * 300 * 300 * 3, dtype=np.uint32).astype(np.uint8)
+  job.images = (
+    np.zeros((1, 4, 8, 8, 3), np.uint8),
+    clip.reshape(1, 4, 300, 300, 3),
+  )
+  frame = film.make_frame(1, np.zeros(2), job.images, job.images)
+  assert [level.shape for level in frame.x0] == [(1, 8, 8, 3), (1, 60, 60, 3)]
+  np.testing.assert_array_equal(frame.x_t[1], job.images[1][:, 2, ::5, ::5])
+  job.film = [frame]
+  for page, sides in (
+    (html.preview(job.request, job.images), (8, 150)),
+    (html.finished(queue, job), (8, 300)),
+  ):
+    found = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]*)"', page)
+    for data, side in zip(found, sides, strict=True):
+      with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert (image.n_frames, image.size) == (4, (side, side))
+  assert '8 px PNG' in page and '300 px PNG' in page

@@ -96,10 +96,11 @@ def test_sound_and_odd_sizes_do_not_matter():
     (b'This is a text.', 'damaged video'),
     (b'', 'damaged video'),
     (video(range(5)), 'too few frames'),
+    (video([9] * 30), 'nothing moves'),
     (video(range(48))[:4000], 'damaged video'),
     (video(range(9), size=(640, 320)), 'too many pixels'),
   ],
-  ids=['text', 'empty', 'short', 'cut', 'large'],
+  ids=['text', 'empty', 'short', 'still', 'cut', 'large'],
 )
 def test_what_is_no_clip_is_a_bad_record(data, problem):
   options = Options(8, 4, 8, resolution=32, max_pixels=100_000)
@@ -127,6 +128,10 @@ def test_a_clip_is_an_animated_webp():
     clip, side = images.decode_clip(data, 16, 4, every, start=start)
     assert clip.shape == (4, 16, 16, 3) and side == 32
     assert values_of(clip) == values
+  # Equal frames, which are stored once.
+  frames = [frames[i] for i in (0, 0, 0, 1, 2, 2, 3, 3)]
+  clip, _ = images.decode_clip(encode(frames, 8), 16, 8)
+  assert values_of(clip) == [0, 0, 0, 3, 6, 6, 9, 9]
   with pytest.raises(BadRecord, match='too few frames .8, not 9'):
     images.decode_clip(data, 16, 9)
   with pytest.raises(BadRecord, match='too many pixels'):
