@@ -12,6 +12,7 @@ from mdm_jax.builders import ranges
 from mdm_jax.builders.config import TRAINED_ENCODERS, naming
 from mdm_jax.builders.data import DRAWN, current_name, loss_names
 from mdm_jax.builders.model import (
+  frames,
   level_names,
   level_spec,
 )
@@ -88,6 +89,12 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
     raise ValueError(
       f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
       f'the levels, {heights} px: use a divisor of {math.gcd(*heights)}.'
+    )
+  counts = {n for stage in config.stages for n in frames(config, stage)} - {1}
+  if any(count % mesh.shape['spatial'] for count in counts):
+    raise ValueError(
+      f'mesh.spatial={mesh.shape["spatial"]} does not divide the frames of the '
+      f'levels, {sorted(counts)}: use a divisor of {math.gcd(*counts)}.'
     )
   shards = sharding.batch_shards(mesh)
   for key, size in [
@@ -284,11 +291,6 @@ def _check_resolutions(config: ConfigDict) -> None:
         f'{len(spec.channels) - 1} times: use a multiple of '
         f'{spec.downsampling}, or fewer entries in channels.'
       )
-    if i and level.frames % levels[i - 1].frames:
-      raise ValueError(
-        f'model.levels[{i}].frames={level.frames}: give a multiple of the '
-        f'{levels[i - 1].frames} of level {i - 1}.'
-      )
     if i:
       inner = levels[i - 1].resolution // levels[i - 1].patch_size
       if bottom != inner:
@@ -312,6 +314,7 @@ def _check_stage(
       f'stages[{i}].num_levels={stage.num_levels} is less than that of the '
       'stage before: stages can only add levels.'
     )
+  _check_frames(config, i, stage)
   for key in ('loss_weights', 'mixed_ratio'):
     if len(stage[key]) != stage.num_levels:
       raise ValueError(
@@ -332,6 +335,24 @@ def _check_stage(
       f'patterns of mixed_ratio={tuple(stage.mixed_ratio)}, {period} '
       'examples each: use a multiple of '
       f'{period * shards * stage.accumulate}.'
+    )
+
+
+def _check_frames(config: ConfigDict, i: int, stage: ConfigDict) -> None:
+  counts = frames(config, stage)
+  for level, (coarse, fine) in enumerate(zip(counts, counts[1:]), 1):
+    if fine % coarse:
+      most = f' with stages[{i}].max_frames={stage.max_frames}'
+      raise ValueError(
+        f'model.levels[{level}].frames={fine}{most if stage.max_frames else ""}'
+        f': give a multiple of the {coarse} of level {level - 1}.'
+      )
+  if i and any(
+    new < old for new, old in zip(counts, frames(config, config.stages[i - 1]))
+  ):
+    raise ValueError(
+      f'stages[{i}].max_frames={stage.max_frames} gives its levels fewer '
+      'frames than the stage before: stages can only add frames.'
     )
 
 

@@ -44,16 +44,9 @@ def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
   """Architectures of the levels of a stage, coarse to fine."""
   flash = _has_flash_attention(config)
   return tuple(
-    dataclasses.replace(
-      level_spec(level), flash=flash, frames=_frames(level, stage)
-    )
-    for level in config.model.levels[: stage.num_levels]
+    dataclasses.replace(level_spec(level), flash=flash, frames=count)
+    for level, count in zip(config.model.levels, frames(config, stage))
   )
-
-
-def _frames(level: ConfigDict, stage: ConfigDict) -> int:
-  """Frames of a level in a stage, which may train on fewer."""
-  return min(level.frames, stage.max_frames or level.frames)
 
 
 def _has_flash_attention(config: ConfigDict) -> bool:
@@ -88,11 +81,16 @@ def level_spec(level: ConfigDict) -> LevelSpec:
 def level_names(config: ConfigDict, stage: ConfigDict) -> tuple[str, ...]:
   """Names of the levels of a stage, see `mixed_batch.level_name`."""
   return tuple(
-    mixed_batch.level_name(
-      mixed_batch.example_shape(level.resolution, _frames(level, stage))
-    )
-    for level in config.model.levels[: stage.num_levels]
+    mixed_batch.level_name(mixed_batch.example_shape(*size))
+    for size in zip(resolutions(config, stage), frames(config, stage))
   )
+
+
+def frames(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
+  """Frames of the levels of a stage, coarse to fine."""
+  levels = config.model.levels[: stage.num_levels]
+  most = stage.max_frames
+  return tuple(min(x.frames, most or x.frames) for x in levels)
 
 
 def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:

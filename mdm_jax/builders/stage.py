@@ -16,8 +16,8 @@ from mdm_jax import mixed_batch
 from mdm_jax.builders import data
 from mdm_jax.builders.config import naming, stage_directory
 from mdm_jax.builders.model import (
+  frames,
   level_names,
-  make_levels,
   make_model,
   resolutions,
 )
@@ -359,7 +359,7 @@ def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
     config.diffusion.num_steps,
     config.diffusion.level_offset,
     config.diffusion.reference_resolution,
-    [spec.frames for spec in make_levels(config, stage)],
+    frames(config, stage),
     stage.frame_shift_power,
   )
 

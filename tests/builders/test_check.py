@@ -105,6 +105,16 @@ def test_rows_that_devices_do_not_divide_are_named(make_config):
     check(config, mesh)
 
 
+def test_devices_divide_frames(make_config):
+  config = make_config()
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'spatial': 4})
+  config.model.levels[1].frames = 8
+  check(config, mesh)
+  config.model.levels[1].frames = 6
+  with pytest.raises(ValueError, match=r'divide the frames .* \[6\]: .* of 6'):
+    check(config, mesh)
+
+
 TRANSFORMER = {
   'model.levels[0].kind': 'transformer',
   'model.levels[0].num_groups': 32,
@@ -117,6 +127,32 @@ def test_a_transformer_inside_is_good(make_config, mesh):
 
 
 BAD = [
+  (
+    {'model.levels[0].frames': 2, 'model.levels[1].frames': 3},
+    r'model.levels\[1\].frames=3: give a multiple of the 2 of level 0',
+  ),
+  (
+    {
+      'model.levels[0].frames': 4,
+      'model.levels[1].frames': 8,
+      'stages[1].max_frames': 6,
+    },
+    r'model.levels\[1\].frames=6 with stages\[1\].max_frames=6: give a '
+    'multiple of the 4 of level 0',
+  ),
+  (
+    {
+      'model.levels[0].frames': 4,
+      'model.levels[1].frames': 4,
+      'stages[1].max_frames': 1,
+    },
+    r'stages\[1\].max_frames=1 gives its levels fewer frames than the stage '
+    'before',
+  ),
+  (
+    {'model.levels[1].frame_attention': (1,)},
+    r'model.levels\[1\].*frame_attention=\(1,\): give one entry',
+  ),
   ({'dtype': 'float16'}, "dtype='float16': use one of float32, bfloat16"),
   (
     {'stages[0].batch_size': 12},
