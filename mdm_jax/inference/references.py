@@ -116,7 +116,7 @@ def _images_of_split(
   for batch in make_dataset(
     stage.config,
     split,
-    (stage.resolutions[-1],),
+    stage.model.level_shapes[-1:],
     (size,),
     process_index=0,
     process_count=1,
