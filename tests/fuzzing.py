@@ -27,6 +27,10 @@ import pytest
 # Cases in the suite, and in a soak.
 COUNTS = [500, pytest.param(20_000, marks=pytest.mark.soak)]
 _PAGE = resource.getpagesize()
+# A process that is silent for so many seconds waits for a lock that another
+# thread of this one held when it was forked, or for ever: that shows when it is
+# started again.
+_SILENCE, _STARTS = 120.0, 3
 # Values that lengths, offsets and counts break at.
 _ODD_BYTES = (0, 1, 2, 127, 128, 254, 255)
 _ODD_JSON = (
@@ -133,31 +137,48 @@ def check(
     megabytes: memory that the cases may take, beside what the process has.
     seed: of all cases.
   """
-  context = multiprocessing.get_context('fork')
-  reader, writer = context.Pipe(duplex=False)
-  process = context.Process(
-    target=_run,
-    args=(read, make, count, refuses, seconds, megabytes, seed, writer),
-  )
-  process.start()
-  writer.close()
-  last, problem = -1, None
-  try:
-    while True:
-      last, problem = reader.recv()
-      if problem is not None:
-        break
-  except EOFError:
-    pass
-  process.join()
+  for _ in range(_STARTS):
+    last, problem, exitcode = _follow(
+      (read, make, count, refuses, seconds, megabytes, seed)
+    )
+    if exitcode is not None:
+      break
   where = f'case {last} of seed {seed}'
   if problem is not None:
     pytest.fail(f'{where}: {problem}')
-  if process.exitcode == -signal.SIGPROF:
+  if exitcode is None:
+    pytest.fail(f'{where} waits for ever.')
+  if exitcode == -signal.SIGPROF:
     pytest.fail(f'{where} took more than {seconds} s.')
-  if process.exitcode:
-    pytest.fail(f'{where} ended the process: {process.exitcode}.')
+  if exitcode:
+    pytest.fail(f'{where} ended the process: {exitcode}.')
   assert last == count - 1
+
+
+def _follow(arguments: tuple) -> tuple[int, str | None, int | None]:
+  """Runs the cases in a process.
+
+  Returns:
+    The last case that was begun, or -1; what escaped from it; and the exit code
+    of the process, or None if it was silent for too long and has been killed.
+  """
+  context = multiprocessing.get_context('fork')
+  reader, writer = context.Pipe(duplex=False)
+  process = context.Process(target=_run, args=(*arguments, writer))
+  process.start()
+  writer.close()
+  last, problem, is_silent = -1, None, False
+  try:
+    while problem is None and not is_silent:
+      if reader.poll(_SILENCE):
+        last, problem = reader.recv()
+      else:
+        is_silent = True
+        process.kill()
+  except EOFError:
+    pass
+  process.join()
+  return last, problem, None if is_silent else process.exitcode
 
 
 def case(make: Callable, seed: int, index: int) -> Any:

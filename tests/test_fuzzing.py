@@ -1,6 +1,7 @@
 """The fuzzing harness sees what it is there to see."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -35,7 +36,7 @@ def test_another_error_is_an_escape_and_its_case_can_be_made_again():
     _check(read)
 
 
-def test_a_crash_a_hang_and_a_want_of_memory_are_escapes():
+def test_a_crash_a_hang_and_a_want_of_memory_are_escapes(monkeypatch):
   with pytest.raises(pytest.fail.Exception, match='case 0 .* ended the proc'):
     _check(lambda value: os.kill(os.getpid(), 11))
 
@@ -46,5 +47,8 @@ def test_a_crash_a_hang_and_a_want_of_memory_are_escapes():
 
   with pytest.raises(pytest.fail.Exception, match='took more than 0.2 s'):
     _check(hang, seconds=0.2)
+  monkeypatch.setattr(fuzzing, '_SILENCE', 0.5)
+  with pytest.raises(pytest.fail.Exception, match='case 0 .* waits for ever'):
+    _check(lambda value: threading.Event().wait())
   with pytest.raises(pytest.fail.Exception, match='MemoryError'):
     _check(lambda value: bytearray(2**29), megabytes=256)

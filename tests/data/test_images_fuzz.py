@@ -207,6 +207,24 @@ def test_damaged_files_are_decoded_or_refused(count):
 
 
 @pytest.mark.parametrize('count', fuzzing.COUNTS)
+def test_damaged_animations_are_decoded_or_refused(count):
+  def make(rng):
+    name = rng.choice(['PNG', 'WEBP', 'GIF'])
+    data = files()[name][-1]
+    if rng.random() < 0.5:
+      data = more_metadata(name, data, rng)
+    data = fuzzing.damage(data, rng)
+    return with_checksums(data) if name == 'PNG' else data
+
+  def read(data):
+    clip, side = images.decode_clip(data, 8, 2)
+    assert clip.shape == (2, 8, 8, 3) and side >= 1
+    assert images.load_frames(data).ndim == 4
+
+  fuzzing.check(read, make, count, refuses=BadRecord, megabytes=400)
+
+
+@pytest.mark.parametrize('count', fuzzing.COUNTS)
 def test_metadata_never_matter(count):
   """The pixels stay, but for the orientation; also if warnings are errors."""
 
