@@ -1,6 +1,6 @@
 r"""Makes clips of a few frames of videos, which training reads without PyAV.
 
-  pip install 'mdm_jax[video]'
+  pip install av
   python -m mdm_jax.tools.prepare_clips --input='videos/*.tar' --output=DIR \
       --frames=16 --fps=8 --resolution=256
 
@@ -218,7 +218,7 @@ def main(_) -> None:
   try:
     import av  # noqa: F401
   except ImportError:
-    sys.exit("error: videos need PyAV: pip install 'mdm_jax[video]'.")
+    sys.exit('error: videos need PyAV: pip install av')
   try:
     options.check()
     paths = tars.find(values.input)
