@@ -4,6 +4,7 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import concurrent.futures
 import json
+import math
 import os
 import re
 import time
@@ -329,8 +330,11 @@ class SampleDirectory:
     read = []
     for level in _levels(names):
       path = self.directory / names[level]
-      if len(mixed_batch.named_shape(level)) == 4:
-        read.append(images.load_frames(path.read_bytes(), str(path)))
+      shape = mixed_batch.named_shape(level)
+      if len(shape) == 4:
+        # Long clips have more pixels than an image may have.
+        pixels = math.prod(shape[:-1])
+        read.append(images.load_frames(path.read_bytes(), str(path), pixels))
       else:
         image, _ = images.load_image(path.read_bytes(), key=str(path))
         read.append(np.asarray(image))
