@@ -345,7 +345,7 @@ def test_filling_between_segments_is_skipped_at_once(filling):
       functools.partial(lambda data, _: data, changed),
       1,
       refuses=(),
-      seconds=0.7,
+      seconds=1.5,
     )
 
 
