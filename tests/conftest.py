@@ -9,9 +9,11 @@ import tempfile
 os.environ['XLA_FLAGS'] = ' '.join(
   [os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8']
 )
-os.environ['JAX_PLATFORMS'] = 'cpu'
+# Those against the release's numbers run on other devices too, see measure_gpu.
+os.environ['JAX_PLATFORMS'] = os.environ.get('TESTS_PLATFORMS', 'cpu')
 # Compiling is what the tests spend their time on.
-os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
+if os.environ['JAX_PLATFORMS'] == 'cpu':
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 # Whatever one test or command compiles, the others read back. The directory is
 # this session's own, so that no session is faster for what another has left.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
@@ -151,18 +153,20 @@ def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @pytest.fixture(scope='session')
 def golden_model(golden_state_dict):
-  """(name, lanes=1) -> jitted denoise_fn.
+  """(name, lanes=1, dtype=float32, flash=False) -> jitted denoise_fn.
 
   It takes (x_t, t, text, text_mask, scale=None, repeats=1).
   """
   models = json.loads((GOLDEN / 'small_models.json').read_text())
 
   @functools.cache
-  def build(name: str, lanes: int = 1):
+  def build(name: str, lanes: int = 1, dtype=jnp.float32, flash: bool = False):
     model = models[name]
     levels, text_spec = _specs(model['config'])
-    levels = tuple(dataclasses.replace(spec, lanes=lanes) for spec in levels)
-    network = NestedUNet(levels, text_spec)
+    levels = tuple(
+      dataclasses.replace(spec, lanes=lanes, flash=flash) for spec in levels
+    )
+    network = NestedUNet(levels, text_spec, dtype)
     size, x_t = 8, []
     for r, spec in enumerate(levels):
       size *= spec.downsampling if r else 1

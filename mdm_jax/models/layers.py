@@ -225,6 +225,11 @@ class Pointwise(nn.Module):
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
+def _is_for_gpu() -> bool:
+  """Whether what is traced will run on a GPU."""
+  return jax.default_backend() == 'gpu'
+
+
 class GroupNorm(nn.Module):
   """Group normalisation, its statistics and arithmetic in float32."""
 
@@ -238,44 +243,58 @@ class GroupNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones_init(), (total,))
     bias = self.param('bias', zeros, (total,))
 
+    size = total // self.num_groups
+    on_gpu = _is_for_gpu()
     # Matrix products map channels to groups and back. jnp.repeat would be
     # evaluated for each pixel, and keep XLA's CPU loops from vectorising.
-    size = total // self.num_groups
     groups = jnp.kron(jnp.eye(self.num_groups), jnp.ones((1, size)))
     product = functools.partial(jnp.matmul, precision='highest')
 
+    def pixel_means(x):  # [B, H, W, C] -> [B, C]
+      if on_gpu:
+        # Fused with what makes x, while a product would read x from memory, in
+        # float32. A reduction by many threads is a sum of sums anyway.
+        return x.mean(axis=(1, 2))
+      # A sum over all pixels at once loses digits as it grows; a mean of the
+      # means of a few blocks of rows loses fewer. Devices that share the
+      # rows of an image have whole blocks.
+      blocks = math.gcd(x.shape[1], 16)
+      x = x.reshape(len(x), blocks, -1, x.shape[-1])
+      # A matrix product, because its order of summation does not depend on
+      # what it is fused with: a level computes the same numbers alone and
+      # inside of a larger network.
+      return jnp.einsum(
+        'bkn,bknc->bkc',
+        jnp.full(x.shape[:3], 1 / x.shape[2]),
+        x,
+        precision='highest',
+      ).mean(axis=1)
+
     def group_means(arrays):  # [B, groups]
-      means = []
-      for features, x in zip(inputs, arrays):
-        # A sum over all pixels at once loses digits as it grows; a mean of the
-        # means of a few blocks of rows loses fewer. Devices that share the
-        # rows of an image have whole blocks.
-        blocks = math.gcd(x.shape[1], 16)
-        x = x.reshape(len(x), blocks, -1, x.shape[-1])
-        # A matrix product, because its order of summation does not depend on
-        # what it is fused with: a level computes the same numbers alone and
-        # inside of a larger network.
-        x = jnp.einsum(
-          'bkn,bknc->bkc',
-          jnp.full(x.shape[:3], 1 / x.shape[2]),
-          x,
-          precision='highest',
-        ).mean(axis=1)
-        means.append(x.reshape(len(x), features.pixels, -1).mean(axis=1))
-      return product(jnp.concatenate(means, axis=-1), groups.T) / size
+      means = [
+        pixel_means(x).reshape(len(x), features.pixels, -1).mean(axis=1)
+        for features, x in zip(inputs, arrays)
+      ]
+      means = jnp.concatenate(means, axis=-1)
+      if on_gpu:
+        return means.reshape(len(means), self.num_groups, size).mean(axis=-1)
+      return product(means, groups.T) / size
+
+    def per_channel(x):  # [B, groups] -> [B, channels]
+      return jnp.repeat(x, size, axis=-1) if on_gpu else product(x, groups)
 
     # XLA fuses differences and squares into the sums and never stores them.
     arrays = [features.x.astype(jnp.float32) for features in inputs]
     mean = group_means(arrays)
     # E[x^2] - mean^2 would cancel where the mean is large. The variance is at
     # its minimum over the centre, so that no gradient flows through that.
-    centre = _split(product(jax.lax.stop_gradient(mean), groups), inputs, -1)
+    centre = _split(per_channel(jax.lax.stop_gradient(mean)), inputs, -1)
     variance = group_means(
       (x - features.per_channel(channels)) ** 2
       for features, x, channels in zip(inputs, arrays, centre)
     )
     factor = jax.lax.rsqrt(variance + EPSILON)
-    mean, factor = (product(x, groups) for x in (mean, factor))
+    mean, factor = map(per_channel, (mean, factor))
     factor *= scale
     parts = zip(inputs, *(_split(x, inputs, -1) for x in (mean, factor, bias)))
     out = []
@@ -365,9 +384,10 @@ def attend(
     value: [B, M, C].
     num_heads: divides C.
     mask: [B, M] bool, True for keys that are attended to; None for all.
-    flash: if dtype and size of the heads allow it, use cuDNN's flash attention
-      (Dao, arXiv 2307.08691), which does not store the N x M weights. The keys
-      that are attended to, one at least, must then come first.
+    flash: use cuDNN's flash attention (Dao, arXiv 2307.08691), which does not
+      store the N x M weights, if dtype, size of the heads, and N and M, which
+      must be even, allow it. The keys that are attended to must then come
+      first. Without any it attends to the first: an empty caption's are equal.
 
   Returns:
     [B, N, C].
@@ -378,10 +398,18 @@ def attend(
 
   size = query.shape[-1] // num_heads
   options = {}
-  if flash and query.dtype.itemsize == 2 and size % 8 == 0 and size <= 128:
+  if (
+    flash
+    and query.dtype.itemsize == 2
+    and size % 8 == 0
+    and size <= 128
+    # JAX refuses gradients with lengths of the keys otherwise.
+    and query.shape[1] % 2 == key.shape[1] % 2 == 0
+  ):
     options['implementation'] = 'cudnn'
     if mask is not None:
-      options['key_value_seq_lengths'] = mask.sum(axis=1, dtype=jnp.int32)
+      lengths = mask.sum(axis=1, dtype=jnp.int32)
+      options['key_value_seq_lengths'] = jnp.maximum(lengths, 1)
   elif mask is not None:
     options['mask'] = mask[:, None, None, :]
   out = jax.nn.dot_product_attention(
@@ -467,7 +495,8 @@ class Attention(nn.Module):
     text_kv = per_frame(once(self, 'text_kv', keys_and_values), batch)
     text_k, text_v = jnp.split(text_kv, 2, -1)
     h = attend(q, k, v, self.num_heads, flash=self.flash)
-    h += attend(q, text_k, text_v, self.num_heads, per_frame(text_mask, batch))
+    text_mask = per_frame(text_mask, batch)
+    h += attend(q, text_k, text_v, self.num_heads, text_mask, self.flash)
     x += dense(channels, 'proj', zero=True)(h).reshape(x.shape)
     if self.ffn:
       h = dense(4 * channels, 'ffn_in')(norm('ffn_norm', x))

@@ -82,21 +82,27 @@ def measure_matmul_flops(
 
 
 def flops_per_step(
-  compiled: jax.stages.Compiled, rounds: int = 1
+  lowered: jax.stages.Lowered, compiled: jax.stages.Compiled, rounds: int = 1
 ) -> float | None:
   """XLA's count of one call's FLOPs on one device, None if it has none.
 
-  A program partitioned over n devices does n times as many.
+  A program partitioned over n devices does n times as many. On a GPU the
+  compiled program calls libraries, whose work XLA does not count: the program
+  before compilation is counted, all but cuDNN's flash attention.
 
   Args:
-    compiled: the program.
+    lowered: the program before compilation.
+    compiled: the compiled program.
     rounds: iterations of the loop that the program spends its time in; XLA
       counts one of them.
   """
-  cost = compiled.cost_analysis()
+  on_gpu = jax.default_backend() == 'gpu'
+  cost = (lowered if on_gpu else compiled).cost_analysis()
   if isinstance(cost, list):  # Some back ends give one for each program.
     cost = cost[0] if cost else None
   flops = (cost or {}).get('flops', 0.0)
+  if on_gpu:  # The uncompiled program is that of all devices.
+    flops /= jax.device_count()
   return flops * rounds if flops > 0 else None
 
 

@@ -46,7 +46,8 @@ from mdm_jax.steps.train import jit_train_step
 
 _T5_WIDTH = 2048  # of google/flan-t5-xl, which the recipes use
 _PROFILED = 3  # steps in a trace
-_TOP = 10  # operations of a trace to list
+_TOP = 20  # operations of a trace to list
+_PARTS = ('train', 'sample')
 _WIDTH = 100  # most characters of an operation's origin
 
 
@@ -121,8 +122,8 @@ def compile_step(jitted: Any, *args) -> tuple[jax.stages.Compiled, dict]:
     *args: its arguments, or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    The program, and 'trace_seconds', 'compile_seconds', 'from_cache' and
-    'program_bytes'.
+    The program, and 'trace_seconds', 'compile_seconds', 'from_cache',
+    'program_bytes' and 'flops', see `peaks.flops_per_step`.
   """
   hits = []
 
@@ -148,6 +149,7 @@ def compile_step(jitted: Any, *args) -> tuple[jax.stages.Compiled, dict]:
       + memory.temp_size_in_bytes
       - memory.alias_size_in_bytes
     ),
+    'flops': peaks.flops_per_step(lowered, compiled),
   }
 
 
@@ -256,6 +258,7 @@ def measure(
   *,
   count: int,
   sampling_steps: int,
+  only: str | None = None,
   profile: str | None = None,
 ) -> dict[str, dict[str, Any]]:
   """Times the training step and a sampling step.
@@ -266,10 +269,11 @@ def measure(
     count: number of calls to time.
     sampling_steps: number of sampling steps in each timed call. The time of one
       step does not depend on their number.
+    only: 'train' or 'sample', to time one of them; None for both.
     profile: directory for a trace of a few calls; None for none.
 
   Returns:
-    'train' and 'sample', each a dict of results by name.
+    'train' and 'sample', or one of them, each a dict of results by name.
   """
   config = stage.config
   device = mesh.devices.flat[0]
@@ -294,10 +298,13 @@ def measure(
       short,
     ),
   ):
+    if only not in (None, name):
+      continue
     call, compiled, compiling = make()
     seconds = time_calls(call, count) / per_call
+    flops = compiling.pop('flops')
     found[name] = compiling | rates(
-      seconds, images, peaks.flops_per_step(compiled, loops), peak
+      seconds, images, flops and flops * loops, peak
     )
     memory = device.memory_stats()
     found[name]['peak_bytes'] = memory and memory.get('peak_bytes_in_use')
@@ -329,12 +336,20 @@ def operations(
   seconds = collections.Counter()
   for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
     for line in plane.lines:
+      # A GPU's kernels are named after operations, but not the same, and may be
+      # a library's; further lines sum them up.
+      is_stream = plane.name.startswith('/device:GPU') and line.name.startswith(
+        'Stream'
+      )
       for event in line.events:
+        name = dict(event.stats).get('hlo_op')
         # Not operations that contain others, whose time would count twice.
-        if not event.name.startswith(('while', 'call', 'conditional')) and any(
-          key == 'hlo_op' and value == event.name for key, value in event.stats
+        if (
+          name
+          and (is_stream or name == event.name)
+          and not name.startswith(('while', 'call', 'conditional'))
         ):
-          seconds[event.name] += event.duration_ns * 1e-9
+          seconds[name] += event.duration_ns * 1e-9
   total = sum(seconds.values())
   return [
     {'name': name, 'share': value / total, 'origin': _origin(name, program)}
@@ -407,13 +422,15 @@ def report(found: dict, other: dict | None) -> str:
     other: results of another run to compare with, or None.
   """
   parts = []
-  for name in ('train', 'sample'):
+  for name in _PARTS:
+    if name not in found:
+      continue
     rows = []
     for key, title in _ROWS:
       value = found[name][key]
       row = [title, value]
       if other is not None:
-        old = other[name].get(key)
+        old = other.get(name, {}).get(key)
         row += [old, value / old if value and old else None]
       rows.append(row)
     header = [name, 'this'] + (['other', 'ratio'] if other else [])
@@ -437,8 +454,8 @@ def _read(path: str) -> dict:
   """Results of another run; raises ValueError for any other file."""
 
   def is_valid(found):
-    return isinstance(found, dict) and all(
-      isinstance(found.get(name), dict) for name in ('train', 'sample')
+    return isinstance(found, dict) and any(
+      isinstance(found.get(name), dict) for name in _PARTS
     )
 
   try:
@@ -475,6 +492,7 @@ def main(_: list[str]) -> None:
       mesh,
       count=values.steps,
       sampling_steps=values.sampling_steps,
+      only=values.only,
       profile=values.profile,
     )
   except (ValueError, OSError) as error:
@@ -524,6 +542,12 @@ if __name__ == '__main__':
     4,
     ranges.KEYS['sampler.num_steps'],
     'Sampling steps in each timed sampling call.',
+  )
+  flag_types.define(
+    'only',
+    None,
+    value_types.Choice(_PARTS),
+    'What to measure. Default: both.',
   )
   flag_types.define(
     'output',

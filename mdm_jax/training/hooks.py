@@ -121,7 +121,7 @@ def make_hooks(
   saved: StageCheckpoints,
   monitor: Monitor,
   progress: Progress,
-  compiled: jax.stages.Compiled,
+  flops: float | None,
   shapes: TrainState,
 ) -> Hooks:
   """The hooks of a stage.
@@ -132,13 +132,13 @@ def make_hooks(
     saved: the checkpoints of the stage.
     monitor: has the metrics of the last step.
     progress: measures the rates.
-    compiled: the compiled training step.
+    flops: of a step on one device, None if unknown.
     shapes: shapes and shardings of the state.
   """
   config = stage.config
   sample_fn = stage.make_sample_fn(run.mesh, shapes.ema | run.frozen)
   compare = expected.make_comparison(stage)
-  log = _make_log(run, stage, monitor, progress, compiled, compare)
+  log = _make_log(run, stage, monitor, progress, flops, compare)
   profiler = _Profiler(run, stage, progress)
   before_save = [
     Hook(log, config.log_every, at_end=True),
@@ -183,11 +183,10 @@ def _make_log(
   stage: Stage,
   monitor: Monitor,
   progress: Progress,
-  compiled: jax.stages.Compiled,
+  flops: float | None,
   compare: expected.Compare,
 ) -> Callable[[int, TrainState], None]:
   """Returns a hook that logs a line of progress, and writes its numbers."""
-  flops = peaks.flops_per_step(compiled, stage.settings.accumulate)
   peak = peaks.peak_flops(run.mesh.devices.flat[0])
 
   def log(step, state):

@@ -27,7 +27,7 @@ from mdm_jax.data import pipeline
 from mdm_jax.inference import validation
 from mdm_jax.report import console, goodput, trackers
 from mdm_jax.report.progress import Progress
-from mdm_jax.runtime import distributed, sharding, value_types
+from mdm_jax.runtime import distributed, peaks, sharding, value_types
 from mdm_jax.runtime.printable import command_line, quoted
 from mdm_jax.steps.objective import Batch
 from mdm_jax.steps.state import Params, TrainState
@@ -172,12 +172,12 @@ def train_stage(run: Run, stage: Stage) -> bool:
     with run.goodput.time('data'):
       batch = next(batches)
     progress = _make_progress(run, stage, first_step, batch['text'])
-    train_step = _compile(run, stage, state, batch)
+    train_step, flops = _compile(run, stage, state, batch)
 
     ##### Set up logs, checks and reports.
     monitor = Monitor(run, stage, first_step)
     run.stop.defer(saved.drain)
-    hooks = make_hooks(run, stage, saved, monitor, progress, train_step, shapes)
+    hooks = make_hooks(run, stage, saved, monitor, progress, flops, shapes)
     if 0 < first_step < stage.num_steps:
       hooks.replay(first_step, state)
 
@@ -241,20 +241,24 @@ def _batches(run: Run, saved: StageCheckpoints, dataset) -> Iterator[Batch]:
 
 def _compile(
   run: Run, stage: Stage, state: TrainState, batch: Batch
-) -> jax.stages.Compiled:
+) -> tuple[jax.stages.Compiled, float | None]:
+  """Compiles the training step, and counts its FLOPs on one device."""
   begin = time.monotonic()
   logging.info('%s: compiling the training step.', stage.title)
   with run.goodput.time('compile'):
     arguments = state, batch, run.frozen
     train_step = stage.make_train_step(empty_text(stage.config))
     jitted = jit_train_step(train_step, *arguments)
-    compiled = jitted.lower(*arguments).compile()
+    lowered = jitted.lower(*arguments)
+    compiled = lowered.compile()
   logging.info(
     '%s: compiled the training step in %s.',
     stage.title,
     console.duration(time.monotonic() - begin),
   )
-  return compiled
+  return compiled, peaks.flops_per_step(
+    lowered, compiled, stage.settings.accumulate
+  )
 
 
 def _make_progress(

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,6 +31,24 @@ def test_forward_equals_release(name, lanes, golden, golden_model):
     assert actual.shape == expected.shape
     print(name, i, np.abs(actual - expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  'name', ['forward_unet_masked_scale', 'forward_nested3_mixed']
+)
+def test_forward_in_bfloat16_is_near_the_release(name, golden, golden_model):
+  data = golden(name)
+  levels = sum(key.startswith('x_t_') for key in data)
+  x_t = tuple(data[f'x_t_{i}'] for i in reversed(range(levels)))
+  flash = jax.default_backend() == 'gpu'
+  model = golden_model(str(data['model']), 1, jnp.bfloat16, flash)
+  out = model(x_t, data['t'], data['cond'], data['mask'] > 0, data.get('scale'))
+  for i in range(levels):
+    expected = data[f'out_{i}']
+    error = np.asarray(out[levels - 1 - i], np.float32) - expected
+    relative = np.sqrt(np.mean(error**2) / np.mean(expected**2))
+    print(name, i, 'bfloat16', relative)
+    assert 1e-5 < relative < 0.04
 
 
 @pytest.mark.parametrize(

@@ -553,17 +553,22 @@ def test_peak_flops_of_a_cpu_is_measured():
   assert 1e9 < peaks.peak_flops(jax.devices()[0]) < 1e14
 
 
-def test_flops_of_a_matrix_product():
+def test_flops_of_a_matrix_product(monkeypatch):
   x = jnp.ones((64, 64))
-  compiled = jax.jit(lambda x: x @ x).lower(x).compile()
-  assert peaks.flops_per_step(compiled) == 2 * 64**3
+  lowered = jax.jit(lambda x: x @ x).lower(x)
+  compiled = lowered.compile()
+  assert peaks.flops_per_step(lowered, compiled, 3) == 3 * 2 * 64**3
 
   def stub(cost):
     return types.SimpleNamespace(cost_analysis=lambda: cost)
 
-  assert peaks.flops_per_step(stub([{'flops': 5.0}])) == 5.0
+  assert peaks.flops_per_step(lowered, stub([{'flops': 5.0}])) == 5.0
   for cost in (None, [], {}, {'flops': -1.0}):
-    assert peaks.flops_per_step(stub(cost)) is None
+    assert peaks.flops_per_step(lowered, stub(cost)) is None
+  # What a GPU's libraries do is not in the compiled program.
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  flops = peaks.flops_per_step(lowered, stub({'flops': 5.0}))
+  assert flops == 2 * 64**3 / jax.device_count()
 
 
 def test_parameters_are_summed_over_blocks():

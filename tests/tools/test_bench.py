@@ -87,7 +87,7 @@ def test_measures_both_steps(make_config, tmp_path):
     assert results['program_bytes'] > 1e4
     assert results['compile_seconds'] > 0
     shares = [row['share'] for row in results['operations']]
-    assert len(shares) == 10
+    assert len(shares) == 20
     assert shares == sorted(shares, reverse=True) and sum(shares) < 1
     assert any('NestedUNet' in row['origin'] for row in results['operations'])
     # For Perfetto and for TensorBoard.
@@ -106,3 +106,52 @@ def test_measures_both_steps(make_config, tmp_path):
     if line.startswith('step, s') and line.endswith(' 0.5')
   )
   assert len(median.split()) == 6
+
+
+def trace_of_a_gpu() -> str:
+  """A trace as XLA writes it.
+
+  Kernels have names of their own, or a library's; another line has the whole
+  program.
+  """
+
+  def event(name, microseconds, op=None):
+    op = f'stats {{ metadata_id: 1 str_value: "{op}" }}' if op else ''
+    return f"""events {{
+      metadata_id: {names.index(name)} duration_ps: {microseconds}000000 {op}
+    }}"""
+
+  names = ['', 'fusion_7', 'nvjet_tst_64x8', 'MemcpyD2D', 'module']
+  metadata = '\n'.join(
+    f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}'
+    for i, name in enumerate(names)
+  )
+  return f"""planes {{
+    name: "/device:GPU:0"
+    lines {{
+      name: "Stream #13(Compute)"
+      {event('fusion_7', 3, 'fusion.7')}
+      {event('nvjet_tst_64x8', 5, 'custom-call.2')}
+      {event('nvjet_tst_64x8', 1, 'custom-call.2')}
+      {event('MemcpyD2D', 9)}
+    }}
+    lines {{
+      name: "XLA Modules"
+      {event('module', 9, 'jit_step')}
+    }}
+    {metadata}
+    stat_metadata {{ key: 1 value {{ id: 1 name: "hlo_op" }} }}
+  }}"""
+
+
+def test_operations_of_a_gpu(tmp_path):
+  (tmp_path / 'host.xplane.pb').write_bytes(
+    jax.profiler.ProfileData.text_proto_to_serialized_xspace(trace_of_a_gpu())
+  )
+  program = (
+    '  %custom-call.2 = f32[8]{0} custom-call(%a), op_name="jit(f)/mid/b"'
+  )
+  product, fusion = bench.operations(tmp_path, program)
+  assert (product['name'], fusion['name']) == ('custom-call.2', 'fusion.7')
+  assert product['share'] == pytest.approx(2 / 3)
+  assert product['origin'] == 'mid/b'
