@@ -34,7 +34,7 @@ from mdm_jax.interop import hugging_face, ml_mdm, torch_checkpoint
 from mdm_jax.runtime import buckets, files, google_storage, value_types
 from mdm_jax.serving import access
 from mdm_jax.serving.model_card import make_model_card
-from mdm_jax.tools import compare_samplers, compile_for_tpu
+from mdm_jax.tools import compare_samplers, compile_ahead
 from tests import commands, toy
 from tests.tools import test_emoji_tars
 from tests.tools.test_prepare_clips import video, write_videos
@@ -341,7 +341,7 @@ def try_plan(tries):
   # The rest of it needs TPU's compiler.
   answers = iter([{'a': 1}])
   for _ in range(2):
-    found = compile_for_tpu.cached(
+    found = compile_ahead.cached(
       epath.Path(cache), ['question'], lambda: next(answers)
     )
     assert found == {'a': 1}

@@ -16,7 +16,7 @@ ROWS = (
   'tools.export_weights tools.import_ml_mdm tools.index_tars '
   'tools.precompute_text tools.prepare_clips tools.prepare_data tools.sweep '
   'tools.train_tokenizer',
-  'tools.compile_for_tpu tools.conversion tools.sweep_training '
+  'tools.compile_ahead tools.conversion tools.sweep_training '
   'tools.sweep_evaluation',
   'tools.hlo tools.tfds_writer',
   'tools.worker_pool tools.run_commands',
@@ -118,7 +118,7 @@ ON_DISK = {
   'runtime.remote_reads': 'files on the disk, where nothing is requested',
   'runtime.value_types': 'checks of paths on the disk',
   'tools.bench': 'traces, which the profiler writes to the disk',
-  'tools.compile_for_tpu': "this package's own source",
+  'tools.compile_ahead': "this package's own source",
   'tools.precompute_text': 'the local copy of a data set',
   'training.hooks': 'traces, which the profiler writes to the disk',
 }

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mdm_jax import mixed_batch
 from mdm_jax.builders.config import TRAINED_ENCODERS
 from mdm_jax.builders.text import check_heads, make_text_encoder
+from mdm_jax.models import target
 from mdm_jax.models.conditioning import TextSpec
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
@@ -54,13 +55,12 @@ def _has_flash_attention(config: ConfigDict) -> bool:
 
   They need an NVIDIA GPU from Ampere on, and take no divided images.
   """
-  return (
-    config.mesh.spatial == 1
-    and jax.default_backend() == 'gpu'
-    and 'cuda' in jax.extend.backend.get_backend().platform_version
-    and all(
-      float(device.compute_capability) >= _AMPERE for device in jax.devices()
-    )
+  if config.mesh.spatial > 1 or target.platform() != 'gpu':
+    return False
+  if jax.default_backend() != 'gpu':  # Planned for one that is not here.
+    return True
+  return 'cuda' in jax.extend.backend.get_backend().platform_version and all(
+    float(device.compute_capability) >= _AMPERE for device in jax.devices()
   )
 
 
@@ -73,7 +73,7 @@ def level_spec(level: ConfigDict) -> LevelSpec:
   fields = dict(level)
   fields.pop('resolution')
   if not fields['lanes']:
-    packs = fields['kind'] == 'unet' and jax.default_backend() == 'tpu'
+    packs = fields['kind'] == 'unet' and target.platform() == 'tpu'
     fields['lanes'] = TPU_LANES if packs else 1
   return LevelSpec(**fields)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdm_jax.models import packing
+from mdm_jax.models import packing, target
 from mdm_jax.models.packing import Features, Patch
 
 # PyTorch's default. Flax's 1e-6 changes the network's output by 3e-5.
@@ -225,11 +225,6 @@ class Pointwise(nn.Module):
     return out.replace(x=out.x + out.per_channel(bias.astype(self.dtype)))
 
 
-def _is_for_gpu() -> bool:
-  """Whether what is traced will run on a GPU."""
-  return jax.default_backend() == 'gpu'
-
-
 class GroupNorm(nn.Module):
   """Group normalisation, its statistics and arithmetic in float32."""
 
@@ -244,7 +239,7 @@ class GroupNorm(nn.Module):
     bias = self.param('bias', zeros, (total,))
 
     size = total // self.num_groups
-    on_gpu = _is_for_gpu()
+    on_gpu = target.platform() == 'gpu'
     # Matrix products map channels to groups and back. jnp.repeat would be
     # evaluated for each pixel, and keep XLA's CPU loops from vectorising.
     groups = jnp.kron(jnp.eye(self.num_groups), jnp.ones((1, size)))
@@ -508,8 +503,8 @@ class Attention(nn.Module):
 class FrameAttention(nn.Module):
   """Attention between the frames of a clip, at each position by itself.
 
-  The frames have rotary positions, and queries and keys are normalised per
-  head. The output is zero at first: a clip's frames are then those of a network
+  The frames have rotary and sinusoidal positions, and queries and keys are
+  normalised per head. The output is zero at first: a clip's frames are then those of a network
   without this layer. Its parameters do not depend on the number of frames.
 
   Attributes:
@@ -544,7 +539,13 @@ class FrameAttention(nn.Module):
       return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
 
     dense = functools.partial(dense_layer, dtype=self.dtype, use_bias=False)
-    qkv = clips(dense(3 * channels, 'qkv')(norm('norm', x)))
+    # Rotations tell how far apart two frames are, but not which is which: what
+    # moves left is further left the later it is.
+    waves = np.geomspace(2.0, 1 / 64, channels // 2)
+    waves = np.arange(self.frames)[:, None] * waves
+    places = np.concatenate([np.sin(waves), np.cos(waves)], axis=-1)
+    h = clips(norm('norm', x)) + places.astype(self.dtype)
+    qkv = dense(3 * channels, 'qkv')(h)
     query, key, value = jnp.split(qkv, 3, axis=-1)
     query, key = placed('q_norm', query), placed('k_norm', key)
     h = attend(query, key, value, self.num_heads)

@@ -7,6 +7,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from mdm_jax.models import target
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -15,7 +17,9 @@ class Chip:
   Attributes:
     kind: how the device's `device_kind` begins.
     flops: FLOP/s in bfloat16, without sparsity.
-    memory: GiB that XLA leaves to a program; None where it isn't known.
+    memory: GiB that XLA leaves to a program; None where it isn't known. On a
+      GPU it takes three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+      otherwise.
     bandwidth: bytes/s of its memory.
     links: bytes/s of all its links to other chips together.
   """
@@ -28,7 +32,8 @@ class Chip:
 
 
 # https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e), and NVIDIA's data
-# sheets, whose numbers with sparsity are twice these. The first match counts.
+# sheets, whose numbers with sparsity, and of links in both directions, are
+# twice these. The first match counts.
 CHIPS = (
   Chip('TPU v4', 275e12),
   Chip('TPU v5 lite', 197e12, 15.75, 819e9, 200e9),
@@ -37,8 +42,8 @@ CHIPS = (
   Chip('TPU v6', 918e12, 31.25, 1640e9, 448e9),
   Chip('NVIDIA A100', 312e12),
   Chip('NVIDIA H100 PCIe', 756e12),
-  Chip('NVIDIA H100', 989e12),
-  Chip('NVIDIA H200', 989e12),
+  Chip('NVIDIA H100', 989e12, 59.36, 3352e9, 450e9),
+  Chip('NVIDIA H200', 989e12, 104.85, 4800e9, 450e9),
   Chip('NVIDIA L40S', 362e12),
   Chip('NVIDIA L4', 121e12),
 )
@@ -82,27 +87,30 @@ def measure_matmul_flops(
 
 
 def flops_per_step(
-  lowered: jax.stages.Lowered, compiled: jax.stages.Compiled, rounds: int = 1
+  lowered: jax.stages.Lowered,
+  compiled: jax.stages.Compiled,
+  num_devices: int,
+  rounds: int = 1,
 ) -> float | None:
   """XLA's count of one call's FLOPs on one device, None if it has none.
 
-  A program partitioned over n devices does n times as many. On a GPU the
-  compiled program calls libraries, whose work XLA does not count: the program
-  before compilation is counted, all but cuDNN's flash attention.
+  On a GPU the compiled program calls libraries, whose work XLA does not count:
+  the program before compilation is counted, all but cuDNN's flash attention.
 
   Args:
-    lowered: the program before compilation.
-    compiled: the compiled program.
+    lowered: the program before compilation, of all devices.
+    compiled: the compiled program, of one device.
+    num_devices: number of devices that the program is partitioned over.
     rounds: iterations of the loop that the program spends its time in; XLA
       counts one of them.
   """
-  on_gpu = jax.default_backend() == 'gpu'
+  on_gpu = target.platform() == 'gpu'
   cost = (lowered if on_gpu else compiled).cost_analysis()
   if isinstance(cost, list):  # Some back ends give one for each program.
     cost = cost[0] if cost else None
   flops = (cost or {}).get('flops', 0.0)
-  if on_gpu:  # The uncompiled program is that of all devices.
-    flops /= jax.device_count()
+  if on_gpu:
+    flops /= num_devices
   return flops * rounds if flops > 0 else None
 
 

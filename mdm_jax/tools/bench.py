@@ -114,11 +114,14 @@ def time_calls(call: Callable[[], jax.Array], count: int) -> np.ndarray:
   return np.diff(ends)
 
 
-def compile_step(jitted: Any, *args) -> tuple[jax.stages.Compiled, dict]:
+def compile_step(
+  jitted: Any, mesh: Mesh, *args
+) -> tuple[jax.stages.Compiled, dict]:
   """Compiles a program, and measures the time and the program's memory.
 
   Args:
     jitted: the jitted function.
+    mesh: the devices.
     *args: its arguments, or `jax.ShapeDtypeStruct`s.
 
   Returns:
@@ -149,7 +152,7 @@ def compile_step(jitted: Any, *args) -> tuple[jax.stages.Compiled, dict]:
       + memory.temp_size_in_bytes
       - memory.alias_size_in_bytes
     ),
-    'flops': peaks.flops_per_step(lowered, compiled),
+    'flops': peaks.flops_per_step(lowered, compiled, mesh.size),
   }
 
 
@@ -198,7 +201,11 @@ def bench_train(
   batch = sharding.shard_batch(make_batch(stage), mesh)
   train_step = stage.make_train_step(empty_text(stage.config))
   compiled, found = compile_step(
-    jit_train_step(train_step, state, batch, frozen), state, batch, frozen
+    jit_train_step(train_step, state, batch, frozen),
+    mesh,
+    state,
+    batch,
+    frozen,
   )
 
   def call():
@@ -247,6 +254,7 @@ def bench_sample(
       stage.make_sampler(mesh, num_steps=num_steps),
       jax.tree.map(lambda x: x.sharding, params),
     ),
+    mesh,
     *arguments,
   )
   return lambda: compiled(*arguments)[-1], compiled, found

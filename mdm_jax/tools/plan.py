@@ -1,4 +1,4 @@
-r"""Plans a run on a TPU slice: does it fit, how fast, and what does it cost?
+r"""Plans a run on TPUs or GPUs: does it fit, how fast, and what does it cost?
 
   python -m mdm_jax.tools.plan --config=configs/cc12m_1024.py \
       --topology=v5e:4x4 --config.mesh.fsdp=16
@@ -6,7 +6,8 @@ r"""Plans a run on a TPU slice: does it fit, how fast, and what does it cost?
   python -m mdm_jax.tools.plan … --stage=2 --search --quick
   python -m mdm_jax.tools.plan … --price=1.2
 
-Needs no TPU, but `pip install libtpu` on an x86 machine, see `compile_for_tpu`.
+A host of GPUs is h100:1, :2, :4, :8 or h200. Needs no TPU and no GPU, but their
+compilers on an x86 machine: `pip install libtpu` or `"jax[cuda12]"`.
 Step times are lower bounds from the roofline model: arithmetic, memory and
 links overlap and run at their peaks. A large step takes many minutes to
 compile, with --quick a third of that; results are cached.
@@ -35,7 +36,7 @@ from mdm_jax.runtime import (
   value_types,
 )
 from mdm_jax.runtime.peaks import Chip
-from mdm_jax.tools.compile_for_tpu import find_devices, measure, prepare
+from mdm_jax.tools.compile_ahead import find_devices, measure, prepare
 
 _GIB = 2**30
 _WORTH = 1.05  # least gain in images/s for which the search doubles the batch
@@ -47,7 +48,7 @@ def roofline(weight: Mapping[str, Any], chip: Chip) -> dict[str, float]:
   A step takes at least as long as its longest part (roofline model).
 
   Args:
-    weight: from `compile_for_tpu.weigh`.
+    weight: from `compile_ahead.weigh`.
     chip: peaks of the chip.
   """
   return {
@@ -311,8 +312,11 @@ if __name__ == '__main__':
   flag_types.define(
     'topology',
     None,
-    value_types.Text('a TPU slice, such as v5e:4x4', r'\w+:\d+(x\d+)*'),
-    'TPU slice, such as v5e:4x4.',
+    value_types.Text(
+      'a TPU slice or a host of GPUs, such as v5e:4x4 or h100:8',
+      r'\w+:\d+(x\d+)*',
+    ),
+    'TPU slice or host of GPUs, such as v5e:4x4 or h100:8.',
     required=True,
   )
   flag_types.integer(

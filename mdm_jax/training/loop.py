@@ -257,7 +257,7 @@ def _compile(
     console.duration(time.monotonic() - begin),
   )
   return compiled, peaks.flops_per_step(
-    lowered, compiled, stage.settings.accumulate
+    lowered, compiled, run.mesh.size, stage.settings.accumulate
   )
 
 

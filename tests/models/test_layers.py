@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.models import layers, packing
+from mdm_jax.models import layers, packing, target
 
 
 def test_position_features_are_waves_over_rows_and_columns():
@@ -44,16 +44,17 @@ def test_attention_equals_numpy():
 
 
 @pytest.mark.parametrize(
-  'dtype, num_heads, flash, chosen',
+  'dtype, num_heads, length, flash, chosen',
   [
-    (jnp.bfloat16, 2, True, True),
-    (jnp.bfloat16, 2, False, False),
-    (jnp.float32, 2, True, False),
-    (jnp.bfloat16, 4, True, False),  # Heads of 4 channels.
+    (jnp.bfloat16, 2, 6, True, True),
+    (jnp.bfloat16, 2, 6, False, False),
+    (jnp.float32, 2, 6, True, False),
+    (jnp.bfloat16, 4, 6, True, False),  # Heads of 4 channels.
+    (jnp.bfloat16, 2, 5, True, False),
   ],
 )
 def test_flash_attention_where_the_kernels_can(
-  monkeypatch, dtype, num_heads, flash, chosen
+  monkeypatch, dtype, num_heads, length, flash, chosen
 ):
   given = {}
   monkeypatch.setattr(
@@ -61,31 +62,35 @@ def test_flash_attention_where_the_kernels_can(
     'dot_product_attention',
     lambda q, k, v, **options: given.update(options) or q,
   )
-  x = jnp.zeros((2, 5, 16), dtype)
-  mask = np.array([[True] * 5, [True] * 2 + [False] * 3])
+  x = jnp.zeros((3, length, 16), dtype)
+  mask = np.arange(length) < np.array([[length], [2], [0]])
   layers.attend(x, x, x, num_heads, mask, flash)
   if chosen:
     assert given['implementation'] == 'cudnn'
-    assert given['key_value_seq_lengths'].tolist() == [5, 2]
+    # Without any key there is no softmax: it attends to one of padding.
+    assert given['key_value_seq_lengths'].tolist() == [6, 2, 1]
   else:
-    assert given['mask'].shape == (2, 1, 1, 5) and len(given) == 1
+    assert given['mask'].shape == (3, 1, 1, length) and len(given) == 1
 
 
 # Means over standard deviations, and the largest error of values of about 1.
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
 @pytest.mark.parametrize(
   'mean, tolerance', [(0, 1.5e-6), (4, 2e-6), (16, 5e-6)]
 )
-def test_norms_keep_their_digits(mean, tolerance):
+def test_norms_keep_their_digits(mean, tolerance, platform):
   rng = np.random.default_rng(0)
   x = (mean + rng.standard_normal((2, 128, 128, 16))).astype(np.float32)
-  out = np.asarray(jax.jit(_norm)(x))
+  with target.planning(platform):
+    out = np.asarray(jax.jit(lambda x: _norm(x))(x))
   groups = x.astype(np.float64).reshape(2, 128 * 128, 4, 4)
   groups -= groups.mean(axis=(1, 3), keepdims=True)
   groups /= np.sqrt(np.square(groups).mean(axis=(1, 3), keepdims=True) + 1e-5)
   np.testing.assert_allclose(out, groups.reshape(x.shape), 0, tolerance)
 
 
-def test_gradients_of_norms():
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+def test_gradients_of_norms(platform):
   rng = np.random.default_rng(0)
   x, weights = rng.standard_normal((2, 1, 6, 4, 8), np.float32)
 
@@ -95,7 +100,9 @@ def test_gradients_of_norms():
     groups /= jnp.sqrt((groups**2).mean(axis=(1, 3), keepdims=True) + 1e-5)
     return groups.reshape(x.shape)
 
-  ours, expected = (jax.vjp(norm, x)[1](weights)[0] for norm in (_norm, plain))
+  with target.planning(platform):
+    ours = jax.vjp(_norm, x)[1](weights)[0]
+  expected = jax.vjp(plain, x)[1](weights)[0]
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
 
 
@@ -105,3 +112,16 @@ def _norm(x):
   norm = layers.GroupNorm(4, jnp.float32)
   params = norm.init(jax.random.key(0), features)
   return norm.apply(params, features)[0].x
+
+
+def test_norms_of_a_gpu_are_reductions():
+  """A product would read its input from memory, in float32."""
+  x = jnp.zeros((2, 6, 4, 8), jnp.bfloat16)
+
+  def primitives(platform):
+    with target.planning(platform):
+      jaxpr = jax.make_jaxpr(lambda x: _norm(x))(x)
+    return str(jaxpr)
+
+  assert 'dot_general' in primitives('tpu')
+  assert 'dot_general' not in primitives('gpu')

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from mdm_jax.models import target
 from mdm_jax.report import (
   background,
   console,
@@ -553,22 +554,22 @@ def test_peak_flops_of_a_cpu_is_measured():
   assert 1e9 < peaks.peak_flops(jax.devices()[0]) < 1e14
 
 
-def test_flops_of_a_matrix_product(monkeypatch):
+def test_flops_of_a_matrix_product():
   x = jnp.ones((64, 64))
   lowered = jax.jit(lambda x: x @ x).lower(x)
   compiled = lowered.compile()
-  assert peaks.flops_per_step(lowered, compiled, 3) == 3 * 2 * 64**3
+  assert peaks.flops_per_step(lowered, compiled, 1, 3) == 3 * 2 * 64**3
 
   def stub(cost):
     return types.SimpleNamespace(cost_analysis=lambda: cost)
 
-  assert peaks.flops_per_step(lowered, stub([{'flops': 5.0}])) == 5.0
+  assert peaks.flops_per_step(lowered, stub([{'flops': 5.0}]), 1) == 5.0
   for cost in (None, [], {}, {'flops': -1.0}):
-    assert peaks.flops_per_step(lowered, stub(cost)) is None
+    assert peaks.flops_per_step(lowered, stub(cost), 1) is None
   # What a GPU's libraries do is not in the compiled program.
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  flops = peaks.flops_per_step(lowered, stub({'flops': 5.0}))
-  assert flops == 2 * 64**3 / jax.device_count()
+  with target.planning('gpu'):
+    flops = peaks.flops_per_step(lowered, stub({'flops': 5.0}), 4)
+  assert flops == 2 * 64**3 / 4
 
 
 def test_parameters_are_summed_over_blocks():

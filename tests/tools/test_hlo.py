@@ -91,6 +91,40 @@ ENTRY %main (x: bf16[2,8]) -> bf16[16,8] {{
   }
 
 
+def test_what_a_gpus_kernels_move():
+  # As its compiler writes it: a fusion is one kernel, whatever it computes, and
+  # a library's workspace is no traffic.
+  text = """HloModule jit_f
+
+%fused (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[8,4]{1,0} negate(%p)
+  ROOT %r = f32[8,4]{1,0} exponential(%q)
+}
+
+%body (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %t = (s32[], f32[8,4]{1,0}) parameter(0)
+  %u = f32[8,4]{1,0} get-tuple-element(%t), index=1
+  %v = f32[8,4]{1,0} copy(%u)
+  ROOT %w = (s32[], f32[8,4]{1,0}) tuple(%v)
+}
+
+ENTRY %main (x: f32[8,4], y: bf16[4,2]) -> f32[8,2] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = bf16[4,2]{1,0} parameter(1)
+  %f = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %l = (s32[], f32[8,4]{1,0}) while(%f), condition=%c, body=%body
+  %g = (f32[8,2]{1,0}, s8[99]{0}) custom-call(%f, %y), custom_call_target="gemm"
+  ROOT %h = f32[8,2]{1,0} get-tuple-element(%g), index=0
+}
+"""
+  assert hlo.moved_bytes(text, turns=5) == {
+    'fusion': 2 * 128,
+    'copy': 5 * 2 * 128,
+    'gemm': 64 + 128 + 16,
+  }
+
+
 def test_gradients_of_sharded_parameters():
   # Two parameters of [64, 64] float32 gathered, once a pass or once in all,
   # and their gradients reduced.

@@ -1,5 +1,7 @@
 """Planning for a slice, with this machine's 8 devices in its place."""
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -17,7 +19,7 @@ from mdm_jax.builders.stage import batch_sizes, make_stage
 from mdm_jax.builders.text import make_text_encoder
 from mdm_jax.runtime import sharding
 from mdm_jax.runtime.peaks import Chip
-from mdm_jax.tools import compile_for_tpu, plan
+from mdm_jax.tools import compile_ahead, plan
 
 CHIP = Chip('cpu', flops=100e12, memory=16.0, bandwidth=1e12, links=1e11)
 
@@ -25,33 +27,34 @@ CHIP = Chip('cpu', flops=100e12, memory=16.0, bandwidth=1e12, links=1e11)
 def test_unknown_topology_lists_the_known():
   for name in ('v5e:3x3', 'v9:4x4', 'v5e', ''):
     with pytest.raises(ValueError, match=f'{name}.*v5e:1x1, .*4x4.*v5p:2x2x1'):
-      compile_for_tpu.find_devices(name)
+      compile_ahead.find_devices(name)
 
 
 def test_absent_compiler_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(importlib.metadata, 'entry_points', lambda **_: ())
   with pytest.raises(ValueError, match='pip install libtpu'):
-    compile_for_tpu.find_devices('v5e:4x4')
+    compile_ahead.find_devices('v5e:4x4')
+  with pytest.raises(ValueError, match=r'pip install "jax\[cuda12\]"'):
+    compile_ahead.find_devices('h100:8')
 
 
 def test_needed_memory():
   # Two of the compiler's messages.
   assert (
-    compile_for_tpu.needed_memory(
+    compile_ahead.needed_memory(
       'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory '
       'required for HLO temporaries (40.00G) exceeds available HBM (15.75G)'
     )
     == 40
   )
   assert (
-    compile_for_tpu.needed_memory(
+    compile_ahead.needed_memory(
       'Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.'
     )
     == 0.5
   )
-  assert (
-    compile_for_tpu.needed_memory('INVALID_ARGUMENT: no such option') is None
-  )
+  assert compile_ahead.needed_memory('INVALID_ARGUMENT: no such option') is None
 
 
 def test_roofline_and_price():
@@ -74,7 +77,7 @@ def test_an_answer_is_remembered_until_the_question_changes(tmp_path):
       asked.append(question)
       return {'value': len(asked)}
 
-    return compile_for_tpu.cached(tmp_path / 'cache', question, answer)
+    return compile_ahead.cached(tmp_path / 'cache', question, answer)
 
   assert [
     ask(q)['value'] for q in ({'a': 1}, {'a': 1}, {'a': 2}, {'a': 1})
@@ -115,7 +118,7 @@ def test_prepare_makes_do_without_an_encoder(tmp_path):
   config = cc12m_1024.get_config()
   config.mesh.fsdp = 16
   given = config.to_json()
-  prepared, notes = compile_for_tpu.prepare(config, 2, 4, 32, str(tmp_path))
+  prepared, notes = compile_ahead.prepare(config, 2, 4, 32, str(tmp_path))
   assert [stage.name for stage in prepared.stages] == ['1024']
   assert (prepared.stages[0].batch_size, prepared.eval.batch_size) == (128, 32)
   assert len(notes) == 2 and 'flan-t5-xl' in notes[1]
@@ -131,9 +134,9 @@ def test_prepare_makes_do_without_an_encoder(tmp_path):
   with pytest.raises(
     ValueError, match='--stage=3: the config has stages 0 to 2'
   ):
-    compile_for_tpu.prepare(config, 3, None, 16, str(tmp_path))
+    compile_ahead.prepare(config, 3, None, 16, str(tmp_path))
   with pytest.raises(ValueError, match='does not arrange 24 devices'):
-    compile_for_tpu.prepare(config, 2, None, 24, str(tmp_path))
+    compile_ahead.prepare(config, 2, None, 24, str(tmp_path))
 
 
 @pytest.fixture
@@ -147,17 +150,17 @@ def config(make_config):
 @pytest.fixture
 def slice_of_cpus(monkeypatch):
   """Every topology is this machine's 8 devices."""
-  for module in (plan, compile_for_tpu):
+  for module in (plan, compile_ahead):
     monkeypatch.setattr(
       module, 'find_devices', lambda topology: (CHIP, jax.devices())
     )
   monkeypatch.setattr(
-    compile_for_tpu, '_versions', dict
+    compile_ahead, '_versions', lambda topology: {}
   )  # libtpu's, if it were here.
 
 
 def test_batch_is_the_pipelines(config, tmp_path):
-  prepared, _ = compile_for_tpu.prepare(config, 1, None, 8, str(tmp_path))
+  prepared, _ = compile_ahead.prepare(config, 1, None, 8, str(tmp_path))
   mesh = sharding.make_mesh(config.mesh)
   stage = config.stages[1]
   batch = next(
@@ -175,24 +178,24 @@ def test_batch_is_the_pipelines(config, tmp_path):
   expected = sharding.shard_batch(
     batch | {'stop': batch['bad'], 'save': batch['bad']}, mesh
   )
-  planned = compile_for_tpu.abstract_batch(make_stage(prepared, 0), mesh)
+  planned = compile_ahead.abstract_batch(make_stage(prepared, 0), mesh)
   assert {
     name: (x.shape, x.dtype, x.sharding) for name, x in planned.items()
   } == {name: (x.shape, x.dtype, x.sharding) for name, x in expected.items()}
 
 
 def test_state_by_kind(config, tmp_path):
-  prepared, _ = compile_for_tpu.prepare(config, 1, None, 8, str(tmp_path))
+  prepared, _ = compile_ahead.prepare(config, 1, None, 8, str(tmp_path))
   prepared.averages.widths = (0.05, 0.1)
   mesh = sharding.make_mesh(config.mesh)
   state = make_stage(prepared, 0).state_shapes(mesh)
-  size = compile_for_tpu.bytes_per_chip(state.params)
+  size = compile_ahead.bytes_per_chip(state.params)
   whole = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert whole / 4 < size < whole  # Kernels are spread over 4.
-  assert compile_for_tpu.bytes_per_chip(state.ema) == size
-  assert compile_for_tpu.bytes_per_chip(state.lags) == 2 * size
+  assert compile_ahead.bytes_per_chip(state.ema) == size
+  assert compile_ahead.bytes_per_chip(state.lags) == 2 * size
   # Two moments and a count or two.
-  assert 0 < compile_for_tpu.bytes_per_chip(state.opt_state) - 2 * size <= 16
+  assert 0 < compile_ahead.bytes_per_chip(state.opt_state) - 2 * size <= 16
 
 
 def test_plan_compiles_once(
@@ -213,7 +216,7 @@ def test_plan_compiles_once(
     'at 1.5 each',
   ):
     assert words in first, words
-  monkeypatch.setattr(compile_for_tpu, 'compile_train', None)
+  monkeypatch.setattr(compile_ahead, 'lower_train', None)
   plan.plan(*ask)
   assert capsys.readouterr().out == first
   remembered = json.loads(next(tmp_path.glob('*.json')).read_text())
@@ -234,6 +237,27 @@ def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
   plan.plan(config, 'v5e:2x4', [0], None, 'sample', None, tmp_path)
   out = capsys.readouterr().out
   assert "stage '8', sample step" in out and '1 images a chip' in out
+
+
+def test_a_gpu_is_counted_before_its_libraries(
+  config, slice_of_cpus, tmp_path, monkeypatch
+):
+  gpu = dataclasses.replace(CHIP, kind='NVIDIA H100')
+  found = {}
+  for chip in (CHIP, gpu):
+    monkeypatch.setattr(
+      compile_ahead, 'find_devices', lambda _, chip=chip: (chip, jax.devices())
+    )
+    prepared, _ = compile_ahead.prepare(config, 0, None, 8, str(tmp_path))
+    # Flash attention does not compile here.
+    prepared.mesh.update(data=1, fsdp=4, spatial=2)
+    for level in prepared.model.levels:
+      level.lanes = 1
+    found[chip.kind] = compile_ahead.measure(prepared, '', 'train', None)
+  here, there = found['cpu'], found['NVIDIA H100']
+  # Each device has its part.
+  assert 0.5 < there['flops'] / here['flops'] < 1.5
+  assert there['bytes'] > 0 and there['state'] == here['state']
 
 
 def test_search_recommends_the_fastest_that_fits(
@@ -295,6 +319,6 @@ def test_search_ends_where_memory_is_not_short(
 def test_precomputed_features_are_read_as_they_are(tmp_path):
   config = cc12m_1024.get_config()
   config.text.encoder = 'precomputed'
-  prepared, _ = compile_for_tpu.prepare(config, 2, None, 16, str(tmp_path))
-  text = compile_for_tpu._text(make_stage(prepared, 0), 3)
+  prepared, _ = compile_ahead.prepare(config, 2, None, 16, str(tmp_path))
+  text = compile_ahead._text(make_stage(prepared, 0), 3)
   assert (text.shape, text.dtype) == ((3, 128, 2048), jnp.float32)

@@ -1,8 +1,9 @@
-"""Compiles a run's steps for a TPU slice, without TPUs, and measures them.
+"""Compiles steps for TPUs or GPUs that are not there, and measures them.
 
-libtpu has the TPU compiler, which runs on any x86 machine. The compiled step is
-the one that training would run, so that its memory, arithmetic and traffic are
-known exactly.
+libtpu has the TPU compiler, and JAX's plugin for CUDA that of GPUs; both run on
+any x86 machine. The compiled step is the one that training would run, so that
+its memory, arithmetic and traffic are known exactly; on a GPU, whose libraries
+choose kernels by trying them, nearly.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders.check import check_stages
-from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import frozen_shapes
 from mdm_jax.data.text import CAPTIONS_MODEL
-from mdm_jax.models.packing import TPU_LANES
+from mdm_jax.models import target
 from mdm_jax.runtime import files, peaks, sharding
 from mdm_jax.runtime.peaks import Chip
 from mdm_jax.steps.sample import jit_sample
@@ -52,8 +53,51 @@ _CUBE = (
   '8x8x16',
   '8x16x16',
 )
-TOPOLOGIES = {'v5e': _PLANE, 'v5p': _CUBE, 'v6e': _PLANE}
-_KINDS = {'v5e': 'TPU v5e', 'v5p': 'TPU v5', 'v6e': 'TPU v6'}
+_HOST = ('1', '2', '4', '8')
+TOPOLOGIES = {
+  'v5e': _PLANE,
+  'v5p': _CUBE,
+  'v6e': _PLANE,
+  'h100': _HOST,
+  'h200': _HOST,
+}
+_KINDS = {
+  'v5e': 'TPU v5e',
+  'v5p': 'TPU v5',
+  'v6e': 'TPU v6',
+  'h100': 'NVIDIA H100',
+  'h200': 'NVIDIA H200',
+}
+# Bytes of memory; all else is the same in an H100 and an H200.
+_GPU_MEMORY = {'h100': 84_978_434_048, 'h200': 150_083_731_456}
+# XLA's description of a GPU, as of its `GpuTargetConfigProto`.
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
+# Without a GPU no kernel can be tried, and those that Triton generates need it.
+_UNTRIED = '--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'
 
 # config.json of google/flan-t5-xl, used if text.path is empty.
 _T5_XL = {
@@ -71,16 +115,16 @@ _T5_XL = {
 
 
 def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
-  """Finds the chips of a TPU slice, which need not exist.
+  """Finds the chips of a TPU slice or of a host of GPUs, which need not exist.
 
   Args:
-    topology: name of the slice, such as 'v5e:4x4'.
+    topology: name of the slice, such as 'v5e:4x4', or of the host, 'h100:8'.
 
   Returns:
     Peaks of a chip, and the devices to compile for.
 
   Raises:
-    ValueError: there is no such slice, or libtpu is not installed.
+    ValueError: there is no such slice, or its compiler is not installed.
   """
   kind, _, shape = topology.partition(':')
   if shape not in TOPOLOGIES.get(kind, ()):
@@ -91,6 +135,13 @@ def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
       )
       + '.'
     )
+  chip = peaks.find_chip(_KINDS[kind])
+  if kind in _GPU_MEMORY:
+    return chip, _find_gpus(chip, _GPU_MEMORY[kind], shape)
+  return chip, _find_tpus(topology)
+
+
+def _find_tpus(topology: str) -> list[jax.Device]:
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
       'libtpu, the TPU compiler, is not installed: pip install libtpu.'
@@ -102,7 +153,32 @@ def find_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
   description = topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   )
-  return peaks.find_chip(_KINDS[kind]), list(description.devices)
+  return list(description.devices)
+
+
+def _find_gpus(chip: Chip, memory: int, count: str) -> list[jax.Device]:
+  if not importlib.metadata.entry_points(
+    group='jax_plugins', name='xla_cuda12'
+  ) and not importlib.metadata.entry_points(
+    group='jax_plugins', name='xla_cuda13'
+  ):
+    raise ValueError(
+      "JAX's compiler for NVIDIA GPUs is not installed: pip install "
+      '"jax[cuda12]". It needs no GPU.'
+    )
+  os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+  given = os.environ.get('XLA_FLAGS', '')
+  if _UNTRIED not in given:
+    os.environ['XLA_FLAGS'] = f'{given} {_UNTRIED}'
+  description = topologies.get_topology_desc(
+    '',
+    'cuda',
+    topology=f'1x1x{count}',
+    target_config=_HOPPER.format(
+      bandwidth=chip.bandwidth, memory=memory, name=chip.kind
+    ),
+  )
+  return list(description.devices)
 
 
 def prepare(
@@ -136,9 +212,6 @@ def prepare(
   config.stages = [config.stages[stage]]
   if batch_per_chip is not None:
     config.stages[0].batch_size = batch_per_chip * num_chips
-  for level in config.model.levels:
-    if level.kind == 'unet':
-      level.lanes = level.lanes or TPU_LANES
   shards = math.prod(
     sharding.mesh_sizes(config.mesh, num_chips)[axis]
     for axis in sharding.BATCH_AXES
@@ -177,8 +250,8 @@ def _text(stage: Stage, count: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((count, length), jnp.int32)
 
 
-def compile_train(stage: Stage, mesh: Mesh) -> jax.stages.Compiled:
-  """Compiles the training step of a stage."""
+def lower_train(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
+  """Lowers the training step of a stage."""
   text = _text(stage, 1)
   train_step = stage.make_train_step(np.zeros(text.shape[1:], text.dtype))
   arguments = (
@@ -187,11 +260,11 @@ def compile_train(stage: Stage, mesh: Mesh) -> jax.stages.Compiled:
     frozen_shapes(stage.config, mesh),
   )
   jitted = jit_train_step(train_step, *arguments)
-  return jitted.lower(*arguments).compile()
+  return jitted.lower(*arguments)
 
 
-def compile_sample(stage: Stage, mesh: Mesh) -> jax.stages.Compiled:
-  """Compiles the sampling of a batch of `eval.batch_size` images."""
+def lower_sample(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
+  """Lowers the sampling of a batch of `eval.batch_size` images."""
   config = stage.config
   params = stage.state_shapes(mesh).ema | frozen_shapes(config, mesh)
   count = config.eval.batch_size
@@ -200,7 +273,7 @@ def compile_sample(stage: Stage, mesh: Mesh) -> jax.stages.Compiled:
     stage.make_sampler(mesh), jax.tree.map(lambda x: x.sharding, params)
   )
   seeds = jax.ShapeDtypeStruct((count,), jnp.uint32)
-  return jitted.lower(params, text, text, seeds).compile()
+  return jitted.lower(params, text, text, seeds)
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -221,8 +294,9 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
 
   Returns:
     Bytes of memory: `arguments`, `activations` (the peak of all temporary
-    memory) and their sum `memory`. By the compiler's count, `flops` and the
-    `bytes` moved to and from memory. `collectives`: bytes received, by kind.
+    memory) and their sum `memory`. `flops` and the `bytes` moved to and from
+    memory, by the compiler's count; for a GPU, whose compiler counts nothing,
+    without the former. `collectives`: bytes received, by kind.
   """
   memory = compiled.memory_analysis()
   arguments = (
@@ -231,15 +305,39 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
     - memory.alias_size_in_bytes
   )
   temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-  counted = compiled.cost_analysis()
+  text = compiled.as_text()
+  if target.platform() == 'gpu':
+    counted = {'bytes': sum(hlo.moved_bytes(text, turns).values())}
+  else:
+    cost = compiled.cost_analysis()
+    counted = {
+      'flops': cost['flops'] * turns,
+      'bytes': cost['bytes accessed'] * turns,
+    }
   return {
     'arguments': arguments,
     'activations': temporary,
     'memory': arguments + temporary,
-    'flops': counted['flops'] * turns,
-    'bytes': counted['bytes accessed'] * turns,
-    'collectives': hlo.collective_bytes(compiled.as_text(), turns),
+    **counted,
+    'collectives': hlo.collective_bytes(text, turns),
   }
+
+
+def _count_flops(config: ConfigDict, step: str, turns: int) -> float:
+  """FLOPs of a step of all devices, counted before compilation.
+
+  Args:
+    config, step: see `measure`.
+    turns: as of `weigh`.
+  """
+  # For one CPU, whose program calls no libraries.
+  with target.planning('cpu'):
+    stage = make_stage(config, 0)
+    mesh = sharding.make_mesh(
+      {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices('cpu')[:1]
+    )
+    lowered = (lower_train if step == 'train' else lower_sample)(stage, mesh)
+  return lowered.cost_analysis()['flops'] * turns
 
 
 def needed_memory(message: str) -> float | None:
@@ -277,41 +375,44 @@ def measure(
   Raises:
     ValueError: the config does not fit the slice.
   """
-  _, devices = find_devices(topology)
+  chip, devices = find_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  (stage,) = check_stages(config, mesh)
   # The path of T5's config file does not change the program.
   key = json.loads(config.to_json())
   key['text']['path'] = ''
   level = jax.config.jax_optimization_level
-  return cached(
-    directory,
-    [key, topology, step, level, _versions()],
-    lambda: _measure(stage, mesh, step),
-  )
+  with target.planning('gpu' if chip.kind.startswith('NVIDIA') else 'tpu'):
+    (stage,) = check_stages(config, mesh)
+    return cached(
+      directory,
+      [key, topology, step, level, _versions(topology)],
+      lambda: _measure(stage, mesh, step),
+    )
 
 
 def _measure(stage: Stage, mesh: Mesh, step: str) -> dict[str, Any]:
   state = stage.state_shapes(mesh)
   kinds = {'EMA': state.ema}
-  turns, compile_step = stage.config.sampler.num_steps, compile_sample
+  turns, lower = stage.config.sampler.num_steps, lower_sample
   if step == 'train':
     kinds = {
       'parameters': state.params,
       'optimizer': state.opt_state,
       'EMA': (state.ema, state.lags),
     }
-    turns, compile_step = stage.settings.accumulate, compile_train
+    turns, lower = stage.settings.accumulate, lower_train
   kinds['text encoder'] = frozen_shapes(stage.config, mesh)
   sizes = {kind: bytes_per_chip(tree) for kind, tree in kinds.items()}
   begin = time.monotonic()
   try:
-    needs = weigh(compile_step(stage, mesh), turns)
+    needs = weigh(lower(stage, mesh).compile(), turns)
   except jax.errors.JaxRuntimeError as error:
     needed = needed_memory(str(error))
     if needed is None:
       raise
     needs = {'needed': needed}
+  if target.platform() == 'gpu':
+    needs['flops'] = _count_flops(stage.config, step, turns) / mesh.size
   return {'state': sizes, **needs, 'seconds': time.monotonic() - begin}
 
 
@@ -343,7 +444,8 @@ def cached(
   return result
 
 
-def _versions() -> dict[str, str]:
+def _versions(topology: str) -> dict[str, str]:
+  compiler = 'jaxlib' if topology.split(':')[0] in _GPU_MEMORY else 'libtpu'
   root = pathlib.Path(__file__).parents[1]
   source = hashlib.sha256(
     b''.join(path.read_bytes() for path in sorted(root.rglob('*.py')))
@@ -352,6 +454,6 @@ def _versions() -> dict[str, str]:
     'mdm_jax': source.hexdigest(),
     **{
       name: importlib.metadata.version(name)
-      for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
+      for name in ('jax', 'jaxlib', compiler, 'flax', 'optax')
     },
   }
