@@ -45,11 +45,24 @@ def get_config(mode: str = ''):
       patch_size=4,
     ),
   ]
-  shared = {'learning_rate': 0.02, 'warmup_steps': 50, 'shift_power': 2.0}
+  shared = {'warmup_steps': 50, 'shift_power': 2.0}
   config.stages = [
-    common.stage('16', 1, max_frames=1, steps=1200, batch_size=64, **shared),
-    common.stage('8x16', 1, steps=1200, batch_size=16, **shared),
-    common.stage('8x64', 2, steps=600, batch_size=8, **shared),
+    common.stage(
+      '16',
+      1,
+      max_frames=1,
+      steps=1200,
+      batch_size=64,
+      learning_rate=0.02,
+      **shared,
+    ),
+    # Larger rates undo what was learned from images.
+    common.stage(
+      '8x16', 1, steps=1200, batch_size=16, learning_rate=0.005, **shared
+    ),
+    common.stage(
+      '8x64', 2, steps=600, batch_size=8, learning_rate=0.005, **shared
+    ),
   ]
   # As in shapes_64.
   config.diffusion.update(
