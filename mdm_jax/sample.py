@@ -4,6 +4,7 @@ python -m mdm_jax.sample --workdir=runs/shapes_64 \
   --prompt="a red ring in the centre, on navy"
 """
 
+import importlib.util
 import sys
 import time
 
@@ -74,6 +75,11 @@ _ANIMATE = flags.DEFINE_boolean(
   'Also write the sampling steps of each sample as an animated WebP, with all '
   'levels side by side.',
 )
+_MP4 = flags.DEFINE_boolean(
+  'mp4',
+  False,
+  'Also write each clip of the finest level as an MP4 file: pip install av.',
+)
 _SPATIAL = flag_types.integer(
   'spatial', 1, 1, 10**6, 'Devices that share the rows of each image.'
 )
@@ -99,6 +105,7 @@ def main(_: list[str]) -> None:
     model = load(
       run_flags.workdir(), spatial=_SPATIAL.value, **run_flags.weights()
     )
+    _check_mp4(model.model.stage)
     request = model.request(
       [about['prompt'] for about in prompts],
       num_samples=num_samples,
@@ -146,11 +153,12 @@ def _prompts(num_samples: int):
   from mdm_jax.report import layouts
 
   name, path = _LAYOUT.value, _PROMPTS_FILE.value
-  if name and _ANIMATE.value:
-    raise ValueError(
-      '--animate writes files that --layout has no place for: leave one of '
-      'them out.'
-    )
+  for flag in (_ANIMATE, _MP4):
+    if name and flag.value:
+      raise ValueError(
+        f'--{flag.name} writes files that --layout has no place for: leave one '
+        'of them out.'
+      )
   if name in ('geneval', 'coco') and (_PROMPTS.value or not path):
     raise ValueError(
       f'--layout={name} takes its prompts from --prompts_file alone: give '
@@ -175,6 +183,18 @@ def _prompts(num_samples: int):
   if not prompts:
     raise ValueError('nothing to sample: give --prompt or --prompts_file.')
   return prompts, layout
+
+
+def _check_mp4(stage) -> None:
+  """Raises ValueError if --mp4 asks for what cannot be written."""
+  if not _MP4.value:
+    return
+  if len(stage.model.level_shapes[-1]) == 3:
+    raise ValueError(
+      f'--mp4: {stage.title} has images, not clips: leave it out.'
+    )
+  if importlib.util.find_spec('av') is None:
+    raise ValueError('--mp4 needs PyAV: pip install av')
 
 
 def _sample(output, prompts, layout, model, request) -> int:
@@ -213,7 +233,8 @@ def _sample(output, prompts, layout, model, request) -> int:
     )
   # Of each sample the levels at its steps; the last ones are the sample.
   for row, steps in zip(rows, request.sample(rows, _ANIMATE.value)):
-    samples.add(row, steps[-1], steps if _ANIMATE.value else None)
+    path = steps if _ANIMATE.value else None
+    samples.add(row, steps[-1], path, _MP4.value)
   samples.finish(
     {
       'Model': {'workdir': model.workdir, **model.description},

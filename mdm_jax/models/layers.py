@@ -504,8 +504,9 @@ class FrameAttention(nn.Module):
   """Attention between the frames of a clip, at each position by itself.
 
   The frames have rotary and sinusoidal positions, and queries and keys are
-  normalised per head. The output is zero at first: a clip's frames are then those of a network
-  without this layer. Its parameters do not depend on the number of frames.
+  normalised per head. The output is zero at first: a clip's frames are then
+  those of a network without this layer. Its parameters do not depend on the
+  number of frames.
 
   Attributes:
     frames: T, of each clip.

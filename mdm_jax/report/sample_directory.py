@@ -159,6 +159,7 @@ class SampleDirectory:
     index: int,
     levels: Sequence[np.ndarray],
     path: Sequence[Sequence[np.ndarray]] | None = None,
+    mp4: bool = False,
   ) -> None:
     """Writes a sample.
 
@@ -168,6 +169,7 @@ class SampleDirectory:
         animated PNG files; coarse to fine.
       path: the levels at each sampling step, to write an animation; None for
         no animation.
+      mp4: also write the finest level, a clip, as an MP4 file.
     """
     names = self._names(
       index, [mixed_batch.level_name(level.shape) for level in levels]
@@ -182,6 +184,9 @@ class SampleDirectory:
       parts.append(
         (grid.save_animation, self.directory / names['path'], frames)
       )
+    if mp4:
+      names['mp4'] = f'{self._stem(index)}.mp4'
+      parts.append((grid.save_mp4, self.directory / names['mp4'], levels[-1]))
     if self._layout:
       parts += [
         (files.write_text, self.directory / name, text)

@@ -8,10 +8,11 @@ import pytest
 from configs import common
 import mdm_jax
 from mdm_jax.builders.text import load_frozen
+from mdm_jax.report import grid
 from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import files, sharding
 from mdm_jax.training import loop
-from tests import toy
+from tests import commands, toy
 
 FRAMES = 4
 
@@ -78,3 +79,49 @@ def test_clips_are_sampled_and_kept(workdir, tmp_path):
   assert not SampleDirectory(tmp_path / 'samples', records).missing
   (tmp_path / 'samples' / name).write_bytes(b'no image')
   assert SampleDirectory(tmp_path / 'samples', records).missing == [0]
+
+
+def test_clips_become_mp4_files(workdir, tmp_path):
+  av = pytest.importorskip('av')
+
+  def sample(stage):
+    return commands.run(
+      'mdm_jax.sample',
+      f'--workdir={workdir}',
+      f'--output={tmp_path}',
+      '--prompt=a red circle',
+      '--num_samples=1',
+      '--steps=2',
+      f'--stage={stage}',
+      '--mp4',
+      env={'XLA_FLAGS': '--xla_force_host_platform_device_count=1'},
+    )
+
+  result = sample('images')
+  assert result.returncode == 1 and not list(tmp_path.iterdir())
+  assert "error: --mp4: stage 1/2 'images' has images" in result.stderr
+  result = sample('clips')
+  assert result.returncode == 0, result.stderr
+  with av.open(str(tmp_path / '0000.mp4')) as container:
+    (video,) = container.streams.video
+    assert video.average_rate == 8 and video.codec_context.name == 'h264'
+    found = [
+      frame.to_ndarray(format='gray') for frame in container.decode(video)
+    ]
+  clip = frames_of(tmp_path / f'0000_{FRAMES}x8.png')
+  # Colours are stored at half the size, brightness is not.
+  luma = np.float32(clip) @ np.float32([0.299, 0.587, 0.114]) * 219 / 255 + 16
+  assert np.abs(np.stack(found) - luma).mean() < 8
+
+
+def test_an_mp4_file_has_a_clips_frames(tmp_path):
+  av = pytest.importorskip('av')
+  clip = np.zeros((FRAMES, 32, 48, 3), np.uint8)
+  for k, image in enumerate(clip):
+    image[:, 12 * k :] = (200, 40, 90)
+  grid.save_mp4(tmp_path / 'a.mp4', clip)
+  with av.open(str(tmp_path / 'a.mp4')) as container:
+    found = [
+      frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)
+    ]
+  assert np.abs(np.stack(found) - np.float32(clip)).mean() < 4
