@@ -216,13 +216,19 @@ def test_attention_between_frames_in_float64():
     rms = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
     return x / rms * params[name]['scale'].astype(np.float64)
 
-  turns = np.exp(np.linspace(np.log(2), np.log(1 / 64), size // 2))
+  def from_2_to_64th(count):
+    return np.exp(np.linspace(np.log(2), np.log(1 / 64), count))
+
+  turns = from_2_to_64th(size // 2)
+  waves = np.outer(range(frames), from_2_to_64th(channels // 2))
+  places = np.hstack([np.sin(waves), np.cos(waves)])
   expected = np.array(x, np.float64)
   for clip in range(2):
     for row in range(3):
       for column in range(5):
         at = slice(clip * frames, (clip + 1) * frames), row, column
-        qkv = norm('norm', expected[at]) @ params['qkv']['kernel']
+        h = norm('norm', expected[at]) + places
+        qkv = h @ params['qkv']['kernel']
         h = np.zeros((frames, channels))
         for head in range(heads):
           q, k, v = (
