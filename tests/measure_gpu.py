@@ -146,6 +146,7 @@ def _steps(
         'tests/diffusion/test_golden_samples.py',
         *('-k', _GOLDEN),
       ),
+      seconds=400,
       # Products of float32 otherwise round their operands to 10 bits.
       environment={'JAX_DEFAULT_MATMUL_PRECISION': 'highest'},
     ),
