@@ -247,8 +247,8 @@ class GroupNorm(nn.Module):
 
     def pixel_means(x):  # [B, H, W, C] -> [B, C]
       if on_gpu:
-        # Fused with what makes x, while a product would read x from memory, in
-        # float32. A reduction by many threads is a sum of sums anyway.
+        # XLA turns the product below into a reduction too, in more kernels. One
+        # by many threads is a sum of sums anyway.
         return x.mean(axis=(1, 2))
       # A sum over all pixels at once loses digits as it grows; a mean of the
       # means of a few blocks of rows loses fewer. Devices that share the

@@ -115,7 +115,7 @@ def _norm(x):
 
 
 def test_norms_of_a_gpu_are_reductions():
-  """A product would read its input from memory, in float32."""
+  """Small products of groups and channels would be kernels of their own."""
   x = jnp.zeros((2, 6, 4, 8), jnp.bfloat16)
 
   def primitives(platform):
