@@ -11,6 +11,7 @@ import time
 from absl import flags, logging
 from etils import epath
 
+from mdm_jax.builders import ranges
 from mdm_jax.inference import run_flags
 from mdm_jax.runtime import (
   buckets,
@@ -80,6 +81,15 @@ _MP4 = flags.DEFINE_boolean(
   False,
   'Also write each clip of the finest level as an MP4 file: pip install av.',
 )
+_FRAMES = flag_types.define(
+  'frames',
+  None,
+  ranges.FRAMES,
+  'Frames of each clip. More than the model was trained with are sampled in '
+  'parts: the first half of each is the last half of the one before, kept by '
+  'replacing what the network predicts for it at every step. Default: as many '
+  'as the model was trained with.',
+)
 _SPATIAL = flag_types.integer(
   'spatial', 1, 1, 10**6, 'Devices that share the rows of each image.'
 )
@@ -112,6 +122,7 @@ def main(_: list[str]) -> None:
       seed=_SEED.value,
       negative_prompt=_NEGATIVE.value,
       guide=_GUIDE.value,
+      frames=_FRAMES.value,
       **run_flags.sampling(),
     )
   except (ValueError, OSError) as error:

@@ -242,6 +242,9 @@ def pattern(key: str) -> str:
   return re.sub(r'\[-?\d+\]', '[]', key)
 
 
+# Frames of a sampled clip.
+FRAMES = Number(int, 1, 10**4)
+
 # What an evaluation's options may be, as flags and in Python.
 EVALUATION = {
   'metrics': List(Choice(METRICS)),

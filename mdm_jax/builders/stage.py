@@ -164,13 +164,19 @@ class Stage:
       mesh: the devices.
       guide: the network of a guide, see `Sampler`.
       **changes: fields of `SamplerSpec` that are not as in the config.
+
+    Raises:
+      ValueError: the levels cannot have so few frames.
     """
     spec = SamplerSpec(**{**self.config.sampler, **changes})
-    schedule = self.objective.schedule
+    schedule, model = self.objective.schedule, self.model
     if spec.level_offset:
       schedule = offset_levels(schedule, spec.level_offset)
+    if 0 < spec.frames < model.unet.levels[-1].frames:
+      model = model.with_frames(spec.frames)
+      guide = guide and guide.with_frames(spec.frames)
     return Sampler(
-      self.model,
+      model,
       schedule,
       spec,
       mesh,

@@ -253,10 +253,11 @@ def _predict_x0(
   step: jax.Array,
   parameterization: str,
   threshold: str,
+  known: Pyramid | None,
 ) -> Pyramid:
   """The network's thresholded x0 at a noising step, float32 at every level."""
   predictions = denoise_fn(x_t, _network_times(schedule, step, len(x_t[0])))
-  return tuple(
+  x0 = tuple(
     threshold_x0(
       process.predict_x0(
         prediction.astype(jnp.float32), x, at, parameterization
@@ -267,6 +268,41 @@ def _predict_x0(
       predictions, x_t, _coefficients(schedule, x_t, step), strict=True
     )
   )
+  return x0 if known is None else tuple(map(_with_known, x0, known))
+
+
+def start_known(
+  noise: Pyramid, known: Pyramid, schedule: Schedule, t: int | jax.Array
+) -> Pyramid:
+  """Adds noise to the known first frames, to start at the noising step `t`.
+
+  Args:
+    noise: all frames, see `start_noise`.
+    known: as in `sample`.
+    schedule: the noise of each level.
+    t: where the first sampling step starts.
+
+  Returns:
+    Of the shapes of `noise`.
+  """
+  return tuple(
+    _with_known(
+      x,
+      process.add_noise(
+        first, x if x.ndim == 4 else x[:, : first.shape[1]], at
+      ),
+    )
+    for x, first, at in zip(
+      noise, known, _coefficients(schedule, noise, t), strict=True
+    )
+  )
+
+
+def _with_known(clip: jax.Array, known: jax.Array) -> jax.Array:
+  """Replaces the first frames of [B, T, H, W, C], or images as a whole."""
+  if clip.ndim == 4:
+    return known
+  return jnp.concatenate([known, clip[:, known.shape[1] :]], axis=1)
 
 
 def sample_step(
@@ -282,6 +318,7 @@ def sample_step(
   eta: float,
   parameterization: str,
   threshold: str,
+  known: Pyramid | None = None,
 ) -> tuple[Pyramid, Pyramid]:
   """Takes every level from the noising step `t` to `s`.
 
@@ -303,6 +340,7 @@ def sample_step(
     eta: as in `sample`.
     parameterization: as in `sample`.
     threshold: as in `sample`.
+    known: as in `sample`.
 
   Returns:
     The pyramids x_s and the thresholded x0, float32.
@@ -316,7 +354,7 @@ def sample_step(
 
   def predict(x, step):
     return _predict_x0(
-      denoise_fn, schedule, x, step, parameterization, threshold
+      denoise_fn, schedule, x, step, parameterization, threshold, known
     )
 
   x0, at, at_s = predict(x_t, t), coefficients(t), coefficients(s)
@@ -385,6 +423,7 @@ def sample(
   parameterization: str = 'v',
   threshold: str = 'dynamic_if',
   noise_fn: Callable[[jax.Array], Pyramid] | None = None,
+  known: Pyramid | None = None,
 ) -> Pyramid:
   """Denoises a pyramid, in one compiled loop over the sampling steps.
 
@@ -402,6 +441,10 @@ def sample(
     threshold: method of `threshold_x0`.
     noise_fn: maps a step's index, counted from 0 at the noisiest, to the noise
       that it adds. None samples the noise from `rng`.
+    known: images in [-1, 1] of the first frames, [B, K_r, H, W, C], and of
+      levels of images [B, H, W, C]: each step's x0 is replaced by them there
+      (the replacement method of Ho et al., arXiv 2204.03458, section 3.1), so
+      that their noise is that of x_t. None if there are none.
 
   Returns:
     Images within [-1, 1], coarse to fine, of the shapes of `x_t`.
@@ -433,8 +476,11 @@ def sample(
       eta=eta,
       parameterization=parameterization,
       threshold=threshold,
+      known=known,
     ), None
 
-  x_t = tuple(x_t)
-  (images, _), _ = jax.lax.scan(advance, (x_t, x_t), steps(num_steps, schedule))
+  x_t, each = tuple(x_t), steps(num_steps, schedule)
+  if known is not None:
+    x_t = start_known(x_t, known, schedule, each[2][0])
+  (images, _), _ = jax.lax.scan(advance, (x_t, x_t), each)
   return tuple(jnp.clip(level, -1, 1) for level in images)

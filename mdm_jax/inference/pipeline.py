@@ -183,8 +183,8 @@ class Pipeline:
     Args:
       prompts: a prompt, or several; for class-conditional models class labels.
       **options: `num_samples` of each prompt (1) and their `seed` (0), `steps`,
-        `guidance`, `sampler`, `threshold`, `level_offset`, `negative_prompt`,
-        `guide` and `batch_size`, see `request`.
+        `guidance`, `sampler`, `threshold`, `level_offset`, `frames`,
+        `negative_prompt`, `guide` and `batch_size`, see `request`.
 
     Returns:
       `num_samples` images of the first prompt, then of the second, …
@@ -212,6 +212,7 @@ class Pipeline:
     sampler: str | None = None,
     threshold: str | None = None,
     level_offset: float | None = None,
+    frames: int | None = None,
     negative_prompt: str = '',
     guide: str | os.PathLike | None = None,
     batch_size: int | None = None,
@@ -224,6 +225,9 @@ class Pipeline:
       seed: image i of a prompt has seed + i.
       steps, guidance, sampler, threshold, level_offset: as in `config.sampler`,
         `num_steps` and `name` for two of them; None for those of the config.
+      frames: of each clip, at the finest level; None for as many as the model
+        was trained with. For more, a clip is sampled in parts of so many, each
+        of which is given the last half of the one before as its first half.
       negative_prompt: text that guidance leads away from.
       guide: working directory of a worse model, smaller or trained for shorter,
         that guidance leads away from instead (autoguidance).
@@ -250,7 +254,7 @@ class Pipeline:
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
     guide = _directory('guide', guide) if guide else None
     guided_by = self._guide(guide) if guide else None
-    spec = model.stage.make_sampler(model.mesh).spec
+    spec = _with_frames(model, frames)
     params = model.params | ({'guide': guided_by.params} if guided_by else {})
     each = [prompt for prompt in prompts for _ in range(num_samples)]
     seeds = [seed + i for _ in prompts for i in range(num_samples)]
@@ -276,9 +280,10 @@ class Pipeline:
             yield list(steps)
             bar.update()
 
-    return Request(
-      each, seeds, _settings(model, negative_prompt, guided_by), sample
-    )
+    settings = _settings(model, negative_prompt, guided_by)
+    # Samples of older versions go on without the key.
+    settings |= {'frames': spec.frames} if spec.frames else {}
+    return Request(each, seeds, settings, sample)
 
   def evaluate(
     self,
@@ -447,6 +452,23 @@ def _sampler(
     'threshold': threshold,
     'level_offset': level_offset,
   }
+
+
+def _with_frames(model: Model, frames: int | None) -> SamplerSpec:
+  """The options of the sampler, for clips of a number of frames.
+
+  Raises:
+    ValueError: the model has images, or levels that cannot have so few.
+  """
+  if frames is None:
+    return model.stage.make_sampler(model.mesh).spec
+  frames = _checked('frames', ranges.FRAMES, frames)
+  if len(model.stage.model.level_shapes[-1]) == 3:
+    raise ValueError(
+      f'frames={frames}: {model.stage.title} has images, not clips: leave it '
+      'out.'
+    )
+  return model.stage.make_sampler(model.mesh, frames=frames).spec
 
 
 def _batch_size(model: Model, count: int) -> int:

@@ -41,6 +41,29 @@ class Matryoshka:
       for pixels, spec in zip(self.resolutions, self.unet.levels, strict=True)
     )
 
+  def with_frames(self, frames: int) -> 'Matryoshka':
+    """The same network for clips of another length, for the same parameters.
+
+    Args:
+      frames: of the finest level; those of the others change in proportion.
+
+    Raises:
+      ValueError: a level would not have a whole number of frames.
+    """
+    levels = self.unet.levels
+    counts = [divmod(x.frames * frames, levels[-1].frames) for x in levels]
+    if any(rest for _, rest in counts):
+      fewest = levels[-1].frames // levels[0].frames
+      raise ValueError(
+        f'frames={frames}: levels of {", ".join(str(x.frames) for x in levels)}'
+        f' frames can have fewer by multiples of {fewest}.'
+      )
+    levels = (
+      dataclasses.replace(level, frames=count)
+      for level, (count, _) in zip(levels, counts)
+    )
+    return dataclasses.replace(self, unet=self.unet.clone(levels=tuple(levels)))
+
   def shapes(self, num_tokens: int) -> dict:
     """Shapes and dtypes of the trained parameters.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ class SamplerSpec:
     pixels: one of `pyramid.PIXELS`: how images become uint8.
     level_offset: nats of logSNR by which the schedule lets each level be ahead
       of the next finer one, beyond that of training.
+    frames: of the finest level; 0 for as many as the network has. A longer clip
+      is sampled in parts of so many, each of which continues the one before.
   """
 
   name: str
@@ -48,6 +51,7 @@ class SamplerSpec:
   threshold: str
   pixels: str = 'round'
   level_offset: float = 0.0
+  frames: int = 0
 
 
 class Prepared(NamedTuple):
@@ -58,11 +62,14 @@ class Prepared(NamedTuple):
     away: conditioning that guidance leads away from: on the negative prompt, or
       the guide's conditioning on the prompt.
     keys: [B] random keys.
+    known: the first frames, if they are those of an earlier part: float32
+      [B, K_r, H_r, W_r, 3], of a level of images [B, H_r, W_r, 3].
   """
 
   cond: Cond
   away: Cond
   keys: jax.Array
+  known: Pyramid | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,66 @@ class Sampler:
   parameterization: str
   guide: Matryoshka | None = None
 
-  def prepare(self, params, text, negative, seeds) -> Prepared:
+  @property
+  def num_parts(self) -> int:
+    """Parts of a clip, see `SamplerSpec.frames`."""
+    missing = self.spec.frames - self._frames[-1]
+    if missing <= 0:
+      return 1
+    return 1 + math.ceil(missing / (self._frames[-1] - self._overlap))
+
+  def join(self, parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Joins the parts of clips.
+
+    Args:
+      parts: of each part the levels, [B, T_r, H_r, H_r, 3], coarse to fine.
+
+    Returns:
+      The levels of the whole clips. A level of fewer frames has every k-th one
+      of the finest, and a level of images the first alone.
+    """
+    joined = []
+    for level, known, count in zip(zip(*parts), self._known, self._frames):
+      whole = level[0]
+      if whole.ndim == 5:
+        whole = np.concatenate(
+          [whole, *(part[:, known:] for part in level[1:])], axis=1
+        )
+        spacing = self._frames[-1] // count
+        whole = whole[:, : math.ceil(self.spec.frames / spacing)]
+      joined.append(whole)
+    return joined
+
+  @property
+  def _frames(self) -> list[int]:
+    """Frames of the levels, coarse to fine."""
+    return [
+      shape[0] if len(shape) == 4 else 1 for shape in self.model.level_shapes
+    ]
+
+  @property
+  def _overlap(self) -> int:
+    """Frames of the finest level with which the next part begins.
+
+    About half of them, and a whole number of each coarser level's frames, where
+    there are several of those.
+    """
+    finest = self._frames[-1]
+    spacings = [finest // count for count in self._frames]
+    spacing = max(x for x in spacings if x <= finest // 2)
+    return finest // 2 // spacing * spacing
+
+  @property
+  def _known(self) -> list[int]:
+    """Frames of the levels with which the next part begins."""
+    return [
+      max(1, self._overlap * count // self._frames[-1])
+      for count in self._frames
+    ]
+
+  def prepare(
+    self, params, text, negative, seeds, earlier=None, part=0
+  ) -> Prepared:
     """Encodes the prompts, once for all steps.
 
     Args:
@@ -98,6 +164,9 @@ class Sampler:
       negative: [B, ...], negative prompts, which guidance leads away from. The
         model was trained on the empty one. Without guidance, the prompts.
       seeds: uint32 [B].
+      earlier: uint8 [B, T, H, W, 3], the finest level of the part to continue;
+        None at the start of a clip.
+      part: number of this part, counted from 0.
     """
 
     # Both passes of guidance see texts of one length, that of the longer of
@@ -110,21 +179,37 @@ class Sampler:
       cond = model.encode(params, text, length=length)
       return model.prepare(params, cond)
 
+    keys, known = jax.vmap(jax.random.key)(seeds), None
+    if earlier is not None:
+      first = pyramid.to_float(earlier[:, -self._overlap :])
+      shapes = [
+        (count, *shape[1:]) if len(shape) == 4 else shape
+        for count, shape in zip(self._known, self.model.level_shapes)
+      ]
+      known = pyramid.make_pyramid(first, shapes, [1.0] * len(shapes))
+      # Beyond any step, whose noise is of `fold_in(key, step)`.
+      keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**30 + part))(keys)
     return Prepared(
       encode(self.model, params, text),
       encode(self.guide, params['guide'], text)
       if self.guide
       else encode(self.model, params, negative),
-      jax.vmap(jax.random.key)(seeds),
+      keys,
+      known,
     )
 
-  def start(self, prepared: Prepared) -> Pyramid:
-    """Initial noise of all levels; it does not depend on the number of steps.
+  def start(self, prepared: Prepared, t: int | jax.Array) -> Pyramid:
+    """What sampling starts from at the noising step `t`: noise.
+
+    It does not depend on `t`, except for the known first frames.
 
     Returns:
       float32 [B, H_r, H_r, 3], coarse to fine.
     """
-    return self._noise(prepared, self.schedule.num_steps)
+    noise = self._noise(prepared, self.schedule.num_steps)
+    if prepared.known is None:
+      return noise
+    return samplers.start_known(noise, prepared.known, self.schedule, t)
 
   def step(
     self,
@@ -163,9 +248,12 @@ class Sampler:
       eta=spec.eta,
       threshold=spec.threshold,
       parameterization=self.parameterization,
+      known=prepared.known,
     )
 
-  def sample(self, params, text, negative, seeds) -> tuple[jax.Array, ...]:
+  def sample(
+    self, params, text, negative, seeds, earlier=None, part=0
+  ) -> tuple[jax.Array, ...]:
     """Takes all steps in one loop; the arguments are those of `prepare`.
 
     Returns:
@@ -174,10 +262,10 @@ class Sampler:
     params, spec = self._gather(params), self.spec
     if guidance.is_none(spec.guidance):
       negative = text
-    prepared = self.prepare(params, text, negative, seeds)
+    prepared = self.prepare(params, text, negative, seeds, earlier, part)
     images = samplers.sample(
       self._denoise_fn(params, prepared, spec.guidance),
-      self.start(prepared),
+      self._noise(prepared, self.schedule.num_steps),
       self.schedule,
       prepared.keys[0],
       num_steps=spec.num_steps,
@@ -186,6 +274,7 @@ class Sampler:
       threshold=spec.threshold,
       parameterization=self.parameterization,
       noise_fn=lambda index: self._noise(prepared, index),
+      known=prepared.known,
     )
     return self.to_uint8(images)
 
@@ -253,16 +342,30 @@ class Sampler:
     )
 
 
-def jit_sample(sampler: Sampler, param_shardings: Any) -> Callable:
-  """Jits `Sampler.sample`; its batch is sharded, its images replicated."""
-  # One sharding for arrays of any rank.
-  batch = sharding.batch_sharding(sampler.mesh, 1)
+def jit_sample(
+  sampler: Sampler, param_shardings: Any, *, continues: bool = False
+) -> Callable:
+  """Jits `Sampler.sample`; its batch is sharded, its images replicated.
+
+  Args:
+    sampler: the functions to jit.
+    param_shardings: shardings of the parameters.
+    continues: whether the function also takes `earlier` and `part`.
+  """
   return jax.jit(
     sampler.sample,
-    in_shardings=(param_shardings, batch, batch, batch),
+    in_shardings=_in_shardings(sampler, param_shardings, continues),
     out_shardings=sharding.replicated(sampler.mesh),
     compiler_options=sharding.compiler_options(sampler.mesh),
   )
+
+
+def _in_shardings(sampler: Sampler, params: Any, continues: bool) -> tuple:
+  """Shardings of the arguments of `Sampler.prepare` and `Sampler.sample`."""
+  # One sharding for arrays of any rank.
+  batch = sharding.batch_sharding(sampler.mesh, 1)
+  whole = sharding.replicated(sampler.mesh)
+  return params, batch, batch, batch, *((whole, whole) if continues else ())
 
 
 def _place(
@@ -304,13 +407,30 @@ def make_sample_batches(
   if path:
     sample_steps = make_sample_steps(sampler, param_shardings)
 
-    def sample_batch(params, *inputs):
-      return sample_steps(params, *inputs, spec.num_steps, spec.guidance)
+    def sample_part(params, inputs, *earlier):
+      steps = spec.num_steps, spec.guidance
+      return sample_steps(params, *inputs, *steps, *earlier)
   else:
-    jitted = jit_sample(sampler, param_shardings)
+    begin, proceed = (
+      jit_sample(sampler, param_shardings, continues=continues)
+      for continues in (False, True)
+    )
 
-    def sample_batch(params, *inputs):
-      return [jitted(params, *_place(mesh, *inputs))]
+    def sample_part(params, inputs, *earlier):
+      run = proceed if earlier else begin
+      return [run(params, *_place(mesh, *inputs), *earlier)]
+
+  def sample_batch(params, *inputs):
+    earlier, parts = (), []
+    for part in range(1, sampler.num_parts + 1):
+      parts.append(
+        [
+          tuple(map(np.asarray, levels))
+          for levels in sample_part(params, inputs, *earlier)
+        ]
+      )
+      earlier = parts[-1][-1][-1], np.uint32(part)
+    return map(sampler.join, zip(*parts)) if len(parts) > 1 else parts[0]
 
   def sample_batches(params, text, negative, seeds, batch_size):
     local = batch_size // jax.process_count()
@@ -319,7 +439,7 @@ def make_sample_batches(
       rows = np.arange(first, first + local) % len(text)
       remaining = len(text) - start
       yield [
-        tuple(np.asarray(level)[:remaining] for level in images)
+        tuple(level[:remaining] for level in images)
         for images in sample_batch(
           params,
           text[rows],
@@ -368,19 +488,22 @@ def make_sample_steps(
     with_inputs: whether a step also has x_t, what the network was given.
 
   Returns:
-    (params, text [B, ...], negative [B, ...], seeds [B], num_steps, w) -> an
-    iterator over the steps. A step is uint8 images [B, H_r, H_r, 3], coarse to
-    fine, of the predicted x0. The last step has the samples, equal to those of
-    `make_sample_fn` up to rounding. With `with_inputs` a step is a pair: the
+    (params, text [B, ...], negative [B, ...], seeds [B], num_steps, w, ...) ->
+    an iterator over the steps. A step is uint8 images [B, H_r, H_r, 3], coarse
+    to fine, of the predicted x0. The last step has the samples, equal to those
+    of `make_sample_fn` up to rounding. With `with_inputs` a step is a pair: the
     images of x_t, and those. `num_steps` and the guidance weight `w` may change
-    without compiling again.
+    without compiling again. Further arguments are `earlier` and `part` of
+    `Sampler.prepare`.
   """
-  batch = sharding.batch_sharding(sampler.mesh, 1)
   options = sharding.compiler_options(sampler.mesh)
-  prepare = jax.jit(
-    sampler.prepare,
-    in_shardings=(param_shardings, batch, batch, batch),
-    compiler_options=options,
+  begin, proceed = (
+    jax.jit(
+      sampler.prepare,
+      in_shardings=_in_shardings(sampler, param_shardings, continues),
+      compiler_options=options,
+    )
+    for continues in (False, True)
   )
   start = jax.jit(sampler.start, compiler_options=options)
   step = jax.jit(sampler.step, donate_argnums=2, compiler_options=options)
@@ -388,13 +511,16 @@ def make_sample_steps(
     sampler.to_uint8, out_shardings=sharding.replicated(sampler.mesh)
   )
 
-  def sample_steps(params, text, negative, seeds, num_steps, w):
+  def sample_steps(params, text, negative, seeds, num_steps, w, *earlier):
     if guidance.is_none(w):
       negative = text
-    prepared = prepare(params, *_place(sampler.mesh, text, negative, seeds))
-    # Two separate buffers, since both are donated.
-    state = start(prepared), start(prepared)
+    prepare = proceed if earlier else begin
+    placed = _place(sampler.mesh, text, negative, seeds)
+    prepared = prepare(params, *placed, *earlier)
     steps = list(zip(*samplers.steps(num_steps, sampler.schedule)))
+    _, _, t, _ = steps[0]
+    # Two separate buffers, since both are donated.
+    state = start(prepared, t), start(prepared, t)
     for one in steps:
       noisy = (
         to_uint8(state[0]) if with_inputs else None

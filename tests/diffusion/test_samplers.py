@@ -456,3 +456,70 @@ def test_other_schedules_end_at_the_images_that_a_network_knows(
   )
   for level, image in zip(got, images, strict=True):
     np.testing.assert_allclose(level, image, atol=5e-4)
+
+
+@pytest.mark.parametrize('sampler', ('ddim', 'heun', 'dpm', 'ddpm'))
+def test_known_first_frames_stay_and_have_their_noise(sampler):
+  rng = np.random.default_rng(9)
+  shapes = (4, 4, 3), (4, 8, 8, 3)  # Images inside of clips.
+  known = tuple(
+    rng.uniform(-0.9, 0.9, (2, *shape)).astype(np.float32)
+    for shape in ((4, 4, 3), (2, 8, 8, 3))
+  )
+  noise = samplers.start_noise(jax.random.key(1), shapes, 2)
+  seen = []
+
+  def denoise(x_t, t):
+    if not isinstance(x_t[0], jax.core.Tracer):
+      seen.append((t, x_t))
+    # What is seen of the known frames decides what the others become.
+    mean = x_t[1][:, :2].mean(axis=(1, 2, 3, 4), keepdims=True)
+    return tuple(
+      jnp.broadcast_to(mean.reshape(2, *[1] * (x.ndim - 1)), x.shape)
+      for x in x_t
+    )
+
+  options = {'sampler': sampler, 'parameterization': 'x0', 'threshold': 'none'}
+  rows = list(zip(*samplers.steps(4, SCHEDULE)))
+  x_t = x0 = samplers.start_known(noise, known, SCHEDULE, rows[0][2])
+  with jax.disable_jit():
+    for index, r, t, s in rows:
+      step_noise = process.sample_noise(
+        jax.random.fold_in(jax.random.key(2), index), noise
+      )
+      x_t, x0 = samplers.sample_step(
+        denoise,
+        x_t,
+        SCHEDULE,
+        t,
+        s,
+        step_noise,
+        (r, x0),
+        eta=0.0,
+        known=known,
+        **options,
+      )
+  for image, clip in (x_t, x0):
+    np.testing.assert_allclose(image, known[0], atol=1e-6)
+    np.testing.assert_allclose(clip[:, :2], known[1], atol=1e-6)
+    assert np.ptp(clip[:, 2:]) > 1e-3
+  assert len(seen) == (7 if sampler == 'heun' else 4)
+  for t, (image, clip) in seen if sampler != 'ddpm' else seen[:1]:
+    for level, (found, first, eps) in enumerate(
+      ((image, known[0], noise[0]), (clip[:, :2], known[1], noise[1][:, :2]))
+    ):
+      expected = process.add_noise(
+        first, eps, SCHEDULE.at(level, t + 1, first.ndim)
+      )
+      np.testing.assert_allclose(found, expected, atol=2e-5)
+  whole = samplers.sample(
+    denoise,
+    noise,
+    SCHEDULE,
+    jax.random.key(2),
+    num_steps=4,
+    known=known,
+    **options,
+  )
+  for level, expected in zip(whole, x_t, strict=True):
+    np.testing.assert_allclose(level, np.clip(expected, -1, 1), atol=1e-4)

@@ -81,6 +81,36 @@ def test_clips_are_sampled_and_kept(workdir, tmp_path):
   assert SampleDirectory(tmp_path / 'samples', records).missing == [0]
 
 
+def test_clips_of_any_length_are_sampled(workdir):
+  model = mdm_jax.load(workdir)
+
+  def sample(prompts, **options):
+    (clips,) = model.sample(prompts, steps=3, **options).levels
+    return clips
+
+  trained = sample(['a red circle', 'a cross'])
+  (fewer,) = sample('a red circle', frames=2)
+  assert fewer.shape == (2, 8, 8, 3)
+  # The first parts are those of no other length; then come 2, 2 and 1 frames.
+  longer = sample(['a red circle', 'a cross'], frames=FRAMES + 5)
+  assert longer.shape == (2, FRAMES + 5, 8, 8, 3)
+  np.testing.assert_array_equal(longer[:, :FRAMES], trained)
+  later = [longer[0, k : k + 2] for k in (2, 4, 6)]
+  assert all(np.any(a != b) for a, b in zip(later, later[1:]))
+  # Step by step, for an animation, they are the same up to rounding.
+  request = model.request(['a red circle'], steps=3, frames=FRAMES + 5)
+  assert request.settings['frames'] == FRAMES + 5
+  (steps,) = request.sample([0], path=True)
+  assert len(steps) == 3
+  (last,) = steps[-1]
+  assert np.abs(np.asarray(last, int) - longer[0]).max() <= 1
+  with pytest.raises(ValueError, match='^frames=0: give an integer from 1'):
+    model.request(['a cross'], frames=0)
+  images = mdm_jax.load(workdir, stage='images')
+  with pytest.raises(ValueError, match="^frames=2: stage 1/2 'images' has im"):
+    images.request(['a cross'], frames=2)
+
+
 def test_clips_become_mp4_files(workdir, tmp_path):
   av = pytest.importorskip('av')
 
