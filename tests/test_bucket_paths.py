@@ -254,6 +254,11 @@ def try_emoji(tries):
   del given['noto']
   tries('tools.emoji_tars', output=output, **given)
   assert 'emoji/train-00000.tar' in tries.files()
+  del given['fluent']
+  given |= tries.upload(animated=test_emoji_tars.animated())
+  output = f'{tries.path}/animated_emoji'
+  tries('tools.emoji_tars', output=output, **given)
+  assert 'animated_emoji/train-00000.tar' in tries.files()
 
 
 def try_compare(tries, run, monkeypatch):
@@ -481,6 +486,7 @@ TRIED = {
   },
   'tools.compare_with_data': {'workdir': try_compare, 'output': try_compare},
   'tools.emoji_tars': {
+    'animated': try_emoji,
     'emojibase': try_emoji,
     'fluent': try_emoji,
     'noto': try_emoji,

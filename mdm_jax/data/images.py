@@ -237,13 +237,52 @@ def decode_clip(
   with decoding(key):
     image = _open_frames(data, key)
     size, wanted = image.size, frames * every
-    if size[0] * size[1] > max_pixels:
-      raise BadRecord(key, 'too many pixels', f'{size[0]} x {size[1]}')
+    _check_frame(size, key, max_pixels)
     found = _frames(image, lambda x: _square(x, resolution, crop), key)
     if len(found) < wanted:
       raise BadRecord(key, 'too few frames', f'{len(found)}, not {wanted}')
     first = round(start * (len(found) - wanted))
     return np.stack(found[first : first + wanted : every]), min(size)
+
+
+def is_animation(data: bytes) -> bool:
+  """Whether a file is an image of several frames."""
+  try:
+    return getattr(open_image(io.BytesIO(data)), 'n_frames', 1) > 1
+  # Of a damaged file Pillow raises whatever it likes.
+  except Exception:
+    return False
+
+
+def stream_frames(
+  data: bytes, key: str = 'image', max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[float, Image.Image]]:
+  """Decodes the frames of an image file one by one.
+
+  Args:
+    data: as for `load_frames`.
+    key: of the record, for errors.
+    max_pixels: of one frame.
+
+  Yields:
+    The time in seconds from which a frame is shown, and the frame in RGB.
+
+  Raises:
+    BadRecord: not an image, too large, truncated or damaged.
+  """
+  with decoding(key):
+    image, milliseconds = _open_frames(data, key), 0
+    _check_frame(image.size, key, max_pixels)
+    for frame in ImageSequence.Iterator(image):
+      # Of WebP the duration is known once the frame is decoded.
+      rgb = _to_rgb(frame)
+      yield milliseconds / 1000, rgb
+      milliseconds += frame.info.get('duration') or 0
+
+
+def _check_frame(size: tuple[int, int], key: str, max_pixels: int) -> None:
+  if size[0] * size[1] > max_pixels:
+    raise BadRecord(key, 'too many pixels', f'{size[0]} x {size[1]}')
 
 
 def _open_frames(data: bytes, key: str) -> Image.Image:

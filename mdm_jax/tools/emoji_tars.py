@@ -6,7 +6,9 @@ r"""Makes a small captioned data set of emoji from packages that one downloads.
   python -m mdm_jax.tools.prepare_data --input=data/emoji_tars \
       --output=data/emoji
 
-docs/emoji.md says where the packages are. The output are tars in the layout of
+docs/emoji.md says where the packages are. With --animated instead of the other
+two the files are animations, for `prepare_clips`, see docs/video.md. The output
+are tars in the layout of
 img2dataset, `<key>.webp` and `<key>.json`, whose 'caption' is a list of
 captions in varied wording. The combinations that are held out are the
 validation split, `validation-00000.tar`. Beside the tars are
@@ -40,7 +42,8 @@ from mdm_jax.runtime import (
 )
 
 STYLES = ('3D', 'flat')
-_LICENSES = {'3D': 'MIT', 'flat': 'OFL-1.1'}
+_ANIMATED = 'animated 3D'
+_LICENSES = {'3D': 'MIT', 'flat': 'OFL-1.1', _ANIMATED: 'MIT'}
 # Share of the combinations of an emoji with a skin tone, and of the emoji
 # without one in two styles, that is held out.
 HELD_OUT = 0.05
@@ -84,7 +87,7 @@ class Record:
 
   Attributes:
     key: such as 'fluent_1f44b'.
-    style: one of STYLES.
+    style: one of STYLES, or that of animations.
     emoji: what it shows.
     image: an image file.
     suffix: of that.
@@ -131,9 +134,15 @@ def read_emoji(path: epath.PathLike) -> dict[str, Emoji]:
 
 
 def read_fluent(
-  path: epath.PathLike, emoji: dict[str, Emoji]
+  path: epath.PathLike, emoji: dict[str, Emoji], animated: bool = False
 ) -> Iterator[Record]:
   """Reads the images of the package @lobehub/fluent-emoji-3d.
+
+  Args:
+    path: of the package.
+    emoji: by `code`.
+    animated: whether it is one of the packages @lobehub/fluent-emoji-anim-1 to
+      4 instead, of which the animations are read, and not the still images.
 
   Raises:
     ValueError: it is no such package.
@@ -143,17 +152,16 @@ def read_fluent(
     for member in sorted(package, key=lambda member: member.name):
       match = _IMAGES.fullmatch(member.name)
       if match and code(match[1]) in emoji:
+        data = package.extractfile(member).read()
+        if animated and not images.is_animation(data):
+          continue
         count += 1
-        yield Record(
-          f'fluent_{match[1]}',
-          '3D',
-          emoji[code(match[1])],
-          package.extractfile(member).read(),
-        )
+        style = _ANIMATED if animated else '3D'
+        yield Record(f'fluent_{match[1]}', style, emoji[code(match[1])], data)
   if not count:
     raise ValueError(
-      f'{path} has no package/assets/*.webp: give the .tgz of '
-      '@lobehub/fluent-emoji-3d.'
+      f'{path} has no {"animated " * animated}package/assets/*.webp: give the '
+      f'.tgz of @lobehub/fluent-emoji-{"anim-1 to 4" if animated else "3d"}.'
     )
 
 
@@ -195,8 +203,10 @@ def render_noto(
 def captions_of(emoji: Emoji, style: str) -> list[str]:
   """Captions of an image in varied wording; the first is used as a prompt."""
   name = _phrase(emoji)
+  article = 'an' if style.startswith('a') else 'a'
+  full = f'{article} {style} emoji of {name}'
   found = [
-    f'a {style} emoji of {name}',
+    full,
     f'{name}, {style} emoji',
     f'{style} {name}',
     f'{name} in {style} style',
@@ -204,7 +214,7 @@ def captions_of(emoji: Emoji, style: str) -> list[str]:
   words = set(re.findall(r'\w+', emoji.label.lower()))
   tags = [tag for tag in emoji.tags if tag.lower() not in words]
   found += [
-    f'a {style} emoji of {name}: {", ".join(tags[start : start + _TAGS])}'
+    f'{full}: {", ".join(tags[start : start + _TAGS])}'
     for start in range(0, min(len(tags), 2 * _TAGS), _TAGS)
   ]
   return found
@@ -389,13 +399,22 @@ def main(_: list[str]) -> None:
   values = flags.FLAGS
   output = epath.Path(values.output)
   try:
+    if values.animated and (values.fluent or values.noto or values.resolution):
+      raise ValueError(
+        '--animated makes clips, and --fluent, --noto and --resolution are of '
+        'images: run it for each.'
+      )
     emoji = read_emoji(values.emojibase)
     records = [
       *(read_fluent(values.fluent, emoji) if values.fluent else ()),
       *(render_noto(values.noto, emoji) if values.noto else ()),
     ]
+    for path in values.animated:
+      records += read_fluent(path, emoji, animated=True)
     if not records:
-      raise ValueError('no images: give --fluent, --noto or both.')
+      raise ValueError(
+        'no images: give --fluent, --noto or both, or --animated.'
+      )
     held_out = choose_held_out(records, find_copies(records))
     if values.resolution:
       records = [reduced(each, values.resolution) for each in records]
@@ -420,6 +439,12 @@ if __name__ == '__main__':
       text,
       required=name == 'emojibase',
     )
+  flag_types.define_repeated(
+    'animated',
+    [],
+    value_types.Path('file'),
+    'The .tgz of npm package @lobehub/fluent-emoji-anim-1, or 2 to 4.',
+  )
   flag_types.define(
     'output',
     None,

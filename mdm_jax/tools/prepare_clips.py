@@ -17,6 +17,7 @@ frame, so that long videos cost no memory.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import io
@@ -30,7 +31,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from mdm_jax.data import tars
+from mdm_jax.data import images, tars
 from mdm_jax.data.images import BadRecord, decoding
 from mdm_jax.runtime import (
   command,
@@ -87,19 +88,12 @@ def read_frames(data: bytes, key: str, options: Options) -> list[Image.Image]:
   Raises:
     BadRecord: no video, damaged, too large, or too short.
   """
-  import av
-
   chosen = []
+  # Libraries of videos decode no animated WebP, and GIFs without transparency.
+  decode = _decode_animation if images.is_animation(data) else _decode_video
   try:
-    with decoding(key), av.open(io.BytesIO(data)) as container:
-      if not container.streams.video:
-        raise BadRecord(key, 'no video stream')
-      stream = container.streams.video[0]
-      stream.thread_count = 1  # Each worker has a process.
-      if stream.width * stream.height > options.max_pixels:
-        size = f'{stream.width} x {stream.height}'
-        raise BadRecord(key, 'too many pixels', size)
-      for frame in _choose(container.decode(stream), key, options):
+    with decoding(key), contextlib.closing(decode(data, key, options)) as found:
+      for frame in _choose(found, key, options):
         chosen.append(_reduce(frame, options))
         if len(chosen) == options.frames:
           break
@@ -117,12 +111,32 @@ def read_frames(data: bytes, key: str, options: Options) -> list[Image.Image]:
   return chosen
 
 
+def _decode_animation(data: bytes, key: str, options: Options) -> Iterator:
+  """The time and the image of each frame of a GIF or a WebP."""
+  yield from images.stream_frames(data, key, options.max_pixels)
+
+
+def _decode_video(data: bytes, key: str, options: Options) -> Iterator:
+  """The time, None if it has none, and the frame of PyAV, of each frame."""
+  import av
+
+  with av.open(io.BytesIO(data)) as container:
+    if not container.streams.video:
+      raise BadRecord(key, 'no video stream')
+    stream = container.streams.video[0]
+    stream.thread_count = 1  # Each worker has a process.
+    if stream.width * stream.height > options.max_pixels:
+      size = f'{stream.width} x {stream.height}'
+      raise BadRecord(key, 'too many pixels', size)
+    for frame in container.decode(stream):
+      yield frame.time, frame
+
+
 def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
   """The frames at about even times, whatever the rate of the video."""
   period = 1 / options.fps if options.fps else 0.0
   start, number = None, 0
-  for index, frame in enumerate(frames):
-    time = frame.time
+  for index, (time, frame) in enumerate(frames):
     if time is None:
       if options.fps or options.skip_seconds:
         raise BadRecord(key, 'frames without times')
@@ -137,11 +151,18 @@ def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
 
 
 def _reduce(frame, options: Options) -> Image.Image:
-  """A frame of PyAV as an upright RGB image, reduced if it is larger."""
-  image = Image.fromarray(frame.to_ndarray(format='rgb24'))
-  # Degrees by which a player turns it counterclockwise.
-  if turns := round(getattr(frame, 'rotation', 0) / 90) % 4:
-    image = Image.fromarray(np.rot90(np.asarray(image), turns))
+  """A frame as an upright RGB image, reduced if it is larger.
+
+  Args:
+    frame: an image, or a frame of PyAV.
+    options: the resolution.
+  """
+  image = frame
+  if not isinstance(frame, Image.Image):
+    image = Image.fromarray(frame.to_ndarray(format='rgb24'))
+    # Degrees by which a player turns it counterclockwise.
+    if turns := round(getattr(frame, 'rotation', 0) / 90) % 4:
+      image = Image.fromarray(np.rot90(np.asarray(image), turns))
   scale = options.resolution / min(image.size)
   if scale < 1:
     size = tuple(max(1, round(scale * side)) for side in image.size)

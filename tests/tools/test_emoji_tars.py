@@ -80,6 +80,31 @@ def fluent():
   )
 
 
+def animated():
+  """A package of animations: the hand in three tones; the dog stands still."""
+  codes = ['1f44b', '1f44b-1f3fb', '1f44b-1f3ff']
+  return tgz(
+    **{
+      f'package__assets__{code}_DOT_webp': moving(i)
+      for i, code in enumerate(codes)
+    },
+    package__assets__1f415_DOT_webp=record((0, 90, 200)),
+  )
+
+
+def moving(i):
+  """A WebP of a disc that changes its colour, in 20 frames of 125 ms."""
+  frames = []
+  for k in range(20):
+    with Image.open(io.BytesIO(record((10 * k, 90 * i, 200)))) as image:
+      frames.append(image.copy())
+  file = io.BytesIO()
+  frames[0].save(
+    file, 'WEBP', save_all=True, append_images=frames[1:], duration=125
+  )
+  return file.getvalue()
+
+
 def records(tar):
   """The files of a tar by name."""
   with tarfile.open(tar) as opened:
@@ -246,6 +271,41 @@ def test_command(tmp_path):
   assert hand['captions'] == about['caption']
 
 
+def test_animations_become_clips(tmp_path):
+  (tmp_path / 'emojibase.tgz').write_bytes(emojibase())
+  (tmp_path / 'animated.tgz').write_bytes(animated())
+  for command, *flags in (
+    (
+      'emoji_tars',
+      f'--emojibase={tmp_path}/emojibase.tgz',
+      f'--animated={tmp_path}/animated.tgz',
+      f'--output={tmp_path}/tars',
+    ),
+    (
+      'prepare_clips',
+      f'--input={tmp_path}/tars/*.tar',
+      f'--output={tmp_path}/clips',
+      '--resolution=16',
+    ),
+  ):
+    result = commands.run(f'mdm_jax.tools.{command}', *flags)
+    assert result.returncode == 0, result.stderr
+  found = {
+    **records(tmp_path / 'clips' / 'train-00000.tar'),
+    **records(tmp_path / 'clips' / 'validation-00000.tar'),
+  }
+  keys = {f'fluent_1f44b{tone}' for tone in ('', '-1f3fb', '-1f3ff')}
+  assert {name.partition('.')[0] for name in found} == keys
+  captions = json.loads(found['fluent_1f44b-1f3fb.json'])['caption']
+  assert captions[0] == (
+    'an animated 3D emoji of waving hand with light skin tone'
+  )
+  clip = images.load_frames(found['fluent_1f44b-1f3fb.webp'])
+  assert clip.shape == (16, 16, 16, 3)
+  assert clip[:, 0, 0].min() > 240  # On white.
+  assert clip[-1, 8, 8, 0] > clip[0, 8, 8, 0] + 100
+
+
 def test_fonts_are_rendered(monkeypatch, tmp_path):
   (tmp_path / 'font.ttf').write_bytes(b'junk')
   (tmp_path / 'emojibase.tgz').write_bytes(emojibase())
@@ -274,6 +334,11 @@ def test_fonts_are_rendered(monkeypatch, tmp_path):
     ({'emojibase': fluent()}, 'has no package/en/data.json'),
     ({'fluent': emojibase()}, r'has no package/assets/\*.webp'),
     ({'fluent': None}, 'no images: give --fluent, --noto or both'),
+    ({'animated': fluent()}, '--animated makes clips, and --fluent'),
+    (
+      {'fluent': None, 'animated': fluent()},
+      r'has no animated package/assets/\*.webp',
+    ),
   ],
 )
 def test_other_files_are_named(given, message, tmp_path):

@@ -90,6 +90,42 @@ def test_sound_and_odd_sizes_do_not_matter():
   assert len(frames) >= 4
 
 
+def animation(durations, kind='WEBP', size=(64, 48)):
+  """An animation whose frame i is grey of 5 times i, on a transparent left."""
+  frames = []
+  for i in range(len(durations)):
+    frame = Image.new('RGBA', size)
+    frame.paste((5 * i, 5 * i, 5 * i, 255), (size[0] // 2, 0, *size))
+    frames.append(frame)
+  file = io.BytesIO()
+  options = {'disposal': 2} if kind == 'GIF' else {'lossless': True}
+  frames[0].save(
+    file,
+    kind,
+    save_all=True,
+    append_images=frames[1:],
+    duration=durations,
+    **options,
+  )
+  return file.getvalue()
+
+
+@pytest.mark.parametrize('kind', ('WEBP', 'GIF'))
+def test_animated_images_are_videos(kind):
+  data = animation([40] * 10 + [80] * 30, kind)  # 0 to 360 ms, then 400, 480
+  frames = read_frames(data, 'a', OPTIONS)
+  # One is due each 125 ms: at 160, 280, 400, 560, 640, 800 and 880 ms.
+  assert values_of(frames) == [0, 4, 7, 10, 12, 13, 15, 16]
+  assert frames[0].size == (43, 32)
+  assert np.asarray(frames[3])[:, :18].min() > 250  # White.
+  with pytest.raises(BadRecord, match='too few frames'):
+    read_frames(animation([40] * 5, kind), 'a', OPTIONS)
+  with pytest.raises(BadRecord, match='too many pixels'):
+    read_frames(data, 'a', Options(8, 4, 8, max_pixels=1000))
+  with pytest.raises(BadRecord, match='damaged video'):
+    read_frames(data[: len(data) // 20], 'a', OPTIONS)
+
+
 @pytest.mark.parametrize(
   'data, problem',
   [
