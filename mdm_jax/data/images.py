@@ -412,6 +412,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   """Converts a decoded image, which is composited on white."""
   if image.mode == 'RGB' and not image.has_transparency_data:
     return image
+  # Also frames of animations that are opaque once they are put together.
+  if image.mode == 'RGBA' and image.getextrema()[3] == (255, 255):
+    return image.convert('RGB')
   rgb = Image.new('RGB', image.size)
   # In strips, as conversions of the whole image need several copies of it.
   rows = max(1, _STRIP // image.width)

@@ -9,7 +9,8 @@ host in training: the records of a batch are requested together. Without a
 config it reads synthetic JPEGs of 1200 x 900 pixels. For each resolution it
 prints the images/s of: a loop that decodes and resizes with Pillow; the same
 loop with every JPEG decoded at full size; the pipeline in this process; and the
-pipeline with worker processes. The measurements alternate.
+pipeline with worker processes. The measurements alternate. Of a recipe with
+clips it prints the clips/s of each level.
 """
 
 import io
@@ -25,6 +26,7 @@ from mdm_jax.builders.data import make_source
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import images, pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.mixed_batch import example_shape, level_name
 from mdm_jax.report import console
 from mdm_jax.runtime import command, files, flag_types, value_types
 
@@ -91,21 +93,48 @@ def pillow(data: bytes, resolution: int, draft: bool = True) -> np.ndarray:
   )
 
 
+def pillow_clip(
+  data: bytes, resolution: int, frames: int, every: int = 1
+) -> np.ndarray:
+  """Decodes the first frames of an animation with Pillow, as `pillow` does.
+
+  Args:
+    data: an animation whose frames are shown equally long.
+    resolution: R, side of the result in pixels.
+    frames: T, of the result.
+    every: takes every nth frame of `every * frames`.
+
+  Returns:
+    uint8 [T, R, R, 3].
+  """
+  image, found = images.open_image(io.BytesIO(data)), []
+  side = min(image.size)
+  left, top = (image.width - side) / 2, (image.height - side) / 2
+  for k in range(0, every * frames, every):
+    image.seek(k)
+    frame = image.convert('RGB').resize(
+      (resolution, resolution),
+      Image.Resampling.LANCZOS,
+      box=(left, top, left + side, top + side),
+      reducing_gap=2.0,
+    )
+    found.append(np.array(frame))
+  return np.stack(found)
+
+
 def pipeline_rate(
   source,
-  tokenizer: Tokenizer,
-  resolution: int,
+  transform: transforms.Transform,
   seconds: float,
   num_workers: int,
   batch_size: int = _BATCH_SIZE,
   num_threads: int = 1,
 ) -> float:
-  """Measures the pipeline, in images/s.
+  """Measures the pipeline, in examples/s.
 
   Args:
     source: see `measure`.
-    tokenizer: see `measure`.
-    resolution: see `measure`.
+    transform: see `measure`.
     seconds: see `measure`.
     num_workers: worker processes; 0: this process.
     batch_size: images that a worker reads together.
@@ -114,7 +143,7 @@ def pipeline_rate(
   batches = iter(
     pipeline.make_dataset(
       source,
-      transform=transforms.Transform(tokenizer, resolution),
+      transform=transform,
       batch_size=batch_size,
       seed=0,
       shuffle=True,
@@ -137,8 +166,7 @@ def pipeline_rate(
 
 def measure(
   source,
-  tokenizer: Tokenizer,
-  resolution: int,
+  transform: transforms.Transform,
   seconds: float,
   worker_counts: list[int],
   batch_size: int = _BATCH_SIZE,
@@ -148,35 +176,38 @@ def measure(
 
   Args:
     source: a source whose images are files.
-    tokenizer: of the captions.
-    resolution: of the examples, in pixels.
+    transform: what becomes of them: images or clips of a resolution.
     seconds: approximate duration of each measurement.
     worker_counts: numbers of worker processes to measure; 0: this process.
     batch_size: images that a worker reads together.
     num_threads: of each worker.
 
   Returns:
-    Name of the measurement -> images/s.
+    Name of the measurement -> images/s, or clips/s.
   """
+  resolution = transform.resolution
 
-  def pillow_rate(draft):
+  def pillow_rate(**options):
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
-      pillow(source[count % len(source)]['image'], resolution, draft)
+      data = source[count % len(source)]['image']
+      if transform.frames > 1:
+        pillow_clip(data, resolution, transform.frames, transform.every)
+      else:
+        pillow(data, resolution, **options)
       count += 1
     return count / (time.perf_counter() - begin)
 
   rates = {}
   for _ in range(_ROUNDS):
-    found = {
-      'pillow': pillow_rate(True),
-      'pillow, full decode': pillow_rate(False),
-    }
+    found = {'pillow': pillow_rate()}
+    if transform.frames == 1:
+      found['pillow, full decode'] = pillow_rate(draft=False)
     # Each is made just before it is measured: the workers of another would
     # fill their buffers at the same time.
     found |= {
       f'{count} workers': pipeline_rate(
-        source, tokenizer, resolution, seconds, count, batch_size, num_threads
+        source, transform, seconds, count, batch_size, num_threads
       )
       for count in worker_counts
     }
@@ -194,7 +225,11 @@ def main(_: list[str]) -> None:
     if config := values.config:
       source = make_source(config, 'train', 0)
       tokenizer = make_tokenizer(config, of_captions=True)
-      resolutions = [level.resolution for level in config.model.levels]
+      finest = config.model.levels[-1].frames
+      sizes = [
+        (level.resolution, level.frames, finest // level.frames)
+        for level in config.model.levels
+      ]
       if not isinstance(source[0]['image'], bytes):
         raise ValueError(
           f'data.name={config.data.name!r} has no image files to decode.'
@@ -202,27 +237,28 @@ def main(_: list[str]) -> None:
     else:
       source = SyntheticImages()
       tokenizer = Tokenizer(CAPTIONS_MODEL, 32)
-      resolutions = [64, 256, 1024]
+      sizes = [(64, 1, 1), (256, 1, 1), (1024, 1, 1)]
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   counts = sorted(set(values.workers))
   results = {}
-  for resolution in resolutions:
+  for resolution, frames, every in sizes:
     rates = measure(
       source,
-      tokenizer,
-      resolution,
+      transforms.Transform(tokenizer, resolution, frames=frames, every=every),
       values.seconds,
       counts,
       values.batch_size,
       config.data.num_threads if config else 1,
     )
-    results[resolution] = rates
+    name = level_name(example_shape(resolution, frames))
+    results[name] = rates
     rows = [
-      [name, round(rate, 1), round(rate / rates['pillow'], 2)]
-      for name, rate in rates.items()
+      [way, round(rate, 1), round(rate / rates['pillow'], 2)]
+      for way, rate in rates.items()
     ]
-    header = [f'{resolution} px', 'images/s', '/ Pillow']
+    noun = 'images' if frames == 1 else 'clips'
+    header = [f'{name} px', f'{noun}/s', '/ Pillow']
     if values.step_rate:
       header.append('/ step rate')
       rows = [[*row, round(row[1] / values.step_rate, 2)] for row in rows]

@@ -19,6 +19,7 @@ validation split, `validation-00000.tar`. Beside the tars are
 """
 
 from collections.abc import Collection, Iterator, Sequence
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -313,8 +314,10 @@ def write(
   }
   labels, captions, prompts = [], [], []
   for name, found in tars.items():
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode='w') as tar:
+    with (
+      files.replacing(output / f'{name}.tar') as temporary,
+      tarfile.open(temporary, 'w') as tar,
+    ):
       for record in found:
         about = _describe(record, held_out)
         _add(tar, f'{record.key}.{record.suffix}', record.image)
@@ -324,8 +327,6 @@ def write(
           prompts.append(about['caption'][0])
         else:
           captions += about['caption']
-    with files.replacing(output / f'{name}.tar') as temporary:
-      temporary.write_bytes(data.getvalue())
   files.write_text(output / 'captions.txt', '\n'.join(captions) + '\n')
   files.write_text(output / 'held_out.txt', '\n'.join(prompts) + '\n')
   files.write_text(
@@ -378,11 +379,15 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
   tar.addfile(member, io.BytesIO(data))
 
 
-def _open_package(path: epath.PathLike) -> tarfile.TarFile:
-  try:
-    return tarfile.open(fileobj=io.BytesIO(files.read_bytes(path)))
-  except tarfile.TarError:
-    raise ValueError(f'{path} is no .tgz of npm.') from None
+@contextlib.contextmanager
+def _open_package(path: epath.PathLike) -> Iterator[tarfile.TarFile]:
+  with files.local_copy(path) as copy:
+    try:
+      package = tarfile.open(copy)
+    except tarfile.TarError:
+      raise ValueError(f'{path} is no .tgz of npm.') from None
+    with package:
+      yield package
 
 
 def _member(package: tarfile.TarFile, name: str, path: epath.PathLike) -> bytes:

@@ -597,8 +597,9 @@ def test_recipe(name, mode, mesh, t5_directory):
   config = recipe(name, mode)
   if config.text.encoder == 't5':
     config.text.path = str(t5_directory.path)
-  if config.data.name == 'captioned_images' and not config.data.path:
-    config.data.name = 'shapes'
+  if config.data.name in ('captioned_images', 'tars') and not config.data.path:
+    is_video = any(level.frames > 1 for level in config.model.levels)
+    config.data.name = 'moving_shapes' if is_video else 'shapes'
   check(config, mesh)
   # A recipe sets exactly the keys that common.py documents.
   assert keys(config) == keys(common.get_config())
@@ -617,7 +618,7 @@ def test_only_recipes_of_released_models_follow_the_release(name, mode):
   is_released = name.startswith('flickr')
   assert text == (
     ('release', 'longest')
-    if is_released or name.startswith('cc12m')
+    if is_released or name.startswith(('cc12m', 'webvid'))
     else ('sentencepiece', 'max_length')
   )
   assert trainer == ((True, 'truncate') if is_released else (False, 'round'))

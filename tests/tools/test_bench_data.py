@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from mdm_jax.data.images import decode_image
+from mdm_jax.data.images import decode_clip, decode_image
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
+from mdm_jax.data.transforms import Transform
 from mdm_jax.tools import bench_data
+from tests.tools.test_prepare_clips import animation
 
 
 @pytest.mark.parametrize('resolution', [64, 256, 1024])
@@ -19,9 +21,22 @@ def test_pillow_alone_gives_the_same_pixels(resolution):
 
 
 def test_each_way_is_measured():
+  transform = Transform(Tokenizer(CAPTIONS_MODEL, 8), 8)
   rates = bench_data.measure(
-    bench_data.SyntheticImages(1), Tokenizer(CAPTIONS_MODEL, 8), 8, 0.01, [0]
+    bench_data.SyntheticImages(1), transform, 0.01, [0]
   )
   assert sorted(rates) == ['0 workers', 'pillow', 'pillow, full decode']
   # Nothing reads a 900 px JPEG in a tenth of a millisecond.
   assert all(1 < rate < 10_000 for rate in rates.values())
+
+
+def test_clips_are_measured():
+  data = animation([100] * 8)
+  found = bench_data.pillow_clip(data, 8, 4, 2)
+  expected, _ = decode_clip(data, 8, 4, 2)
+  # Where it is transparent, the loop without more care has black.
+  np.testing.assert_array_equal(found[:, :, 5:], expected[:, :, 5:])
+  records = [{'image': data, 'caption': 'a clip', 'key': 'a'}] * 100
+  transform = Transform(Tokenizer(CAPTIONS_MODEL, 8), 8, frames=4, every=2)
+  rates = bench_data.measure(records, transform, 0.01, [0])
+  assert sorted(rates) == ['0 workers', 'pillow']
