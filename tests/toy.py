@@ -1,12 +1,21 @@
 """Runs of the real command on recipes that compile fast."""
 
 import functools
+import hashlib
 import inspect
 import json
 import pathlib
 
+import jax
+import numpy as np
+import pytest
+
 from mdm_jax.builders.config import _ADDED, stage_directory, write_config
+from mdm_jax.builders.text import load_frozen
+from mdm_jax.checkpoint import restore
 from mdm_jax.checkpoint.manager import Checkpoints
+from mdm_jax.runtime import sharding
+from mdm_jax.training import loop
 
 
 def shrink(config):
@@ -48,6 +57,40 @@ def get_config():
   config.update_from_flattened_dict({changes!r})
   return config
 """
+
+
+def run(config, workdir) -> None:
+  """What the command does, on one device: a mesh is tested elsewhere."""
+  loop.setup(config, str(workdir))
+  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+  loop.train(config, str(workdir), mesh, load_frozen(config, mesh))
+
+
+def digest(workdir, config, index: int) -> str:
+  """SHA-256 of the contents of a stage's last checkpoint."""
+  directory = stage_directory(workdir, config, index)
+  sha = hashlib.sha256()
+  for key in ('step', 'params', 'ema', 'opt_state', 'guard', 'lags'):
+    item = restore.restore_item(directory, None, key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+      sha.update(jax.tree_util.keystr(path).encode())
+      sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+def stop_at(step: int, config, workdir, stage: str = '8') -> None:
+  """A run that is interrupted when it is about to save a step."""
+  save = Checkpoints.save
+
+  def interrupt(self, at, state, extra, force=False):
+    if at == step + 1 and extra.get('stage') == stage:
+      raise KeyboardInterrupt
+    return save(self, at, state, extra, force)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Checkpoints, 'save', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, workdir)
 
 
 def without(values, key: str):

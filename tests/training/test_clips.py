@@ -1,17 +1,14 @@
 """A run on images and then on clips, and what is sampled from it."""
 
-import jax
 import numpy as np
 from PIL import Image, ImageSequence
 import pytest
 
 from configs import common
 import mdm_jax
-from mdm_jax.builders.text import load_frozen
 from mdm_jax.report import grid
 from mdm_jax.report.sample_directory import SampleDirectory
-from mdm_jax.runtime import files, sharding
-from mdm_jax.training import loop
+from mdm_jax.runtime import files
 from tests import commands, toy
 
 FRAMES = 4
@@ -22,9 +19,8 @@ def frames_of(path):
     return [np.asarray(x) for x in ImageSequence.Iterator(image)]
 
 
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-  """Of a run on images of 8 px, then on clips of 8 px."""
+def make_config():
+  """Images of 8 px, then clips of 8 px."""
   config = common.get_config()
   config.model.levels = [common.level(8, frames=FRAMES, frame_attention=(1,))]
   config.stages = [
@@ -35,11 +31,26 @@ def workdir(tmp_path_factory):
   assert config.data.name == 'moving_shapes'
   for stage in config.stages:
     stage.update(steps=3, batch_size=8)
+  config.checkpoint_every = 1
+  return config.lock()
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """Of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp('run')
-  loop.setup(config.lock(), str(workdir))
-  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-  assert loop.train(config, str(workdir), mesh, load_frozen(config, mesh))
+  toy.run(make_config(), workdir)
   return workdir
+
+
+def test_resumed_equals_uninterrupted(workdir, tmp_path):
+  config = make_config()
+  toy.stop_at(1, config, tmp_path, 'clips')
+  toy.run(config, tmp_path)
+  for index in range(2):
+    assert toy.digest(tmp_path, config, index) == (
+      toy.digest(workdir, config, index)
+    )
 
 
 def test_it_goes_from_images_to_clips(workdir):

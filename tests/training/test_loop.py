@@ -1,6 +1,5 @@
 """Whole runs on a toy config: the files that they write, and exact resumes."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -19,9 +18,7 @@ from mdm_jax.builders.config import stage_directory, write_config
 from mdm_jax.builders.data import batch_keys, make_source
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import make_stage
-from mdm_jax.builders.text import load_frozen
 from mdm_jax.checkpoint import manifest, restore, saved_steps
-from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.data import tar_index
 from mdm_jax.data.pipeline import DataError
 from mdm_jax.data.transforms import Transform
@@ -58,40 +55,6 @@ def save_nothing_beside(config):
   config.eval.update(every=0, loss_every=0, best_metric='')
 
 
-def run(config, workdir):
-  """What the command does, on one device: a mesh is tested elsewhere."""
-  loop.setup(config, workdir)
-  mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-  loop.train(config, workdir, mesh, load_frozen(config, mesh))
-
-
-def digest(workdir: pathlib.Path, config, index: int) -> str:
-  """SHA-256 of the contents of a stage's last checkpoint."""
-  directory = stage_directory(workdir, config, index)
-  sha = hashlib.sha256()
-  for key in ('step', 'params', 'ema', 'opt_state', 'guard', 'lags'):
-    item = restore.restore_item(directory, None, key)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
-      sha.update(jax.tree_util.keystr(path).encode())
-      sha.update(np.ascontiguousarray(leaf).tobytes())
-  return sha.hexdigest()
-
-
-def stop_at(step, config, workdir, stage='8'):
-  """A run that is interrupted when it is about to save a step."""
-  save = Checkpoints.save
-
-  def interrupt(self, at, state, extra, force=False):
-    if at == step + 1 and extra.get('stage') == stage:
-      raise KeyboardInterrupt
-    return save(self, at, state, extra, force)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Checkpoints, 'save', interrupt)
-    with pytest.raises(KeyboardInterrupt):
-      run(config, workdir)
-
-
 # What `finished` has compared with a recorded run: stage, step, metrics.
 COMPARED = []
 
@@ -106,7 +69,7 @@ def finished(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(expected, 'make_comparison', make_comparison)
-    run(toy_config(), workdir)
+    toy.run(toy_config(), workdir)
   return workdir
 
 
@@ -259,21 +222,23 @@ def test_snapshots_and_the_best_are_saved(finished):
 
 def test_a_finished_run_does_not_train_again(finished):
   config = toy_config()
-  before = digest(finished, config, 1)
-  run(config, finished)
-  assert digest(finished, config, 1) == before
+  before = toy.digest(finished, config, 1)
+  toy.run(config, finished)
+  assert toy.digest(finished, config, 1) == before
 
 
 @pytest.mark.parametrize('stage, step', [(0, 3), (1, 4)])
 def test_resumed_equals_uninterrupted(finished, tmp_path, stage, step):
   config = toy_config().unlock()
   config.log_every = 1
-  stop_at(step - 1, config, tmp_path, config.stages[stage].name)
+  toy.stop_at(step - 1, config, tmp_path, config.stages[stage].name)
   if stage == 0:  # Also if an older version has begun it.
     toy.make_older(tmp_path)
-  run(config, tmp_path)
+  toy.run(config, tmp_path)
   for index in range(2):
-    assert digest(tmp_path, config, index) == digest(finished, config, index)
+    assert toy.digest(tmp_path, config, index) == toy.digest(
+      finished, config, index
+    )
   assert evaluations(tmp_path) == evaluations(finished)
   # What is logged is the mean over the steps since the last line.
   for name in ('8', '16'):
@@ -301,12 +266,12 @@ def test_a_damaged_last_checkpoint_is_trained_again(finished, tmp_path, caplog):
   directory = stage_directory(workdir, config, 1)
   for path in (directory / '6' / 'state' / 'd').iterdir():
     path.write_bytes(path.read_bytes()[:-1])
-  run(config, workdir)
+  toy.run(config, workdir)
   assert 'finished at step 6, but its newest good checkpoint is 4' in (
     caplog.text
   )
   assert (directory / '6.corrupt').exists()
-  assert digest(workdir, config, 1) == digest(finished, config, 1)
+  assert toy.digest(workdir, config, 1) == toy.digest(finished, config, 1)
 
 
 @pytest.mark.parametrize(
@@ -326,8 +291,8 @@ def test_side_files_that_cannot_be_read_are_made_anew(
   for name in {*named, 'eval/6.json', 'goodput.jsonl', 'metrics.jsonl'}:
     (workdir / name).unlink()
     UNREADABLE[case][0](workdir / name)
-  run(config, workdir)
-  assert digest(workdir, config, 1) == digest(finished, config, 1)
+  toy.run(config, workdir)
+  assert toy.digest(workdir, config, 1) == toy.digest(finished, config, 1)
   for name in named:
     assert f'{name} is ' in caplog.text
   for name in compared:
@@ -345,7 +310,7 @@ def test_swapped_stages_end_the_run_with_one_line(finished, tmp_path):
   last.rename(first)
   (tmp_path / 'first').rename(last)
   with pytest.raises(saved_steps.CheckpointError) as error:
-    run(config, workdir)
+    toy.run(config, workdir)
   assert f'6: it was saved as step 6 of checkpoints/{first.name}' in (
     str(error.value)
   )
@@ -359,11 +324,11 @@ def test_checkpoints_by_time_change_nothing_else(finished, tmp_path):
   config.update(
     checkpoint_every=1000, checkpoint_minutes=1e-9, checkpoints_to_keep=9
   )
-  run(config.lock(), tmp_path)
+  toy.run(config.lock(), tmp_path)
   directory = stage_directory(tmp_path, config, 0)
   # Step 5 ends while the devices are one step ahead, its flag is read with 6.
   assert saved_steps.good_steps(directory) == [2, 3, 4, 6]
-  assert digest(tmp_path, config, 0) == digest(finished, config, 0)
+  assert toy.digest(tmp_path, config, 0) == toy.digest(finished, config, 0)
 
 
 def poison(monkeypatch, key):
@@ -405,9 +370,9 @@ def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
   keys = batch_keys(config, 8, 8, batch=2)
   poison(monkeypatch, keys[5])
   once, twice = tmp_path / 'once', tmp_path / 'twice'
-  run(config, once)
-  stop_at(3, config, twice)
-  run(config, twice)
+  toy.run(config, once)
+  toy.stop_at(3, config, twice)
+  toy.run(config, twice)
   line = {
     'stage': '8',
     'step': 3,
@@ -422,7 +387,7 @@ def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
   assert logged['loss'] == logged['last_loss'] > 0
   assert logged['grad_norm'] == logged['last_grad_norm'] > 0
   assert lines_of(twice / 'skipped.jsonl') == [line, line]
-  assert digest(once, config, 0) == digest(twice, config, 0)
+  assert toy.digest(once, config, 0) == toy.digest(twice, config, 0)
   state = restore.restore_item(stage_directory(once, config, 0), None, 'guard')
   assert (state['accepted'], state['skipped'], state['in_a_row']) == (5, 1, 0)
   # Steps 3 and 4 were trained twice.
@@ -451,7 +416,7 @@ def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
   message = r"stage 1/1 '8': 2 consecutive steps were skipped, the last is 5"
   for _ in range(2):
     with pytest.raises(skip_step.Diverged, match=message):
-      run(config.lock(), tmp_path)
+      toy.run(config.lock(), tmp_path)
   directory = stage_directory(tmp_path, config, 0)
   assert saved_steps.latest_step(directory) == 4
   for key in ('params', 'ema', 'opt_state'):
@@ -857,7 +822,7 @@ def test_frozen_t5_is_in_no_checkpoint(t5_directory, tmp_path):
   config.text.update(encoder='t5', path=str(t5_directory.path))
   config.stages[0].update(steps=2, batch_size=8)
   config.eval.update(num_prompts=8, batch_size=8)
-  run(config.lock(), tmp_path)
+  toy.run(config.lock(), tmp_path)
   directory = stage_directory(tmp_path, config, 0)
   for key in ('params', 'ema'):
     assert set(restore.abstract_item(directory, None, key)) == {'unet'}
@@ -886,7 +851,7 @@ def images(tmp_path):
 
 def test_bad_records_are_counted_or_end_the_run(images, tmp_path, monkeypatch):
   config = image_config(images)
-  run(config, tmp_path / 'run')
+  toy.run(config, tmp_path / 'run')
   lines = [
     json.loads(line)
     for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
@@ -897,14 +862,14 @@ def test_bad_records_are_counted_or_end_the_run(images, tmp_path, monkeypatch):
   monkeypatch.setattr(monitor, '_MIN_RECORDS', 0)
   config.data.max_bad_fraction = 0.01
   with pytest.raises(ValueError, match='could not be used, more than data'):
-    run(config, tmp_path / 'ended')
+    toy.run(config, tmp_path / 'ended')
 
 
 def test_another_data_set_is_refused(images, tmp_path):
   config = image_config(images)
   # An older run's name of it; the data set has no validation split.
   config.eval.update(every=3, best_metric='held_out_loss_8')
-  stop_at(2, config, tmp_path / 'run')
+  toy.stop_at(2, config, tmp_path / 'run')
   tar = tmp_path / 's.tar'
   write_tar(tar, good_files(21))
   shutil.rmtree(images)
@@ -916,9 +881,9 @@ def test_another_data_set_is_refused(images, tmp_path):
       'bring them back'
     ),
   ):
-    run(config, tmp_path / 'run')
+    toy.run(config, tmp_path / 'run')
   config.data.may_change = True
-  run(config, tmp_path / 'run')
+  toy.run(config, tmp_path / 'run')
   path = tmp_path / 'run' / 'eval' / '6.json'
   values = json.loads(path.read_text())
   assert values.keys() == {'train_split_loss_8'}
@@ -927,7 +892,7 @@ def test_another_data_set_is_refused(images, tmp_path):
   )
   assert best['metric'] == 'train_split_loss_8'
   path.write_text('{"held_out_loss_8": 0.25}')
-  run(config, tmp_path / 'run')
+  toy.run(config, tmp_path / 'run')
   lines = lines_of(tmp_path / 'run' / 'metrics.jsonl')
   last = [line for line in lines if 'train_split_loss_8' in line][-1]
   assert last['train_split_loss_8'] == 0.25
@@ -963,7 +928,7 @@ def test_classes_of_a_tfds_data_set(flowers, tmp_path):
   # The first two pass zero-initialised layers to reach the text encoder.
   config.stages[0].update(steps=4, batch_size=8)
   config.eval.update(num_prompts=8, batch_size=8)
-  run(config.lock(), tmp_path)
+  toy.run(config.lock(), tmp_path)
   directory = stage_directory(tmp_path, config, 0)
   fresh = make_model(config, config.stages[0]).init(0, 1)
   weights = restore.restore_item(directory, None, 'params')
