@@ -91,6 +91,10 @@ def _data() -> dict[str, Any]:
     'name': 'shapes',
     # Directory of the data set or the index; for TFDS its data_dir.
     'path': '',
+    # A set of images, 'shapes', 'captioned_images' or 'tars', on which levels
+    # of one frame are trained beside clips; '': on the clips' first frames.
+    'image_set': '',
+    'image_path': '',  # its directory
     # The next five are for TFDS. A nested feature is a path, 'a/b'.
     'image': 'image',
     'caption': 'caption',  # one text, or several

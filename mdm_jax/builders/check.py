@@ -55,7 +55,32 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
       f'data.size={config.data.size}: the evaluation needs {least} scenes. '
       'Increase it, or lower eval.num_prompts and eval.batch_size.'
     )
-  return check_stages(config, mesh)
+  stages = check_stages(config, mesh)
+  _check_image_set(config, stages)
+  return stages
+
+
+def _check_image_set(config: ConfigDict, stages: Sequence[Stage]) -> None:
+  data = config.data
+  if not data.image_set:
+    return
+  named = f'data.image_set={data.image_set!r}'
+  if all(level.frames == 1 for level in config.model.levels):
+    raise ValueError(f'{named}: no level has clips. Set data.name to the set.')
+  # The finest level of some examples has one frame.
+  if not any(
+    len(stage.model.level_shapes[level]) == 3
+    for stage in stages
+    for level in mixed_batch.finest_levels(stage.batch_sizes)
+  ):
+    raise ValueError(
+      f'{named}: no stage is trained on images. Give one max_frames=1, or a '
+      'mixed_ratio above 0 for a level of one frame.'
+    )
+  if data.image_set not in DRAWN and not data.image_path:
+    raise ValueError(
+      f'{named}: name its directory, --config.data.image_path=DIR.'
+    )
 
 
 def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:

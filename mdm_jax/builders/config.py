@@ -51,7 +51,7 @@ _MAY_CHANGE = (
 # Of those keys, the ones that the metrics of a run depend on, and keys that say
 # where its files are.
 _MEASURED = ('log_every:', 'sampler.', 'eval.', 'guard.')
-_PLACES = ('data.path:', 'text.path:', 'text.tokenizer:')
+_PLACES = ('data.path:', 'data.image_path:', 'text.path:', 'text.tokenizer:')
 
 
 class Renamed(NamedTuple):
@@ -106,6 +106,8 @@ _ADDED = {
   'stages[].max_frames': 0,
   'stages[].frame_shift_power': 0.0,
   'data.clip_start': 'random',
+  'data.image_set': '',
+  'data.image_path': '',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

@@ -106,6 +106,30 @@ def _make_records(config: ConfigDict, split: str, resolution: int, frames: int):
   return open_source(data.path, split)
 
 
+def make_image_source(
+  config: ConfigDict, resolution: int
+) -> pipeline.Source | None:
+  """Opens the images on which levels of one frame are trained beside clips.
+
+  Returns:
+    The training split, or None where those levels see the clips' first frames.
+
+  Raises:
+    FileNotFoundError, ValueError: see `make_source`.
+  """
+  images = _image_config(config)
+  return images and make_source(images, 'train', resolution)
+
+
+def _image_config(config: ConfigDict) -> ConfigDict | None:
+  """The config of `data.image_set`, as if it were the data set."""
+  if not config.data.image_set:
+    return None
+  images = config.copy_and_resolve_references()
+  images.data.update(name=config.data.image_set, path=config.data.image_path)
+  return images
+
+
 def _leave_out(config: ConfigDict) -> bool:
   return config.text.long_captions == 'leave_out'
 
@@ -176,15 +200,13 @@ def make_dataset(
     num_batches: number of batches; None for endless training batches.
   """
   data, training = config.data, split == 'train' and num_batches is None
-  finest = make_source(config, split, *_size(shapes[-1]))
+  levels = mixed_batch.finest_levels(batch_sizes)
+  sources, streams = _make_rows(config, split, shapes, levels, training)
   tokenizer = make_tokenizer(config, of_captions=True)
 
-  def row(level):
-    source = finest
+  def make_transform(level):
     pixels, frames = _size(shapes[level])
-    if data.name in DRAWN:  # At each resolution.
-      source = make_source(config, split, pixels, frames)
-    return source, Transform(
+    return Transform(
       tokenizer,
       pixels,
       frames=frames,
@@ -197,13 +219,13 @@ def make_dataset(
       max_pixels=data.max_pixels,
     )
 
-  (source, transform), *further_rows = map(
-    row, mixed_batch.finest_levels(batch_sizes)
-  )
+  rows = zip(sources, map(make_transform, levels))
+  (source, transform), *further_rows = rows
   return pipeline.make_dataset(
     source,
     transform=transform,
     further_rows=further_rows,
+    streams=streams,
     batch_size=batch_sizes[0],
     seed=config.seed,
     shuffle=training,
@@ -215,6 +237,40 @@ def make_dataset(
     num_threads=data.num_threads,
     prefetch=data.prefetch,
   )
+
+
+def _make_rows(
+  config: ConfigDict,
+  split: str,
+  shapes: Sequence[Sequence[int]],
+  levels: Sequence[int],
+  training: bool,
+) -> tuple[list[pipeline.Source], list[int]]:
+  """Opens the source of each row of a batch's pattern.
+
+  Args:
+    config: configuration of the run.
+    split: as for `make_source`.
+    shapes: of an example at each level, coarse to fine.
+    levels: the finest level of each row.
+    training: whether the batches are trained on: only those have other images.
+
+  Returns:
+    The sources; and 0 for each row of the data set, 1 for each of images.
+  """
+  finest, images = None, _image_config(config) if training else None
+  sources, streams = [], []
+  for level in levels:
+    pixels, frames = _size(shapes[level])
+    if images and frames == 1:
+      source = make_source(images, split, pixels)
+    elif config.data.name in DRAWN:  # At each resolution.
+      source = make_source(config, split, pixels, frames)
+    else:
+      source = finest = finest or make_source(config, split, *_size(shapes[-1]))
+    sources.append(source)
+    streams.append(int(bool(images) and frames == 1))
+  return sources, streams
 
 
 def data_fingerprint(config: ConfigDict) -> dict[str, str]:
@@ -230,24 +286,39 @@ def data_fingerprint(config: ConfigDict) -> dict[str, str]:
   if config.data.name not in DRAWN:
     source = make_source(config, 'train', 0)
     found |= {'records': str(len(source)), 'files': source.fingerprint()}
+  if config.data.image_set not in ('', *DRAWN):
+    source = make_image_source(config, 0)
+    found |= {
+      'image_records': str(len(source)),
+      'image_files': source.fingerprint(),
+    }
   return found
 
 
 def batch_keys(
-  config: ConfigDict, resolution: int, batch_size: int, batch: int
+  config: ConfigDict,
+  shapes: Sequence[Sequence[int]],
+  batch_sizes: Sequence[int],
+  batch: int,
 ) -> list[str]:
   """Keys of the records in a training batch, of all processes together.
 
   Args:
     config: configuration of the run.
-    resolution: as for `make_source`.
-    batch_size: number of examples, over all processes.
+    shapes: as for `make_dataset`.
+    batch_sizes: as for `make_dataset`.
     batch: index of the batch.
   """
+  levels = mixed_batch.finest_levels(batch_sizes)
+  (source, *further), streams = _make_rows(
+    config, 'train', shapes, levels, training=True
+  )
   return pipeline.batch_keys(
-    make_source(config, 'train', resolution),
+    source,
     batch,
-    batch_size=batch_size,
+    batch_size=batch_sizes[0],
     seed=config.seed,
     shuffle=True,
+    further_sources=further,
+    streams=streams,
   )

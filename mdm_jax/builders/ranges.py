@@ -100,6 +100,8 @@ KEYS = {
     ('shapes', 'moving_shapes', 'captioned_images', 'tars', 'tfds:NAME')
   ),
   'data.path': Path('directory', missing=True, empty=True),
+  'data.image_set': Choice(('', 'shapes', 'captioned_images', 'tars')),
+  'data.image_path': Path('directory', missing=True, empty=True),
   'data.image': _FEATURE,
   'data.caption': _FEATURE,
   'data.label': _FEATURE,

@@ -102,11 +102,25 @@ def record_index(
   )
 
 
+def stream_position(position: int, streams: Sequence[int]) -> int:
+  """How many rows before this one read the same records.
+
+  Args:
+    position: of a row in the endless stream of all rows.
+    streams: of each row of the pattern the number of its records, see
+      `make_dataset`.
+  """
+  period, row = divmod(position, len(streams))
+  own = streams[row]
+  return period * streams.count(own) + streams[:row].count(own)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batches:
   """Maps the index of a global batch to this process's part of it."""
 
   rows: tuple[tuple[Source, Transform], ...]
+  streams: tuple[int, ...]
   seed: int
   shuffle: bool
   batch_size: int  # global
@@ -156,9 +170,8 @@ class _Batches:
   ) -> Callable[[], Record]:
     """Begins to read a record; returns a function that waits for it."""
     source, _ = self._row(position)
-    index = record_index(
-      position + replacement, len(source), self.seed, self.shuffle
-    )
+    position = stream_position(position, self.streams) + replacement
+    index = record_index(position, len(source), self.seed, self.shuffle)
     return _request(source, index)
 
   def _example(self, position: int, read: Callable[[], Record]) -> Example:
@@ -199,11 +212,11 @@ def _request(source: Source, index: int) -> Callable[[], Record]:
 
 
 def _requests(
-  source: Source, indices: Sequence[int]
+  places: Iterable[tuple[Source, int]],
 ) -> Iterator[Callable[[], Record]]:
   """Yields a function for each record that waits for it, having asked ahead."""
   requested = collections.deque()
-  for index in indices:
+  for source, index in places:
     requested.append(_request(source, index))
     if len(requested) == _AHEAD:
       yield requested.popleft()
@@ -217,7 +230,8 @@ def usable_records(source: Source, indices: Sequence[int]) -> Iterator[Record]:
     DataError: 100 records in a row are unusable.
   """
   found = [index % len(source) for index in indices]
-  for index, read in zip(found, _requests(source, found)):
+  requests = _requests((source, index) for index in found)
+  for index, read in zip(found, requests):
     for replacement in range(1, _MAX_REPLACEMENTS + 1):
       try:
         yield read()
@@ -243,7 +257,14 @@ def _too_many(last_error: BadRecord) -> DataError:
 
 
 def batch_keys(
-  source: Source, batch: int, *, batch_size: int, seed: int, shuffle: bool
+  source: Source,
+  batch: int,
+  *,
+  batch_size: int,
+  seed: int,
+  shuffle: bool,
+  further_sources: Sequence[Source] = (),
+  streams: Sequence[int] = (),
 ) -> list[str]:
   """The keys of the records of a global batch.
 
@@ -256,15 +277,22 @@ def batch_keys(
     batch_size: as in `make_dataset`.
     seed: as in `make_dataset`.
     shuffle: as in `make_dataset`.
+    further_sources: of the rows 1, 2, … of the pattern.
+    streams: as in `make_dataset`.
 
   Returns:
     One key for each row of the batch.
   """
-
+  rows = (source, *further_sources)
+  streams = tuple(streams) or (0,) * len(rows)
   positions = range(batch * batch_size, (batch + 1) * batch_size)
-  indices = [record_index(x, len(source), seed, shuffle) for x in positions]
+  places = []
+  for position in positions:
+    records = rows[position % len(rows)]
+    row = stream_position(position, streams)
+    places.append((records, record_index(row, len(records), seed, shuffle)))
   keys = []
-  for read in _requests(source, indices):
+  for read in _requests(places):
     try:
       keys.append(read()['key'])
     except BadRecord as error:
@@ -302,6 +330,7 @@ def make_dataset(
   seed: int,
   shuffle: bool,
   further_rows: Sequence[tuple[Source, Transform]] = (),
+  streams: Sequence[int] = (),
   start_batch: int = 0,
   num_batches: int | None = None,
   process_index: int = 0,
@@ -327,8 +356,10 @@ def make_dataset(
       order of the source.
     further_rows: sources and transforms of the rows 1, 2, … of a pattern that
       repeats along the global batch; row 0 has `source` and `transform`. The
-      sources must hold the same records, and may differ in their resolution.
       An array that only some rows have is stacked over those rows.
+    streams: for each row of the pattern a number. Rows of one number share an
+      order, in which each record occurs once per epoch; their sources must hold
+      the same records, and may differ in their resolution. By default all do.
     start_batch: global index of the first batch.
     num_batches: how many batches to yield; None for endless batches.
     process_index: index of this process, from 0.
@@ -356,7 +387,15 @@ def make_dataset(
   # Of whole batches: single examples would be distributed over the workers,
   # and the order would depend on the number of workers.
   batches = grain.MapDataset.range(start_batch, start_batch + num_batches).map(
-    _Batches(rows, seed, shuffle, batch_size, process_index, process_count)
+    _Batches(
+      rows,
+      tuple(streams) or (0,) * len(rows),
+      seed,
+      shuffle,
+      batch_size,
+      process_index,
+      process_count,
+    )
   )
   return _load_ahead(batches, num_workers, num_threads, prefetch)
 

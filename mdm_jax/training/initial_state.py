@@ -77,7 +77,8 @@ def _check_data(
   stage: Stage, old: dict[str, str] | None, new: dict[str, str]
 ) -> None:
   old, new = dict(old or {}), dict(new)
-  if stage.config.data.name in DRAWN:
+  data = stage.config.data
+  if {data.name, data.image_set} <= {*DRAWN, ''}:
     # They are drawn without it, and installing Gradio for the demo replaces it.
     old.pop('Pillow', None)
     new.pop('Pillow', None)

@@ -18,7 +18,12 @@ from mdm_jax.builders.config import (
   stage_directory,
   write_config,
 )
-from mdm_jax.builders.data import data_fingerprint, held_out_split, make_source
+from mdm_jax.builders.data import (
+  data_fingerprint,
+  held_out_split,
+  make_image_source,
+  make_source,
+)
 from mdm_jax.builders.prompts import make_prompts
 from mdm_jax.builders.stage import Stage, make_stages
 from mdm_jax.builders.text import empty_text, load_frozen
@@ -74,6 +79,7 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   # Raises if the data cannot be opened.
   make_source(config, 'train', resolution)
   make_source(config, held_out_split(config), resolution)
+  make_image_source(config, resolution)
   frozen = load_frozen(config, mesh)
   if jax.process_index() == 0:
     write_config(workdir, new)

@@ -5,7 +5,11 @@ import time
 
 from ml_collections import ConfigDict
 
-from mdm_jax.builders.data import held_out_split, make_source
+from mdm_jax.builders.data import (
+  held_out_split,
+  make_image_source,
+  make_source,
+)
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.checkpoint import saved_steps
@@ -46,7 +50,11 @@ def _data(config: ConfigDict) -> str:
   else:
     size = len(make_source(config, split, resolution))
     held_out = f', {size:,} validation records'
-  return f'{config.data.name}{path}: {count:,} training records{held_out}'
+  found = f'{config.data.name}{path}: {count:,} training records{held_out}'
+  if images := make_image_source(config, resolution):
+    path = f' in {config.data.image_path}' if config.data.image_path else ''
+    found += f'; {config.data.image_set}{path}: {len(images):,} images'
+  return found
 
 
 def _text(stage: Stage) -> str:

@@ -458,6 +458,27 @@ BAD = [
     },
     r"best_metric='accuracy_all': use one of \['held_out_loss_8', ",
   ),
+  (
+    {'data.image_set': 'tars'},
+    "data.image_set='tars': no level has clips. Set data.name",
+  ),
+  (
+    {
+      'data.image_set': 'shapes',
+      'model.levels[0].frames': 4,
+      'model.levels[1].frames': 4,
+    },
+    "data.image_set='shapes': no stage is trained on images. Give one max_f",
+  ),
+  (
+    {
+      'data.image_set': 'tars',
+      'model.levels[0].frames': 4,
+      'model.levels[1].frames': 4,
+      'stages[0].max_frames': 1,
+    },
+    r"data.image_set='tars': name its directory, --config.data.image_path=DIR",
+  ),
   ({'log_every': 0}, 'log_every=0'),
   ({'sample_every': 0}, 'sample_every=0'),
   ({'checkpoint_every': -1}, 'checkpoint_every=-1'),

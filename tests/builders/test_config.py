@@ -84,6 +84,8 @@ ADDED = {
   'stages[].max_frames': 0,
   'stages[].frame_shift_power': 0,
   'data.clip_start': 'random',
+  'data.image_set': '',
+  'data.image_path': '',
 }
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.builders.data import (
+  batch_keys,
   current_name,
   held_out_split,
   loss_names,
@@ -13,6 +14,7 @@ from mdm_jax.builders.data import (
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
 from mdm_jax.data import images, pipeline, shapes, tar_index
+from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.tools import prepare_data
 from tests.tools.test_prepare_data import good_files, write_tar
 
@@ -49,6 +51,38 @@ def test_batches_of_a_tfds_data_set(config):
   assert values['text'].tolist() == [[2 + i % 3] for i in range(7)]
   assert values['text'].dtype == np.int32
   assert not values['bad'].any()
+
+
+def test_images_are_trained_on_beside_clips(make_config):
+  config = make_config()
+  config.data.update(name='moving_shapes', image_set='shapes', size=1000)
+  config.text.tokenizer = str(CAPTIONS_MODEL)  # Each set has another default.
+  shapes_of_levels, sizes = [(8, 8, 3), (4, 16, 16, 3)], (6, 4)
+
+  def batch_of(split, sizes, shapes=shapes_of_levels, **options):
+    dataset = make_dataset(
+      config, split, shapes, sizes, process_index=0, process_count=1, **options
+    )
+    return next(iter(dataset))
+
+  # Rows 2 and 5 are images; clips are those of a run without images.
+  batch = batch_of('train', sizes)
+  config.data.update(image_set='')
+  np.testing.assert_array_equal(
+    batch['image'], batch_of('train', (4, 4))['image']
+  )
+  config.data.update(name='shapes')
+  expected = batch_of('train', (2,), [(8, 8, 3)])
+  np.testing.assert_array_equal(batch['image_8'], expected['image'])
+  np.testing.assert_array_equal(batch['text'][2::3], expected['text'])
+  keys = batch_keys(config, [(8, 8, 3)], (2,), 0)
+  config.data.update(name='moving_shapes', image_set='shapes')
+  assert batch_keys(config, shapes_of_levels, sizes, 0)[2::3] == keys
+  # What is measured are first frames of the clips.
+  measured = batch_of('held_out', sizes, num_batches=1)
+  config.data.update(image_set='')
+  same = batch_of('held_out', sizes, num_batches=1)
+  np.testing.assert_array_equal(measured['image_8'], same['image_8'])
 
 
 def test_a_record_without_label_is_replaced(config):

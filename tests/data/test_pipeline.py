@@ -245,6 +245,43 @@ def test_rows_of_a_pattern_are_stacked_by_name(process_count):
   )
 
 
+@pytest.mark.parametrize('process_count', [1, 2])
+def test_rows_of_other_records_have_an_order_of_their_own(process_count):
+  parts = [
+    batches(
+      Numbers(21),
+      batch_size=12,
+      transform=rows_of('a'),
+      further_rows=[(Numbers(5), rows_of('bb')), (Numbers(21), rows_of('a'))],
+      streams=[0, 1, 0],
+      process_index=i,
+      process_count=process_count,
+    )
+    for i in range(process_count)
+  ]
+  found = [
+    np.concatenate([part[k]['number'] for part in parts])
+    for k in range(len(parts[0]))
+  ]
+  assert all(part[0]['bb'].shape[0] == 4 // process_count for part in parts)
+  for name, size, rows in (('own', 21, [0, 2]), ('other', 5, [1])):
+    numbers = np.concatenate([x.reshape(4, 3)[:, rows].ravel() for x in found])
+    expected = np.concatenate(
+      [x['number'] for x in batches(Numbers(size), batch_size=4 * len(rows))]
+    )
+    np.testing.assert_array_equal(numbers, expected, name)
+  keys = pipeline.batch_keys(
+    Numbers(21),
+    1,
+    batch_size=12,
+    seed=3,
+    shuffle=True,
+    further_sources=[Numbers(5), Numbers(21)],
+    streams=[0, 1, 0],
+  )
+  assert keys == [f'n{number}' for number in found[1]]
+
+
 def test_processes_hold_whole_patterns():
   with pytest.raises(ValueError, match='batch_size=12.*2 processes.*4 rows'):
     batches(

@@ -367,7 +367,7 @@ def training_lines(workdir, stage='8') -> list[dict]:
 
 def test_poisoned_step_is_skipped_also_when_resumed(tmp_path, monkeypatch):
   config = one_stage().lock()
-  keys = batch_keys(config, 8, 8, batch=2)
+  keys = batch_keys(config, [(8, 8, 3)], [8], batch=2)
   poison(monkeypatch, keys[5])
   once, twice = tmp_path / 'once', tmp_path / 'twice'
   toy.run(config, once)
@@ -412,7 +412,7 @@ def test_too_many_poisoned_steps_stop_the_run(tmp_path, monkeypatch):
   config = one_stage()
   config.guard.max_skipped = 2
   for batch in (1, 3, 4):
-    poison(monkeypatch, batch_keys(config, 8, 8, batch)[0])
+    poison(monkeypatch, batch_keys(config, [(8, 8, 3)], [8], batch)[0])
   message = r"stage 1/1 '8': 2 consecutive steps were skipped, the last is 5"
   for _ in range(2):
     with pytest.raises(skip_step.Diverged, match=message):
