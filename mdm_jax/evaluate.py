@@ -28,9 +28,9 @@ _METRICS = flag_types.define(
   None,
   _KINDS['metrics'],
   'Some of loss, prompt_accuracy, edge_width, frechet, fid, kid, '
-  'precision_recall, clip. Default: the first three, which need no files; for '
-  'directories fid, kid and precision_recall. frechet, for shapes, trains a '
-  'classifier and caches it.',
+  'precision_recall, clip, flicker, fvd. Default: those that need no files, '
+  'but frechet, which is for shapes, trains a classifier and caches it; for '
+  'directories fid, kid and precision_recall. flicker and fvd are of clips.',
 )
 _NUM_SAMPLES = flag_types.define(
   'num_samples',
@@ -62,6 +62,12 @@ _CLIP = flag_types.define(
   None,
   _KINDS['clip'],
   'Directory of a CLIP as Hugging Face lays it out, for clip.',
+)
+_I3D = flag_types.define(
+  'i3d',
+  None,
+  _KINDS['i3d'],
+  'File rgb_imagenet.pt, also known as i3d_pretrained_400.pt, for fvd.',
 )
 _NUM_REFERENCE = flag_types.define(
   'num_reference',
@@ -130,6 +136,7 @@ def main(_: list[str]) -> None:
     'resolution': _RESOLUTION.value,
     'inception': _INCEPTION.value,
     'clip': _CLIP.value,
+    'i3d': _I3D.value,
     'cache': _CACHE.value,
   }
   workdir, output = run_flags.workdir(), _OUTPUT.value

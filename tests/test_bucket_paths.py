@@ -171,6 +171,7 @@ def try_folders(tries, bucket, inception_weights, tmp_path):
     'output': f'{tries.path}/found.jsonl',
   }
   tries('evaluate', '--metrics=precision_recall', '--batch_size=8', **flags)
+  tries.note('evaluate', 'i3d')  # Read by the same lines as --inception.
   (line,) = files.read_json_lines(flags['output'])
   assert line['metrics'] == {'precision': 1, 'recall': 1}
   (name,) = [name for name in tries.files() if name.startswith('cache/')]
@@ -318,7 +319,8 @@ def try_sweep(tries, run):
   again = tries('tools.sweep', *flags, workdir=run, output=output)
   assert 'Evaluation' not in again.stderr
   # The functions of mdm_jax.evaluate read these, and compare_samplers plots.
-  tries.note('tools.sweep', 'clip', 'inception', 'reference', 'cache', 'plot')
+  names = 'clip', 'inception', 'i3d', 'reference', 'cache', 'plot'
+  tries.note('tools.sweep', *names)
 
 
 def try_bench(tries):
@@ -467,6 +469,7 @@ TRIED = {
     'images': try_folders,
     'reference': try_folders,
     'inception': try_folders,
+    'i3d': try_folders,
     'cache': try_folders,
   },
   'demo': {'workdir': try_demo, 'password_file': try_demo},
@@ -514,7 +517,7 @@ TRIED = {
   'tools.sweep': dict.fromkeys(
     (
       *('config', 'workdir', 'output', 'plot'),
-      *('clip', 'inception', 'reference', 'cache'),
+      *('clip', 'inception', 'i3d', 'reference', 'cache'),
     ),
     try_sweep,
   ),

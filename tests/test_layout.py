@@ -31,6 +31,7 @@ ROWS = (
   'training.stage_checkpoints training.run training.grow training.expected',
   'inference.pipeline',
   'inference.evaluation',
+  'inference.sample_metrics',
   'inference.shapes_features inference.labelled_features',
   'inference.classifier_features',
   'inference.references',

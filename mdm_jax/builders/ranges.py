@@ -38,6 +38,8 @@ METRICS = (
   'kid',
   'precision_recall',
   'clip',
+  'flicker',
+  'fvd',
 )
 
 _SPACES = Choice(('v', 'eps', 'x0', 'velocity'))
@@ -258,6 +260,7 @@ EVALUATION = {
   'resolution': Number(int, 1, 2**16),
   'inception': Path('file'),
   'clip': Path('directory'),
+  'i3d': Path('file'),
   'cache': Path('directory', output=True),
   'output': Path('file', output=True),
 }

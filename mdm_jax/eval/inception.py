@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdm_jax.eval import torch_weights
+
 NUM_FEATURES = 2048
 RESOLUTION = 299
 RESIZE = (
@@ -253,53 +255,19 @@ def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict:
     for path, leaf in shapes.items()
     if path[-1] == 'kernel'
   }
-  _check(tensors, kernels)
-
-  params = {}
-  for name in kernels:
-    weight, bias, mean, variance = (
-      np.asarray(tensors[f'{name}.bn.{field}'], np.float64)
-      for field in ('weight', 'bias', 'running_mean', 'running_var')
-    )
-    scale = weight / np.sqrt(variance + _EPSILON)
-    kernel = np.asarray(tensors[f'{name}.conv.weight'], np.float64)
-    path = (*name.split('.'), 'conv')
-    params[*path, 'kernel'] = (kernel.transpose(2, 3, 1, 0) * scale).astype(
-      np.float32
-    )
-    params[*path, 'bias'] = (bias - mean * scale).astype(np.float32)
-  return traverse_util.unflatten_dict(params)
-
-
-def _check(
-  tensors: Mapping[str, np.ndarray], kernels: Mapping[str, tuple[int, ...]]
-) -> None:
   # The classifier is not used, but its shape identifies the network.
   wanted = {
     'fc.weight': (_NUM_CLASSES, NUM_FEATURES),
     'fc.bias': (_NUM_CLASSES,),
   }
-  for name, (height, width, channels, features) in kernels.items():
-    wanted[f'{name}.conv.weight'] = (features, channels, height, width)
-    for field in ('weight', 'bias', 'running_mean', 'running_var'):
-      wanted[f'{name}.bn.{field}'] = (features,)
-  found = {
-    name: tuple(value.shape)
-    for name, value in tensors.items()
-    if not name.endswith('.num_batches_tracked')
-  }
-  problems = [
-    f'{name} is {found[name]}, not {shape}'
-    if name in found
-    else f'{name} is missing'
-    for name, shape in wanted.items()
-    if found.get(name) != shape
-  ]
-  problems += [f'{name} is unexpected' for name in found if name not in wanted]
-  if problems:
-    more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
-    raise ValueError(
-      'These are weights of another network: '
-      + '; '.join(problems[:5])
-      + f'{more}: {_FAMILY}.'
+  for name, shape in kernels.items():
+    wanted |= torch_weights.folded_shapes(f'{name}.conv', f'{name}.bn', shape)
+  torch_weights.require_shapes(tensors, wanted, _FAMILY)
+
+  params = {}
+  for name in kernels:
+    path = (*name.split('.'), 'conv')
+    params[*path, 'kernel'], params[*path, 'bias'] = torch_weights.folded(
+      tensors, f'{name}.conv', f'{name}.bn', _EPSILON
     )
+  return traverse_util.unflatten_dict(params)

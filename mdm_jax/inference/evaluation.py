@@ -5,9 +5,8 @@ The settings are what someone else needs to get the same numbers.
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-from absl import logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
@@ -16,22 +15,21 @@ import numpy as np
 
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import sampler_settings
-from mdm_jax.builders.data import held_out_split, loss_names, make_source
+from mdm_jax.builders.data import held_out_split, loss_names
 from mdm_jax.builders.prompts import (
   can_score_prompts,
-  is_moving,
   make_prompts,
-  make_vocabulary,
 )
 from mdm_jax.builders.stage import Stage, make_stages
-from mdm_jax.eval import edge_width, estimate, fid, motion, prompt_accuracy
-from mdm_jax.eval.estimate import Estimate
+from mdm_jax.eval import fid, i3d
 from mdm_jax.inference import (
   feature_extractors,
   references,
+  sample_metrics,
   shapes_features,
   validation,
 )
+from mdm_jax.inference.sample_metrics import Samples
 from mdm_jax.inference.session import Model
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.report.sample_directory import SampleDirectory
@@ -44,9 +42,8 @@ METRICS = ranges.METRICS
 SET_METRICS = ('fid', 'kid', 'precision_recall')
 # Metrics of images of shapes, whose prompts state all that they show.
 _OF_SHAPES = ('prompt_accuracy', 'edge_width', 'frechet')
+_OF_CLIPS = ('flicker', 'fvd')
 _NUM_BANDS = 10
-_SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
-_NEIGHBOURS = 3
 _PROMPTS_AT_ONCE = 1024
 _SAVED = 64  # sampled images that are written to disk
 
@@ -67,6 +64,7 @@ class Options:
       resized; None if they all have one size.
     inception: file of the FID's Inception weights.
     clip: directory of a CLIP as Hugging Face lays it out.
+    i3d: file of the FVD's weights.
     cache: directory of cached reference features; None for the user's own.
   """
 
@@ -79,6 +77,7 @@ class Options:
   resolution: int | None = None
   inception: str | None = None
   clip: str | None = None
+  i3d: str | None = None
   cache: str | None = None
 
 
@@ -89,17 +88,10 @@ def make_options(given: Mapping[str, Any]) -> Options:
   )
 
 
-class _Extractors(NamedTuple):
-  """Networks that see images; None for those that no metric needs."""
-
-  inception: feature_extractors.Inception | None
-  clip: feature_extractors.Clip | None
-  shapes: shapes_features.Features | None
-
-
 def check_options(config: ConfigDict, options: Options) -> None:
   """Raises ValueError if these metrics cannot be computed of a run."""
-  _select_for_run(config, options)
+  of_clips = config.model.levels[-1].frames > 1
+  _select_for_run(config, options, of_clips)
 
 
 def evaluate_folder(
@@ -123,7 +115,7 @@ def evaluate_folder(
     folder.batches(batch_size), len(folder), f'images of {images}'
   )
   sample = feature_extractors.collect(network, batches, len(folder))
-  metrics, settings = _compare(names, sample, reference)
+  metrics, settings = sample_metrics.compare(names, sample, reference)
   return Evaluation(
     metrics,
     settings
@@ -156,18 +148,23 @@ def evaluate_run(
     ValueError, FileNotFoundError: an option is wrong, or a file cannot be used.
   """
   config = model.stage.config
-  names = _select_for_run(config, options)
+  shape = model.stage.model.level_shapes[-1]
+  names = _select_for_run(config, options, len(shape) == 4)
   if options.resolution and not options.reference:
     raise ValueError(
       '--resolution is that of images in directories: give --reference too.'
     )
   count = options.num_samples or config.eval.num_prompts
   value_types.check_seeds('--seed', options.seed, count)
-  if count < 2 and {'fid', 'frechet'} & set(names):
+  if count < 2 and {'fid', 'frechet', 'fvd'} & set(names):
     raise ValueError(
       f'--num_samples={count}: a Fréchet distance needs 2 samples or more.'
     )
-  extractors = _load_extractors(names, options, model)
+  if 'fvd' in names and shape[0] < i3d.MIN_FRAMES:
+    raise ValueError(
+      f'--metrics=fvd needs clips of {i3d.MIN_FRAMES} frames or more, and '
+      f'{model.stage.title} has {shape[0]}.'
+    )
   settings = {
     'workdir': str(model.workdir),
     **model.description,
@@ -175,13 +172,14 @@ def evaluate_run(
     'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
     'jax': jax.__version__,
   }
-  metrics = {}
+  # First, so that a file that cannot be used ends it early.
+  of_samples, metrics = _sample_metrics(model, names, options), {}
   if 'loss' in names:
     metrics = _losses(model)
     settings['loss'] = validation.loss_settings(model.stage)
-  if set(names) - {'loss'}:
+  if of_samples:
     of_samples, about = _evaluate_samples(
-      model, names, options, extractors, sample_fn, settings
+      model, of_samples, options, sample_fn, settings
     )
     metrics |= of_samples
     settings |= about
@@ -196,53 +194,48 @@ def evaluate_run(
 
 def _evaluate_samples(
   model: Model,
-  names: Sequence[str],
+  metrics: Sequence[sample_metrics.SampleMetric],
   options: Options,
-  extractors: _Extractors,
   sample_fn: SampleFn,
   settings: dict,
 ) -> tuple[dict, dict]:
   """Metrics of samples, and their settings; writes the first samples."""
-  reference, about = None, {}
-  if extractors.inception:
-    reference, about['reference'] = _reference(
-      model, options, extractors.inception
-    )
-  if extractors.clip:
-    about['clip'] = extractors.clip.fingerprint
-  if extractors.shapes:
-    about['frechet'] = extractors.shapes.settings
   saved = _first_samples(model, options)
-  metrics, of_metrics = _measure_samples(
-    model, names, options, extractors, sample_fn, reference, saved
-  )
-  about |= of_metrics | validation.sample_settings(
+  found, about = _measure_samples(model, metrics, options, sample_fn, saved)
+  about |= validation.sample_settings(
     model.stage, _count(model, options), options.seed
   )
   chance = validation.chance(model.stage)
   scalars = {
     name: f'{value:.4g}'
     + (f' (chance {chance[name]:.2g})' if name in chance else '')
-    for name, value in metrics.items()
+    for name, value in found.items()
     if not isinstance(value, dict)
   }
   saved.finish({'Metrics': scalars, 'Settings': settings | about})
-  return metrics, about
+  return found, about
 
 
-def _select_for_run(config: ConfigDict, options: Options) -> Sequence[str]:
-  """The metrics to compute for a run, see `_select`."""
-  can_score = can_score_prompts(config)
-  possible = tuple(
-    name for name in METRICS if can_score or name not in _OF_SHAPES
-  )
-  if is_moving(config):
-    possible = 'loss', 'prompt_accuracy'
-  elif any(level.frames > 1 for level in config.model.levels):
-    possible = ('loss',)  # All others are of images.
+def _select_for_run(
+  config: ConfigDict, options: Options, of_clips: bool
+) -> Sequence[str]:
+  """The metrics to compute for a run, see `_select`.
+
+  Args:
+    config: of the run.
+    options: what to measure.
+    of_clips: whether the model samples clips.
+  """
+  has_clips = any(level.frames > 1 for level in config.model.levels)
+  left_out = set() if of_clips else set(_OF_CLIPS)
+  if not can_score_prompts(config):
+    left_out |= set(_OF_SHAPES)
+  elif has_clips:
+    left_out |= {'edge_width', 'frechet'}
+  possible = tuple(name for name in METRICS if name not in left_out)
   default = [
     name
-    for name in ('loss', 'prompt_accuracy', 'edge_width')
+    for name in ('loss', 'prompt_accuracy', 'edge_width', 'flicker')
     if name in possible
   ]
   names = _select(options, possible, default)
@@ -277,6 +270,15 @@ def _select(
       f'--metrics={",".join(names)} needs --inception=FILE, '
       'pt_inception-2015-12-05-6726825d.pth: see docs/evaluation.md.'
     )
+  if 'fvd' in names and not options.i3d:
+    raise ValueError(
+      '--metrics=fvd needs --i3d=FILE, rgb_imagenet.pt: see docs/evaluation.md.'
+    )
+  if 'fvd' in names and options.reference:
+    raise ValueError(
+      '--metrics=fvd compares with clips of the data set, and --reference is a '
+      'directory of images: leave one of them out.'
+    )
   if 'clip' in names and not options.clip:
     raise ValueError(
       '--metrics=clip needs --clip=DIR, such as a download of '
@@ -285,25 +287,8 @@ def _select(
   return names
 
 
-def _load_extractors(
-  names: Sequence[str], options: Options, model: Model
-) -> _Extractors:
-  size, mesh = model.stage.config.eval.batch_size, model.mesh
-  inception = clip = None
-  if set(names) & set(SET_METRICS):
-    inception = feature_extractors.Inception(options.inception, size, mesh)
-  if 'clip' in names:
-    clip = feature_extractors.Clip(options.clip, size, mesh)
-  shapes = None
-  if 'frechet' in names:
-    shapes = shapes_features.Features(
-      model.stage.resolutions[-1], model.stage.config.seed, options.cache
-    )
-  return _Extractors(inception, clip, shapes)
-
-
 def _reference(
-  model: Model, options: Options, network: feature_extractors.Inception
+  model: Model, options: Options, network: feature_extractors.FeatureNetwork
 ) -> tuple[fid.Sample, dict]:
   if options.reference:
     batch_size = model.stage.config.eval.batch_size
@@ -363,124 +348,18 @@ def _losses(model: Model) -> dict[str, Any]:
   return dict(zip(names, totals)) | {'losses_by_noise': bands}
 
 
-def _compare(
-  names: Sequence[str], sample: fid.Sample, reference: fid.Sample
-) -> tuple[dict, dict]:
-  """Metrics of a set of images against a reference, and their settings."""
-  counts = sample.statistics.count, reference.statistics.count
-  metrics = {}
-  settings = {'num_samples': counts[0], 'num_reference': counts[1]}
-  if 'fid' in names:
-    metrics['fid'] = Estimate(
-      fid.frechet_distance(sample.statistics, reference.statistics), counts[0]
-    )
-  if 'kid' in names:
-    rows = len(sample.rows), len(reference.rows)
-    kid, deviation = fid.kernel_distance(
-      sample.rows, reference.rows, **_SUBSETS
-    )
-    # Subsets that are a whole set say nothing of how exact it is.
-    is_known = min(rows) > _SUBSETS['subset_size']
-    metrics['kid'] = Estimate(kid, rows[0], deviation if is_known else None)
-    metrics['kid_standard_deviation'] = deviation
-    settings['kid'] = _SUBSETS
-  if 'precision_recall' in names:
-    precision, recall = fid.precision_recall(
-      sample.rows, reference.rows, _NEIGHBOURS
-    )
-    metrics['precision'] = estimate.of_share(precision, len(sample.rows))
-    metrics['recall'] = estimate.of_share(recall, len(reference.rows))
-    settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
-  if {'kid', 'precision_recall'} & set(names):
-    settings['rows'] = [len(sample.rows), len(reference.rows)]
-  return metrics, settings
-
-
-class _OfShapes:
-  """Metrics of images or clips of shapes, added batch by batch."""
-
-  def __init__(
-    self,
-    model: Model,
-    names: Sequence[str],
-    features: shapes_features.Features | None,
-  ):
-    config = model.stage.config
-    self._names, self._vocabulary = names, make_vocabulary()
-    self._marks, self._statements = [], []
-    self._widths, self._widths_of_data = [], []
-    self._features, self._found = features, None
-    if features:
-      self._found = fid.Statistics(features.width)
-    if 'edge_width' in names:
-      self._data = make_source(
-        config, held_out_split(config), model.stage.resolutions[-1]
-      )
-
-  def add(
-    self, rows: Sequence[int], images: np.ndarray, statements: Sequence[dict]
-  ) -> None:
-    """Adds samples uint8 [B, R, R, 3] of the prompts with indices `rows`."""
-    if 'prompt_accuracy' in self._names:
-      self._statements += statements
-      self._marks += [
-        motion.score(sample, stated, self._vocabulary)
-        for sample, stated in zip(images, statements, strict=True)
-      ]
-    if 'edge_width' in self._names:
-      for row, image, stated in zip(rows, images, statements, strict=True):
-        if prompt_accuracy.is_one_plain_object(stated):
-          data = self._data[row % len(self._data)]['image']
-          self._widths.append(edge_width.edge_width(image))
-          self._widths_of_data.append(edge_width.edge_width(data))
-    if self._features:
-      self._found.update(self._features.encode(images))
-
-  def metrics(self) -> dict[str, Estimate]:
-    """The metrics of all images."""
-    found = {}
-    if self._marks:
-      found |= validation.accuracies(self._marks, self._statements)
-    for name, widths in (
-      ('edge_width', self._widths),
-      ('edge_width_of_data', self._widths_of_data),
-    ):
-      if widths := [width for width in widths if width is not None]:
-        found[name] = estimate.mean(widths)
-      elif 'edge_width' in self._names:
-        logging.warning('%s: no image has an outline to measure.', name)
-    if self._features:
-      reference, count = self._features.reference(), self._found.count
-      found['frechet'] = Estimate(
-        fid.frechet_distance(self._found, reference.statistics), count
-      )
-      of_data = self._features.of_data(count)
-      found['frechet_of_data'] = Estimate(
-        fid.frechet_distance(of_data, reference.statistics), count
-      )
-      found['frechet_of_halves'] = Estimate(
-        shapes_features.halves(reference), len(reference.rows) // 2
-      )
-    return found
-
-
 def _measure_samples(
   model: Model,
-  names: Sequence[str],
+  metrics: Sequence[sample_metrics.SampleMetric],
   options: Options,
-  extractors: _Extractors,
   sample_fn: SampleFn,
-  reference: fid.Sample | None,
   saved: SampleDirectory,
 ) -> tuple[dict, dict]:
   """Samples batch by batch; keeps only features, scores and first images."""
   config, count = model.stage.config, _count(model, options)
-  size, scores, missing = config.eval.batch_size, [], set(saved.missing)
-  of_shapes = None
-  if set(names) & set(_OF_SHAPES):
-    of_shapes = _OfShapes(model, names, extractors.shapes)
+  size, missing = config.eval.batch_size, set(saved.missing)
 
-  def batches() -> Iterator[np.ndarray]:
+  def batches() -> Iterator[Samples]:
     for first in range(0, count, _PROMPTS_AT_ONCE):
       rows = range(first, min(first + _PROMPTS_AT_ONCE, count))
       prompts = make_prompts(config, count, rows)
@@ -491,23 +370,52 @@ def _measure_samples(
         for row, *image in zip(rows[part], *levels):
           if row in missing:
             saved.add(row, image)
-        images = levels[-1]
-        if of_shapes:
-          of_shapes.add(rows[part], images, prompts.statements[part])
-        if extractors.clip:
-          scores.append(extractors.clip.scores(images, prompts.captions[part]))
-        yield images
+        yield Samples(
+          levels[-1],
+          rows[part],
+          prompts.captions[part],
+          prompts.statements and prompts.statements[part],
+        )
 
-  images = feature_extractors.log_progress(batches(), count, 'samples')
-  metrics, settings = {}, {}
-  if extractors.inception:
-    sample = feature_extractors.collect(extractors.inception, images, count)
-    metrics, settings = _compare(names, sample, reference)
-  else:
-    for _ in images:
-      pass
-  if extractors.clip:
-    metrics['clip_score'] = estimate.mean(np.concatenate(scores))
-  if of_shapes:
-    metrics |= of_shapes.metrics()
-  return metrics, settings
+  for samples in feature_extractors.log_progress(batches(), count, 'samples'):
+    for metric in metrics:
+      metric.add(samples)
+  found, settings = {}, {}
+  for metric in metrics:
+    values, about = metric.result()
+    found |= values
+    settings |= about
+  return found, settings
+
+
+def _sample_metrics(
+  model: Model, names: Sequence[str], options: Options
+) -> list[sample_metrics.SampleMetric]:
+  """What measures the samples, with its networks and references loaded."""
+  stage, mesh, found = model.stage, model.mesh, []
+  size, count = stage.config.eval.batch_size, _count(model, options)
+  if set(names) & set(SET_METRICS):
+    network = feature_extractors.Inception(options.inception, size, mesh)
+    reference = _reference(model, options, network)
+    shape = stage.model.level_shapes[-1]
+    rows = count * network.num_rows(shape)
+    found.append(sample_metrics.OfSets(names, network, rows, *reference))
+  if 'fvd' in names:
+    network = feature_extractors.I3D(options.i3d, size, mesh)
+    reference = _reference(model, options, network)
+    found.append(sample_metrics.VideoDistance(network, count, *reference))
+  if 'clip' in names:
+    network = feature_extractors.Clip(options.clip, size, mesh)
+    found.append(sample_metrics.ClipScore(network))
+  if 'flicker' in names:
+    split = options.reference_split or held_out_split(stage.config)
+    clips = references.images_of_split(stage, split, count)
+    found.append(sample_metrics.Flicker(clips))
+  if set(names) & set(_OF_SHAPES):
+    features = None
+    if 'frechet' in names:
+      features = shapes_features.Features(
+        stage.resolutions[-1], stage.config.seed, options.cache
+      )
+    found.append(sample_metrics.OfShapes(stage, names, features))
+  return found

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import hashlib
 import os
 import time
+import types
 from typing import Any
 
 from absl import logging
 from etils import epath
+from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 
 from mdm_jax.data import folders, images
 from mdm_jax.data.lines import read_lines
-from mdm_jax.eval import clip, fid, inception
+from mdm_jax.eval import clip, fid, i3d, inception
 from mdm_jax.eval.clip_tokenizer import ClipTokenizer
 from mdm_jax.interop import hugging_face
 from mdm_jax.report import console, sample_directory
@@ -49,22 +51,27 @@ def _jit(
   return apply
 
 
-class Inception:
-  """The network of the FID: uint8 `[B, H, W, 3]` -> float32 `[B, 2048]`.
+class FeatureNetwork:
+  """A network whose features are compared: see `Inception` and `I3D`.
 
   Attributes:
+    name: of the network, in settings.
     width: of the features.
     fingerprint: of its weights, as JSON.
   """
 
-  width = inception.NUM_FEATURES
+  name: str
+  # Its module: `preprocess`, `from_state_dict` and what they stand for.
+  _definition: types.ModuleType
+  _model: nn.Module
 
   def __init__(self, path: str, batch_size: int, mesh: Mesh):
     """Reads the weights.
 
     Args:
-      path: of pt_inception-2015-12-05-6726825d.pth.
-      batch_size: images at once, at most; a multiple of the mesh's shards.
+      path: of the file of weights.
+      batch_size: images or clips at once, at most; a multiple of the mesh's
+        shards.
       mesh: the devices.
 
     Raises:
@@ -74,27 +81,68 @@ class Inception:
     if epath.Path(path).is_dir():
       raise ValueError(f'{path} is a directory: give the file in it.')
     tensors = hugging_face.open_tensors(path)
+    definition, model = self._definition, self._model
     try:
-      params = inception.from_state_dict(
-        hugging_face.select(tensors, inception.NAMES)
+      params = definition.from_state_dict(
+        hugging_face.select(tensors, definition.NAMES)
       )
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
     digest = hashlib.blake2b(epath.Path(path).read_bytes(), digest_size=8)
+    self.width = definition.NUM_FEATURES
     self.fingerprint = {
       'weights': digest.hexdigest(),
-      'resize': inception.RESIZE,
+      'resize': definition.RESIZE,
     }
     params = jax.device_put(params, sharding.replicated(mesh))
-    model = inception.Inception()
-    self.encode = _jit(
-      lambda params, images: model.apply(
-        {'params': params}, inception.preprocess(images)
+    self._apply = _jit(
+      lambda params, x: model.apply(
+        {'params': params}, definition.preprocess(x)
       ),
       params,
       batch_size,
       mesh,
     )
+
+  def encode(self, batch: np.ndarray) -> np.ndarray:
+    """Features float32 `[N, width]` of a batch, uint8."""
+    return self._apply(batch)
+
+  def num_rows(self, shape: Sequence[int]) -> int:
+    """Features of an example of this shape."""
+    return 1
+
+
+class Inception(FeatureNetwork):
+  """The network of the FID, of images `[B, H, W, 3]`.
+
+  Of clips `[B, T, H, W, 3]` each frame is an image. The weights are
+  pt_inception-2015-12-05-6726825d.pth.
+  """
+
+  name = 'inception'
+  _definition, _model = inception, inception.Inception()
+
+  def encode(self, batch: np.ndarray) -> np.ndarray:
+    """Features `[B, 2048]` of images, `[B * T, 2048]` of clips."""
+    if batch.ndim == 4:
+      return self._apply(batch)
+    frames = [self._apply(frame) for frame in batch.swapaxes(0, 1)]
+    return np.stack(frames, 1).reshape(-1, self.width)
+
+  def num_rows(self, shape: Sequence[int]) -> int:
+    """The number of frames."""
+    return shape[0] if len(shape) == 4 else 1
+
+
+class I3D(FeatureNetwork):
+  """The network of the FVD, of clips `[B, T, H, W, 3]`.
+
+  The weights are rgb_imagenet.pt, also known as i3d_pretrained_400.pt.
+  """
+
+  name = 'i3d'
+  _definition, _model = i3d, i3d.I3D()
 
 
 class Clip:
@@ -182,12 +230,18 @@ class Clip:
     )
 
   def scores(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
-    """`clip.scores` of uint8 `[B, H, W, 3]` and B captions, `[B]`."""
-    resized = np.stack(
-      [clip.resize(image, self._spec.image_size) for image in images]
-    )
+    """Scores `[B]` of images and B captions, see `clip.scores`.
+
+    Args:
+      images: uint8 `[B, H, W, 3]`, or `[B, T, H, W, 3]`: the mean over frames.
+      captions: of each.
+    """
     tokens = np.stack(list(map(self._tokenizer.encode, captions)))
-    return clip.scores(self._images(resized), self._text(tokens))
+    text, found = self._text(tokens), []
+    for frame in images.swapaxes(0, 1) if images.ndim == 5 else [images]:
+      resized = [clip.resize(image, self._spec.image_size) for image in frame]
+      found.append(clip.scores(self._images(np.stack(resized)), text))
+    return np.mean(found, axis=0)
 
 
 def log_progress(
@@ -219,9 +273,9 @@ def log_progress(
 
 
 def collect(
-  network: Inception, batches: Iterable[np.ndarray], total: int
+  network: FeatureNetwork, batches: Iterable[np.ndarray], total: int
 ) -> fid.Sample:
-  """Features of at most `total` images, given in batches."""
+  """All features, at most `total`, of examples that are given in batches."""
   sample = fid.Sample(network.width, total, MAX_ROWS)
   for batch in batches:
     sample.add(network.encode(batch))

@@ -226,8 +226,7 @@ class Pipeline:
       steps, guidance, sampler, threshold, level_offset: as in `config.sampler`,
         `num_steps` and `name` for two of them; None for those of the config.
       frames: of each clip, at the finest level; None for as many as the model
-        was trained with. For more, a clip is sampled in parts of so many, each
-        of which is given the last half of the one before as its first half.
+        was trained with. Longer clips are sampled in parts, see `SamplerSpec`.
       negative_prompt: text that guidance leads away from.
       guide: working directory of a worse model, smaller or trained for shorter,
         that guidance leads away from instead (autoguidance).
@@ -252,8 +251,8 @@ class Pipeline:
     text = encode_prompts(model.stage.config, prompts)
     _warn_of_unknown_words(model, [*prompts, negative_prompt])
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
-    guide = _directory('guide', guide) if guide else None
-    guided_by = self._guide(guide) if guide else None
+    guide = guide and _directory('guide', guide)
+    guided_by = guide and self._guide(guide)
     spec = _with_frames(model, frames)
     params = model.params | ({'guide': guided_by.params} if guided_by else {})
     each = [prompt for prompt in prompts for _ in range(num_samples)]
@@ -280,9 +279,7 @@ class Pipeline:
             yield list(steps)
             bar.update()
 
-    settings = _settings(model, negative_prompt, guided_by)
-    # Samples of older versions go on without the key.
-    settings |= {'frames': spec.frames} if spec.frames else {}
+    settings = _settings(model, negative_prompt, guided_by, frames)
     return Request(each, seeds, settings, sample)
 
   def evaluate(
@@ -483,16 +480,19 @@ def _batch_size(model: Model, count: int) -> int:
 
 
 def _settings(
-  model: Model, negative_prompt: str, guide: Model | None
+  model: Model, negative_prompt: str, guide: Model | None, frames: int | None
 ) -> dict[str, Any]:
   """What samples depend on beside prompt, seed and weights."""
   settings = {
     **sampler_settings(model.stage.config),
     'negative_prompt': negative_prompt,
   }
-  # Samples of older versions, which were rounded, go on without the key.
+  # Samples of older versions, which were rounded and had all frames, go on
+  # without these keys.
   if settings['pixels'] == 'round':
     del settings['pixels']
+  if frames:
+    settings['frames'] = frames
   return settings | ({'guide': guide.description} if guide else {})
 
 

@@ -23,6 +23,7 @@ from mdm_jax.builders.data import (
 from mdm_jax.builders.stage import Stage
 from mdm_jax.eval import fid
 from mdm_jax.inference.feature_extractors import (
+  FeatureNetwork,
   ImageFolder,
   Inception,
   collect,
@@ -69,7 +70,7 @@ def of_folder(
 
 def of_split(
   stage: Stage,
-  network: Inception,
+  network: FeatureNetwork,
   split: str | None,
   max_images: int,
   cache: str | None,
@@ -80,7 +81,7 @@ def of_split(
     stage: whose finest resolution the images have.
     network: extracts the features.
     split: of the data set; None for the held-out one.
-    max_images: at most, the first of the split.
+    max_images: images or clips at most, the first of the split.
     cache: directory of cached features; None for the user's own.
   """
   config, resolution = stage.config, stage.resolutions[-1]
@@ -93,24 +94,32 @@ def of_split(
     'split': split,
     'resolution': resolution,
     'count': count,
-    'inception': network.fingerprint,
+    network.name: network.fingerprint,
     'fingerprint': data_fingerprint(config),
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
     'long_captions': config.text.long_captions,
   }
+  shape = stage.model.level_shapes[-1]
+  if len(shape) == 4:
+    settings['frames'] = shape[0]
+  rows = count * network.num_rows(shape)
   batches = log_progress(
-    _images_of_split(stage, split, count), count, 'reference images'
+    images_of_split(stage, split, count), count, 'reference images'
   )
   sample = cached(
-    cache_directory(cache), settings, lambda: collect(network, batches, count)
+    cache_directory(cache), settings, lambda: collect(network, batches, rows)
   )
   return sample, settings
 
 
-def _images_of_split(
+def images_of_split(
   stage: Stage, split: str, count: int
 ) -> Iterator[np.ndarray]:
-  """Batches of the first images, uint8 [<= B, H, H, 3], without bad ones."""
+  """Batches of the first images of the finest level, without bad ones.
+
+  Yields:
+    uint8 [<= B, H, H, 3], or clips [<= B, T, H, H, 3].
+  """
   size = stage.config.eval.batch_size
   left = count
   for batch in make_dataset(

@@ -39,7 +39,8 @@ class SamplerSpec:
     level_offset: nats of logSNR by which the schedule lets each level be ahead
       of the next finer one, beyond that of training.
     frames: of the finest level; 0 for as many as the network has. A longer clip
-      is sampled in parts of so many, each of which continues the one before.
+      is sampled in parts of so many, each of which continues the last half of
+      the one before.
   """
 
   name: str

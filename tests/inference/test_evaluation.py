@@ -21,28 +21,34 @@ from mdm_jax.eval import fid
 from mdm_jax.inference import (
   evaluation,
   feature_extractors,
+  sample_metrics,
   shapes_features,
   validation,
 )
 from mdm_jax.inference.pipeline import Pipeline
+from mdm_jax.inference.sample_metrics import OfShapes, Samples
 from mdm_jax.inference.session import Model, Session
 from mdm_jax.report.sample_directory import SampleDirectory
 from mdm_jax.runtime import sharding
 from tests import commands
 
 COUNT = 21
+OF_CLIPS = 'flicker', 'fvd'
 
 
 class Colors:
   """Replaces Inception: quick features, means and deviations of colours."""
 
-  width = 6
+  name, width = 'inception', 6
   fingerprint = {'weights': 'none'}
   seen = 0
 
   def __init__(self, path, batch_size, mesh):
     if path == 'missing.pth':
       raise FileNotFoundError(path)
+
+  def num_rows(self, shape):
+    return 1
 
   def encode(self, images):
     Colors.seen += len(images)
@@ -119,7 +125,7 @@ def test_all_metrics_of_samples(
     functools.partial(shapes_features.Features, num_images=32, num_steps=1),
   )
   options = evaluation.Options(
-    metrics=evaluation.METRICS[1:],
+    metrics=[x for x in evaluation.METRICS if x not in ('loss', *OF_CLIPS)],
     num_samples=COUNT,
     seed=7,
     num_reference=13,
@@ -189,16 +195,15 @@ def test_all_metrics_of_samples(
 def test_images_of_the_data_score_as_the_data(config):
   """Of their own captions, beside blurred ones."""
   stage = types.SimpleNamespace(config=config, resolutions=(8, 64))
-  model = types.SimpleNamespace(stage=stage)
   names = ('prompt_accuracy', 'edge_width')
   source = make_source(config, 'held_out', 64)
   rows = range(18)
   images = np.stack([source[row]['image'] for row in rows])
   stated = make_prompts(config, 18).statements
-  of_shapes = evaluation._OfShapes(model, names, None)
-  of_shapes.add(rows[:10], images[:10], stated[:10])
-  of_shapes.add(rows[10:], images[10:], stated[10:])
-  found = of_shapes.metrics()
+  of_shapes = OfShapes(stage, names, None)
+  of_shapes.add(Samples(images[:10], rows[:10], [], stated[:10]))
+  of_shapes.add(Samples(images[10:], rows[10:], [], stated[10:]))
+  found, _ = of_shapes.result()
   assert found['edge_width'] == found['edge_width_of_data']
   assert found['edge_width'] == pytest.approx(0.8, abs=0.05)
   one = [len(each['objects']) == 1 for each in stated]
@@ -208,9 +213,9 @@ def test_images_of_the_data_score_as_the_data(config):
   assert found['accuracy_all'] > 0.9
 
   blurred = ndimage.gaussian_filter(images * 1.0, (0, 1, 1, 0))
-  of_shapes = evaluation._OfShapes(model, names, None)
-  of_shapes.add(rows, blurred.astype(np.uint8), stated)
-  blurred = of_shapes.metrics()
+  of_shapes = OfShapes(stage, names, None)
+  of_shapes.add(Samples(blurred.astype(np.uint8), rows, [], stated))
+  blurred, _ = of_shapes.result()
   assert blurred['edge_width_of_data'] == found['edge_width']
   assert 2.3 < blurred['edge_width'] < 3.2
 
@@ -279,9 +284,9 @@ def test_warns_of_singular_covariances(caplog):
   six, seven = (
     statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8)) for n in (6, 7)
   )
-  evaluation._compare(['fid'], seven, seven)
+  sample_metrics.compare(['fid'], seven, seven)
   assert not caplog.text
-  evaluation._compare(['fid'], seven, six)
+  sample_metrics.compare(['fid'], seven, six)
   assert '7 images and 6: no more than its 6 features' in caplog.text
 
 
@@ -290,10 +295,10 @@ def test_kid_has_the_standard_error_of_its_subsets(monkeypatch):
   sets = [
     statistics(rng.integers(0, 256, (n, 4, 4, 3), np.uint8)) for n in (7, 9)
   ]
-  found, _ = evaluation._compare(['kid'], *sets)
+  found, _ = sample_metrics.compare(['kid'], *sets)
   assert found['kid'].standard_error is None  # There is one subset of the 7.
-  monkeypatch.setitem(evaluation._SUBSETS, 'subset_size', 5)
-  found, _ = evaluation._compare(['kid'], *sets)
+  monkeypatch.setitem(sample_metrics._SUBSETS, 'subset_size', 5)
+  found, _ = sample_metrics.compare(['kid'], *sets)
   assert found['kid'].standard_error == found['kid_standard_deviation'] > 0
   assert found['kid'].count == 7
 

@@ -47,6 +47,35 @@ def test_inception_equals_pytorch(tmp_path, mesh, inception_weights):
   )
 
 
+@pytest.mark.parametrize('frames, side', [(16, 20), (9, 6)])
+def test_i3d_equals_pytorch(tmp_path, mesh, i3d_weights, frames, side):
+  rng = np.random.default_rng(0)
+  clips = {
+    count: rng.integers(0, 256, (2, count, size, size, 3), np.uint8)
+    for count, size in ((16, 20), (9, 6))
+  }[frames]
+  path = tmp_path / 'i3d.pt'
+  torch_checkpoint.write_state_dict(path, i3d_weights)
+  network = feature_extractors.I3D(path, 2, mesh)
+  with np.load(DATA / 'i3d.npz') as golden:
+    # Logits have a deviation of 1, and differ by 0.03 between the two clips.
+    np.testing.assert_allclose(
+      network.encode(clips), golden[f'logits_{frames}'], rtol=0, atol=2e-5
+    )
+
+
+def test_the_frames_of_clips_are_images():
+  network = feature_extractors.Inception.__new__(feature_extractors.Inception)
+  network.width = 3
+  network._apply = lambda images: images.mean((1, 2))
+  clips = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 5, 3), np.uint8)
+  assert network.num_rows(clips.shape[1:]) == 4
+  assert network.num_rows((5, 5, 3)) == 1
+  np.testing.assert_allclose(
+    network.encode(clips), clips.reshape(8, 5, 5, 3).mean((1, 2))
+  )
+
+
 def test_other_weights_are_named(tmp_path, mesh):
   path = tmp_path / 'resnet.pth'
   torch_checkpoint.write_state_dict(path, {'layer1.weight': np.zeros(3)})

@@ -1,0 +1,255 @@
+"""Metrics of samples, which are added batch by batch.
+
+They keep features and scores, not the samples.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from absl import logging
+import numpy as np
+
+from mdm_jax.builders.data import held_out_split, make_source
+from mdm_jax.builders.prompts import make_vocabulary
+from mdm_jax.builders.stage import Stage
+from mdm_jax.eval import (
+  edge_width,
+  estimate,
+  fid,
+  flicker,
+  motion,
+  prompt_accuracy,
+)
+from mdm_jax.eval.estimate import Estimate
+from mdm_jax.inference import (
+  feature_extractors,
+  shapes_features,
+  validation,
+)
+
+_SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
+_NEIGHBOURS = 3
+
+
+class Samples(NamedTuple):
+  """A batch of samples of the finest level.
+
+  Attributes:
+    images: uint8 [B, R, R, 3], or clips [B, T, R, R, 3].
+    rows: indices of the prompts.
+    captions: the prompts.
+    statements: what they state, see `make_prompts`; None if that is not known.
+  """
+
+  images: np.ndarray
+  rows: Sequence[int]
+  captions: list[str]
+  statements: list[dict] | None
+
+
+class SampleMetric(Protocol):
+  """A metric, or several that share a network."""
+
+  def add(self, samples: Samples) -> None:
+    """Measures samples."""
+
+  def result(self) -> tuple[dict, dict]:
+    """The metrics of all samples, and the settings they depend on (JSON)."""
+
+
+class _OfFeatures:
+  """Collects features of samples, to compare them with those of a reference."""
+
+  def __init__(
+    self,
+    network: feature_extractors.FeatureNetwork,
+    num_rows: int,
+    reference: fid.Sample,
+    about: dict,
+  ):
+    """Collects nothing yet.
+
+    Args:
+      network: that makes the features.
+      num_rows: of all samples.
+      reference: features to compare with.
+      about: what they depend on (JSON).
+    """
+    self._network, self._about = network, about
+    self._reference = reference
+    limit = feature_extractors.MAX_ROWS
+    self._sample = fid.Sample(network.width, num_rows, limit)
+
+  def add(self, samples: Samples) -> None:
+    """Collects features of samples."""
+    self._sample.add(self._network.encode(samples.images))
+
+
+class OfSets(_OfFeatures):
+  """FID, KID, precision and recall of images, or of the frames of clips."""
+
+  def __init__(self, names: Sequence[str], *arguments):
+    """Of these metrics; the arguments are those of `_OfFeatures`."""
+    super().__init__(*arguments)
+    self._names = names
+
+  def result(self) -> tuple[dict, dict]:
+    """The metrics of all samples, and their settings."""
+    found, settings = compare(self._names, self._sample, self._reference)
+    return found, {'reference': self._about, **settings}
+
+
+class VideoDistance(_OfFeatures):
+  """The Fréchet video distance (arXiv 1812.01717)."""
+
+  def result(self) -> tuple[dict, dict]:
+    """The metric of all samples, and its settings."""
+    counts = (
+      self._sample.statistics.count,
+      self._reference.statistics.count,
+    )
+    distance = fid.frechet_distance(
+      self._sample.statistics, self._reference.statistics
+    )
+    return {'fvd': Estimate(distance, counts[0])}, {'fvd': self._about}
+
+
+class ClipScore:
+  """How well samples fit their prompts; of clips, the mean over frames."""
+
+  def __init__(self, network: feature_extractors.Clip):
+    """Measures nothing yet."""
+    self._network, self._scores = network, []
+
+  def add(self, samples: Samples) -> None:
+    """Measures samples."""
+    self._scores.append(self._network.scores(samples.images, samples.captions))
+
+  def result(self) -> tuple[dict, dict]:
+    """The metric of all samples, and its settings."""
+    score = estimate.mean(np.concatenate(self._scores))
+    return {'clip_score': score}, {'clip': self._network.fingerprint}
+
+
+class Flicker:
+  """`flicker.flicker` of clips, and that of the data set's."""
+
+  def __init__(self, clips: Iterable[np.ndarray]):
+    """Measures batches of clips of the data set."""
+    self._found = []
+    self._of_data = np.concatenate([*map(flicker.flicker, clips)])
+
+  def add(self, samples: Samples) -> None:
+    """Measures samples."""
+    self._found += [*flicker.flicker(samples.images)]
+
+  def result(self) -> tuple[dict, dict]:
+    """The metrics of all samples; they have no settings."""
+    return {
+      'flicker': estimate.mean(self._found),
+      'flicker_of_data': estimate.mean(self._of_data),
+    }, {}
+
+
+class OfShapes:
+  """Metrics of images or clips of shapes, added batch by batch."""
+
+  def __init__(
+    self,
+    stage: Stage,
+    names: Sequence[str],
+    features: shapes_features.Features | None,
+  ):
+    """Measures those of `names` that it knows; `features` are for 'frechet'."""
+    config = stage.config
+    self._names, self._vocabulary = names, make_vocabulary()
+    self._marks, self._statements = [], []
+    self._widths, self._widths_of_data = [], []
+    self._features, self._found = features, None
+    if features:
+      self._found = fid.Statistics(features.width)
+    if 'edge_width' in names:
+      self._data = make_source(
+        config, held_out_split(config), stage.resolutions[-1]
+      )
+
+  def add(self, samples: Samples) -> None:
+    """Measures samples."""
+    images, statements = samples.images, samples.statements
+    if 'prompt_accuracy' in self._names:
+      self._statements += statements
+      self._marks += [
+        motion.score(sample, stated, self._vocabulary)
+        for sample, stated in zip(images, statements, strict=True)
+      ]
+    if 'edge_width' in self._names:
+      for row, image, stated in zip(
+        samples.rows, images, statements, strict=True
+      ):
+        if prompt_accuracy.is_one_plain_object(stated):
+          data = self._data[row % len(self._data)]['image']
+          self._widths.append(edge_width.edge_width(image))
+          self._widths_of_data.append(edge_width.edge_width(data))
+    if self._features:
+      self._found.update(self._features.encode(images))
+
+  def result(self) -> tuple[dict, dict]:
+    """The metrics of all samples, and their settings."""
+    found, settings = {}, {}
+    if self._marks:
+      found |= validation.accuracies(self._marks, self._statements)
+    for name, widths in (
+      ('edge_width', self._widths),
+      ('edge_width_of_data', self._widths_of_data),
+    ):
+      if widths := [width for width in widths if width is not None]:
+        found[name] = estimate.mean(widths)
+      elif 'edge_width' in self._names:
+        logging.warning('%s: no image has an outline to measure.', name)
+    if self._features:
+      reference, count = self._features.reference(), self._found.count
+      found['frechet'] = Estimate(
+        fid.frechet_distance(self._found, reference.statistics), count
+      )
+      of_data = self._features.of_data(count)
+      found['frechet_of_data'] = Estimate(
+        fid.frechet_distance(of_data, reference.statistics), count
+      )
+      found['frechet_of_halves'] = Estimate(
+        shapes_features.halves(reference), len(reference.rows) // 2
+      )
+      settings['frechet'] = self._features.settings
+    return found, settings
+
+
+def compare(
+  names: Sequence[str], sample: fid.Sample, reference: fid.Sample
+) -> tuple[dict, dict]:
+  """Metrics of a set of images against a reference, and their settings."""
+  counts = sample.statistics.count, reference.statistics.count
+  metrics = {}
+  settings = {'num_samples': counts[0], 'num_reference': counts[1]}
+  if 'fid' in names:
+    metrics['fid'] = Estimate(
+      fid.frechet_distance(sample.statistics, reference.statistics), counts[0]
+    )
+  if 'kid' in names:
+    rows = len(sample.rows), len(reference.rows)
+    kid, deviation = fid.kernel_distance(
+      sample.rows, reference.rows, **_SUBSETS
+    )
+    # Subsets that are a whole set say nothing of how exact it is.
+    is_known = min(rows) > _SUBSETS['subset_size']
+    metrics['kid'] = Estimate(kid, rows[0], deviation if is_known else None)
+    metrics['kid_standard_deviation'] = deviation
+    settings['kid'] = _SUBSETS
+  if 'precision_recall' in names:
+    precision, recall = fid.precision_recall(
+      sample.rows, reference.rows, _NEIGHBOURS
+    )
+    metrics['precision'] = estimate.of_share(precision, len(sample.rows))
+    metrics['recall'] = estimate.of_share(recall, len(reference.rows))
+    settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
+  if {'kid', 'precision_recall'} & set(names):
+    settings['rows'] = [len(sample.rows), len(reference.rows)]
+  return metrics, settings
