@@ -258,6 +258,8 @@ def level(resolution: int, **changes) -> ConfigDict:
       # Layers of attention between the frames of a clip, which follow those of
       # attention_layers; (): none.
       'frame_attention': (),
+      # 'divided': each place sees itself in all frames; 'joint': all places.
+      'frame_attention_kind': 'divided',
       'temporal_dim': 1024,  # width of the time embedding
       'scale_condition': resolution,  # cap of the original size, in pixels
       'normalize_input': False,  # divide the noisy input by its std
@@ -351,7 +353,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
       resolution=resolution,
       scale_condition=resolution,
       temporal_dim=32,
-      num_heads=2,
+      # Joint attention has heads of 8 channels.
+      num_heads=1 if level.frame_attention_kind == 'joint' else 2,
       patch_size=1,
     )
     has_frames = any(level.frame_attention)

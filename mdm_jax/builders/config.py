@@ -108,6 +108,7 @@ _ADDED = {
   'data.clip_start': 'random',
   'data.image_set': '',
   'data.image_path': '',
+  'model.levels[].frame_attention_kind': 'divided',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

@@ -145,6 +145,7 @@ KEYS = {
   'model.levels[].attention_layers': Tuple(_LAYERS),
   'model.levels[].attention_ffn': Boolean(),
   'model.levels[].frame_attention': Tuple(_LAYERS),
+  'model.levels[].frame_attention_kind': Choice(('divided', 'joint')),
   'model.levels[].temporal_dim': Number(int, 8, 10**6),
   'model.levels[].scale_condition': Number(int, 1, 2**16),
   'model.levels[].normalize_input': Boolean(),

@@ -20,6 +20,10 @@ from mdm_jax.models.packing import Features, Patch
 # PyTorch's default. Flax's 1e-6 changes the network's output by 3e-5.
 EPSILON = 1e-5
 
+# The fastest pairs of a head turn by this many radians a token, so that single
+# neighbours can be told apart. With 1, as for texts, that is learned later.
+_HIGHEST_FREQUENCY = 2.0
+
 zeros = nn.initializers.zeros_init()
 
 
@@ -443,6 +447,32 @@ def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
   )
 
 
+def rotary_angles(
+  grid: tuple[int, int], head_size: int, others: int = 0
+) -> np.ndarray:
+  """Angles by which a head's queries and keys are turned at each token.
+
+  The first half of the pairs turns with the row, the second with the column.
+  Both are counted from the middle of the image, which is also the place of
+  tokens that have none. The slowest pairs turn by one radian from one side of
+  the image to the other: slower ones would tell nothing apart.
+
+  Args:
+    grid: rows and columns of tokens.
+    head_size: dimensions of a head, a multiple of 4.
+    others: tokens without a place, which follow those of the image.
+
+  Returns:
+    [rows * columns + others, head_size / 2] float64, in radians.
+  """
+  count = head_size // 4
+  frequencies = np.geomspace(_HIGHEST_FREQUENCY, 1 / max(grid), count)
+  rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
+  places = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)
+  angles = (places[..., None] * frequencies).reshape(-1, 2 * count)
+  return np.pad(angles, ((0, others), (0, 0)))
+
+
 class Attention(nn.Module):
   """Self-attention plus cross-attention to the text, sharing the queries.
 
@@ -501,39 +531,59 @@ class Attention(nn.Module):
 
 
 class FrameAttention(nn.Module):
-  """Attention between the frames of a clip, at each position by itself.
+  """Attention between the frames of a clip.
 
-  The frames have rotary and sinusoidal positions, and queries and keys are
-  normalised per head. The output is zero at first: a clip's frames are then
-  those of a network without this layer. Its parameters do not depend on the
-  number of frames.
+  Each place sees itself in all frames, or all places of all frames: divided and
+  joint space-time attention (Bertasius et al., arXiv 2102.05095). The frames
+  have rotary and sinusoidal positions, and queries and keys are normalised per
+  head. The output is zero at first: a clip's frames are then those of a network
+  without this layer. Its parameters do not depend on the number of frames.
 
   Attributes:
     frames: T, of each clip.
-    num_heads: divides the channels into heads of an even size.
+    num_heads: divides the channels into heads of an even size, for joint
+      attention of a multiple of 8.
     dtype: of matrix products and the output.
+    joint: see all places.
+    grid: rows and columns of the places, which tokens without a place follow;
+      None for all.
+    flash: of joint attention, see `attend`.
   """
 
   frames: int
   num_heads: int
   dtype: jnp.dtype
+  joint: bool = False
+  grid: tuple[int, int] | None = None
+  flash: bool = False
 
   @nn.compact
   def __call__(self, features: Features) -> Features:
     """Features [B * T, H, W, C], a clip's frames adjacent -> the same shape."""
     x = features.as_patch((1, 1)).x
     *shape, channels = x.shape
-    size = channels // self.num_heads
-    # From 2 radians a frame to 1 radian in 64 frames.
-    turns = np.geomspace(2.0, 1 / 64, size // 2)
-    angles = np.arange(self.frames)[:, None] * turns
+    size, count = channels // self.num_heads, math.prod(shape[1:])
+
+    def waves(number):  # From 2 radians a frame to 1 radian in 64 frames.
+      angles = np.arange(self.frames)[:, None] * np.geomspace(2, 1 / 64, number)
+      return np.repeat(angles, count, axis=0) if self.joint else angles
+
+    angles = waves(size // 2)
+    if self.joint:
+      # Half of the pairs of a head turn with the place.
+      grid = self.grid or tuple(shape[1:])
+      places = rotary_angles(grid, size // 2, count - math.prod(grid))
+      angles = np.tile(places, (self.frames, 1))
+      angles = np.concatenate([waves(size // 4), angles], axis=1)
 
     def norm(name, x, dtype=self.dtype):
       return nn.RMSNorm(epsilon=EPSILON, dtype=dtype, name=name)(x)
 
-    def clips(x):  # [B * T, H, W, D] -> [B * H * W, T, D]
-      x = x.reshape(-1, self.frames, math.prod(shape[1:]), x.shape[-1])
-      return x.swapaxes(1, 2).reshape(-1, self.frames, x.shape[-1])
+    # [B * T, H, W, D] -> [B * H * W, T, D], or [B, T * H * W, D]
+    def clips(x):
+      x = x.reshape(-1, self.frames, count, x.shape[-1])
+      x = x if self.joint else x.swapaxes(1, 2)
+      return x.reshape(-1, len(angles), x.shape[-1])
 
     def placed(name, x):
       x = norm(name, x.reshape(*x.shape[:2], self.num_heads, size), jnp.float32)
@@ -542,16 +592,17 @@ class FrameAttention(nn.Module):
     dense = functools.partial(dense_layer, dtype=self.dtype, use_bias=False)
     # Rotations tell how far apart two frames are, but not which is which: what
     # moves left is further left the later it is.
-    waves = np.geomspace(2.0, 1 / 64, channels // 2)
-    waves = np.arange(self.frames)[:, None] * waves
-    places = np.concatenate([np.sin(waves), np.cos(waves)], axis=-1)
-    h = clips(norm('norm', x)) + places.astype(self.dtype)
+    times = waves(channels // 2)
+    times = np.concatenate([np.sin(times), np.cos(times)], axis=-1)
+    h = clips(norm('norm', x)) + times.astype(self.dtype)
     qkv = dense(3 * channels, 'qkv')(h)
     query, key, value = jnp.split(qkv, 3, axis=-1)
     query, key = placed('q_norm', query), placed('k_norm', key)
-    h = attend(query, key, value, self.num_heads)
-    h = h.reshape(-1, math.prod(shape[1:]), self.frames, channels)
-    h = h.swapaxes(1, 2).reshape(x.shape)
+    flash = self.joint and self.flash
+    h = attend(query, key, value, self.num_heads, flash=flash)
+    if not self.joint:
+      h = h.reshape(-1, count, self.frames, channels).swapaxes(1, 2)
+    h = h.reshape(x.shape)
     x += dense(channels, 'proj', zero=True)(h)
     return Features(x).as_patch(features.patch)
 

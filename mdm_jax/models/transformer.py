@@ -14,7 +14,6 @@ import math
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mdm_jax.models import layers, packing
 from mdm_jax.models.packing import Features
@@ -25,36 +24,6 @@ from mdm_jax.models.unet import (
   frame_attention,
   rematerialised,
 )
-
-# The fastest pairs of a head turn by this many radians a token, so that single
-# neighbours can be told apart. With 1, as for texts, that is learned later.
-_HIGHEST_FREQUENCY = 2.0
-
-
-def rotary_angles(
-  grid: tuple[int, int], head_size: int, others: int = 0
-) -> np.ndarray:
-  """Angles by which a head's queries and keys are turned at each token.
-
-  The first half of the pairs turns with the row, the second with the column.
-  Both are counted from the middle of the image, which is also the place of
-  tokens that have none. The slowest pairs turn by one radian from one side of
-  the image to the other: slower ones would tell nothing apart.
-
-  Args:
-    grid: rows and columns of tokens.
-    head_size: dimensions of a head, a multiple of 4.
-    others: tokens without a place, which follow those of the image.
-
-  Returns:
-    [rows * columns + others, head_size / 2] float64, in radians.
-  """
-  count = head_size // 4
-  frequencies = np.geomspace(_HIGHEST_FREQUENCY, 1 / max(grid), count)
-  rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
-  places = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)
-  angles = (places[..., None] * frequencies).reshape(-1, 2 * count)
-  return np.pad(angles, ((0, others), (0, 0)))
 
 
 def ffn_size(width: int) -> int:
@@ -112,7 +81,7 @@ class Block(nn.Module):
       )
       return norm(name='text_k_norm')(heads(key)).reshape(key.shape), value
 
-    angles = rotary_angles(
+    angles = layers.rotary_angles(
       self.grid, width // self.num_heads, count - math.prod(self.grid)
     )
 
@@ -184,7 +153,7 @@ class Blocks(nn.Module):
       )(x, text, mask)
       for k in range(self.spec.frame_layers(0)):
         name = f'frame_attention_{i}_{k}'
-        layer = frame_attention(self.spec, self.dtype, name)
+        layer = frame_attention(self.spec, self.dtype, name, tuple(grid))
         x = layer(Features(x[:, None])).x[:, 0]
     return h.replace(x=x[:, : math.prod(grid)].reshape(h.x.shape))
 

@@ -13,6 +13,8 @@ from mdm_jax.models.packing import Features
 # What a level may be: `UNet`, or `transformer.Transformer`.
 KINDS = ('unet', 'transformer')
 # Activations that the backward pass computes again, see `LevelSpec.remat`.
+# What attention between frames sees.
+FRAME_ATTENTION = ('divided', 'joint')
 REMAT = ('none', 'block', 'level')
 
 
@@ -64,6 +66,9 @@ class LevelSpec:
   # resolution as in `attention_layers`, which they follow; () for none. With
   # one frame they are left out.
   frame_attention: tuple[int, ...] = ()
+  # What these layers see: each place by itself ('divided'), or all places of
+  # all frames ('joint'), for features of few places.
+  frame_attention_kind: str = 'divided'
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
@@ -79,6 +84,11 @@ class LevelSpec:
       )
     if self.frames < 1:
       raise ValueError(f'frames={self.frames}: give a number, 1 for images.')
+    if self.frame_attention_kind not in FRAME_ATTENTION:
+      raise ValueError(
+        f'frame_attention_kind={self.frame_attention_kind!r}: use one of '
+        f'{FRAME_ATTENTION}.'
+      )
     if len(self.frame_attention) not in (0, len(self.channels)):
       raise ValueError(
         f'frame_attention={self.frame_attention}: give one entry for each of '
@@ -95,15 +105,10 @@ class LevelSpec:
         f'resolution: got {self.channels}, {self.num_blocks} and '
         f'{self.attention_layers}.'
       )
+    self._check_frame_attention()
     if self.kind == 'transformer':
       self._check_transformer()
       return
-    for channels, count in zip(self.channels, self.frame_attention):
-      if count and channels % (2 * self.num_heads):
-        raise ValueError(
-          f'num_heads={self.num_heads} does not divide {channels} channels, '
-          'which have frame_attention, into heads of an even size.'
-        )
     for channels in self.channels:
       for name in ('num_groups', 'num_heads'):
         attends = any((*self.attention_layers, *self.frame_attention))
@@ -114,6 +119,17 @@ class LevelSpec:
             f'{name}={getattr(self, name)} does not divide the '
             f'{channels} channels of {self.channels}.'
           )
+
+  def _check_frame_attention(self) -> None:
+    """Raises ValueError for heads of a size that has no rotations."""
+    is_joint = self.frame_attention_kind == 'joint'
+    for channels, count in zip(self.channels, self.frame_attention):
+      if count and channels % ((8 if is_joint else 2) * self.num_heads):
+        raise ValueError(
+          f'num_heads={self.num_heads} does not divide {channels} channels, '
+          f'which have {self.frame_attention_kind} frame_attention, into heads '
+          f'of {"a multiple of 8 channels" if is_joint else "an even size"}.'
+        )
 
   def _check_transformer(self) -> None:
     """Raises ValueError for settings that a transformer cannot have."""
@@ -202,10 +218,18 @@ def rematerialised(module, spec: LevelSpec):
   return module if spec.remat == 'none' else nn.remat(module)
 
 
-def frame_attention(spec: LevelSpec, dtype, name: str) -> nn.Module:
+def frame_attention(
+  spec: LevelSpec, dtype, name: str, grid: tuple[int, int] | None = None
+) -> nn.Module:
   """A layer of attention between the frames of a level."""
   return rematerialised(layers.FrameAttention, spec)(
-    spec.frames, spec.num_heads, dtype, name=name
+    spec.frames,
+    spec.num_heads,
+    dtype,
+    spec.frame_attention_kind == 'joint',
+    grid,
+    spec.flash,
+    name=name,
   )
 
 

@@ -86,6 +86,7 @@ ADDED = {
   'data.clip_start': 'random',
   'data.image_set': '',
   'data.image_path': '',
+  'model.levels[].frame_attention_kind': 'divided',
 }
 
 

@@ -13,7 +13,7 @@ from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.packing import Features
-from mdm_jax.models.unet import LevelSpec
+from mdm_jax.models.unet import FRAME_ATTENTION, LevelSpec
 from mdm_jax.training.grow import grow
 
 RNG = np.random.default_rng(0)
@@ -56,10 +56,14 @@ class Encoder:
   width = TEXT_WIDTH
 
 
-def clips(spec, frames):
+def clips(spec, frames, kind='divided'):
   """The same level for clips."""
   return dataclasses.replace(
-    spec, frames=frames, frame_attention=(1,) * len(spec.channels)
+    spec,
+    frames=frames,
+    frame_attention=(1,) * len(spec.channels),
+    frame_attention_kind=kind,
+    num_heads=1 if kind == 'joint' else spec.num_heads,
   )
 
 
@@ -86,9 +90,14 @@ def rows(tree, index):
   return jax.tree.map(lambda x: x[index], tree)
 
 
+@pytest.mark.parametrize('attention', FRAME_ATTENTION)
 @pytest.mark.parametrize('kind', LEVELS)
-def test_an_image_model_becomes_one_of_clips_bit_for_bit(kind, random_params):
-  images, of_clips = model_of(LEVELS[kind]), model_of(clips(LEVELS[kind], 3))
+def test_an_image_model_becomes_one_of_clips_bit_for_bit(
+  kind, attention, random_params
+):
+  level = clips(LEVELS[kind], 3, attention)
+  images = model_of(dataclasses.replace(level, frames=1))
+  of_clips = model_of(level)
   trained = random_params(images, 5)
   grown = grow(of_clips.init(3, 5), trained)
   assert len(jax.tree.leaves(grown)) > len(jax.tree.leaves(trained))
@@ -142,10 +151,13 @@ def test_a_level_finer_in_time_leaves_the_coarser_as_it_was(
   assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(before, after))
 
 
+@pytest.mark.parametrize('attention', FRAME_ATTENTION)
 @pytest.mark.parametrize('kind', LEVELS)
-def test_only_attention_between_frames_mixes_them(kind, random_params):
+def test_only_attention_between_frames_mixes_them(
+  kind, attention, random_params
+):
   alone = model_of(dataclasses.replace(LEVELS[kind], frames=3))
-  mixing = model_of(clips(LEVELS[kind], 3))
+  mixing = model_of(clips(LEVELS[kind], 3, attention))
   for model, expected in ((alone, [0, 1, 0]), (mixing, [1, 1, 1])):
     params = random_params(model, 5)
     (x_t,) = noise(model)
@@ -247,6 +259,59 @@ def test_attention_between_frames_in_float64():
   np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize('others', (0, 2))
+def test_joint_attention_in_float64(others):
+  """Of 3 frames of 2 x 3 places, and maybe two tokens without a place."""
+  frames, heads, channels, size, grid = 3, 2, 32, 16, (2, 3)
+  layer = layers.FrameAttention(frames, heads, jnp.float32, True, grid)
+  rng = np.random.default_rng(3)
+  shape = (2 * frames, *grid) if not others else (2 * frames, 1, 6 + others)
+  x = rng.standard_normal((*shape, channels)).astype(np.float32)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), Features(x))['params']
+  params = jax.tree.map(
+    lambda p: rng.standard_normal(p.shape).astype(np.float32) / 2, shapes
+  )
+  found = layer.apply({'params': params}, Features(x)).x
+
+  def norm(name, x):
+    rms = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    return x / rms * params[name]['scale'].astype(np.float64)
+
+  def angles(frame, place):
+    times = frame * np.exp(np.linspace(np.log(2), np.log(1 / 64), 4))
+    row, column = divmod(place, 3) if place < 6 else (0.5, 1)
+    turns = np.array([2, 1 / 3])
+    return np.concatenate([times, (row - 0.5) * turns, (column - 1) * turns])
+
+  def wave(frame):
+    times = frame * np.exp(
+      np.linspace(np.log(2), np.log(1 / 64), channels // 2)
+    )
+    return np.concatenate([np.sin(times), np.cos(times)])
+
+  tokens = np.array(x, np.float64).reshape(2, frames, -1, channels)
+  for clip in range(2):
+    at = [(t, p) for t in range(frames) for p in range(tokens.shape[2])]
+    h = np.stack([norm('norm', tokens[clip, t, p]) + wave(t) for t, p in at])
+    qkv, h = h @ params['qkv']['kernel'], np.zeros((len(at), channels))
+    for head in range(heads):
+      part = slice(head * size, (head + 1) * size)
+      q, k, v = (each[:, part] for each in np.split(qkv, 3, axis=1))
+      q, k = (
+        np.stack(
+          [turned(y, angles(*where)) for y, where in zip(norm(name, z), at)]
+        )
+        for name, z in (('q_norm', q), ('k_norm', k))
+      )
+      weights = np.exp(q @ k.T / np.sqrt(size))
+      h[:, part] = weights / weights.sum(-1, keepdims=True) @ v
+    added = (h @ params['proj']['kernel']).reshape(tokens[clip].shape)
+    tokens[clip] += added
+  np.testing.assert_allclose(
+    found, tokens.reshape(found.shape), rtol=2e-5, atol=2e-5
+  )
+
+
 def turned(x, angles):
   """Pairs (i, i + D/2) as complex numbers."""
   half = len(angles)
@@ -277,6 +342,11 @@ def test_a_pyramid_takes_every_nth_frame_and_averages_pixels():
     ({'frames': 0}, 'frames=0'),
     ({'frame_attention': (1, 1)}, 'give one entry for each of the channels'),
     ({'num_heads': 8, 'frame_attention': (1,)}, 'heads of an even size'),
+    (
+      {'frame_attention': (1,), 'frame_attention_kind': 'joint'},
+      'joint frame_attention, into heads of a multiple of 8 channels',
+    ),
+    ({'frame_attention_kind': 'all'}, "frame_attention_kind='all': use one of"),
   ],
 )
 def test_invalid_settings_are_refused(changes, problem):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.models import layers, transformer
+from mdm_jax.models import layers
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.unet import LevelSpec
@@ -237,7 +237,7 @@ def test_cached_text_changes_nothing(params, expected):
 
 
 def test_rotation_makes_products_depend_on_distances_alone():
-  angles = transformer.rotary_angles((3, 5), 8, others=1)
+  angles = layers.rotary_angles((3, 5), 8, others=1)
   # From 2 radians a token to 1 radian over five.
   np.testing.assert_allclose(angles[6] - angles[0], [2, 0.2, 2, 0.2])
   q, k = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
