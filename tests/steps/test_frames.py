@@ -1,17 +1,20 @@
 """The loss of images and clips in one batch, on any mesh."""
 
 import math
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from configs import common
+from mdm_jax import mixed_batch
 from mdm_jax.builders.data import make_dataset
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import batch_sizes, make_objective
 from mdm_jax.runtime import sharding
 from mdm_jax.steps.objective import batch_losses, sample_noise
+from mdm_jax.steps.sample import Sampler, SamplerSpec
 
 # Devices along data, fsdp and spatial: frames lie along the last.
 MESHES = {'one': (1, 1, 1), 'all': (2, 2, 2), 'spatial': (1, 1, 8)}
@@ -118,3 +121,35 @@ def test_more_frames_have_more_noise(config):
   of_images, of_clips = schedule.log_snr(np.arange(1, 1001))
   ratio = np.exp(of_images - of_clips)
   np.testing.assert_allclose(ratio, 2**1.0 * 8**1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  'frames, parts, expected',
+  [
+    # A level of images, and others of 2 and 8 frames, of which 4 are repeated.
+    ((1, 2, 8), 3, ([0], [0, 4, 8, 12], range(13))),
+    # Of 3 frames in 6, whole ones are repeated.
+    ((3, 6), 3, (range(0, 13, 2), range(13))),
+    ((5,), 4, (range(13),)),
+  ],
+)
+def test_parts_of_a_clip_are_joined(frames, parts, expected):
+  spec = SamplerSpec('dpm', 2, 0, 1, 0, (0, 1), 'clip', frames=13)
+  model = types.SimpleNamespace(
+    level_shapes=[mixed_batch.example_shape(2, count) for count in frames]
+  )
+  sampler = Sampler(model, None, spec, None, 'v')
+  assert sampler.num_parts == parts
+  shift, of_parts = frames[-1] - sampler._overlap, []
+  for part in range(parts):
+    levels = []
+    for count, shape in zip(frames, model.level_shapes):
+      # Each frame is filled with its time in the whole clip.
+      times = part * shift + np.arange(0, frames[-1], frames[-1] // count)
+      clip = np.broadcast_to(times[:, None, None, None], (count, *shape[-3:]))
+      levels.append(clip.reshape(1, *shape))
+    of_parts.append(levels)
+  found = sampler.join(of_parts)
+  for level, numbers in zip(found, expected, strict=True):
+    times = level[0, ..., 0, 0, 0]
+    np.testing.assert_array_equal(np.atleast_1d(times), numbers)
