@@ -26,6 +26,7 @@ import pytest
 
 import mdm_jax
 from mdm_jax.builders import ranges
+from mdm_jax.builders.data import make_image_source
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
@@ -431,6 +432,17 @@ def try_class_names(tries, make_config):
   tries.note('main', 'text.class_names')
 
 
+def try_image_set(tries, make_config, tmp_path):
+  tries.upload(**{'a.tar': write_tar(tmp_path / 'tar', 4)})
+  index = f'{tries.path}/index'
+  tries('tools.index_tars', input=f'{tries.path}/*.tar', output=index)
+  config = make_config()
+  config.data.update(name='moving_shapes', image_set='tars', image_path=index)
+  source = make_image_source(config, 8)
+  assert len(source) > 0 and isinstance(source[0]['image'], bytes)
+  tries.note('main', 'data.image_path')
+
+
 def try_compilation_cache(tries, run):
   cache = f'{tries.path}/xla'
   tries.note('sample', 'JAX_COMPILATION_CACHE_DIR')
@@ -451,6 +463,7 @@ TRIED = {
     'config': try_training,
     'workdir': try_training,
     'data.path': try_training,
+    'data.image_path': try_image_set,
     'text.path': try_training,
     'text.tokenizer': try_training,
     'text.class_names': try_class_names,
