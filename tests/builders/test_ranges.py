@@ -10,7 +10,7 @@ from configs import common
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.check import check
 from mdm_jax.diffusion import samplers
-from mdm_jax.models.unet import KINDS, REMAT
+from mdm_jax.models.unet import FRAME_ATTENTION, KINDS, REMAT
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.runtime import sharding
 from mdm_jax.runtime.value_types import Choice, Number, Path, Tuple
@@ -92,7 +92,7 @@ def test_every_number_has_a_range_and_every_path_is_checked(make_config):
       assert element.type is type(value), key
     if isinstance(element, Number):
       assert -30 <= element.low < element.high <= 2**32
-    is_path = name in ('path', 'tokenizer', 'class_names')
+    is_path = name in ('path', 'image_path', 'tokenizer', 'class_names')
     assert isinstance(kind, Path) == is_path, key
 
 
@@ -115,6 +115,7 @@ def test_names_are_those_of_the_modules():
   assert names('sampler.name') == set(samplers.SAMPLERS)
   assert names('sampler.threshold') == set(samplers.THRESHOLDS)
   assert names('model.levels[].remat') == set(REMAT)
+  assert names('model.levels[].frame_attention_kind') == set(FRAME_ATTENTION)
   assert names('model.levels[].kind') == set(KINDS)
   assert ranges.SIGMA_REL.high == post_hoc_ema.MAX_SIGMA_REL
   post_hoc_ema.exponent(ranges.SIGMA_REL.low)
@@ -132,7 +133,8 @@ def test_values_out_of_range_are_named(make_config):
     elif isinstance(kind, Tuple):
       wrong += [1, 'x', [1], ('x',), (math.nan,) * 2, (True,) * 2, (-99,) * 2]
     elif isinstance(kind, Choice):
-      wrong += ['', 'none ', 1, 'tfds:', 'NAME']
+      wrong += ['none ', 1, 'tfds:', 'NAME']
+      wrong += [] if '' in kind.names else ['']
     elif isinstance(kind, Path):
       wrong += ['gs://x', 'gs:/x', '$HOME', ' x', '~no_such_user/x', 'x\0']
     else:

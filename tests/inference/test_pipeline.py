@@ -73,8 +73,9 @@ def test_a_batch_size_is_compiled_once(model, monkeypatch):
   """Of a jitted program; without the compilation, to be fast."""
   jitted, sizes = [], []
 
-  def jit_sample(sampler, _):
-    jitted.append(sampler.spec.num_steps)
+  def jit_sample(sampler, _, continues=False):
+    if not continues:  # As no clip is.
+      jitted.append(sampler.spec.num_steps)
 
     def program(params, text, negative, seeds):
       sizes.append(len(text))
