@@ -180,6 +180,7 @@ def make_dataset(
   *,
   process_index: int,
   process_count: int,
+  frame_spacing: int = 1,
   start_batch: int = 0,
   num_batches: int | None = None,
 ):
@@ -196,6 +197,7 @@ def make_dataset(
       first is the size of the batch.
     process_index: index of this process.
     process_count: number of processes.
+    frame_spacing: of clips in files, the finest level has every nth frame.
     start_batch: index of the first batch.
     num_batches: number of batches; None for endless training batches.
   """
@@ -210,7 +212,7 @@ def make_dataset(
       tokenizer,
       pixels,
       frames=frames,
-      every=_size(shapes[-1])[1] // frames,
+      every=frame_spacing * _size(shapes[-1])[1] // frames,
       clip_start=_CLIP_STARTS[data.clip_start if training else 'centre'],
       flip=data.flip and training,
       random_crop=data.random_crop and training,

@@ -100,6 +100,16 @@ class Stage:
     return self.model.resolutions
 
   @property
+  def frame_spacing(self) -> int:
+    """Of clips in files, the finest level has every nth frame.
+
+    A level that is coarser in time than one of a later stage sees, from its own
+    stage on, frames as far apart as it will inside of that one.
+    """
+    levels = self.config.model.levels
+    return levels[-1].frames // levels[len(self.resolutions) - 1].frames
+
+  @property
   def level_names(self) -> tuple[str, ...]:
     """Names of the levels, coarse to fine, see `mixed_batch.level_name`."""
     return level_names(self.config, self.settings)
@@ -213,6 +223,7 @@ class Stage:
       split,
       self.model.level_shapes,
       self.batch_sizes,
+      frame_spacing=self.frame_spacing,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       **options,

@@ -101,7 +101,7 @@ def of_split(
   }
   shape = stage.model.level_shapes[-1]
   if len(shape) == 4:
-    settings['frames'] = shape[0]
+    settings |= {'frames': shape[0], 'frame_spacing': stage.frame_spacing}
   rows = count * network.num_rows(shape)
   batches = log_progress(
     images_of_split(stage, split, count), count, 'reference images'
@@ -127,6 +127,7 @@ def images_of_split(
     split,
     stage.model.level_shapes[-1:],
     (size,),
+    frame_spacing=stage.frame_spacing,
     process_index=0,
     process_count=1,
     num_batches=-(-count // size),

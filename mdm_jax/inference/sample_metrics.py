@@ -104,14 +104,9 @@ class VideoDistance(_OfFeatures):
 
   def result(self) -> tuple[dict, dict]:
     """The metric of all samples, and its settings."""
-    counts = (
-      self._sample.statistics.count,
-      self._reference.statistics.count,
-    )
-    distance = fid.frechet_distance(
-      self._sample.statistics, self._reference.statistics
-    )
-    return {'fvd': Estimate(distance, counts[0])}, {'fvd': self._about}
+    ours, theirs = self._sample.statistics, self._reference.statistics
+    distance = fid.frechet_distance(ours, theirs)
+    return {'fvd': Estimate(distance, ours.count)}, {'fvd': self._about}
 
 
 class ClipScore:

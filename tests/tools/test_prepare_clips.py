@@ -12,6 +12,7 @@ import pytest
 
 from configs import common
 from mdm_jax.builders.data import make_dataset
+from mdm_jax.builders.stage import make_stage
 from mdm_jax.data import images
 from mdm_jax.data.images import BadRecord
 from mdm_jax.tools.prepare_clips import Options, encode, read_frames
@@ -268,3 +269,10 @@ def test_clips_are_trained_on(prepared, tmp_path):
     first = values_of(clip)[0]
     assert values_of(clip) == [*range(first, first + 24, 6)]
   assert (batch['scale'] == 32).all()
+  # In a stage of its own, the coarser level sees frames as far apart.
+  config.model.levels = [common.level(16, frames=4), common.level(16, frames=8)]
+  config.stages = [common.stage('4x16', 1, batch_size=2)]
+  (batch,) = make_stage(config, 0).make_dataset('train', num_batches=1)
+  for clip in batch['image']:
+    first = values_of(clip)[0]
+    assert values_of(clip) == [*range(first, first + 24, 6)]
