@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 
 from ml_collections import ConfigDict
 
@@ -260,18 +261,22 @@ def _make_rows(
   Returns:
     The sources; and 0 for each row of the data set, 1 for each of images.
   """
-  finest, images = None, _image_config(config) if training else None
+  images = _image_config(config) if training else None
+
+  @functools.cache
+  def open_once(of_images, size):
+    return make_source(images if of_images else config, split, *size)
+
   sources, streams = [], []
   for level in levels:
-    pixels, frames = _size(shapes[level])
-    if images and frames == 1:
-      source = make_source(images, split, pixels)
-    elif config.data.name in DRAWN:  # At each resolution.
-      source = make_source(config, split, pixels, frames)
-    else:
-      source = finest = finest or make_source(config, split, *_size(shapes[-1]))
-    sources.append(source)
-    streams.append(int(bool(images) and frames == 1))
+    size = _size(shapes[level])
+    of_images = images is not None and size[1] == 1
+    name = (images if of_images else config).data.name
+    # Procedural sets are drawn at each resolution; files have their own.
+    if name not in DRAWN:
+      size = _size(shapes[-1])
+    sources.append(open_once(of_images, size))
+    streams.append(int(of_images))
   return sources, streams
 
 

@@ -248,9 +248,9 @@ def decode_clip(
 def is_animation(data: bytes) -> bool:
   """Whether a file is an image of several frames."""
   try:
-    return getattr(open_image(io.BytesIO(data)), 'n_frames', 1) > 1
-  # Of a damaged file Pillow raises whatever it likes.
-  except Exception:
+    with decoding('image'):
+      return getattr(_open_frames(data, 'image'), 'n_frames', 1) > 1
+  except BadRecord:
     return False
 
 
