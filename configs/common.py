@@ -38,6 +38,9 @@ def get_config() -> ConfigDict:
           'masked_attention': True,
         },
         'levels': [],  # coarse to fine, each a level()
+        # Each level is a model of its own, trained in a stage of its own, that
+        # is given the next coarser image; see cascade().
+        'cascade': False,
       },
       'diffusion': _diffusion(),
       'stages': [],  # in order, each a stage()
@@ -172,6 +175,9 @@ def _diffusion() -> dict[str, Any]:
     # 'coarse_first', each level less noisy than the next finer one.
     'level_times': 'shared',
     'level_offset': 0.0,  # of coarse_first: nats of logSNR between levels
+    # Of a cascade: the coarser image is noised up to a random step, at most
+    # this share of T.
+    'augmentation': 0.5,
   }
 
 
@@ -190,6 +196,8 @@ def _sampler() -> dict[str, Any]:
     # Nats of logSNR by which each level is ahead of the next finer one; for
     # networks that were trained with independent times.
     'level_offset': 0.0,
+    # Of a cascade: noise on the sampled coarser image, as a share of T.
+    'augmentation': 0.1,
   }
 
 
@@ -306,6 +314,19 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
     }
   )
   config.lock().update(changes)
+  return config
+
+
+def cascade(config: ConfigDict) -> ConfigDict:
+  """Returns the same levels as a cascade instead of a nest.
+
+  Each level is a model of its own, trained in a stage of its own: the coarsest
+  is sampled first, each next one is given the image so far (Ho et al., arXiv
+  2106.15282).
+  """
+  config.model.cascade = True
+  for stage in config.stages:
+    stage.update(loss_weights=(1.0,), mixed_ratio=(1.0,))
   return config
 
 

@@ -19,8 +19,8 @@ def get_config(mode: str = ''):
   """Returns the recipe.
 
   Args:
-    mode: 'long' trains a larger network for two hours, 'smoke' is a toy-sized
-      run.
+    mode: 'long' trains a larger network for two hours, 'cascade' two models,
+      one after the other; 'smoke' is a toy-sized run.
   """
   config = common.get_config()
   # Half of what can be asked for has two objects, and they are harder.
@@ -74,7 +74,7 @@ def get_config(mode: str = ''):
   config.sample_every = 1000
   config.checkpoint_every = 250
   config.eval.update(loss_batches=4, batch_size=32, loss_every=180)
-  return common.in_mode(config, mode, long=_long)
+  return common.in_mode(config, mode, long=_long, cascade=common.cascade)
 
 
 def _levels() -> list[ConfigDict]:

@@ -15,6 +15,7 @@ from mdm_jax.builders.model import (
   frames,
   level_names,
   level_spec,
+  trained_levels,
 )
 from mdm_jax.builders.prompts import can_score_prompts, is_moving
 from mdm_jax.builders.stage import (
@@ -46,6 +47,7 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   _check_text(config)
   _check_objective(config)
   _check_level_times(config)
+  _check_cascade(config)
   _check_sampler(config)
   _check_averages(config)
   _check_evaluation(config)
@@ -221,11 +223,35 @@ def _check_objective(config: ConfigDict) -> None:
     )
 
 
+def _check_cascade(config: ConfigDict) -> None:
+  if not config.model.cascade:
+    return
+  levels = config.model.levels
+  for i, (coarse, fine) in enumerate(zip(levels, levels[1:]), 1):
+    if fine.resolution % coarse.resolution:
+      raise ValueError(
+        f'model.levels[{i}].resolution={fine.resolution} with '
+        f'model.cascade=True: give a multiple of the {coarse.resolution} px of '
+        f'level {i - 1}.'
+      )
+  if any(level.frames > 1 for level in levels):
+    raise ValueError(
+      'model.cascade=True with levels of several frames: cascades are of '
+      'images; give False.'
+    )
+  used, known = config.sampler.augmentation, config.diffusion.augmentation
+  if used > known:
+    raise ValueError(
+      f'sampler.augmentation={used}: give at most the {known} of '
+      'diffusion.augmentation, the strongest noise of training.'
+    )
+
+
 def _check_level_times(config: ConfigDict) -> None:
   diffusion, offset = config.diffusion, config.sampler.level_offset
   if not config.stages:
     return  # `check_stages` names that.
-  levels = max(stage.num_levels for stage in config.stages)
+  levels = max(len(trained_levels(config, x)) for x in config.stages)
   if diffusion.level_times != 'shared' and levels < 2:
     raise ValueError(
       f'diffusion.level_times={diffusion.level_times!r} with a single level: '
@@ -298,9 +324,10 @@ def _check_resolutions(config: ConfigDict) -> None:
       )
     with naming(f'model.levels[{i}]'):
       spec = level_spec(level)
-    if not i and spec.channels[-1] % spec.num_heads:
+    is_nested = i and not config.model.cascade
+    if not is_nested and spec.channels[-1] % spec.num_heads:
       raise ValueError(
-        f'model.levels[0].num_heads={spec.num_heads} does not divide the '
+        f'model.levels[{i}].num_heads={spec.num_heads} does not divide the '
         f'{spec.channels[-1]} channels of its middle blocks.'
       )
     if level.temporal_dim != levels[0].temporal_dim:
@@ -316,7 +343,7 @@ def _check_resolutions(config: ConfigDict) -> None:
         f'{len(spec.channels) - 1} times: use a multiple of '
         f'{spec.downsampling}, or fewer entries in channels.'
       )
-    if i:
+    if is_nested:
       inner = levels[i - 1].resolution // levels[i - 1].patch_size
       if bottom != inner:
         raise ValueError(
@@ -334,17 +361,23 @@ def _check_stage(
       f'stages[{i}].num_levels={stage.num_levels}: give 1 to '
       f'{len(config.model.levels)}, the number of model.levels.'
     )
+  if config.model.cascade and stage.num_levels != i + 1:
+    raise ValueError(
+      f'stages[{i}].num_levels={stage.num_levels} with model.cascade=True: '
+      f'each stage trains the next level, which samples need; give {i + 1}.'
+    )
   if i and stage.num_levels < config.stages[i - 1].num_levels:
     raise ValueError(
       f'stages[{i}].num_levels={stage.num_levels} is less than that of the '
       'stage before: stages can only add levels.'
     )
   _check_frames(config, i, stage)
+  count = len(trained_levels(config, stage))
   for key in ('loss_weights', 'mixed_ratio'):
-    if len(stage[key]) != stage.num_levels:
+    if len(stage[key]) != count:
       raise ValueError(
         f'stages[{i}].{key}={tuple(stage[key])}: give one number for each '
-        f'of its {stage.num_levels} levels, coarse to fine.'
+        f'of its {count} levels, coarse to fine.'
       )
   if not any(stage.loss_weights):
     raise ValueError(

@@ -109,6 +109,9 @@ _ADDED = {
   'data.image_set': '',
   'data.image_path': '',
   'model.levels[].frame_attention_kind': 'divided',
+  'model.cascade': False,
+  'diffusion.augmentation': 0.5,
+  'sampler.augmentation': 0.1,
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)
@@ -386,11 +389,14 @@ def reading_prompts(config: ConfigDict) -> ConfigDict:
 def sampler_settings(config: ConfigDict) -> dict[str, Any]:
   """The sampler's keys, to be recorded beside what was sampled.
 
-  What was recorded before there was an offset of the levels goes on without it.
+  Keys that came later are recorded only where they matter, so that what was
+  recorded before can be compared.
   """
   settings = config.sampler.to_dict()
   if not settings['level_offset']:
     del settings['level_offset']
+  if not config.model.cascade:
+    del settings['augmentation']
   return settings
 
 

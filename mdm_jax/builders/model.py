@@ -1,5 +1,6 @@
 """Builds the network of a stage."""
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax
@@ -38,15 +39,21 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
     resolutions=resolutions(config, stage),
     frozen_text=config.text.encoder not in TRAINED_ENCODERS,
     to_longest=config.text.padding == 'longest',
+    coarse=coarse_resolution(config, stage),
   )
 
 
 def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
   """Architectures of the levels of a stage, coarse to fine."""
   flash = _has_flash_attention(config)
+  is_given = coarse_resolution(config, stage) is not None
   return tuple(
-    dataclasses.replace(level_spec(level), flash=flash, frames=count)
-    for level, count in zip(config.model.levels, frames(config, stage))
+    dataclasses.replace(
+      level_spec(level), flash=flash, frames=count, given_coarse=is_given
+    )
+    for level, count in zip(
+      trained_levels(config, stage), frames(config, stage), strict=True
+    )
   )
 
 
@@ -88,12 +95,26 @@ def level_names(config: ConfigDict, stage: ConfigDict) -> tuple[str, ...]:
 
 def frames(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
   """Frames of the levels of a stage, coarse to fine."""
-  levels = config.model.levels[: stage.num_levels]
   most = stage.max_frames
+  levels = trained_levels(config, stage)
   return tuple(min(x.frames, most or x.frames) for x in levels)
 
 
 def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
   """Resolutions of a stage in pixels, coarse to fine."""
-  levels = config.model.levels[: stage.num_levels]
-  return tuple(level.resolution for level in levels)
+  return tuple(x.resolution for x in trained_levels(config, stage))
+
+
+def trained_levels(
+  config: ConfigDict, stage: ConfigDict
+) -> Sequence[ConfigDict]:
+  """The levels of a stage, coarse to fine; in a cascade its finest alone."""
+  first = stage.num_levels - 1 if config.model.cascade else 0
+  return config.model.levels[first : stage.num_levels]
+
+
+def coarse_resolution(config: ConfigDict, stage: ConfigDict) -> int | None:
+  """Of the images that a level of a cascade is given; None if it is not."""
+  if not config.model.cascade or stage.num_levels == 1:
+    return None
+  return config.model.levels[stage.num_levels - 2].resolution

@@ -16,12 +16,14 @@ from mdm_jax import mixed_batch
 from mdm_jax.builders import data
 from mdm_jax.builders.config import naming, stage_directory
 from mdm_jax.builders.model import (
+  coarse_resolution,
   frames,
   level_names,
   make_model,
   resolutions,
 )
 from mdm_jax.builders.text import empty_text
+from mdm_jax.diffusion.augmentation import Augmentation
 from mdm_jax.diffusion.loss import TimeDensity
 from mdm_jax.diffusion.schedule import Schedule, make_schedule, offset_levels
 from mdm_jax.diffusion.weights import level_weights, vdm_weights
@@ -107,7 +109,14 @@ class Stage:
     stage on, frames as far apart as it will inside of that one.
     """
     levels = self.config.model.levels
-    return levels[-1].frames // levels[len(self.resolutions) - 1].frames
+    return levels[-1].frames // levels[self.settings.num_levels - 1].frames
+
+  @property
+  def coarser(self) -> 'Stage | None':
+    """In a cascade, the stage whose samples this one is given."""
+    if self.model.coarse is None:
+      return None
+    return make_stage(self.config, self.index - 1)
 
   @property
   def level_names(self) -> tuple[str, ...]:
@@ -124,6 +133,17 @@ class Stage:
   ) -> epath.Path:
     """See `stage_directory`."""
     return stage_directory(workdir, self.config, self.index, kind)
+
+  def with_coarser(self, params_of: Callable[['Stage'], Params]) -> Params:
+    """Parameters to sample with; in a cascade also those of earlier stages.
+
+    Args:
+      params_of: the parameters of a stage, or their shapes.
+    """
+    params = params_of(self)
+    if self.coarser:
+      params = params | {'coarser': self.coarser.with_coarser(params_of)}
+    return params
 
   def init(self) -> Params:
     """Fresh float32 parameters on the host."""
@@ -192,6 +212,8 @@ class Stage:
       mesh,
       self.objective.parameterization,
       guide,
+      self.coarser and self.coarser.make_sampler(mesh, **changes),
+      self.objective.augmentation,
     )
 
   def make_sample_fn(
@@ -251,6 +273,7 @@ class Stage:
 
     def forward(params, texts, x_t, t):
       cond = self.model.encode(params, texts)
+      cond = cond._replace(**self.model.any_coarse(sizes[0]))
       repeats = mixed_batch.num_repeats(sizes)
       return self.model.denoise(params, x_t, t, cond, repeats)
 
@@ -335,7 +358,25 @@ def make_objective(config: ConfigDict, stage: ConfigDict) -> Objective:
     ),
     independent_times=diffusion.level_times == 'independent',
     noise_floor=diffusion.noise_floor,
+    augmentation=_make_augmentation(config, stage),
   )
+
+
+def _make_augmentation(
+  config: ConfigDict, stage: ConfigDict
+) -> Augmentation | None:
+  """Noise of the images that a level of a cascade is given."""
+  coarse = coarse_resolution(config, stage)
+  if coarse is None:
+    return None
+  schedule = make_schedule(
+    config.diffusion.schedule,
+    [coarse],
+    stage.shift_power,
+    config.diffusion.num_steps,
+    reference_resolution=config.diffusion.reference_resolution,
+  )
+  return Augmentation(schedule, config.diffusion.augmentation)
 
 
 def make_optimizer(

@@ -26,6 +26,7 @@ from mdm_jax.builders.text import load_frozen, make_tokenizer
 from mdm_jax.inference.weights import (
   SavedWeights,
   Weights,
+  restore_coarser,
   restore_weights,
 )
 from mdm_jax.runtime import cpu, sharding
@@ -149,6 +150,10 @@ class Session:
       ValueError: its resolutions, noise schedule or tokenizer are not those of
         `model`.
     """
+    if model.stage.model.coarse:
+      raise ValueError(
+        f'guide={workdir}: a cascade cannot have a guide; leave it out.'
+      )
     config = _read(workdir, any_prompt=True)
     config.mesh.update(self.config.mesh)
     guide = Session(workdir, config, self.mesh)
@@ -171,7 +176,11 @@ class Session:
     return make_stage(self.config, weights.index), weights
 
   def _load_frozen(self, stage: Stage, weights: Weights) -> Model:
-    params = weights.params | load_frozen(self.config, self.mesh)
+    params = (
+      weights.params
+      | load_frozen(self.config, self.mesh)
+      | restore_coarser(self.config, stage.index, self.workdir, self.mesh)
+    )
     return Model(self.workdir, stage, weights, params, self.mesh)
 
 

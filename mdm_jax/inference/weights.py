@@ -162,6 +162,33 @@ def restore_weights(
   return restore.from_newest(directory, read)
 
 
+def restore_coarser(
+  config: ConfigDict, index: int, workdir: str, mesh: Mesh
+) -> Params:
+  """The EMA of the coarser levels of a cascade, which samples need.
+
+  Args:
+    config: of the run.
+    index: of the stage to sample from.
+    workdir: of the run.
+    mesh: the devices.
+
+  Returns:
+    {'coarser': the parameters of the stage before, in which those of still
+    coarser ones are nested}; {} without a cascade, or for its first stage.
+
+  Raises:
+    FileNotFoundError, CheckpointError: the stage before has no good weights.
+  """
+  if not (config.model.cascade and index):
+    return {}
+  found = restore_weights(
+    config, workdir, mesh, stage=config.stages[index - 1].name
+  )
+  further = restore_coarser(config, index - 1, workdir, mesh)
+  return {'coarser': found.params | further}
+
+
 def _ema(sigma_rel: float | None, best: bool) -> str:
   if sigma_rel is not None:
     return f'post-hoc EMA, sigma_rel {sigma_rel}'

@@ -27,6 +27,9 @@ class Cond(NamedTuple):
       network does as if the arrays ended there. None for L.
     context: the parts of the network that depend on the text alone, computed
       once by `Matryoshka.prepare`; None computes them at every call.
+    coarse: [B, h, w, 3] the coarser images that a level of a cascade is given,
+      noised up to `coarse_t`; None without a cascade.
+    coarse_t: [B] noising steps of `coarse`, 0 for clean images.
   """
 
   text: jax.Array
@@ -34,6 +37,8 @@ class Cond(NamedTuple):
   scale: jax.Array | None = None
   length: jax.Array | None = None
   context: dict | None = None
+  coarse: jax.Array | None = None
+  coarse_t: jax.Array | None = None
 
   def existing(self) -> jax.Array | None:
     """Mask [B, L] of the positions that exist; None for all."""

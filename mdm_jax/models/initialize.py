@@ -18,6 +18,7 @@ _ZERO = (
   'proj',
   'ffn_out',
   'scale_out',
+  'augmentation_out',
   'in_adapter',
   'out_adapter',
 )

@@ -25,6 +25,8 @@ class Matryoshka:
       its parameters, and the caller of `encode` adds them.
     to_longest: the texts of a batch count as padded to the longest of them, as
       in the release, whatever the length of the arrays.
+    coarse: resolution of the images that a level of a cascade is given, see
+      `LevelSpec.given_coarse`; None for a nest of levels.
   """
 
   unet: NestedUNet
@@ -32,6 +34,7 @@ class Matryoshka:
   resolutions: tuple[int, ...]
   frozen_text: bool = False
   to_longest: bool = False
+  coarse: int | None = None
 
   @property
   def level_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -78,6 +81,7 @@ class Matryoshka:
       cond = Cond(
         jnp.zeros((1, num_tokens, self.text_encoder.width)),
         jnp.ones((1, num_tokens), bool),
+        **self.any_coarse(1),
       )
       x_t = tuple(jnp.zeros((1, *shape)) for shape in self.level_shapes)
       params = {'unet': self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']}
@@ -127,10 +131,22 @@ class Matryoshka:
     """
     batch = len(cond.text)
     x_t = tuple(jnp.zeros((batch, *shape)) for shape in self.level_shapes)
+    with_coarse = cond._replace(**self.any_coarse(batch))
     _, variables = self.unet.apply(
-      {'params': params['unet']}, x_t, jnp.zeros(batch), cond, mutable='context'
+      {'params': params['unet']},
+      x_t,
+      jnp.zeros(batch),
+      with_coarse,
+      mutable='context',
     )
     return cond._replace(context=variables['context'])
+
+  def any_coarse(self, batch: int) -> dict[str, jax.Array]:
+    """Fields of a `Cond`: black coarser images, if the network takes any."""
+    if self.coarse is None:
+      return {}
+    shape = mixed_batch.example_shape(self.coarse, 1)
+    return {'coarse': jnp.zeros((batch, *shape)), 'coarse_t': jnp.zeros(batch)}
 
   def denoise(
     self,

@@ -87,13 +87,17 @@ class NestedUNet(nn.Module):
         (cond.scale, pooled, text, mask), count, repeats
       )
       x = _frames(x_t[r], frames)
-      temb = level.embed(t_r, scale, pooled_r)
+      # What a level of a cascade, which is alone in its network, also takes.
+      given, given_t = (), ()
+      if self.levels[r].given_coarse:
+        given, given_t = (cond.coarse,), (cond.coarse_t,)
+      temb = level.embed(t_r, scale, pooled_r, *given_t)
       context = (layers.per_frame(temb, len(x)), *context)
       if states:
         h = _mean_of_frames(outer.x, self.levels[r + 1].frames // frames)
         h = mixed_batch.pad(_clips(h, frames), count, repeats)
         outer = outer.replace(x=_frames(h, frames))
-      h, skips = level.descend(x, *context, outer)
+      h, skips = level.descend(x, *context, outer, *given)
       states.append((h, skips, context))
       if level.inner_channels is not None:
         outer = level.in_adapter(h)

@@ -12,9 +12,9 @@ from mdm_jax.models.packing import Features
 
 # What a level may be: `UNet`, or `transformer.Transformer`.
 KINDS = ('unet', 'transformer')
-# Activations that the backward pass computes again, see `LevelSpec.remat`.
 # What attention between frames sees.
 FRAME_ATTENTION = ('divided', 'joint')
+# Activations that the backward pass computes again, see `LevelSpec.remat`.
 REMAT = ('none', 'block', 'level')
 
 
@@ -69,6 +69,9 @@ class LevelSpec:
   # What these layers see: each place by itself ('divided'), or all places of
   # all frames ('joint'), for features of few places.
   frame_attention_kind: str = 'divided'
+  # A level of a cascade: it is no part of a nest, and is given the coarser
+  # images beside its noisy ones (Ho et al., arXiv 2106.15282).
+  given_coarse: bool = False
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
@@ -345,6 +348,9 @@ class UNet(nn.Module):
 
     self.time_in, self.time_out = dense(), dense()
     self.scale_in, self.scale_out = dense(), dense(zero=True)
+    if spec.given_coarse:
+      self.augmentation_in = dense()
+      self.augmentation_out = dense(zero=True)
 
     def conv(features, zero=False):
       return layers.Conv3x3(features, dtype, zero=zero)
@@ -368,15 +374,20 @@ class UNet(nn.Module):
     self.conv_out = conv(3 * spec.patch_size**2, zero=True)
 
   def embed(
-    self, t: jax.Array, scale: jax.Array | None, pooled_text: jax.Array
+    self,
+    t: jax.Array,
+    scale: jax.Array | None,
+    pooled_text: jax.Array,
+    coarse_t: jax.Array | None = None,
   ) -> jax.Array:
-    """The sum of the embeddings of time, micro-condition and pooled text.
+    """The sum of the embeddings of times, micro-condition and pooled text.
 
     Args:
       t: [B] time indices.
       scale: [B] shorter side of the original images in pixels; None for
         `scale_condition`.
       pooled_text: [B, temporal_dim].
+      coarse_t: [B] noising steps of the coarser images of a cascade.
 
     Returns:
       [B, temporal_dim].
@@ -389,9 +400,12 @@ class UNet(nn.Module):
 
     temb = self.time_out(nn.silu(self.time_in(sinusoidal(t))))
     temb += self.scale_out(nn.silu(self.scale_in(sinusoidal(scale))))
+    if coarse_t is not None:
+      augmentation = self.augmentation_in(sinusoidal(coarse_t))
+      temb += self.augmentation_out(nn.silu(augmentation))
     return temb + pooled_text
 
-  def descend(self, x, temb, text, mask, outer):
+  def descend(self, x, temb, text, mask, outer, coarse=None):
     """The way down: from the noisy images to features and skips.
 
     Args:
@@ -401,11 +415,17 @@ class UNet(nn.Module):
       mask: [B, L] bool or None.
       outer: Features from the `in_adapter` of the next finer level; None for
         the finest level.
+      coarse: [B, h, w, 3] the coarser images of a cascade.
 
     Returns:
       Features at the level's coarsest resolution, and the list of skips.
     """
-    x = Features(folded(x, self.spec))
+    size, x = x.shape[:-1], folded(x, self.spec)
+    if coarse is not None:
+      coarse = jax.image.resize(coarse, (*size, 3), 'bilinear')
+      coarse = packing.fold(coarse, (self.spec.patch_size,) * 2)
+      x = jnp.concatenate([x, coarse], axis=-1)
+    x = Features(x)
     h = self.conv_in(x, patch=self.spec.patch(0, x.size))
     if outer is not None:
       h = h.replace(x=h.x + outer.as_patch(h.patch).x)

@@ -12,6 +12,7 @@ from mdm_jax.steps.objective import (
   batch_losses,
   losses_by_noise,
   sample_noise,
+  with_augmentation,
 )
 from mdm_jax.steps.state import Params
 
@@ -41,6 +42,7 @@ def make_band_step(
   def band_step(params, batch, index):
     rng = jax.random.fold_in(jax.random.key(seed), index)
     t, eps = sample_noise(objective, model.level_shapes, batch, rng)
+    batch = with_augmentation(model, objective, batch, rng)
     _, levels = batch_losses(model, objective, params, batch, t, eps)
     losses = levels['losses']
     sums, counts = losses_by_noise(objective, losses, t, num_bands)

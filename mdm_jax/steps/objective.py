@@ -13,7 +13,9 @@ import numpy as np
 
 from mdm_jax import mixed_batch
 from mdm_jax.diffusion import loss, process, pyramid
+from mdm_jax.diffusion.augmentation import Augmentation
 from mdm_jax.diffusion.schedule import Schedule
+from mdm_jax.models.conditioning import Cond
 from mdm_jax.models.matryoshka import Matryoshka, longest
 from mdm_jax.steps.state import Params
 
@@ -28,9 +30,14 @@ from mdm_jax.steps.state import Params
 # What depends on the whole batch, see `with_whole`, [B] with equal values:
 #   length: int32, positions that every text is padded to.
 #   mean_weight: float32, the mean weight of the times.
+# For a level of a cascade, see `with_augmentation`:
+#   coarse_t: int32 [B], noising steps of the coarser images.
+#   coarse_eps: float32 [B, h, h, 3], their noise.
 # In a mixed batch `image` may hold only the examples that the finest level
 # sees. Others are in image_<level>, by the finest level that sees them.
 Batch = dict[str, jax.Array]
+# Folded into a key, makes another one. Small numbers make those of a split.
+_AUGMENTATION = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Objective:
     density: of the times.
     independent_times: whether each level has a time of its own.
     noise_floor: see `loss.level_loss`.
+    augmentation: noise on the coarser images that a level of a cascade is
+      given; None for a nest of levels.
   """
 
   schedule: Schedule
@@ -63,6 +72,7 @@ class Objective:
   density: loss.TimeDensity = loss.TimeDensity()
   independent_times: bool = False
   noise_floor: float = 0.0
+  augmentation: Augmentation | None = None
 
 
 def num_repeats(objective: Objective, batch: Batch) -> int:
@@ -134,6 +144,25 @@ def with_whole(
   return whole | batch
 
 
+def with_augmentation(
+  model: Matryoshka, objective: Objective, batch: Batch, rng: jax.Array
+) -> Batch:
+  """Adds the noise of the coarser images that a level of a cascade is given.
+
+  Args:
+    model: the network.
+    objective: the objective.
+    batch: of B examples.
+    rng: a random key, that of `sample_noise`.
+  """
+  if objective.augmentation is None:
+    return batch
+  t, eps = objective.augmentation.sample(
+    jax.random.fold_in(rng, _AUGMENTATION), len(batch['scale']), model.coarse
+  )
+  return batch | {'coarse_t': t, 'coarse_eps': eps}
+
+
 def batch_losses(
   model: Matryoshka,
   objective: Objective,
@@ -174,6 +203,8 @@ def batch_losses(
   cond = model.encode(
     params, batch['text'], batch['scale'], batch.get('length')
   )
+  if objective.augmentation is not None:
+    cond = _with_coarse(model, objective, batch, images, cond)
   per_example, aux = loss.multi_resolution_loss(
     lambda x_t, t: model.denoise(params, x_t, t, cond, repeats),
     objective.schedule,
@@ -190,6 +221,22 @@ def batch_losses(
   if 'mean_weight' in batch:
     per_example /= batch['mean_weight']
   return per_example, aux
+
+
+def _with_coarse(
+  model: Matryoshka,
+  objective: Objective,
+  batch: Batch,
+  images: pyramid.Pyramid,
+  cond: Cond,
+) -> Cond:
+  """Gives a level of a cascade the coarser images, noised."""
+  shapes = mixed_batch.example_shape(model.coarse), model.level_shapes[-1]
+  coarse, _ = pyramid.make_pyramid(images[-1], shapes, (1.0, 1.0))
+  coarse = objective.augmentation.apply(
+    coarse, batch['coarse_t'], batch['coarse_eps']
+  )
+  return cond._replace(coarse=coarse, coarse_t=batch['coarse_t'])
 
 
 def losses_by_noise(

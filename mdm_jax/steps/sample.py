@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mdm_jax.diffusion import guidance, pyramid, samplers
+from mdm_jax.diffusion.augmentation import Augmentation
 from mdm_jax.diffusion.process import DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
 from mdm_jax.diffusion.schedule import Schedule
@@ -21,6 +22,9 @@ from mdm_jax.runtime import sharding
 # (params, text [N, ...], seeds [N]) -> uint8 images [N, H_r, H_r, 3], coarse to
 # fine. Text is the text encoder's input: tokens, labels or features.
 SampleFn = Callable[[Any, np.ndarray, Sequence[int]], tuple[np.ndarray, ...]]
+# Folded into the keys of a level of a cascade, whose noise must not be that of
+# the coarser level. Beyond any step.
+_FINER = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class SamplerSpec:
     frames: of the finest level; 0 for as many as the network has. A longer clip
       is sampled in parts of so many, each of which continues the last half of
       the one before.
+    augmentation: noise on the coarser image of a cascade, as a share of T.
   """
 
   name: str
@@ -53,6 +58,7 @@ class SamplerSpec:
   pixels: str = 'round'
   level_offset: float = 0.0
   frames: int = 0
+  augmentation: float = 0.0
 
 
 class Prepared(NamedTuple):
@@ -88,6 +94,9 @@ class Sampler:
     guide: a worse network of the same resolutions, from which guidance leads
       away instead of from the negative prompt (autoguidance, Karras et al.,
       2024). Its parameters are `params['guide']`.
+    coarser: in a cascade, the sampler of the images that this one is given. Its
+      parameters are `params['coarser']`; a frozen text encoder is shared.
+    augmentation: noise on these images.
   """
 
   model: Matryoshka
@@ -96,6 +105,8 @@ class Sampler:
   mesh: Mesh
   parameterization: str
   guide: Matryoshka | None = None
+  coarser: 'Sampler | None' = None
+  augmentation: Augmentation | None = None
 
   @property
   def num_parts(self) -> int:
@@ -154,8 +165,18 @@ class Sampler:
       for count in self._frames
     ]
 
+  @property
+  def _depth(self) -> int:
+    """Number of coarser levels of a cascade."""
+    return 1 + self.coarser._depth if self.coarser else 0
+
+  def coarser_params(self, params):
+    """Parameters of `coarser`, or their shardings."""
+    shared = {key: params[key] for key in params if key == 'text_encoder'}
+    return shared | params['coarser']
+
   def prepare(
-    self, params, text, negative, seeds, earlier=None, part=0
+    self, params, text, negative, seeds, earlier=None, part=0, coarse=None
   ) -> Prepared:
     """Encodes the prompts, once for all steps.
 
@@ -168,6 +189,7 @@ class Sampler:
       earlier: uint8 [B, T, H, W, 3], the finest level of the part to continue;
         None at the start of a clip.
       part: number of this part, counted from 0.
+      coarse: uint8 [B, h, w, 3], in a cascade the images of `coarser`.
     """
 
     # Both passes of guidance see texts of one length, that of the longer of
@@ -176,11 +198,15 @@ class Sampler:
     if not self.guide:
       length = jnp.maximum(length, num_positions(negative))
 
+    keys, known, given = jax.vmap(jax.random.key)(seeds), None, {}
+    if self.coarser:
+      keys = _fold(keys, _FINER + self._depth)
+      given = self._noised(coarse, keys)
+
     def encode(model, params, text):
       cond = model.encode(params, text, length=length)
-      return model.prepare(params, cond)
+      return model.prepare(params, cond)._replace(**given)
 
-    keys, known = jax.vmap(jax.random.key)(seeds), None
     if earlier is not None:
       first = pyramid.to_float(earlier[:, -self._overlap :])
       shapes = [
@@ -189,7 +215,7 @@ class Sampler:
       ]
       known = pyramid.make_pyramid(first, shapes, [1.0] * len(shapes))
       # Beyond any step, whose noise is of `fold_in(key, step)`.
-      keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**30 + part))(keys)
+      keys = _fold(keys, 2**30 + part)
     return Prepared(
       encode(self.model, params, text),
       encode(self.guide, params['guide'], text)
@@ -198,6 +224,16 @@ class Sampler:
       keys,
       known,
     )
+
+  def _noised(self, coarse: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+    """The coarser images of a cascade as conditioning."""
+    step = self.augmentation.steps(self.spec.augmentation)
+    t = jnp.full(len(coarse), step, jnp.int32)
+    eps = jax.vmap(lambda key: jax.random.normal(key, coarse.shape[1:]))(
+      _fold(keys, _FINER)
+    )
+    coarse = self.augmentation.apply(pyramid.to_float(coarse), t, eps)
+    return {'coarse': coarse, 'coarse_t': t}
 
   def start(self, prepared: Prepared, t: int | jax.Array) -> Pyramid:
     """What sampling starts from at the noising step `t`: noise.
@@ -263,7 +299,14 @@ class Sampler:
     params, spec = self._gather(params), self.spec
     if guidance.is_none(spec.guidance):
       negative = text
-    prepared = self.prepare(params, text, negative, seeds, earlier, part)
+    coarse = ()
+    if self.coarser:
+      coarse = self.coarser.sample(
+        self.coarser_params(params), text, negative, seeds
+      )
+    prepared = self.prepare(
+      params, text, negative, seeds, earlier, part, coarse and coarse[-1]
+    )
     images = samplers.sample(
       self._denoise_fn(params, prepared, spec.guidance),
       self._noise(prepared, self.schedule.num_steps),
@@ -277,7 +320,7 @@ class Sampler:
       noise_fn=lambda index: self._noise(prepared, index),
       known=prepared.known,
     )
-    return self.to_uint8(images)
+    return *coarse, *self.to_uint8(images)
 
   def to_uint8(self, images: Pyramid) -> tuple[jax.Array, ...]:
     """uint8 images of floats, by `spec.pixels`."""
@@ -343,6 +386,11 @@ class Sampler:
     )
 
 
+def _fold(keys: jax.Array, data: int | jax.Array) -> jax.Array:
+  """Other random keys [B], by `fold_in`."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
 def jit_sample(
   sampler: Sampler, param_shardings: Any, *, continues: bool = False
 ) -> Callable:
@@ -366,7 +414,8 @@ def _in_shardings(sampler: Sampler, params: Any, continues: bool) -> tuple:
   # One sharding for arrays of any rank.
   batch = sharding.batch_sharding(sampler.mesh, 1)
   whole = sharding.replicated(sampler.mesh)
-  return params, batch, batch, batch, *((whole, whole) if continues else ())
+  further = (whole, whole, *([whole] if sampler.coarser else []))
+  return params, batch, batch, batch, *(further if continues else ())
 
 
 def _place(
@@ -493,9 +542,10 @@ def make_sample_steps(
     an iterator over the steps. A step is uint8 images [B, H_r, H_r, 3], coarse
     to fine, of the predicted x0. The last step has the samples, equal to those
     of `make_sample_fn` up to rounding. With `with_inputs` a step is a pair: the
-    images of x_t, and those. `num_steps` and the guidance weight `w` may change
-    without compiling again. Further arguments are `earlier` and `part` of
-    `Sampler.prepare`.
+    images of x_t, and those. The steps of a cascade are those of its finest
+    level, before which the others are sampled. `num_steps` and the guidance
+    weight `w` may change without compiling again. Further arguments are
+    `earlier` and `part` of `Sampler.prepare`.
   """
   options = sharding.compiler_options(sampler.mesh)
   begin, proceed = (
@@ -506,6 +556,7 @@ def make_sample_steps(
     )
     for continues in (False, True)
   )
+  sample_coarser = _make_coarser_steps(sampler, param_shardings)
   start = jax.jit(sampler.start, compiler_options=options)
   step = jax.jit(sampler.step, donate_argnums=2, compiler_options=options)
   to_uint8 = jax.jit(
@@ -515,6 +566,9 @@ def make_sample_steps(
   def sample_steps(params, text, negative, seeds, num_steps, w, *earlier):
     if guidance.is_none(w):
       negative = text
+    coarse = sample_coarser(params, text, negative, seeds, num_steps, w)
+    if coarse:
+      earlier = None, np.uint32(0), coarse[-1]
     prepare = proceed if earlier else begin
     placed = _place(sampler.mesh, text, negative, seeds)
     prepared = prepare(params, *placed, *earlier)
@@ -523,11 +577,32 @@ def make_sample_steps(
     # Two separate buffers, since both are donated.
     state = start(prepared, t), start(prepared, t)
     for one in steps:
-      noisy = (
-        to_uint8(state[0]) if with_inputs else None
-      )  # Before its donation.
+      # Before its donation.
+      noisy = (*coarse, *to_uint8(state[0])) if with_inputs else None
       x_t, x0 = state = step(params, prepared, state, one, np.float32(w))
-      images = to_uint8(x_t if one is steps[-1] else x0)
+      images = *coarse, *to_uint8(x_t if one is steps[-1] else x0)
       yield (noisy, images) if with_inputs else images
 
   return sample_steps
+
+
+def _make_coarser_steps(
+  sampler: Sampler, param_shardings: Any
+) -> Callable[..., tuple[jax.Array, ...]]:
+  """Jits the coarser levels of a cascade, step by step.
+
+  Returns:
+    With the arguments of `make_sample_steps`, the samples of these levels;
+    none without a cascade.
+  """
+  if sampler.coarser is None:
+    return lambda *_: ()
+  sample_steps = make_sample_steps(
+    sampler.coarser, sampler.coarser_params(param_shardings)
+  )
+
+  def sample_coarser(params, *arguments):
+    *_, last = sample_steps(sampler.coarser_params(params), *arguments)
+    return last
+
+  return sample_coarser

@@ -21,6 +21,7 @@ from mdm_jax.steps.objective import (
   losses_by_noise,
   num_repeats,
   sample_noise,
+  with_augmentation,
   with_whole,
 )
 from mdm_jax.steps.state import Params, TrainState
@@ -99,6 +100,7 @@ def make_train_step(
     loss_rng, dropout_rng = jax.random.split(rng)
     batch = _drop_captions(batch, dropout_rng, caption_dropout, empty_text)
     t, eps = sample_noise(objective, model.level_shapes, batch, loss_rng)
+    batch = with_augmentation(model, objective, batch, loss_rng)
 
     (total, (levels, by_noise)), grads = _gradients(
       model, objective, accumulate, state.params, frozen, batch, t, eps

@@ -230,7 +230,7 @@ def bench_sample(
   Returns:
     As `bench_train`.
   """
-  params = stage.init()
+  params = stage.with_coarser(Stage.init)
   params = (
     sharding.place(
       params,

@@ -266,7 +266,8 @@ def lower_train(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
 def lower_sample(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
   """Lowers the sampling of a batch of `eval.batch_size` images."""
   config = stage.config
-  params = stage.state_shapes(mesh).ema | frozen_shapes(config, mesh)
+  params = stage.with_coarser(lambda each: each.state_shapes(mesh).ema)
+  params |= frozen_shapes(config, mesh)
   count = config.eval.batch_size
   text = _text(stage, count)
   jitted = jit_sample(

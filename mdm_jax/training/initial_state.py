@@ -67,7 +67,8 @@ def _trained_params(
   if saved.checkpoints.latest_step() == 0:
     # Imported weights are a checkpoint of step 0 with nothing but an EMA.
     return restore.restore_item(stage.directory(run.workdir), 0, 'ema')
-  if stage.index:
+  # Each level of a cascade is a model of its own.
+  if stage.index and not stage.config.model.cascade:
     previous = stage_directory(run.workdir, stage.config, stage.index - 1)
     return restore.restore_item(previous, None, 'ema')
   return None

@@ -1,6 +1,7 @@
 """Trains every stage in order, resumes by itself, reports what was learned."""
 
 from collections.abc import Iterator
+import dataclasses
 import json
 import threading
 import time
@@ -30,6 +31,7 @@ from mdm_jax.builders.text import empty_text, load_frozen
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.data import pipeline
 from mdm_jax.inference import validation
+from mdm_jax.inference.weights import restore_coarser
 from mdm_jax.report import console, goodput, trackers
 from mdm_jax.report.progress import Progress
 from mdm_jax.runtime import distributed, peaks, sharding, value_types
@@ -166,6 +168,7 @@ def train_stage(run: Run, stage: Stage) -> bool:
   Raises:
     See `train`.
   """
+  run = _with_coarser(run, stage)
   with StageCheckpoints(stage, run.workdir) as saved, run.saving_at_the_end():
     ##### Restore or create the state, open the data, compile the step.
     data = data_fingerprint(stage.config)
@@ -233,6 +236,12 @@ def train_stage(run: Run, stage: Stage) -> bool:
     if not stopped:
       saved_steps.mark_finished(stage.directory(run.workdir), stage.num_steps)
     return not stopped
+
+
+def _with_coarser(run: Run, stage: Stage) -> Run:
+  """The run with the coarser models of a cascade, which samples need."""
+  coarser = restore_coarser(stage.config, stage.index, run.workdir, run.mesh)
+  return dataclasses.replace(run, frozen=run.frozen | coarser)
 
 
 def _batches(run: Run, saved: StageCheckpoints, dataset) -> Iterator[Batch]:
@@ -318,6 +327,7 @@ def _is_stopped(run: Run, monitor: Monitor, ask_all: bool) -> bool:
 
 def _evaluate(run: Run, stage: Stage) -> None:
   """Measures the last stage, and writes `eval/<step>.json`."""
+  run = _with_coarser(run, stage)
   with run.goodput.time('evaluate'):
     values = validation.validate_last(stage, run.workdir, run.mesh, run.frozen)
     # A stop request may have reached only some processes: exit in all or none.

@@ -87,6 +87,9 @@ ADDED = {
   'data.image_set': '',
   'data.image_path': '',
   'model.levels[].frame_attention_kind': 'divided',
+  'model.cascade': False,
+  'diffusion.augmentation': 0.5,
+  'sampler.augmentation': 0.1,
 }
 
 
