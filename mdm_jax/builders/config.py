@@ -109,6 +109,7 @@ _ADDED = {
   'data.image_set': '',
   'data.image_path': '',
   'model.levels[].frame_attention_kind': 'divided',
+  'model.levels[].share': 'none',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

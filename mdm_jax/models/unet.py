@@ -12,10 +12,12 @@ from mdm_jax.models.packing import Features
 
 # What a level may be: `UNet`, or `transformer.Transformer`.
 KINDS = ('unet', 'transformer')
-# Activations that the backward pass computes again, see `LevelSpec.remat`.
 # What attention between frames sees.
 FRAME_ATTENTION = ('divided', 'joint')
+# Activations that the backward pass computes again, see `LevelSpec.remat`.
 REMAT = ('none', 'block', 'level')
+# What a level takes from the next coarser one, see `shared_layers`.
+SHARE = ('none', 'blocks', 'all')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,11 @@ class LevelSpec:
   # What these layers see: each place by itself ('divided'), or all places of
   # all frames ('joint'), for features of few places.
   frame_attention_kind: str = 'divided'
+  # Use the weights of the next coarser level: of the residual blocks and
+  # attention layers at the resolution where the levels meet ('blocks'), or also
+  # of the embeddings and of the first and last layers ('all'), where they have
+  # the same shapes. The rule is in `shared_layers`.
+  share: str = 'none'
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
@@ -76,6 +83,8 @@ class LevelSpec:
       raise ValueError(f'kind={self.kind!r}: use one of {KINDS}.')
     if self.remat not in REMAT:
       raise ValueError(f'remat={self.remat!r}: use one of {REMAT}.')
+    if self.share not in SHARE:
+      raise ValueError(f'share={self.share!r}: use one of {SHARE}.')
     if self.lanes < 1:
       raise ValueError(f'lanes={self.lanes}: give a number of channels.')
     if self.patch_size < 1:
@@ -345,6 +354,10 @@ class UNet(nn.Module):
 
     self.time_in, self.time_out = dense(), dense()
     self.scale_in, self.scale_out = dense(), dense(zero=True)
+    if spec.share != 'none':
+      self.level_embedding = self.param(
+        'level_embedding', layers.zeros, (spec.temporal_dim,)
+      )
 
     def conv(features, zero=False):
       return layers.Conv3x3(features, dtype, zero=zero)
@@ -372,6 +385,8 @@ class UNet(nn.Module):
   ) -> jax.Array:
     """The sum of the embeddings of time, micro-condition and pooled text.
 
+    A level that shares layers adds a learned embedding of the level.
+
     Args:
       t: [B] time indices.
       scale: [B] shorter side of the original images in pixels; None for
@@ -389,6 +404,8 @@ class UNet(nn.Module):
 
     temb = self.time_out(nn.silu(self.time_in(sinusoidal(t))))
     temb += self.scale_out(nn.silu(self.scale_in(sinusoidal(scale))))
+    if self.spec.share != 'none':
+      temb += self.level_embedding.astype(temb.dtype)
     return temb + pooled_text
 
   def descend(self, x, temb, text, mask, outer):

@@ -87,6 +87,7 @@ ADDED = {
   'data.image_set': '',
   'data.image_path': '',
   'model.levels[].frame_attention_kind': 'divided',
+  'model.levels[].share': 'none',
 }
 
 
