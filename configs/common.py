@@ -280,6 +280,10 @@ def level(resolution: int, **changes) -> ConfigDict:
       # Channels up to which neighbouring pixels are packed side by side; 1: no
       # packing; 0: the vector width of the device, 128 on a TPU, 1 elsewhere.
       'lanes': 0,
+      # Use weights of the next coarser level: 'none'; 'blocks': at the
+      # resolution where the levels meet; 'all': also embeddings, first and last
+      # layers. Where shapes are equal.
+      'share': 'none',
     }
   )
   config.lock().update(changes)

@@ -26,6 +26,7 @@ from mdm_jax.builders.stage import (
 from mdm_jax.builders.text import make_tokenizer, text_fingerprint
 from mdm_jax.data import precomputed, tfds_source
 from mdm_jax.eval import prompt_accuracy
+from mdm_jax.models.shared_layers import shared_layers
 from mdm_jax.runtime import sharding
 
 
@@ -239,6 +240,12 @@ def _check_cascade(config: ConfigDict) -> None:
       'model.cascade=True with levels of several frames: cascades are of '
       'images; give False.'
     )
+  for i, level in enumerate(levels):
+    if level.share != 'none':
+      raise ValueError(
+        f'model.levels[{i}].share={level.share!r} with model.cascade=True: '
+        "the levels are models of their own; use 'none'."
+      )
   used, known = config.sampler.augmentation, config.diffusion.augmentation
   if used > known:
     raise ValueError(
@@ -315,7 +322,7 @@ def _check_evaluation(config: ConfigDict) -> None:
 
 
 def _check_resolutions(config: ConfigDict) -> None:
-  levels = config.model.levels
+  levels, coarser = config.model.levels, None
   for i, level in enumerate(levels):
     if i and level.kind == 'transformer':
       raise ValueError(
@@ -351,6 +358,9 @@ def _check_resolutions(config: ConfigDict) -> None:
           f'{spec.patch_size} px, halved {len(spec.channels) - 1} times, gives '
           f'{bottom} px, but level {i - 1} works at {inner}: change either.'
         )
+    with naming(f'model.levels[{i}]'):
+      shared_layers(spec, coarser)
+    coarser = spec
 
 
 def _check_stage(

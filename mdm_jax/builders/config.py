@@ -112,6 +112,7 @@ _ADDED = {
   'model.cascade': False,
   'diffusion.augmentation': 0.5,
   'sampler.augmentation': 0.1,
+  'model.levels[].share': 'none',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

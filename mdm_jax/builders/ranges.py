@@ -156,6 +156,7 @@ KEYS = {
   'model.levels[].patch_size': Number(int, 1, 1024),
   'model.levels[].remat': Choice(('none', 'block', 'level')),
   'model.levels[].lanes': Number(int, 0, 10**5),
+  'model.levels[].share': Choice(('none', 'blocks', 'all')),
   'diffusion.schedule': Choice(('deepfloyd', 'ddpm', 'cosine', 'linear')),
   'diffusion.num_steps': Number(int, 1, 10**5),
   'diffusion.reference_resolution': Number(int, 0, 10**5),

@@ -89,13 +89,20 @@ def release_names(
     levels: the network's levels, coarse to fine.
 
   Raises:
-    ValueError: a level is a transformer, which ml-mdm does not have.
+    ValueError: a level is a transformer, or levels share layers, which ml-mdm
+      does not have.
   """
   if any(level.kind != 'unet' for level in levels):
     raise ValueError(
       "ml-mdm has no levels of kind='transformer': its names and weights are "
       'those of UNets.'
     )
+  for r, level in enumerate(levels):
+    if level.share != 'none':
+      raise ValueError(
+        f'model.levels[{r}].share={level.share!r}: the levels of ml-mdm share '
+        "no layers; its weights need share='none' in each level."
+      )
   for path, leaf in traverse_util.flatten_dict(params).items():
     name = f'{_module_name(path[:-1], levels)}.{_LEAF[path[-1]]}'
     shape = leaf.shape

@@ -38,7 +38,9 @@ def initial_params(shapes: Any, seed: int) -> Any:
 
   def initialize(path, leaf):
     module, name = path[-2].key, path[-1].key
-    if name == 'bias' or (name == 'kernel' and module in _ZERO):
+    if name in ('bias', 'level_embedding') or (
+      name == 'kernel' and module in _ZERO
+    ):
       return np.zeros(leaf.shape, np.float32)
     if name == 'scale':
       return np.ones(leaf.shape, np.float32)

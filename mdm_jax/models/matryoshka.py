@@ -10,6 +10,7 @@ from mdm_jax import mixed_batch
 from mdm_jax.models.conditioning import Cond, num_positions
 from mdm_jax.models.initialize import initial_params
 from mdm_jax.models.nested_unet import NestedUNet
+from mdm_jax.models.shared_layers import with_shared, without_shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Matryoshka:
   def shapes(self, num_tokens: int) -> dict:
     """Shapes and dtypes of the trained parameters.
 
+    What levels share is there once, see `shared_layers`.
+
     Args:
       num_tokens: L, the length of the captions.
 
@@ -84,7 +87,8 @@ class Matryoshka:
         **self.any_coarse(1),
       )
       x_t = tuple(jnp.zeros((1, *shape)) for shape in self.level_shapes)
-      params = {'unet': self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']}
+      unet = self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']
+      params = {'unet': without_shared(unet, self.unet.levels)}
       if not self.frozen_text:
         tokens = jnp.ones((1, num_tokens), jnp.int32)
         params['text_encoder'] = self.text_encoder.init(rng, tokens)['params']
@@ -133,7 +137,7 @@ class Matryoshka:
     x_t = tuple(jnp.zeros((batch, *shape)) for shape in self.level_shapes)
     with_coarse = cond._replace(**self.any_coarse(batch))
     _, variables = self.unet.apply(
-      {'params': params['unet']},
+      {'params': with_shared(params['unet'], self.unet.levels)},
       x_t,
       jnp.zeros(batch),
       with_coarse,
@@ -157,7 +161,7 @@ class Matryoshka:
     repeats: int = 1,
   ) -> tuple[jax.Array, ...]:
     """The network's predictions for every level, as `NestedUNet.__call__`."""
-    variables = {'params': params['unet']}
+    variables = {'params': with_shared(params['unet'], self.unet.levels)}
     if cond.context is not None:
       variables['context'] = cond.context
     return self.unet.apply(variables, x_t, t, cond, repeats)

@@ -22,7 +22,8 @@ class NestedUNet(nn.Module):
   Parameters are `text`, which the levels share, and `level_0` (the coarsest,
   a complete UNet or transformer), `level_1`, ... A network contains those of
   fewer levels under the same names, so that a stage can start from the weights
-  of the previous stage.
+  of the previous stage. Levels that share layers (`LevelSpec.share`) must be
+  given them in both places, see `shared_layers`.
 
   Attributes:
     levels: architecture of each level, coarse to fine.

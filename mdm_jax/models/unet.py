@@ -16,6 +16,8 @@ KINDS = ('unet', 'transformer')
 FRAME_ATTENTION = ('divided', 'joint')
 # Activations that the backward pass computes again, see `LevelSpec.remat`.
 REMAT = ('none', 'block', 'level')
+# What a level takes from the next coarser one, see `shared_layers`.
+SHARE = ('none', 'blocks', 'all')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,11 @@ class LevelSpec:
   # A level of a cascade: it is no part of a nest, and is given the coarser
   # images beside its noisy ones (Ho et al., arXiv 2106.15282).
   given_coarse: bool = False
+  # Use the weights of the next coarser level: of the residual blocks and
+  # attention layers at the resolution where the levels meet ('blocks'), or also
+  # of the embeddings and of the first and last layers ('all'), where they have
+  # the same shapes. The rule is in `shared_layers`.
+  share: str = 'none'
 
   def __post_init__(self):
     """Raises ValueError for an invalid setting."""
@@ -79,6 +86,8 @@ class LevelSpec:
       raise ValueError(f'kind={self.kind!r}: use one of {KINDS}.')
     if self.remat not in REMAT:
       raise ValueError(f'remat={self.remat!r}: use one of {REMAT}.')
+    if self.share not in SHARE:
+      raise ValueError(f'share={self.share!r}: use one of {SHARE}.')
     if self.lanes < 1:
       raise ValueError(f'lanes={self.lanes}: give a number of channels.')
     if self.patch_size < 1:
@@ -351,6 +360,10 @@ class UNet(nn.Module):
     if spec.given_coarse:
       self.augmentation_in = dense()
       self.augmentation_out = dense(zero=True)
+    if spec.share != 'none':
+      self.level_embedding = self.param(
+        'level_embedding', layers.zeros, (spec.temporal_dim,)
+      )
 
     def conv(features, zero=False):
       return layers.Conv3x3(features, dtype, zero=zero)
@@ -382,6 +395,8 @@ class UNet(nn.Module):
   ) -> jax.Array:
     """The sum of the embeddings of times, micro-condition and pooled text.
 
+    A level that shares layers adds a learned embedding of the level.
+
     Args:
       t: [B] time indices.
       scale: [B] shorter side of the original images in pixels; None for
@@ -403,6 +418,8 @@ class UNet(nn.Module):
     if coarse_t is not None:
       augmentation = self.augmentation_in(sinusoidal(coarse_t))
       temb += self.augmentation_out(nn.silu(augmentation))
+    if self.spec.share != 'none':
+      temb += self.level_embedding.astype(temb.dtype)
     return temb + pooled_text
 
   def descend(self, x, temb, text, mask, outer, coarse=None):

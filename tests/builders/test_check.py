@@ -200,6 +200,25 @@ BAD = [
     r'model.levels\[0\].*num_heads=3 does not divide the 8 channels',
   ),
   (
+    {'model.levels[1].share': 'some'},
+    r"model.levels\[1\].share='some': use one of none, blocks, all",
+  ),
+  (
+    {'model.levels[0].share': 'all'},
+    r"model.levels\[0\]: share='all': the coarsest level has none to share "
+    "with; use 'none'",
+  ),
+  (
+    {**TRANSFORMER, 'model.levels[1].share': 'blocks'},
+    r"model.levels\[1\]: share='blocks': the next coarser level is of kind="
+    "'transformer', which has no layers of a UNet; use 'none'",
+  ),
+  (
+    {'model.levels[1].share': 'blocks', 'model.levels[1].channels': (8, 12)},
+    r"model.levels\[1\]: share='blocks': no layer of channels=\(8, 12\) has "
+    r'the widths, .* channels=\(8,\), .*; make its last two channels 8, or use',
+  ),
+  (
     {'model.levels[0].kind': 'dit'},
     r"model.levels\[0\].kind='dit': use one of unet, transformer",
   ),

@@ -90,6 +90,7 @@ ADDED = {
   'model.cascade': False,
   'diffusion.augmentation': 0.5,
   'sampler.augmentation': 0.1,
+  'model.levels[].share': 'none',
 }
 
 

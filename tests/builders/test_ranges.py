@@ -10,7 +10,7 @@ from configs import common
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.check import check
 from mdm_jax.diffusion import samplers
-from mdm_jax.models.unet import FRAME_ATTENTION, KINDS, REMAT
+from mdm_jax.models.unet import FRAME_ATTENTION, KINDS, REMAT, SHARE
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.runtime import sharding
 from mdm_jax.runtime.value_types import Choice, Number, Path, Tuple
@@ -117,6 +117,7 @@ def test_names_are_those_of_the_modules():
   assert names('model.levels[].remat') == set(REMAT)
   assert names('model.levels[].frame_attention_kind') == set(FRAME_ATTENTION)
   assert names('model.levels[].kind') == set(KINDS)
+  assert names('model.levels[].share') == set(SHARE)
   assert ranges.SIGMA_REL.high == post_hoc_ema.MAX_SIGMA_REL
   post_hoc_ema.exponent(ranges.SIGMA_REL.low)
 

@@ -1,5 +1,6 @@
 """The network has exactly the parameters of the released ml-mdm models."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -151,6 +152,18 @@ def test_a_transformer_has_no_names_there():
     lambda: to_release(shapes, (level,)),
   ):
     with pytest.raises(ValueError, match="ml-mdm has no levels of kind='tran"):
+      convert()
+
+
+def test_levels_that_share_have_no_names_there():
+  level = LevelSpec((8,), (1,), (0,), 16, 8, num_heads=2, num_groups=4)
+  levels = level, dataclasses.replace(level, share='all')
+  shapes = parameter_shapes(levels, 6, TextSpec(width=10))
+  for convert in (
+    lambda: from_release(shapes, levels, {}),
+    lambda: to_release(shapes, levels),
+  ):
+    with pytest.raises(ValueError, match=r"model.levels\[1\].share='all': the"):
       convert()
 
 

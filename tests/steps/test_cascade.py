@@ -279,6 +279,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
       {'levels': {'frames': 8, 'frame_attention': (1,)}},
       'cascades are of images',
     ),
+    ({'levels': {'share': 'all'}}, "share='all' with model.cascade=True"),
     ({'levels': {'resolution': 12}}, r'levels\[1\].* a multiple of the 8 px'),
     (
       {'loss_weights': (1.0, 1.0)},

@@ -71,16 +71,19 @@ def optimized():
 
 # By default XLA skips roundings to bfloat16 inside what it fuses, and it fuses
 # the two networks differently: 0.005 (rms) of an output of size 0.5.
-@pytest.mark.parametrize('kind', ['unet', 'transformer'])
+@pytest.mark.parametrize(
+  'kind, share', [('unet', 'none'), ('transformer', 'none'), ('unet', 'all')]
+)
 @pytest.mark.parametrize(
   'dtype, options',
   [('float32', {}), ('bfloat16', {'xla_allow_excess_precision': False})],
 )
 def test_coarse_output_equals_the_trained_network(
-  make_config, random_params, optimized, kind, dtype, options
+  make_config, random_params, optimized, kind, share, dtype, options
 ):
   config = make_config(kind)
   config.dtype = dtype
+  config.model.levels[1].share = share
   small, large = (make_model(config, stage) for stage in config.stages)
   trained = random_params(small, 8)
   grown = grow.grow(large.init(1, 8), trained)
@@ -101,7 +104,8 @@ def test_coarse_output_equals_the_trained_network(
   (expected,) = predict(small, trained, x_t[:1])
   coarse, fine = predict(large, grown, x_t)
   assert float(jnp.std(expected)) > 0.1
-  assert not np.any(fine)  # Its conv_out starts as zero.
+  # Its own conv_out starts as zero.
+  assert np.any(fine) == (share == 'all')
   np.testing.assert_array_equal(coarse, expected)
 
 
