@@ -182,6 +182,23 @@ def _define_flags() -> None:
     'File for a plot of the first metric, .svg or .png: against the FLOPs and '
     'the seconds of training, or, with --workdir, against each number.',
   )
+  flag_types.define(
+    'stage',
+    None,
+    ranges.KEYS['stages[].name'],
+    'With --workdir: as for mdm_jax.evaluate.',
+  )
+  define_shared_flags(
+    'Of each evaluation, or of one after each training if --metrics is given'
+  )
+
+
+def define_shared_flags(when: str) -> None:
+  """Defines `devices_per_run`, and the flags of mdm_jax.evaluate.
+
+  Args:
+    when: begins the text of the latter for --help.
+  """
   flag_types.integer(
     'devices_per_run',
     None,
@@ -191,19 +208,10 @@ def _define_flags() -> None:
     'this machine. Default: one run at a time, on all devices.',
   )
   flag_types.define(
-    'stage',
-    None,
-    ranges.KEYS['stages[].name'],
-    'With --workdir: as for mdm_jax.evaluate.',
-  )
-  flag_types.define(
     'batch_size', None, ranges.KEYS['eval.batch_size'], 'Images at once.'
   )
   for name in OPTIONS:
-    text = (
-      f'Of each evaluation, or of one after each training if --metrics is '
-      f'given: {ranges.EVALUATION[name]}. See mdm_jax.evaluate --help.'
-    )
+    text = f'{when}: {ranges.EVALUATION[name]}. See mdm_jax.evaluate --help.'
     flag_types.define(name, None, ranges.EVALUATION[name], text)
 
 
