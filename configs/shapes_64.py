@@ -8,6 +8,9 @@ sees 64 patches and the caption in one softmax, which is where attributes are
 given to the right one of two objects. The 64 px level draws outlines and
 patterns. Both levels predict x0: a patch's noise has more dimensions than the
 narrow channels of the 64 px level can carry.
+
+`:single`, one U-Net at 64 px, and `:scratch`, both levels at once without the
+16 px stage, are there to be compared with: docs/compare_models.md.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +22,9 @@ def get_config(mode: str = ''):
   """Returns the recipe.
 
   Args:
-    mode: 'long' trains a larger network for two hours, 'cascade' two models,
-      one after the other; 'smoke' is a toy-sized run.
+    mode: 'long' trains a larger network for two hours, 'single' one level at 64
+      px, 'scratch' both levels at once, 'cascade' two models, one after the
+      other; 'smoke' is a toy-sized run.
   """
   config = common.get_config()
   # Half of what can be asked for has two objects, and they are harder.
@@ -74,7 +78,14 @@ def get_config(mode: str = ''):
   config.sample_every = 1000
   config.checkpoint_every = 250
   config.eval.update(loss_batches=4, batch_size=32, loss_every=180)
-  return common.in_mode(config, mode, long=_long, cascade=common.cascade)
+  return common.in_mode(
+    config,
+    mode,
+    long=_long,
+    single=_single,
+    scratch=_scratch,
+    cascade=common.cascade,
+  )
 
 
 def _levels() -> list[ConfigDict]:
@@ -114,4 +125,38 @@ def _long(config: ConfigDict) -> ConfigDict:
   config.sample_every = 5000
   config.checkpoint_every = 500
   config.eval.loss_every = 1000
+  return config
+
+
+def _single(config: ConfigDict) -> ConfigDict:
+  """One U-Net of as many parameters at 64 px, which sees patches of 4 px."""
+  config.model.levels = [
+    common.level(
+      64,
+      channels=(48, 72),
+      num_blocks=(1, 1),
+      attention_layers=(1, 1),
+      attention_ffn=False,
+      num_heads=4,
+      num_groups=8,
+      temporal_dim=128,
+      position_waves=2,
+      patch_size=4,
+    )
+  ]
+  config.stages = [config.stages[1]]
+  config.stages[0].update(
+    num_levels=1,
+    loss_weights=(1.0,),
+    mixed_ratio=(1.0,),
+    steps=3070,
+    warmup_steps=100,
+  )
+  return config
+
+
+def _scratch(config: ConfigDict) -> ConfigDict:
+  """Both levels in a single stage, for the compute of the two stages."""
+  config.stages = [config.stages[1]]
+  config.stages[0].update(steps=3900, warmup_steps=100)
   return config

@@ -70,6 +70,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     sys.exit(f'error: {_explain(argv, error, config)}')
 
 
+def load(argument: str) -> ConfigDict:
+  """The config of a recipe, `FILE`, `FILE:MODE`, `NAME` or `NAME:MODE`.
+
+  Raises:
+    ValueError: there is no such recipe, or something is wrong with it.
+  """
+  config = _RecipeParser().parse(argument)
+  ranges.check(config)
+  return config
+
+
 def override(config: ConfigDict, key: str, text: str) -> Any:
   """Sets a key of a configuration to what `--config.KEY=TEXT` means.
 

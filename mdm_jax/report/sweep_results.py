@@ -103,27 +103,21 @@ class Results:
       plot: a file for a plot, `.svg` or `.png`.
     """
     rows, headers = self._table()
-    files.write_text(
-      self.directory / 'table.md',
-      '\n'.join(
-        f'| {" | ".join(_cell(cell) for cell in row)} |'
-        for row in (headers, ['---'] * len(headers), *rows)
-      )
-      + '\n',
-    )
+    files.write_text(self.directory / 'table.md', markdown(rows, headers))
+    self.write_runs()
+    if plot:
+      self._plot(plot)
+
+  def write_runs(self) -> None:
+    """Writes a line of JSON for each run, the best rows first."""
     ordered = [run for group in self._groups() for run in group]
     files.write_text(
       self.directory / _FILE,
       ''.join(f'{json.dumps(dataclasses.asdict(run))}\n' for run in ordered),
     )
-    if plot:
-      self._plot(plot)
 
   def __str__(self) -> str:
-    rows, headers = self._table()
-    return printable(
-      console.table([list(map(_cell, row)) for row in rows], headers)
-    )
+    return plain(*self._table())
 
   def _effective(self, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {
@@ -147,8 +141,8 @@ class Results:
     sign = -1 if evaluations.higher_is_better(first) else 1
 
     def place(group):
-      mean = _mean(group, first)
-      return math.inf if mean is None else sign * mean
+      value = mean(group, first)
+      return math.inf if value is None else sign * value
 
     return sorted(groups.values(), key=place)
 
@@ -167,19 +161,19 @@ class Results:
       for key, value in zip(self._keys(), self._values(group[0])):
         add(key, _text(value))
       for name in self.metrics:
-        mean = _mean(group, name)
-        error = getattr(mean, 'standard_error', None)
-        add(name, evaluations.format_value(name, mean))
+        value = mean(group, name)
+        error = getattr(value, 'standard_error', None)
+        add(name, evaluations.format_value(name, value))
         # Headers are distinct here, and equal in the table.
         add((name,), evaluations.format_value(name, error, digits=2))
       done = [run for run in group if run.status == FINISHED]
       add('runs', f'{len(done)} of {len(group)}' if several else None)
-      flops = _average(run.flops for run in done)
+      flops = average(run.flops for run in done)
       add('FLOPs', None if flops is None else f'{flops:.3g}')
-      seconds = _average(run.seconds for run in done)
+      seconds = average(run.seconds for run in done)
       header = 's/image' if group[0].settings else 'time'
-      add(header, None if seconds is None else _duration(seconds))
-      add('note', next((_note(run) for run in group if run not in done), None))
+      add(header, None if seconds is None else duration(seconds))
+      add('note', next((note(run) for run in group if run not in done), None))
     kept = {
       header: cells
       for header, cells in columns.items()
@@ -257,9 +251,16 @@ class Results:
 
 
 def read(
-  directory: epath.Path, metrics: Sequence[str], base: Callable[[str], Any]
+  directory: epath.Path,
+  metrics: Sequence[str],
+  base: Callable[[str], Any],
+  others: Sequence[str] = (),
 ) -> Results:
   """Reads what `Results.write` has written; nothing in a new directory.
+
+  Args:
+    directory, metrics, base: see `Results`.
+    others: names of files that a directory without results may have.
 
   Raises:
     ValueError: the directory holds something else.
@@ -271,14 +272,33 @@ def read(
   )
   if not lines and directory.exists():
     # A lock is there while another process writes.
-    others = [each for each in directory.iterdir() if each.name[:1] != '.']
-    if others:
+    names = {each.name for each in directory.iterdir()} - {*others}
+    names = sorted(name for name in names if name[:1] != '.')
+    if names:
       raise ValueError(
         f'--output={directory} holds something else, such as '
-        f'{sorted(others)[0].name}: give a new directory, or that of a sweep.'
+        f'{names[0]}: give a new directory, or that of a sweep.'
       )
   runs = {line['run']: Result(**_with_tuples(line)) for line in lines}
   return Results(directory, metrics, base, runs)
+
+
+def markdown(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+  """A table in Markdown; None shows as '-'."""
+  return (
+    '\n'.join(
+      f'| {" | ".join(_cell(cell) for cell in row)} |'
+      for row in (headers, ['---'] * len(headers), *rows)
+    )
+    + '\n'
+  )
+
+
+def plain(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+  """The same table for the console."""
+  return printable(
+    console.table([list(map(_cell, row)) for row in rows], headers)
+  )
 
 
 def _with_tuples(value: Any, key: str = '') -> Any:
@@ -291,7 +311,7 @@ def _with_tuples(value: Any, key: str = '') -> Any:
   return value
 
 
-def _mean(group: Sequence[Result], name: str) -> float | None:
+def mean(group: Sequence[Result], name: str) -> float | None:
   """A metric's mean over the finished runs of a row, with its error."""
   done = [
     run for run in group if run.status == FINISHED and name in run.metrics
@@ -304,16 +324,19 @@ def _mean(group: Sequence[Result], name: str) -> float | None:
   return estimate.Estimate(run.metrics[name], None, run.errors.get(name))
 
 
-def _average(values: Iterable[float | None]) -> float | None:
+def average(values: Iterable[float | None]) -> float | None:
+  """The mean of those that are known; None if none is."""
   values = [value for value in values if value is not None]
   return sum(values) / len(values) if values else None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """A time as text; below a minute with three digits."""
   return console.duration(seconds) if seconds >= 60 else f'{seconds:.3g}s'
 
 
-def _note(run: Result) -> str:
+def note(run: Result) -> str:
+  """The status of a run, and why."""
   return f'{run.status}: {run.note}' if run.note else run.status
 
 

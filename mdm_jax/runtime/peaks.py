@@ -1,10 +1,13 @@
 """Peak performance of devices, and FLOPs of compiled programs."""
 
+from collections.abc import Iterator
 import dataclasses
 import math
 import time
+from typing import Any
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 
 from mdm_jax.models import target
@@ -112,6 +115,55 @@ def flops_per_step(
   if on_gpu:
     flops /= num_devices
   return flops * rounds if flops > 0 else None
+
+
+def count_flops(traced: jax.stages.Traced) -> float:
+  """FLOPs of one call of a program on all devices; nothing is compiled.
+
+  XLA counts the body of a loop once. Here it counts as often as the loop runs:
+  the iterations of Muon, microbatches, sampling steps. A loop whose length only
+  the run decides counts as one iteration, and branches as the most expensive.
+
+  Args:
+    traced: the program, of a jitted function.
+  """
+  return _with_loops(traced.jaxpr.jaxpr, _count_once(traced.lower()))
+
+
+def _with_loops(jaxpr: core.Jaxpr, flops: float) -> float:
+  """Adds the further iterations of its loops to XLA's count of a program."""
+  for loop in _loops(jaxpr):
+    body = loop.params['jaxpr']
+    inputs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in body.in_avals)
+    function = jax.jit(core.jaxpr_as_fun(body))
+    once = _count_once(function.lower(*inputs))
+    flops += loop.params['length'] * _with_loops(body.jaxpr, once) - once
+  return flops
+
+
+def _loops(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+  """The loops of known length of a program that are in no other loop."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'scan':
+      yield equation
+      continue
+    for part in _parts(list(equation.params.values())):
+      yield from _loops(part)
+
+
+def _parts(value: Any) -> Iterator[core.Jaxpr]:
+  """The programs that an equation calls."""
+  if isinstance(value, core.ClosedJaxpr):
+    yield value.jaxpr
+  elif isinstance(value, core.Jaxpr):
+    yield value
+  elif isinstance(value, list | tuple):
+    for each in value:
+      yield from _parts(each)
+
+
+def _count_once(lowered: jax.stages.Lowered) -> float:
+  return (lowered.cost_analysis() or {}).get('flops', 0.0)
 
 
 def memory_in_use() -> dict[str, float]:

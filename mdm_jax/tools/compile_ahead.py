@@ -250,8 +250,8 @@ def _text(stage: Stage, count: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((count, length), jnp.int32)
 
 
-def lower_train(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
-  """Lowers the training step of a stage."""
+def trace_train(stage: Stage, mesh: Mesh) -> jax.stages.Traced:
+  """Traces the training step of a stage."""
   text = _text(stage, 1)
   train_step = stage.make_train_step(np.zeros(text.shape[1:], text.dtype))
   arguments = (
@@ -259,22 +259,28 @@ def lower_train(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
     abstract_batch(stage, mesh),
     frozen_shapes(stage.config, mesh),
   )
-  jitted = jit_train_step(train_step, *arguments)
-  return jitted.lower(*arguments)
+  return jit_train_step(train_step, *arguments).trace(*arguments)
 
 
-def lower_sample(stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
-  """Lowers the sampling of a batch of `eval.batch_size` images."""
+def trace_sample(stage: Stage, mesh: Mesh, **changes: Any) -> jax.stages.Traced:
+  """Traces the sampling of a batch of `eval.batch_size` images.
+
+  Args:
+    stage: a stage of the run.
+    mesh: the devices.
+    **changes: fields of `SamplerSpec` that are not as in the config.
+  """
   config = stage.config
   params = stage.with_coarser(lambda each: each.state_shapes(mesh).ema)
   params |= frozen_shapes(config, mesh)
   count = config.eval.batch_size
   text = _text(stage, count)
   jitted = jit_sample(
-    stage.make_sampler(mesh), jax.tree.map(lambda x: x.sharding, params)
+    stage.make_sampler(mesh, **changes),
+    jax.tree.map(lambda x: x.sharding, params),
   )
   seeds = jax.ShapeDtypeStruct((count,), jnp.uint32)
-  return jitted.lower(params, text, text, seeds)
+  return jitted.trace(params, text, text, seeds)
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -337,8 +343,8 @@ def _count_flops(config: ConfigDict, step: str, turns: int) -> float:
     mesh = sharding.make_mesh(
       {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices('cpu')[:1]
     )
-    lowered = (lower_train if step == 'train' else lower_sample)(stage, mesh)
-  return lowered.cost_analysis()['flops'] * turns
+    traced = (trace_train if step == 'train' else trace_sample)(stage, mesh)
+  return traced.lower().cost_analysis()['flops'] * turns
 
 
 def needed_memory(message: str) -> float | None:
@@ -394,19 +400,19 @@ def measure(
 def _measure(stage: Stage, mesh: Mesh, step: str) -> dict[str, Any]:
   state = stage.state_shapes(mesh)
   kinds = {'EMA': state.ema}
-  turns, lower = stage.config.sampler.num_steps, lower_sample
+  turns, trace = stage.config.sampler.num_steps, trace_sample
   if step == 'train':
     kinds = {
       'parameters': state.params,
       'optimizer': state.opt_state,
       'EMA': (state.ema, state.lags),
     }
-    turns, lower = stage.settings.accumulate, lower_train
+    turns, trace = stage.settings.accumulate, trace_train
   kinds['text encoder'] = frozen_shapes(stage.config, mesh)
   sizes = {kind: bytes_per_chip(tree) for kind, tree in kinds.items()}
   begin = time.monotonic()
   try:
-    needs = weigh(lower(stage, mesh).compile(), turns)
+    needs = weigh(trace(stage, mesh).lower().compile(), turns)
   except jax.errors.JaxRuntimeError as error:
     needed = needed_memory(str(error))
     if needed is None:

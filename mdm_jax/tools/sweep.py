@@ -15,6 +15,7 @@ The results are in OUTPUT/table.md and OUTPUT/results.jsonl, best first. The
 same command again continues an interrupted sweep; a larger grid adds runs.
 """
 
+from collections.abc import Mapping
 import sys
 from typing import Any
 
@@ -33,7 +34,7 @@ from mdm_jax.runtime import (
 )
 
 # Of mdm_jax.evaluate.
-_OPTIONS = [name for name in ranges.EVALUATION if name != 'output']
+OPTIONS = [name for name in ranges.EVALUATION if name != 'output']
 
 
 def main(_: list[str]) -> None:
@@ -58,7 +59,7 @@ def main(_: list[str]) -> None:
     sys.exit(f'error: {error}')
   print(results)
   print(f'Results are in {values.output}/table.md and results.jsonl.')
-  _end(results)
+  end(results)
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -73,23 +74,49 @@ def _check_flags(values: flags.FlagValues) -> None:
       raise ValueError(
         f'--{name} needs {"--workdir" if trains else "--config"}.'
       )
-  given = _options(values)
+  given = evaluation_flags(values)
   if trains and given and not values.metrics:
     raise ValueError(f'--{[*given][0]} needs --metrics.')
   if not (values.grid or values.seeds):
     raise ValueError('nothing to compare: give --grid=KEY=VALUE,VALUE.')
 
 
-def _options(values: flags.FlagValues) -> dict[str, Any]:
+def evaluation_flags(values: flags.FlagValues) -> dict[str, Any]:
   """The flags of mdm_jax.evaluate that are given."""
   return {
     name: values[name].value
-    for name in (*_OPTIONS, 'batch_size')
+    for name in (*OPTIONS, 'batch_size')
     if values[name].value is not None
   }
 
 
-def _end(results) -> None:
+def as_texts(options: Mapping[str, Any]) -> dict[str, str]:
+  """Values of flags as they are written on a command line."""
+  return {
+    name: ','.join(value) if isinstance(value, list) else str(value)
+    for name, value in options.items()
+  }
+
+
+def evaluation_command(
+  workdir: epath.Path, evaluated: Mapping[str, str]
+) -> list[str]:
+  """The module and flags that evaluate a run, see `sweep_training`.
+
+  Args:
+    workdir: of the run.
+    evaluated: flags, from `as_texts`.
+  """
+  from mdm_jax.tools import sweep_training
+
+  path = sweep_training.evaluation_path(workdir)
+  return [
+    *('mdm_jax.evaluate', f'--workdir={workdir}', f'--output={path}'),
+    *(f'--{name}={value}' for name, value in evaluated.items()),
+  ]
+
+
+def end(results) -> None:
   """Ends the process with the exit code of runs that are not finished."""
   from mdm_jax.report import sweep_results
 
@@ -155,6 +182,23 @@ def _define_flags() -> None:
     'File for a plot of the first metric, .svg or .png: against the FLOPs and '
     'the seconds of training, or, with --workdir, against each number.',
   )
+  flag_types.define(
+    'stage',
+    None,
+    ranges.KEYS['stages[].name'],
+    'With --workdir: as for mdm_jax.evaluate.',
+  )
+  define_shared_flags(
+    'Of each evaluation, or of one after each training if --metrics is given'
+  )
+
+
+def define_shared_flags(when: str) -> None:
+  """Defines `devices_per_run`, and the flags of mdm_jax.evaluate.
+
+  Args:
+    when: begins the text of the latter for --help.
+  """
   flag_types.integer(
     'devices_per_run',
     None,
@@ -164,19 +208,10 @@ def _define_flags() -> None:
     'this machine. Default: one run at a time, on all devices.',
   )
   flag_types.define(
-    'stage',
-    None,
-    ranges.KEYS['stages[].name'],
-    'With --workdir: as for mdm_jax.evaluate.',
-  )
-  flag_types.define(
     'batch_size', None, ranges.KEYS['eval.batch_size'], 'Images at once.'
   )
-  for name in _OPTIONS:
-    text = (
-      f'Of each evaluation, or of one after each training if --metrics is '
-      f'given: {ranges.EVALUATION[name]}. See mdm_jax.evaluate --help.'
-    )
+  for name in OPTIONS:
+    text = f'{when}: {ranges.EVALUATION[name]}. See mdm_jax.evaluate --help.'
     flag_types.define(name, None, ranges.EVALUATION[name], text)
 
 
@@ -197,11 +232,8 @@ def _train_by_flags(values: flags.FlagValues):
     for key, value in config_flags.get_override_values(flag).items()
   }
 
-  options = _options(values)
-  evaluated = {
-    name: ','.join(value) if isinstance(value, list) else str(value)
-    for name, value in options.items()
-  }
+  options = evaluation_flags(values)
+  evaluated = as_texts(options)
 
   def make_commands(workdir, changes):
     words = [
@@ -211,13 +243,7 @@ def _train_by_flags(values: flags.FlagValues):
     ]
     commands = [words]
     if evaluated:
-      path = sweep_training.evaluation_path(workdir)
-      commands.append(
-        [
-          *('mdm_jax.evaluate', f'--workdir={workdir}', f'--output={path}'),
-          *(f'--{name}={value}' for name, value in evaluated.items()),
-        ]
-      )
+      commands.append(evaluation_command(workdir, evaluated))
     return [[sys.executable, '-m', *words] for words in commands]
 
   options.pop('batch_size', None)
@@ -254,7 +280,7 @@ def _evaluate_by_flags(values: flags.FlagValues):
   points = sweep_grid.combinations(
     values.grid, lambda *pair: sweep_evaluation.parse(opened.config, *pair)
   )
-  given = {'metrics': ['prompt_accuracy']} | _options(values)
+  given = {'metrics': ['prompt_accuracy']} | evaluation_flags(values)
   given.pop('batch_size', None)
   return sweep_evaluation.evaluate(
     opened,

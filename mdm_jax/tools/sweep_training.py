@@ -7,6 +7,7 @@ import itertools
 import json
 import signal
 import threading
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -26,6 +27,13 @@ from mdm_jax.tools import run_commands
 # Metrics of two settings of these are not to be compared, though a run may be
 # continued with others.
 _COMPARED = ('sampler.', 'eval.')
+# What a comparison of recipes names its runs by, and no config has.
+RECIPE = 'recipe'
+
+# See `train_runs`.
+MakeCommands = Callable[
+  [epath.Path, sweep_grid.Changes], Sequence[Sequence[str]]
+]
 
 
 def check_points(
@@ -45,14 +53,8 @@ def check_points(
   Raises:
     ValueError, FileNotFoundError: a config is wrong, or has no such metric.
   """
-  # The accelerators are for the runs.
-  jax.config.update('jax_platforms', 'cpu')
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   for point in points:
-    changed = sweep_grid.changed(config, point)
-    check(changed, mesh)
-    if options:
-      evaluation.check_options(changed, options)
+    check_config(sweep_grid.changed(config, point), options)
   if options:
     return
   names = list(itertools.chain(*metric_names(config)))
@@ -61,43 +63,103 @@ def check_points(
       raise ValueError(f'--metric={metric}: there are {", ".join(names)}.')
 
 
+def check_config(
+  config: ConfigDict, options: evaluation.Options | None
+) -> None:
+  """Checks the config of a run, but not against the devices.
+
+  Args:
+    config: of the run.
+    options: of the evaluation after the training; None for none.
+
+  Raises:
+    ValueError, FileNotFoundError: it is wrong.
+  """
+  # The accelerators are for the runs.
+  jax.config.update('jax_platforms', 'cpu')
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+  check(config, mesh)
+  if options:
+    evaluation.check_options(config, options)
+
+
 def train(
   config: ConfigDict,
   points: Sequence[sweep_grid.Changes],
-  make_commands: Callable[
-    [epath.Path, sweep_grid.Changes], Sequence[Sequence[str]]
-  ],
+  make_commands: MakeCommands,
   *,
   output: epath.Path,
   metrics: Sequence[str],
-  groups: Sequence[Mapping[str, str]] = ({},),
-  evaluated: Mapping[str, str] | None = None,
   plot: str | None = None,
+  **options: Any,
 ) -> Results:
-  """Trains the runs that are not finished, and writes what they measure.
-
-  A stop request goes on to the runs, which save; then the process exits.
+  """Trains a run for each combination of values, see `train_runs`.
 
   Args:
     config: that the runs change.
     points: values of keys, of each run.
-    make_commands: (workdir, values) -> the words of the command that trains a
-      run, or continues it, and perhaps of one that evaluates it, and adds a
-      line to `evaluation_path`. They exit with the codes of `mdm_jax.main`.
+    make_commands: see `train_runs`.
     output: directory of the runs and of the results.
     metrics: to show; the first one orders the table.
+    plot: file for a plot, or None.
+    **options: of `train_runs`.
+
+  Raises:
+    ValueError: see `train_runs`.
+  """
+
+  def make_config(changes):
+    if RECIPE in changes:
+      raise ValueError(
+        f'--output={output} is a comparison of recipes: give another directory.'
+      )
+    return sweep_grid.changed(config, changes)
+
+  results = sweep_results.read(
+    output, metrics, lambda key: config_path.get_value(key, config)
+  )
+  train_runs(
+    results,
+    points,
+    make_commands,
+    make_config,
+    write=lambda: results.write(plot),
+    **options,
+  )
+  return results
+
+
+def train_runs(
+  results: Results,
+  points: Sequence[sweep_grid.Changes],
+  make_commands: MakeCommands,
+  make_config: Callable[[sweep_grid.Changes], ConfigDict | None],
+  *,
+  write: Callable[[], None],
+  groups: Sequence[Mapping[str, str]] = ({},),
+  evaluated: Mapping[str, str] | None = None,
+) -> None:
+  """Trains the runs that are not finished, and notes what they measure.
+
+  A stop request goes on to the runs, which save; then the process exits.
+
+  Args:
+    results: of the directory, to which the runs are added.
+    points: what makes a run, its changes in the results.
+    make_commands: (workdir, changes) -> the words of the command that trains a
+      run, or continues it, and perhaps of one that evaluates it, and adds a
+      line to `evaluation_path`. They exit with the codes of `mdm_jax.main`.
+    make_config: changes -> the config of a run; None for one that is in the
+      results, and is not compared now.
+    write: writes the results, after each run.
     groups: environment variables of the runs that train at the same time.
     evaluated: flags of the evaluation: runs with others are evaluated again.
-    plot: file for a plot, or None.
 
   Raises:
     ValueError: the directory is of something else, or of another config, or a
       finished run has no such metric: then the others are stopped.
   """
-  results = sweep_results.read(
-    output, metrics, lambda key: config_path.get_value(key, config)
-  )
-  _keep_begun(results, config)
+  _keep_begun(results, make_config)
   runs = [
     results.find(point) or results.add(sweep_grid.run_name(point), point)
     for point in points
@@ -111,7 +173,7 @@ def train(
   }
   for run in waiting.values():
     run.status, run.note = sweep_results.TO_DO, ''
-  results.write(plot)
+  write()
   logging.info(
     '%d runs, of which %d are finished; %d at a time.',
     len(runs),
@@ -120,7 +182,7 @@ def train(
   )
   jobs = run_commands.Jobs(
     [
-      (name, make_commands(output / name, run.changes))
+      (name, make_commands(results.directory / name, run.changes))
       for name, run in waiting.items()
     ],
     groups,
@@ -130,11 +192,10 @@ def train(
       run = waiting[ended.name]
       run.evaluated = evaluated
       _note_end(run, ended, results)
-      results.write(plot)
+      write()
       logging.info('%s: %s. %s', run.run, run.status, run.note)
       if run.status == sweep_results.FINISHED:
         results.check_metrics(run.metrics)
-  return results
 
 
 @contextlib.contextmanager
@@ -163,8 +224,11 @@ def evaluation_path(workdir: epath.Path) -> epath.Path:
   return workdir / 'eval' / 'sweep.jsonl'
 
 
-def _keep_begun(results: Results, config: ConfigDict) -> None:
-  """Forgets the runs that were not begun; the others must be of this config.
+def _keep_begun(
+  results: Results,
+  make_config: Callable[[sweep_grid.Changes], ConfigDict | None],
+) -> None:
+  """Forgets the runs that were not begun; others must be of these configs.
 
   Raises:
     ValueError: the sweep is of another config, or of a finished run.
@@ -179,9 +243,11 @@ def _keep_begun(results: Results, config: ConfigDict) -> None:
     if not has_config(directory):
       del results.runs[name]
       continue
-    changed = sweep_grid.changed(config, run.changes)
+    config = make_config(run.changes)
+    if config is None:
+      continue
     try:
-      found = changes_of_run(directory, json.loads(changed.to_json()))
+      found = changes_of_run(directory, json.loads(config.to_json()))
     except files.UnreadableFile:
       continue  # mdm_jax.main makes it anew.
     lines = [

@@ -216,7 +216,7 @@ def test_plan_compiles_once(
     'at 1.5 each',
   ):
     assert words in first, words
-  monkeypatch.setattr(compile_ahead, 'lower_train', None)
+  monkeypatch.setattr(compile_ahead, 'trace_train', None)
   plan.plan(*ask)
   assert capsys.readouterr().out == first
   remembered = json.loads(next(tmp_path.glob('*.json')).read_text())
