@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
       # replicated.
       'sharding_rules': (
         (r'level_\d+/conv_(in|out)/', ()),
+        (r'coder/(to_code|conv_out)/', ()),
         (r'/kernel$', ('fsdp',)),
       ),
       'data': _data(),
@@ -42,6 +43,7 @@ def get_config() -> ConfigDict:
         # is given the next coarser image; see cascade().
         'cascade': False,
       },
+      'autoencoder': _autoencoder(),
       'diffusion': _diffusion(),
       'stages': [],  # in order, each a stage()
       'optimizer': _optimizer(),
@@ -144,6 +146,24 @@ def _text() -> dict[str, Any]:
     'num_layers': 1,  # of the learned encoder
     'num_heads': 4,  # of the learned encoder
     'caption_dropout': 0.1,  # share trained on the empty caption
+  }
+
+
+def _autoencoder() -> dict[str, Any]:
+  """What a stage of kind='autoencoder' trains.
+
+  All keys are fields of models.autoencoder.AutoencoderSpec.
+  """
+  return {
+    'resolution': 0,  # of its images, in pixels a side; 0: none
+    'kind': 'plain',  # a code is a point; 'kl': a normal distribution
+    # With kl, of the mean KL divergence of a code's value.
+    'kl_weight': 1e-6,
+    'latent_channels': 4,  # of the code
+    'channels': (128, 256, 512, 512),  # at each resolution, fine to coarse
+    'num_blocks': (2, 2, 2, 2),  # of the encoder, and of the decoder
+    'num_groups': 32,  # of group norms
+    'patch_size': 1,  # pixels a side folded into channels
   }
 
 
@@ -295,12 +315,16 @@ def stage(name: str, num_levels: int, **changes) -> ConfigDict:
 
   Args:
     name: part of the names of its checkpoints and sample grids.
-    num_levels: levels that it trains, from the coarsest.
+    num_levels: levels that it trains, from the coarsest; 0 with
+      kind='autoencoder'.
     **changes: values of other keys.
   """
   config = ConfigDict(
     {
       'name': name,
+      # Or 'autoencoder', for a first stage that trains that of the section
+      # autoencoder.
+      'kind': 'diffusion',
       'num_levels': num_levels,
       'steps': 100_000,
       'batch_size': 64,  # images a step, over all devices
@@ -394,6 +418,15 @@ def smoke(config: ConfigDict) -> ConfigDict:
         attention_layers=(0, 0 if i else 1),
         frame_attention=(0, 1) if has_frames else (),
       )
+  if config.autoencoder.resolution:
+    config.autoencoder.update(
+      resolution=16,
+      latent_channels=2,
+      channels=(8,),
+      num_blocks=(1,),
+      num_groups=4,
+      patch_size=4,
+    )
   for stage in config.stages:
     # One whole pattern of a mixed batch on each of 8 devices.
     stage.update(

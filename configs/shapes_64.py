@@ -24,7 +24,8 @@ def get_config(mode: str = ''):
   Args:
     mode: 'long' trains a larger network for two hours, 'single' one level at 64
       px, 'scratch' both levels at once, 'cascade' two models, one after the
-      other; 'smoke' is a toy-sized run.
+      other; 'autoencoder' only an autoencoder of the images; 'smoke' is a
+      toy-sized run.
   """
   config = common.get_config()
   # Half of what can be asked for has two objects, and they are harder.
@@ -85,6 +86,7 @@ def get_config(mode: str = ''):
     single=_single,
     scratch=_scratch,
     cascade=common.cascade,
+    autoencoder=_autoencoder,
   )
 
 
@@ -114,6 +116,32 @@ def _levels() -> list[ConfigDict]:
       patch_size=4,
     ),
   ]
+
+
+def _autoencoder(config: ConfigDict) -> ConfigDict:
+  """Images of 64 px to codes of 16 x 16 x 6, an eighth as many values."""
+  config.autoencoder.update(
+    resolution=64,
+    latent_channels=6,
+    channels=(64,),
+    num_blocks=(2,),
+    num_groups=8,
+    patch_size=4,
+  )
+  config.stages = [
+    common.stage(
+      'autoencoder',
+      0,
+      kind='autoencoder',
+      steps=3000,
+      # The gradients have little noise: many steps count for more.
+      batch_size=8,
+      learning_rate=0.02,
+      warmup_steps=20,
+    )
+  ]
+  config.eval.update(loss_batches=32, loss_every=300)
+  return config
 
 
 def _long(config: ConfigDict) -> ConfigDict:

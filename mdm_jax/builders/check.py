@@ -9,8 +9,14 @@ from ml_collections import ConfigDict
 
 from mdm_jax import mixed_batch
 from mdm_jax.builders import ranges
-from mdm_jax.builders.config import TRAINED_ENCODERS, naming
-from mdm_jax.builders.data import DRAWN, current_name, loss_names
+from mdm_jax.builders.base_stage import BaseStage
+from mdm_jax.builders.config import AUTOENCODER, TRAINED_ENCODERS, naming
+from mdm_jax.builders.data import (
+  DRAWN,
+  current_name,
+  held_out_name,
+  loss_names,
+)
 from mdm_jax.builders.model import (
   frames,
   level_names,
@@ -18,19 +24,16 @@ from mdm_jax.builders.model import (
   trained_levels,
 )
 from mdm_jax.builders.prompts import can_score_prompts, is_moving
-from mdm_jax.builders.stage import (
-  Stage,
-  batch_sizes,
-  make_stages,
-)
+from mdm_jax.builders.stage import batch_sizes, make_stages
 from mdm_jax.builders.text import make_tokenizer, text_fingerprint
 from mdm_jax.data import precomputed, tfds_source
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.models.shared_layers import shared_layers
 from mdm_jax.runtime import sharding
+from mdm_jax.steps import autoencoder
 
 
-def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
+def check(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
   """Checks a whole configuration against the devices that it will run on.
 
   Args:
@@ -63,7 +66,7 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
   return stages
 
 
-def _check_image_set(config: ConfigDict, stages: Sequence[Stage]) -> None:
+def _check_image_set(config: ConfigDict, stages: Sequence[BaseStage]) -> None:
   data = config.data
   if not data.image_set:
     return
@@ -86,7 +89,7 @@ def _check_image_set(config: ConfigDict, stages: Sequence[Stage]) -> None:
     )
 
 
-def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
+def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
   """Checks the levels, stages and batch sizes of a configuration.
 
   Args:
@@ -113,6 +116,8 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
     raise ValueError(f'stages have names {names}: they must differ.')
   sharding.check_images_stay_in_processes(mesh)
   heights = [level.resolution for level in config.model.levels]
+  if any(stage.kind == AUTOENCODER for stage in config.stages):
+    heights.append(config.autoencoder.resolution)
   if any(height % mesh.shape['spatial'] for height in heights):
     raise ValueError(
       f'mesh.spatial={mesh.shape["spatial"]} does not divide the height of '
@@ -144,8 +149,10 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[Stage]:
 
 def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
   """The held-out losses and the scores that the last stage is measured by."""
-  losses = loss_names(config, level_names(config, config.stages[-1]))
-  scores = []
+  last, scores = config.stages[-1], []
+  if last.kind == AUTOENCODER:
+    return [held_out_name(config, name) for name in autoencoder.MEASURED], []
+  losses = loss_names(config, level_names(config, last))
   if can_score_prompts(config):
     names = prompt_accuracy.NAMES
     if is_moving(config):
@@ -366,7 +373,52 @@ def _check_resolutions(config: ConfigDict) -> None:
 def _check_stage(
   config: ConfigDict, i: int, stage: ConfigDict, shards: int
 ) -> None:
-  if stage.num_levels > len(config.model.levels):
+  if stage.kind == AUTOENCODER:
+    _check_autoencoder(config, i, stage)
+  else:
+    _check_levels_of_stage(config, i, stage)
+  repeats = _num_repeats(i, stage)
+  period = stage.batch_size // stage.accumulate // repeats
+  if repeats % shards:
+    parts = f' / {stage.accumulate}' if stage.accumulate > 1 else ''
+    raise ValueError(
+      f'stages[{i}].batch_size={stage.batch_size}{parts} does not give each '
+      f'of the {shards} devices that the mesh spreads a batch over whole '
+      f'patterns of mixed_ratio={tuple(stage.mixed_ratio)}, {period} '
+      'examples each: use a multiple of '
+      f'{period * shards * stage.accumulate}.'
+    )
+
+
+def _check_autoencoder(config: ConfigDict, i: int, stage: ConfigDict) -> None:
+  named = f"stages[{i}].kind='{AUTOENCODER}'"
+  if i:
+    raise ValueError(
+      f'{named}: only the first stage, stages[0], can be one; use '
+      "kind='diffusion'."
+    )
+  if not config.autoencoder.resolution:
+    raise ValueError(
+      f'{named} with autoencoder.resolution=0: give the pixels a side of its '
+      'images, such as autoencoder.resolution=64.'
+    )
+  for key, only in (
+    ('num_levels', 0),
+    ('loss_weights', ()),
+    ('mixed_ratio', (1.0,)),
+    ('max_frames', 0),
+  ):
+    if stage[key] != only:
+      raise ValueError(
+        f'stages[{i}].{key}={stage[key]} with kind={AUTOENCODER!r}: that is of '
+        f'stages of diffusion; leave it at {only}.'
+      )
+
+
+def _check_levels_of_stage(
+  config: ConfigDict, i: int, stage: ConfigDict
+) -> None:
+  if not 1 <= stage.num_levels <= len(config.model.levels):
     raise ValueError(
       f'stages[{i}].num_levels={stage.num_levels}: give 1 to '
       f'{len(config.model.levels)}, the number of model.levels.'
@@ -392,17 +444,6 @@ def _check_stage(
   if not any(stage.loss_weights):
     raise ValueError(
       f'stages[{i}].loss_weights={stage.loss_weights}: give one above 0.'
-    )
-  repeats = _num_repeats(i, stage)
-  period = stage.batch_size // stage.accumulate // repeats
-  if repeats % shards:
-    parts = f' / {stage.accumulate}' if stage.accumulate > 1 else ''
-    raise ValueError(
-      f'stages[{i}].batch_size={stage.batch_size}{parts} does not give each '
-      f'of the {shards} devices that the mesh spreads a batch over whole '
-      f'patterns of mixed_ratio={tuple(stage.mixed_ratio)}, {period} '
-      'examples each: use a multiple of '
-      f'{period * shards * stage.accumulate}.'
     )
 
 

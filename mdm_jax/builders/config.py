@@ -15,6 +15,7 @@ from mdm_jax.builders import ranges
 from mdm_jax.runtime import files
 
 TRAINED_ENCODERS = ('learned', 'label')
+AUTOENCODER = 'autoencoder'  # `kind` of a stage
 _FILE = 'config.json'
 _ABSENT = 'absent'
 # Keys that may change when a run continues. None of them changes what is
@@ -113,6 +114,15 @@ _ADDED = {
   'diffusion.augmentation': 0.5,
   'sampler.augmentation': 0.1,
   'model.levels[].share': 'none',
+  'autoencoder.resolution': 0,
+  'autoencoder.kind': 'plain',
+  'autoencoder.kl_weight': 1e-6,
+  'autoencoder.latent_channels': 4,
+  'autoencoder.channels': (128, 256, 512, 512),
+  'autoencoder.num_blocks': (2, 2, 2, 2),
+  'autoencoder.num_groups': 32,
+  'autoencoder.patch_size': 1,
+  'stages[].kind': 'diffusion',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

@@ -162,9 +162,18 @@ def loss_names(config: ConfigDict, levels: Sequence[str]) -> list[str]:
     config: configuration of the run.
     levels: names of the levels, see `mixed_batch.level_name`.
   """
-  is_train = held_out_split(config) == 'train'
-  prefix = 'train_split_loss' if is_train else _HELD_OUT
+  prefix = held_out_name(config, 'loss')
   return [f'{prefix}_{level}' for level in levels]
+
+
+def held_out_name(config: ConfigDict, metric: str) -> str:
+  """The name of a metric of the split that evaluations measure.
+
+  It is 'held_out_<metric>', or 'train_split_<metric>' where the data set has no
+  validation split.
+  """
+  is_train = held_out_split(config) == 'train'
+  return f'{"train_split" if is_train else "held_out"}_{metric}'
 
 
 def current_name(config: ConfigDict, metric: str) -> str:

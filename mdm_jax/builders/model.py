@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mdm_jax import mixed_batch
-from mdm_jax.builders.config import TRAINED_ENCODERS
+from mdm_jax.builders.config import TRAINED_ENCODERS, naming
 from mdm_jax.builders.text import check_heads, make_text_encoder
 from mdm_jax.models import target
+from mdm_jax.models.autoencoder import Autoencoder, AutoencoderSpec
 from mdm_jax.models.conditioning import TextSpec
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
@@ -41,6 +42,17 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
     to_longest=config.text.padding == 'longest',
     coarse=coarse_resolution(config, stage),
   )
+
+
+def make_autoencoder(config: ConfigDict) -> Autoencoder:
+  """The autoencoder of a run of latent diffusion.
+
+  Raises:
+    ValueError: its settings do not fit together.
+  """
+  with naming('autoencoder'):
+    spec = AutoencoderSpec(**config.autoencoder)
+  return Autoencoder(spec, jnp.dtype(config.dtype))
 
 
 def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:

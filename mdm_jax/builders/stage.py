@@ -1,10 +1,9 @@
 """`Stage`: model, objective, optimizer and sampler of a stage, built once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -14,11 +13,14 @@ import optax
 
 from mdm_jax import mixed_batch
 from mdm_jax.builders import data
-from mdm_jax.builders.config import naming, stage_directory
+from mdm_jax.builders.autoencoder_stage import AutoencoderStage
+from mdm_jax.builders.base_stage import BaseStage
+from mdm_jax.builders.config import AUTOENCODER, naming
 from mdm_jax.builders.model import (
   coarse_resolution,
   frames,
   level_names,
+  make_autoencoder,
   make_model,
   resolutions,
 )
@@ -30,7 +32,7 @@ from mdm_jax.diffusion.weights import level_weights, vdm_weights
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.optim import optimizer
 from mdm_jax.optim.skip_step import SkipRule
-from mdm_jax.runtime import sharding
+from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.objective import Objective
 from mdm_jax.steps.sample import (
   SampleFn,
@@ -38,68 +40,26 @@ from mdm_jax.steps.sample import (
   SamplerSpec,
   make_sample_fn,
 )
-from mdm_jax.steps.state import Params, TrainState
-from mdm_jax.steps.train import make_train_step, new_state
+from mdm_jax.steps.state import Params
+from mdm_jax.steps.train import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-  """A stage of a run.
+class Stage(BaseStage):
+  """A stage that trains the network of diffusion.
 
   Attributes:
-    config: of the run.
-    index: of the stage, from 0.
     model: network and text encoder.
     objective: what is minimised.
-    optimizer: of the trained parameters.
-    learning_rate: schedule by the number of accepted steps.
-    skip_rule: which steps are skipped.
-    batch_sizes: how many examples of a batch each level sees, coarse to fine.
   """
 
-  config: ConfigDict
-  index: int
   model: Matryoshka
   objective: Objective
-  optimizer: optax.GradientTransformation
-  learning_rate: optax.Schedule
-  skip_rule: SkipRule
-  batch_sizes: tuple[int, ...]
 
   @property
-  def settings(self) -> ConfigDict:
-    """The stage's own section of the config."""
-    return self.config.stages[self.index]
-
-  @property
-  def name(self) -> str:
-    """Name of the stage."""
-    return self.settings.name
-
-  @property
-  def title(self) -> str:
-    """Prefix of log lines, such as "stage 1/2 '16'"."""
-    return f"stage {self.index + 1}/{len(self.config.stages)} '{self.name}'"
-
-  @property
-  def is_last(self) -> bool:
-    """Whether it is the last stage of the run."""
-    return self.index == len(self.config.stages) - 1
-
-  @property
-  def num_steps(self) -> int:
-    """Steps of the stage."""
-    return self.settings.steps
-
-  @property
-  def batch_size(self) -> int:
-    """Examples of a batch, over all devices."""
-    return self.settings.batch_size
-
-  @property
-  def resolutions(self) -> tuple[int, ...]:
-    """Resolutions in pixels, coarse to fine."""
-    return self.model.resolutions
+  def is_generative(self) -> bool:
+    """Whether it makes images of prompts."""
+    return True
 
   @property
   def frame_spacing(self) -> int:
@@ -124,15 +84,18 @@ class Stage:
     return level_names(self.config, self.settings)
 
   @property
-  def seed(self) -> int:
-    """Seed of parameters, times, noise and caption dropout."""
-    return self.config.seed * len(self.config.stages) + self.index
+  def measured(self) -> tuple[str, ...]:
+    """Names of what `make_validation_step` measures."""
+    return tuple(data.loss_names(self.config, self.level_names))
 
-  def directory(
-    self, workdir: epath.PathLike, kind: str = 'checkpoints'
-  ) -> epath.Path:
-    """See `stage_directory`."""
-    return stage_directory(workdir, self.config, self.index, kind)
+  @property
+  def loss_settings(self) -> dict[str, Any]:
+    """What it measures depends on, beside weights and data. JSON."""
+    return {'loss_space': self.objective.loss_space}
+
+  def param_shapes(self) -> Params:
+    """Shapes and dtypes of the trained parameters."""
+    return self.model.shapes(self.config.text.max_length)
 
   def with_coarser(self, params_of: Callable[['Stage'], Params]) -> Params:
     """Parameters to sample with; in a cascade also those of earlier stages.
@@ -148,24 +111,6 @@ class Stage:
   def init(self) -> Params:
     """Fresh float32 parameters on the host."""
     return self.model.init(self.seed, self.config.text.max_length)
-
-  def new_state(self, params: Params) -> TrainState:
-    """The training state at step 0, from given parameters."""
-    return new_state(params, self.optimizer, self.config.averages.widths)
-
-  def state_shapes(self, mesh: Mesh) -> TrainState:
-    """The training state as `jax.ShapeDtypeStruct`s with shardings.
-
-    Raises:
-      ValueError: an axis of the mesh does not divide a parameter.
-    """
-    shapes = jax.eval_shape(
-      self.new_state, self.model.shapes(self.config.text.max_length)
-    )
-    return sharding.with_shardings(
-      shapes,
-      sharding.tree_shardings(shapes, mesh, self.config.sharding_rules),
-    )
 
   def make_train_step(self, empty_text: np.ndarray) -> Callable:
     """The training step, see `steps.train.make_train_step`.
@@ -184,6 +129,34 @@ class Stage:
       seed=self.seed,
       accumulate=self.settings.accumulate,
     )
+
+  def make_validation_step(self, seed: int) -> Callable:
+    """The losses of the levels, see `make_band_step`."""
+    return make_band_step(self.model, self.objective, seed, 1)
+
+  def parts_of_loss(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The losses of the levels, by their names."""
+    return dict(zip(self.level_names, map(float, means['level_losses'])))
+
+  def training_metrics(
+    self, means: Mapping[str, np.ndarray]
+  ) -> dict[str, dict[str, float]]:
+    """Losses of the levels, also by band of noise that has any examples."""
+    sums, counts = means['noise_sums'], means['noise_counts']
+    width = 100 // sums.shape[1]
+    return {
+      'train': {
+        f'loss_{name}': value
+        for name, value in self.parts_of_loss(means).items()
+      },
+      'train_noise': {
+        f'loss_{name}_noise_{width * band}_{width * (band + 1)}': sums[i, band]
+        / counts[i, band]
+        for i, name in enumerate(self.level_names)
+        for band in range(sums.shape[1])
+        if counts[i, band] > 0
+      },
+    }
 
   def make_sampler(
     self, mesh: Mesh, guide: Matryoshka | None = None, **changes: Any
@@ -233,24 +206,6 @@ class Stage:
       jax.tree.map(lambda x: x.sharding, params),
     )
 
-  def make_dataset(self, split: str, **options: Any):
-    """This process's part of a split's batches, see `data.make_dataset`.
-
-    Args:
-      split: 'train', 'validation', or for shapes also 'held_out'.
-      **options: `start_batch` and `num_batches`.
-    """
-    return data.make_dataset(
-      self.config,
-      split,
-      self.model.level_shapes,
-      self.batch_sizes,
-      frame_spacing=self.frame_spacing,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      **options,
-    )
-
   def forward_flops(self, frozen: Params, text: jax.Array) -> float | None:
     """FLOPs of the network on a batch, without gradients; quick to count.
 
@@ -262,7 +217,7 @@ class Stage:
       XLA's count before it optimizes the program, over all devices; None if
       the back end has none.
     """
-    params = self.model.shapes(self.config.text.max_length) | frozen
+    params = self.param_shapes() | frozen
     sizes = self.batch_sizes
     x_t = tuple(
       jax.ShapeDtypeStruct((size, *shape), jnp.float32)
@@ -280,29 +235,8 @@ class Stage:
     lowered = jax.jit(forward).lower(params, texts, x_t, t)
     return (lowered.cost_analysis() or {}).get('flops')
 
-  def batch_shapes(self, text: jax.ShapeDtypeStruct) -> dict[str, Any]:
-    """Shapes of a global training batch.
 
-    Args:
-      text: shape of the texts of the batch.
-    """
-    sizes, levels = self.batch_sizes, self.model.level_shapes
-    shapes = {
-      'text': text,
-      'scale': jax.ShapeDtypeStruct(sizes[:1], jnp.float32),
-    }
-    for name in ('bad', 'stop', 'save'):
-      shapes[name] = jax.ShapeDtypeStruct(sizes[:1], bool)
-    # Each example is stored once, for the finest level that sees it.
-    for name, level, seen, finer in zip(
-      mixed_batch.image_names(levels), levels, sizes, (*sizes[1:], 0)
-    ):
-      if seen > finer:
-        shapes[name] = jax.ShapeDtypeStruct((seen - finer, *level), jnp.uint8)
-    return shapes
-
-
-def make_stage(config: ConfigDict, index: int) -> Stage:
+def make_stage(config: ConfigDict, index: int) -> BaseStage:
   """Describes a stage of a run.
 
   Raises:
@@ -311,19 +245,24 @@ def make_stage(config: ConfigDict, index: int) -> Stage:
   """
   settings = config.stages[index]
   update, learning_rate = make_optimizer(config, settings)
+  common = {
+    'config': config,
+    'index': index,
+    'optimizer': update,
+    'learning_rate': learning_rate,
+    'skip_rule': make_skip_rule(config),
+    'batch_sizes': batch_sizes(settings),
+  }
+  if settings.kind == AUTOENCODER:
+    return AutoencoderStage(model=make_autoencoder(config), **common)
   return Stage(
-    config=config,
-    index=index,
     model=make_model(config, settings),
     objective=make_objective(config, settings),
-    optimizer=update,
-    learning_rate=learning_rate,
-    skip_rule=make_skip_rule(config),
-    batch_sizes=batch_sizes(settings),
+    **common,
   )
 
 
-def make_stages(config: ConfigDict) -> Sequence[Stage]:
+def make_stages(config: ConfigDict) -> Sequence[BaseStage]:
   """Describes all stages of a run, see `make_stage`."""
   return [make_stage(config, index) for index in range(len(config.stages))]
 

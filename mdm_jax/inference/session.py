@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from mdm_jax.builders import ranges
 from mdm_jax.builders.check import check, parts_of_batches
 from mdm_jax.builders.config import (
+  AUTOENCODER,
   differences,
   load_config,
   naming,
@@ -173,6 +174,7 @@ class Session:
       sigma_rel=self.sigma_rel,
       best=self.best,
     )
+    require_generative(self.config, self.workdir, weights)
     return make_stage(self.config, weights.index), weights
 
   def _load_frozen(self, stage: Stage, weights: Weights) -> Model:
@@ -232,7 +234,28 @@ def open_run(
 def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
   """The config and the newest EMA weights in host memory, to export them."""
   config = _read(workdir)
-  return config, restore_weights(config, workdir)
+  weights = restore_weights(config, workdir)
+  require_generative(config, workdir, weights)
+  return config, weights
+
+
+def require_generative(
+  config: ConfigDict, workdir: str, weights: Weights
+) -> None:
+  """Raises ValueError if the weights are of an autoencoder."""
+  stage = config.stages[weights.index]
+  if stage.kind != AUTOENCODER:
+    return
+  others = [each.name for each in config.stages if each.kind != AUTOENCODER]
+  remedy = (
+    f'train {" or ".join(map(repr, others))}, or give it as the stage'
+    if others
+    else 'train a run that has stages of diffusion too'
+  )
+  raise ValueError(
+    f'{workdir}: stage {stage.name!r} is an autoencoder, which makes no images '
+    f'of prompts: {remedy}.'
+  )
 
 
 def _change(

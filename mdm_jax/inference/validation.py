@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mdm_jax.builders import data
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.config import sampler_settings
 from mdm_jax.builders.prompts import (
   can_score_prompts,
@@ -19,14 +20,12 @@ from mdm_jax.builders.prompts import (
   make_prompts,
   make_vocabulary,
 )
-from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint.saved_steps import CheckpointError
 from mdm_jax.eval import estimate, motion, prompt_accuracy
 from mdm_jax.eval.estimate import Estimate
 from mdm_jax.inference.weights import restore_weights
 from mdm_jax.report import evaluations
 from mdm_jax.runtime import files, sharding
-from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.sample import SampleFn
 from mdm_jax.steps.state import Params
 
@@ -36,7 +35,7 @@ LOSS_SEED = 1
 
 
 def validate_last(
-  stage: Stage, workdir: str, mesh: Mesh, frozen: Params
+  stage: BaseStage, workdir: str, mesh: Mesh, frozen: Params
 ) -> dict[str, float]:
   """Metrics of a run's last stage at its end, see `make_validation`.
 
@@ -76,7 +75,7 @@ def validate_last(
 
 
 def find_earlier(
-  last: Stage, workdir: epath.PathLike
+  last: BaseStage, workdir: epath.PathLike
 ) -> tuple[evaluations.Earlier, ...]:
   """The evaluations of a run, newest first; `last` is its last stage."""
   return evaluations.find_earlier(
@@ -86,27 +85,34 @@ def find_earlier(
   )
 
 
-def settings(stage: Stage) -> dict[str, Any]:
+def settings(stage: BaseStage) -> dict[str, Any]:
   """What the metrics of `make_validation` depend on beside the weights. JSON.
 
   The keys are those of the settings of `mdm_jax.evaluate`.
   """
   config = stage.config
   found = {'stage': stage.name, 'weights': 'EMA', 'loss': loss_settings(stage)}
-  if can_score_prompts(config):
+  if _is_scored(stage):
     found |= sample_settings(stage, config.eval.num_prompts, GRID_PROMPTS)
   return found
 
 
-def chance(stage: Stage) -> dict[str, float]:
+def chance(stage: BaseStage) -> dict[str, float]:
   """What a model scores that ignores its prompts; {} if nothing is scored."""
-  if not can_score_prompts(stage.config):
+  if not _is_scored(stage):
     return {}
   at_random = chance_accuracy(is_moving(stage.config))
   return {f'accuracy_{name}': value for name, value in at_random.items()}
 
 
-def with_chance(stage: Stage, values: Mapping[str, float]) -> dict[str, float]:
+def _is_scored(stage: BaseStage) -> bool:
+  """Whether its samples are scored by the attributes of their prompts."""
+  return stage.is_generative and can_score_prompts(stage.config)
+
+
+def with_chance(
+  stage: BaseStage, values: Mapping[str, float]
+) -> dict[str, float]:
   """Metrics, and 'chance_<attribute>' of each accuracy among them."""
   at_random = {
     name.replace('accuracy', 'chance', 1): value
@@ -116,7 +122,7 @@ def with_chance(stage: Stage, values: Mapping[str, float]) -> dict[str, float]:
   return {**values, **at_random}
 
 
-def loss_settings(stage: Stage) -> dict[str, Any]:
+def loss_settings(stage: BaseStage) -> dict[str, Any]:
   """What the losses of a stage depend on beside the weights. JSON."""
   config = stage.config
   return {
@@ -124,11 +130,11 @@ def loss_settings(stage: Stage) -> dict[str, Any]:
     'batches': config.eval.loss_batches,
     'batch_size': stage.batch_size,
     'seed': LOSS_SEED,
-    'loss_space': stage.objective.loss_space,
+    **stage.loss_settings,
   }
 
 
-def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
+def sample_settings(stage: BaseStage, count: int, seed: int) -> dict[str, Any]:
   """What so many samples of a stage depend on beside the weights. JSON."""
   return {
     'num_samples': count,
@@ -139,7 +145,7 @@ def sample_settings(stage: Stage, count: int, seed: int) -> dict[str, Any]:
 
 
 def read_metrics(
-  stage: Stage, workdir: epath.PathLike
+  stage: BaseStage, workdir: epath.PathLike
 ) -> dict[str, float] | None:
   """What `validate_last` has written of a run; None if it has not.
 
@@ -155,7 +161,7 @@ def read_metrics(
 
 
 def write_metrics(
-  stage: Stage, workdir: str, values: Mapping[str, float]
+  stage: BaseStage, workdir: str, values: Mapping[str, float]
 ) -> None:
   """Writes what `validate_last` reads back. All processes call it."""
   path = _metrics_path(stage, workdir)
@@ -165,25 +171,24 @@ def write_metrics(
     files.write_json(path, values)
 
 
-def _metrics_path(stage: Stage, workdir: epath.PathLike) -> epath.Path:
+def _metrics_path(stage: BaseStage, workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'eval' / f'{stage.num_steps}.json'
 
 
-def _are_metrics(stage: Stage, values: Any) -> bool:
+def _are_metrics(stage: BaseStage, values: Any) -> bool:
   """Whether these are a stage's metrics; a broken model's loss may be NaN."""
-  losses = set(data.loss_names(stage.config, stage.level_names))
   return (
     isinstance(values, dict)
     and all(
       name.isidentifier() and isinstance(value, float)
       for name, value in values.items()
     )
-    and losses <= _current_names(stage, values).keys()
+    and _current_names(stage, values).keys() >= {*stage.measured}
   )
 
 
 def _current_names(
-  stage: Stage, values: Mapping[str, float]
+  stage: BaseStage, values: Mapping[str, float]
 ) -> dict[str, float]:
   """Metrics by the names that they have now, see `data.current_name`."""
   return {
@@ -192,16 +197,20 @@ def _current_names(
   }
 
 
-def validate(stage: Stage, mesh: Mesh, params: Params) -> dict[str, Estimate]:
+def validate(
+  stage: BaseStage, mesh: Mesh, params: Params
+) -> dict[str, Estimate]:
   """Metrics of some parameters, see `make_validation`."""
   sample_fn = stage.make_sample_fn(mesh, params)
   return make_validation(stage, mesh, sample_fn)(params)
 
 
 def make_validation(
-  stage: Stage, mesh: Mesh, sample_fn: SampleFn
+  stage: BaseStage, mesh: Mesh, sample_fn: SampleFn
 ) -> Callable[..., dict[str, Estimate]]:
   """Held-out loss of each level and, for shapes, prompt accuracy.
+
+  Of an autoencoder it is the PSNR of held-out images.
 
   Args:
     stage: of the run.
@@ -209,7 +218,7 @@ def make_validation(
     sample_fn: of the stage.
 
   Returns:
-    (params, prompts=True) -> the loss of each level, by `data.loss_names`; for
+    (params, prompts=True) -> what the stage's `measured` names; for samples of
     shapes, if `prompts`, also `accuracies`. It takes all parameters that the
     model needs, on the mesh; it compiles once, and reads the same data each
     time.
@@ -217,15 +226,14 @@ def make_validation(
   config = stage.config
   warn_if_not_held_out(stage)
   loss_step = jax.jit(
-    make_band_step(stage.model, stage.objective, LOSS_SEED, 1),
+    stage.make_validation_step(LOSS_SEED),
     out_shardings=sharding.replicated(mesh),
   )
-  names = data.loss_names(config, stage.level_names)
 
   def validation(params, prompts=True):
     losses = mean_losses(over_held_out(stage, mesh, params, loss_step))
-    values = dict(zip(names, losses))
-    if not prompts or not can_score_prompts(config):
+    values = dict(zip(stage.measured, losses))
+    if not prompts or not _is_scored(stage):
       return values
     asked = make_prompts(config, config.eval.num_prompts)
     logging.info('Sampling %d held-out prompts.', len(asked.captions))
@@ -261,12 +269,12 @@ def accuracies(
 
 
 def mean_losses(sums: Iterable[Any]) -> list[Estimate]:
-  """The loss of each level, from all that `make_band_step` returns."""
+  """Each mean, from all that `make_validation_step` returns."""
   totals, counts, squares = np.sum(list(sums), axis=0, dtype=np.float64).sum(-1)
   return list(map(estimate.from_sums, totals, squares, counts))
 
 
-def warn_if_not_held_out(stage: Stage) -> None:
+def warn_if_not_held_out(stage: BaseStage) -> None:
   """Logs that a data set has no validation split."""
   if data.held_out_split(stage.config) == 'train':
     logging.warning(
@@ -276,7 +284,7 @@ def warn_if_not_held_out(stage: Stage) -> None:
 
 
 def over_held_out(
-  stage: Stage,
+  stage: BaseStage,
   mesh: Mesh,
   params: Params,
   step: Callable[..., Any],
@@ -288,7 +296,7 @@ def over_held_out(
     stage: of the run.
     mesh: the devices.
     params: all parameters that the model needs, on the mesh.
-    step: what `make_band_step` returns, compiled.
+    step: what `make_validation_step` returns, compiled.
     split: another one, of which the first batches are read.
   """
   batches = stage.make_dataset(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax.builders.config import stage_directory
+from mdm_jax.builders.config import AUTOENCODER, stage_directory
 from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.runtime import files, sharding
@@ -71,10 +71,11 @@ class SavedWeights(NamedTuple):
 def saved_weights(config: ConfigDict, workdir: str) -> list[SavedWeights]:
   """Lists the EMA weights of a run, by the names of its directories.
 
-  For each stage, newest first: the EMA at the newest checkpoint, the best EMA,
-  and the post-hoc EMAs whose widths were tracked in training (any other width
-  can be reconstructed from them). The first is what `restore_weights` takes by
-  default. A kind of which only damaged checkpoints are left is not listed.
+  For each stage of diffusion, newest first: the EMA at the newest checkpoint,
+  the best EMA, and the post-hoc EMAs whose widths were tracked in training (any
+  other width can be reconstructed from them). The first is what
+  `restore_weights` takes by default. A kind of which only damaged checkpoints
+  are left is not listed.
 
   Args:
     config: of the run.
@@ -83,6 +84,8 @@ def saved_weights(config: ConfigDict, workdir: str) -> list[SavedWeights]:
   widths = config.averages.widths
   found = []
   for index in reversed(range(len(config.stages))):
+    if config.stages[index].kind == AUTOENCODER:
+      continue
     for kind, emas in (
       ('checkpoints', [(None, False)]),
       ('best', [(None, True)]),

@@ -22,6 +22,8 @@ _ZERO = (
   'in_adapter',
   'out_adapter',
 )
+# Parameters that start as zero in any module.
+_ZERO_NAMES = ('bias', 'level_embedding', 'code_mean', 'code_log_std')
 
 
 def initial_params(shapes: Any, seed: int) -> Any:
@@ -38,9 +40,7 @@ def initial_params(shapes: Any, seed: int) -> Any:
 
   def initialize(path, leaf):
     module, name = path[-2].key, path[-1].key
-    if name in ('bias', 'level_embedding') or (
-      name == 'kernel' and module in _ZERO
-    ):
+    if name in _ZERO_NAMES or (name == 'kernel' and module in _ZERO):
       return np.zeros(leaf.shape, np.float32)
     if name == 'scale':
       return np.ones(leaf.shape, np.float32)

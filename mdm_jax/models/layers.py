@@ -324,10 +324,10 @@ def silu(features: Features) -> Features:
 
 
 class ResidualBlock(nn.Module):
-  """A residual block that is modulated by the time embedding.
+  """A residual block that may be modulated by a time embedding.
 
   GroupNorm, SiLU, conv; GroupNorm, scale and shift by a linear map of the time
-  embedding, SiLU, conv; plus a shortcut.
+  embedding, if there is one, SiLU, conv; plus a shortcut.
   """
 
   features: int
@@ -335,12 +335,14 @@ class ResidualBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, inputs: Sequence[Features], temb: jax.Array) -> Features:
+  def __call__(
+    self, inputs: Sequence[Features], temb: jax.Array | None = None
+  ) -> Features:
     """Applies the block to the inputs as if they were concatenated.
 
     Args:
       inputs: Features with the same size and patch.
-      temb: [B, temporal_dim] time embedding.
+      temb: [B, temporal_dim] time embedding, or None.
 
     Returns:
       Features of that size and patch.
@@ -353,12 +355,16 @@ class ResidualBlock(nn.Module):
       return Conv3x3(self.features, self.dtype, name=name, **options)
 
     h = conv('conv_in')(*map(silu, norm('norm_in')(*inputs)))
-    modulation = nn.Dense(2 * self.features, dtype=self.dtype, name='time')(
-      nn.silu(temb)
-    )
-    scale, shift = map(h.per_channel, jnp.split(modulation, 2, axis=-1))
-    (h,) = norm('norm_out')(h)
-    h = silu(h.replace(x=h.x * (1 + scale) + shift))
+    if temb is None:
+      (h,) = norm('norm_out')(h)
+    else:
+      modulation = nn.Dense(2 * self.features, dtype=self.dtype, name='time')(
+        nn.silu(temb)
+      )
+      scale, shift = map(h.per_channel, jnp.split(modulation, 2, axis=-1))
+      (h,) = norm('norm_out')(h)
+      h = h.replace(x=h.x * (1 + scale) + shift)
+    h = silu(h)
     h = conv('conv_out', zero=True)(h)
     if sum(x.channels for x in inputs) != self.features:
       x = Pointwise(self.features, self.dtype, name='shortcut')(*inputs)

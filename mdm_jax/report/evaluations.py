@@ -289,7 +289,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def _relevant(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that a metric depends on."""
   kept = {key: value for key, value in settings.items() if key not in _PLACES}
-  if '_loss_' in name:
+  if '_loss_' in name or name.endswith('_psnr'):
     keys = ('stage', 'weights', 'loss')
   elif name.startswith('accuracy_'):
     keys = ('stage', 'weights', 'num_samples', 'seed', 'prompts', 'sampler')
@@ -338,7 +338,7 @@ def _split(name: str) -> str:
 
 def higher_is_better(name: str) -> bool:
   """Whether the better of two models has the higher value of a metric."""
-  return name.startswith(_HIGHER)
+  return name.startswith(_HIGHER) or name.endswith('_psnr')
 
 
 def is_share(name: str) -> bool:

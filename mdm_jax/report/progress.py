@@ -54,7 +54,7 @@ class Progress:
     step: int,
     *,
     loss: float,
-    levels: Mapping[str, float],
+    parts: Mapping[str, float],
     grad_norm: float,
     learning_rate: float,
   ) -> dict[str, float]:
@@ -63,7 +63,8 @@ class Progress:
     Args:
       step: number of steps taken, more than at the last report.
       loss: weighted sum of the levels' losses, a mean over these steps.
-      levels: loss of each level by its name, coarse to fine, likewise.
+      parts: what the loss consists of, such as the levels' losses, coarse to
+        fine, by name, likewise.
       grad_norm: gradient norm before clipping, likewise.
       learning_rate: learning rate of the last step.
 
@@ -87,7 +88,7 @@ class Progress:
     elif self.later_steps:
       later = pace * self.later_steps
       eta += f', all stages ~{console.duration(rates["eta_seconds"] + later)}'
-    each = ', '.join(f'{name}: {value:.4f}' for name, value in levels.items())
+    each = ', '.join(f'{name}: {value:.4f}' for name, value in parts.items())
     logging.info(
       '%s  step %d/%d (%d %%)  %.1f images/s  eta %s  loss %.4f%s  grad %.2f'
       '  lr %.1e',
@@ -98,7 +99,7 @@ class Progress:
       rates['images_per_second'],
       eta,
       loss,
-      f' ({each})' if len(levels) > 1 else '',
+      f' ({each})' if len(parts) > 1 else '',
       grad_norm,
       learning_rate,
     )

@@ -12,6 +12,8 @@ from absl import logging
 import jax
 from ml_collections import ConfigDict
 
+from mdm_jax.builders.config import AUTOENCODER
+from mdm_jax.builders.model import resolutions
 from mdm_jax.builders.prompts import (
   chance_accuracy,
   is_moving,
@@ -184,11 +186,17 @@ def _facts(model: Model) -> dict[str, str]:
     }.get(config.text.encoder, 'a T5 text encoder, not trained'),
     'Training': ', then '.join(
       f'{each.steps:,} steps of {each.batch_size} images at '
-      f'{config.model.levels[each.num_levels - 1].resolution} pixels'
+      f'{_resolution(config, each)} pixels'
       for each in config.stages
     ),
   }
   return facts | _accuracy(model)
+
+
+def _resolution(config: ConfigDict, stage: ConfigDict) -> int:
+  if stage.kind == AUTOENCODER:
+    return config.autoencoder.resolution
+  return resolutions(config, stage)[-1]
 
 
 def _accuracy(model: Model) -> dict[str, str]:

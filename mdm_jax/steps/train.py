@@ -29,6 +29,12 @@ from mdm_jax.steps.state import Params, TrainState
 # Bands of noise by which the loss of training is logged.
 NOISE_BANDS = 4
 
+# (params, frozen, batch, rng) -> ((loss, metrics by name), gradients)
+Gradients = Callable[
+  [Params, Params, Batch, jax.Array],
+  tuple[tuple[jax.Array, dict[str, jax.Array]], Params],
+]
+
 
 def new_state(
   params: Params,
@@ -52,59 +58,39 @@ def new_state(
   )
 
 
-def make_train_step(
-  model: Matryoshka,
-  objective: Objective,
+def make_step(
+  gradients: Gradients,
   optimizer: optax.GradientTransformation,
   *,
   skip_rule: skip_step.SkipRule,
   ema_decay: float,
-  caption_dropout: float,
-  empty_text: np.ndarray,
   seed: int,
-  accumulate: int = 1,
 ) -> Callable[
   [TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]
 ]:
-  """Makes the training step, pure and not yet jitted.
+  """Makes the training step of any model, pure and not yet jitted.
 
   Args:
-    model: the network.
-    objective: the objective to minimise.
+    gradients: the loss of a batch, metrics and gradients.
     optimizer: optimizer of all trained parameters.
     skip_rule: decides which steps are skipped. They leave parameters, EMAs and
       optimizer as they were, bit for bit.
     ema_decay: decay of the EMA, see `ema.update`.
-    caption_dropout: probability of training on the empty caption.
-    empty_text: the empty caption, as one row of the batch's 'text'.
-    seed: seed of times, noise and dropout, together with the step number.
-    accumulate: number of microbatches, which go through the network one after
-      the other and hold whole patterns of a mixed batch. Their gradients are
-      averaged, so that the step equals that of the whole batch up to rounding.
-      It needs the activation memory of one microbatch, and the noise of all.
+    seed: seed of all randomness, together with the step number.
 
   Returns:
     (state, batch, frozen) -> (state, metrics). `frozen` holds the parameters
-    that the model needs beside the trained ones, {} if none. Metrics: `loss`;
-    `level_losses` [levels]; `noise_sums` and `noise_counts` [levels, bands],
-    see `losses_by_noise`, of `NOISE_BANDS` bands; `grad_norm` before clipping;
-    `update_norm`, of the change of the parameters, 0 if the step is skipped;
-    `param_norm` after it; `bad_records`, the number of replaced records; `stop`
-    and `save`, whether any process has set the flag; `skipped`, the number of
-    skipped steps so far; and `skipped_in_a_row`, 0 after an accepted step.
-    Norms are global L2 norms.
+    that the model needs beside the trained ones, {} if none. Metrics: `loss`,
+    and those of `gradients`; `grad_norm` before clipping; `update_norm`, of the
+    change of the parameters, 0 if the step is skipped; `param_norm` after it;
+    `bad_records`, the number of replaced records; `stop` and `save`, whether
+    any process has set the flag; `skipped`, the number of skipped steps so far;
+    and `skipped_in_a_row`, 0 after an accepted step. Norms are global L2 norms.
   """
 
   def train_step(state, batch, frozen):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    loss_rng, dropout_rng = jax.random.split(rng)
-    batch = _drop_captions(batch, dropout_rng, caption_dropout, empty_text)
-    t, eps = sample_noise(objective, model.level_shapes, batch, loss_rng)
-    batch = with_augmentation(model, objective, batch, loss_rng)
-
-    (total, (levels, by_noise)), grads = _gradients(
-      model, objective, accumulate, state.params, frozen, batch, t, eps
-    )
+    (total, metrics), grads = gradients(state.params, frozen, batch, rng)
     grad_norm = optax.tree.norm(grads)
     good, guard = skip_step.judge(skip_rule, state.guard, total, grad_norm)
     # A `where` for each leaf would read old values after new ones are written,
@@ -115,11 +101,8 @@ def make_train_step(
       lambda state: (state, jnp.float32(0)),
       state,
     )
-    metrics = {
+    metrics |= {
       'loss': total,
-      'level_losses': levels,
-      'noise_sums': by_noise[0],
-      'noise_counts': by_noise[1],
       'grad_norm': grad_norm,
       'update_norm': update_norm,
       'param_norm': optax.tree.norm(state.params),
@@ -134,6 +117,50 @@ def make_train_step(
   return train_step
 
 
+def make_train_step(
+  model: Matryoshka,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  caption_dropout: float,
+  empty_text: np.ndarray,
+  accumulate: int = 1,
+  **options: Any,
+) -> Callable[
+  [TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]
+]:
+  """Makes the training step of diffusion, pure and not yet jitted.
+
+  Args:
+    model: the network.
+    objective: the objective to minimise.
+    optimizer: optimizer of all trained parameters.
+    caption_dropout: probability of training on the empty caption.
+    empty_text: the empty caption, as one row of the batch's 'text'.
+    accumulate: number of microbatches, which go through the network one after
+      the other and hold whole patterns of a mixed batch. Their gradients are
+      averaged, so that the step equals that of the whole batch up to rounding.
+      It needs the activation memory of one microbatch, and the noise of all.
+    **options: `skip_rule`, `ema_decay` and `seed` of `make_step`.
+
+  Returns:
+    See `make_step`. Its metrics are also `level_losses` [levels], and
+    `noise_sums` and `noise_counts` [levels, bands], see `losses_by_noise`, of
+    `NOISE_BANDS` bands.
+  """
+
+  def gradients(params, frozen, batch, rng):
+    loss_rng, dropout_rng = jax.random.split(rng)
+    batch = _drop_captions(batch, dropout_rng, caption_dropout, empty_text)
+    t, eps = sample_noise(objective, model.level_shapes, batch, loss_rng)
+    batch = with_augmentation(model, objective, batch, loss_rng)
+    return _gradients(
+      model, objective, accumulate, params, frozen, batch, t, eps
+    )
+
+  return make_step(gradients, optimizer, **options)
+
+
 def _gradients(
   model: Matryoshka,
   objective: Objective,
@@ -143,21 +170,25 @@ def _gradients(
   batch: Batch,
   t: jax.Array,
   eps: Pyramid,
-) -> tuple[tuple[jax.Array, Any], Params]:
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
   """The mean loss, also by level and noise, and its gradients.
 
   Returns:
-    (loss scalar, (losses [levels], `losses_by_noise`)), and gradients in the
-    structure of `params`. With microbatches all are means over these, also the
-    sums and numbers of examples by noise.
+    (loss scalar, metrics of `make_train_step`), and gradients in the structure
+    of `params`. With microbatches all are means over these, also the sums and
+    numbers of examples by noise.
   """
 
   def mean_loss(params, batch, t, eps):
     per_example, levels = batch_losses(
       model, objective, params | frozen, batch, t, eps
     )
-    by_noise = losses_by_noise(objective, levels['losses'], t, NOISE_BANDS)
-    return per_example.mean(), (levels['level_losses'], by_noise)
+    sums, counts = losses_by_noise(objective, levels['losses'], t, NOISE_BANDS)
+    return per_example.mean(), {
+      'level_losses': levels['level_losses'],
+      'noise_sums': sums,
+      'noise_counts': counts,
+    }
 
   differentiate = functools.partial(
     jax.value_and_grad(mean_loss, has_aux=True), params
@@ -166,7 +197,7 @@ def _gradients(
     return differentiate(batch, t, eps)
   repeats = num_repeats(objective, batch)
   batch = with_whole(model, objective, batch, t)
-  return _mean_over_parts(
+  return mean_over_parts(
     differentiate, mixed_batch.split((batch, t, eps), accumulate, repeats)
   )
 
@@ -207,7 +238,7 @@ def _update(
   return state, optax.tree.norm(updates)
 
 
-def _mean_over_parts(fn: Callable[..., Any], parts: tuple[Any, ...]) -> Any:
+def mean_over_parts(fn: Callable[..., Any], parts: tuple[Any, ...]) -> Any:
   """The mean of `fn(*part)` over the parts, which run one after the other.
 
   Args:

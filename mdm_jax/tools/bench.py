@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from mdm_jax.builders import ranges, recipes
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check import check, parts_of_batches
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
@@ -66,7 +67,7 @@ def without_t5(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def make_batch(stage: Stage) -> dict[str, np.ndarray]:
+def make_batch(stage: BaseStage) -> dict[str, np.ndarray]:
   """Makes a random training batch of a stage, see `objective.Batch`."""
   rng = np.random.default_rng(0)
   text = make_text(stage.config, stage.batch_size)
@@ -186,7 +187,7 @@ def rates(
 
 
 def bench_train(
-  stage: Stage, mesh: Mesh, frozen: Any
+  stage: BaseStage, mesh: Mesh, frozen: Any
 ) -> tuple[Callable, jax.stages.Compiled, dict]:
   """Compiles the training step.
 
@@ -261,7 +262,7 @@ def bench_sample(
 
 
 def measure(
-  stage: Stage,
+  stage: BaseStage,
   mesh: Mesh,
   *,
   count: int,
@@ -281,8 +282,19 @@ def measure(
     profile: directory for a trace of a few calls; None for none.
 
   Returns:
-    'train' and 'sample', or one of them, each a dict of results by name.
+    'train' and 'sample', or one of them, each a dict of results by name. An
+    autoencoder is only trained.
+
+  Raises:
+    ValueError: sampling of an autoencoder is asked for.
   """
+  if not stage.is_generative:
+    if only == 'sample':
+      raise ValueError(
+        f'--only=sample: stage {stage.name!r} is an autoencoder, which makes '
+        'no images of prompts; give --only=train, or another --stage.'
+      )
+    only = 'train'
   config = stage.config
   device = mesh.devices.flat[0]
   peak = peaks.peak_flops(device)

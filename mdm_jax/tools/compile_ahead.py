@@ -29,9 +29,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check import check_stages
 from mdm_jax.builders.stage import Stage, make_stage
-from mdm_jax.builders.text import frozen_shapes
+from mdm_jax.builders.text import frozen_shapes, make_text_encoder
 from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.models import target
 from mdm_jax.runtime import files, peaks, sharding
@@ -228,7 +229,7 @@ def prepare(
   return config, notes
 
 
-def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, Any]:
+def abstract_batch(stage: BaseStage, mesh: Mesh) -> dict[str, Any]:
   """A global training batch of a stage, as `jax.ShapeDtypeStruct`s."""
   batch = stage.batch_shapes(_text(stage, stage.batch_size))
   return sharding.with_shardings(
@@ -240,17 +241,17 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, Any]:
   )
 
 
-def _text(stage: Stage, count: int) -> jax.ShapeDtypeStruct:
+def _text(stage: BaseStage, count: int) -> jax.ShapeDtypeStruct:
   """Shape of prompts as the text encoder reads them, [count, L, ...]."""
   text = stage.config.text
   if text.encoder == 'precomputed':
-    width = stage.model.text_encoder.width
+    width = make_text_encoder(stage.config).width
     return jax.ShapeDtypeStruct((count, text.max_length, width), jnp.float32)
   length = 1 if text.encoder == 'label' else text.max_length
   return jax.ShapeDtypeStruct((count, length), jnp.int32)
 
 
-def trace_train(stage: Stage, mesh: Mesh) -> jax.stages.Traced:
+def trace_train(stage: BaseStage, mesh: Mesh) -> jax.stages.Traced:
   """Traces the training step of a stage."""
   text = _text(stage, 1)
   train_step = stage.make_train_step(np.zeros(text.shape[1:], text.dtype))
@@ -397,7 +398,12 @@ def measure(
     )
 
 
-def _measure(stage: Stage, mesh: Mesh, step: str) -> dict[str, Any]:
+def _measure(stage: BaseStage, mesh: Mesh, step: str) -> dict[str, Any]:
+  if step == 'sample' and not stage.is_generative:
+    raise ValueError(
+      f'--step=sample: stage {stage.name!r} is an autoencoder, which makes no '
+      'images of prompts; give --step=train, or another --stage.'
+    )
   state = stage.state_shapes(mesh)
   kinds = {'EMA': state.ema}
   turns, trace = stage.config.sampler.num_steps, trace_sample

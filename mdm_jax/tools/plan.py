@@ -26,6 +26,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mdm_jax.builders import ranges, recipes
+from mdm_jax.builders.config import AUTOENCODER
 from mdm_jax.models.unet import REMAT
 from mdm_jax.report import console
 from mdm_jax.runtime import (
@@ -291,6 +292,9 @@ def main(_: list[str]) -> None:
           f'--stage={values.stage}: the config has stages 0 to {stages[-1]}.'
         )
       stages = [values.stage]
+    elif values.step == 'sample':
+      # An autoencoder samples nothing.
+      stages = [i for i in stages if config.stages[i].kind != AUTOENCODER]
     if values.search:
       search(config, values.topology, stages[-1], cache)
     else:

@@ -15,8 +15,8 @@ from etils import epath
 import jax
 import numpy as np
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.config import has_config_of
-from mdm_jax.builders.stage import Stage
 from mdm_jax.runtime import files
 from mdm_jax.runtime.printable import printable
 
@@ -50,7 +50,7 @@ class Expected(NamedTuple):
   curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
 
-def make_comparison(stage: Stage) -> Compare:
+def make_comparison(stage: BaseStage) -> Compare:
   """Returns a function that warns of metrics far from what is expected.
 
   It logs one line for each metric of the stage, the first time that it is

@@ -4,7 +4,7 @@ A new report is one more `Hook` in `make_hooks`; the training loop stays as it
 is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import shutil
 import tempfile
@@ -12,10 +12,9 @@ import tempfile
 from absl import logging
 from etils import epath
 import jax
-import numpy as np
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.prompts import make_prompts
-from mdm_jax.builders.stage import Stage
 from mdm_jax.inference import validation
 from mdm_jax.report import evaluations, grid
 from mdm_jax.report.progress import Progress
@@ -117,7 +116,7 @@ class Hooks:
 
 def make_hooks(
   run: Run,
-  stage: Stage,
+  stage: BaseStage,
   saved: StageCheckpoints,
   monitor: Monitor,
   progress: Progress,
@@ -180,7 +179,7 @@ def make_hooks(
 
 def _make_log(
   run: Run,
-  stage: Stage,
+  stage: BaseStage,
   monitor: Monitor,
   progress: Progress,
   flops: float | None,
@@ -191,23 +190,20 @@ def _make_log(
 
   def log(step, state):
     last, means = monitor.latest, monitor.take_means()
-    levels = {
-      name: float(value)
-      for name, value in zip(stage.level_names, means['level_losses'])
-    }
     skipped = int(last['skipped'])
     # The schedule counts accepted steps.
     learning_rate = float(stage.learning_rate(step - 1 - skipped))
     rates = progress.report(
       step,
       loss=float(means['loss']),
-      levels=levels,
+      parts=stage.parts_of_loss(means),
       grad_norm=float(means['grad_norm']),
       learning_rate=learning_rate,
     )
+    sections = stage.training_metrics(means)
     numbers = {
       'loss': means['loss'],
-      **{f'loss_{name}': value for name, value in levels.items()},
+      **sections['train'],
       'last_loss': last['loss'],
       'grad_norm': means['grad_norm'],
       'last_grad_norm': last['grad_norm'],
@@ -229,30 +225,11 @@ def _make_log(
         speed['mfu'] = per_second / peak
     run.writer.scalars(
       step,
-      {
-        'train': numbers,
-        'train_noise': _losses_by_noise(stage, means),
-        'speed': speed | peaks.memory_in_use(),
-      },
+      sections | {'train': numbers, 'speed': speed | peaks.memory_in_use()},
       stage=stage.name,
     )
 
   return log
-
-
-def _losses_by_noise(
-  stage: Stage, means: Mapping[str, np.ndarray]
-) -> dict[str, float]:
-  """Loss of each level by band of noising steps that has any examples."""
-  sums, counts = means['noise_sums'], means['noise_counts']
-  width = 100 // sums.shape[1]
-  return {
-    f'loss_{name}_noise_{width * band}_{width * (band + 1)}': sums[i, band]
-    / counts[i, band]
-    for i, name in enumerate(stage.level_names)
-    for band in range(sums.shape[1])
-    if counts[i, band] > 0
-  }
 
 
 def _make_replica_check(
@@ -277,18 +254,22 @@ def _make_snapshot(
 
 
 def _make_sample_grid(
-  run: Run, stage: Stage, sample_fn: SampleFn
+  run: Run, stage: BaseStage, sample_fn: SampleFn
 ) -> Callable[[int, TrainState], None]:
-  """Returns a hook that samples held-out prompts to `samples/*.png`."""
-  prompts = make_prompts(stage.config, validation.GRID_PROMPTS)
+  """Returns a hook that samples held-out prompts to `samples/*.png`.
+
+  Of an autoencoder they are held-out images, each beside the decoded one.
+  """
+  count = validation.GRID_PROMPTS
+  text, captions = None, ['original, decoded'] * count
+  if stage.is_generative:
+    captions, text, _ = make_prompts(stage.config, count)
 
   def sample_grid(step, state):
     with run.preemptible('sample'):
       images = grid.grid(
-        sample_fn(
-          state.ema | run.frozen, prompts.text, range(len(prompts.text))
-        ),
-        prompts.captions,
+        sample_fn(state.ema | run.frozen, text, range(len(captions))),
+        captions,
       )
       path = epath.Path(run.workdir) / 'samples' / f'{stage.name}_{step}.png'
       run.writer.submit(grid.save_png, path, images)
@@ -300,7 +281,7 @@ def _make_sample_grid(
 
 def _make_validation(
   run: Run,
-  stage: Stage,
+  stage: BaseStage,
   saved: StageCheckpoints,
   sample_fn: SampleFn,
   compare: expected.Compare,
@@ -346,7 +327,7 @@ class _Profiler:
   directory, in the background.
   """
 
-  def __init__(self, run: Run, stage: Stage, progress: Progress):
+  def __init__(self, run: Run, stage: BaseStage, progress: Progress):
     self._directory = epath.Path(run.workdir) / 'tensorboard'
     self._writer, self._temporary = run.writer, None
     self._last_step, self._progress = stage.num_steps, progress

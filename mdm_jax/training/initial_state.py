@@ -3,9 +3,13 @@
 from absl import logging
 import jax
 
-from mdm_jax.builders.config import differences, stage_directory
+from mdm_jax.builders.base_stage import BaseStage
+from mdm_jax.builders.config import (
+  AUTOENCODER,
+  differences,
+  stage_directory,
+)
 from mdm_jax.builders.data import DRAWN
-from mdm_jax.builders.stage import Stage
 from mdm_jax.checkpoint import restore
 from mdm_jax.data.pipeline import DataError
 from mdm_jax.report import console
@@ -18,7 +22,7 @@ from mdm_jax.training.stage_checkpoints import StageCheckpoints
 
 def make_initial_state(
   run: Run,
-  stage: Stage,
+  stage: BaseStage,
   saved: StageCheckpoints,
   shapes: TrainState,
   data: dict[str, str],
@@ -29,7 +33,7 @@ def make_initial_state(
     run: the training run.
     stage: the stage to train.
     saved: the checkpoints of the stage.
-    shapes: shapes and shardings of the state, see `Stage.state_shapes`.
+    shapes: shapes and shardings of the state, see `BaseStage.state_shapes`.
     data: fingerprint of the data set.
 
   Raises:
@@ -61,21 +65,26 @@ def make_initial_state(
 
 
 def _trained_params(
-  run: Run, stage: Stage, saved: StageCheckpoints
+  run: Run, stage: BaseStage, saved: StageCheckpoints
 ) -> Params | None:
   """Parameters to grow from: imported ones, or the last stage's EMA."""
   if saved.checkpoints.latest_step() == 0:
     # Imported weights are a checkpoint of step 0 with nothing but an EMA.
     return restore.restore_item(stage.directory(run.workdir), 0, 'ema')
-  # Each level of a cascade is a model of its own.
-  if stage.index and not stage.config.model.cascade:
-    previous = stage_directory(run.workdir, stage.config, stage.index - 1)
+  before = stage.index - 1
+  # Nothing grows from an autoencoder or from a level of a cascade.
+  if (
+    stage.index
+    and stage.config.stages[before].kind != AUTOENCODER
+    and not stage.config.model.cascade
+  ):
+    previous = stage_directory(run.workdir, stage.config, before)
     return restore.restore_item(previous, None, 'ema')
   return None
 
 
 def _check_data(
-  stage: Stage, old: dict[str, str] | None, new: dict[str, str]
+  stage: BaseStage, old: dict[str, str] | None, new: dict[str, str]
 ) -> None:
   old, new = dict(old or {}), dict(new)
   data = stage.config.data

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check import check
 from mdm_jax.builders.config import (
   has_config,
@@ -26,7 +27,7 @@ from mdm_jax.builders.data import (
   make_source,
 )
 from mdm_jax.builders.prompts import make_prompts
-from mdm_jax.builders.stage import Stage, make_stages
+from mdm_jax.builders.stage import make_stages
 from mdm_jax.builders.text import empty_text, load_frozen
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.data import pipeline
@@ -149,17 +150,16 @@ def train(
     logging.info('Stopped. The same command continues from here.')
     return False
   logging.info('Finished in %s.', console.duration(time.monotonic() - began))
-  logging.info(
-    'Next:\n  %s\n  tensorboard --logdir=%s',
-    command_line(
-      'sample', workdir=workdir, prompt=make_prompts(config, 1).captions[0]
-    ),
-    quoted(workdir),
-  )
+  following = f'tensorboard --logdir={quoted(workdir)}'
+  if stages[-1].is_generative:
+    prompt = make_prompts(config, 1).captions[0]
+    line = command_line('sample', workdir=workdir, prompt=prompt)
+    following = f'{line}\n  {following}'
+  logging.info('Next:\n  %s', following)
   return True
 
 
-def train_stage(run: Run, stage: Stage) -> bool:
+def train_stage(run: Run, stage: BaseStage) -> bool:
   """Trains one stage to its end.
 
   Returns:
@@ -255,7 +255,7 @@ def _batches(run: Run, saved: StageCheckpoints, dataset) -> Iterator[Batch]:
 
 
 def _compile(
-  run: Run, stage: Stage, state: TrainState, batch: Batch
+  run: Run, stage: BaseStage, state: TrainState, batch: Batch
 ) -> tuple[jax.stages.Compiled, float | None]:
   """Compiles the training step, and counts its FLOPs on one device."""
   begin = time.monotonic()
@@ -277,7 +277,7 @@ def _compile(
 
 
 def _make_progress(
-  run: Run, stage: Stage, first_step: int, text: jax.Array
+  run: Run, stage: BaseStage, first_step: int, text: jax.Array
 ) -> Progress:
   """Progress lines of a stage, which also tell when the last stage ends.
 
@@ -325,7 +325,7 @@ def _is_stopped(run: Run, monitor: Monitor, ask_all: bool) -> bool:
   return monitor.stopped
 
 
-def _evaluate(run: Run, stage: Stage) -> None:
+def _evaluate(run: Run, stage: BaseStage) -> None:
   """Measures the last stage, and writes `eval/<step>.json`."""
   run = _with_coarser(run, stage)
   with run.goodput.time('evaluate'):

@@ -7,20 +7,20 @@ from absl import logging
 import jax
 import numpy as np
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.data import batch_keys
-from mdm_jax.builders.stage import Stage
 from mdm_jax.data.pipeline import DataError
 from mdm_jax.optim import skip_step
 from mdm_jax.training.run import Run
 
-# Metrics that are logged as means; `noise_*` are sums and numbers of examples.
-_AVERAGED = (
-  'loss',
-  'level_losses',
-  'noise_sums',
-  'noise_counts',
-  'grad_norm',
-  'update_norm',
+# Metrics that are not logged as means.
+_LATEST = (
+  'param_norm',
+  'bad_records',
+  'stop',
+  'save',
+  'skipped',
+  'skipped_in_a_row',
 )
 # The share of bad records is not known from fewer records.
 _MIN_RECORDS = 1000
@@ -36,7 +36,7 @@ class Monitor:
     save_requested: last step whose batch asked for a checkpoint by time, or 0.
   """
 
-  def __init__(self, run: Run, stage: Stage, first_step: int):
+  def __init__(self, run: Run, stage: BaseStage, first_step: int):
     """Nothing has been read yet.
 
     Args:
@@ -96,13 +96,13 @@ class Monitor:
       name: sums[name] / count
       if count
       else np.full(np.shape(self.latest[name]), np.nan)
-      for name in _AVERAGED
+      for name in self.latest.keys() - _LATEST
     }
 
   def _add_up(self, values: dict[str, Any]) -> None:
     if not values['skipped_in_a_row']:
       self._num_accepted += 1
-      for name in _AVERAGED:
+      for name in values.keys() - _LATEST:
         self._sums[name] = self._sums.get(name, 0) + np.float64(values[name])
 
   def _check_bad_records(self, step: int) -> None:

@@ -16,10 +16,11 @@ from etils import epath
 import jax
 
 from mdm_jax.builders import data
-from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.checkpoint import identity, restore
 from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.optim import post_hoc_ema
+from mdm_jax.report import evaluations
 from mdm_jax.runtime import distributed, files
 from mdm_jax.steps.state import Params, TrainState
 
@@ -32,7 +33,7 @@ class StageCheckpoints:
     last_step: step of the newest state that is saved or being saved, or 0.
   """
 
-  def __init__(self, stage: Stage, workdir: epath.PathLike):
+  def __init__(self, stage: BaseStage, workdir: epath.PathLike):
     """Opens the directories that the config asks for.
 
     Raises:
@@ -162,4 +163,4 @@ class StageCheckpoints:
 
   def _score(self, value: float) -> float:
     """The metric, or its negative: higher is better, and NaN never is."""
-    return value if self._metric.startswith('accuracy_') else -value
+    return value if evaluations.higher_is_better(self._metric) else -value

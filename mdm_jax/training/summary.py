@@ -5,20 +5,20 @@ import time
 
 from ml_collections import ConfigDict
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.data import (
   held_out_split,
   make_image_source,
   make_source,
 )
-from mdm_jax.builders.stage import Stage
-from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.builders.text import make_text_encoder, make_tokenizer
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.report import console
 from mdm_jax.runtime import environment
 from mdm_jax.training.run import Run
 
 
-def log_summary(run: Run, stages: Sequence[Stage], first: int) -> None:
+def log_summary(run: Run, stages: Sequence[BaseStage], first: int) -> None:
   """Logs a line for each thing that a reader of the log asks first.
 
   Args:
@@ -32,7 +32,7 @@ def log_summary(run: Run, stages: Sequence[Stage], first: int) -> None:
     mesh=mesh,
     precision=f'{config.dtype} activations, float32 parameters',
     data=_data(config),
-    text=_text(stages[-1]),
+    text=_text(config),
     parameters=_parameters(run, stages),
     workdir=run.workdir,
     run=f'{time.strftime("%Y-%m-%d")}: {_resumed(run, stages, first)}',
@@ -57,19 +57,19 @@ def _data(config: ConfigDict) -> str:
   return found
 
 
-def _text(stage: Stage) -> str:
+def _text(config: ConfigDict) -> str:
   """The text encoder: its kind, size and tokens."""
-  text = stage.config.text
-  width = f'width {stage.model.text_encoder.width}'
+  text, encoder = config.text, make_text_encoder(config)
+  width = f'width {encoder.width}'
   if text.encoder == 'label':
     return f'label: {text.num_classes:,} classes, {width}'
-  pieces = make_tokenizer(stage.config).vocab_size
+  pieces = make_tokenizer(config).vocab_size
   tokens = f'at most {text.max_length} tokens of {pieces:,}'
   if text.encoder == 'learned':
     return f'learned encoder: {_layers(text.num_layers)}, {width}, {tokens}'
   if text.encoder == 'precomputed':
     return f'precomputed T5 features: {width}, {tokens}'
-  layers = _layers(stage.model.text_encoder.spec.num_layers)
+  layers = _layers(encoder.spec.num_layers)
   return f'frozen T5 in {text.path}: {layers}, {width}, {tokens}'
 
 
@@ -77,12 +77,10 @@ def _layers(count: int) -> str:
   return f'{count} layer{"" if count == 1 else "s"}'
 
 
-def _parameters(run: Run, stages: Sequence[Stage]) -> str:
+def _parameters(run: Run, stages: Sequence[BaseStage]) -> str:
   """How many parameters each stage trains, and how many are frozen."""
-  num_tokens = stages[0].config.text.max_length
   parameters = {
-    f"in stage '{stage.name}'": stage.model.shapes(num_tokens)
-    for stage in stages
+    f"in stage '{stage.name}'": stage.param_shapes() for stage in stages
   }
   if run.frozen:
     parameters['frozen in the text encoder'] = run.frozen
@@ -92,7 +90,7 @@ def _parameters(run: Run, stages: Sequence[Stage]) -> str:
   )
 
 
-def _resumed(run: Run, stages: Sequence[Stage], first: int) -> str:
+def _resumed(run: Run, stages: Sequence[BaseStage], first: int) -> str:
   """Where the run begins or continues."""
   if first == len(stages):
     return f'all {len(stages)} stages are finished'

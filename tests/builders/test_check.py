@@ -126,7 +126,56 @@ def test_a_transformer_inside_is_good(make_config, mesh):
   check(changed(make_config(), TRANSFORMER), mesh)
 
 
+# Of the first stage.
+AUTOENCODER = {
+  'autoencoder.resolution': 16,
+  'autoencoder.channels': (8, 8),
+  'autoencoder.num_blocks': (1, 0),
+  'autoencoder.num_groups': 4,
+  'stages[0].kind': 'autoencoder',
+  'stages[0].num_levels': 0,
+  'stages[0].loss_weights': (),
+}
+
+
+def test_a_first_stage_that_is_an_autoencoder_is_good(make_config, mesh):
+  first, second = check(changed(make_config(), AUTOENCODER), mesh)
+  assert first.batch_sizes == (16,) and second.batch_sizes == (16, 16)
+  assert first.model.spec.code_shape == (8, 8, 4)
+  assert first.model.level_shapes == ((16, 16, 3),)
+  assert (first.is_generative, second.is_generative) == (False, True)
+
+
 BAD = [
+  ({'stages[0].num_levels': 0}, r'stages\[0\].num_levels=0: give 1 to 2'),
+  (
+    {**AUTOENCODER, 'stages[1].kind': 'autoencoder'},
+    r"stages\[1\].kind='autoencoder': only the first stage",
+  ),
+  (
+    {**AUTOENCODER, 'autoencoder.resolution': 0},
+    "kind='autoencoder' with autoencoder.resolution=0: give the pixels",
+  ),
+  (
+    {**AUTOENCODER, 'stages[0].num_levels': 1},
+    r"stages\[0\].num_levels=1 with kind='autoencoder': .* leave it at 0",
+  ),
+  (
+    {**AUTOENCODER, 'stages[0].mixed_ratio': (1.0, 1.0)},
+    r'stages\[0\].mixed_ratio=\(1.0, 1.0\) with .* leave it at \(1.0,\)',
+  ),
+  (
+    {**AUTOENCODER, 'autoencoder.resolution': 17},
+    'autoencoder: resolution=17 .*: use a multiple of 2',
+  ),
+  (
+    {**AUTOENCODER, 'autoencoder.num_groups': 3},
+    'autoencoder: num_groups=3 does not divide the 8 channels',
+  ),
+  (
+    {**AUTOENCODER, 'stages[0].accumulate': 4},
+    r'stages\[0\].batch_size=16 / 4 does not give each of the 8 devices',
+  ),
   (
     {'model.levels[0].frames': 2, 'model.levels[1].frames': 3},
     r'model.levels\[1\].frames=3: give a multiple of the 2 of level 0',

@@ -91,6 +91,15 @@ ADDED = {
   'diffusion.augmentation': 0.5,
   'sampler.augmentation': 0.1,
   'model.levels[].share': 'none',
+  'autoencoder.resolution': 0,
+  'autoencoder.kind': 'plain',
+  'autoencoder.kl_weight': 1e-6,
+  'autoencoder.latent_channels': 4,
+  'autoencoder.channels': (128, 256, 512, 512),
+  'autoencoder.num_blocks': (2, 2, 2, 2),
+  'autoencoder.num_groups': 32,
+  'autoencoder.patch_size': 1,
+  'stages[].kind': 'diffusion',
 }
 
 
@@ -120,7 +129,7 @@ def test_an_older_run_is_read_with_the_values_that_it_behaved_by(
   older = write_older(tmp_path, new)
   assert older.keys() == new.keys() - {
     *('averages', 'guard', 'replicas_every', 'watchdog'),
-    *('checkpoint_minutes', 'profile_every', 'trackers'),
+    *('checkpoint_minutes', 'profile_every', 'trackers', 'autoencoder'),
   }
   with caplog.at_level('INFO', logger='absl'):
     config = load_config(read_config(tmp_path))

@@ -442,7 +442,7 @@ def test_rates_exclude_pauses(monkeypatch):
   )
   values = dict(
     loss=0.123,
-    levels={'32': 0.05, '64': 0.073},
+    parts={'32': 0.05, '64': 0.073},
     grad_norm=0.31,
     learning_rate=1e-3,
   )
@@ -488,7 +488,7 @@ def test_the_end_of_the_run_is_estimated(
   clock.monotonic = lambda: 50.0
   with caplog.at_level('INFO', logger='absl'):
     lines_of.report(
-      200, loss=0.1, levels={'8': 0.1}, grad_norm=0.3, learning_rate=1e-3
+      200, loss=0.1, parts={'8': 0.1}, grad_norm=0.3, learning_rate=1e-3
     )
   assert expected in caplog.messages[0]
 
@@ -601,7 +601,7 @@ def test_only_our_lines_and_warnings_are_logged(monkeypatch):
   logging.warning('its warning')
   logging.warning('An NVIDIA GPU may be present on this machine, but …')
   progress.Progress('a stage', 0, 9, 8).report(
-    1, loss=0.0, levels={}, grad_norm=0.0, learning_rate=0.0
+    1, loss=0.0, parts={}, grad_norm=0.0, learning_rate=0.0
   )
   logging.set_verbosity(verbosity)
   if not parsed:
