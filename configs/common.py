@@ -276,6 +276,9 @@ def level(resolution: int, **changes) -> ConfigDict:
     {
       'resolution': resolution,  # pixels a side
       'frames': 1,  # of a clip; 1: images
+      # How the level's images come from the next finer ones. 'encoder', for the
+      # coarsest level: they are codes of the autoencoder.
+      'downsample': 'average',
       # 'unet', or for the coarsest level 'transformer', with channels=(width,),
       # num_blocks=(depth,) and attention_layers=(0,).
       'kind': 'unet',
@@ -425,7 +428,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
       channels=(8,),
       num_blocks=(1,),
       num_groups=4,
-      patch_size=4,
+      patch_size=2,
     )
   for stage in config.stages:
     # One whole pattern of a mixed batch on each of 8 devices.

@@ -24,8 +24,9 @@ def get_config(mode: str = ''):
   Args:
     mode: 'long' trains a larger network for two hours, 'single' one level at 64
       px, 'scratch' both levels at once, 'cascade' two models, one after the
-      other; 'autoencoder' only an autoencoder of the images; 'smoke' is a
-      toy-sized run.
+      other, 'autoencoder' only an autoencoder of the images, 'latent' the
+      coarse level on its codes, 'latent_nest' both levels, of codes and pixels;
+      'smoke' is a toy-sized run.
   """
   config = common.get_config()
   # Half of what can be asked for has two objects, and they are harder.
@@ -87,6 +88,8 @@ def get_config(mode: str = ''):
     scratch=_scratch,
     cascade=common.cascade,
     autoencoder=_autoencoder,
+    latent=_latent,
+    latent_nest=_latent_nest,
   )
 
 
@@ -187,4 +190,27 @@ def _scratch(config: ConfigDict) -> ConfigDict:
   """Both levels in a single stage, for the compute of the two stages."""
   config.stages = [config.stages[1]]
   config.stages[0].update(steps=3900, warmup_steps=100)
+  return config
+
+
+def _latent(config: ConfigDict) -> ConfigDict:
+  """The coarse level alone, on codes of the autoencoder (Rombach et al.)."""
+  config = _latent_nest(config)
+  config.model.levels = config.model.levels[:1]
+  config.stages = config.stages[:2]
+  config.stages[1].steps = 9000
+  return config
+
+
+def _latent_nest(config: ConfigDict) -> ConfigDict:
+  """Both levels, of which the coarse one denoises codes of 64 px images."""
+  coarse, fine = config.stages
+  config = _autoencoder(config)
+  config.model.levels[0].downsample = 'encoder'
+  coarse.name = 'latent'
+  config.stages = [*config.stages, coarse, fine]
+  # Codes have four times the variance of pixels, and so need as much more
+  # noise to be hidden.
+  config.diffusion.reference_resolution = 7
+  config.eval.update(loss_batches=4, loss_every=180)
   return config

@@ -200,7 +200,7 @@ def _check_mp4(stage) -> None:
   """Raises ValueError if --mp4 asks for what cannot be written."""
   if not _MP4.value:
     return
-  if len(stage.model.level_shapes[-1]) == 3:
+  if len(stage.model.image_shapes[-1]) == 3:
     raise ValueError(
       f'--mp4: {stage.title} has images, not clips: leave it out.'
     )

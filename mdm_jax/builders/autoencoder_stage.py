@@ -128,7 +128,7 @@ class AutoencoderStage(BaseStage):
 
   def forward_flops(self, frozen: Params, text: jax.Array) -> float | None:
     """See `BaseStage.forward_flops`."""
-    shape = self.batch_size, *self.model.level_shapes[0]
+    shape = self.batch_size, *self.model.image_shapes[0]
 
     def forward(params, images):
       return self.model.decode(params, self.model.encode(params, images))

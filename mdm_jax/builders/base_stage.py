@@ -30,7 +30,7 @@ class BaseStage(abc.ABC):
   Attributes:
     config: of the run.
     index: of the stage, from 0.
-    model: what is trained; it has `level_shapes` and `resolutions`.
+    model: what is trained; it has `image_shapes` and `resolutions`.
     optimizer: of the trained parameters.
     learning_rate: schedule by the number of accepted steps.
     skip_rule: which steps are skipped.
@@ -114,6 +114,17 @@ class BaseStage(abc.ABC):
   @abc.abstractmethod
   def param_shapes(self) -> Params:
     """Shapes and dtypes of the trained parameters."""
+
+  def earlier_params(
+    self, params_of: Callable[['BaseStage'], Params]
+  ) -> Params:
+    """The parameters of earlier stages that it needs beside its own.
+
+    Args:
+      params_of: the parameters of a stage, or their shapes.
+    """
+    del params_of
+    return {}
 
   @abc.abstractmethod
   def init(self) -> Params:
@@ -206,7 +217,7 @@ class BaseStage(abc.ABC):
     return data.make_dataset(
       self.config,
       split,
-      self.model.level_shapes,
+      self.model.image_shapes,
       self.batch_sizes,
       frame_spacing=self.frame_spacing,
       process_index=jax.process_index(),
@@ -220,7 +231,7 @@ class BaseStage(abc.ABC):
     Args:
       text: shape of the texts of the batch.
     """
-    sizes, levels = self.batch_sizes, self.model.level_shapes
+    sizes, levels = self.batch_sizes, self.model.image_shapes
     shapes = {
       'text': text,
       'scale': jax.ShapeDtypeStruct(sizes[:1], jnp.float32),

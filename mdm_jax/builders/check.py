@@ -19,8 +19,10 @@ from mdm_jax.builders.data import (
 )
 from mdm_jax.builders.model import (
   frames,
+  is_of_codes,
   level_names,
   level_spec,
+  make_autoencoder,
   trained_levels,
 )
 from mdm_jax.builders.prompts import can_score_prompts, is_moving
@@ -52,6 +54,7 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
   _check_objective(config)
   _check_level_times(config)
   _check_cascade(config)
+  _check_codes(config)
   _check_sampler(config)
   _check_averages(config)
   _check_evaluation(config)
@@ -75,7 +78,7 @@ def _check_image_set(config: ConfigDict, stages: Sequence[BaseStage]) -> None:
     raise ValueError(f'{named}: no level has clips. Set data.name to the set.')
   # The finest level of some examples has one frame.
   if not any(
-    len(stage.model.level_shapes[level]) == 3
+    len(stage.model.image_shapes[level]) == 3
     for stage in stages
     for level in mixed_batch.finest_levels(stage.batch_sizes)
   ):
@@ -231,10 +234,49 @@ def _check_objective(config: ConfigDict) -> None:
     )
 
 
+def _check_codes(config: ConfigDict) -> None:
+  levels, autoencoder = config.model.levels, config.autoencoder
+  for i, level in enumerate(levels):
+    if not is_of_codes(level):
+      continue
+    named = f"model.levels[{i}].downsample='encoder'"
+    if i:
+      raise ValueError(
+        f"{named}: only level 0, the coarsest, can have it; use 'average'."
+      )
+    if not config.stages or config.stages[0].kind != AUTOENCODER:
+      raise ValueError(
+        f"{named}: no stage trains the encoder; give stages[0].kind='"
+        f"{AUTOENCODER}'."
+      )
+    if config.model.cascade:
+      raise ValueError(
+        f"{named} with model.cascade=True: use one of them, 'average' or False."
+      )
+    side, *_ = make_autoencoder(config).spec.code_shape
+    if level.resolution != side or level.frames > 1:
+      raise ValueError(
+        f'{named} with resolution={level.resolution} and frames='
+        f'{level.frames}: codes of images of {autoencoder.resolution} px are '
+        f'{side} x {side}; give resolution={side} and frames=1.'
+      )
+    if len(levels) > 1 and levels[1].resolution % autoencoder.resolution:
+      raise ValueError(
+        f'model.levels[1].resolution={levels[1].resolution}: give a multiple '
+        f'of autoencoder.resolution={autoencoder.resolution}, whose codes '
+        'level 0 denoises.'
+      )
+
+
 def _check_cascade(config: ConfigDict) -> None:
   if not config.model.cascade:
     return
   levels = config.model.levels
+  if any(stage.kind == AUTOENCODER for stage in config.stages):
+    raise ValueError(
+      f'stages[0].kind={AUTOENCODER!r} with model.cascade=True: use one of '
+      'them.'
+    )
   for i, (coarse, fine) in enumerate(zip(levels, levels[1:]), 1):
     if fine.resolution % coarse.resolution:
       raise ValueError(

@@ -123,6 +123,7 @@ _ADDED = {
   'autoencoder.num_groups': 32,
   'autoencoder.patch_size': 1,
   'stages[].kind': 'diffusion',
+  'model.levels[].downsample': 'average',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mdm_jax import mixed_batch
-from mdm_jax.builders.config import TRAINED_ENCODERS, naming
+from mdm_jax.builders.config import AUTOENCODER, TRAINED_ENCODERS, naming
 from mdm_jax.builders.text import check_heads, make_text_encoder
 from mdm_jax.models import target
 from mdm_jax.models.autoencoder import Autoencoder, AutoencoderSpec
@@ -37,10 +37,11 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
       make_levels(config, stage), TextSpec(**config.model.text), dtype
     ),
     text_encoder=make_text_encoder(config),
-    resolutions=resolutions(config, stage),
+    resolutions=image_resolutions(config, stage),
     frozen_text=config.text.encoder not in TRAINED_ENCODERS,
     to_longest=config.text.padding == 'longest',
     coarse=coarse_resolution(config, stage),
+    autoencoder=make_autoencoder(config) if has_codes(config, stage) else None,
   )
 
 
@@ -61,7 +62,13 @@ def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
   is_given = coarse_resolution(config, stage) is not None
   return tuple(
     dataclasses.replace(
-      level_spec(level), flash=flash, frames=count, given_coarse=is_given
+      level_spec(level),
+      flash=flash,
+      frames=count,
+      given_coarse=is_given,
+      image_channels=config.autoencoder.latent_channels
+      if is_of_codes(level)
+      else 3,
     )
     for level, count in zip(
       trained_levels(config, stage), frames(config, stage), strict=True
@@ -90,7 +97,8 @@ def level_spec(level: ConfigDict) -> LevelSpec:
     ValueError: channels, layers or heads do not fit together.
   """
   fields = dict(level)
-  fields.pop('resolution')
+  for name in ('resolution', 'downsample'):  # What it denoises.
+    fields.pop(name)
   if not fields['lanes']:
     packs = fields['kind'] == 'unet' and target.platform() == 'tpu'
     fields['lanes'] = TPU_LANES if packs else 1
@@ -98,10 +106,16 @@ def level_spec(level: ConfigDict) -> LevelSpec:
 
 
 def level_names(config: ConfigDict, stage: ConfigDict) -> tuple[str, ...]:
-  """Names of the levels of a stage, see `mixed_batch.level_name`."""
+  """Names of the levels of a stage, see `mixed_batch.level_name`.
+
+  That of a level of codes has 'latent_' before it.
+  """
   return tuple(
-    mixed_batch.level_name(mixed_batch.example_shape(*size))
-    for size in zip(resolutions(config, stage), frames(config, stage))
+    ('latent_' if is_of_codes(level) else '')
+    + mixed_batch.level_name(mixed_batch.example_shape(level.resolution, count))
+    for level, count in zip(
+      trained_levels(config, stage), frames(config, stage), strict=True
+    )
   )
 
 
@@ -113,8 +127,34 @@ def frames(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
 
 
 def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
-  """Resolutions of a stage in pixels, coarse to fine."""
+  """Sides of what the levels of a stage denoise, coarse to fine."""
   return tuple(x.resolution for x in trained_levels(config, stage))
+
+
+def image_resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
+  """Resolutions of the images of a stage in pixels, coarse to fine."""
+  return tuple(
+    config.autoencoder.resolution if is_of_codes(level) else level.resolution
+    for level in trained_levels(config, stage)
+  )
+
+
+def is_of_codes(level: ConfigDict) -> bool:
+  """Whether a level denoises codes of the autoencoder instead of images."""
+  return level.downsample == 'encoder'
+
+
+def has_codes(config: ConfigDict, stage: ConfigDict) -> bool:
+  """Whether a level of a stage denoises codes."""
+  return any(map(is_of_codes, trained_levels(config, stage)))
+
+
+def finest_resolution(config: ConfigDict) -> int:
+  """Pixels a side of the images of the last stage's finest level."""
+  last = config.stages[-1]
+  if last.kind == AUTOENCODER:
+    return config.autoencoder.resolution
+  return image_resolutions(config, last)[-1]
 
 
 def trained_levels(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders.data import DRAWN, held_out_split, make_source
+from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import moving_shapes, pipeline, shapes
 from mdm_jax.eval import prompt_accuracy
@@ -132,7 +133,7 @@ def make_prompts(
     )
   split = held_out_split(config)
   if config.data.name in DRAWN:
-    source = make_source(config, split, config.model.levels[-1].resolution)
+    source = make_source(config, split, finest_resolution(config))
     scenes = [
       source.scene(i % len(source))
       for i in (range(count) if rows is None else rows)

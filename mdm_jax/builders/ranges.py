@@ -156,6 +156,7 @@ KEYS = {
   'model.levels[].patch_size': Number(int, 1, 1024),
   'model.levels[].remat': Choice(('none', 'block', 'level')),
   'model.levels[].lanes': Number(int, 0, 10**5),
+  'model.levels[].downsample': Choice(('average', 'encoder')),
   'model.levels[].share': Choice(('none', 'blocks', 'all')),
   'autoencoder.resolution': Number(int, 0, 2**16),
   'autoencoder.kind': Choice(('plain', 'kl')),

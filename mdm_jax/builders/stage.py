@@ -97,16 +97,23 @@ class Stage(BaseStage):
     """Shapes and dtypes of the trained parameters."""
     return self.model.shapes(self.config.text.max_length)
 
-  def with_coarser(self, params_of: Callable[['Stage'], Params]) -> Params:
-    """Parameters to sample with; in a cascade also those of earlier stages.
+  def earlier_params(self, params_of: Callable[[BaseStage], Params]) -> Params:
+    """The parameters of earlier stages that the model needs beside its own.
 
     Args:
       params_of: the parameters of a stage, or their shapes.
+
+    Returns:
+      {'coarser': ...} for a level of a cascade: those of the stage before, in
+      which those of still coarser levels are nested. {'autoencoder': ...} where
+      a level denoises its codes. {} for all others.
     """
-    params = params_of(self)
     if self.coarser:
-      params = params | {'coarser': self.coarser.with_coarser(params_of)}
-    return params
+      before = self.coarser
+      return {'coarser': params_of(before) | before.earlier_params(params_of)}
+    if self.model.autoencoder:
+      return params_of(make_stage(self.config, 0))
+    return {}
 
   def init(self) -> Params:
     """Fresh float32 parameters on the host."""

@@ -254,6 +254,7 @@ def _predict_x0(
   parameterization: str,
   threshold: str,
   known: Pyramid | None,
+  num_codes: int,
 ) -> Pyramid:
   """The network's thresholded x0 at a noising step, float32 at every level."""
   predictions = denoise_fn(x_t, _network_times(schedule, step, len(x_t[0])))
@@ -262,10 +263,10 @@ def _predict_x0(
       process.predict_x0(
         prediction.astype(jnp.float32), x, at, parameterization
       ),
-      threshold,
+      'none' if level < num_codes else threshold,
     )
-    for prediction, x, at in zip(
-      predictions, x_t, _coefficients(schedule, x_t, step), strict=True
+    for level, (prediction, x, at) in enumerate(
+      zip(predictions, x_t, _coefficients(schedule, x_t, step), strict=True)
     )
   )
   return x0 if known is None else tuple(map(_with_known, x0, known))
@@ -319,6 +320,7 @@ def sample_step(
   parameterization: str,
   threshold: str,
   known: Pyramid | None = None,
+  num_codes: int = 0,
 ) -> tuple[Pyramid, Pyramid]:
   """Takes every level from the noising step `t` to `s`.
 
@@ -341,6 +343,7 @@ def sample_step(
     parameterization: as in `sample`.
     threshold: as in `sample`.
     known: as in `sample`.
+    num_codes: as in `sample`.
 
   Returns:
     The pyramids x_s and the thresholded x0, float32.
@@ -354,7 +357,14 @@ def sample_step(
 
   def predict(x, step):
     return _predict_x0(
-      denoise_fn, schedule, x, step, parameterization, threshold, known
+      denoise_fn,
+      schedule,
+      x,
+      step,
+      parameterization,
+      threshold,
+      known,
+      num_codes,
     )
 
   x0, at, at_s = predict(x_t, t), coefficients(t), coefficients(s)
@@ -424,6 +434,7 @@ def sample(
   threshold: str = 'dynamic_if',
   noise_fn: Callable[[jax.Array], Pyramid] | None = None,
   known: Pyramid | None = None,
+  num_codes: int = 0,
 ) -> Pyramid:
   """Denoises a pyramid, in one compiled loop over the sampling steps.
 
@@ -445,6 +456,8 @@ def sample(
       levels of images [B, H, W, C]: each step's x0 is replaced by them there
       (the replacement method of Ho et al., arXiv 2204.03458, section 3.1), so
       that their noise is that of x_t. None if there are none.
+    num_codes: so many levels, from the coarsest, are not images but codes of an
+      autoencoder, which have no range to be kept in.
 
   Returns:
     Images within [-1, 1], coarse to fine, of the shapes of `x_t`.
@@ -477,10 +490,14 @@ def sample(
       parameterization=parameterization,
       threshold=threshold,
       known=known,
+      num_codes=num_codes,
     ), None
 
   x_t, each = tuple(x_t), steps(num_steps, schedule)
   if known is not None:
     x_t = start_known(x_t, known, schedule, each[2][0])
   (images, _), _ = jax.lax.scan(advance, (x_t, x_t), each)
-  return tuple(jnp.clip(level, -1, 1) for level in images)
+  return tuple(
+    level if index < num_codes else jnp.clip(level, -1, 1)
+    for index, level in enumerate(images)
+  )

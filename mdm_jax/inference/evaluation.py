@@ -148,7 +148,7 @@ def evaluate_run(
     ValueError, FileNotFoundError: an option is wrong, or a file cannot be used.
   """
   config = model.stage.config
-  shape = model.stage.model.level_shapes[-1]
+  shape = model.stage.model.image_shapes[-1]
   names = _select_for_run(config, options, len(shape) == 4)
   if options.resolution and not options.reference:
     raise ValueError(
@@ -397,7 +397,7 @@ def _sample_metrics(
   if set(names) & set(SET_METRICS):
     network = feature_extractors.Inception(options.inception, size, mesh)
     reference = _reference(model, options, network)
-    shape = stage.model.level_shapes[-1]
+    shape = stage.model.image_shapes[-1]
     rows = count * network.num_rows(shape)
     found.append(sample_metrics.OfSets(names, network, rows, *reference))
   if 'fvd' in names:

@@ -460,7 +460,7 @@ def _with_frames(model: Model, frames: int | None) -> SamplerSpec:
   if frames is None:
     return model.stage.make_sampler(model.mesh).spec
   frames = _checked('frames', ranges.FRAMES, frames)
-  if len(model.stage.model.level_shapes[-1]) == 3:
+  if len(model.stage.model.image_shapes[-1]) == 3:
     raise ValueError(
       f'frames={frames}: {model.stage.title} has images, not clips: leave it '
       'out.'

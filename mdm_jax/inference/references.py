@@ -99,7 +99,7 @@ def of_split(
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
     'long_captions': config.text.long_captions,
   }
-  shape = stage.model.level_shapes[-1]
+  shape = stage.model.image_shapes[-1]
   if len(shape) == 4:
     settings |= {'frames': shape[0], 'frame_spacing': stage.frame_spacing}
   rows = count * network.num_rows(shape)
@@ -125,7 +125,7 @@ def images_of_split(
   for batch in make_dataset(
     stage.config,
     split,
-    stage.model.level_shapes[-1:],
+    stage.model.image_shapes[-1:],
     (size,),
     frame_spacing=stage.frame_spacing,
     process_index=0,

@@ -27,7 +27,7 @@ from mdm_jax.builders.text import load_frozen, make_tokenizer
 from mdm_jax.inference.weights import (
   SavedWeights,
   Weights,
-  restore_coarser,
+  restore_earlier,
   restore_weights,
 )
 from mdm_jax.runtime import cpu, sharding
@@ -181,7 +181,7 @@ class Session:
     params = (
       weights.params
       | load_frozen(self.config, self.mesh)
-      | restore_coarser(self.config, stage.index, self.workdir, self.mesh)
+      | restore_earlier(stage, self.workdir, self.mesh)
     )
     return Model(self.workdir, stage, weights, params, self.mesh)
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.config import AUTOENCODER, stage_directory
 from mdm_jax.checkpoint import contents, manifest, restore, saved_steps
 from mdm_jax.optim import post_hoc_ema
@@ -165,31 +166,22 @@ def restore_weights(
   return restore.from_newest(directory, read)
 
 
-def restore_coarser(
-  config: ConfigDict, index: int, workdir: str, mesh: Mesh
-) -> Params:
-  """The EMA of the coarser levels of a cascade, which samples need.
+def restore_earlier(stage: BaseStage, workdir: str, mesh: Mesh) -> Params:
+  """The EMAs of earlier stages, see `BaseStage.earlier_params`.
 
   Args:
-    config: of the run.
-    index: of the stage to sample from.
+    stage: to train, or to sample from.
     workdir: of the run.
     mesh: the devices.
 
-  Returns:
-    {'coarser': the parameters of the stage before, in which those of still
-    coarser ones are nested}; {} without a cascade, or for its first stage.
-
   Raises:
-    FileNotFoundError, CheckpointError: the stage before has no good weights.
+    FileNotFoundError, CheckpointError: an earlier stage has no good weights.
   """
-  if not (config.model.cascade and index):
-    return {}
-  found = restore_weights(
-    config, workdir, mesh, stage=config.stages[index - 1].name
+  return stage.earlier_params(
+    lambda each: (
+      restore_weights(each.config, workdir, mesh, stage=each.name).params
+    )
   )
-  further = restore_coarser(config, index - 1, workdir, mesh)
-  return {'coarser': found.params | further}
 
 
 def _ema(sigma_rel: float | None, best: bool) -> str:

@@ -169,7 +169,7 @@ class Autoencoder:
   dtype: jnp.dtype
 
   @property
-  def level_shapes(self) -> tuple[tuple[int, ...], ...]:
+  def image_shapes(self) -> tuple[tuple[int, ...], ...]:
     """Shape of an image, as the one level of a pyramid."""
     return ((self.spec.resolution, self.spec.resolution, 3),)
 
@@ -183,7 +183,7 @@ class Autoencoder:
     spec = self.spec
 
     def init(rng):
-      image = jnp.zeros((1, *self.level_shapes[0]))
+      image = jnp.zeros((1, *self.image_shapes[0]))
       code = jnp.zeros((1, *spec.code_shape))
       parts = {
         'encoder': Encoder(spec, self.dtype).init(rng, image)['params'],

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax import mixed_batch
+from mdm_jax.models.autoencoder import Autoencoder
 from mdm_jax.models.conditioning import Cond, num_positions
 from mdm_jax.models.initialize import initial_params
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.shared_layers import with_shared, without_shared
+
+Images = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +24,16 @@ class Matryoshka:
     unet: the denoising network.
     text_encoder: maps tokens [B, L], or what else a batch has as 'text', to
       text features [B, L, D] and a mask [B, L]. Its `width` is D.
-    resolutions: of the pyramid in pixels, coarse to fine.
+    resolutions: of the images of the pyramid in pixels, coarse to fine.
     frozen_text: the text encoder is not trained. `shapes` and `init` then omit
       its parameters, and the caller of `encode` adds them.
     to_longest: the texts of a batch count as padded to the longest of them, as
       in the release, whatever the length of the arrays.
     coarse: resolution of the images that a level of a cascade is given, see
       `LevelSpec.given_coarse`; None for a nest of levels.
+    autoencoder: the coarsest level denoises its codes instead of images; None
+      if all levels are of images. `params['autoencoder']` is frozen, and the
+      caller of `to_codes` and `to_images` adds it.
   """
 
   unet: NestedUNet
@@ -36,14 +42,40 @@ class Matryoshka:
   frozen_text: bool = False
   to_longest: bool = False
   coarse: int | None = None
+  autoencoder: Autoencoder | None = None
 
   @property
-  def level_shapes(self) -> tuple[tuple[int, ...], ...]:
-    """Shape of an example at each level, see `mixed_batch.example_shape`."""
+  def image_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """Shape of an image at each level, see `mixed_batch.example_shape`."""
     return tuple(
       mixed_batch.example_shape(pixels, spec.frames)
       for pixels, spec in zip(self.resolutions, self.unet.levels, strict=True)
     )
+
+  @property
+  def level_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """Shape of what each level denoises: that of its images, or of a code."""
+    if self.autoencoder is None:
+      return self.image_shapes
+    return self.autoencoder.spec.code_shape, *self.image_shapes[1:]
+
+  @property
+  def num_codes(self) -> int:
+    """Number of levels, from the coarsest, that denoise codes."""
+    return 0 if self.autoencoder is None else 1
+
+  def to_codes(self, params: dict, images: Images) -> Images:
+    """A pyramid of images, of `image_shapes`, to one of `level_shapes`."""
+    if self.autoencoder is None:
+      return images
+    code = self.autoencoder.encode(params, images[0])
+    return jax.lax.stop_gradient(code), *images[1:]
+
+  def to_images(self, params: dict, levels: Images) -> Images:
+    """Undoes `to_codes`, but for what the autoencoder loses."""
+    if self.autoencoder is None:
+      return levels
+    return self.autoencoder.decode(params, levels[0]), *levels[1:]
 
   def with_frames(self, frames: int) -> 'Matryoshka':
     """The same network for clips of another length, for the same parameters.

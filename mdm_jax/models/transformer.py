@@ -184,7 +184,7 @@ class Transformer(nn.Module):
     # Convolutions of patches with as large a stride; rules for the first and
     # last layer of any level know them by these names.
     self.conv_in = dense(width)
-    self.conv_out = dense(3 * spec.patch_size**2, zero=True)
+    self.conv_out = dense(spec.image_channels * spec.patch_size**2, zero=True)
     if spec.position_waves:
       self.position = dense(width)
     blocks = nn.remat(Blocks) if spec.remat == 'level' else Blocks

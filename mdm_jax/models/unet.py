@@ -71,6 +71,8 @@ class LevelSpec:
   # What these layers see: each place by itself ('divided'), or all places of
   # all frames ('joint'), for features of few places.
   frame_attention_kind: str = 'divided'
+  # Of what the level denoises: 3 of images, or those of an autoencoder's codes.
+  image_channels: int = 3
   # A level of a cascade: it is no part of a nest, and is given the coarser
   # images beside its noisy ones (Ho et al., arXiv 2106.15282).
   given_coarse: bool = False
@@ -384,7 +386,7 @@ class UNet(nn.Module):
       self.in_adapter = conv(self.inner_channels, zero=True)
       self.out_adapter = conv(spec.down_channels, zero=True)
     self.norm_out = layers.GroupNorm(spec.num_groups, dtype)
-    self.conv_out = conv(3 * spec.patch_size**2, zero=True)
+    self.conv_out = conv(spec.image_channels * spec.patch_size**2, zero=True)
 
   def embed(
     self,

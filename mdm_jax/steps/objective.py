@@ -187,7 +187,7 @@ def batch_losses(
   """
   batch = with_whole(model, objective, batch, t)
   repeats = num_repeats(objective, batch)
-  names = mixed_batch.image_names(model.level_shapes)
+  names = mixed_batch.image_names(model.image_shapes)
   own = {
     level: pyramid.to_float(batch[name])
     for level, name in enumerate(names)
@@ -195,7 +195,7 @@ def batch_losses(
   }
   images = pyramid.make_pyramid(
     own.pop(len(names) - 1),
-    model.level_shapes,
+    model.image_shapes,
     objective.fractions,
     coarse=own,
     repeats=repeats,
@@ -205,6 +205,7 @@ def batch_losses(
   )
   if objective.augmentation is not None:
     cond = _with_coarse(model, objective, batch, images, cond)
+  images = model.to_codes(params, images)
   per_example, aux = loss.multi_resolution_loss(
     lambda x_t, t: model.denoise(params, x_t, t, cond, repeats),
     objective.schedule,
@@ -231,7 +232,7 @@ def _with_coarse(
   cond: Cond,
 ) -> Cond:
   """Gives a level of a cascade the coarser images, noised."""
-  shapes = mixed_batch.example_shape(model.coarse), model.level_shapes[-1]
+  shapes = mixed_batch.example_shape(model.coarse), model.image_shapes[-1]
   coarse, _ = pyramid.make_pyramid(images[-1], shapes, (1.0, 1.0))
   coarse = objective.augmentation.apply(
     coarse, batch['coarse_t'], batch['coarse_eps']

@@ -286,6 +286,7 @@ class Sampler:
       threshold=spec.threshold,
       parameterization=self.parameterization,
       known=prepared.known,
+      num_codes=self.model.num_codes,
     )
 
   def sample(
@@ -319,12 +320,14 @@ class Sampler:
       parameterization=self.parameterization,
       noise_fn=lambda index: self._noise(prepared, index),
       known=prepared.known,
+      num_codes=self.model.num_codes,
     )
-    return *coarse, *self.to_uint8(images)
+    return *coarse, *self.to_uint8(params, images)
 
-  def to_uint8(self, images: Pyramid) -> tuple[jax.Array, ...]:
-    """uint8 images of floats, by `spec.pixels`."""
-    return tuple(pyramid.to_uint8(level, self.spec.pixels) for level in images)
+  def to_uint8(self, params, levels: Pyramid) -> tuple[jax.Array, ...]:
+    """uint8 images of what the levels denoise, by `spec.pixels`."""
+    images = self.model.to_images(params, levels)
+    return tuple(pyramid.to_uint8(image, self.spec.pixels) for image in images)
 
   def _gather(self, params):
     # Gathers the networks on every device once; text encoders stay sharded.
@@ -578,9 +581,9 @@ def make_sample_steps(
     state = start(prepared, t), start(prepared, t)
     for one in steps:
       # Before its donation.
-      noisy = (*coarse, *to_uint8(state[0])) if with_inputs else None
+      noisy = (*coarse, *to_uint8(params, state[0])) if with_inputs else None
       x_t, x0 = state = step(params, prepared, state, one, np.float32(w))
-      images = *coarse, *to_uint8(x_t if one is steps[-1] else x0)
+      images = *coarse, *to_uint8(params, x_t if one is steps[-1] else x0)
       yield (noisy, images) if with_inputs else images
 
   return sample_steps

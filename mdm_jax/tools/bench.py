@@ -231,7 +231,7 @@ def bench_sample(
   Returns:
     As `bench_train`.
   """
-  params = stage.with_coarser(Stage.init)
+  params = stage.init()
   params = (
     sharding.place(
       params,
@@ -259,6 +259,14 @@ def bench_sample(
     *arguments,
   )
   return lambda: compiled(*arguments)[-1], compiled, found
+
+
+def _earlier(stage: BaseStage, mesh: Mesh) -> Any:
+  """Untrained parameters of earlier stages that the stage needs."""
+  params = stage.earlier_params(lambda each: each.init())
+  return sharding.place(
+    params, sharding.tree_shardings(params, mesh, stage.config.sharding_rules)
+  )
 
 
 def measure(
@@ -298,7 +306,7 @@ def measure(
   config = stage.config
   device = mesh.devices.flat[0]
   peak = peaks.peak_flops(device)
-  frozen = load_frozen(config, mesh)
+  frozen = load_frozen(config, mesh) | _earlier(stage, mesh)
   whole = config.sampler.num_steps
   short = min(sampling_steps, whole)
   found = {}

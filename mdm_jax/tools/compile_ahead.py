@@ -251,6 +251,12 @@ def _text(stage: BaseStage, count: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((count, length), jnp.int32)
 
 
+def _frozen(stage: BaseStage, mesh: Mesh) -> Any:
+  """What a stage needs beside its own parameters, as `ShapeDtypeStruct`s."""
+  earlier = stage.earlier_params(lambda each: each.state_shapes(mesh).ema)
+  return frozen_shapes(stage.config, mesh) | earlier
+
+
 def trace_train(stage: BaseStage, mesh: Mesh) -> jax.stages.Traced:
   """Traces the training step of a stage."""
   text = _text(stage, 1)
@@ -258,7 +264,7 @@ def trace_train(stage: BaseStage, mesh: Mesh) -> jax.stages.Traced:
   arguments = (
     stage.state_shapes(mesh),
     abstract_batch(stage, mesh),
-    frozen_shapes(stage.config, mesh),
+    _frozen(stage, mesh),
   )
   return jit_train_step(train_step, *arguments).trace(*arguments)
 
@@ -272,8 +278,7 @@ def trace_sample(stage: Stage, mesh: Mesh, **changes: Any) -> jax.stages.Traced:
     **changes: fields of `SamplerSpec` that are not as in the config.
   """
   config = stage.config
-  params = stage.with_coarser(lambda each: each.state_shapes(mesh).ema)
-  params |= frozen_shapes(config, mesh)
+  params = stage.state_shapes(mesh).ema | _frozen(stage, mesh)
   count = config.eval.batch_size
   text = _text(stage, count)
   jitted = jit_sample(

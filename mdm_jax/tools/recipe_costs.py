@@ -36,7 +36,7 @@ def count(config: ConfigDict) -> dict[str, Any]:
   Returns:
     'flops': by stage, those of a training step: forward, backward and update.
     'sampling_flops': see `sampling_flops`.
-    'parameters': number of trained parameters of the last stage.
+    'parameters': number of trained parameters that the last stage samples with.
   """
   # A CPU's program calls no libraries, whose work would not be counted.
   with target.planning('cpu'):
@@ -45,7 +45,9 @@ def count(config: ConfigDict) -> dict[str, Any]:
       stage = make_stage(config, index)
       traced = compile_ahead.trace_train(stage, _mesh())
       flops[stage.name] = peaks.count_flops(traced)
-    shapes = stage.model.shapes(config.text.max_length)
+    shapes = stage.param_shapes() | stage.earlier_params(
+      lambda each: each.param_shapes()
+    )
   return {
     'flops': flops,
     'sampling_flops': sampling_flops(config),

@@ -26,13 +26,14 @@ from mdm_jax.builders.data import (
   make_image_source,
   make_source,
 )
+from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.prompts import make_prompts
 from mdm_jax.builders.stage import make_stages
 from mdm_jax.builders.text import empty_text, load_frozen
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.data import pipeline
 from mdm_jax.inference import validation
-from mdm_jax.inference.weights import restore_coarser
+from mdm_jax.inference.weights import restore_earlier
 from mdm_jax.report import console, goodput, trackers
 from mdm_jax.report.progress import Progress
 from mdm_jax.runtime import distributed, peaks, sharding, value_types
@@ -78,7 +79,7 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   mesh = sharding.make_mesh(config.mesh)
   check(config, mesh)
   trackers.check(config.trackers)
-  resolution = config.model.levels[-1].resolution
+  resolution = finest_resolution(config)
   # Raises if the data cannot be opened.
   make_source(config, 'train', resolution)
   make_source(config, held_out_split(config), resolution)
@@ -168,7 +169,7 @@ def train_stage(run: Run, stage: BaseStage) -> bool:
   Raises:
     See `train`.
   """
-  run = _with_coarser(run, stage)
+  run = _with_earlier(run, stage)
   with StageCheckpoints(stage, run.workdir) as saved, run.saving_at_the_end():
     ##### Restore or create the state, open the data, compile the step.
     data = data_fingerprint(stage.config)
@@ -238,10 +239,10 @@ def train_stage(run: Run, stage: BaseStage) -> bool:
     return not stopped
 
 
-def _with_coarser(run: Run, stage: Stage) -> Run:
-  """The run with the coarser models of a cascade, which samples need."""
-  coarser = restore_coarser(stage.config, stage.index, run.workdir, run.mesh)
-  return dataclasses.replace(run, frozen=run.frozen | coarser)
+def _with_earlier(run: Run, stage: BaseStage) -> Run:
+  """The run with the parameters of earlier stages that the stage needs."""
+  earlier = restore_earlier(stage, run.workdir, run.mesh)
+  return dataclasses.replace(run, frozen=run.frozen | earlier)
 
 
 def _batches(run: Run, saved: StageCheckpoints, dataset) -> Iterator[Batch]:
@@ -327,7 +328,7 @@ def _is_stopped(run: Run, monitor: Monitor, ask_all: bool) -> bool:
 
 def _evaluate(run: Run, stage: BaseStage) -> None:
   """Measures the last stage, and writes `eval/<step>.json`."""
-  run = _with_coarser(run, stage)
+  run = _with_earlier(run, stage)
   with run.goodput.time('evaluate'):
     values = validation.validate_last(stage, run.workdir, run.mesh, run.frozen)
     # A stop request may have reached only some processes: exit in all or none.

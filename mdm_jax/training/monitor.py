@@ -135,7 +135,7 @@ class Monitor:
       name: str(float(values[name])) for name in ('loss', 'grad_norm')
     }
     keys = batch_keys(
-      stage.config, stage.model.level_shapes, stage.batch_sizes, step - 1
+      stage.config, stage.model.image_shapes, stage.batch_sizes, step - 1
     )
     self._run.writer.skipped(line | {'keys': keys})
     logging.warning(

@@ -11,6 +11,7 @@ from mdm_jax.builders.data import (
   make_image_source,
   make_source,
 )
+from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.text import make_text_encoder, make_tokenizer
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.report import console
@@ -42,7 +43,7 @@ def log_summary(run: Run, stages: Sequence[BaseStage], first: int) -> None:
 def _data(config: ConfigDict) -> str:
   """The data set, and the sizes of its splits."""
   split = held_out_split(config)
-  resolution = config.model.levels[-1].resolution
+  resolution = finest_resolution(config)
   count = len(make_source(config, 'train', resolution))
   path = f' in {config.data.path}' if config.data.path else ''
   if split == 'train':

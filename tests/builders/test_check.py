@@ -142,7 +142,7 @@ def test_a_first_stage_that_is_an_autoencoder_is_good(make_config, mesh):
   first, second = check(changed(make_config(), AUTOENCODER), mesh)
   assert first.batch_sizes == (16,) and second.batch_sizes == (16, 16)
   assert first.model.spec.code_shape == (8, 8, 4)
-  assert first.model.level_shapes == ((16, 16, 3),)
+  assert first.model.image_shapes == ((16, 16, 3),)
   assert (first.is_generative, second.is_generative) == (False, True)
 
 

@@ -100,6 +100,7 @@ ADDED = {
   'autoencoder.num_groups': 32,
   'autoencoder.patch_size': 1,
   'stages[].kind': 'diffusion',
+  'model.levels[].downsample': 'average',
 }
 
 

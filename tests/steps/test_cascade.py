@@ -59,9 +59,12 @@ def params(config, random_params):
   """Random parameters of a stage by its index, with those of earlier ones."""
 
   def make(index):
-    return make_stage(config, index).with_coarser(
-      lambda each: random_params(each.model, config.text.max_length)
-    )
+    stage = make_stage(config, index)
+
+    def params_of(each):
+      return random_params(each.model, config.text.max_length)
+
+    return params_of(stage) | stage.earlier_params(params_of)
 
   return make
 

@@ -56,7 +56,7 @@ def batch(config):
   (batch,) = make_dataset(
     config,
     'train',
-    make_model(config, stage).level_shapes,
+    make_model(config, stage).image_shapes,
     batch_sizes(stage),
     process_index=0,
     process_count=1,

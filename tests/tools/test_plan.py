@@ -168,7 +168,7 @@ def test_batch_is_the_pipelines(config, tmp_path):
       make_dataset(
         config,
         'train',
-        make_model(config, stage).level_shapes,
+        make_model(config, stage).image_shapes,
         batch_sizes(stage),
         process_index=0,
         process_count=1,
