@@ -96,13 +96,20 @@ TAKEN = {
 }
 
 
-def measure(model, params, cond=COND, x_t=None):
+def without_embedding(params):
+  """The same parameters, with a level embedding of zero."""
+  params = jax.tree.map(np.copy, params)
+  params['unet']['level_1']['level_embedding'][:] = 0
+  return params
+
+
+def measure(model, params, x_t=None):
   """The loss of all levels, their predictions, and the gradients."""
   x_t = noise(model) if x_t is None else x_t
   target = noise(model, 2)
 
   def loss(params, x_t):
-    out = model.denoise(params, x_t, TIMES, cond)
+    out = model.denoise(params, x_t, TIMES, COND)
     return sum(((x - w) ** 2).mean() for x, w in zip(out, target)), out
 
   (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x_t)
@@ -151,14 +158,14 @@ def test_equals_a_network_into_which_the_weights_were_copied(
   for path, owner in TAKEN.items():
     for name in [name for name in both if name.startswith(f'{path}/')]:
       gradient = both.pop(name)
-      both[owner + name.removeprefix(path)] += gradient
+      name = owner + name.removeprefix(path)
+      both[name] = both[name] + gradient
       added[owner] = max(added[owner], np.abs(gradient).max())
   assert min(added.values()) > 1e-4
   both['level_1/level_embedding'] = embedding
   assert_near(flat(grads['unet']), both)
   # With an embedding of zero, as at first, nothing but the weights matters.
-  zero = jax.tree.map(lambda x: x, params)
-  zero['unet']['level_1']['level_embedding'] = np.zeros(16, np.float32)
+  zero = without_embedding(params)
   same = with_shared(zero['unet'], model.unet.levels)
   del same['level_1']['level_embedding']
   jax.tree.map(np.testing.assert_array_equal, same, copied(zero, TAKEN)['unet'])
@@ -175,17 +182,26 @@ def test_neither_packing_nor_rematerialisation_changes_numbers(
   assert_near(found, measured, 4e-5)
 
 
-def test_a_mesh_equals_one_device(model, params, measured):
+def test_a_mesh_equals_one_device(random_params):
+  inner = dataclasses.replace(
+    INNER, channels=(8,), num_blocks=(0,), attention_layers=(0,)
+  )
+  outer = dataclasses.replace(OUTER, num_blocks=(0, 0), attention_layers=(0, 0))
+  model = model_of(inner, outer)
+  params = random_params(model, 5)
+  assert 'block_0' not in params['unet']['level_1']['up_1']
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'spatial': 2})
   rules = common.get_config().sharding_rules
   shardings = sharding.tree_shardings(params, mesh, rules)
-  kernel = shardings['unet']['level_0']['up_0']['block_1']['conv_in']['kernel']
+  kernel = shardings['unet']['level_0']['up_0']['block_0']['conv_in']['kernel']
   assert 'fsdp' in kernel.spec
   placed = sharding.place(params, shardings)
-  batch = {str(x.shape[1]): x for x in noise(model)}
-  x_t = tuple(sharding.shard_batch(batch, mesh).values())
-  cond = COND._replace(text=jax.numpy.asarray(COND.text))
-  assert_near(measure(model, placed, cond, x_t), measured, 4e-5)
+  x_t = tuple(
+    jax.device_put(x, sharding.batch_sharding(mesh, x.ndim))
+    for x in noise(model)
+  )
+  found = measure(model, placed, x_t=x_t)
+  assert_near(found, measure(model, params), 4e-5)
 
 
 def test_initial_parameters_and_their_number(model):
@@ -323,13 +339,11 @@ def test_clips_share_attention_between_frames(random_params):
   half = model.with_frames(2)
   assert [level.frames for level in half.unet.levels] == [1, 2]
   x_t = noise(half)
-  found = jax.jit(half.denoise)(params, x_t, TIMES, COND)
   unshared = alone(half)
   whole = {'unet': with_shared(params['unet'], model.unet.levels)}
   whole['unet']['level_1'].pop('level_embedding')
-  no_embedding = jax.tree.map(lambda x: x, params)
-  no_embedding['unet']['level_1']['level_embedding'] = np.zeros(16, np.float32)
-  found = jax.jit(half.denoise)(no_embedding, x_t, TIMES, COND)
+  params = without_embedding(params)
+  found = jax.jit(half.denoise)(params, x_t, TIMES, COND)
   expected = jax.jit(unshared.denoise)(whole, x_t, TIMES, COND)
   assert_near(found, expected)
   # Where only the finer level has clips, it has this attention to itself.
@@ -452,7 +466,8 @@ def test_the_page_tells_what_a_recipe_saves():
     )
   assert counts['none'] > counts['blocks'] > counts['all']
   page = pathlib.Path(__file__).parents[2] / 'docs' / 'how_it_works.md'
-  millions = [f'{count / 1e6:.1f} M' for count in counts.values()]
-  assert '{}, with `blocks` {} and with `all` {}'.format(*millions) in ' '.join(
-    page.read_text().split()
-  )
+  none, blocks, both = (f'{count / 1e6:.1f} M' for count in counts.values())
+  assert (
+    f'`cc12m_256` has {none} parameters of its own, with `blocks` {blocks} and '
+    f'with `all` {both}'
+  ) in ' '.join(page.read_text().split())

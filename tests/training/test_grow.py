@@ -1,12 +1,17 @@
 """Growing a network from a smaller one, and finding the next stage."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdm_jax.builders.config import stage_directory
 from mdm_jax.builders.model import make_model
+from mdm_jax.checkpoint import restore
 from mdm_jax.training import grow
+from tests import toy
 
 
 def test_grow_copies_trained_parameters():
@@ -107,6 +112,50 @@ def test_coarse_output_equals_the_trained_network(
   # Its own conv_out starts as zero.
   assert np.any(fine) == (share == 'all')
   np.testing.assert_array_equal(coarse, expected)
+
+
+def test_a_stage_that_adds_a_level_with_shared_layers(tmp_path, monkeypatch):
+  namespace = {}
+  changes = {f'stages[{i}].learning_rate': 0.01 for i in range(2)}
+  changes |= {f'stages[{i}].warmup_steps': 0 for i in range(2)}
+  changes |= {'model.levels[1].share': 'all', 'optimizer.ema_decay': 0.0}
+  exec(toy.recipe(2, 2, **changes), namespace)
+  config, grown = namespace['get_config'](), []
+
+  def grow_and_keep(fresh, trained, grow=grow.grow):
+    grown.append((trained, grow(fresh, trained)))
+    return grown[-1][1]
+
+  monkeypatch.setattr(grow, 'grow', grow_and_keep)
+  toy.run(config, tmp_path)
+  ((trained, begun),) = grown
+  small, large = (make_model(config, stage) for stage in config.stages)
+  rng = np.random.default_rng(0)
+  x_t = tuple(
+    jnp.float32(rng.standard_normal((2, size, size, 3))) for size in (8, 16)
+  )
+  tokens = jnp.int32(rng.integers(1, 9, (2, 32)))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def predict(model, params, x_t):
+    cond = model.encode(params, tokens)
+    return model.denoise(params, x_t, jnp.array([9, 900]), cond)
+
+  (expected,) = predict(small, trained, x_t[:1])
+  assert np.abs(expected).max() > 1e-3
+  np.testing.assert_array_equal(predict(large, begun, x_t)[0], expected)
+  # Training then changes what both levels use, which is saved once.
+  directory = stage_directory(tmp_path, config, 1)
+  saved = restore.restore_item(directory, None, 'params')['unet']
+  assert 'up_1' in saved['level_1']
+  assert 'block_0' not in saved['level_1']['up_1']
+  assert 'conv_out' not in saved['level_1']
+  for name in ('up_0', 'time_in', 'conv_out'):
+    assert not np.array_equal(
+      jax.tree.leaves(saved['level_0'][name])[0],
+      jax.tree.leaves(begun['unet']['level_0'][name])[0],
+    )
+  assert np.all(saved['level_1']['level_embedding'] != 0)
 
 
 def test_next_stage(tmp_path):
