@@ -166,20 +166,17 @@ def test_flops_are_those_of_the_whole_step(make_config):
   once = recipe_costs.count(config)
   assert list(once['flops']) == ['8', '16']
   assert 0 < once['flops']['8'] < once['flops']['16']
-  for stage in config.stages:
-    stage.accumulate = 2
+  config.stages = config.stages[1:]
+  config.stages[0].accumulate = 2
   config.sampler.guidance = 2.0
+  config.eval.batch_size = 4
   found = recipe_costs.count(config)
   # Microbatches are the iterations of a loop.
-  assert found['flops'] == pytest.approx(once['flops'], rel=0.05)
-  # Guidance calls the network twice, the encoder's work is not in it.
+  assert found['flops'] == {'16': pytest.approx(once['flops']['16'], rel=0.05)}
+  # Of an image. Guidance calls the network twice, but no encoder at each step.
   ratio = found['sampling_flops'] / once['sampling_flops']
   assert ratio == pytest.approx(2, rel=0.05)
-  # It is that of an image.
-  config.eval.batch_size = 4
-  assert recipe_costs.sampling_flops(config) == pytest.approx(
-    found['sampling_flops'], rel=0.01
-  )
+  assert found['parameters'] == once['parameters'] > 1000
 
 
 class Trainings:
@@ -354,7 +351,7 @@ MDM, SINGLE = '--recipe=mdm=shapes_64', '--recipe=single=shapes_64:single'
     ((MDM, MDM), '--recipe=mdm=shapes_64: mdm is given twice.'),
     ((MDM, '--recipe=b=nowhere'), '--recipe=b=nowhere: there is no shipped'),
     ((MDM, '--recipe=shapes_64'), 'give NAME=RECIPE.'),
-    ((MDM, SINGLE, '--budgets=0'), '--budgets=0: give a list'),
+    ((MDM, SINGLE, '--budgets=0'), '--budgets=0: give a number above 0'),
     ((MDM, SINGLE, '--set=a=1'), 'a=1: no such key (a)'),
     (
       (MDM, SINGLE, '--set=stages[1].steps=7'),
@@ -381,7 +378,9 @@ def test_steps_are_timed(files):
   (single,) = compare_models.load_recipes([f'a={files["single"]}'], [])
   found = recipe_costs.measure_seconds('a', single.words({}), single.config, {})
   assert found.keys() == {'8'} and 0 < found['8'] < 10
-  with pytest.raises(ValueError, match="--recipe=a, stage '8': .*no such key"):
+  with pytest.raises(
+    ValueError, match="--recipe=a, stage '8': Unknown command line flag"
+  ):
     recipe_costs.measure_seconds('a', ['--config.a=1'], single.config, {})
 
 
