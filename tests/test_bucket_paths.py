@@ -324,6 +324,22 @@ def try_sweep(tries, run):
   tries.note('tools.sweep', *names)
 
 
+def try_compare_models(tries):
+  given = tries.upload(one=toy.recipe(1, 1).encode())
+  output = f'{tries.path}/comparison'
+  flags = (
+    *(f'--recipe={name}={given["one"]}' for name in 'ab'),
+    *('--budgets=0.1', '--metrics=loss'),
+  )
+  result = tries('tools.compare_models', *flags, output=output, code=1)
+  assert "stage '8' would have 0.1 steps" in result.stderr
+  costs = json.loads(tries.files()['comparison/costs.json'])
+  assert costs['a'] == costs['b'] and costs['a']['flops']['8'] > 0
+  # The same functions as of tools.sweep read and write these.
+  names = 'clip', 'inception', 'i3d', 'reference', 'cache', 'plot'
+  tries.note('tools.compare_models', *names)
+
+
 def try_bench(tries):
   given = tries.upload(config=toy.recipe(1, 1).encode())
   flags = ('--batch_size=8', '--steps=1', '--sampling_steps=1')
@@ -495,6 +511,13 @@ TRIED = {
     'profile': try_bench,
   },
   'tools.bench_data': {'config': try_training, 'output': try_training},
+  'tools.compare_models': dict.fromkeys(
+    (
+      *('output', 'plot'),
+      *('clip', 'inception', 'i3d', 'reference', 'cache'),
+    ),
+    try_compare_models,
+  ),
   'tools.compare_samplers': {
     'workdir': try_compare,
     'output': try_compare,
@@ -609,6 +632,7 @@ NEEDED = {
   'demo': ('--host=127.0.0.1', 'workdir'),
   'tools.bench': ('--config=shapes_64', 'output'),
   'tools.bench_data': ('--config=shapes_64', 'output'),
+  'tools.compare_models': ('--metrics=loss', 'output'),
   'tools.compare_samplers': ('--steps=1', 'workdir'),
   'tools.compare_with_data': ('--workdir=.', 'output'),
   'tools.emoji_tars': ('--resolution=64', 'output'),

@@ -11,6 +11,8 @@ ROOT = pathlib.Path(__file__).parents[1] / 'mdm_jax'
 # A module imports only from rows below its own.
 ROWS = (
   'main sample evaluate demo',
+  'tools.compare_models',
+  'tools.recipe_costs',
   'tools.plan tools.bench tools.bench_data tools.compare_samplers '
   'tools.compare_with_data tools.emoji_tars tools.nearest_images '
   'tools.export_weights tools.import_ml_mdm tools.index_tars '
@@ -39,7 +41,7 @@ ROWS = (
   'inference.split_images',
   'inference.weights inference.run_flags',
   'builders.check',
-  'builders.stage builders.prompts',
+  'builders.stage builders.prompts builders.equal_compute',
   'builders.autoencoder_stage',
   'builders.base_stage',
   'builders.model builders.data',
@@ -58,6 +60,7 @@ ROWS = (
   'checkpoint.contents',
   'checkpoint.manifest',
   'checkpoint.identity',
+  'report.comparison',
   'report.sweep_results',
   'report.sample_directory report.progress report.metric_writer '
   'report.goodput report.evaluations report.training_curve report.plots',

@@ -29,6 +29,10 @@ PAIRS = {
   ),
   ('main', 'sweep'): 'tools/test_sweep.py::test_a_finished_run_is_evaluated',
   ('sweep', 'sweep'): 'tools/test_sweep.py::test_a_changed_grid_adds_runs',
+  ('compare_models', 'compare_models'): (
+    'tools/test_compare_models.py'
+    '::test_runs_are_trained_evaluated_and_continued'
+  ),
   ('main', 'compare_with_data'): (
     'training/test_loop.py::test_samples_are_shown_beside_the_data'
   ),

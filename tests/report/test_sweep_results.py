@@ -1,8 +1,5 @@
 """Tables and plots of sweeps, and what is read back."""
 
-import sys
-from unittest import mock
-
 from etils import epath
 import pytest
 
@@ -79,20 +76,6 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
   (tmp_path / 'results.jsonl').write_text('{"run": 1}\n')
   with pytest.raises(ValueError, match='holds something else, such as b: give'):
     sweep_results.read(directory, ['a'], BASE.get)
-
-
-@pytest.fixture
-def axes(monkeypatch):
-  """Without Matplotlib, which the tests do not install."""
-  figure, axes = mock.MagicMock(), [mock.MagicMock(), mock.MagicMock()]
-  figure.savefig = lambda path, format: path.write_text(format)
-  library = mock.MagicMock()
-  library.pyplot.subplots = lambda rows, count, **_: (
-    figure,
-    axes if count > 1 else axes[0],
-  )
-  monkeypatch.setitem(sys.modules, 'matplotlib', library)
-  return axes
 
 
 def plotted(axis):

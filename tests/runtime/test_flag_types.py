@@ -103,7 +103,7 @@ def test_there_are_all_commands():
   assert {
     f'mdm_jax.{name}' for name in ('main', 'sample', 'evaluate', 'demo')
   } < set(COMMANDS)
-  assert len(COMMANDS) == 4 + 15
+  assert len(COMMANDS) == 4 + 16
 
 
 def test_every_flag_has_a_kind(defined):
