@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import time
 
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from mdm_jax.builders.base_stage import BaseStage
@@ -33,7 +34,7 @@ def log_summary(run: Run, stages: Sequence[BaseStage], first: int) -> None:
     mesh=mesh,
     precision=f'{config.dtype} activations, float32 parameters',
     data=_data(config),
-    text=_text(config),
+    text=_text(config, make_text_encoder(config)),
     parameters=_parameters(run, stages),
     workdir=run.workdir,
     run=f'{time.strftime("%Y-%m-%d")}: {_resumed(run, stages, first)}',
@@ -58,9 +59,9 @@ def _data(config: ConfigDict) -> str:
   return found
 
 
-def _text(config: ConfigDict) -> str:
+def _text(config: ConfigDict, encoder: nn.Module) -> str:
   """The text encoder: its kind, size and tokens."""
-  text, encoder = config.text, make_text_encoder(config)
+  text = config.text
   width = f'width {encoder.width}'
   if text.encoder == 'label':
     return f'label: {text.num_classes:,} classes, {width}'

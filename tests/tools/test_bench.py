@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import common
 from mdm_jax.builders.check import check
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import make_stage
@@ -106,6 +107,20 @@ def test_measures_both_steps(make_config, tmp_path):
     if line.startswith('step, s') and line.endswith(' 0.5')
   )
   assert len(median.split()) == 6
+
+
+def test_an_autoencoder_is_trained_alone(make_config):
+  config = make_config()
+  config.stages = [common.stage('first', 0, kind='autoencoder', batch_size=2)]
+  config.autoencoder.update(
+    resolution=8, channels=(8,), num_blocks=(0,), num_groups=4, patch_size=2
+  )
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  stage = make_stage(config, 0)
+  found = bench.measure(stage, mesh, count=2, sampling_steps=2)
+  assert found.keys() == {'train'} and found['train']['device_flops'] > 1e4
+  with pytest.raises(ValueError, match="--only=sample: stage 'first' is an"):
+    bench.measure(stage, mesh, count=2, sampling_steps=2, only='sample')
 
 
 def trace_of_a_gpu() -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cc12m_1024
+from configs import cc12m_1024, common
 from mdm_jax.builders.data import make_dataset
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import batch_sizes, make_stage
@@ -237,6 +237,20 @@ def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
   plan.plan(config, 'v5e:2x4', [0], None, 'sample', None, tmp_path)
   out = capsys.readouterr().out
   assert "stage '8', sample step" in out and '1 images a chip' in out
+
+
+def test_an_autoencoder_is_trained_alone(
+  config, slice_of_cpus, tmp_path, capsys
+):
+  config.stages[0] = common.stage('first', 0, kind='autoencoder', batch_size=16)
+  config.autoencoder.update(
+    resolution=8, channels=(8,), num_blocks=(0,), num_groups=4, patch_size=2
+  )
+  plan.plan(config, 'v5e:2x4', [0], None, 'train', None, tmp_path)
+  out = capsys.readouterr().out
+  assert "stage 'first', train step" in out and '2 images a chip' in out
+  with pytest.raises(ValueError, match="'first' is an autoencoder, .*=train"):
+    plan.plan(config, 'v5e:2x4', [0], None, 'sample', None, tmp_path)
 
 
 def test_a_gpu_is_counted_before_its_libraries(

@@ -13,7 +13,7 @@ from mdm_jax.builders.config import stage_directory
 from mdm_jax.builders.stage import make_stage, make_stages
 from mdm_jax.checkpoint import restore
 from mdm_jax.diffusion import pyramid
-from mdm_jax.inference import session, weights
+from mdm_jax.inference import session, validation, weights
 from mdm_jax.runtime import files, sharding
 from mdm_jax.steps import autoencoder
 from tests import toy
@@ -119,6 +119,23 @@ def test_the_grid_has_held_out_images_and_the_decoded_ones(alone):
   found = autoencoder.psnr(floats[:8], pyramid.to_float(decoded[:8])).mean()
   measured = lines_of(alone, 'first')[-1]['held_out_psnr']
   np.testing.assert_allclose(found, measured, atol=0.05)
+
+
+def test_a_mesh_measures_and_shows_the_same(alone):
+  config, found = make_config(1), []
+  stage = make_stage(config, 0)
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(
+      dict(zip(sharding.AXES, sizes)), jax.devices()[: np.prod(sizes)]
+    )
+    params = weights.restore_weights(config, alone, mesh).params
+    _, decoded = stage.make_sample_fn(mesh, params)(params, None, range(8))
+    values = validation.validate(stage, mesh, params)
+    found.append((decoded.astype(int), values['held_out_psnr']))
+  (images, psnr), (others, other_psnr) = found
+  assert np.std(images) > 1
+  assert np.abs(images - others).max() <= 1
+  np.testing.assert_allclose(psnr, other_psnr, rtol=1e-5)
 
 
 def test_the_best_has_the_highest_psnr(alone):

@@ -117,11 +117,8 @@ def test_kinds_of_text(encoder, expected, make_config):
     encoder=encoder, path='/t5', tokenizer=CAPTIONS_MODEL, num_classes=1000
   )
   spec = types.SimpleNamespace(num_layers=24)
-  model = types.SimpleNamespace(
-    text_encoder=types.SimpleNamespace(width=2048, spec=spec)
-  )
-  stage = types.SimpleNamespace(config=config, model=model)
-  assert summary._text(stage) == expected
+  found = summary._text(config, types.SimpleNamespace(width=2048, spec=spec))
+  assert found == expected
 
 
 def test_work_of_later_stages_is_counted_in_flops(make_config, monkeypatch):
