@@ -338,12 +338,7 @@ def sample_step(
       adds none (see `is_stochastic`).
     before: noising step r where the previous sampling step started, and the
       x0 that it returned; None at the first step.
-    sampler: as in `sample`.
-    eta: as in `sample`.
-    parameterization: as in `sample`.
-    threshold: as in `sample`.
-    known: as in `sample`.
-    num_codes: as in `sample`.
+    sampler, eta, parameterization, threshold, known, num_codes: as in `sample`.
 
   Returns:
     The pyramids x_s and the thresholded x0, float32.
@@ -387,14 +382,21 @@ def sample_step(
 
     def correct(x_s):
       slopes, slopes_s = (
-        tuple(process.predict_eps(*level, 'x0') for level in zip(*each))
-        for each in ((x0, x_t, at), (predict(x_s, s), x_s, at_s))
+        _slopes(x0, x_t, at),
+        _slopes(predict(x_s, s), x_s, at_s),
       )
       return tuple(map(heun_step, slopes, slopes_s, x_t, at, at_s))
 
     # The network is not trained on images without noise, as at s = 0.
     x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
   return x_s, x0
+
+
+def _slopes(x0: Pyramid, x_t: Pyramid, at: Sequence[Coefficients]) -> Pyramid:
+  """The noise of x_t at every level, which is the slope that Heun takes."""
+  return tuple(
+    process.predict_eps(*level, 'x0') for level in zip(x0, x_t, at, strict=True)
+  )
 
 
 def steps(num_steps: int, schedule: Schedule) -> tuple[np.ndarray, ...]:
