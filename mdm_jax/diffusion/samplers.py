@@ -381,11 +381,8 @@ def sample_step(
   if sampler == 'heun':
 
     def correct(x_s):
-      slopes, slopes_s = (
-        _slopes(x0, x_t, at),
-        _slopes(predict(x_s, s), x_s, at_s),
-      )
-      return tuple(map(heun_step, slopes, slopes_s, x_t, at, at_s))
+      there = _slopes(predict(x_s, s), x_s, at_s)
+      return tuple(map(heun_step, _slopes(x0, x_t, at), there, x_t, at, at_s))
 
     # The network is not trained on images without noise, as at s = 0.
     x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
