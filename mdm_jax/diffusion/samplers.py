@@ -332,8 +332,7 @@ def sample_step(
       where the schedule has `times`.
     x_t: noisy pyramid, coarse to fine.
     schedule: the noise of each level.
-    t: noising step to start from, int scalar.
-    s: noising step to go to, int scalar, s < t.
+    t, s: noising steps to start from and to go to, int scalars, s < t.
     noise: standard normal noise of the shapes of `x_t`; None if the sampler
       adds none (see `is_stochastic`).
     before: noising step r where the previous sampling step started, and the
