@@ -18,9 +18,9 @@ of the coarser level, and those of `conv_in`, `position`, `norm_out` and
 `conv_out` that are of the same shapes. A learned vector, `level_embedding`,
 tells the levels apart.
 
-The coarser level owns the shared weights, which is stored once, under its
-name. The network is applied to parameters that have them in both places, so it
-knows nothing of this, and gradients add up.
+The coarser level owns the shared weights, which are stored once, under its
+names. `Matryoshka` applies the network to parameters that have them in both
+places, so that gradients add up.
 """
 
 from collections import defaultdict
