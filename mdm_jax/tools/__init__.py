@@ -3,8 +3,8 @@
 Data: `prepare_data`, `index_tars`, `precompute_text`, `train_tokenizer`.
 Weights: `import_ml_mdm`, `export_weights`. Speed and memory: `plan`, `bench`,
 `bench_data`. Samplers: `compare_samplers`. Tuning: `sweep`. Recipes at equal
-compute: `compare_models`. `--help` explains the flags; tests and other tools may
-import the functions.
+compute: `compare_models`. `--help` explains the flags; tests and other tools
+may import the functions.
 
 Nine modules are no commands. `compile_ahead` compiles steps for TPUs
 and GPUs that are not there, and `hlo` counts the bytes that a program moves.
