@@ -227,7 +227,8 @@ class Comparison:
           ylabel=f'{name}, %' if factor > 1 else name,
         )
         axis.grid(alpha=0.3)
-      axes[0].legend(fontsize='small')
+      if curves:
+        axes[0].legend(fontsize='small')
 
 
 def flops_to_reach(

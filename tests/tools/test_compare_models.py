@@ -378,9 +378,7 @@ def test_steps_are_timed(files):
   (single,) = compare_models.load_recipes([f'a={files["single"]}'], [])
   found = recipe_costs.measure_seconds('a', single.words({}), single.config, {})
   assert found.keys() == {'8'} and 0 < found['8'] < 10
-  with pytest.raises(
-    ValueError, match="--recipe=a, stage '8': Unknown command line flag"
-  ):
+  with pytest.raises(ValueError, match="--recipe=a, stage '8': Unknown"):
     recipe_costs.measure_seconds('a', ['--config.a=1'], single.config, {})
 
 
