@@ -44,7 +44,7 @@ def make_step(stage: Stage, mesh):
   )
   batch = sharding.shard_batch(bench.make_batch(stage), mesh)
   jitted = jit_train_step(
-    stage.make_train_step(empty_text(stage.config)), state, batch, {}
+    stage.make_train_step(empty_text(stage.config), mesh), state, batch, {}
   )
   return jitted.lower(state, batch, {}).compile(), state, batch
 

@@ -60,7 +60,7 @@ class AutoencoderStage(BaseStage):
     """Fresh float32 parameters on the host."""
     return self.model.init(self.seed)
 
-  def make_train_step(self, empty_text: np.ndarray | None = None) -> Callable:
+  def make_train_step(self, empty_text: np.ndarray, mesh: Mesh) -> Callable:
     """The training step, see `steps.train.make_step`."""
     return make_step(
       autoencoder.make_gradients(self.model, self.settings.accumulate),
@@ -68,6 +68,7 @@ class AutoencoderStage(BaseStage):
       skip_rule=self.skip_rule,
       ema_decay=self.config.optimizer.ema_decay,
       seed=self.seed,
+      mesh=mesh,
     )
 
   def make_validation_step(self, seed: int) -> Callable:

@@ -147,11 +147,12 @@ class BaseStage(abc.ABC):
     )
 
   @abc.abstractmethod
-  def make_train_step(self, empty_text: np.ndarray) -> Callable:
+  def make_train_step(self, empty_text: np.ndarray, mesh: Mesh) -> Callable:
     """The training step, see `steps.train.make_step`.
 
     Args:
       empty_text: the empty caption as the text encoder reads it.
+      mesh: the devices.
     """
 
   @abc.abstractmethod

@@ -119,11 +119,12 @@ class Stage(BaseStage):
     """Fresh float32 parameters on the host."""
     return self.model.init(self.seed, self.config.text.max_length)
 
-  def make_train_step(self, empty_text: np.ndarray) -> Callable:
+  def make_train_step(self, empty_text: np.ndarray, mesh: Mesh) -> Callable:
     """The training step, see `steps.train.make_train_step`.
 
     Args:
       empty_text: the empty caption as the text encoder reads it.
+      mesh: the devices.
     """
     return make_train_step(
       self.model,
@@ -135,6 +136,7 @@ class Stage(BaseStage):
       empty_text=empty_text,
       seed=self.seed,
       accumulate=self.settings.accumulate,
+      mesh=mesh,
     )
 
   def make_validation_step(self, seed: int) -> Callable:

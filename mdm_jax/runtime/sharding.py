@@ -91,6 +91,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def gather_kernels(params: Any, mesh: Mesh | None) -> Any:
+  """Gathers the kernels of convolutions, for gradients where rows are divided.
+
+  Otherwise XLA may divide the sum over a kernel's channels, where the images'
+  features are smaller than the kernel, and adds up what each device has: also
+  the copies along `spatial`. Gradients then are too large by a factor of that
+  axis (seen with XLA of JAX 0.10 and 0.11, on CPUs; its partitioner is that of
+  all devices).
+
+  Args:
+    params: sharded parameters, inside of `jax.jit`.
+    mesh: the devices; without a divided `spatial` axis nothing is done.
+  """
+  if mesh is None or mesh.shape['spatial'] == 1:
+    return params
+  return jax.tree.map(
+    lambda x: (
+      jax.lax.with_sharding_constraint(x, replicated(mesh))
+      if x.ndim == 4
+      else x
+    ),
+    params,
+  )
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
   """Shards examples over `BATCH_AXES`, rows or frames over `spatial`.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 import optax
 
@@ -65,6 +66,7 @@ def make_step(
   skip_rule: skip_step.SkipRule,
   ema_decay: float,
   seed: int,
+  mesh: Mesh | None = None,
 ) -> Callable[
   [TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]
 ]:
@@ -77,6 +79,7 @@ def make_step(
       optimizer as they were, bit for bit.
     ema_decay: decay of the EMA, see `ema.update`.
     seed: seed of all randomness, together with the step number.
+    mesh: the devices, for `sharding.gather_kernels`; None for one.
 
   Returns:
     (state, batch, frozen) -> (state, metrics). `frozen` holds the parameters
@@ -90,7 +93,8 @@ def make_step(
 
   def train_step(state, batch, frozen):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    (total, metrics), grads = gradients(state.params, frozen, batch, rng)
+    params = sharding.gather_kernels(state.params, mesh)
+    (total, metrics), grads = gradients(params, frozen, batch, rng)
     grad_norm = optax.tree.norm(grads)
     good, guard = skip_step.judge(skip_rule, state.guard, total, grad_norm)
     # A `where` for each leaf would read old values after new ones are written,
@@ -141,7 +145,7 @@ def make_train_step(
       the other and hold whole patterns of a mixed batch. Their gradients are
       averaged, so that the step equals that of the whole batch up to rounding.
       It needs the activation memory of one microbatch, and the noise of all.
-    **options: `skip_rule`, `ema_decay` and `seed` of `make_step`.
+    **options: `skip_rule`, `ema_decay`, `seed` and `mesh` of `make_step`.
 
   Returns:
     See `make_step`. Its metrics are also `level_losses` [levels], and

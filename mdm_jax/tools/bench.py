@@ -200,7 +200,7 @@ def bench_train(
     sharding.place(stage.init(), shardings.params)
   )
   batch = sharding.shard_batch(make_batch(stage), mesh)
-  train_step = stage.make_train_step(empty_text(stage.config))
+  train_step = stage.make_train_step(empty_text(stage.config), mesh)
   compiled, found = compile_step(
     jit_train_step(train_step, state, batch, frozen),
     mesh,

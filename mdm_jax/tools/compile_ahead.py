@@ -260,7 +260,7 @@ def _frozen(stage: BaseStage, mesh: Mesh) -> Any:
 def trace_train(stage: BaseStage, mesh: Mesh) -> jax.stages.Traced:
   """Traces the training step of a stage."""
   text = _text(stage, 1)
-  train_step = stage.make_train_step(np.zeros(text.shape[1:], text.dtype))
+  train_step = stage.make_train_step(np.zeros(text.shape[1:], text.dtype), mesh)
   arguments = (
     stage.state_shapes(mesh),
     abstract_batch(stage, mesh),

@@ -263,7 +263,7 @@ def _compile(
   logging.info('%s: compiling the training step.', stage.title)
   with run.goodput.time('compile'):
     arguments = state, batch, run.frozen
-    train_step = stage.make_train_step(empty_text(stage.config))
+    train_step = stage.make_train_step(empty_text(stage.config), run.mesh)
     jitted = jit_train_step(train_step, *arguments)
     lowered = jitted.lower(*arguments)
     compiled = lowered.compile()

@@ -197,14 +197,15 @@ def train(model, batch, sizes, accumulate, num_steps, learning_rate):
     clip_norm=1.0,
     adam_scale=1.0,
   )
+  mesh = mesh_of(*sizes)
   step = make_step(
     autoencoder.make_gradients(model, accumulate),
     update,
     skip_rule=SkipRule(spike_factor=10.0, window=100, max_skipped=9),
     ema_decay=0.9,
     seed=3,
+    mesh=mesh,
   )
-  mesh = mesh_of(*sizes)
   shapes = jax.eval_shape(lambda p: new_state(p, update), model.shapes())
   shardings = sharding.tree_shardings(shapes, mesh, RULES)
   state = jax.jit(lambda p: new_state(p, update), out_shardings=shardings)(

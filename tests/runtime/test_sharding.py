@@ -1,9 +1,12 @@
 """Meshes and the sharding of arrays, on 8 simulated devices."""
 
 import contextlib
+import math
 import types
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -156,3 +159,37 @@ def test_place():
     assert shard.data.shape == (6, 2)
     np.testing.assert_array_equal(shard.data, tree['kernel'][shard.index])
   assert int(placed['step']) == 7
+
+
+@pytest.mark.parametrize('sizes', [(1, 2, 2), (2, 2, 2), (1, 2, 4)])
+def test_gradients_of_kernels_larger_than_the_features(sizes):
+  """Of two convolutions, against one device."""
+
+  def convolve(x, kernel):
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), 'SAME', dimension_numbers=numbers
+    )
+
+  def loss(kernels, x):
+    first, second = kernels
+    return (convolve(jnp.tanh(convolve(x, first)), second) ** 2).mean()
+
+  rng = np.random.default_rng(0)
+  kernels = [0.1 * rng.standard_normal((3, 3, 16, 16), np.float32)] * 2
+  x = rng.standard_normal((8, 4, 4, 16), np.float32)
+  expected = jax.grad(loss)(kernels, x)
+  mesh = mesh_of(*sizes, devices=jax.devices()[: math.prod(sizes)])
+  shardings = [NamedSharding(mesh, P(None, None, None, 'fsdp'))] * 2
+
+  def gradients(kernels, x):
+    return jax.grad(loss)(sharding.gather_kernels(kernels, mesh), x)
+
+  found = jax.jit(gradients, out_shardings=shardings)(
+    sharding.place(kernels, shardings),
+    sharding.shard_batch({'x': x}, mesh)['x'],
+  )
+  for one, other in zip(found, expected):
+    np.testing.assert_allclose(
+      one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max()
+    )

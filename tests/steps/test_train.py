@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from mdm_jax.builders.model import make_model
-from mdm_jax.builders.stage import make_objective, make_optimizer
+from mdm_jax.builders.stage import (
+  make_objective,
+  make_optimizer,
+  make_stage,
+)
 from mdm_jax.builders.text import empty_text, make_tokenizer
 from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.models.matryoshka import Matryoshka
@@ -23,7 +27,7 @@ from mdm_jax.runtime import sharding
 from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.objective import batch_losses, sample_noise
 from mdm_jax.steps.state import TrainState
-from mdm_jax.steps.train import make_train_step, new_state
+from mdm_jax.steps.train import jit_train_step, make_train_step, new_state
 
 BATCH = 32
 FLOW = {
@@ -107,6 +111,7 @@ def training(make_config, batch):
         empty_text=empty_text(config),
         seed=3,
         accumulate=accumulate,
+        mesh=mesh,
       )(state, batch, {})
 
     def make_state(params):
@@ -615,3 +620,29 @@ def test_spatial_divides_rows(training):
   )
   assert flops[1] < flops[0] / 6
   assert memory[1] < memory[0] / 5
+
+
+def test_kernels_larger_than_the_features(make_config, random_params):
+  """A step on a mesh that divides both, against one device."""
+  config = make_config()
+  config.model.levels[0].update(
+    channels=(16, 16), num_blocks=(0, 0), attention_layers=(0, 0)
+  )
+  config.stages[0].update(batch_size=8, learning_rate=1e-2)
+  stage = make_stage(config, 0)
+  (batch,) = stage.make_dataset('train', num_batches=1)
+  flags = {name: np.zeros(8, bool) for name in ('stop', 'save')}
+  params = random_params(stage.model, config.text.max_length)
+  norms = []
+  for name in ('one', 'all'):
+    mesh = mesh_of(name)
+    shapes = stage.state_shapes(mesh)
+    state = jax.jit(
+      stage.new_state, out_shardings=jax.tree.map(lambda x: x.sharding, shapes)
+    )(params)
+    placed = sharding.shard_batch(batch | flags, mesh)
+    step = stage.make_train_step(empty_text(config), mesh)
+    jitted = jit_train_step(step, state, placed, {})
+    _, metrics = jitted(state, placed, {})
+    norms.append(metrics['grad_norm'])
+  np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
