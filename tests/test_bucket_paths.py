@@ -632,7 +632,7 @@ NEEDED = {
   'demo': ('--host=127.0.0.1', 'workdir'),
   'tools.bench': ('--config=shapes_64', 'output'),
   'tools.bench_data': ('--config=shapes_64', 'output'),
-  'tools.compare_models': ('--metrics=loss', 'output'),
+  'tools.compare_models': ('--metrics=loss', 'plot'),
   'tools.compare_samplers': ('--steps=1', 'workdir'),
   'tools.compare_with_data': ('--workdir=.', 'output'),
   'tools.emoji_tars': ('--resolution=64', 'output'),
@@ -672,6 +672,8 @@ def test_a_wrong_path_is_one_line(command, bucket):
     end = 'a.pth'
   elif flag == 'config':
     end = 'a.py'
+  elif flag == 'plot':
+    end = 'a.svg'
   line = refusal(command, flag, f'gs:/{bucket.name}/{end}')
   assert 'write gs:// with two slashes' in line
   line = refusal(command, flag, f'gs://not-there/{end}')
