@@ -16,6 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Before the name of a level of codes, and of the images decoded from them.
+LATENT = 'latent_'
+
 
 def batch_fractions(mixed_ratio: Sequence[float]) -> tuple[float, ...]:
   """The share of the batch that each level of a mixed batch sees.
@@ -97,9 +100,24 @@ def level_name(shape: Sequence[int]) -> str:
   return 'x'.join(map(str, shape[:-2]))
 
 
+def image_level_names(shapes: Sequence[Sequence[int]]) -> tuple[str, ...]:
+  """The names of the images of all levels, no two of which are the same.
+
+  Images that were decoded from codes may be as large as those of the next finer
+  level: their name is 'latent_64'.
+
+  Args:
+    shapes: of the levels, coarse to fine, see `example_shape`.
+  """
+  names = [*map(level_name, shapes)]
+  if len(names) > 1 and names[0] == names[1]:
+    names[0] = LATENT + names[0]
+  return tuple(names)
+
+
 def named_shape(name: str) -> tuple[int, ...] | None:
-  """The shape of a `level_name`; None for any other text."""
-  numbers = name.split('x')
+  """The shape of one of `image_level_names`; None for any other text."""
+  numbers = name.removeprefix(LATENT).split('x')
   if len(numbers) > 2 or not all(map(str.isdecimal, numbers)):
     return None
   *frames, resolution = map(int, numbers)

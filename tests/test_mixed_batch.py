@@ -86,3 +86,13 @@ def test_names_of_images():
     'image_4x64',
     'image',
   )
+
+
+def test_images_of_levels_have_names_of_their_own():
+  """Also those that are decoded from codes of the same size."""
+  image, clip = mixed_batch.example_shape(64), mixed_batch.example_shape(64, 4)
+  names = mixed_batch.image_level_names([image, image, clip])
+  assert names == ('latent_64', '64', '4x64')
+  assert mixed_batch.image_level_names([image, clip]) == ('64', '4x64')
+  assert [*map(mixed_batch.named_shape, names)] == [image, image, clip]
+  assert mixed_batch.named_shape('path') is None

@@ -111,7 +111,7 @@ def level_names(config: ConfigDict, stage: ConfigDict) -> tuple[str, ...]:
   That of a level of codes has 'latent_' before it.
   """
   return tuple(
-    ('latent_' if is_of_codes(level) else '')
+    (mixed_batch.LATENT if is_of_codes(level) else '')
     + mixed_batch.level_name(mixed_batch.example_shape(level.resolution, count))
     for level, count in zip(
       trained_levels(config, stage), frames(config, stage), strict=True

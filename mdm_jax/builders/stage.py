@@ -79,6 +79,15 @@ class Stage(BaseStage):
     return make_stage(self.config, self.index - 1)
 
   @property
+  def sampled_resolutions(self) -> tuple[int, ...]:
+    """Resolutions in pixels of what it samples, coarse to fine.
+
+    In a cascade they include those of the coarser models.
+    """
+    before = self.coarser.sampled_resolutions if self.coarser else ()
+    return before + self.resolutions
+
+  @property
   def level_names(self) -> tuple[str, ...]:
     """Names of the levels, coarse to fine, see `mixed_batch.level_name`."""
     return level_names(self.config, self.settings)

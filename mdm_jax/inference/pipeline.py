@@ -161,7 +161,7 @@ class Pipeline:
   @property
   def resolutions(self) -> tuple[int, ...]:
     """Pixels a side of the levels, coarse to fine."""
-    return self.model.stage.resolutions
+    return self.model.stage.sampled_resolutions
 
   def __repr__(self) -> str:
     model = self.model

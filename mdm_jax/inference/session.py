@@ -232,11 +232,15 @@ def open_run(
 
 
 def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
-  """The config and the newest EMA weights in host memory, to export them."""
+  """The config and the newest EMA weights in host memory, to export them.
+
+  They include those of earlier stages that the model needs.
+  """
   config = _read(workdir)
   weights = restore_weights(config, workdir)
   require_generative(config, workdir, weights)
-  return config, weights
+  earlier = restore_earlier(make_stage(config, weights.index), workdir)
+  return config, weights._replace(params=weights.params | earlier)
 
 
 def require_generative(

@@ -166,13 +166,15 @@ def restore_weights(
   return restore.from_newest(directory, read)
 
 
-def restore_earlier(stage: BaseStage, workdir: str, mesh: Mesh) -> Params:
+def restore_earlier(
+  stage: BaseStage, workdir: str, mesh: Mesh | None = None
+) -> Params:
   """The EMAs of earlier stages, see `BaseStage.earlier_params`.
 
   Args:
     stage: to train, or to sample from.
     workdir: of the run.
-    mesh: the devices.
+    mesh: the devices; None for host memory.
 
   Raises:
     FileNotFoundError, CheckpointError: an earlier stage has no good weights.

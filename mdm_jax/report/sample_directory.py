@@ -49,8 +49,14 @@ def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:
     for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
       try:
         record = json.loads(line)
-        levels = filter(mixed_batch.named_shape, record['files'])
-        finest = max(levels, key=lambda name: mixed_batch.named_shape(name)[-2])
+        finest = max(
+          filter(mixed_batch.named_shape, record['files']),
+          # Decoded images may be as large as those of the finest level.
+          key=lambda name: (
+            mixed_batch.named_shape(name)[-2],
+            not name.startswith(mixed_batch.LATENT),
+          ),
+        )
         found[int(record['index'])] = str(record['files'][finest])
       except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
@@ -172,7 +178,7 @@ class SampleDirectory:
       mp4: also write the finest level, a clip, as an MP4 file.
     """
     names = self._names(
-      index, [mixed_batch.level_name(level.shape) for level in levels]
+      index, mixed_batch.image_level_names([x.shape for x in levels])
     )
     parts = [
       (grid.save_png, self.directory / name, level)
@@ -232,7 +238,7 @@ class SampleDirectory:
     self._pool.shutdown()
 
   def _names(self, index: int, levels: Sequence[str]) -> dict[str, str]:
-    """The files of a sample, by `mixed_batch.level_name`."""
+    """The files of a sample, by `mixed_batch.image_level_names`."""
     if self._layout:
       return {levels[-1]: self._layout.image(index)}
     return {level: f'{self._stem(index)}_{level}.png' for level in levels}

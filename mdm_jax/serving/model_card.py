@@ -162,7 +162,7 @@ def _one_line(text: str) -> str:
 
 
 def _sides(model: Model) -> str:
-  return ' and '.join(map(str, model.stage.resolutions))
+  return ' and '.join(map(str, model.stage.sampled_resolutions))
 
 
 def _facts(model: Model) -> dict[str, str]:

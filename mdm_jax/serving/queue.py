@@ -441,7 +441,7 @@ class SampleQueue:
 def _about(model: Model, others: Iterable[SavedWeights]) -> str:
   """Describes a model, of whose run there are other weights."""
   stage = model.stage
-  sides = ' and '.join(map(str, stage.resolutions))
+  sides = ' and '.join(map(str, stage.sampled_resolutions))
   about = f'{model.workdir}, {sides} px'
   if model.is_finished:
     return about

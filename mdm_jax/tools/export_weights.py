@@ -65,6 +65,11 @@ def export(workdir: str, output: str, names: str) -> None:
   if names == 'ours':
     tensors = traverse_util.flatten_dict(params, sep='.')
   else:
+    if further := params.keys() - {'unet', 'text_encoder'}:
+      raise ValueError(
+        f'--names=release: ml-mdm has nothing like {min(further)!r}, which '
+        'this model needs; give --names=ours.'
+      )
     levels = make_levels(config, config.stages[weights.index])
     tensors = ml_mdm.to_release(params['unet'], levels)
     if 'text_encoder' in params:

@@ -129,8 +129,8 @@ def _losses(model) -> dict[str, dict[str, float]]:
     )
     losses = validation.mean_losses(sums)
     found[name] = {
-      str(pixels): float(loss)
-      for pixels, loss in zip(stage.resolutions, losses)
+      name: float(loss)
+      for name, loss in zip(stage.level_names, losses, strict=True)
     }
   return found
 

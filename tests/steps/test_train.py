@@ -92,8 +92,7 @@ def training(make_config, batch):
     stage.mixed_ratio = (1.0, 1.0)
     stage.learning_rate = 1e-2
     mesh = mesh_of(mesh_name)
-    model = make_model(config, stage)
-    objective = make_objective(config, stage)
+    model, objective = make_model(config, stage), make_objective(config, stage)
     optimizer, _ = make_optimizer(config, stage)
     traces = []
 
