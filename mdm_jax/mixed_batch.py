@@ -133,7 +133,8 @@ def image_names(shapes: Sequence[Sequence[int]]) -> tuple[str, ...]:
   Returns:
     Coarse to fine, for example ('image_64', 'image') for 64 and 256 pixels.
   """
-  return *(f'image_{level_name(shape)}' for shape in shapes[:-1]), 'image'
+  names = image_level_names(shapes)
+  return *(f'image_{name}' for name in names[:-1]), 'image'
 
 
 def take(tree: Any, count: int, repeats: int) -> Any:

@@ -96,3 +96,5 @@ def test_images_of_levels_have_names_of_their_own():
   assert mixed_batch.image_level_names([image, clip]) == ('64', '4x64')
   assert [*map(mixed_batch.named_shape, names)] == [image, image, clip]
   assert mixed_batch.named_shape('path') is None
+  keys = 'image_latent_64', 'image_64', 'image'
+  assert mixed_batch.image_names([image, image, clip]) == keys

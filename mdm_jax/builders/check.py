@@ -1,6 +1,7 @@
 """Checks a configuration before anything is compiled."""
 
 from collections.abc import Sequence
+import dataclasses
 import math
 
 from etils import epath
@@ -19,6 +20,7 @@ from mdm_jax.builders.data import (
 )
 from mdm_jax.builders.model import (
   frames,
+  image_channels,
   is_of_codes,
   level_names,
   level_spec,
@@ -253,6 +255,7 @@ def _check_codes(config: ConfigDict) -> None:
       raise ValueError(
         f"{named} with model.cascade=True: use one of them, 'average' or False."
       )
+    _check_autoencoder(config, 0, config.stages[0])
     side, *_ = make_autoencoder(config).spec.code_shape
     if level.resolution != side or level.frames > 1:
       raise ValueError(
@@ -407,6 +410,8 @@ def _check_resolutions(config: ConfigDict) -> None:
           f'{spec.patch_size} px, halved {len(spec.channels) - 1} times, gives '
           f'{bottom} px, but level {i - 1} works at {inner}: change either.'
         )
+    channels = image_channels(config, level)
+    spec = dataclasses.replace(spec, image_channels=channels)
     with naming(f'model.levels[{i}]'):
       shared_layers(spec, coarser)
     coarser = spec

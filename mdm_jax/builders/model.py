@@ -66,9 +66,7 @@ def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
       flash=flash,
       frames=count,
       given_coarse=is_given,
-      image_channels=config.autoencoder.latent_channels
-      if is_of_codes(level)
-      else 3,
+      image_channels=image_channels(config, level),
     )
     for level, count in zip(
       trained_levels(config, stage), frames(config, stage), strict=True
@@ -133,15 +131,25 @@ def resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
 
 def image_resolutions(config: ConfigDict, stage: ConfigDict) -> tuple[int, ...]:
   """Resolutions of the images of a stage in pixels, coarse to fine."""
-  return tuple(
-    config.autoencoder.resolution if is_of_codes(level) else level.resolution
-    for level in trained_levels(config, stage)
-  )
+  levels = trained_levels(config, stage)
+  return tuple(image_resolution(config, level) for level in levels)
+
+
+def image_resolution(config: ConfigDict, level: ConfigDict) -> int:
+  """Resolution of the images of a level, or of those of its codes."""
+  if is_of_codes(level):
+    return config.autoencoder.resolution
+  return level.resolution
 
 
 def is_of_codes(level: ConfigDict) -> bool:
   """Whether a level denoises codes of the autoencoder instead of images."""
   return level.downsample == 'encoder'
+
+
+def image_channels(config: ConfigDict, level: ConfigDict) -> int:
+  """Channels of what a level denoises."""
+  return config.autoencoder.latent_channels if is_of_codes(level) else 3
 
 
 def has_codes(config: ConfigDict, stage: ConfigDict) -> bool:
@@ -170,3 +178,19 @@ def coarse_resolution(config: ConfigDict, stage: ConfigDict) -> int | None:
   if not config.model.cascade or stage.num_levels == 1:
     return None
   return config.model.levels[stage.num_levels - 2].resolution
+
+
+def keep_stage(config: ConfigDict, index: int) -> None:
+  """Leaves a stage in a config, as the last, with the earlier ones it needs.
+
+  The batches of those are made as large as its own: they do not matter.
+
+  Args:
+    config: of a run, which is changed.
+    index: of the stage.
+  """
+  own = config.stages[index]
+  needs_earlier = config.model.cascade or has_codes(config, own)
+  config.stages = config.stages[0 if needs_earlier else index : index + 1]
+  for earlier in config.stages[:-1]:
+    earlier.update(batch_size=own.batch_size, accumulate=own.accumulate)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ class Stage(BaseStage):
     levels = self.config.model.levels
     return levels[-1].frames // levels[self.settings.num_levels - 1].frames
 
-  @property
+  @functools.cached_property
   def coarser(self) -> 'Stage | None':
     """In a cascade, the stage whose samples this one is given."""
     if self.model.coarse is None:
@@ -246,7 +247,7 @@ class Stage(BaseStage):
 
     def forward(params, texts, x_t, t):
       cond = self.model.encode(params, texts)
-      cond = cond._replace(**self.model.any_coarse(sizes[0]))
+      cond = cond._replace(**self.model.placeholder_coarse(sizes[0]))
       repeats = mixed_batch.num_repeats(sizes)
       return self.model.denoise(params, x_t, t, cond, repeats)
 

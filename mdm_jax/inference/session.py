@@ -9,8 +9,10 @@ import dataclasses
 from typing import Any
 
 from absl import logging
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import numpy as np
 
 from mdm_jax.builders import ranges
 from mdm_jax.builders.check import check, parts_of_batches
@@ -159,11 +161,22 @@ class Session:
     config.mesh.update(self.config.mesh)
     guide = Session(workdir, config, self.mesh)
     stage, weights = guide._restore_weights()
+    if stage.model.coarse:
+      raise ValueError(f'{workdir} cannot be the guide: it is a cascade.')
     if found := differences(_compared(model.stage), _compared(stage)):
       raise ValueError(
         f'{workdir} cannot be the guide: ' + '; '.join(found) + '.'
       )
-    return guide._load_frozen(stage, weights)
+    guided_by = guide._load_frozen(stage, weights)
+    own, other = (
+      jax.tree.leaves(each.params.get(AUTOENCODER, {}))
+      for each in (model, guided_by)
+    )
+    if not all(map(np.array_equal, own, other)):
+      raise ValueError(
+        f'{workdir} cannot be the guide: its codes are of another autoencoder.'
+      )
+    return guided_by
 
   def _restore_weights(self) -> tuple[Stage, Weights]:
     weights = restore_weights(
@@ -291,6 +304,7 @@ def _compared(stage: Stage) -> dict[str, Any]:
   config = stage.config
   return {
     'resolutions': stage.resolutions,
+    'levels': stage.model.level_shapes,
     'diffusion': {
       # The others matter to the loss alone.
       key: config.diffusion[key]

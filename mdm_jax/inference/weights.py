@@ -177,13 +177,19 @@ def restore_earlier(
     mesh: the devices; None for host memory.
 
   Raises:
-    FileNotFoundError, CheckpointError: an earlier stage has no good weights.
+    CheckpointError: an earlier stage has no good weights.
   """
-  return stage.earlier_params(
-    lambda each: (
-      restore_weights(each.config, workdir, mesh, stage=each.name).params
-    )
-  )
+
+  def params_of(each):
+    try:
+      return restore_weights(each.config, workdir, mesh, stage=each.name).params
+    except FileNotFoundError as error:
+      raise saved_steps.CheckpointError(
+        f'{each.directory(workdir)} has no checkpoint, which '
+        f'{stage.title} needs: restore it from a backup.'
+      ) from error
+
+  return stage.earlier_params(params_of)
 
 
 def _ema(sigma_rel: float | None, best: bool) -> str:

@@ -116,7 +116,7 @@ class Matryoshka:
       cond = Cond(
         jnp.zeros((1, num_tokens, self.text_encoder.width)),
         jnp.ones((1, num_tokens), bool),
-        **self.any_coarse(1),
+        **self.placeholder_coarse(1),
       )
       x_t = tuple(jnp.zeros((1, *shape)) for shape in self.level_shapes)
       unet = self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']
@@ -167,7 +167,7 @@ class Matryoshka:
     """
     batch = len(cond.text)
     x_t = tuple(jnp.zeros((batch, *shape)) for shape in self.level_shapes)
-    with_coarse = cond._replace(**self.any_coarse(batch))
+    with_coarse = cond._replace(**self.placeholder_coarse(batch))
     _, variables = self.unet.apply(
       {'params': with_shared(params['unet'], self.unet.levels)},
       x_t,
@@ -177,8 +177,8 @@ class Matryoshka:
     )
     return cond._replace(context=variables['context'])
 
-  def any_coarse(self, batch: int) -> dict[str, jax.Array]:
-    """Fields of a `Cond`: black coarser images, if the network takes any."""
+  def placeholder_coarse(self, batch: int) -> dict[str, jax.Array]:
+    """Fields of a `Cond`: coarser images of zeros, if the network takes any."""
     if self.coarse is None:
       return {}
     shape = mixed_batch.example_shape(self.coarse, 1)

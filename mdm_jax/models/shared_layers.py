@@ -134,7 +134,10 @@ def _at_the_ends(outer: LevelSpec, inner: LevelSpec) -> Iterator[str]:
   yield from ('time_in', 'time_out', 'scale_in', 'scale_out')
   if outer.channels[0] != inner.channels[0]:
     return
-  if outer.patch_size == inner.patch_size:
+  if (outer.patch_size, outer.image_channels) == (
+    inner.patch_size,
+    inner.image_channels,
+  ):
     yield from ('conv_in', 'conv_out')
   if outer.position_waves == inner.position_waves != 0:
     yield 'position'

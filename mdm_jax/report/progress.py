@@ -63,8 +63,8 @@ class Progress:
     Args:
       step: number of steps taken, more than at the last report.
       loss: weighted sum of the levels' losses, a mean over these steps.
-      parts: what the loss consists of, such as the levels' losses, coarse to
-        fine, by name, likewise.
+      parts: shown beside the loss by name, such as the levels' losses, coarse
+        to fine, likewise.
       grad_norm: gradient norm before clipping, likewise.
       learning_rate: learning rate of the last step.
 

@@ -9,6 +9,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from mdm_jax import mixed_batch
 from mdm_jax.report import grid
 from mdm_jax.runtime.printable import printable
 from mdm_jax.serving import film
@@ -150,10 +151,11 @@ def finished(queue: SampleQueue, job: Job) -> str:
     seed = request.seed + i
     commands.append(queue.command(request, i))
     sides = [level.shape[-2] for level in job.images]
+    names = mixed_batch.image_level_names([x.shape[1:] for x in job.images])
     sources = [_png(level[i]) for level in job.images]
     links = ''.join(
-      f'<a download="seed_{seed}_{side}.png" href="{source}">{side} px PNG</a>'
-      for side, source in zip(sides, sources)
+      f'<a download="seed_{seed}_{name}.png" href="{source}">{side} px PNG</a>'
+      for name, side, source in zip(names, sides, sources)
     )
     below = (
       f'seed {seed} &nbsp; {links}<details><summary>command</summary>'
@@ -228,7 +230,9 @@ def _film(job: Job) -> str:
   labels = [
     f'Step {frame.step} of {job.request.steps}: log-SNR '
     + ', '.join(
-      f'{value:.1f} at {side} px' for value, side in zip(frame.log_snr, sides)
+      # In a cascade only the finest level still has noise.
+      f'{value:.1f} at {side} px'
+      for value, side in zip(frame.log_snr, sides[-len(frame.log_snr) :])
     )
     for frame in job.film
   ]

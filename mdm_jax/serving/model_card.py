@@ -167,7 +167,8 @@ def _sides(model: Model) -> str:
 
 def _facts(model: Model) -> dict[str, str]:
   stage, config = model.stage, model.stage.config
-  size = sum(leaf.size for leaf in jax.tree.leaves(model.weights.params))
+  earlier = stage.earlier_params(lambda each: each.param_shapes())
+  size = sum(x.size for x in jax.tree.leaves((model.weights.params, earlier)))
   together = ', denoised together' if len(stage.resolutions) > 1 else ''
   data = {
     'shapes': 'procedural shapes, drawn while training',

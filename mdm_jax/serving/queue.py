@@ -394,9 +394,10 @@ class SampleQueue:
 
   def _make_sample_steps(self, index: int, sampler: str, threshold: str):
     base, shardings = self._samplers[index]
-    spec = dataclasses.replace(base.spec, name=sampler, threshold=threshold)
     return make_sample_steps(
-      dataclasses.replace(base, spec=spec), shardings, with_inputs=True
+      base.with_spec(name=sampler, threshold=threshold),
+      shardings,
+      with_inputs=True,
     )
 
   def _sample(self, job: Job) -> None:

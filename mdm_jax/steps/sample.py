@@ -142,7 +142,7 @@ class Sampler:
   def _frames(self) -> list[int]:
     """Frames of the levels, coarse to fine."""
     return [
-      shape[0] if len(shape) == 4 else 1 for shape in self.model.level_shapes
+      shape[0] if len(shape) == 4 else 1 for shape in self.model.image_shapes
     ]
 
   @property
@@ -169,6 +169,14 @@ class Sampler:
   def _depth(self) -> int:
     """Number of coarser levels of a cascade."""
     return 1 + self.coarser._depth if self.coarser else 0
+
+  def with_spec(self, **changes: Any) -> 'Sampler':
+    """The sampler with other options, see `SamplerSpec`, at all levels."""
+    return dataclasses.replace(
+      self,
+      spec=dataclasses.replace(self.spec, **changes),
+      coarser=self.coarser and self.coarser.with_spec(**changes),
+    )
 
   def coarser_params(self, params):
     """Parameters of `coarser`, or their shardings."""
@@ -211,9 +219,10 @@ class Sampler:
       first = pyramid.to_float(earlier[:, -self._overlap :])
       shapes = [
         (count, *shape[1:]) if len(shape) == 4 else shape
-        for count, shape in zip(self._known, self.model.level_shapes)
+        for count, shape in zip(self._known, self.model.image_shapes)
       ]
       known = pyramid.make_pyramid(first, shapes, [1.0] * len(shapes))
+      known = self.model.to_codes(params, known)
       # Beyond any step, whose noise is of `fold_in(key, step)`.
       keys = _fold(keys, 2**30 + part)
     return Prepared(
@@ -605,7 +614,9 @@ def _make_coarser_steps(
   )
 
   def sample_coarser(params, *arguments):
-    *_, last = sample_steps(sampler.coarser_params(params), *arguments)
+    for images in sample_steps(sampler.coarser_params(params), *arguments):
+      # With many steps in flight, collectives on a CPU have deadlocked.
+      last = jax.block_until_ready(images)
     return last
 
   return sample_coarser

@@ -29,6 +29,7 @@ import numpy as np
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.model import keep_stage
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
 from mdm_jax.report import console
@@ -508,13 +509,14 @@ def main(_: list[str]) -> None:
       raise ValueError(
         f'--stage={values.stage}: the config has stages 0 to {indices[-1]}.'
       )
-    settings = config.stages[-1 if values.stage is None else values.stage]
+    index = indices[-1] if values.stage is None else values.stage
     if values.batch_size:
-      settings.batch_size = config.eval.batch_size = values.batch_size
-    config.stages = [settings]
+      config.stages[index].batch_size = values.batch_size
+      config.eval.batch_size = values.batch_size
+    keep_stage(config, index)
     cpu.use_cores(parts_of_batches(config))
     mesh = sharding.make_mesh(config.mesh)
-    (stage,) = check(config, mesh)
+    *_, stage = check(config, mesh)
     found = measure(
       stage,
       mesh,

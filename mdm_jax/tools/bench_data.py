@@ -23,6 +23,7 @@ from PIL import Image
 
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.data import make_source
+from mdm_jax.builders.model import image_resolution
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import images, pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
@@ -227,7 +228,7 @@ def main(_: list[str]) -> None:
       tokenizer = make_tokenizer(config, of_captions=True)
       finest = config.model.levels[-1].frames
       sizes = [
-        (level.resolution, level.frames, finest // level.frames)
+        (image_resolution(config, level), level.frames, finest // level.frames)
         for level in config.model.levels
       ]
       if not isinstance(source[0]['image'], bytes):

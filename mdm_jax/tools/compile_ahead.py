@@ -31,6 +31,7 @@ import numpy as np
 
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check import check_stages
+from mdm_jax.builders.model import keep_stage
 from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import frozen_shapes, make_text_encoder
 from mdm_jax.data.text import CAPTIONS_MODEL
@@ -199,7 +200,8 @@ def prepare(
     scratch: directory for the config file of a T5, if text.path is empty.
 
   Returns:
-    The config, and a line for each change to report.
+    The config, of which the stage is the last one, and a line for each change
+    to report.
 
   Raises:
     ValueError: there is no such stage, or the mesh does not fit the slice.
@@ -210,9 +212,9 @@ def prepare(
       f'--stage={stage}: the config has stages 0 to {len(config.stages) - 1}.'
     )
   notes = []
-  config.stages = [config.stages[stage]]
   if batch_per_chip is not None:
-    config.stages[0].batch_size = batch_per_chip * num_chips
+    config.stages[stage].batch_size = batch_per_chip * num_chips
+  keep_stage(config, stage)
   shards = math.prod(
     sharding.mesh_sizes(config.mesh, num_chips)[axis]
     for axis in sharding.BATCH_AXES
@@ -253,8 +255,12 @@ def _text(stage: BaseStage, count: int) -> jax.ShapeDtypeStruct:
 
 def _frozen(stage: BaseStage, mesh: Mesh) -> Any:
   """What a stage needs beside its own parameters, as `ShapeDtypeStruct`s."""
-  earlier = stage.earlier_params(lambda each: each.state_shapes(mesh).ema)
-  return frozen_shapes(stage.config, mesh) | earlier
+  return frozen_shapes(stage.config, mesh) | _earlier(stage, mesh)
+
+
+def _earlier(stage: BaseStage, mesh: Mesh) -> Any:
+  """Parameters of earlier stages, see `BaseStage.earlier_params`."""
+  return stage.earlier_params(lambda each: each.state_shapes(mesh).ema)
 
 
 def trace_train(stage: BaseStage, mesh: Mesh) -> jax.stages.Traced:
@@ -345,7 +351,7 @@ def _count_flops(config: ConfigDict, step: str, turns: int) -> float:
   """
   # For one CPU, whose program calls no libraries.
   with target.planning('cpu'):
-    stage = make_stage(config, 0)
+    stage = make_stage(config, len(config.stages) - 1)
     mesh = sharding.make_mesh(
       {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices('cpu')[:1]
     )
@@ -395,7 +401,7 @@ def measure(
   key['text']['path'] = ''
   level = jax.config.jax_optimization_level
   with target.planning('gpu' if chip.kind.startswith('NVIDIA') else 'tpu'):
-    (stage,) = check_stages(config, mesh)
+    *_, stage = check_stages(config, mesh)
     return cached(
       directory,
       [key, topology, step, level, _versions(topology)],
@@ -420,6 +426,8 @@ def _measure(stage: BaseStage, mesh: Mesh, step: str) -> dict[str, Any]:
     }
     turns, trace = stage.settings.accumulate, trace_train
   kinds['text encoder'] = frozen_shapes(stage.config, mesh)
+  if earlier := _earlier(stage, mesh):
+    kinds['earlier stages'] = earlier
   sizes = {kind: bytes_per_chip(tree) for kind, tree in kinds.items()}
   begin = time.monotonic()
   try:

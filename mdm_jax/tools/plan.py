@@ -179,7 +179,7 @@ def plan(
         prepared.text.encoder = 'precomputed'
         notes.append('The text encoder, which runs once, is not included.')
       measured = measure(prepared, topology, step, directory)
-    stage = prepared.stages[0]
+    stage = prepared.stages[-1]
     images = stage.batch_size if step == 'train' else prepared.eval.batch_size
     rows, rate = report(measured, chip, images, len(devices))
     rows.append(['compiled in', console.duration(measured['seconds'])])

@@ -36,7 +36,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
   Returns:
     'flops': by stage, those of a training step: forward, backward and update.
     'sampling_flops': see `sampling_flops`.
-    'parameters': number of trained parameters that the last stage samples with.
+    'parameters': number of trained parameters of the last stage, and of the
+      earlier ones that it needs.
   """
   # A CPU's program calls no libraries, whose work would not be counted.
   with target.planning('cpu'):
@@ -64,20 +65,16 @@ def sampling_flops(config: ConfigDict) -> float:
   Args:
     config: of the recipe.
   """
-  # If networks are sampled one after the other, they all belong here.
-  sampled = [len(config.stages) - 1]
-  total = 0.0
   with target.planning('cpu'):
-    for index in sampled:
-      stage, mesh = make_stage(config, index), _mesh()
-      one, two = (
-        peaks.count_flops(
-          compile_ahead.trace_sample(stage, mesh, num_steps=num_steps)
-        )
-        for num_steps in (1, 2)
+    # A cascade's last stage samples all levels, each in so many steps.
+    stage, mesh = make_stage(config, len(config.stages) - 1), _mesh()
+    one, two = (
+      peaks.count_flops(
+        compile_ahead.trace_sample(stage, mesh, num_steps=num_steps)
       )
-      total += (two - one) / config.eval.batch_size
-  return total
+      for num_steps in (1, 2)
+    )
+  return (two - one) / config.eval.batch_size
 
 
 def measure_seconds(

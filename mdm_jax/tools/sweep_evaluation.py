@@ -14,7 +14,7 @@ import numpy as np
 
 from mdm_jax.builders import ranges, sweep_grid
 from mdm_jax.builders.check import check
-from mdm_jax.builders.config import differences
+from mdm_jax.builders.config import differences, sampler_settings
 from mdm_jax.builders.text import empty_text
 from mdm_jax.inference import evaluation
 from mdm_jax.inference.session import Model, Session
@@ -88,7 +88,7 @@ def evaluate(
     **_steps(opened, points),
     **dataclasses.asdict(options),
     'num_samples': options.num_samples or config.eval.num_prompts,
-    'sampler': config.sampler.to_dict(),
+    'sampler': sampler_settings(config),
   }
   _check_settings(results, settings)
   # The weights of a width are loaded once.

@@ -471,3 +471,12 @@ def test_the_page_tells_what_a_recipe_saves():
     f'`cc12m_256` has {none} parameters of its own, with `blocks` {blocks} and '
     f'with `all` {both}'
   ) in ' '.join(page.read_text().split())
+
+
+def test_layers_of_codes_and_of_pixels_are_not_shared():
+  """The first and last ones, whose shapes differ."""
+  codes = dataclasses.replace(INNER, image_channels=2)
+  outer = dataclasses.replace(INNER, share='all')
+  ends = {'conv_in', 'conv_out'}
+  assert ends <= shared_layers(outer, INNER).keys()
+  assert not ends & shared_layers(outer, codes).keys()

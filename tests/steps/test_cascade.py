@@ -9,10 +9,13 @@ import pytest
 
 from configs import common
 from mdm_jax.builders.check import check
+from mdm_jax.builders.model import keep_stage
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.stage import make_stage
+from mdm_jax.checkpoint.saved_steps import CheckpointError
 from mdm_jax.diffusion import process, pyramid
 from mdm_jax.diffusion.loss import level_loss
+from mdm_jax.inference.weights import restore_earlier
 from mdm_jax.runtime import sharding
 from mdm_jax.steps.objective import (
   batch_losses,
@@ -20,6 +23,7 @@ from mdm_jax.steps.objective import (
   with_augmentation,
 )
 from mdm_jax.steps.sample import make_sample_fn, make_sample_steps
+from mdm_jax.tools import recipe_costs
 from tests import toy
 
 MESHES = {'one': (1, 1, 1), 'all': (2, 2, 2)}
@@ -236,6 +240,39 @@ def test_steps_end_in_the_samples(config, params, sampled):
     assert np.abs(difference).max() <= 1
   for noisy, images in steps:
     assert [x.shape for x in noisy] == [x.shape for x in images]
+
+
+def test_other_options_are_of_all_levels(config):
+  """As the demo changes them."""
+  mesh = sharding.make_mesh(config.mesh)
+  sampler = make_stage(config, 2).make_sampler(mesh)
+  changed = sampler.with_spec(name='ddim', threshold='none')
+  for level in (changed, changed.coarser, changed.coarser.coarser):
+    assert (level.spec.name, level.spec.threshold) == ('ddim', 'none')
+    assert level.spec.num_steps == config.sampler.num_steps
+  assert sampler.coarser.spec.name == config.sampler.name
+
+
+def test_sampling_flops_are_those_of_all_levels(config):
+  """And a plan of a stage keeps the stages that it is sampled with."""
+
+  def total(index, channels):
+    kept = config.copy_and_resolve_references()
+    kept.model.levels[0].channels = (channels,)
+    keep_stage(kept, index)
+    names = ['8', '16', '32'][: index + 1]
+    assert [each.name for each in kept.stages] == names
+    return recipe_costs.sampling_flops(kept)
+
+  # What the coarsest level costs more, the finest one's samples cost more.
+  more = total(0, 16) - total(0, 8)
+  assert more > 0.5 * total(0, 8)
+  np.testing.assert_allclose(total(2, 16) - total(2, 8), more, rtol=1e-3)
+
+
+def test_a_lost_stage_is_named(config, tmp_path):
+  with pytest.raises(CheckpointError, match='1_16 has no checkpoint, which st'):
+    restore_earlier(make_stage(config, 2), str(tmp_path))
 
 
 def test_noise_of_levels_differs(config, params):
