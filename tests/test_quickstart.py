@@ -65,7 +65,7 @@ def test_its_log_is_that_of_commands(tmp_path):
 from mdm_jax.report import console, progress
 console.setup_logging()
 progress.Progress('a stage', 0, 9, 8).report(
-  1, loss=0.0, levels={}, grad_norm=0.0, learning_rate=0.0
+  1, loss=0.0, parts={}, grad_norm=0.0, learning_rate=0.0
 )
 """
   result = subprocess.run(

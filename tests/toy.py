@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -91,6 +92,14 @@ def stop_at(step: int, config, workdir, stage: str = '8') -> None:
     patch.setattr(Checkpoints, 'save', interrupt)
     with pytest.raises(KeyboardInterrupt):
       run(config, workdir)
+
+
+def stage_anew(workdir, target, config, index: int) -> None:
+  """A copy of a run in which a stage, and all that follows, has not begun."""
+  shutil.copytree(workdir, target)
+  for later in range(index, len(config.stages)):
+    shutil.rmtree(stage_directory(target, config, later))
+  shutil.rmtree(target / 'eval')
 
 
 def without(values, key: str):

@@ -465,7 +465,7 @@ def test_rates_exclude_pauses(monkeypatch):
     'loss 0.1230 (32: 0.0500, 64: 0.0730)  grad 0.31  lr 1.0e-03'
   )
   now += 1
-  lines_of.report(301, **values | {'levels': {'32': 0.123}})
+  lines_of.report(301, **values | {'parts': {'32': 0.123}})
   assert 'loss 0.1230  grad' in lines[2]
 
 

@@ -222,7 +222,7 @@ def test_sampling_step_by_step_gives_the_same_images(
   for (_, found), expected in zip(pairs[::2], (first, last)):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
   prepared = sampler.prepare(params, text, empty, np.arange(8, dtype=np.uint32))
-  start = sampler.to_uint8(sampler.start(prepared, 0))
+  start = sampler.to_uint8(params, sampler.start(prepared, 0))
   jax.tree.map(np.testing.assert_array_equal, pairs[0][0], start)
   far = [np.abs(np.asarray(x_t[1], int) - last[1]).mean() for x_t, _ in pairs]
   assert far == sorted(far, reverse=True) and far[-1] < far[0] - 5, far
