@@ -136,14 +136,14 @@ def test_more_frames_have_more_noise(config):
 def test_parts_of_a_clip_are_joined(frames, parts, expected):
   spec = SamplerSpec('dpm', 2, 0, 1, 0, (0, 1), 'clip', frames=13)
   model = types.SimpleNamespace(
-    level_shapes=[mixed_batch.example_shape(2, count) for count in frames]
+    image_shapes=[mixed_batch.example_shape(2, count) for count in frames]
   )
   sampler = Sampler(model, None, spec, None, 'v')
   assert sampler.num_parts == parts
   shift, of_parts = frames[-1] - sampler._overlap, []
   for part in range(parts):
     levels = []
-    for count, shape in zip(frames, model.level_shapes):
+    for count, shape in zip(frames, model.image_shapes):
       # Each frame is filled with its time in the whole clip.
       times = part * shift + np.arange(0, frames[-1], frames[-1] // count)
       clip = np.broadcast_to(times[:, None, None, None], (count, *shape[-3:]))
