@@ -80,6 +80,18 @@ class BaseStage(abc.ABC):
   def is_generative(self) -> bool:
     """Whether it makes images of prompts."""
 
+  def require_generative(self, flag: str) -> None:
+    """Raises ValueError if it makes no images of prompts.
+
+    Args:
+      flag: of the command that asks for them, such as '--step'.
+    """
+    if not self.is_generative:
+      raise ValueError(
+        f'{flag}=sample: stage {self.name!r} is an autoencoder, which makes no '
+        f'images of prompts; give {flag}=train, or another --stage.'
+      )
+
   @property
   def resolutions(self) -> tuple[int, ...]:
     """Resolutions in pixels, coarse to fine."""

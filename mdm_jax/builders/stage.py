@@ -226,16 +226,7 @@ class Stage(BaseStage):
     )
 
   def forward_flops(self, frozen: Params, text: jax.Array) -> float | None:
-    """FLOPs of the network on a batch, without gradients; quick to count.
-
-    Args:
-      frozen: parameters that the model needs beside the trained ones.
-      text: [N, ...], some texts as the text encoder reads them.
-
-    Returns:
-      XLA's count before it optimizes the program, over all devices; None if
-      the back end has none.
-    """
+    """See `BaseStage.forward_flops`."""
     params = self.param_shapes() | frozen
     sizes = self.batch_sizes
     x_t = tuple(

@@ -297,12 +297,9 @@ def measure(
   Raises:
     ValueError: sampling of an autoencoder is asked for.
   """
+  if only == 'sample':
+    stage.require_generative('--only')
   if not stage.is_generative:
-    if only == 'sample':
-      raise ValueError(
-        f'--only=sample: stage {stage.name!r} is an autoencoder, which makes '
-        'no images of prompts; give --only=train, or another --stage.'
-      )
     only = 'train'
   config = stage.config
   device = mesh.devices.flat[0]

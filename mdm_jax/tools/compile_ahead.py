@@ -410,11 +410,8 @@ def measure(
 
 
 def _measure(stage: BaseStage, mesh: Mesh, step: str) -> dict[str, Any]:
-  if step == 'sample' and not stage.is_generative:
-    raise ValueError(
-      f'--step=sample: stage {stage.name!r} is an autoencoder, which makes no '
-      'images of prompts; give --step=train, or another --stage.'
-    )
+  if step == 'sample':
+    stage.require_generative('--step')
   state = stage.state_shapes(mesh)
   kinds = {'EMA': state.ema}
   turns, trace = stage.config.sampler.num_steps, trace_sample
