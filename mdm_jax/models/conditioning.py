@@ -7,12 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models.layers import (
-  EPSILON,
-  TransformerLayer,
-  dense_layer,
-  sinusoidal_embedding,
-)
+from mdm_jax.models.attention import TransformerLayer
+from mdm_jax.models.layers import EPSILON, dense_layer, sinusoidal_embedding
 
 
 class Cond(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mdm_jax import mixed_batch
-from mdm_jax.models import layers
+from mdm_jax.models import attention, layers
 from mdm_jax.models.conditioning import Cond, TextConditioning, TextSpec
 from mdm_jax.models.transformer import Transformer
 from mdm_jax.models.unet import LevelSpec, UNet
@@ -93,7 +93,7 @@ class NestedUNet(nn.Module):
       if self.levels[r].given_coarse:
         given, given_t = (cond.coarse,), (cond.coarse_t,)
       temb = level.embed(t_r, scale, pooled_r, *given_t)
-      context = (layers.per_frame(temb, len(x)), *context)
+      context = (attention.per_frame(temb, len(x)), *context)
       if states:
         h = _mean_of_frames(outer.x, self.levels[r + 1].frames // frames)
         h = mixed_batch.pad(_clips(h, frames), count, repeats)
@@ -111,7 +111,7 @@ class NestedUNet(nn.Module):
       else:
         inner = self.levels[r - 1].frames
         x = mixed_batch.take(_clips(h.x, inner), len(x_t[r]), repeats)
-        x = layers.per_frame(_frames(x, inner), len(bottom.x))
+        x = attention.per_frame(_frames(x, inner), len(bottom.x))
         h = level.out_adapter(h.replace(x=x), patch=bottom.patch)
         h = bottom.replace(x=bottom.x + h.x)
       h = level.ascend(h, skips, *context)

@@ -15,7 +15,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models import layers, packing
+from mdm_jax.models import attention, layers, packing
 from mdm_jax.models.packing import Features
 from mdm_jax.models.unet import (
   LevelSpec,
@@ -42,7 +42,7 @@ class Block(nn.Module):
     num_heads: heads of the attention.
     grid: rows and columns of the image's tokens.
     dtype: of matrix products and the output.
-    flash: see `layers.attend`.
+    flash: see `attention.attend`.
   """
 
   num_heads: int
@@ -81,14 +81,14 @@ class Block(nn.Module):
       )
       return norm(name='text_k_norm')(heads(key)).reshape(key.shape), value
 
-    angles = layers.rotary_angles(
+    angles = attention.rotary_angles(
       self.grid, width // self.num_heads, count - math.prod(self.grid)
     )
 
     def placed(name, x):
       x = norm(name=name, dtype=jnp.float32)(heads(x))
       return (
-        layers.rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
+        attention.rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
       )
 
     query, key, value = jnp.split(
@@ -96,13 +96,13 @@ class Block(nn.Module):
     )
     query, key = placed('q_norm', query), placed('k_norm', key)
     text_key, text_value = (
-      layers.per_frame(each, batch)
+      attention.per_frame(each, batch)
       for each in layers.once(self, 'text_kv', keys_and_values)
     )
-    mask = layers.per_frame(text_mask, batch)
+    mask = attention.per_frame(text_mask, batch)
     if mask is not None:
       mask = jnp.pad(mask, ((0, 0), (count, 0)), constant_values=True)
-    h = layers.attend(
+    h = attention.attend(
       query,
       jnp.concatenate([key, text_key], axis=1),
       jnp.concatenate([value, text_value], axis=1),

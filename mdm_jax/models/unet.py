@@ -7,7 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdm_jax.models import layers, packing
+from mdm_jax.models import attention, layers, packing
 from mdm_jax.models.packing import Features
 
 # What a level may be: `UNet`, or `transformer.Transformer`.
@@ -58,8 +58,8 @@ class LevelSpec:
   # num_blocks=(depth,), attention_layers=(0,). A transformer does not read
   # num_groups, attention_ffn and lanes, which must have their defaults.
   kind: str = 'unet'
-  # Self-attention by cuDNN's flash kernels, see `layers.attend`. They need an
-  # NVIDIA GPU, and all rows of an image on one device.
+  # Self-attention by cuDNN's flash kernels, see `attention.attend`. They need
+  # an NVIDIA GPU, and all rows of an image on one device.
   flash: bool = False
   # Of the clips that the level denoises; with 1 they are images. All layers but
   # those of `frame_attention` see each frame as an image.
@@ -214,7 +214,7 @@ class _Blocks(nn.Module):
       spec.channels[self.index], spec.num_groups, self.dtype, name=f'block_{j}'
     )(inputs, temb)
     for k in range(spec.attention_layers[self.index]):
-      h = rematerialised(layers.Attention, spec)(
+      h = rematerialised(attention.Attention, spec)(
         spec.num_heads,
         spec.num_groups,
         spec.attention_ffn,
@@ -236,7 +236,7 @@ def frame_attention(
   spec: LevelSpec, dtype, name: str, grid: tuple[int, int] | None = None
 ) -> nn.Module:
   """A layer of attention between the frames of a level."""
-  return rematerialised(layers.FrameAttention, spec)(
+  return rematerialised(attention.FrameAttention, spec)(
     spec.frames,
     spec.num_heads,
     dtype,
@@ -298,7 +298,7 @@ class Middle(nn.Module):
       )
 
     h = block('block_0')([h], temb)
-    h = rematerialised(layers.Attention, spec)(
+    h = rematerialised(attention.Attention, spec)(
       spec.num_heads,
       spec.num_groups,
       spec.attention_ffn,

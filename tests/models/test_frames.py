@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mdm_jax.diffusion import guidance, pyramid
-from mdm_jax.models import layers
+from mdm_jax.models import attention
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.matryoshka import Matryoshka
 from mdm_jax.models.nested_unet import NestedUNet
@@ -215,7 +215,7 @@ def test_text_is_encoded_once_for_all_frames_and_steps(random_params):
 
 def test_attention_between_frames_in_float64():
   frames, heads, channels, size = 4, 2, 8, 4
-  layer = layers.FrameAttention(frames, heads, jnp.float32)
+  layer = attention.FrameAttention(frames, heads, jnp.float32)
   rng = np.random.default_rng(3)
   x = rng.standard_normal((2 * frames, 3, 5, channels)).astype(np.float32)
   shapes = jax.eval_shape(layer.init, jax.random.key(0), Features(x))['params']
@@ -263,7 +263,7 @@ def test_attention_between_frames_in_float64():
 def test_joint_attention_in_float64(others):
   """Of 3 frames of 2 x 3 places, and maybe two tokens without a place."""
   frames, heads, channels, size, grid = 3, 2, 32, 16, (2, 3)
-  layer = layers.FrameAttention(frames, heads, jnp.float32, True, grid)
+  layer = attention.FrameAttention(frames, heads, jnp.float32, True, grid)
   rng = np.random.default_rng(3)
   shape = (2 * frames, *grid) if not others else (2 * frames, 1, 6 + others)
   x = rng.standard_normal((*shape, channels)).astype(np.float32)

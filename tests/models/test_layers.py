@@ -1,4 +1,4 @@
-"""Position features, attention and norms against plain NumPy."""
+"""Position features and norms against plain NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -26,51 +26,6 @@ def test_fold_puts_each_patch_into_one_place():
   assert folded.shape == (2, 2, 3, 12)
   np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
   np.testing.assert_array_equal(packing.unfold(folded, (2, 2)), x)
-
-
-def test_attention_equals_numpy():
-  rng = np.random.default_rng(0)
-  q, k, v = rng.standard_normal((3, 2, 5, 8), np.float32)
-  mask = np.array([[True] * 5, [True, True, False, False, True]])
-  out = np.asarray(layers.attend(q, k, v, 2, mask))
-  for b in range(2):
-    for head in (slice(0, 4), slice(4, 8)):
-      logits = q[b, :, head] @ k[b, :, head].T / 2
-      weights = np.where(mask[b], np.exp(logits), 0)
-      weights /= weights.sum(1, keepdims=True)
-      np.testing.assert_allclose(
-        out[b, :, head], weights @ v[b, :, head], atol=1e-5
-      )
-
-
-@pytest.mark.parametrize(
-  'dtype, num_heads, length, flash, chosen',
-  [
-    (jnp.bfloat16, 2, 6, True, True),
-    (jnp.bfloat16, 2, 6, False, False),
-    (jnp.float32, 2, 6, True, False),
-    (jnp.bfloat16, 4, 6, True, False),  # Heads of 4 channels.
-    (jnp.bfloat16, 2, 5, True, False),
-  ],
-)
-def test_flash_attention_where_the_kernels_can(
-  monkeypatch, dtype, num_heads, length, flash, chosen
-):
-  given = {}
-  monkeypatch.setattr(
-    jax.nn,
-    'dot_product_attention',
-    lambda q, k, v, **options: given.update(options) or q,
-  )
-  x = jnp.zeros((3, length, 16), dtype)
-  mask = np.arange(length) < np.array([[length], [2], [0]])
-  layers.attend(x, x, x, num_heads, mask, flash)
-  if chosen:
-    assert given['implementation'] == 'cudnn'
-    # Without any key there is no softmax: it attends to one of padding.
-    assert given['key_value_seq_lengths'].tolist() == [6, 2, 1]
-  else:
-    assert given['mask'].shape == (3, 1, 1, length) and len(given) == 1
 
 
 # Means over standard deviations, and the largest error of values of about 1.

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdm_jax.models import layers
 from mdm_jax.models.conditioning import Cond, TextSpec
 from mdm_jax.models.nested_unet import NestedUNet
 from mdm_jax.models.unet import LevelSpec
@@ -234,31 +233,6 @@ def test_cached_text_changes_nothing(params, expected):
 
   out = predict(params, X_T, T, TEXT, MASK, SCALE)
   np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
-
-
-def test_rotation_makes_products_depend_on_distances_alone():
-  angles = layers.rotary_angles((3, 5), 8, others=1)
-  # From 2 radians a token to 1 radian over five.
-  np.testing.assert_allclose(angles[6] - angles[0], [2, 0.2, 2, 0.2])
-  q, k = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
-  turned = [
-    np.asarray(
-      layers.rotate(np.broadcast_to(x, (1, 16, 1, 8)), angles)
-    ).reshape(16, 8)
-    for x in (q, k)
-  ]
-  products = turned[0] @ turned[1].T
-  by_offset = {}
-  for i in range(15):
-    for j in range(15):
-      offset = i // 5 - j // 5, i % 5 - j % 5
-      by_offset.setdefault(offset, []).append(products[i, j])
-  assert max(np.ptp(each) for each in by_offset.values()) < 1e-5
-  values = np.sort([each[0] for each in by_offset.values()])
-  assert len(values) == 45 and np.diff(values).min() > 1e-5
-  # The last token is not turned, and neither is the middle of the image.
-  np.testing.assert_array_equal(turned[0][15], q)
-  np.testing.assert_array_equal(turned[0][7], q)
 
 
 @pytest.mark.parametrize(
