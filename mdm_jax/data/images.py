@@ -35,6 +35,9 @@ _RUN_LENGTH, _RUN_LENGTH_ENCODINGS = 16, (1, 2)
 # and not on the decoder's box filter.
 _REDUCING_GAP = 2.0
 _MAX_FRAMES = 1024  # of a clip
+# What is between two JPEG files. Inside of one it is nowhere but in metadata:
+# in those of its pixels, 0xff is followed by 0 or by the number of a restart.
+_END_AND_START = b'\xff\xd9', b'\xff\xd8'
 # Pixels that are converted to RGB at a time.
 _STRIP = 2**18
 _TRANSPOSE = {
@@ -218,7 +221,8 @@ def decode_clip(
   """Decodes frames of an image file, and crops the largest square of each.
 
   Args:
-    data: as for `load_frames`.
+    data: as for `load_frames`, or JPEG files, see `split_jpegs`, of which only
+      those that are wanted are decoded.
     resolution: R, side of the result in pixels.
     frames: T, of the result.
     every: takes every nth frame of `every * frames`.
@@ -235,14 +239,43 @@ def decode_clip(
     BadRecord: as `load_frames`, or there are not enough frames.
   """
   with decoding(key):
-    image = _open_frames(data, key)
-    size, wanted = image.size, frames * every
-    _check_frame(size, key, max_pixels)
-    found = _frames(image, lambda x: _square(x, resolution, crop), key)
+    wanted = frames * every
+    jpegs = split_jpegs(data)
+    if len(jpegs) > 1:
+      found = jpegs
+    else:
+      image = _open_frames(data, key)
+      side = min(image.size)
+      _check_frame(image.size, key, max_pixels)
+      found = _frames(image, lambda x: _square(x, resolution, crop), key)
     if len(found) < wanted:
       raise BadRecord(key, 'too few frames', f'{len(found)}, not {wanted}')
     first = round(start * (len(found) - wanted))
-    return np.stack(found[first : first + wanted : every]), min(size)
+    found = found[first : first + wanted : every]
+    if len(jpegs) > 1:
+      decoded = [
+        decode_image(file, resolution, key, crop, max_pixels) for file in found
+      ]
+      found, (side, *_) = zip(*decoded)
+    return np.stack(found), side
+
+
+def split_jpegs(data: bytes) -> list[bytes]:
+  """The JPEG files of a clip that is stored as one after the other.
+
+  That is the format of MJPEG streams. Programs for images show the first file.
+
+  Returns:
+    At least two files; a list of `data` alone if there are not as many.
+  """
+  end, start = _END_AND_START
+  if not data.startswith(start):
+    return [data]
+  first, *rest = data.split(end + start)
+  if not rest:
+    return [data]
+  *middle, last = rest
+  return [first + end, *(start + each + end for each in middle), start + last]
 
 
 def is_animation(data: bytes) -> bool:

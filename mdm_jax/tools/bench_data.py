@@ -100,7 +100,7 @@ def pillow_clip(
   """Decodes the first frames of an animation with Pillow, as `pillow` does.
 
   Args:
-    data: an animation whose frames are shown equally long.
+    data: an animation whose frames are shown equally long, or JPEG files.
     resolution: R, side of the result in pixels.
     frames: T, of the result.
     every: takes every nth frame of `every * frames`.
@@ -108,6 +108,9 @@ def pillow_clip(
   Returns:
     uint8 [T, R, R, 3].
   """
+  if len(files := images.split_jpegs(data)) > 1:
+    chosen = files[: every * frames : every]
+    return np.stack([pillow(file, resolution) for file in chosen])
   image, found = images.open_image(io.BytesIO(data)), []
   side = min(image.size)
   left, top = (image.width - side) / 2, (image.height - side) / 2

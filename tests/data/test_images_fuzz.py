@@ -209,9 +209,11 @@ def test_damaged_files_are_decoded_or_refused(count):
 @pytest.mark.parametrize('count', fuzzing.COUNTS)
 def test_damaged_animations_are_decoded_or_refused(count):
   def make(rng):
-    name = rng.choice(['PNG', 'WEBP', 'GIF'])
+    name = rng.choice(['PNG', 'WEBP', 'GIF', 'JPEG'])
     data = files()[name][-1]
-    if rng.random() < 0.5:
+    if name == 'JPEG':
+      data = files()[name][0] * 3  # One after the other.
+    elif rng.random() < 0.5:
       data = more_metadata(name, data, rng)
     data = fuzzing.damage(data, rng)
     return with_checksums(data) if name == 'PNG' else data

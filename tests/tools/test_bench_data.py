@@ -30,6 +30,15 @@ def test_each_way_is_measured():
   assert all(1 < rate < 10_000 for rate in rates.values())
 
 
+def test_the_loop_over_jpegs_gives_the_same_pixels():
+  data = bench_data.SyntheticImages(1)[0]['image'] * 8
+  expected, side = decode_clip(data, 64, 4, 2)
+  assert side == 900
+  np.testing.assert_array_equal(
+    bench_data.pillow_clip(data, 64, 4, 2), expected
+  )
+
+
 def test_clips_are_measured():
   data = animation([100] * 8)
   found = bench_data.pillow_clip(data, 8, 4, 2)

@@ -146,16 +146,26 @@ def test_what_is_no_clip_is_a_bad_record(data, problem):
   assert bad.value.reason == problem and bad.value.key == 'key'
 
 
-def test_a_clip_is_an_animated_webp():
-  frames = read_frames(video(range(48)), 'a', OPTIONS)
-  data = encode(frames, 8)
-  found = images.load_frames(data)
-  assert found.shape == (8, 32, 43, 3)
-  assert np.abs(found - np.stack(frames).astype(int)).max() < 12
+def webp(frames):
+  file = io.BytesIO()
+  first, *rest = frames
+  first.save(
+    file, 'WEBP', quality=90, save_all=True, append_images=rest, duration=125
+  )
+  return file.getvalue()
+
+
+@pytest.mark.parametrize('make', (encode, webp))
+def test_frames_of_a_clip(make):
+  frames = read_frames(video(range(48), (64, 64)), 'a', OPTIONS)
+  data = make(frames)
+  clip, side = images.decode_clip(data, 32, 8)
+  assert clip.shape == (8, 32, 32, 3) and side == 32
+  assert np.abs(clip - np.stack(frames).astype(int)).max() < 12
   # The first one is what an image is.
-  first, size = images.load_image(data)
-  np.testing.assert_array_equal(np.asarray(first), found[0])
-  assert size == (43, 32)
+  first, size = images.decode_image(data, 32)
+  np.testing.assert_array_equal(first, clip[0])
+  assert size == 32
   for start, every, values in (
     (0.0, 1, [0, 3, 6, 9]),
     (1.0, 1, [12, 15, 18, 21]),
@@ -165,19 +175,56 @@ def test_a_clip_is_an_animated_webp():
     clip, side = images.decode_clip(data, 16, 4, every, start=start)
     assert clip.shape == (4, 16, 16, 3) and side == 32
     assert values_of(clip) == values
-  # Equal frames, which are stored once.
+  # Equal frames, which a WebP stores once.
   frames = [frames[i] for i in (0, 0, 0, 1, 2, 2, 3, 3)]
-  clip, _ = images.decode_clip(encode(frames, 8), 16, 8)
+  clip, _ = images.decode_clip(make(frames), 16, 8)
   assert values_of(clip) == [0, 0, 0, 3, 6, 6, 9, 9]
   with pytest.raises(BadRecord, match='too few frames .8, not 9'):
     images.decode_clip(data, 16, 9)
   with pytest.raises(BadRecord, match='too many pixels'):
-    images.decode_clip(data, 16, 4, max_pixels=43 * 31)
-  with pytest.raises(BadRecord, match='too many pixels'):
-    images.load_frames(data, max_pixels=8 * 43 * 32 - 1)
+    images.decode_clip(data, 16, 4, max_pixels=32 * 31)
   for cut in (data[: len(data) // 2], b'no image'):
     with pytest.raises(BadRecord):
       images.decode_clip(cut, 16, 8)
+
+
+def test_all_frames_of_an_animation():
+  frames = read_frames(video(range(48)), 'a', OPTIONS)
+  found = images.load_frames(webp(frames))
+  assert found.shape == (8, 32, 43, 3)
+  assert np.abs(found - np.stack(frames).astype(int)).max() < 12
+  with pytest.raises(BadRecord, match='too many pixels'):
+    images.load_frames(webp(frames), max_pixels=8 * 43 * 32 - 1)
+
+
+def test_only_the_wanted_jpegs_are_decoded():
+  """Of a larger clip also only as many pixels as are needed."""
+  frames = read_frames(video(range(48), (320, 240)), 'a', Options(8, 4))
+  jpegs = images.split_jpegs(encode(frames))
+  assert len(jpegs) == 8 and b''.join(jpegs) == encode(frames)
+  for i in (0, 1, 3, 5, 7):
+    jpegs[i] = jpegs[i][:100] + jpegs[i][-2:]
+  data = b''.join(jpegs)
+  # Frames 2, 4 and 6.
+  clip, side = images.decode_clip(data, 16, 3, 2, start=1.0)
+  assert side == 240 and values_of(clip) == [6, 12, 18]
+  with pytest.raises(BadRecord, match='damaged image'):
+    images.decode_clip(data, 16, 3, 2, start=0.0)
+  images.decode_clip(data, 16, 3, 2, start=1.0, max_pixels=80 * 60)
+  with pytest.raises(BadRecord, match='too many pixels'):
+    images.decode_clip(data, 16, 3, 2, start=1.0, max_pixels=80 * 60 - 1)
+
+
+def test_images_are_not_split():
+  image = Image.new('RGB', (8, 8))
+  file = io.BytesIO()
+  image.save(file, 'JPEG')
+  thumbnail = file.getvalue()
+  file = io.BytesIO()
+  # As in EXIF: the end of one image is not where the next begins.
+  image.save(file, 'JPEG', comment=thumbnail)
+  for data in (file.getvalue(), thumbnail, webp([image]), b'', b'no image'):
+    assert images.split_jpegs(data) == [data]
 
 
 @pytest.fixture(scope='module')
@@ -209,9 +256,8 @@ def test_bad_videos_are_counted(prepared):
     assert len(tar.getnames()) == 10
     about = json.load(tar.extractfile('3.json'))
     assert about == {'caption': ['clip 3']}
-    with Image.open(tar.extractfile('3.webp')) as image:
-      image.load()
-      assert image.n_frames == 8 and image.info['duration'] == 125
+    found = images.split_jpegs(tar.extractfile('3.jpg').read())
+    assert len(found) == 8
 
 
 def test_a_tar_that_exists_is_finished(prepared):
