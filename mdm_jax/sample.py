@@ -224,6 +224,7 @@ def _sample(output, prompts, layout, model, request) -> int:
 
   repeats = len(request.seeds) // len(prompts)
   about = (each for each in prompts for _ in range(repeats))
+  files_of_flags = (('path', _ANIMATE.value), ('mp4', _MP4.value))
   try:
     samples = SampleDirectory(
       output,
@@ -232,6 +233,7 @@ def _sample(output, prompts, layout, model, request) -> int:
         for each, seed in zip(about, request.seeds)
       ],
       layout,
+      needed=[name for name, wanted in files_of_flags if wanted],
     )
   except ValueError as error:
     sys.exit(f'error: {error}')

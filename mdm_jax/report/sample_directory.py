@@ -1,7 +1,14 @@
 """A directory of samples that an interrupted command can continue."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 import concurrent.futures
 import json
 import math
@@ -109,6 +116,7 @@ class SampleDirectory:
     directory: str | os.PathLike,
     records: Sequence[Mapping[str, Any]],
     layout: Layout | None = None,
+    needed: Collection[str] = (),
   ):
     """Finds the existing samples.
 
@@ -119,6 +127,8 @@ class SampleDirectory:
       layout: where another program looks for the samples. Then the finest level
         alone is written, no `grid.png`, which would be taken for a sample, and
         earlier samples that are not among the records are removed.
+      needed: of 'path', an animation, and 'mp4', those without which a sample
+        is missing.
 
     Raises:
       ValueError: the directory has samples of another layout, or images of
@@ -132,6 +142,7 @@ class SampleDirectory:
       {**json.loads(json.dumps(record)), **about} for record in records
     ]
     self._files = {}  # names by level, by the index of complete samples
+    self._needed = frozenset(needed)
     self._path = self.directory / _LINES
     found = files.read_json_lines(self._path)
     if any(line.get('layout') != about.get('layout') for line in found):
@@ -259,6 +270,7 @@ class SampleDirectory:
       and index < len(self._records)
       and about == self._records[index]
       and isinstance(names, dict)
+      and self._needed <= names.keys()
       and self._are_there(index, names, is_local)
     ):
       self._files[index] = names

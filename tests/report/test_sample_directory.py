@@ -79,6 +79,12 @@ def test_an_interrupted_directory_is_continued(stopped):
   assert read(stopped / 'grid.png').std() > 10
 
 
+def test_samples_without_a_file_that_is_needed_are_missing(stopped):
+  assert SampleDirectory(stopped, RECORDS, needed=['path']).missing == [
+    *(0, 1, 3, 4)
+  ]
+
+
 def test_prompts_with_other_line_separators_are_continued(tmp_path):
   records = [{'prompt': 'a\u2028b\x85c\x1dd\r', 'seed': 0}]
   SampleDirectory(tmp_path, records).add(0, levels(0))

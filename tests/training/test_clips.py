@@ -125,7 +125,7 @@ def test_clips_of_any_length_are_sampled(workdir):
 def test_clips_become_mp4_files(workdir, tmp_path):
   av = pytest.importorskip('av')
 
-  def sample(stage):
+  def sample(stage, *flags):
     return commands.run(
       'mdm_jax.sample',
       f'--workdir={workdir}',
@@ -134,15 +134,17 @@ def test_clips_become_mp4_files(workdir, tmp_path):
       '--num_samples=1',
       '--steps=2',
       f'--stage={stage}',
-      '--mp4',
+      *flags,
       env={'XLA_FLAGS': '--xla_force_host_platform_device_count=1'},
     )
 
-  result = sample('images')
+  result = sample('images', '--mp4')
   assert result.returncode == 1 and not list(tmp_path.iterdir())
   assert "error: --mp4: stage 1/2 'images' has images" in result.stderr
-  result = sample('clips')
-  assert result.returncode == 0, result.stderr
+  # Also of samples that exist.
+  for flags in ((), ('--mp4',)):
+    result = sample('clips', *flags)
+    assert result.returncode == 0, result.stderr
   with av.open(str(tmp_path / '0000.mp4')) as container:
     (video,) = container.streams.video
     assert video.average_rate == 8 and video.codec_context.name == 'h264'
