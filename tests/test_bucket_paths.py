@@ -64,8 +64,7 @@ class Tries:
     given = [
       f'--{name.replace("__", ".")}={path}' for name, path in paths.items()
     ]
-    # Programs for few devices compile faster.
-    env = {'XLA_FLAGS': '', **(env or {})}
+    env = commands.on_devices(1) | (env or {})
     result = commands.run(f'mdm_jax.{command}', *given, *words, env=env)
     assert result.returncode == code, result.stderr
     # What Python's own functions make of such a path.

@@ -26,7 +26,7 @@ import pytest
 
 from mdm_jax.builders.model import make_model
 from mdm_jax.serving import access, model_card, queue
-from tests import toy
+from tests import commands, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 WAIT = 600  # Seconds after which a test fails; nothing takes that long.
@@ -127,10 +127,11 @@ def workdir(make_config, random_params, tmp_path_factory):
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
   """Environment of commands: one device, and no settings of the user."""
-  return os.environ | {
-    'XLA_FLAGS': '',
-    'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache')),
-  }
+  return (
+    os.environ
+    | commands.on_devices(1)
+    | {'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('cache'))}
+  )
 
 
 @pytest.fixture(scope='module')

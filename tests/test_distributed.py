@@ -75,13 +75,12 @@ class Processes:
       port = free.getsockname()[1]
     recipe = directory / 'toy.py'
     recipe.write_text(config)
-    devices = f'--xla_force_host_platform_device_count={2 // count or 1}'
     self.workdir = workdir
     self.outputs, self.all = [], []
     for i in range(count):
       if i in absent:
         continue
-      variables, joined = {'XLA_FLAGS': devices}, ()
+      variables, joined = commands.on_devices(2 // count or 1), ()
       if count > 1:
         joined = ('--distributed',)
       if slurm:

@@ -12,6 +12,8 @@ import tomllib
 
 import pytest
 
+from tests import commands
+
 ROOT = pathlib.Path(__file__).parents[1]
 CELLS = [
   cell
@@ -51,7 +53,8 @@ assert abs(coarse[0] - both[0]).max() == abs(both[1]).max() == 0
     capture_output=True,
     text=True,
     env=os.environ
-    | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path), 'XLA_FLAGS': ''},
+    | {'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path)}
+    | commands.on_devices(1),
   )
   assert result.returncode == 0, result.stderr
   assert 'accuracy_all' in result.stdout

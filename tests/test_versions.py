@@ -36,7 +36,7 @@ TOLERANCE = 1e-3
 
 def run(module: str, *arguments) -> str:
   """Runs a command to its end on one device: its log."""
-  process = commands.run(module, *arguments, env={'XLA_FLAGS': ''})
+  process = commands.run(module, *arguments, env=commands.on_devices(1))
   assert process.returncode == 0, process.stderr
   assert 'Traceback' not in process.stderr
   return process.stdout + process.stderr

@@ -1,6 +1,7 @@
 """The whole model: a text encoder and a NestedUNet."""
 
 import dataclasses
+import functools
 
 from flax import linen as nn
 import jax
@@ -109,24 +110,9 @@ class Matryoshka:
       num_tokens: L, the length of the captions.
 
     Returns:
-      Nested dicts of `jax.ShapeDtypeStruct`.
+      Nested dicts of `jax.ShapeDtypeStruct`, which are the caller's.
     """
-
-    def init(rng):
-      cond = Cond(
-        jnp.zeros((1, num_tokens, self.text_encoder.width)),
-        jnp.ones((1, num_tokens), bool),
-        **self.placeholder_coarse(1),
-      )
-      x_t = tuple(jnp.zeros((1, *shape)) for shape in self.level_shapes)
-      unet = self.unet.init(rng, x_t, jnp.zeros(1), cond)['params']
-      params = {'unet': without_shared(unet, self.unet.levels)}
-      if not self.frozen_text:
-        tokens = jnp.ones((1, num_tokens), jnp.int32)
-        params['text_encoder'] = self.text_encoder.init(rng, tokens)['params']
-      return params
-
-    return jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda shape: shape, _shapes(self, num_tokens))
 
   def init(self, seed: int, num_tokens: int) -> dict:
     """Initial float32 parameters, as NumPy arrays; see `initial_params`."""
@@ -197,6 +183,27 @@ class Matryoshka:
     if cond.context is not None:
       variables['context'] = cond.context
     return self.unet.apply(variables, x_t, t, cond, repeats)
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(model: Matryoshka, num_tokens: int) -> dict:
+  """`Matryoshka.shapes`; tracing the network takes a second or more."""
+
+  def init(rng):
+    cond = Cond(
+      jnp.zeros((1, num_tokens, model.text_encoder.width)),
+      jnp.ones((1, num_tokens), bool),
+      **model.placeholder_coarse(1),
+    )
+    x_t = tuple(jnp.zeros((1, *shape)) for shape in model.level_shapes)
+    unet = model.unet.init(rng, x_t, jnp.zeros(1), cond)['params']
+    params = {'unet': without_shared(unet, model.unet.levels)}
+    if not model.frozen_text:
+      tokens = jnp.ones((1, num_tokens), jnp.int32)
+      params['text_encoder'] = model.text_encoder.init(rng, tokens)['params']
+    return params
+
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def longest(text: jax.Array) -> jax.Array:

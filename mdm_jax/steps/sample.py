@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -211,6 +212,8 @@ class Sampler:
       keys = _fold(keys, _FINER + self._depth)
       given = self._noised(coarse, keys)
 
+    # Jitted, as tracing the network for each of the two texts takes seconds.
+    @functools.partial(jax.jit, static_argnums=0)
     def encode(model, params, text):
       cond = model.encode(params, text, length=length)
       return model.prepare(params, cond)._replace(**given)

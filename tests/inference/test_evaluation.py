@@ -422,7 +422,7 @@ def test_command(run):
     '--seed=5',
     '--sampler=dpm',
     '--loss_batches=1',
-    env={'XLA_FLAGS': ''},
+    env=commands.on_devices(1),
     real=True,
   )
   assert not result.returncode, result.stderr

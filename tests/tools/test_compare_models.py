@@ -335,7 +335,7 @@ def test_sweeps_and_comparisons_are_not_mixed(trainings):
 
 def compare(*arguments, code=0):
   result = commands.run(
-    'mdm_jax.tools.compare_models', *arguments, env={'XLA_FLAGS': ''}
+    'mdm_jax.tools.compare_models', *arguments, env=commands.on_devices(1)
   )
   assert result.returncode == code, result.stderr
   return result

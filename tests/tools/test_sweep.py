@@ -288,7 +288,7 @@ def test_a_stop_request_reaches_the_run_and_ends_the_sweep(trainings):
 
 def sweep(*arguments, code=0, **options):
   result = commands.run(
-    'mdm_jax.tools.sweep', *arguments, env={'XLA_FLAGS': ''}, **options
+    'mdm_jax.tools.sweep', *arguments, env=commands.on_devices(1), **options
   )
   assert result.returncode == code, result.stderr
   return result

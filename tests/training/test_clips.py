@@ -135,7 +135,7 @@ def test_clips_become_mp4_files(workdir, tmp_path):
       '--steps=2',
       f'--stage={stage}',
       *flags,
-      env={'XLA_FLAGS': '--xla_force_host_platform_device_count=1'},
+      env=commands.on_devices(1),
     )
 
   result = sample('images', '--mp4')

@@ -544,10 +544,6 @@ def test_every_key_but_those_named_must_stay(tmp_path):
   assert len(refused) > 80
 
 
-# Compiled faster than for eight; several are for tests/steps/test_sample.py.
-ONE_DEVICE = {'XLA_FLAGS': ''}
-
-
 def run_sample(real=False, **options):
   """Runs the command in a process of its own: commands share flags' names."""
   flags = [
@@ -555,7 +551,9 @@ def run_sample(real=False, **options):
     for name, values in options.items()
     for value in (values if isinstance(values, list) else [values])
   ]
-  return commands.run('mdm_jax.sample', *flags, env=ONE_DEVICE, real=real)
+  return commands.run(
+    'mdm_jax.sample', *flags, env=commands.on_devices(1), real=real
+  )
 
 
 def test_sample_command(finished, tmp_path):
@@ -723,7 +721,7 @@ def test_samplers_are_compared(finished, tmp_path):
       '--classifier_images=64',
       '--classifier_steps=1',
       f'--output={output}',
-      env=ONE_DEVICE,
+      env=commands.on_devices(1),
       real=real,
     )
     assert result.returncode == 0, result.stderr
@@ -756,7 +754,7 @@ def test_samples_are_shown_beside_the_data(finished, tmp_path):
     f'--output={output}',
     '--num_images=2',
     '--steps=2',
-    env=ONE_DEVICE,
+    env=commands.on_devices(1),
   )
   assert result.returncode == 0, result.stderr
   with Image.open(output) as image:
@@ -774,7 +772,7 @@ def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
     f'--workdir={finished}',
     f'--output={output}',
     *('--num_images=2', '--num_samples=4', '--num_training=8', '--steps=2'),
-    env=ONE_DEVICE,
+    env=commands.on_devices(1),
   )
   assert result.returncode == 0, result.stderr
   page = np.asarray(Image.open(output))
