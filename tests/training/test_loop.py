@@ -567,6 +567,7 @@ def test_sample_command(finished, tmp_path):
       steps=2,
       output=tmp_path,
       seed=5,
+      animate=True,
     )
   assert result.returncode == 0, result.stderr
   lines = [
@@ -585,9 +586,11 @@ def test_sample_command(finished, tmp_path):
   last = stage_directory(finished, toy_config(), 1) / '6'
   assert lines[0]['fingerprint'] == manifest.fingerprint(last)
   for line in lines:
-    for resolution, name in line['files'].items():
-      with Image.open(tmp_path / name) as image:
+    for resolution in ('8', '16'):
+      with Image.open(tmp_path / line['files'][resolution]) as image:
         assert image.size == (int(resolution),) * 2
+    with Image.open(tmp_path / line['files']['path']) as animation:
+      assert animation.n_frames == 2
   assert (tmp_path / 'grid.png').exists()
   listed = tmp_path / 'prompts.txt'
   listed.write_text(f'{prompts[0]}\n\n' + 'a star ' * 1000, encoding='utf-8')
@@ -606,8 +609,6 @@ def test_sample_command(finished, tmp_path):
   )
   assert '2 of 4 samples exist already' in result.stderr
   assert '1 of 2 prompts are cut, such as "a star a star' in result.stderr
-  with Image.open(tmp_path / '0003.webp') as animation:
-    assert animation.n_frames == 2
 
 
 def test_sample_for_benchmarks(finished, tmp_path):
