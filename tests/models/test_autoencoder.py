@@ -17,6 +17,7 @@ from mdm_jax.optim.skip_step import SkipRule
 from mdm_jax.runtime import sharding
 from mdm_jax.steps import autoencoder
 from mdm_jax.steps.train import make_step, new_state
+from tests import meshes
 
 BATCH = 16
 # Two resolutions, to which the code of 4 x 4 x 2 belongs.
@@ -177,12 +178,6 @@ def test_the_likelihood_of_codes_changes_their_statistics_alone(
     assert np.abs(with_it[name]).min() > 1e-3
 
 
-def mesh_of(*sizes):
-  return sharding.make_mesh(
-    dict(zip(sharding.AXES, sizes)), jax.devices()[: math.prod(sizes)]
-  )
-
-
 def train(model, batch, sizes, accumulate, num_steps, learning_rate):
   """Steps on a mesh -> metrics of each, and the state at the end."""
   update = optimizer.make_optimizer(
@@ -197,7 +192,7 @@ def train(model, batch, sizes, accumulate, num_steps, learning_rate):
     clip_norm=1.0,
     adam_scale=1.0,
   )
-  mesh = mesh_of(*sizes)
+  mesh = meshes.make_mesh(*sizes)
   step = make_step(
     autoencoder.make_gradients(model, accumulate),
     update,

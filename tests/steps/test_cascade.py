@@ -1,7 +1,5 @@
 """A cascade: levels that are models of their own, sampled in turn."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +22,8 @@ from mdm_jax.steps.objective import (
 )
 from mdm_jax.steps.sample import make_sample_fn, make_sample_steps
 from mdm_jax.tools import recipe_costs
-from tests import toy
+from tests import meshes, toy
 
-MESHES = {'one': (1, 1, 1), 'all': (2, 2, 2)}
 PROMPTS = ['a red ring', 'a cross', '', 'two green circles'] * 2
 
 
@@ -147,36 +144,19 @@ def test_noise_of_coarser_images_is_of_its_own(stage, batch):
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.08
 
 
-@pytest.mark.parametrize('name', ['all'])
-def test_meshes_equal_one_device(config, stage, params, batch, name):
+def test_meshes_equal_one_device(config, stage, params, batch):
   params = {key: params(1)[key] for key in ('unet', 'text_encoder')}
-
-  def measure(name):
-    count = math.prod(MESHES[name])
-    sizes = dict(zip(sharding.AXES, MESHES[name]))
-    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-
-    def loss(params, batch):
-      losses, _ = losses_of(stage, params, batch)
-      return losses.mean(), losses
-
-    return jax.device_get(
-      jax.jit(jax.grad(loss, has_aux=True))(
-        sharding.place(params, shardings), sharding.shard_batch(batch, mesh)
-      )
+  expected, found = (
+    meshes.measure(
+      lambda *given: losses_of(stage, *given)[0],
+      params,
+      batch,
+      config.sharding_rules,
+      meshes.make_mesh(*sizes),
     )
-
-  (expected, losses), (found, others) = measure('one'), measure(name)
-  assert np.ptp(losses) > 0.1
-  np.testing.assert_allclose(others, losses, rtol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()
-    ),
-    found,
-    expected,
+    for sizes in ((1, 1, 1), (2, 2, 2))
   )
+  meshes.check_equal(found, expected)
 
 
 @pytest.fixture(scope='module')

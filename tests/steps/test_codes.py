@@ -1,7 +1,6 @@
 """A coarsest level that denoises codes of an autoencoder instead of images."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,8 @@ from mdm_jax.diffusion.loss import level_loss
 from mdm_jax.runtime import sharding
 from mdm_jax.steps.objective import batch_losses, sample_noise
 from mdm_jax.steps.sample import make_sample_fn, make_sample_steps
-from tests import toy
+from tests import meshes, toy
 
-MESHES = {'one': (1, 1, 1), 'all': (2, 2, 2)}
 PROMPTS = ['a red ring', 'a cross', '', 'two green circles'] * 2
 
 
@@ -122,19 +120,17 @@ def test_the_autoencoder_is_not_trained(stage, params, batch):
 
 
 def test_meshes_equal_one_device(config, stage, params, batch):
-  def measure(name):
-    count = math.prod(MESHES[name])
-    sizes = dict(zip(sharding.AXES, MESHES[name]))
-    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-    losses, _ = jax.jit(lambda *each: losses_of(stage, *each))(
-      sharding.place(params, shardings), sharding.shard_batch(batch, mesh)
+  expected, found = (
+    meshes.measure(
+      lambda *given: losses_of(stage, *given)[0],
+      params,
+      batch,
+      config.sharding_rules,
+      meshes.make_mesh(*sizes),
     )
-    return jax.device_get(losses)
-
-  expected, found = measure('one'), measure('all')
-  assert np.ptp(expected) > 0.1
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for sizes in ((1, 1, 1), (2, 2, 2))
+  )
+  meshes.check_equal(found, expected)
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,5 @@
 """The loss of images and clips in one batch, on any mesh."""
 
-import math
 import types
 
 import jax
@@ -12,12 +11,9 @@ from mdm_jax import mixed_batch
 from mdm_jax.builders.data import make_dataset
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import batch_sizes, make_objective
-from mdm_jax.runtime import sharding
 from mdm_jax.steps.objective import batch_losses, sample_noise
 from mdm_jax.steps.sample import Sampler, SamplerSpec
-
-# Devices along data, fsdp and spatial: frames lie along the last.
-MESHES = {'one': (1, 1, 1), 'all': (2, 2, 2), 'spatial': (1, 1, 8)}
+from tests import meshes
 
 
 @pytest.fixture(scope='module')
@@ -72,46 +68,32 @@ def test_images_and_clips_are_of_their_examples(batch):
 
 
 @pytest.fixture(scope='module')
-def gradients(config, batch, random_params):
-  """Name of a mesh -> losses [B] and gradients, on the host."""
+def measure(config, batch, random_params):
+  """Sizes of a mesh -> losses [B] and gradients, on the host."""
   (stage,) = config.stages
   model, objective = make_model(config, stage), make_objective(config, stage)
   params = random_params(model, config.text.max_length)
 
-  def loss(params, batch):
+  def losses_of(params, batch):
     shapes = model.level_shapes
     t, eps = sample_noise(objective, shapes, batch, jax.random.key(3))
-    losses, _ = batch_losses(model, objective, params, batch, t, eps)
-    return losses.mean(), losses
+    return batch_losses(model, objective, params, batch, t, eps)[0]
 
-  def measure(name):
-    count = math.prod(MESHES[name])
-    sizes = dict(zip(sharding.AXES, MESHES[name]))
-    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    shardings = sharding.tree_shardings(params, mesh, config.sharding_rules)
-    placed = sharding.place(params, shardings)
-    given = {key: batch[key] for key in ('image', 'image_8', 'text', 'scale')}
-    return jax.device_get(
-      jax.jit(jax.grad(loss, has_aux=True))(
-        placed, sharding.shard_batch(given, mesh)
-      )
-    )
-
-  return {name: measure(name) for name in MESHES}
-
-
-@pytest.mark.parametrize('name', ['all', 'spatial'])
-def test_meshes_equal_one_device(gradients, name):
-  (expected, losses), (found, others) = gradients['one'], gradients[name]
-  assert np.ptp(losses) > 0.1
-  np.testing.assert_allclose(others, losses, rtol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()
-    ),
-    found,
-    expected,
+  given = {key: batch[key] for key in ('image', 'image_8', 'text', 'scale')}
+  return lambda *sizes: meshes.measure(
+    losses_of, params, given, config.sharding_rules, meshes.make_mesh(*sizes)
   )
+
+
+@pytest.fixture(scope='module')
+def expected(measure):
+  return measure(1, 1, 1)
+
+
+# Frames lie along the last axis.
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 1, 8)])
+def test_meshes_equal_one_device(measure, expected, sizes):
+  meshes.check_equal(measure(*sizes), expected)
 
 
 def test_more_frames_have_more_noise(config):

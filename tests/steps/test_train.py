@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
 import re
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.objective import batch_losses, sample_noise
 from mdm_jax.steps.state import TrainState
 from mdm_jax.steps.train import jit_train_step, make_train_step, new_state
+from tests import meshes
 
 BATCH = 32
 FLOW = {
@@ -62,8 +62,7 @@ GUARDED = ('one', 'data', 'fsdp')
 
 
 def mesh_of(name):
-  sizes = dict(zip(sharding.AXES, MESHES[name]))
-  return sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+  return meshes.make_mesh(*MESHES[name])
 
 
 class Training(NamedTuple):

@@ -16,7 +16,7 @@ from mdm_jax.diffusion import pyramid
 from mdm_jax.inference import session, validation, weights
 from mdm_jax.runtime import files, sharding
 from mdm_jax.steps import autoencoder
-from tests import toy
+from tests import meshes, toy
 
 STEPS = 4
 
@@ -125,9 +125,7 @@ def test_a_mesh_measures_and_shows_the_same(alone):
   config, found = make_config(1), []
   stage = make_stage(config, 0)
   for sizes in ((1, 1, 1), (2, 2, 2)):
-    mesh = sharding.make_mesh(
-      dict(zip(sharding.AXES, sizes)), jax.devices()[: np.prod(sizes)]
-    )
+    mesh = meshes.make_mesh(*sizes)
     params = weights.restore_weights(config, alone, mesh).params
     _, decoded = stage.make_sample_fn(mesh, params)(params, None, range(8))
     values = validation.validate(stage, mesh, params)
