@@ -47,8 +47,11 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   # left.
   _CACHE = tempfile.mkdtemp(prefix='mdm_jax_tests_')
   atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+  os.mkdir(f'{_CACHE}/tmp')
   os.environ |= {
     'XDG_CACHE_HOME': _CACHE,
+    # Of processes that this one starts: pytest's workers are killed at the end.
+    'TMPDIR': f'{_CACHE}/tmp',
     'JAX_COMPILATION_CACHE_DIR': f'{_CACHE}/xla',
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
