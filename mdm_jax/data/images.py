@@ -239,25 +239,25 @@ def decode_clip(
     BadRecord: as `load_frames`, or there are not enough frames.
   """
   with decoding(key):
-    wanted = frames * every
-    jpegs = split_jpegs(data)
-    if len(jpegs) > 1:
-      found = jpegs
-    else:
-      image = _open_frames(data, key)
-      side = min(image.size)
-      _check_frame(image.size, key, max_pixels)
-      found = _frames(image, lambda x: _square(x, resolution, crop), key)
-    if len(found) < wanted:
-      raise BadRecord(key, 'too few frames', f'{len(found)}, not {wanted}')
-    first = round(start * (len(found) - wanted))
-    found = found[first : first + wanted : every]
-    if len(jpegs) > 1:
+
+    def choose(found):
+      wanted = frames * every
+      if len(found) < wanted:
+        raise BadRecord(key, 'too few frames', f'{len(found)}, not {wanted}')
+      first = round(start * (len(found) - wanted))
+      return found[first : first + wanted : every]
+
+    if len(jpegs := split_jpegs(data)) > 1:
       decoded = [
-        decode_image(file, resolution, key, crop, max_pixels) for file in found
+        decode_image(file, resolution, key, crop, max_pixels)
+        for file in choose(jpegs)
       ]
-      found, (side, *_) = zip(*decoded)
-    return np.stack(found), side
+      found, sides = zip(*decoded)
+      return np.stack(found), sides[0]
+    image = _open_frames(data, key)
+    _check_frame(image.size, key, max_pixels)
+    found = _frames(image, lambda x: _square(x, resolution, crop), key)
+    return np.stack(choose(found)), min(image.size)
 
 
 def split_jpegs(data: bytes) -> list[bytes]:
