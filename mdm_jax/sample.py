@@ -224,7 +224,7 @@ def _sample(output, prompts, layout, model, request) -> int:
 
   repeats = len(request.seeds) // len(prompts)
   about = (each for each in prompts for _ in range(repeats))
-  files_of_flags = (('path', _ANIMATE.value), ('mp4', _MP4.value))
+  flags_of_files = (('path', _ANIMATE), ('mp4', _MP4))
   try:
     samples = SampleDirectory(
       output,
@@ -233,7 +233,7 @@ def _sample(output, prompts, layout, model, request) -> int:
         for each, seed in zip(about, request.seeds)
       ],
       layout,
-      needed=[name for name, wanted in files_of_flags if wanted],
+      needed=[name for name, flag in flags_of_files if flag.value],
     )
   except ValueError as error:
     sys.exit(f'error: {error}')

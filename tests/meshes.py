@@ -49,3 +49,12 @@ def check_equal(found, expected) -> None:
     found[1],
     grads,
   )
+
+
+def check_all_axes(losses_of: Callable, params, batch, rules) -> None:
+  """Compares two devices along each axis with one; arguments of `measure`."""
+  expected, found = (
+    measure(losses_of, params, batch, rules, make_mesh(*sizes))
+    for sizes in ((1, 1, 1), (2, 2, 2))
+  )
+  check_equal(found, expected)

@@ -172,7 +172,7 @@ def _reduce(frame, options: Options) -> Image.Image:
 def encode(frames: list[Image.Image]) -> bytes:
   """The frames as JPEG files, one after the other, see `images.split_jpegs`.
 
-  An animated WebP is smaller by a third, but takes seven times as long to
+  An animated WebP is smaller by two fifths, but takes seven times as long to
   encode, and twice as long to decode.
   """
   file = io.BytesIO()

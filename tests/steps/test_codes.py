@@ -120,17 +120,12 @@ def test_the_autoencoder_is_not_trained(stage, params, batch):
 
 
 def test_meshes_equal_one_device(config, stage, params, batch):
-  expected, found = (
-    meshes.measure(
-      lambda *given: losses_of(stage, *given)[0],
-      params,
-      batch,
-      config.sharding_rules,
-      meshes.make_mesh(*sizes),
-    )
-    for sizes in ((1, 1, 1), (2, 2, 2))
+  meshes.check_all_axes(
+    lambda *given: losses_of(stage, *given)[0],
+    params,
+    batch,
+    config.sharding_rules,
   )
-  meshes.check_equal(found, expected)
 
 
 @pytest.fixture(scope='module')
