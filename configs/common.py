@@ -228,6 +228,8 @@ def _optimizer() -> dict[str, Any]:
     'b1': 0.9,
     'b2': 0.999,
     'epsilon': 1e-8,
+    # Of the stored first moment; 'bfloat16' takes 2 bytes a parameter less.
+    'mu_dtype': 'float32',
     'weight_decay': 0.0,  # decoupled, times the learning rate
     'clip_norm': 2.0,  # largest global norm of a gradient
     # With muon: AdamW's learning rate over the stage's.

@@ -124,6 +124,7 @@ _ADDED = {
   'autoencoder.patch_size': 1,
   'stages[].kind': 'diffusion',
   'model.levels[].downsample': 'average',
+  'optimizer.mu_dtype': 'float32',
 }
 # With these a run that lacks them may begin at any step.
 _MAY_BEGIN = ('averages.widths',)

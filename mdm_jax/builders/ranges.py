@@ -200,6 +200,7 @@ KEYS = {
   'optimizer.b1': _DECAY,
   'optimizer.b2': _DECAY,
   'optimizer.epsilon': Number(float, 1e-30, 1),
+  'optimizer.mu_dtype': Choice(('float32', 'bfloat16')),
   'optimizer.weight_decay': Number(float, 0, 1000),
   'optimizer.clip_norm': Number(float, 1e-30, 10**9),
   'optimizer.adam_scale': Number(float, 0, 1000),

@@ -44,6 +44,7 @@ def make_optimizer(
   b1: float,
   b2: float,
   epsilon: float,
+  mu_dtype: str,
   weight_decay: float,
   clip_norm: float,
   adam_scale: float,
@@ -58,6 +59,9 @@ def make_optimizer(
       Muon is for small networks and short runs: it needs learning rates around
       0.02, and adds matrix products to every step.
     b1, b2, epsilon: AdamW's hyperparameters.
+    mu_dtype: 'float32' or 'bfloat16', the type in which the first moment is
+      stored; it is computed in float32. The second moment is always float32: a
+      step changes it by 1 - `b2` of its size, which bfloat16 would round away.
     weight_decay: decoupled weight decay, multiplied by the learning rate.
     clip_norm: largest global norm of the gradients.
     adam_scale: with Muon, AdamW's learning rate relative to Muon's.
@@ -83,7 +87,34 @@ def make_optimizer(
       )
     case _:
       raise ValueError(f'Unknown optimizer {name!r}: use adamw or muon.')
+  if mu_dtype != 'float32':
+    update = _store_first_moments(update, mu_dtype)
   return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def _store_first_moments(
+  update: optax.GradientTransformation, dtype: str
+) -> optax.GradientTransformation:
+  """Stores the first moments of AdamW or Muon in another type.
+
+  Optax's own `mu_dtype` also rounds `b1` and their product, so that 0.9 becomes
+  0.898.
+  """
+
+  def cast(state, dtype):
+    def cast_leaf(path, leaf):
+      is_first = jax.tree_util.GetAttrKey('mu') in path
+      return leaf.astype(dtype) if is_first else leaf
+
+    return jax.tree_util.tree_map_with_path(cast_leaf, state)
+
+  def step(updates, state, params=None):
+    updates, state = update.update(updates, cast(state, 'float32'), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(
+    lambda params: cast(update.init(params), dtype), step
+  )
 
 
 def _hidden_kernels(params: Any) -> Any:

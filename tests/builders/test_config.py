@@ -101,6 +101,7 @@ ADDED = {
   'autoencoder.patch_size': 1,
   'stages[].kind': 'diffusion',
   'model.levels[].downsample': 'average',
+  'optimizer.mu_dtype': 'float32',
 }
 
 

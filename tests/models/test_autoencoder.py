@@ -188,6 +188,7 @@ def train(model, batch, sizes, accumulate, num_steps, learning_rate):
     b1=0.9,
     b2=0.99,
     epsilon=1e-8,
+    mu_dtype='float32',
     weight_decay=0.0,
     clip_norm=1.0,
     adam_scale=1.0,

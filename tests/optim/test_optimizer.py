@@ -12,6 +12,7 @@ ADAMW = {
   'b1': 0.9,
   'b2': 0.99,
   'epsilon': 1e-8,
+  'mu_dtype': 'float32',
   'weight_decay': 0.1,
   'clip_norm': 2.0,
   'adam_scale': 0.15,
@@ -75,11 +76,14 @@ def test_ema():
   np.testing.assert_allclose(found['a'], weights @ history, atol=1e-6)
 
 
+@pytest.mark.parametrize('mu_dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('size', [0.1, 100.0])
-def test_clip_and_adamw(size):
+def test_clip_and_adamw(size, mu_dtype):
   rng = np.random.default_rng(0)
   params = {'a': rng.standard_normal((4, 3)), 'b': rng.standard_normal(5)}
-  adamw = optimizer.make_optimizer(lambda step: 0.01 * (step + 1), **ADAMW)
+  adamw = optimizer.make_optimizer(
+    lambda step: 0.01 * (step + 1), **ADAMW | {'mu_dtype': mu_dtype}
+  )
   state = adamw.init({k: jnp.float32(v) for k, v in params.items()})
   m = v = 0
   for step in range(2):
@@ -105,6 +109,7 @@ def test_clip_and_adamw(size):
     )
     expected = -0.01 * (step + 1) * (adam + 0.1 * flat(params))
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-4, atol=1e-7)
+    m = m.astype(mu_dtype).astype(float)
 
 
 def test_muon():
@@ -146,6 +151,32 @@ def test_muon():
     for key in path:
       update, gradient = update[key], gradient[key]
     np.testing.assert_allclose(update, -rate * np.sign(gradient), rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_only_first_moments_are_bfloat16(name):
+  params = {
+    'unet': {
+      'level_0': {
+        'conv_in': {'kernel': jnp.ones((3, 3, 3, 8))},
+        'norm_out': {'scale': jnp.ones(8)},
+        'down_0': {'block_0': {'conv_in': {'kernel': jnp.ones((3, 3, 8, 8))}}},
+      }
+    }
+  }
+  update = optimizer.make_optimizer(
+    lambda step: 0.1, **ADAMW | {'name': name, 'mu_dtype': 'bfloat16'}
+  )
+  state = update.init(params)
+  _, after = update.update(params, state, params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+    key = jax.tree_util.keystr(path)
+    if leaf.ndim:
+      assert leaf.dtype == (jnp.bfloat16 if '.mu' in key else jnp.float32), key
+  # A step may not change a type: its branch that skips returns the old state.
+  assert all(
+    jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype, state, after))
+  )
 
 
 def test_unknown_optimizer():
