@@ -58,7 +58,7 @@ def get_config(mode: str = ''):
     common.stage(
       '64',
       2,
-      steps=6000,
+      steps=5000,
       batch_size=32,
       learning_rate=0.01,
       warmup_steps=100,
@@ -85,7 +85,8 @@ def get_config(mode: str = ''):
   config.sampler.update(
     name='dpm', num_steps=25, guidance=3.0, threshold='clip'
   )
+  config.sample_every = 2000
   config.checkpoint_every = 500
-  # 5 batches of 64 are all but 5 of the held-out images.
-  config.eval.update(loss_batches=5, batch_size=32, loss_every=500)
+  # 10 batches of 32, the last stage's, are all but 5 of the held-out images.
+  config.eval.update(loss_batches=10, batch_size=32, loss_every=1000)
   return common.in_mode(config, mode)

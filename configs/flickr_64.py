@@ -1,6 +1,6 @@
 r"""Apple's released 64 px model, trained on Flickr images with captions.
 
-    python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model_64x64.pth \
+    python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model.pth \
         --config=configs/flickr_64.py --config.text.path=T5 --workdir=DIR
     python -m mdm_jax.sample --workdir=DIR --prompt="a cat in the snow"
 

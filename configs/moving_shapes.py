@@ -2,7 +2,8 @@
 
     python -m mdm_jax.main --config=configs/moving_shapes.py
 
-Made for two CPU cores. The first stage trains the 16 px level on images, the
+Made for two CPU cores, which take about 47 minutes: too few to learn how things
+move (docs/video.md). The first stage trains the 16 px level on images, the
 second on clips of 8 frames, and the third adds a level of 64 px.
 """
 

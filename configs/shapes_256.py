@@ -1,10 +1,10 @@
-"""Captioned shapes in three stages: 32, 32+64 and 32+64+256 px.
+"""Captioned shapes in three stages: 16, 16+64 and 16+64+256 px.
 
     python -m mdm_jax.main --config=configs/shapes_256.py
 
 The first two stages are those of `shapes_64`. The third adds outlines, hatching
-and grain, which only show at 256 px. For a GPU or a TPU. Not yet
-trained at full size.
+and grain, which only show at 256 px. For a GPU or a TPU. Not yet trained at
+full size.
 """
 
 from configs import common, shapes_64

@@ -2,14 +2,15 @@
 
     python -m mdm_jax.main --config=configs/shapes_64.py
 
-Made for two CPU cores, on which it takes about 12 minutes; `:long` takes two
-hours. The 16 px stage is cheap and learns what the words mean: its transformer
-sees 64 patches and the caption in one softmax, which is where attributes are
-given to the right one of two objects. The 64 px level draws outlines and
-patterns. Both levels predict x0: a patch's noise has more dimensions than the
-narrow channels of the 64 px level can carry.
+Made for two CPU cores, on which it takes about 12 minutes (docs/results.md says
+what it learns); `:long` is made for two hours. The 16 px stage is cheap and
+learns what the words mean: its transformer sees 64 patches and the caption in
+one softmax, which is where attributes are given to the right one of two
+objects. The 64 px level draws outlines and patterns. Both levels predict x0: a
+patch's noise has more dimensions than the narrow channels of the 64 px level
+can carry.
 
-`:single`, one U-Net at 64 px, and `:scratch`, both levels at once without the
+`:single`, one UNet at 64 px, and `:scratch`, both levels at once without the
 16 px stage, are there to be compared with: docs/compare_models.md.
 """
 
@@ -94,7 +95,7 @@ def get_config(mode: str = ''):
 
 
 def _levels() -> list[ConfigDict]:
-  """Returns the 16 px transformer and, around it, the 64 px U-Net."""
+  """Returns the 16 px transformer and, around it, the 64 px UNet."""
   return [
     common.level(
       16,
@@ -164,7 +165,7 @@ def _long(config: ConfigDict) -> ConfigDict:
 
 
 def _single(config: ConfigDict) -> ConfigDict:
-  """One U-Net of as many parameters at 64 px, which sees patches of 4 px."""
+  """One UNet of as many parameters at 64 px, which sees patches of 4 px."""
   config.model.levels = [
     common.level(
       64,

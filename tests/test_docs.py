@@ -403,6 +403,15 @@ def test_links_lead_somewhere(page):
       assert not anchor or anchor in anchors(target), link
 
 
+def test_each_promise_names_a_test_that_exists():
+  tests = '\n'.join(x.read_text() for x in (ROOT / 'tests').rglob('test_*.py'))
+  defined = set(re.findall(r'^ *def (test_\w+)', tests, re.MULTILINE))
+  page = (ROOT / 'docs/reliability.md').read_text()
+  named = set(re.findall(r'\b(test_\w+)\b(?!\.py)', page))
+  assert len(named) > 30
+  assert not named - defined
+
+
 def rows_of_keys() -> dict[str, str]:
   """The keys that docs/configuration.md has rows for, and their defaults."""
   found, prefix = {}, None

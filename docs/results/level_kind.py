@@ -1,4 +1,4 @@
-"""A transformer level and a U-Net level with equal FLOPs in training.
+"""A transformer level and a UNet level with equal FLOPs in training.
 
     python -m mdm_jax.tools.sweep --config=docs/results/level_kind.py:unet \
         --grid=seed=0,1,2 --metric=accuracy_color_2_objects,held_out_loss_16 \
@@ -11,7 +11,7 @@ same objective, optimizer and batches.
 
 from configs import common, emoji_64, shapes_64
 
-# A step of the U-Net has fewer FLOPs, so it gets more of them.
+# A step of the UNet has fewer FLOPs, so it gets more of them.
 STEPS = {
   'transformer': 1200,
   'unet': 1780,
@@ -36,7 +36,7 @@ def get_config(mode: str):
 
 
 def _unet():
-  """A U-Net with attention three times."""
+  """A UNet with attention three times."""
   return common.level(
     16,
     channels=(64,),

@@ -1,6 +1,6 @@
 r"""Makes a working directory from weights that Apple's `ml-mdm` released.
 
-  python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model_64x64.pth \
+  python -m mdm_jax.tools.import_ml_mdm --checkpoint=vis_model.pth \
       --config=configs/flickr_64.py --config.text.path=T5 --workdir=DIR
 
 `mdm_jax.sample` samples with it; `mdm_jax.main` with the same config and
