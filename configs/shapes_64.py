@@ -87,7 +87,7 @@ def get_config(mode: str = ''):
     long=_long,
     single=_single,
     scratch=_scratch,
-    cascade=common.cascade,
+    cascade=_cascade,
     autoencoder=_autoencoder,
     latent=_latent,
     latent_nest=_latent_nest,
@@ -198,24 +198,42 @@ def _scratch(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def _cascade(config: ConfigDict) -> ConfigDict:
+  """Both levels as models of their own, one after the other."""
+  config = common.cascade(config)
+  # Nothing of the 64 px model is trained when its stage begins.
+  config.stages[1].warmup_steps = 100
+  return config
+
+
 def _latent(config: ConfigDict) -> ConfigDict:
   """The coarse level alone, on codes of the autoencoder (Rombach et al.)."""
-  config = _latent_nest(config)
+  config = _on_codes(config)
   config.model.levels = config.model.levels[:1]
   config.stages = config.stages[:2]
   config.stages[1].steps = 9000
+  # Codes have four times the variance of pixels, and so need as much more
+  # noise to be hidden.
+  config.diffusion.reference_resolution = 7
   return config
 
 
 def _latent_nest(config: ConfigDict) -> ConfigDict:
   """Both levels, of which the coarse one denoises codes of 64 px images."""
+  config = _on_codes(config)
+  # As much noise of codes as above, and of pixels as without codes.
+  config.diffusion.reference_resolution = 3
+  for stage in config.stages[1:]:
+    stage.shift_power = 1.0
+  return config
+
+
+def _on_codes(config: ConfigDict) -> ConfigDict:
+  """Both levels, after a stage that trains an autoencoder for the first."""
   coarse, fine = config.stages
   config = _autoencoder(config)
   config.model.levels[0].downsample = 'encoder'
   coarse.name = 'latent'
   config.stages = [*config.stages, coarse, fine]
-  # Codes have four times the variance of pixels, and so need as much more
-  # noise to be hidden.
-  config.diffusion.reference_resolution = 7
   config.eval.update(loss_batches=4, loss_every=180)
   return config

@@ -15,7 +15,7 @@ All images of a directory have one size, or are cropped and resized to
 
 import sys
 
-from absl import logging
+from absl import flags, logging
 from etils import epath
 
 from mdm_jax.builders import ranges
@@ -117,6 +117,28 @@ _OUTPUT = flag_types.define(
 )
 
 
+# What says which samples of a run are measured, and how.
+_OF_RUNS = (
+  *('num_samples', 'seed', 'loss_batches', 'num_reference', 'reference_split'),
+  *('clip', 'i3d', 'stage', 'sigma_rel', 'best'),
+  *('sampler', 'steps', 'guidance', 'threshold', 'level_offset'),
+)
+
+
+def _check_flags() -> None:
+  """Raises ValueError if a flag is missing, or would do nothing."""
+  if bool(run_flags.workdir()) == bool(_IMAGES.value):
+    raise ValueError('give either --workdir, or --images and --reference.')
+  useless, where = (), ''
+  if _IMAGES.value:
+    useless, where = _OF_RUNS, '--images'
+  elif _REFERENCE.value:
+    useless, where = ('num_reference', 'reference_split'), '--reference'
+  for name in useless:
+    if flags.FLAGS[name].present:
+      raise ValueError(f'--{name} does nothing with {where}: leave it out.')
+
+
 def main(_: list[str]) -> None:
   """Measures, prints, writes."""
   # Slow to import, and not needed for --help.
@@ -141,8 +163,7 @@ def main(_: list[str]) -> None:
   }
   workdir, output = run_flags.workdir(), _OUTPUT.value
   try:
-    if bool(workdir) == bool(_IMAGES.value):
-      raise ValueError('give either --workdir, or --images and --reference.')
+    _check_flags()
     if _IMAGES.value:
       mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
       batch_size = sharding.round_up(run_flags.batch_size() or 16, mesh)

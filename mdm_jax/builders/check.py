@@ -37,12 +37,15 @@ from mdm_jax.runtime import sharding
 from mdm_jax.steps import autoencoder
 
 
-def check(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
+def check(
+  config: ConfigDict, mesh: Mesh, training: bool = True
+) -> Sequence[BaseStage]:
   """Checks a whole configuration against the devices that it will run on.
 
   Args:
     config: configuration of the run.
     mesh: the devices.
+    training: whether the stages are to be trained on these devices.
 
   Returns:
     The stages of the run.
@@ -66,7 +69,7 @@ def check(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
       f'data.size={config.data.size}: the evaluation needs {least} scenes. '
       'Increase it, or lower eval.num_prompts and eval.batch_size.'
     )
-  stages = check_stages(config, mesh)
+  stages = check_stages(config, mesh, training)
   _check_image_set(config, stages)
   return stages
 
@@ -94,12 +97,13 @@ def _check_image_set(config: ConfigDict, stages: Sequence[BaseStage]) -> None:
     )
 
 
-def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
+def check_stages(
+  config: ConfigDict, mesh: Mesh, training: bool = True
+) -> Sequence[BaseStage]:
   """Checks the levels, stages and batch sizes of a configuration.
 
   Args:
-    config: configuration of the run.
-    mesh: the devices.
+    config, mesh, training: as for `check`.
 
   Returns:
     The stages of the run.
@@ -135,20 +139,18 @@ def check_stages(config: ConfigDict, mesh: Mesh) -> Sequence[BaseStage]:
       f'levels, {sorted(counts)}: use a divisor of {math.gcd(*counts)}.'
     )
   shards = sharding.batch_shards(mesh)
-  for key, size in [
-    ('eval.batch_size', config.eval.batch_size),
-    *(
-      (f'stages[{i}].batch_size', stage.batch_size)
-      for i, stage in enumerate(config.stages)
-    ),
-  ]:
+  sizes = {'eval.batch_size': config.eval.batch_size}
+  if training:
+    for i, stage in enumerate(config.stages):
+      sizes[f'stages[{i}].batch_size'] = stage.batch_size
+  for key, size in sizes.items():
     if size % shards:
       raise ValueError(
         f'{key}={size} is not divisible by {shards}, the number of devices '
         'that the mesh spreads a batch over: use a multiple.'
       )
   for i, stage in enumerate(config.stages):
-    _check_stage(config, i, stage, shards)
+    _check_stage(config, i, stage, shards if training else 1)
   return make_stages(config)
 
 

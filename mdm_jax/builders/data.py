@@ -88,6 +88,10 @@ def _make_records(config: ConfigDict, split: str, resolution: int, frames: int):
       source = dataclasses.replace(source, two_objects=data.two_objects)
     return source
   if data.name.startswith(_TFDS):
+    if split not in ('train', 'validation'):
+      raise ValueError(
+        f'{data.name} has the splits train and validation here, not {split!r}.'
+      )
     is_label = config.text.encoder == 'label'
     text = {'label': data.label} if is_label else {'caption': data.caption}
     return tfds_source.open_by_name(

@@ -323,7 +323,7 @@ def _make_augmentation(
     [coarse],
     stage.shift_power,
     config.diffusion.num_steps,
-    reference_resolution=config.diffusion.reference_resolution,
+    reference_resolution=_reference_resolution(config),
   )
   return Augmentation(schedule, config.diffusion.augmentation)
 
@@ -365,10 +365,19 @@ def _make_noise_schedule(config: ConfigDict, stage: ConfigDict) -> Schedule:
     stage.shift_power,
     config.diffusion.num_steps,
     config.diffusion.level_offset,
-    config.diffusion.reference_resolution,
+    _reference_resolution(config),
     frames(config, stage),
     stage.frame_shift_power,
   )
+
+
+def _reference_resolution(config: ConfigDict) -> int:
+  """Side in pixels of images whose schedule is not shifted.
+
+  By default those of the coarsest level, also for later models of a cascade.
+  """
+  diffusion = config.diffusion
+  return diffusion.reference_resolution or config.model.levels[0].resolution
 
 
 def _make_time_weights(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from absl import logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
@@ -33,13 +34,20 @@ from mdm_jax.inference.sample_metrics import Samples
 from mdm_jax.inference.session import Model
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.report.sample_directory import SampleDirectory
-from mdm_jax.runtime import value_types
+from mdm_jax.runtime import buckets, sharding, value_types
 from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.sample import SampleFn
 
 METRICS = ranges.METRICS
 # Metrics that compare two sets of images.
 SET_METRICS = ('fid', 'kid', 'precision_recall')
+# The options that nothing else uses.
+_NEEDED_BY = {
+  'reference': SET_METRICS,
+  'inception': SET_METRICS,
+  'clip': ('clip',),
+  'i3d': ('fvd',),
+}
 # Metrics of images of shapes, whose prompts state all that they show.
 _OF_SHAPES = ('prompt_accuracy', 'edge_width', 'frechet')
 _OF_CLIPS = ('flicker', 'fvd')
@@ -212,7 +220,11 @@ def _evaluate_samples(
     for name, value in found.items()
     if not isinstance(value, dict)
   }
-  saved.finish({'Metrics': scalars, 'Settings': settings | about})
+  try:
+    saved.finish({'Metrics': scalars, 'Settings': settings | about})
+  except buckets.errors() as error:
+    # The metrics may have taken hours.
+    logging.warning('The page of the samples cannot be written: %s', error)
   return found, about
 
 
@@ -284,6 +296,12 @@ def _select(
       '--metrics=clip needs --clip=DIR, such as a download of '
       'openai/clip-vit-base-patch16: see docs/evaluation.md.'
     )
+  for option, metrics in _NEEDED_BY.items():
+    if getattr(options, option) and not set(names) & set(metrics):
+      raise ValueError(
+        f'--{option} is for the metrics {", ".join(metrics)}: add one of them '
+        'to --metrics, or leave it out.'
+      )
   return names
 
 
@@ -327,6 +345,13 @@ def _first_samples(model: Model, options: Options) -> SampleDirectory:
 def _losses(model: Model) -> dict[str, Any]:
   """Held-out losses of each level, over all noise and by bands of it."""
   stage = model.stage
+  shards = sharding.batch_shards(model.mesh)
+  if stage.batch_size % shards:
+    raise ValueError(
+      f'--metrics=loss is of batches of {stage.batch_size}, as in training, '
+      f'which {shards} devices cannot share: give the other metrics, or fewer '
+      'devices.'
+    )
   validation.warn_if_not_held_out(stage)
   band_step = jax.jit(
     make_band_step(

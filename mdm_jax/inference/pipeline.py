@@ -29,7 +29,7 @@ from mdm_jax.inference import evaluation
 from mdm_jax.inference.session import Model, Session, open_run
 from mdm_jax.report import grid
 from mdm_jax.report.evaluations import Evaluation
-from mdm_jax.runtime import sharding, value_types
+from mdm_jax.runtime import buckets, sharding, value_types
 from mdm_jax.runtime.printable import printable
 from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
 
@@ -250,6 +250,10 @@ class Pipeline:
       )
     text = encode_prompts(model.stage.config, prompts)
     _warn_of_unknown_words(model, [*prompts, negative_prompt])
+    if (negative_prompt or guide) and model.stage.config.sampler.guidance == 1:
+      logging.warning(
+        'guidance is 1: a negative prompt or a guide has no effect.'
+      )
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
     guide = guide and _directory('guide', guide)
     guided_by = guide and self._guide(guide)
@@ -359,7 +363,12 @@ class Pipeline:
     found = evaluation.evaluate_run(
       model, evaluation.make_options(given), sample_fn, self.model.stage
     )
-    found.append_to(output)
+    try:
+      found.append_to(output)
+    except buckets.errors():
+      # They may have taken hours.
+      logging.info('%s', found)
+      raise
     return found
 
   @property
@@ -465,7 +474,16 @@ def _with_frames(model: Model, frames: int | None) -> SamplerSpec:
       f'frames={frames}: {model.stage.title} has images, not clips: leave it '
       'out.'
     )
-  return model.stage.make_sampler(model.mesh, frames=frames).spec
+  sampler = model.stage.make_sampler(model.mesh, frames=frames)
+  spatial = model.mesh.shape['spatial']
+  counts = {shape[0] for shape in sampler.model.level_shapes if len(shape) == 4}
+  if any(count % spatial for count in counts):
+    raise ValueError(
+      f'frames={frames}: {spatial} devices, by --spatial, cannot share '
+      f'{min(count for count in counts if count % spatial)} frames: change '
+      'either number.'
+    )
+  return sampler.spec
 
 
 def _batch_size(model: Model, count: int) -> int:

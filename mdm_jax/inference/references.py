@@ -99,6 +99,13 @@ def of_split(
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
     'long_captions': config.text.long_captions,
   }
+  if is_drawn and split == 'train':
+    settings['two_objects'] = config.data.two_objects
+  if config.data.name.startswith('tfds:'):
+    settings |= {
+      'slice': config.data[f'{split}_split'],
+      'image': config.data.image,
+    }
   shape = stage.model.image_shapes[-1]
   if len(shape) == 4:
     settings |= {'frames': shape[0], 'frame_spacing': stage.frame_spacing}

@@ -89,7 +89,7 @@ class Model:
     config.eval.batch_size = sharding.round_up(
       config.eval.batch_size, self.mesh
     )
-    check(config, self.mesh)
+    check(config, self.mesh, training=False)
     return dataclasses.replace(
       self, stage=dataclasses.replace(self.stage, config=config)
     )
@@ -240,7 +240,7 @@ def open_run(
   cpu.use_cores(parts_of_batches(config))
   mesh = sharding.make_mesh(config.mesh)
   config.eval.batch_size = sharding.round_up(config.eval.batch_size, mesh)
-  check(config, mesh)
+  check(config, mesh, training=False)
   return Session(workdir, config, mesh, stage, sigma_rel, best)
 
 
@@ -318,6 +318,7 @@ def _compared(stage: Stage) -> dict[str, Any]:
       )
     },
     'shift_power': stage.settings.shift_power,
+    'frame_shift_power': stage.settings.frame_shift_power,
     'tokenizer': make_tokenizer(config).fingerprint(),
     'text.max_length': config.text.max_length,
   }

@@ -1,6 +1,7 @@
 """Restores weights of a run: the EMA, the best EMA, or a post-hoc EMA."""
 
 import functools
+import hashlib
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -147,12 +148,11 @@ def restore_weights(
       f'{workdir} has no {kind}{whose} yet: {_REMEDIES[kind]}.'
     )
   if sigma_rel is not None:
-    step, params = _reconstruct(directory, sigma_rel)
+    step, params, fingerprint = _reconstruct(directory, sigma_rel)
     if mesh:
       params = sharding.place(
         params, sharding.tree_shardings(params, mesh, config.sharding_rules)
       )
-    fingerprint = manifest.fingerprint(directory / str(step))
     return Weights(index, step, params, fingerprint, sigma_rel=sigma_rel)
 
   def read(step):
@@ -211,8 +211,14 @@ def _indices(config: ConfigDict, stage: str | None) -> list[int]:
   return [names.index(stage)]
 
 
-def _reconstruct(directory: epath.Path, sigma_rel: float) -> tuple[int, Params]:
-  """A post-hoc EMA at the newest snapshot: its step, and host arrays."""
+def _reconstruct(
+  directory: epath.Path, sigma_rel: float
+) -> tuple[int, Params, str]:
+  """A post-hoc EMA at the newest snapshot.
+
+  Returns:
+    Its step, host arrays, and what identifies the snapshots that it is of.
+  """
   post_hoc_ema.exponent(sigma_rel)  # Raises before anything is read.
   for _ in range(restore.TRIES):
     steps = saved_steps.good_steps(directory)
@@ -229,7 +235,7 @@ def _reconstruct(directory: epath.Path, sigma_rel: float) -> tuple[int, Params]:
 
 def _reconstruct_from(
   directory: epath.Path, steps: list[int], sigma_rel: float
-) -> tuple[int, Params]:
+) -> tuple[int, Params, str]:
   snapshots = {}
   for step in steps:
     extra = restore.read_extra(directory, step)
@@ -263,7 +269,11 @@ def _reconstruct_from(
     max(counts),
     len(snapshots),
   )
-  return max(snapshots.values()), jax.tree.map(np.float32, total)
+  used = sorted(set(snapshots.values()))
+  digest = hashlib.blake2b(digest_size=8)
+  for step in used:
+    digest.update(manifest.fingerprint(directory / str(step)).encode())
+  return used[-1], jax.tree.map(np.float32, total), digest.hexdigest()
 
 
 def _is_snapshot(extra: dict[str, Any]) -> bool:

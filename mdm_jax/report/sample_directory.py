@@ -44,13 +44,13 @@ def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:
 
   Raises:
     FileNotFoundError: a file that `samples.jsonl` lists is missing.
-    ValueError: `samples.jsonl` is damaged.
+    ValueError: `samples.jsonl` is damaged, or the samples are clips.
   """
   directory = epath.Path(directory)
   parts = files.parts(directory / _LINES)
   if not parts:
     return None
-  found = {}
+  found, has_clips = {}, False
   for path in parts:
     # What follows the last line's end was cut off when a process was killed.
     for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
@@ -65,11 +65,17 @@ def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:
           ),
         )
         found[int(record['index'])] = str(record['files'][finest])
+        has_clips |= len(mixed_batch.named_shape(finest)) == 4
       except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
           f'{path}: line {number} is damaged: run the command that sampled '
           'them again.'
         ) from error
+  if has_clips:
+    raise ValueError(
+      f'{directory} has clips, not images: measure their frames by '
+      '--workdir=RUN.'
+    )
   names = [found[index] for index in sorted(found)]
   is_there = _listed(directory)
   if missing := [name for name in names if not is_there(name)]:

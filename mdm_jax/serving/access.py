@@ -115,10 +115,12 @@ class Listeners:
 
   def leave(self, session: str) -> None:
     """Notes that a connection has ended."""
-    self._open[session] -= 1
-    if not self._open[session]:
+    if self._open[session] == 1:
+      # First, as another thread may ask at any time whether it is there.
+      self._left[session] = time.monotonic()
       del self._open[session]
-      self.expect(session)
+    else:
+      self._open[session] -= 1
 
   def __len__(self) -> int:
     """Number of connections."""
@@ -126,8 +128,9 @@ class Listeners:
 
   def is_there(self, session: str) -> bool:
     """Whether a browser listens, or may still come back."""
-    left = self._left.get(session, -_ABSENT)
-    return session in self._open or time.monotonic() < left + _ABSENT
+    if session in self._open:
+      return True
+    return time.monotonic() < self._left.get(session, -_ABSENT) + _ABSENT
 
   def pop_absent(self) -> list[str]:
     """Sessions that are gone since the last call."""

@@ -202,6 +202,8 @@ def _resolution(config: ConfigDict, stage: ConfigDict) -> int:
 
 def _accuracy(model: Model) -> dict[str, str]:
   """The prompt accuracy at the end of training, if it has been measured."""
+  if not model.stage.is_last:
+    return {}  # The file is of the last stage.
   try:
     values = read_metrics(model.stage, model.workdir) or {}
   except files.UnreadableFile as error:

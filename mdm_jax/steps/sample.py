@@ -559,7 +559,8 @@ def make_sample_steps(
     of `make_sample_fn` up to rounding. With `with_inputs` a step is a pair: the
     images of x_t, and those. The steps of a cascade are those of its finest
     level, before which the others are sampled. `num_steps` and the guidance
-    weight `w` may change without compiling again. Further arguments are
+    weight `w` may change without compiling again, but for a weight of 1, which
+    needs half of the network's work. Further arguments are
     `earlier` and `part` of `Sampler.prepare`.
   """
   options = sharding.compiler_options(sampler.mesh)
@@ -573,14 +574,18 @@ def make_sample_steps(
   )
   sample_coarser = _make_coarser_steps(sampler, param_shardings)
   start = jax.jit(sampler.start, compiler_options=options)
-  step = jax.jit(sampler.step, donate_argnums=2, compiler_options=options)
+  guided, plain = (
+    jax.jit(step, donate_argnums=2, compiler_options=options)
+    for step in (sampler.step, functools.partial(sampler.step, w=1.0))
+  )
   to_uint8 = jax.jit(
     sampler.to_uint8, out_shardings=sharding.replicated(sampler.mesh)
   )
 
   def sample_steps(params, text, negative, seeds, num_steps, w, *earlier):
+    step = functools.partial(guided, w=np.float32(w))
     if guidance.is_none(w):
-      negative = text
+      negative, step = text, plain
     coarse = sample_coarser(params, text, negative, seeds, num_steps, w)
     if coarse:
       earlier = None, np.uint32(0), coarse[-1]
@@ -594,7 +599,7 @@ def make_sample_steps(
     for one in steps:
       # Before its donation.
       noisy = (*coarse, *to_uint8(params, state[0])) if with_inputs else None
-      x_t, x0 = state = step(params, prepared, state, one, np.float32(w))
+      x_t, x0 = state = step(params, prepared, state, one)
       images = *coarse, *to_uint8(params, x_t if one is steps[-1] else x0)
       yield (noisy, images) if with_inputs else images
 

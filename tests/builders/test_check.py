@@ -50,6 +50,13 @@ def test_tiny_config_is_good(make_config, mesh):
   check(make_config().lock(), mesh)
 
 
+def test_batches_of_training_matter_to_training_alone(make_config, mesh):
+  config = changed(make_config(), {'stages[0].batch_size': 6})
+  with pytest.raises(ValueError, match=r'stages\[0\].batch_size=6 is not div'):
+    check(config, mesh)
+  check(config, mesh, training=False)
+
+
 @pytest.mark.parametrize(
   'changes',
   [

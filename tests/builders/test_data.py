@@ -30,6 +30,11 @@ def config(make_config, flowers):
   return config
 
 
+def test_other_splits_of_a_tfds_data_set_are_refused(config):
+  with pytest.raises(ValueError, match="splits train and validation.*'test'"):
+    make_source(config, 'test', 8)
+
+
 def one_batch(config, resolutions, batch_sizes, split='train'):
   (batch,) = make_dataset(
     config,

@@ -83,9 +83,8 @@ def options(tmp_path, metrics, **changes):
     metrics=metrics,
     num_samples=COUNT,
     num_reference=11,
-    inception='inception.pth',
     cache=str(tmp_path / 'cache'),
-    **{'i3d': 'i3d.pt', **changes},
+    **{'inception': 'inception.pth', 'i3d': 'i3d.pt', **changes},
   )
 
 
@@ -140,5 +139,6 @@ def test_short_clips_have_no_video_distance(model, tmp_path):
   trained = make_stage(config, 1)
   model = Model(model.workdir, trained, model.weights, {}, model.mesh)
   message = "fvd needs clips of 9 frames or more, and stage 2/2 'clips' has 8"
+  fvd = options(tmp_path, ['fvd'], inception=None)
   with pytest.raises(ValueError, match=message):
-    evaluation.evaluate_run(model, options(tmp_path, ['fvd']), sample, trained)
+    evaluation.evaluate_run(model, fvd, sample, trained)

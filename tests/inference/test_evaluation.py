@@ -249,7 +249,7 @@ def test_metrics_of_training(config, run, mesh, caplog):
 
 
 def test_reference_is_read_once(config, run, mesh, tmp_path):
-  def judge(**changes):
+  def judge(config=config, **changes):
     before = Colors.seen
     options = evaluation.Options(
       **{
@@ -270,6 +270,11 @@ def test_reference_is_read_once(config, run, mesh, tmp_path):
   assert judge(num_reference=12)[1] == 9 + 12
   other, count = judge(reference_split='train')
   assert count == 9 + 11 and other != first
+  # Scenes of training are others.
+  other = config.copy_and_resolve_references()
+  other.data.two_objects = 0.9
+  assert judge(other)[1] == 9
+  assert judge(other, reference_split='train')[1] == 9 + 11
 
 
 def test_one_sample_has_no_distance(config, run, mesh, monkeypatch):
@@ -389,6 +394,8 @@ def test_samples_are_compared_with_photographs(tmp_path, mesh):
       {'metrics': ['fid'], 'inception': 'x', 'reference': 'nowhere'},
       'nowhere has no images',
     ),
+    ({'reference': 'x'}, '--reference is for the metrics fid, kid, precision_'),
+    ({'metrics': ['loss'], 'clip': 'x'}, '--clip is for the metrics clip: add'),
   ],
 )
 def test_wrong_options(config, run, mesh, options, message):
@@ -443,6 +450,14 @@ def test_command(run):
     (['--workdir=nowhere'], '--workdir=nowhere: there is no such directory'),
     (['--workdir=docs'], 'docs/config.json does not exist'),
     (['--images=docs', '--reference=docs', '--metrics=fid'], 'inception'),
+    (
+      ['--images=docs', '--reference=docs', '--num_samples=5'],
+      '--num_samples does nothing with --images',
+    ),
+    (
+      ['--workdir=docs', '--reference=docs', '--num_reference=5'],
+      '--num_reference does nothing with --reference',
+    ),
   ],
 )
 def test_command_ends_in_one_line(arguments, message):

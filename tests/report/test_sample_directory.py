@@ -168,6 +168,14 @@ def test_odd_names_of_files_are_no_samples(stopped, name, key):
   assert SampleDirectory(stopped, RECORDS).missing == [0, 1, 2, 3, 4]
 
 
+def test_clips_are_no_images(tmp_path):
+  samples = SampleDirectory(tmp_path, RECORDS[:1])
+  samples.add(0, [np.zeros((2, 4, 4, 3), np.uint8)])
+  samples.finish({})
+  with pytest.raises(ValueError, match='has clips, not images: measure their'):
+    finest_images(tmp_path)
+
+
 @pytest.mark.parametrize('value', ['x', None, [1]])
 def test_odd_indices_of_samples_are_damage(stopped, value):
   good = first_line(stopped)

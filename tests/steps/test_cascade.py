@@ -94,6 +94,21 @@ def test_a_stage_trains_its_level_alone(config, stage):
   assert 'middle' in trained['unet']['level_0']
 
 
+def test_a_level_has_the_noise_that_it_has_in_a_nest(config, stage):
+  nest = config.copy_and_resolve_references()
+  nest.model.cascade = False
+  for i, each in enumerate(nest.stages):
+    each.update(loss_weights=(1.0,) * (i + 1), mixed_ratio=(0.0,) * i + (1.0,))
+  expected = make_stage(nest, 1).objective.schedule.gammas
+  found = stage.objective.schedule.gammas
+  np.testing.assert_array_equal(found, expected[1:])
+  # The SNR of 8 px is twice that of 16 px.
+  coarse, fine = expected[:, 500] / (1 - expected[:, 500])
+  assert coarse / fine == pytest.approx(2, rel=1e-4)
+  given = stage.objective.augmentation.schedule.gammas
+  np.testing.assert_array_equal(given, expected[:1])
+
+
 def test_loss_is_of_the_level_given_the_noised_coarser_images(
   stage, params, batch
 ):

@@ -216,6 +216,19 @@ def test_sampling_step_by_step_gives_the_same_images(
   # Another number of steps and another guidance weight.
   assert len(list(sample_steps(params, text, empty, range(8), 5, 1.5))) == 5
   assert len(traced) == 1
+  # Without guidance each image goes through the network once.
+  sizes = []
+  predict = type(sampler.model).denoise
+  monkeypatch.setattr(
+    type(sampler.model),
+    'denoise',
+    lambda self, params, x_t, t, *given: (
+      sizes.append(len(t)),
+      predict(self, params, x_t, t, *given),
+    )[1],
+  )
+  assert len(list(sample_steps(params, text, empty, range(8), 2, 1.0))) == 2
+  assert sizes == [8]
   # What the network was given: noise, then what the sampler made of it.
   with_inputs = make_sample_steps(sampler, shardings, with_inputs=True)
   pairs = list(with_inputs(params, text, empty, range(8), 3, 3.0))
