@@ -181,19 +181,28 @@ def _check_text(config: ConfigDict) -> None:
     raise ValueError(f'text.width={text.width}: give an even number.')
   make_tokenizer(config)
   if text.encoder == 'precomputed':
-    if config.data.name not in ('captioned_images', 'tars'):
-      raise ValueError(
-        f"text.encoder='precomputed' with data.name={config.data.name!r}: "
-        'only a prepared data set and an index of tars can have text features '
-        'beside them.'
-      )
-    if config.data.name != 'tars':
-      tfds_source.require_local(config.data.path)
-    precomputed.require_same(
-      config.data.path,
-      precomputed.read_info(config.data.path),
-      text_fingerprint(config),
+    data = config.data
+    sets = [('name', data.name, data.path)]
+    # That a path is missing is named with the image set.
+    if data.image_path or data.image_set in DRAWN:
+      sets.append(('image_set', data.image_set, data.image_path))
+    for key, name, path in sets:
+      _check_precomputed(config, f'data.{key}={name!r}', name, path)
+
+
+def _check_precomputed(
+  config: ConfigDict, named: str, name: str, path: str
+) -> None:
+  if name not in ('captioned_images', 'tars'):
+    raise ValueError(
+      f"text.encoder='precomputed' with {named}: only a prepared data set and "
+      'an index of tars can have text features beside them.'
     )
+  if name != 'tars':
+    tfds_source.require_local(path)
+  precomputed.require_same(
+    path, precomputed.read_info(path), text_fingerprint(config)
+  )
 
 
 def _check_objective(config: ConfigDict) -> None:

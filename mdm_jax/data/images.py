@@ -309,7 +309,8 @@ def stream_frames(
     for frame in ImageSequence.Iterator(image):
       # Of WebP the duration is known once the frame is decoded.
       rgb = _to_rgb(frame)
-      yield milliseconds / 1000, rgb
+      # Pillow decodes the next frame into the same image.
+      yield milliseconds / 1000, rgb.copy() if rgb is frame else rgb
       milliseconds += frame.info.get('duration') or 0
 
 

@@ -132,9 +132,11 @@ def _decode_video(data: bytes, key: str, options: Options) -> Iterator:
 
 
 def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
-  """The frames at about even times, whatever the rate of the video."""
-  period = 1 / options.fps if options.fps else 0.0
-  start, number = None, 0
+  """The frames at about even times, whatever the rate of the video.
+
+  A frame that is shown for longer is chosen several times.
+  """
+  start, last, number = None, None, 0
   for index, (time, frame) in enumerate(frames):
     if time is None:
       if options.fps or options.skip_seconds:
@@ -142,11 +144,19 @@ def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
       time = float(index)
     if start is None:
       start = time + options.skip_seconds
-    if time - start < (number - _EARLY) * period or time < start:
+    if not options.fps:
+      if time >= start:
+        yield frame
       continue
-    # After a gap, the next frame is due a period after this one.
-    number = max(number, round((time - start) * options.fps)) + 1
-    yield frame
+    # In periods: the chosen frames are due at 0, 1, 2, ...
+    due = (time - start) * options.fps + _EARLY
+    while last is not None and number + 1 <= due:
+      yield last
+      number += 1
+    if number <= due:
+      yield frame
+      number += 1
+    last = frame
 
 
 def _reduce(frame, options: Options) -> Image.Image:

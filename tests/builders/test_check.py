@@ -13,6 +13,7 @@ from mdm_jax.builders.check import check, parts_of_batches
 from mdm_jax.builders.config import load_config
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.stage import batch_sizes
+from mdm_jax.data import precomputed
 from mdm_jax.runtime import sharding
 
 RECIPES = sorted(
@@ -48,6 +49,31 @@ def changed(config: ConfigDict, changes: dict) -> ConfigDict:
 
 def test_tiny_config_is_good(make_config, mesh):
   check(make_config().lock(), mesh)
+
+
+@pytest.mark.parametrize(
+  'image_set, message',
+  [
+    ('tars', 'images: another text encoder'),
+    ('shapes', "with data.image_set='shapes': only a prepared data set"),
+  ],
+)
+def test_text_features_of_both_sets_are_checked(
+  make_config, mesh, t5_directory, monkeypatch, image_set, message
+):
+  def require_same(path, info, made_with):
+    if path == 'images':
+      raise ValueError(f'{path}: another text encoder')
+
+  monkeypatch.setattr(precomputed, 'read_info', lambda path: None)
+  monkeypatch.setattr(precomputed, 'require_same', require_same)
+  config = make_config()
+  config.text.update(encoder='precomputed', path=str(t5_directory.path))
+  config.data.update(
+    name='tars', path='clips', image_set=image_set, image_path='images'
+  )
+  with pytest.raises(ValueError, match=message):
+    check(config, mesh)
 
 
 def test_batches_of_training_matter_to_training_alone(make_config, mesh):

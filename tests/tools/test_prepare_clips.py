@@ -78,8 +78,19 @@ def test_frames_are_chosen_by_their_times():
 def test_of_a_variable_rate_the_times_count():
   times = [0, 1, 2, 3, 9, 10, 12, 18, 20, 21, 30, 31]
   frames = read_frames(video(range(12), times=times), 'a', OPTIONS)
-  # At 8 a second, one is due at 0, 3, 6, ... of 24; 9 comes for 6, and so on.
-  assert [times[i] for i in values_of(frames)] == [0, 3, 9, 12, 18, 21, 30]
+  # At 8 a second, one is due at 0, 3, 6, ... of 24; 3 is still shown at 6.
+  assert [times[i] for i in values_of(frames)] == [0, 3, 3, 9, 12, 12, 18, 21]
+  later = Options(8, 2, 8, skip_seconds=0.25, resolution=32)  # 6 of 24.
+  frames = read_frames(video(range(12), times=times), 'a', later)
+  assert [times[i] for i in values_of(frames)] == [3, 9, 12, 12, 18, 21, 21, 21]
+
+
+def test_a_frame_is_repeated_while_it_is_shown():
+  data = animation([500] + [125] * 8)
+  assert values_of(read_frames(data, 'a', OPTIONS)) == [0, 0, 0, 0, 1, 2, 3, 4]
+  # Five a second.
+  frames = read_frames(animation([200] * 6), 'a', OPTIONS)
+  assert values_of(frames) == [0, 1, 1, 2, 3, 3, 4, 4]
 
 
 def test_sound_and_odd_sizes_do_not_matter():
