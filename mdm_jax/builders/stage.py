@@ -35,12 +35,8 @@ from mdm_jax.optim import optimizer
 from mdm_jax.optim.skip_step import SkipRule
 from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.objective import Objective
-from mdm_jax.steps.sample import (
-  SampleFn,
-  Sampler,
-  SamplerSpec,
-  make_sample_fn,
-)
+from mdm_jax.steps.sample import SampleFn, make_sample_fn
+from mdm_jax.steps.sampler import Sampler, SamplerSpec
 from mdm_jax.steps.state import Params
 from mdm_jax.steps.train import make_train_step
 

@@ -31,7 +31,8 @@ from mdm_jax.report import grid
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.runtime import buckets, sharding, value_types
 from mdm_jax.runtime.printable import printable
-from mdm_jax.steps.sample import SamplerSpec, make_sample_batches
+from mdm_jax.steps.sample import SampleFn, make_sample_batches
+from mdm_jax.steps.sampler import SamplerSpec
 
 _TEXT = value_types.Text("a text (also of a class, such as '207')")
 _NUM_SAMPLES = ranges.EVALUATION['num_samples']
@@ -249,11 +250,7 @@ class Pipeline:
         'with any_prompt=True.'
       )
     text = encode_prompts(model.stage.config, prompts)
-    _warn_of_unknown_words(model, [*prompts, negative_prompt])
-    if (negative_prompt or guide) and model.stage.config.sampler.guidance == 1:
-      logging.warning(
-        'guidance is 1: a negative prompt or a guide has no effect.'
-      )
+    _warn(model, prompts, negative_prompt, guide)
     (negative,) = encode_prompts(model.stage.config, [negative_prompt])
     guide = guide and _directory('guide', guide)
     guided_by = guide and self._guide(guide)
@@ -349,19 +346,12 @@ class Pipeline:
     spec = model.stage.make_sampler(model.mesh).spec
     count = given.get('num_samples', config.eval.num_prompts)
     size = _batch_size(model, count)
-    negative = empty_text(config)
-
-    def sample_fn(params, text, seeds):
-      batches = self._program(spec, False, None)(
-        params, text, negative, seeds, size
-      )
-      with _naming_memory(size):
-        return tuple(
-          map(np.concatenate, zip(*(batch[-1] for batch in batches)))
-        )
 
     found = evaluation.evaluate_run(
-      model, evaluation.make_options(given), sample_fn, self.model.stage
+      model,
+      evaluation.make_options(given),
+      self._make_sample_fn(spec, size),
+      self.model.stage,
     )
     try:
       found.append_to(output)
@@ -376,6 +366,21 @@ class Pipeline:
     """The file to which evaluations are added by default."""
     stage, step = self.model.stage.name, self.model.weights.step
     return epath.Path(self.model.workdir) / 'eval' / f'{stage}_{step}.jsonl'
+
+  def _make_sample_fn(self, spec: SamplerSpec, size: int) -> SampleFn:
+    """Samples any number of images, so many at once."""
+    negative = empty_text(self.model.stage.config)
+
+    def sample_fn(params, text, seeds):
+      batches = self._program(spec, False, None)(
+        params, text, negative, seeds, size
+      )
+      with _naming_memory(size):
+        return tuple(
+          map(np.concatenate, zip(*(batch[-1] for batch in batches)))
+        )
+
+    return sample_fn
 
   def _make_program(
     self, spec: SamplerSpec, path: bool, guide: str | None
@@ -426,10 +431,16 @@ def _check(
   return prompts, num_samples, seed
 
 
-def _warn_of_unknown_words(model: Model, prompts: Sequence[str]) -> None:
-  """Logs words that the tokenizer's training never saw."""
-  if unknown := unknown_words(model.stage.config, prompts):
+def _warn(
+  model: Model, prompts: Sequence[str], negative_prompt: str, guide: str | None
+) -> None:
+  """Warns of words that are unknown, and of what has no effect."""
+  texts = [*prompts, negative_prompt]
+  if unknown := unknown_words(model.stage.config, texts):
     logging.warning('The prompts have %s.', printable(unknown))
+  away = negative_prompt or guide
+  if away and model.stage.config.sampler.guidance == 1:
+    logging.warning('Guidance is 1: %r has no effect.', printable(away))
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:

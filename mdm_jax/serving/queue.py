@@ -21,7 +21,8 @@ from mdm_jax.inference.weights import SavedWeights
 from mdm_jax.runtime import sharding
 from mdm_jax.runtime.printable import command_line
 from mdm_jax.serving import film
-from mdm_jax.steps.sample import Sampler, make_sample_steps
+from mdm_jax.steps.sample import make_sample_steps
+from mdm_jax.steps.sampler import Sampler
 
 MAX_CHARACTERS = 1000  # most characters in a prompt
 MAX_GUIDANCE = 20

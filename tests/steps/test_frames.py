@@ -12,7 +12,7 @@ from mdm_jax.builders.data import make_dataset
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import batch_sizes, make_objective
 from mdm_jax.steps.objective import batch_losses, sample_noise
-from mdm_jax.steps.sample import Sampler, SamplerSpec
+from mdm_jax.steps.sampler import Sampler, SamplerSpec
 from tests import meshes
 
 
@@ -121,8 +121,8 @@ def test_parts_of_a_clip_are_joined(frames, parts, expected):
     image_shapes=[mixed_batch.example_shape(2, count) for count in frames]
   )
   sampler = Sampler(model, None, spec, None, 'v')
-  assert sampler.num_parts == parts
-  shift, of_parts = frames[-1] - sampler._overlap, []
+  assert sampler.parts.count == parts
+  shift, of_parts = frames[-1] - sampler.parts.overlap, []
   for part in range(parts):
     levels = []
     for count, shape in zip(frames, model.image_shapes):
@@ -131,7 +131,7 @@ def test_parts_of_a_clip_are_joined(frames, parts, expected):
       clip = np.broadcast_to(times[:, None, None, None], (count, *shape[-3:]))
       levels.append(clip.reshape(1, *shape))
     of_parts.append(levels)
-  found = sampler.join(of_parts)
+  found = sampler.parts.join(of_parts)
   for level, numbers in zip(found, expected, strict=True):
     times = level[0, ..., 0, 0, 0]
     np.testing.assert_array_equal(np.atleast_1d(times), numbers)
