@@ -86,7 +86,7 @@ def main(_: list[str]) -> None:
   # Slow to import, and not needed for --help.
   import jax
 
-  from mdm_jax.builders.check import parts_of_batches
+  from mdm_jax.builders.check_levels import parts_of_batches
   from mdm_jax.checkpoint import saved_steps
   from mdm_jax.data.pipeline import DataError
   from mdm_jax.optim import skip_step

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from configs import shapes_64
-from mdm_jax.builders.check import parts_of_batches
+from mdm_jax.builders.check_levels import parts_of_batches
 from mdm_jax.builders.stage import Stage, make_stages
 from mdm_jax.builders.text import empty_text
 from mdm_jax.report import console, grid, trackers

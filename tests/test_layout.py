@@ -41,6 +41,7 @@ ROWS = (
   'inference.split_images',
   'inference.weights inference.run_flags',
   'builders.check',
+  'builders.check_levels',
   'builders.stage builders.prompts builders.equal_compute',
   'builders.autoencoder_stage',
   'builders.base_stage',

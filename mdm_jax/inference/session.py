@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders import ranges
-from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.check import check
+from mdm_jax.builders.check_levels import parts_of_batches
 from mdm_jax.builders.config import (
   AUTOENCODER,
   differences,

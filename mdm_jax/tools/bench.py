@@ -28,7 +28,8 @@ import numpy as np
 
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.base_stage import BaseStage
-from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.check import check
+from mdm_jax.builders.check_levels import parts_of_batches
 from mdm_jax.builders.model import keep_stage
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer

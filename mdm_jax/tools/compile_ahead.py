@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders.base_stage import BaseStage
-from mdm_jax.builders.check import check_stages
+from mdm_jax.builders.check_levels import check_stages
 from mdm_jax.builders.model import keep_stage
 from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import frozen_shapes, make_text_encoder

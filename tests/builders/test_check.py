@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 import pytest
 
 from configs import common
-from mdm_jax.builders.check import check, parts_of_batches
+from mdm_jax.builders.check import check
+from mdm_jax.builders.check_levels import parts_of_batches
 from mdm_jax.builders.config import load_config
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.stage import batch_sizes
