@@ -153,7 +153,8 @@ def train_runs(
       results, and is not compared now.
     write: writes the results, after each run.
     groups: environment variables of the runs that train at the same time.
-    evaluated: flags of the evaluation: runs with others are evaluated again.
+    evaluated: flags of the evaluation: runs with others are evaluated again,
+      or, if they are not in `points`, are in no mean.
 
   Raises:
     ValueError: the directory is of something else, or of another config, or a
@@ -164,12 +165,12 @@ def train_runs(
     results.find(point) or results.add(sweep_grid.run_name(point), point)
     for point in points
   ]
-  evaluated = dict(evaluated or {})
+  # Runs that are not in `points` may have been evaluated with other flags.
+  results.evaluated = evaluated = dict(evaluated or {})
   waiting = {
     run.run: run
     for run in runs
-    if run.status != sweep_results.FINISHED
-    or (evaluated and run.evaluated != evaluated)
+    if run.status != sweep_results.FINISHED or run.evaluated != evaluated
   }
   for run in waiting.values():
     run.status, run.note = sweep_results.TO_DO, ''

@@ -309,7 +309,7 @@ def test_a_comparison_grows_and_keeps_what_it_has(trainings):
   found = trainings.compare(1.0, seeds=[0])
   assert set(trainings.begun().values()) == {1}
   single = found.rows[1]
-  assert sweep_results.mean(found._runs(single), 'fid') is not None
+  assert found.results.mean(found._runs(single), 'fid') is not None
 
 
 def test_other_compute_is_refused(trainings, monkeypatch):
