@@ -59,22 +59,33 @@ def count(config: ConfigDict) -> dict[str, Any]:
 def sampling_flops(config: ConfigDict) -> float:
   """FLOPs of one sampling step for one image, of all networks that it calls.
 
-  Guidance and Heun's method call a network twice in a step. What is done once
-  for all steps, such as the encoding of the prompt, does not count.
+  Guidance and Heun's method call a network twice in a step; guidance within an
+  interval only in that share of the steps. What is done once for all steps,
+  such as the encoding of the prompt, does not count.
 
   Args:
     config: of the recipe.
   """
-  with target.planning('cpu'):
-    # A cascade's last stage samples all levels, each in so many steps.
-    stage, mesh = make_stage(config, len(config.stages) - 1), _mesh()
+
+  def count_step(**changes):
     one, two = (
       peaks.count_flops(
-        compile_ahead.trace_sample(stage, mesh, num_steps=num_steps)
+        compile_ahead.trace_sample(stage, mesh, num_steps=num_steps, **changes)
       )
       for num_steps in (1, 2)
     )
-  return (two - one) / config.eval.batch_size
+    return (two - one) / config.eval.batch_size
+
+  with target.planning('cpu'):
+    # A cascade's last stage samples all levels, each in so many steps.
+    stage, mesh = make_stage(config, len(config.stages) - 1), _mesh()
+    # Without an interval, as of a branch the more expensive side would count.
+    flops = count_step(guidance_interval=(0.0, 1.0))
+    share = stage.make_sampler(mesh).guided_share
+    if share < 1:
+      plain = count_step(guidance=1.0)
+      flops = plain + share * (flops - plain)
+  return flops
 
 
 def measure_seconds(

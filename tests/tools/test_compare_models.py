@@ -179,6 +179,23 @@ def test_flops_are_those_of_the_whole_step(make_config):
   assert found['parameters'] == once['parameters'] > 1000
 
 
+def test_guidance_counts_only_within_its_interval(make_config):
+  config = make_config()
+  config.stages = config.stages[:1]
+
+  def count(**changes):
+    config.sampler.update(changes)
+    return recipe_costs.sampling_flops(config)
+
+  config.sampler.update(name='ddim', num_steps=10, guidance=1.0)
+  plain, guided = count(), count(guidance=2.0)
+  assert guided > 1.5 * plain
+  # Of the times 909, 818, ... 90 of 1,000, those are 545, 454, 363 and 272.
+  assert config.diffusion.num_steps == 1000
+  share = (count(guidance_interval=(0.25, 0.55)) - plain) / (guided - plain)
+  assert share == pytest.approx(0.4)
+
+
 class Trainings:
   """Comparisons with stubs that train and evaluate nothing."""
 
