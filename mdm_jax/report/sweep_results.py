@@ -110,12 +110,18 @@ class Results:
     return estimate.Estimate(run.metrics[name], None, run.errors.get(name))
 
   def note(self, group: Iterable[Result]) -> str | None:
-    """Why the first run of a row that is not in its means is not."""
-    group = list(group)
+    """Why a run of a row is not in its means, or a metric is not measured."""
+    group, parts = list(group), []
     done = self.finished(group)
-    run = next((run for run in group if run not in done), None)
-    if run is None:
-      return None
+    if run := next((run for run in group if run not in done), None):
+      parts.append(self._why_not(run))
+    for name in self.metrics:
+      if count := sum(name not in run.metrics for run in done):
+        parts.append(f'no {name} in {count} of {len(done)}')
+    return '; '.join(parts) or None
+
+  def _why_not(self, run: Result) -> str:
+    """Why a run is not in the means."""
     if run.status != FINISHED:
       return f'{run.status}: {run.note}' if run.note else run.status
     others = [

@@ -138,6 +138,7 @@ def train_runs(
   write: Callable[[], None],
   groups: Sequence[Mapping[str, str]] = ({},),
   evaluated: Mapping[str, str] | None = None,
+  requires_metrics: bool = True,
 ) -> None:
   """Trains the runs that are not finished, and notes what they measure.
 
@@ -155,10 +156,11 @@ def train_runs(
     groups: environment variables of the runs that train at the same time.
     evaluated: flags of the evaluation: runs with others are evaluated again,
       or, if they are not in `points`, are in no mean.
+    requires_metrics: whether to stop if a finished run lacks a metric to show.
 
   Raises:
     ValueError: the directory is of something else, or of another config, or a
-      finished run has no such metric: then the others are stopped.
+      finished run lacks a required metric: then the others are stopped.
   """
   _keep_begun(results, make_config)
   runs = [
@@ -195,7 +197,7 @@ def train_runs(
       _note_end(run, ended, results)
       write()
       logging.info('%s: %s. %s', run.run, run.status, run.note)
-      if run.status == sweep_results.FINISHED:
+      if requires_metrics and run.status == sweep_results.FINISHED:
         results.check_metrics(run.metrics)
 
 

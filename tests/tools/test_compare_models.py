@@ -202,6 +202,7 @@ class Trainings:
   def __init__(self, compared, directory, monkeypatch):
     self.compared, self.output = compared, epath.Path(directory)
     self.fails = set()  # (recipe, budget)
+    self.metric = 'fid'  # to show
     jobs = run_commands.Jobs
     monkeypatch.setattr(
       run_commands,
@@ -256,7 +257,7 @@ class Trainings:
   def compare(self, *budgets, seeds=(0, 1), names=('mdm', 'single')):
     compared = [each for each in self.compared if each.name in names]
     plans = compare_models.make_plans(compared, COSTS, budgets, 'flops')
-    results = sweep_results.read(self.output, ['fid'], lambda key: None)
+    results = sweep_results.read(self.output, [self.metric], lambda key: None)
     found = compare_models.make_comparison(results, plans, COSTS, {'x': 1})
     compare_models.train(plans, seeds, found, {'metrics': 'frechet'})
     return found
@@ -315,6 +316,17 @@ def test_runs_are_trained_evaluated_and_continued(trainings):
   assert config['stages'][0]['steps'] == round(400 * 39.4 / 28.9)
   assert config['sampler']['num_steps'] == 15
   assert config['stages'][0]['learning_rate'] == 0.5
+
+
+def test_a_metric_that_a_run_lacks_is_noted(trainings):
+  trainings.metric = 'edge_width'
+  trainings.compare(1.0, seeds=[0])
+  assert set(trainings.begun().values()) == {1} and len(trainings.begun()) == 2
+  lines = (trainings.output / 'table.md').read_text().splitlines()
+  for line in lines[2:4]:
+    cells = line.split(' | ')
+    assert cells[2:4] == ['-', '1 of 1']
+    assert cells[-1] == 'no edge_width in 1 of 1 |'
 
 
 def test_a_comparison_grows_and_keeps_what_it_has(trainings):
