@@ -1,6 +1,7 @@
 """What a recipe costs: FLOPs and seconds of its steps, and its parameters."""
 
 from collections.abc import Mapping
+import copy
 import hashlib
 import json
 import sys
@@ -12,6 +13,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
+from mdm_jax.builders.config import costs_and_learning
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.models import target
 from mdm_jax.report import console
@@ -22,13 +24,16 @@ _TIMED = 10  # steps
 
 
 def digest(config: ConfigDict) -> str:
-  """SHA-256 of all keys, by which costs are known again."""
-  text = json.dumps(json.loads(config.to_json()), sort_keys=True)
+  """SHA-256 of the keys that costs depend on, by which they are known again."""
+  keys = costs_and_learning(json.loads(config.to_json()))
+  text = json.dumps(keys, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def count(config: ConfigDict) -> dict[str, Any]:
   """Counts FLOPs as if for one CPU; nothing is compiled.
+
+  What rematerialisation computes again, to save memory, does not count.
 
   Args:
     config: of the recipe, which has been checked.
@@ -39,6 +44,9 @@ def count(config: ConfigDict) -> dict[str, Any]:
     'parameters': number of trained parameters of the last stage, and of the
       earlier ones that it needs.
   """
+  config = copy.deepcopy(config)  # Copies the levels too.
+  for level in config.model.levels:
+    level.remat = 'none'
   # A CPU's program calls no libraries, whose work would not be counted.
   with target.planning('cpu'):
     flops = {}

@@ -6,7 +6,7 @@ import sys
 from etils import epath
 import pytest
 
-from mdm_jax.builders import equal_compute, recipes
+from mdm_jax.builders import equal_compute, recipes, sweep_grid
 from mdm_jax.builders.config import write_config
 from mdm_jax.report import sweep_results
 from mdm_jax.tools import (
@@ -160,6 +160,29 @@ def test_costs_are_counted_once(compared, tmp_path, monkeypatch):
   sweep_results.read(output, ['a'], lambda key: None, ['costs.json'])
 
 
+@pytest.mark.parametrize(
+  'key, value, is_known',
+  (
+    ('log_every', 7, True),
+    ('trackers', ('tensorboard', 'wandb'), True),
+    ('watchdog.step', 7, True),
+    ('data.prefetch', 7, True),
+    ('data.size', 7, False),
+    ('stages[0].accumulate', 2, False),
+    ('model.levels[0].remat', 'block', False),
+    ('sampler.num_steps', 7, False),
+    ('eval.batch_size', 7, False),
+    ('mesh.fsdp', 2, False),
+  ),
+)
+def test_costs_are_known_by_what_they_depend_on(compared, key, value, is_known):
+  config = compared[0].config
+  other = sweep_grid.changed(config, {key: value})
+  assert other.to_json() != config.to_json()
+  digests = {recipe_costs.digest(config), recipe_costs.digest(other)}
+  assert (len(digests) == 1) == is_known
+
+
 def test_flops_are_those_of_the_whole_step(make_config):
   config = make_config()
   config.sampler.guidance = 1.0
@@ -168,10 +191,11 @@ def test_flops_are_those_of_the_whole_step(make_config):
   assert 0 < once['flops']['8'] < once['flops']['16']
   config.stages = config.stages[1:]
   config.stages[0].accumulate = 2
+  config.model.levels[1].remat = 'block'
   config.sampler.guidance = 2.0
   config.eval.batch_size = 4
   found = recipe_costs.count(config)
-  # Microbatches are the iterations of a loop.
+  # Microbatches are the iterations of a loop, and no recomputation counts.
   assert found['flops'] == {'16': pytest.approx(once['flops']['16'], rel=0.05)}
   # Of an image. Guidance calls the network twice, but no encoder at each step.
   ratio = found['sampling_flops'] / once['sampling_flops']
