@@ -311,9 +311,10 @@ def _compare(
 ):
   """Counts, plans, checks and trains; returns the `Comparison`."""
   from mdm_jax.inference import evaluation
-  from mdm_jax.report import sweep_results
+  from mdm_jax.report import evaluations, sweep_results
   from mdm_jax.tools import run_commands, sweep_training
 
+  evaluations.require_order(values.metrics[0], '--metrics')
   output = epath.Path(values.output)
   options = sweep.evaluation_flags(values)
   evaluated = sweep.as_texts(options)

@@ -64,6 +64,8 @@ def main(_: list[str]) -> None:
 
 def _check_flags(values: flags.FlagValues) -> None:
   """Raises ValueError for flags that do not go together."""
+  from mdm_jax.report import evaluations
+
   if (values.config is None) == (values.workdir is None):
     raise ValueError(
       'give either --config, to train, or the --workdir of a finished run.'
@@ -79,6 +81,7 @@ def _check_flags(values: flags.FlagValues) -> None:
     raise ValueError(f'--{[*given][0]} needs --metrics.')
   if not (values.grid or values.seeds):
     raise ValueError('nothing to compare: give --grid=KEY=VALUE,VALUE.')
+  evaluations.require_order(values.metric[0], '--metric')
 
 
 def evaluation_flags(values: flags.FlagValues) -> dict[str, Any]:

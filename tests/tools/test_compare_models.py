@@ -414,6 +414,7 @@ MDM, SINGLE = '--recipe=mdm=shapes_64', '--recipe=single=shapes_64:single'
       (MDM, SINGLE, '--set=text.num_heads=7'),
       '--recipe=mdm: text.num_heads=7 does not divide text.width=64',
     ),
+    ((MDM, SINGLE, '--metrics=flicker'), '--metrics=flicker: more of it is'),
     ((MDM, SINGLE, '--metrics=fid'), '--metrics=fid needs --inception'),
     ((MDM, SINGLE, '--equal=time'), 'use one of flops, seconds'),
   ),

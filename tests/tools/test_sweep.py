@@ -422,11 +422,15 @@ def test_a_finished_run_is_evaluated(finished):
       ('--config=shapes_64', '--grid=seed=1'),
       '--metric=nonsense: there are held_out_loss_16, held_out_loss_64, accu',
     ),
+    (
+      ('--config=shapes_64', '--grid=seed=1', '--metric=flicker'),
+      '--metric=flicker: more of it is neither better nor worse',
+    ),
   ),
 )
 def test_a_mistake_is_one_line(flags, message, tmp_path):
   output = tmp_path / 'out'
-  result = sweep(*flags, '--metric=nonsense', f'--output={output}', code=1)
+  result = sweep('--metric=nonsense', *flags, f'--output={output}', code=1)
   (line,) = result.stderr.splitlines()
   assert line.startswith('error: ') and message in line
   assert not result.stdout and not output.exists()
