@@ -10,7 +10,6 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-import jax
 from ml_collections import ConfigDict
 
 from mdm_jax.builders.config import costs_and_learning
@@ -52,7 +51,7 @@ def count(config: ConfigDict) -> dict[str, Any]:
     flops = {}
     for index in range(len(config.stages)):
       stage = make_stage(config, index)
-      traced = compile_ahead.trace_train(stage, _mesh())
+      traced = compile_ahead.trace_train(stage, sharding.one_cpu())
       flops[stage.name] = peaks.count_flops(traced)
     shapes = stage.param_shapes() | stage.earlier_params(
       lambda each: each.param_shapes()
@@ -86,7 +85,8 @@ def sampling_flops(config: ConfigDict) -> float:
 
   with target.planning('cpu'):
     # A cascade's last stage samples all levels, each in so many steps.
-    stage, mesh = make_stage(config, len(config.stages) - 1), _mesh()
+    stage = make_stage(config, len(config.stages) - 1)
+    mesh = sharding.one_cpu()
     # Without an interval, as of a branch the more expensive side would count.
     flops = count_step(guidance_interval=(0.0, 1.0))
     share = stage.make_sampler(mesh).guided_share
@@ -149,9 +149,3 @@ def read(path: epath.Path) -> dict[str, dict[str, Any]]:
   except files.UnreadableFile as error:
     logging.warning('%s: it is counted again.', error)
     return {}
-
-
-def _mesh() -> jax.sharding.Mesh:
-  return sharding.make_mesh(
-    dict.fromkeys(sharding.AXES, 1), jax.devices('cpu')[:1]
-  )

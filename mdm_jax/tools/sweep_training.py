@@ -77,8 +77,7 @@ def check_config(
   """
   # The accelerators are for the runs.
   jax.config.update('jax_platforms', 'cpu')
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
-  check(config, mesh)
+  check(config, sharding.one_cpu())
   if options:
     evaluation.check_options(config, options)
 
