@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -219,6 +220,28 @@ def _running(jobs: run_commands.Jobs) -> Iterator[Iterator[run_commands.Ended]]:
       pass
     all_ended.set()
     stop.close()
+
+
+def commands(
+  workdir: epath.Path, words: Sequence[str], evaluated: Mapping[str, str]
+) -> list[list[str]]:
+  """Commands that train a run, and evaluate it if there are flags for that.
+
+  Args:
+    workdir: of the run.
+    words: flags of its config.
+    evaluated: flags of mdm_jax.evaluate, by name.
+  """
+  found = [['mdm_jax.main', f'--workdir={workdir}', *words]]
+  if evaluated:
+    found.append(
+      [
+        *('mdm_jax.evaluate', f'--workdir={workdir}'),
+        f'--output={evaluation_path(workdir)}',
+        *(f'--{name}={value}' for name, value in evaluated.items()),
+      ]
+    )
+  return [[sys.executable, '-m', *each] for each in found]
 
 
 def evaluation_path(workdir: epath.Path) -> epath.Path:

@@ -250,6 +250,7 @@ def test_runs_on_devices_of_their_own(trainings, capfd):
   'found, visible, size, expected',
   (
     ('cpu 8', '', 1, [{}]),
+    ('gpu 4', '', None, [{}]),
     ('gpu 4', '', 2, [{'CUDA_VISIBLE_DEVICES': x} for x in ('0,1', '2,3')]),
     ('gpu 3', '5,7,9', 1, [{'CUDA_VISIBLE_DEVICES': x} for x in '579']),
     ('gpu 1', '', 2, '--devices_per_run=2: there are only 1.'),
