@@ -18,12 +18,8 @@ TRAINED_ENCODERS = ('learned', 'label')
 AUTOENCODER = 'autoencoder'  # `kind` of a stage
 _FILE = 'config.json'
 _ABSENT = 'absent'
-# Keys that may change when a run continues. None of them changes what is
-# learned, but for the guard's: a run that it has stopped could not go on
-# without a change.
-_MAY_CHANGE = (
-  'mesh.',
-  'sharding_rules',
+# Keys that change neither what is learned nor what a step costs.
+_COSTLESS = (
   'data.num_workers',
   'data.num_threads',
   'data.prefetch',
@@ -41,10 +37,18 @@ _MAY_CHANGE = (
   'replicas_every',
   'profile_every',
   'text.class_names',
+  'watchdog.',
+)
+# Keys that may change when a run continues. None of them changes what is
+# learned, but for the guard's: a run that it has stopped could not go on
+# without a change.
+_MAY_CHANGE = (
+  *_COSTLESS,
+  'mesh.',
+  'sharding_rules',
   'sampler.',
   'eval.',
   'guard.',
-  'watchdog.',
   'stages.accumulate:',
   'model.levels.remat',
   'model.levels.lanes',
@@ -342,6 +346,22 @@ def has_config_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     re.sub(r'\[\d+\]', '', line).startswith(free)
     for line in differences(old, new)
   )
+
+
+def costs_and_learning(config: Mapping[str, Any]) -> dict[str, str]:
+  """The keys that change what is learned, or what it costs.
+
+  Args:
+    config: configuration, as JSON.
+
+  Returns:
+    Paths, such as `stages[1].steps`, and the `repr` of their values.
+  """
+  return {
+    path: value
+    for path, value in _leaves(config, '').items()
+    if not re.sub(r'\[\d+\]', '', path).startswith(_COSTLESS)
+  }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

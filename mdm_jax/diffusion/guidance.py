@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdm_jax.diffusion.process import DenoiseFn
 from mdm_jax.diffusion.pyramid import Pyramid
@@ -101,6 +102,13 @@ def is_none(w: float | jax.Array) -> bool:
   return isinstance(w, int | float) and w == 1
 
 
+def is_within(
+  t: np.ndarray | jax.Array, interval: tuple[float, float]
+) -> np.ndarray | jax.Array:
+  """Whether guidance with an interval guides at times t."""
+  return (interval[0] <= t) & (t <= interval[1])
+
+
 def _guided(
   plain: DenoiseFn,
   pairs: Callable[[Pyramid, jax.Array], Iterable[tuple[jax.Array, jax.Array]]],
@@ -135,7 +143,6 @@ def _guided(
 
   def guided_within(x_t, t):
     first = t.ravel()[0]  # Of the coarsest level, if each has its own.
-    is_guided = (interval[0] <= first) & (first <= interval[1])
-    return jax.lax.cond(is_guided, guided, plain, x_t, t)
+    return jax.lax.cond(is_within(first, interval), guided, plain, x_t, t)
 
   return guided_within

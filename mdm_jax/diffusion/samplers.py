@@ -419,6 +419,26 @@ def steps(num_steps: int, schedule: Schedule) -> tuple[np.ndarray, ...]:
   )
 
 
+def called_times(
+  sampler: str, num_steps: int, schedule: Schedule
+) -> np.ndarray:
+  """The times that the network is given, of the coarsest level, int [calls].
+
+  Args:
+    sampler: one of `SAMPLERS`.
+    num_steps: how many sampling steps.
+    schedule: the noise of each level.
+
+  Raises:
+    ValueError: if `num_steps` is not in 1..T.
+  """
+  _, _, t, s = steps(num_steps, schedule)
+  called = np.append(t, s[:-1]) if sampler == 'heun' else t
+  if schedule.times is not None:
+    called = schedule.times[0, called]
+  return called - 1
+
+
 def sample(
   denoise_fn: DenoiseFn,
   x_t: Pyramid,

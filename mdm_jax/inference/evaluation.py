@@ -439,8 +439,6 @@ def _sample_metrics(
   if set(names) & set(_OF_SHAPES):
     features = None
     if 'frechet' in names:
-      features = shapes_features.Features(
-        stage.resolutions[-1], stage.config.seed, options.cache
-      )
+      features = shapes_features.Features(stage.resolutions[-1], options.cache)
     found.append(sample_metrics.OfShapes(stage, names, features))
   return found

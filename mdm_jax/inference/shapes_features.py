@@ -11,6 +11,9 @@ from mdm_jax.inference import classifier_features, references
 
 NUM_IMAGES = 8192  # that the classifier is trained on
 NUM_STEPS = 1500
+# Of the data set of the classifier and of the reference. It is not the run's:
+# distances of runs with several seeds are to be of the same features.
+SEED = 0
 
 
 class Features(classifier_features.ClassifierFeatures):
@@ -19,7 +22,6 @@ class Features(classifier_features.ClassifierFeatures):
   def __init__(
     self,
     resolution: int,
-    seed: int,
     cache: str | None,
     num_images: int = NUM_IMAGES,
     num_steps: int = NUM_STEPS,
@@ -28,28 +30,24 @@ class Features(classifier_features.ClassifierFeatures):
 
     Args:
       resolution: side of the images in pixels.
-      seed: of the data set.
       cache: directory of the cache; None for the user's own.
       num_images: to train on; half as many held-out ones are the reference.
       num_steps: of training.
     """
-    self._resolution, self._seed = resolution, seed
-    self._num_images = num_images
+    self._resolution, self._num_images = resolution, num_images
     super().__init__(
       {
         'features': 'shapes classifier',
         'resolution': resolution,
-        'seed': seed,
+        'seed': SEED,
         'images': num_images,
         'steps': num_steps,
       },
-      lambda: _images_and_labels(seed, num_images, resolution),
+      lambda: _images_and_labels(num_images, resolution),
       cache,
     )
     if not self.from_cache:
-      held_out = _images_and_labels(
-        seed, num_images // 2, resolution, 'held_out'
-      )
+      held_out = _images_and_labels(num_images // 2, resolution, 'held_out')
       for name, share in self.accuracy(*held_out).items():
         logging.info(
           'Accuracy of the classifier on %s: %.1f %%.', name, 100 * share
@@ -61,7 +59,7 @@ class Features(classifier_features.ClassifierFeatures):
 
     def make():
       sample = fid.Sample(self.width, count, count)
-      for images in _held_out(self._seed, range(count), self._resolution):
+      for images in _held_out(range(count), self._resolution):
         sample.add(self.encode(images))
       return sample
 
@@ -71,7 +69,7 @@ class Features(classifier_features.ClassifierFeatures):
     """Statistics of as many held-out images that are not in the reference."""
     first, found = self._num_images // 2, fid.Statistics(self.width)
     rows = range(first, first + count)
-    for images in _held_out(self._seed, rows, self._resolution):
+    for images in _held_out(rows, self._resolution):
       found.update(self.encode(images))
     return found
 
@@ -82,9 +80,9 @@ def halves(reference: fid.Sample) -> float:
   return fid.frechet_distance(*map(fid.Statistics.of, halves))
 
 
-def _held_out(seed: int, rows: range, resolution: int) -> Iterator[np.ndarray]:
+def _held_out(rows: range, resolution: int) -> Iterator[np.ndarray]:
   """Batches of held-out images, uint8 [<= BATCH, R, R, 3]."""
-  source = shapes.ShapesSource(seed, 'held_out', rows.stop, resolution)
+  source = shapes.ShapesSource(SEED, 'held_out', rows.stop, resolution)
   size = classifier_features.BATCH
   for start in range(0, len(rows), size):
     yield np.stack([source[i]['image'] for i in rows[start : start + size]])
@@ -104,10 +102,10 @@ def _words() -> dict[str, Sequence]:
 
 
 def _images_and_labels(
-  seed: int, count: int, resolution: int, split: str = 'train'
+  count: int, resolution: int, split: str = 'train'
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """The first images of a split, and classes of their first objects."""
-  source = shapes.ShapesSource(seed, split, count, resolution)
+  source = shapes.ShapesSource(SEED, split, count, resolution)
   scenes = [source.scene(i)[0] for i in range(count)]
   images = np.stack([shapes.draw(scene, resolution) for scene in scenes])
   values = {

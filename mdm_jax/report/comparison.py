@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mdm_jax.report import evaluations, plots, sweep_results
-from mdm_jax.report.sweep_results import FINISHED, Result, Results
+from mdm_jax.report.sweep_results import Result, Results
 from mdm_jax.runtime import files
 
 _FILE = 'comparison.json'
@@ -90,7 +90,7 @@ class Comparison:
     name = self.results.metrics[0]
     points = {}
     for row in self.rows:
-      value = sweep_results.mean(self._runs(row), name)
+      value = self.results.mean(self._runs(row), name)
       if value is not None:
         points.setdefault(row.recipe, []).append((row, value))
     reference = self.rows[0].recipe
@@ -138,10 +138,10 @@ class Comparison:
   def _measured(self, row: Row) -> dict[str, Any]:
     """The results of a row, for the JSON file."""
     runs = self._runs(row)
-    done = [run for run in runs if run.status == FINISHED]
+    done = self.results.finished(runs)
     metrics = {}
     for name in dict.fromkeys(name for run in done for name in run.metrics):
-      value = sweep_results.mean(done, name)
+      value = self.results.mean(done, name)
       metrics[name] = {
         'mean': float(value),
         'standard_error': value.standard_error,
@@ -166,13 +166,12 @@ class Comparison:
       runs = self._runs(row)
       measured = self._measured(row)
       seconds = measured['seconds']
-      missing = [run for run in runs if run.status != FINISHED]
       rows.append(
         [
           row.recipe,
           f'{row.budget:g}',
           *(
-            _with_error(name, sweep_results.mean(runs, name))
+            _with_error(name, self.results.mean(runs, name))
             for name in self.results.metrics
           ),
           f'{measured["finished"]} of {len(runs)}',
@@ -182,7 +181,7 @@ class Comparison:
           ' + '.join(f'{count:,}' for count in row.steps.values()),
           row.sampler_steps,
           f'{row.sampler_ratio:.3f}',
-          sweep_results.note(missing[0]) if missing else None,
+          self.results.note(runs),
         ]
       )
     headers = [
@@ -201,7 +200,7 @@ class Comparison:
     curves = {}
     for row in self.rows:
       runs = self._runs(row)
-      value = sweep_results.mean(runs, name)
+      value = self.results.mean(runs, name)
       if value is not None:
         error = value.standard_error or 0.0
         seconds = self._measured(row)['seconds']

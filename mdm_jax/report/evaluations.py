@@ -17,6 +17,11 @@ from mdm_jax.runtime.printable import printable
 # Beginnings of the names of metrics that are shares, printed in percent.
 _SHARES = ('accuracy_', 'precision', 'recall')
 _HIGHER = (*_SHARES, 'clip_score')
+# A model is good if it is near that of the data. An edge width is not among
+# these, as no edge is sharper than the data's.
+_NEAR_DATA = ('flicker',)
+# Endings of the names of metrics of the data, which say nothing of a model.
+_OF_DATA = ('_of_data', '_of_halves')
 # Accuracies of the prompts with so many objects have a table of their own.
 _BY_OBJECTS = re.compile(r'accuracy_(\w+?)_(\d+_objects?)')
 _OF_KID = 'kid_standard_deviation'  # shown as the standard error of 'kid'
@@ -143,9 +148,7 @@ class Evaluation:
       ],
       'n': [getattr(value, 'count', None) for value in values.values()],
       'chance': [self._chance(name) for name in found],
-      'better': [
-        'higher' if higher_is_better(name) else 'lower' for name in found
-      ],
+      'better': [_better(name) for name in found],
       'before': [
         each and format_value(name, each.metrics[name])
         for name, each in found.items()
@@ -339,6 +342,24 @@ def _split(name: str) -> str:
 def higher_is_better(name: str) -> bool:
   """Whether the better of two models has the higher value of a metric."""
   return name.startswith(_HIGHER) or name.endswith('_psnr')
+
+
+def require_order(name: str, flag: str) -> None:
+  """Raises ValueError if a metric, given by a flag, cannot order models."""
+  if _better(name) not in ('higher', 'lower'):
+    raise ValueError(
+      f'{flag}={name}: more of it is neither better nor worse, so that it '
+      'cannot order models: give another metric first.'
+    )
+
+
+def _better(name: str) -> str:
+  """Which values of a metric are better: 'higher', 'lower', 'data' or '-'."""
+  if name in _NEAR_DATA:
+    return 'data'
+  if name.endswith(_OF_DATA):
+    return '-'
+  return 'higher' if higher_is_better(name) else 'lower'
 
 
 def is_share(name: str) -> bool:

@@ -60,12 +60,15 @@ class Results:
     metrics: to show; the table is ordered by the first.
     base: (key) -> the config's value.
     runs: by name.
+    evaluated: flags of mdm_jax.evaluate, without which no finished run counts;
+      None if all count.
   """
 
   directory: epath.Path
   metrics: Sequence[str]
   base: Callable[[str], Any]
   runs: dict[str, Result]
+  evaluated: Mapping[str, str] | None = None
 
   def find(self, changes: Mapping[str, Any]) -> Result | None:
     """The run that has these values, also if others name more keys."""
@@ -87,6 +90,53 @@ class Results:
       free = f'{name}-{number}'
     self.runs[free] = Result(free, dict(changes), **fields)
     return self.runs[free]
+
+  def finished(self, group: Iterable[Result]) -> list[Result]:
+    """Those that have ended, and are measured as the others are."""
+    return [
+      run
+      for run in group
+      if run.status == FINISHED and self._is_measured_alike(run)
+    ]
+
+  def mean(self, group: Iterable[Result], name: str) -> float | None:
+    """A metric's mean over the finished runs of a row, with its error."""
+    done = [run for run in self.finished(group) if name in run.metrics]
+    if not done:
+      return None
+    if len(done) > 1:
+      return estimate.mean([run.metrics[name] for run in done])
+    (run,) = done
+    return estimate.Estimate(run.metrics[name], None, run.errors.get(name))
+
+  def note(self, group: Iterable[Result]) -> str | None:
+    """Why a run of a row is not in its means, or a metric is not measured."""
+    group, parts = list(group), []
+    done = self.finished(group)
+    if run := next((run for run in group if run not in done), None):
+      parts.append(self._why_not(run))
+    for name in self.metrics:
+      if count := sum(name not in run.metrics for run in done):
+        parts.append(f'no {name} in {count} of {len(done)}')
+    return '; '.join(parts) or None
+
+  def _why_not(self, run: Result) -> str:
+    """Why a run is not in the means."""
+    if run.status != FINISHED:
+      return f'{run.status}: {run.note}' if run.note else run.status
+    others = [
+      f'with --{name}={value}'
+      for name, value in run.evaluated.items()
+      if self.evaluated.get(name) != value
+    ] + [
+      f'without --{name}'
+      for name in self.evaluated
+      if name not in run.evaluated
+    ]
+    return f'not averaged: evaluated {" and ".join(others)}'
+
+  def _is_measured_alike(self, run: Result) -> bool:
+    return self.evaluated in (None, run.evaluated)
 
   def check_metrics(self, names: Iterable[str]) -> None:
     """Raises ValueError if one that is to be shown is not among these."""
@@ -141,7 +191,7 @@ class Results:
     sign = -1 if evaluations.higher_is_better(first) else 1
 
     def place(group):
-      value = mean(group, first)
+      value = self.mean(group, first)
       return math.inf if value is None else sign * value
 
     return sorted(groups.values(), key=place)
@@ -155,25 +205,25 @@ class Results:
 
     groups = self._groups()
     several = any(
-      len(group) > 1 or group[0].status != FINISHED for group in groups
+      len(group) > 1 or not self.finished(group) for group in groups
     )
     for group in groups:
       for key, value in zip(self._keys(), self._values(group[0])):
         add(key, _text(value))
       for name in self.metrics:
-        value = mean(group, name)
+        value = self.mean(group, name)
         error = getattr(value, 'standard_error', None)
         add(name, evaluations.format_value(name, value))
         # Headers are distinct here, and equal in the table.
         add((name,), evaluations.format_value(name, error, digits=2))
-      done = [run for run in group if run.status == FINISHED]
+      done = self.finished(group)
       add('runs', f'{len(done)} of {len(group)}' if several else None)
       flops = average(run.flops for run in done)
       add('FLOPs', None if flops is None else f'{flops:.3g}')
       seconds = average(run.seconds for run in done)
       header = 's/image' if group[0].settings else 'time'
       add(header, None if seconds is None else duration(seconds))
-      add('note', next((note(run) for run in group if run not in done), None))
+      add('note', self.note(group))
     kept = {
       header: cells
       for header, cells in columns.items()
@@ -229,6 +279,8 @@ class Results:
     for i, group in enumerate(self._groups()):
       title = _title(self._keys(), self._values(group[0]))
       for run in group:
+        if not self._is_measured_alike(run):
+          continue
         points = [point for point in run.curve if self.metrics[0] in point]
         found.append((title, f'C{i % 10}', points))
         title = '_'  # Matplotlib shows none of this name.
@@ -311,19 +363,6 @@ def _with_tuples(value: Any, key: str = '') -> Any:
   return value
 
 
-def mean(group: Sequence[Result], name: str) -> float | None:
-  """A metric's mean over the finished runs of a row, with its error."""
-  done = [
-    run for run in group if run.status == FINISHED and name in run.metrics
-  ]
-  if not done:
-    return None
-  if len(done) > 1:
-    return estimate.mean([run.metrics[name] for run in done])
-  (run,) = done
-  return estimate.Estimate(run.metrics[name], None, run.errors.get(name))
-
-
 def average(values: Iterable[float | None]) -> float | None:
   """The mean of those that are known; None if none is."""
   values = [value for value in values if value is not None]
@@ -333,11 +372,6 @@ def average(values: Iterable[float | None]) -> float | None:
 def duration(seconds: float) -> str:
   """A time as text; below a minute with three digits."""
   return console.duration(seconds) if seconds >= 60 else f'{seconds:.3g}s'
-
-
-def note(run: Result) -> str:
-  """The status of a run, and why."""
-  return f'{run.status}: {run.note}' if run.note else run.status
 
 
 def _cell(cell: Any) -> str:

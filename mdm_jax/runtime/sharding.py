@@ -64,6 +64,11 @@ def make_mesh(
   )
 
 
+def one_cpu() -> Mesh:
+  """A mesh of one CPU, for programs that are checked or counted, not run."""
+  return make_mesh(dict.fromkeys(AXES, 1), jax.devices('cpu')[:1])
+
+
 def check_images_stay_in_processes(mesh: Mesh) -> None:
   """Checks that no image is divided among processes, which read whole images.
 

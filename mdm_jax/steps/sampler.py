@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from mdm_jax.diffusion import guidance, pyramid, samplers
 from mdm_jax.diffusion.augmentation import Augmentation
@@ -111,6 +112,26 @@ class Sampler:
       [shape[0] if len(shape) == 4 else 1 for shape in self.model.image_shapes],
       self.spec.frames,
     )
+
+  @property
+  def guided_share(self) -> float:
+    """Share of the network's calls that guidance concerns, by its interval.
+
+    In a cascade, that of the finest network.
+    """
+    if self._interval is None:
+      return 1.0
+    spec = self.spec
+    times = samplers.called_times(spec.name, spec.num_steps, self.schedule)
+    return float(np.mean(guidance.is_within(times, self._interval)))
+
+  @property
+  def _interval(self) -> tuple[float, float] | None:
+    """The first and the last time to guide at, None for all times."""
+    low, high = self.spec.guidance_interval
+    total = self.schedule.num_steps
+    # With None the program has no branch at each step.
+    return None if (low, high) == (0, 1) else (low * total, high * total)
 
   @property
   def _depth(self) -> int:
@@ -305,10 +326,7 @@ class Sampler:
   def _denoise_fn(
     self, params, prepared: Prepared, w: float | jax.Array
   ) -> DenoiseFn:
-    spec, total = self.spec, self.schedule.num_steps
-    low, high = spec.guidance_interval
-    # With None the program has no branch at each step.
-    interval = None if (low, high) == (0, 1) else (low * total, high * total)
+    spec, interval = self.spec, self._interval
 
     def denoise(x_t, t, cond):
       return self.model.denoise(params, x_t, t, cond)

@@ -275,16 +275,8 @@ def train(
 
   def make_commands(workdir, changes):
     plan, changed = find(changes)
-    return [
-      [sys.executable, '-m', *words]
-      for words in (
-        [
-          *('mdm_jax.main', f'--workdir={workdir}'),
-          *plan.recipe.words(changed),
-        ],
-        sweep.evaluation_command(workdir, evaluated),
-      )
-    ]
+    words = plan.recipe.words(changed)
+    return sweep_training.commands(workdir, words, evaluated)
 
   sweep_training.train_runs(
     comparison.results,
@@ -299,6 +291,8 @@ def train(
     write=lambda: comparison.write(plot),
     groups=groups,
     evaluated=evaluated,
+    # Whether samples have one may depend on how good they are.
+    requires_metrics=False,
   )
 
 
@@ -308,15 +302,12 @@ def _compare(
   values: flags.FlagValues,
 ):
   """Counts, plans, checks and trains; returns the `Comparison`."""
-  from mdm_jax.inference import evaluation
-  from mdm_jax.report import sweep_results
+  from mdm_jax.report import evaluations, sweep_results
   from mdm_jax.tools import run_commands, sweep_training
 
+  evaluations.require_order(values.metrics[0], '--metrics')
   output = epath.Path(values.output)
-  options = sweep.evaluation_flags(values)
-  evaluated = sweep.as_texts(options)
-  options.pop('batch_size', None)
-  options = evaluation.make_options(options)
+  options, evaluated = sweep.evaluation_options(values)
   for recipe in compared:
     try:
       sweep_training.check_config(recipe.config, options)
@@ -324,9 +315,7 @@ def _compare(
       raise ValueError(f'--recipe={recipe.name}: {error}') from None
   metrics = _shown(values.metrics, compared)
   results = sweep_results.read(output, metrics, lambda key: None, [_COSTS])
-  groups = [{}]
-  if values.devices_per_run:
-    groups = run_commands.device_groups(values.devices_per_run)
+  groups = run_commands.device_groups(values.devices_per_run)
   costs = count_costs(compared, output, values.equal, groups[0])
   plans = make_plans(compared, costs, budgets, values.equal)
   seeds = values.seeds or [compared[0].config.seed]

@@ -146,18 +146,23 @@ def _compare(
   """
   from mdm_jax.builders.config import sampler_settings
   from mdm_jax.builders.prompts import make_prompts
+  from mdm_jax.inference import shapes_features
   from mdm_jax.runtime import files
 
   values, config = flags.FLAGS, model.stage.config
   sampler = sampler_settings(config)
   del sampler['name'], sampler['num_steps']
+  classifier = (values.classifier_images, values.classifier_steps)
+  if config.seed != shapes_features.SEED:
+    # Earlier results are of a classifier with the seed of the run.
+    classifier += (shapes_features.SEED,)
   # To compare with results from disk, where tuples have become lists.
   settings = json.loads(
     json.dumps(
       {
         **model.description,
         'images': values.num_images,
-        'classifier': (values.classifier_images, values.classifier_steps),
+        'classifier': classifier,
         **sampler,
       }
     )
@@ -167,7 +172,7 @@ def _compare(
     (found if one | settings == one else others).append(one)
   done = {(one['sampler'], one['steps']) for one in found}
   prompts = make_prompts(config, values.num_images)
-  distance = _make_distance(model.stage.resolutions[-1], config.seed)
+  distance = _make_distance(model.stage.resolutions[-1])
   for name, steps in cases:
     if (name, steps) in done:
       continue
@@ -236,14 +241,13 @@ def _chance() -> dict[str, float]:
   return {'accuracy': float(np.mean(attributes)), **values}
 
 
-def _make_distance(resolution: int, seed: int):
+def _make_distance(resolution: int):
   """Returns the Fréchet distance of uint8 [N, R, R, 3] to held-out images."""
   from mdm_jax.eval import fid
   from mdm_jax.inference import shapes_features
 
   features = shapes_features.Features(
     resolution,
-    seed,
     cache=None,
     num_images=flags.FLAGS.classifier_images,
     num_steps=flags.FLAGS.classifier_steps,

@@ -342,21 +342,17 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
   }
 
 
-def _count_flops(config: ConfigDict, step: str, turns: int) -> float:
+def _count_flops(config: ConfigDict, step: str) -> float:
   """FLOPs of a step of all devices, counted before compilation.
 
   Args:
     config, step: see `measure`.
-    turns: as of `weigh`.
   """
   # For one CPU, whose program calls no libraries.
   with target.planning('cpu'):
     stage = make_stage(config, len(config.stages) - 1)
-    mesh = sharding.make_mesh(
-      {'data': 1, 'fsdp': 1, 'spatial': 1}, jax.devices('cpu')[:1]
-    )
-    traced = (trace_train if step == 'train' else trace_sample)(stage, mesh)
-  return traced.lower().cost_analysis()['flops'] * turns
+    trace = trace_train if step == 'train' else trace_sample
+    return peaks.count_flops(trace(stage, sharding.one_cpu()))
 
 
 def needed_memory(message: str) -> float | None:
@@ -435,7 +431,7 @@ def _measure(stage: BaseStage, mesh: Mesh, step: str) -> dict[str, Any]:
       raise
     needs = {'needed': needed}
   if target.platform() == 'gpu':
-    needs['flops'] = _count_flops(stage.config, step, turns) / mesh.size
+    needs['flops'] = _count_flops(stage.config, step) / mesh.size
   return {'state': sizes, **needs, 'seconds': time.monotonic() - begin}
 
 

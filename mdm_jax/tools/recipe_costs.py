@@ -1,6 +1,7 @@
 """What a recipe costs: FLOPs and seconds of its steps, and its parameters."""
 
 from collections.abc import Mapping
+import copy
 import hashlib
 import json
 import sys
@@ -9,9 +10,9 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-import jax
 from ml_collections import ConfigDict
 
+from mdm_jax.builders.config import costs_and_learning
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.models import target
 from mdm_jax.report import console
@@ -22,13 +23,16 @@ _TIMED = 10  # steps
 
 
 def digest(config: ConfigDict) -> str:
-  """SHA-256 of all keys, by which costs are known again."""
-  text = json.dumps(json.loads(config.to_json()), sort_keys=True)
+  """SHA-256 of the keys that costs depend on, by which they are known again."""
+  keys = costs_and_learning(json.loads(config.to_json()))
+  text = json.dumps(keys, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def count(config: ConfigDict) -> dict[str, Any]:
   """Counts FLOPs as if for one CPU; nothing is compiled.
+
+  What rematerialisation computes again, to save memory, does not count.
 
   Args:
     config: of the recipe, which has been checked.
@@ -39,12 +43,15 @@ def count(config: ConfigDict) -> dict[str, Any]:
     'parameters': number of trained parameters of the last stage, and of the
       earlier ones that it needs.
   """
+  config = copy.deepcopy(config)  # Copies the levels too.
+  for level in config.model.levels:
+    level.remat = 'none'
   # A CPU's program calls no libraries, whose work would not be counted.
   with target.planning('cpu'):
     flops = {}
     for index in range(len(config.stages)):
       stage = make_stage(config, index)
-      traced = compile_ahead.trace_train(stage, _mesh())
+      traced = compile_ahead.trace_train(stage, sharding.one_cpu())
       flops[stage.name] = peaks.count_flops(traced)
     shapes = stage.param_shapes() | stage.earlier_params(
       lambda each: each.param_shapes()
@@ -59,22 +66,34 @@ def count(config: ConfigDict) -> dict[str, Any]:
 def sampling_flops(config: ConfigDict) -> float:
   """FLOPs of one sampling step for one image, of all networks that it calls.
 
-  Guidance and Heun's method call a network twice in a step. What is done once
-  for all steps, such as the encoding of the prompt, does not count.
+  Guidance and Heun's method call a network twice in a step; guidance within an
+  interval only in that share of the steps. What is done once for all steps,
+  such as the encoding of the prompt, does not count.
 
   Args:
     config: of the recipe.
   """
-  with target.planning('cpu'):
-    # A cascade's last stage samples all levels, each in so many steps.
-    stage, mesh = make_stage(config, len(config.stages) - 1), _mesh()
+
+  def count_step(**changes):
     one, two = (
       peaks.count_flops(
-        compile_ahead.trace_sample(stage, mesh, num_steps=num_steps)
+        compile_ahead.trace_sample(stage, mesh, num_steps=num_steps, **changes)
       )
       for num_steps in (1, 2)
     )
-  return (two - one) / config.eval.batch_size
+    return (two - one) / config.eval.batch_size
+
+  with target.planning('cpu'):
+    # A cascade's last stage samples all levels, each in so many steps.
+    stage = make_stage(config, len(config.stages) - 1)
+    mesh = sharding.one_cpu()
+    # Without an interval, as of a branch the more expensive side would count.
+    flops = count_step(guidance_interval=(0.0, 1.0))
+    share = stage.make_sampler(mesh).guided_share
+    if share < 1:
+      plain = count_step(guidance=1.0)
+      flops = plain + share * (flops - plain)
+  return flops
 
 
 def measure_seconds(
@@ -130,9 +149,3 @@ def read(path: epath.Path) -> dict[str, dict[str, Any]]:
   except files.UnreadableFile as error:
     logging.warning('%s: it is counted again.', error)
     return {}
-
-
-def _mesh() -> jax.sharding.Mesh:
-  return sharding.make_mesh(
-    dict.fromkeys(sharding.AXES, 1), jax.devices('cpu')[:1]
-  )

@@ -39,11 +39,11 @@ class Ended(NamedTuple):
   line: str
 
 
-def device_groups(size: int) -> list[dict[str, str]]:
+def device_groups(size: int | None) -> list[dict[str, str]]:
   """Divides the accelerators of this machine among commands.
 
   Args:
-    size: devices of each command.
+    size: devices of each command; None for one group, of all devices.
 
   Returns:
     For each group the environment variables by which JAX sees it alone. On a
@@ -52,6 +52,8 @@ def device_groups(size: int) -> list[dict[str, str]]:
   Raises:
     ValueError: there are fewer devices, or libtpu does not divide them so.
   """
+  if size is None:
+    return [{}]
   result = subprocess.run(
     [sys.executable, '-c', _COUNT], capture_output=True, text=True
   )

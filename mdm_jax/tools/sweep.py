@@ -15,7 +15,6 @@ The results are in OUTPUT/table.md and OUTPUT/results.jsonl, best first. The
 same command again continues an interrupted sweep; a larger grid adds runs.
 """
 
-from collections.abc import Mapping
 import sys
 from typing import Any
 
@@ -64,6 +63,8 @@ def main(_: list[str]) -> None:
 
 def _check_flags(values: flags.FlagValues) -> None:
   """Raises ValueError for flags that do not go together."""
+  from mdm_jax.report import evaluations
+
   if (values.config is None) == (values.workdir is None):
     raise ValueError(
       'give either --config, to train, or the --workdir of a finished run.'
@@ -74,14 +75,15 @@ def _check_flags(values: flags.FlagValues) -> None:
       raise ValueError(
         f'--{name} needs {"--workdir" if trains else "--config"}.'
       )
-  given = evaluation_flags(values)
+  given = _evaluation_flags(values)
   if trains and given and not values.metrics:
     raise ValueError(f'--{[*given][0]} needs --metrics.')
   if not (values.grid or values.seeds):
     raise ValueError('nothing to compare: give --grid=KEY=VALUE,VALUE.')
+  evaluations.require_order(values.metric[0], '--metric')
 
 
-def evaluation_flags(values: flags.FlagValues) -> dict[str, Any]:
+def _evaluation_flags(values: flags.FlagValues) -> dict[str, Any]:
   """The flags of mdm_jax.evaluate that are given."""
   return {
     name: values[name].value
@@ -90,30 +92,27 @@ def evaluation_flags(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
-def as_texts(options: Mapping[str, Any]) -> dict[str, str]:
-  """Values of flags as they are written on a command line."""
-  return {
-    name: ','.join(value) if isinstance(value, list) else str(value)
-    for name, value in options.items()
-  }
-
-
-def evaluation_command(
-  workdir: epath.Path, evaluated: Mapping[str, str]
-) -> list[str]:
-  """The module and flags that evaluate a run, see `sweep_training`.
+def evaluation_options(values: flags.FlagValues, **defaults: Any):
+  """Options of the flags of mdm_jax.evaluate that are given.
 
   Args:
-    workdir: of the run.
-    evaluated: flags, from `as_texts`.
-  """
-  from mdm_jax.tools import sweep_training
+    values: of the flags.
+    **defaults: options of those that are not.
 
-  path = sweep_training.evaluation_path(workdir)
-  return [
-    *('mdm_jax.evaluate', f'--workdir={workdir}', f'--output={path}'),
-    *(f'--{name}={value}' for name, value in evaluated.items()),
-  ]
+  Returns:
+    The `evaluation.Options`, None if there are none; and the given flags as
+    they are written on a command line, by name.
+  """
+  from mdm_jax.inference import evaluation
+
+  given = _evaluation_flags(values)
+  texts = {
+    name: ','.join(value) if isinstance(value, list) else str(value)
+    for name, value in given.items()
+  }
+  options = defaults | given
+  options.pop('batch_size', None)  # Of the session, not of the evaluation.
+  return evaluation.make_options(options) if options else None, texts
 
 
 def end(results) -> None:
@@ -216,7 +215,6 @@ def define_shared_flags(when: str) -> None:
 
 
 def _train_by_flags(values: flags.FlagValues):
-  from mdm_jax.inference import evaluation
   from mdm_jax.tools import run_commands, sweep_training
 
   config = values.config
@@ -231,45 +229,30 @@ def _train_by_flags(values: flags.FlagValues):
     sweep_grid.from_the_start(config, key): value
     for key, value in config_flags.get_override_values(flag).items()
   }
-
-  options = evaluation_flags(values)
-  evaluated = as_texts(options)
+  options, evaluated = evaluation_options(values)
 
   def make_commands(workdir, changes):
     words = [
-      *('mdm_jax.main', f'--workdir={workdir}'),
       f'--config={config_flags.get_config_filename(flag)}',
       *(f'--config.{key}={value}' for key, value in (given | changes).items()),
     ]
-    commands = [words]
-    if evaluated:
-      commands.append(evaluation_command(workdir, evaluated))
-    return [[sys.executable, '-m', *words] for words in commands]
+    return sweep_training.commands(workdir, words, evaluated)
 
-  options.pop('batch_size', None)
-  sweep_training.check_points(
-    config,
-    points,
-    values.metric,
-    evaluation.make_options(options) if options else None,
-  )
-  groups = [{}]
-  if values.devices_per_run:
-    groups = run_commands.device_groups(values.devices_per_run)
+  sweep_training.check_points(config, points, values.metric, options)
   return sweep_training.train(
     config,
     points,
     make_commands,
     output=epath.Path(values.output),
     metrics=values.metric,
-    groups=groups,
+    groups=run_commands.device_groups(values.devices_per_run),
     evaluated=evaluated,
     plot=values.plot,
   )
 
 
 def _evaluate_by_flags(values: flags.FlagValues):
-  from mdm_jax.inference import evaluation, session
+  from mdm_jax.inference import session
   from mdm_jax.tools import sweep_evaluation
 
   opened = session.open_run(
@@ -280,12 +263,11 @@ def _evaluate_by_flags(values: flags.FlagValues):
   points = sweep_grid.combinations(
     values.grid, lambda *pair: sweep_evaluation.parse(opened.config, *pair)
   )
-  given = {'metrics': ['prompt_accuracy']} | evaluation_flags(values)
-  given.pop('batch_size', None)
+  options, _ = evaluation_options(values, metrics=['prompt_accuracy'])
   return sweep_evaluation.evaluate(
     opened,
     points,
-    evaluation.make_options(given),
+    options,
     output=epath.Path(values.output),
     metrics=values.metric,
     plot=values.plot,

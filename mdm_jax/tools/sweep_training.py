@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -77,8 +78,7 @@ def check_config(
   """
   # The accelerators are for the runs.
   jax.config.update('jax_platforms', 'cpu')
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
-  check(config, mesh)
+  check(config, sharding.one_cpu())
   if options:
     evaluation.check_options(config, options)
 
@@ -138,6 +138,7 @@ def train_runs(
   write: Callable[[], None],
   groups: Sequence[Mapping[str, str]] = ({},),
   evaluated: Mapping[str, str] | None = None,
+  requires_metrics: bool = True,
 ) -> None:
   """Trains the runs that are not finished, and notes what they measure.
 
@@ -153,23 +154,25 @@ def train_runs(
       results, and is not compared now.
     write: writes the results, after each run.
     groups: environment variables of the runs that train at the same time.
-    evaluated: flags of the evaluation: runs with others are evaluated again.
+    evaluated: flags of the evaluation: runs with others are evaluated again,
+      or, if they are not in `points`, are in no mean.
+    requires_metrics: whether to stop if a finished run lacks a metric to show.
 
   Raises:
     ValueError: the directory is of something else, or of another config, or a
-      finished run has no such metric: then the others are stopped.
+      finished run lacks a required metric: then the others are stopped.
   """
   _keep_begun(results, make_config)
   runs = [
     results.find(point) or results.add(sweep_grid.run_name(point), point)
     for point in points
   ]
-  evaluated = dict(evaluated or {})
+  # Runs that are not in `points` may have been evaluated with other flags.
+  results.evaluated = evaluated = dict(evaluated or {})
   waiting = {
     run.run: run
     for run in runs
-    if run.status != sweep_results.FINISHED
-    or (evaluated and run.evaluated != evaluated)
+    if run.status != sweep_results.FINISHED or run.evaluated != evaluated
   }
   for run in waiting.values():
     run.status, run.note = sweep_results.TO_DO, ''
@@ -194,7 +197,7 @@ def train_runs(
       _note_end(run, ended, results)
       write()
       logging.info('%s: %s. %s', run.run, run.status, run.note)
-      if run.status == sweep_results.FINISHED:
+      if requires_metrics and run.status == sweep_results.FINISHED:
         results.check_metrics(run.metrics)
 
 
@@ -217,6 +220,28 @@ def _running(jobs: run_commands.Jobs) -> Iterator[Iterator[run_commands.Ended]]:
       pass
     all_ended.set()
     stop.close()
+
+
+def commands(
+  workdir: epath.Path, words: Sequence[str], evaluated: Mapping[str, str]
+) -> list[list[str]]:
+  """Commands that train a run, and evaluate it if there are flags for that.
+
+  Args:
+    workdir: of the run.
+    words: flags of its config.
+    evaluated: flags of mdm_jax.evaluate, by name.
+  """
+  found = [['mdm_jax.main', f'--workdir={workdir}', *words]]
+  if evaluated:
+    found.append(
+      [
+        *('mdm_jax.evaluate', f'--workdir={workdir}'),
+        f'--output={evaluation_path(workdir)}',
+        *(f'--{name}={value}' for name, value in evaluated.items()),
+      ]
+    )
+  return [[sys.executable, '-m', *each] for each in found]
 
 
 def evaluation_path(workdir: epath.Path) -> epath.Path:

@@ -83,6 +83,7 @@ def config(make_config):
   config = make_config()
   config.eval.update(num_prompts=5, loss_batches=2)
   config.data.size = 18  # Fewer than the tests sample.
+  config.seed = 5
   return config
 
 
@@ -160,6 +161,8 @@ def test_all_metrics_of_samples(
   assert 0 <= found['accuracy_background'] <= 1
   assert found['frechet'] > 0 and found['frechet'].count == COUNT
   assert settings['frechet']['images'] == 32
+  # Runs of all seeds are measured in the same features.
+  assert config.seed != settings['frechet']['seed'] == 0
   # Images of 8 px have no outlines.
   assert 'edge_width' not in found
   assert 'edge_width: no image has an outline to measure.' in caplog.text

@@ -11,12 +11,12 @@ from mdm_jax.inference import shapes_features
 def test_the_classifier_is_trained_once(tmp_path, monkeypatch):
   def make():
     return shapes_features.Features(
-      16, 3, str(tmp_path), num_images=64, num_steps=2
+      16, str(tmp_path), num_images=64, num_steps=2
     )
 
   first = make()
   reference = first.reference()
-  source = ShapesSource(3, 'held_out', 64, 16)
+  source = ShapesSource(0, 'held_out', 64, 16)
   images = np.stack([source[i]['image'] for i in range(32)])
   found = fid.Statistics.of(first.encode(images))
   # Half as many held-out images as were trained on.
@@ -36,11 +36,11 @@ def test_the_classifier_is_trained_once(tmp_path, monkeypatch):
   np.testing.assert_array_equal(again.encode(images), first.encode(images))
   np.testing.assert_array_equal(again.reference().rows, reference.rows)
   with pytest.raises(AttributeError):
-    shapes_features.Features(16, 4, str(tmp_path), num_images=64, num_steps=2)
+    shapes_features.Features(16, str(tmp_path), num_images=64, num_steps=3)
 
 
 def test_the_words_of_the_labels_are_those_of_the_data():
-  images, labels = shapes_features._images_and_labels(0, 40, 16)
+  images, labels = shapes_features._images_and_labels(40, 16)
   source = ShapesSource(0, 'train', 40, 16)
   assert images.shape == (40, 16, 16, 3)
   words = shapes_features._words()

@@ -101,6 +101,20 @@ def test_the_table_has_a_row_for_each_recipe_and_budget(compared, tmp_path):
   assert str(compared).splitlines()[-2:] == sentences
 
 
+def test_other_evaluations_are_not_averaged(compared, tmp_path):
+  compared.results.evaluated = {'num_samples': '4096'}
+  for run in compared.results.runs.values():
+    few = run.run == 'mdm1.01'
+    run.evaluated = {'num_samples': '256' if few else '4096'}
+  compared.write()
+  line = (tmp_path / 'table.md').read_text().splitlines()[3]
+  assert line.startswith('| mdm | 1 | 20 | 1 of 2 |')
+  assert line.endswith('| not averaged: evaluated with --num_samples=256 |')
+  row = json.loads((tmp_path / 'comparison.json').read_text())['rows'][1]
+  assert row['metrics']['frechet']['values'] == {'0': 20.0}
+  assert compared.reached()['single']['share'] < 0.5
+
+
 def test_all_that_is_shown_is_in_the_json(compared, tmp_path):
   compared.write()
   found = json.loads((tmp_path / 'comparison.json').read_text())

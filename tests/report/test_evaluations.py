@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mdm_jax.eval.estimate import Estimate
+from mdm_jax.report import evaluations
 from mdm_jax.report.evaluations import Evaluation, find_earlier, one_line
 
 SETTINGS = {
@@ -55,6 +56,18 @@ def test_first_evaluation():
     METRICS | {'accuracy_pattern': Estimate(0.35, 53, 0.05)}, SETTINGS, CHANCE
   )
   assert 'at chance' not in str(better)
+
+
+def test_what_is_good_near_the_data_is_neither_higher_nor_lower():
+  names = ('flicker', 'flicker_of_data', 'frechet_of_halves', 'edge_width')
+  text = str(Evaluation({name: Estimate(1.0, 8) for name in names}, SETTINGS))
+  _, _, _, *cells = rows(text)
+  assert [row[-1] for row in cells] == ['data', '-', '-', 'lower']
+  for name in ('fid', 'edge_width', 'accuracy_all'):
+    evaluations.require_order(name, '--metric')
+  for name in names[:3]:
+    with pytest.raises(ValueError, match=f'^--metric={name}: more of it is'):
+      evaluations.require_order(name, '--metric')
 
 
 def test_accuracies_by_number_of_objects_have_a_table_beside_chance():

@@ -95,6 +95,15 @@ def test_metric_is_plotted_against_flops_and_seconds(results, axes, tmp_path):
     ]
 
 
+def test_curves_of_other_evaluations_are_not_plotted(results, axes, tmp_path):
+  results.evaluated = {'num_samples': '8'}
+  results.runs['rate=0.2,seed=1'].evaluated = {'num_samples': '8'}
+  results.write(str(tmp_path / 'plot.svg'))
+  assert [label for label, *_ in plotted(axes[0])] == [
+    'rate=0.2, interval=(0, 1)'
+  ]
+
+
 def test_metric_is_plotted_against_what_is_swept(axes, tmp_path):
   results = sweep_results.read(epath.Path(tmp_path), ['fid'], lambda key: None)
   for guidance, width, fid in ((4, None, 9), (1, None, 7), (1, 0.1, 5)):

@@ -292,6 +292,31 @@ def test_a_guided_step_costs_two_unguided_ones(config, made):
   assert flops(3.0) < 2.05 * flops(1.0)
 
 
+@pytest.mark.parametrize('name', ('ddim', 'heun'))
+def test_the_guided_share_is_that_of_the_calls(config, made, name):
+  sampler, *_ = made(sharding.make_mesh(config.mesh))
+
+  def shares(interval, **changes):
+    spec = dataclasses.replace(
+      sampler.spec, name=name, num_steps=4, guidance_interval=interval
+    )
+    return dataclasses.replace(sampler, spec=spec, **changes).guided_share
+
+  total = sampler.schedule.num_steps
+  _, _, t, s = samplers.steps(4, sampler.schedule)
+  # The network is given one less. Heun's method calls it at s too.
+  low, high = (t[1] - 1) / total, (t[0] - 1) / total
+  assert shares((0.0, 1.0)) == 1
+  both, one = {'ddim': (2 / 4, 1 / 4), 'heun': (3 / 7, 2 / 7)}[name]
+  assert shares((low, high)) == both
+  assert shares((low, high - 0.5 / total)) == one
+  assert shares((0.0, 0.0)) == 0
+  # The times of training that the coarsest level is told.
+  times = np.full((2, total + 1), 1)
+  schedule = dataclasses.replace(sampler.schedule, times=times)
+  assert shares((0.0, 0.1), schedule=schedule) == 1
+
+
 def test_the_network_as_its_own_guide_changes_nothing(config, made):
   mesh = sharding.make_mesh(config.mesh)
   sampler, params, shardings = made(mesh)

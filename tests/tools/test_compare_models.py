@@ -6,7 +6,7 @@ import sys
 from etils import epath
 import pytest
 
-from mdm_jax.builders import equal_compute, recipes
+from mdm_jax.builders import equal_compute, recipes, sweep_grid
 from mdm_jax.builders.config import write_config
 from mdm_jax.report import sweep_results
 from mdm_jax.tools import (
@@ -160,6 +160,29 @@ def test_costs_are_counted_once(compared, tmp_path, monkeypatch):
   sweep_results.read(output, ['a'], lambda key: None, ['costs.json'])
 
 
+@pytest.mark.parametrize(
+  'key, value, is_known',
+  (
+    ('log_every', 7, True),
+    ('trackers', ('tensorboard', 'wandb'), True),
+    ('watchdog.step', 7, True),
+    ('data.prefetch', 7, True),
+    ('data.size', 7, False),
+    ('stages[0].accumulate', 2, False),
+    ('model.levels[0].remat', 'block', False),
+    ('sampler.num_steps', 7, False),
+    ('eval.batch_size', 7, False),
+    ('mesh.fsdp', 2, False),
+  ),
+)
+def test_costs_are_known_by_what_they_depend_on(compared, key, value, is_known):
+  config = compared[0].config
+  other = sweep_grid.changed(config, {key: value})
+  assert other.to_json() != config.to_json()
+  digests = {recipe_costs.digest(config), recipe_costs.digest(other)}
+  assert (len(digests) == 1) == is_known
+
+
 def test_flops_are_those_of_the_whole_step(make_config):
   config = make_config()
   config.sampler.guidance = 1.0
@@ -168,15 +191,33 @@ def test_flops_are_those_of_the_whole_step(make_config):
   assert 0 < once['flops']['8'] < once['flops']['16']
   config.stages = config.stages[1:]
   config.stages[0].accumulate = 2
+  config.model.levels[1].remat = 'block'
   config.sampler.guidance = 2.0
   config.eval.batch_size = 4
   found = recipe_costs.count(config)
-  # Microbatches are the iterations of a loop.
+  # Microbatches are the iterations of a loop, and no recomputation counts.
   assert found['flops'] == {'16': pytest.approx(once['flops']['16'], rel=0.05)}
   # Of an image. Guidance calls the network twice, but no encoder at each step.
   ratio = found['sampling_flops'] / once['sampling_flops']
   assert ratio == pytest.approx(2, rel=0.05)
   assert found['parameters'] == once['parameters'] > 1000
+
+
+def test_guidance_counts_only_within_its_interval(make_config):
+  config = make_config()
+  config.stages = config.stages[:1]
+
+  def count(**changes):
+    config.sampler.update(changes)
+    return recipe_costs.sampling_flops(config)
+
+  config.sampler.update(name='ddim', num_steps=10, guidance=1.0)
+  plain, guided = count(), count(guidance=2.0)
+  assert guided > 1.5 * plain
+  # Of the times 909, 818, ... 90 of 1,000, those are 545, 454, 363 and 272.
+  assert config.diffusion.num_steps == 1000
+  share = (count(guidance_interval=(0.25, 0.55)) - plain) / (guided - plain)
+  assert share == pytest.approx(0.4)
 
 
 class Trainings:
@@ -185,6 +226,7 @@ class Trainings:
   def __init__(self, compared, directory, monkeypatch):
     self.compared, self.output = compared, epath.Path(directory)
     self.fails = set()  # (recipe, budget)
+    self.metric = 'fid'  # to show
     jobs = run_commands.Jobs
     monkeypatch.setattr(
       run_commands,
@@ -239,7 +281,7 @@ class Trainings:
   def compare(self, *budgets, seeds=(0, 1), names=('mdm', 'single')):
     compared = [each for each in self.compared if each.name in names]
     plans = compare_models.make_plans(compared, COSTS, budgets, 'flops')
-    results = sweep_results.read(self.output, ['fid'], lambda key: None)
+    results = sweep_results.read(self.output, [self.metric], lambda key: None)
     found = compare_models.make_comparison(results, plans, COSTS, {'x': 1})
     compare_models.train(plans, seeds, found, {'metrics': 'frechet'})
     return found
@@ -300,6 +342,17 @@ def test_runs_are_trained_evaluated_and_continued(trainings):
   assert config['stages'][0]['learning_rate'] == 0.5
 
 
+def test_a_metric_that_a_run_lacks_is_noted(trainings):
+  trainings.metric = 'edge_width'
+  trainings.compare(1.0, seeds=[0])
+  assert set(trainings.begun().values()) == {1} and len(trainings.begun()) == 2
+  lines = (trainings.output / 'table.md').read_text().splitlines()
+  for line in lines[2:4]:
+    cells = line.split(' | ')
+    assert cells[2:4] == ['-', '1 of 1']
+    assert cells[-1] == 'no edge_width in 1 of 1 |'
+
+
 def test_a_comparison_grows_and_keeps_what_it_has(trainings):
   trainings.compare(1.0, seeds=[0])
   found = trainings.compare(0.5, 1.0, seeds=[0], names=['mdm'])
@@ -309,7 +362,7 @@ def test_a_comparison_grows_and_keeps_what_it_has(trainings):
   found = trainings.compare(1.0, seeds=[0])
   assert set(trainings.begun().values()) == {1}
   single = found.rows[1]
-  assert sweep_results.mean(found._runs(single), 'fid') is not None
+  assert found.results.mean(found._runs(single), 'fid') is not None
 
 
 def test_other_compute_is_refused(trainings, monkeypatch):
@@ -361,6 +414,7 @@ MDM, SINGLE = '--recipe=mdm=shapes_64', '--recipe=single=shapes_64:single'
       (MDM, SINGLE, '--set=text.num_heads=7'),
       '--recipe=mdm: text.num_heads=7 does not divide text.width=64',
     ),
+    ((MDM, SINGLE, '--metrics=flicker'), '--metrics=flicker: more of it is'),
     ((MDM, SINGLE, '--metrics=fid'), '--metrics=fid needs --inception'),
     ((MDM, SINGLE, '--equal=time'), 'use one of flops, seconds'),
   ),

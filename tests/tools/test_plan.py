@@ -274,6 +274,15 @@ def test_a_gpu_is_counted_before_its_libraries(
   assert there['bytes'] > 0 and there['state'] == here['state']
 
 
+def test_prompts_of_a_gpus_program_count_once(config, tmp_path):
+  prepared, _ = compile_ahead.prepare(config, 0, None, 8, str(tmp_path))
+  prepared.sampler.num_steps = 1
+  one = compile_ahead._count_flops(prepared, 'sample')
+  prepared.sampler.num_steps = 9
+  nine = compile_ahead._count_flops(prepared, 'sample')
+  assert 8 * one < nine < 8.9 * one
+
+
 def test_search_recommends_the_fastest_that_fits(
   config, slice_of_cpus, tmp_path, capsys, monkeypatch
 ):

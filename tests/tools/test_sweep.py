@@ -184,6 +184,31 @@ def test_runs_are_evaluated_after_training(trainings):
   assert len(lines.read_text().splitlines()) == 2
 
 
+def test_other_evaluations_are_not_averaged(trainings):
+  grid = 'stages[0].learning_rate=0.1'
+  for fid, seeds, flags in (
+    (7, '0,1,2', {'a': '1', 'b': '2'}),
+    (9, '0', {'a': '3', 'c': '4'}),
+    (8, '2', {}),
+  ):
+    trainings.fid = fid if flags else None
+    metric = 'fid' if flags else 'held_out_loss_16'
+    results = trainings.sweep(
+      grid, f'seed={seeds}', metrics=[metric], evaluated=flags
+    )
+    lines = (trainings.output / 'table.md').read_text().splitlines()
+    if fid == 9:
+      # The standard error is that of the one evaluation.
+      assert lines[2].split(' | ') == [
+        *('| 0.1', '9.1', '0.5', '1 of 3', '12', '6s'),
+        'not averaged: evaluated with --a=1 and with --b=2 and without --c |',
+      ]
+      assert results.runs[f'{rate(0.1)},seed=1'].metrics['fid'] == 7.1
+  # What training measures is read again where an evaluation has replaced it.
+  assert results.runs[f'{rate(0.1)},seed=2'].evaluated == {}
+  assert lines[2].split(' | ')[1:3] == ['3', '1 of 3']
+
+
 def test_a_metric_that_no_run_has_ends_the_sweep(trainings):
   with pytest.raises(ValueError, match='--metric=b: there are held_out_loss'):
     trainings.sweep('stages[0].learning_rate=0.1,0.2', metrics=['b'])
@@ -225,6 +250,7 @@ def test_runs_on_devices_of_their_own(trainings, capfd):
   'found, visible, size, expected',
   (
     ('cpu 8', '', 1, [{}]),
+    ('gpu 4', '', None, [{}]),
     ('gpu 4', '', 2, [{'CUDA_VISIBLE_DEVICES': x} for x in ('0,1', '2,3')]),
     ('gpu 3', '5,7,9', 1, [{'CUDA_VISIBLE_DEVICES': x} for x in '579']),
     ('gpu 1', '', 2, '--devices_per_run=2: there are only 1.'),
@@ -397,11 +423,15 @@ def test_a_finished_run_is_evaluated(finished):
       ('--config=shapes_64', '--grid=seed=1'),
       '--metric=nonsense: there are held_out_loss_16, held_out_loss_64, accu',
     ),
+    (
+      ('--config=shapes_64', '--grid=seed=1', '--metric=flicker'),
+      '--metric=flicker: more of it is neither better nor worse',
+    ),
   ),
 )
 def test_a_mistake_is_one_line(flags, message, tmp_path):
   output = tmp_path / 'out'
-  result = sweep(*flags, '--metric=nonsense', f'--output={output}', code=1)
+  result = sweep('--metric=nonsense', *flags, f'--output={output}', code=1)
   (line,) = result.stderr.splitlines()
   assert line.startswith('error: ') and message in line
   assert not result.stdout and not output.exists()
