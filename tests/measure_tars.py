@@ -68,12 +68,14 @@ def measure(index: str, resolution: int, batches: int) -> dict[str, float]:
   transform = Transform(Tokenizer(CAPTIONS_MODEL, 32), resolution)
   make = pipeline._Batches(
     ((tar_index.open_source(index, 'train'), transform),),
+    (0,),
     seed=0,
     shuffle=True,
     batch_size=_BATCH_SIZE,
     process_index=0,
     process_count=1,
     end=batches + 2,
+    stride=1,
   )
   make(0)
   begin, (cpu, active) = time.perf_counter(), clocks()

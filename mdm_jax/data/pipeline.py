@@ -126,34 +126,43 @@ class _Batches:
   batch_size: int  # global
   process_index: int
   process_count: int
-  end: int = 0  # the first batch that nobody asks for
-  stride: int = 1
+  end: int  # the first batch that nobody asks for
+  stride: int  # from a batch to the next one of the same thread
   reported: set[str] = dataclasses.field(default_factory=set)
   # The first records of batches that have not begun, by batch.
   requested: dict[int, collections.deque] = dataclasses.field(
     default_factory=dict
   )
+  begun: list[int] = dataclasses.field(default_factory=lambda: [-1])
 
   def __call__(self, batch: int) -> Example:
+    self.begun[0] = max(self.begun[0], batch)
     positions, examples = self._positions(batch), []
     requested = self.requested.pop(batch, collections.deque())
     # What this thread is likely to be asked for next.
     following = batch + self.stride
+    further = self._positions(following) if following < self.end else ()
     coming = collections.deque()
-    if following < self.end:
-      self.requested[following] = coming
     # A request is slow only where the records are far away.
     for done, position in enumerate(positions):
       for other in positions[done + len(requested) :][
         : _AHEAD - len(requested)
       ]:
         requested.append(self._request(other))
-      if following < self.end:
-        room = _AHEAD - len(requested) - len(coming)
-        for other in self._positions(following)[len(coming) :][: max(room, 0)]:
-          coming.append(self._request(other))
+      room = max(_AHEAD - len(requested) - len(coming), 0)
+      for other in further[len(coming) :][:room]:
+        coming.append(self._request(other))
       examples.append(self._example(position, requested.popleft()))
+    self._keep(following, coming)
     return _stack(examples)
+
+  def _keep(self, batch: int, requested: collections.deque) -> None:
+    """Keeps requests for a batch, unless another thread has begun it."""
+    if batch > self.begun[0]:
+      self.requested[batch] = requested
+    # It may have done so right now.
+    if batch <= self.begun[0]:
+      self.requested.pop(batch, None)
 
   def _positions(self, batch: int) -> range:
     """Where this process's part of a batch is in the endless stream."""
@@ -395,6 +404,8 @@ def make_dataset(
       batch_size,
       process_index,
       process_count,
+      end=start_batch + num_batches,
+      stride=max(num_workers, 1) * num_threads,
     )
   )
   return _load_ahead(batches, num_workers, num_threads, prefetch)

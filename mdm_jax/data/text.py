@@ -85,7 +85,9 @@ class Tokenizer:
 
   def __reduce__(self):
     """Pickles the arguments, not the loaded model."""
-    return type(self), (self.path, self.max_length, self.is_of_captions)
+    # Worker processes share the copy of a file in a bucket, as they are killed.
+    file = os.fspath(remote_reads.kept_copy(self.path))
+    return type(self), (file, self.max_length, self.is_of_captions)
 
   def fingerprint(self) -> str:
     """Changes with the file's contents."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from absl import logging
 from etils import epath
 
-from mdm_jax.runtime import buckets, files
+from mdm_jax.runtime import buckets, ending, files
 
 # Seconds without a success, after which a range is given up, and between two
 # attempts. An attempt is several of the client's, which takes minutes by
@@ -179,7 +179,6 @@ class _Stream:
 
 
 _COPIES: dict[tuple[str, int], epath.Path] = {}
-_DIRECTORIES: list[tempfile.TemporaryDirectory] = []
 
 
 def kept_copy(path: epath.PathLike) -> epath.Path:
@@ -196,11 +195,19 @@ def kept_copy(path: epath.PathLike) -> epath.Path:
     return path
   key = os.fspath(path), files.require_file(path)[1]
   if key not in _COPIES:
-    # Removed when this process ends, unless it is killed.
-    directory = tempfile.TemporaryDirectory(prefix='mdm_jax_')
-    copy = epath.Path(directory.name) / path.name
+    copy = epath.Path(temporary_directory()) / path.name
     with files.naming_errors(path):
       buckets.file_system(path).get_file(os.fspath(path), os.fspath(copy))
-    _DIRECTORIES.append(directory)
     _COPIES[key] = copy
   return _COPIES[key]
+
+
+def temporary_directory() -> str:
+  """A new directory that is removed when this process ends.
+
+  If it is killed, the directory stays.
+  """
+  directory = tempfile.TemporaryDirectory(prefix='mdm_jax_')
+  # Commands end without the interpreter's clean-up; other programs with it.
+  ending.at_the_end(directory.cleanup)
+  return directory.name

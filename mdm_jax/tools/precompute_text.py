@@ -17,7 +17,6 @@ import math
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -34,6 +33,7 @@ from mdm_jax.runtime import (
   directory_lock,
   files,
   flag_types,
+  remote_reads,
   value_types,
 )
 
@@ -175,8 +175,7 @@ class _Data:
       self.sizes = tar_index.read_index(path)['splits']
       return
     if not files.is_local(path):
-      self._directory = tempfile.TemporaryDirectory(prefix='mdm_jax_')
-      self._local = self._directory.name
+      self._local = remote_reads.temporary_directory()
       # The descriptions, which are small.
       for file in files.list_bucket(path):
         if file.endswith('.json'):

@@ -160,6 +160,50 @@ def test_randomness_belongs_to_the_position():
   assert 0.3 < found.mean() < 0.7
 
 
+class Requested(Numbers):
+  """A source that is asked before it is read."""
+
+  def __init__(self, size):
+    super().__init__(size)
+    self.waiting, self.most, self.total = 0, 0, 0
+
+  def request(self, index):
+    self.waiting += 1
+    self.total += 1
+    self.most = max(self.most, self.waiting)
+
+    def read():
+      # How many are under way while this one is waited for.
+      self.read.append(self.waiting)
+      self.waiting -= 1
+      return super(Requested, self).__getitem__(index)
+
+    return read
+
+
+def test_requests_go_on_beyond_the_end_of_a_batch():
+  source = Requested(1000)
+  found = batches(source, shuffle=False, num_batches=20)
+  np.testing.assert_array_equal(column(found), range(160))
+  # No more than two batches are known: those of 8 records and the next.
+  waiting = source.read[::2]
+  assert min(waiting[:-8]) >= 8 and source.most == 16
+  # Each record is asked for once.
+  assert source.total == 160 and source.waiting == 0
+  source = Requested(1000)
+  batches(source, batch_size=100, num_batches=2)
+  assert source.most == 32 and source.total == 200
+
+
+@pytest.mark.parametrize('num_threads', [2, 5])
+def test_threads_that_request_ahead_change_nothing(num_threads):
+  source = Requested(1000)
+  found = batches(
+    source, num_batches=200, shuffle=False, num_threads=num_threads
+  )
+  np.testing.assert_array_equal(column(found), np.arange(1600) % 1000)
+
+
 def test_bad_records_are_replaced_flagged_and_logged_once(caplog):
   options = {'batch_size': 2, 'shuffle': False, 'num_batches': 5}
   with caplog.at_level(python_logging.WARNING):

@@ -5,7 +5,14 @@ import time
 from etils import epath
 import pytest
 
-from mdm_jax.runtime import buckets, files, google_storage, value_types
+from mdm_jax.runtime import (
+  buckets,
+  ending,
+  files,
+  google_storage,
+  remote_reads,
+  value_types,
+)
 
 DIRECTORY = value_types.Path('directory')
 OUTPUT = value_types.Path('directory', output=True)
@@ -18,6 +25,18 @@ def refusal(kind, path):
   message = str(caught.value)
   assert '\n' not in message and message.endswith('.')
   return message
+
+
+def test_copies_are_removed_at_the_end(bucket, monkeypatch):
+  monkeypatch.setattr(remote_reads, '_COPIES', {})
+  monkeypatch.setattr(ending, '_last_calls', [])
+  path = epath.Path(bucket.path) / 'a'
+  path.write_text('x')
+  copy = remote_reads.kept_copy(path)
+  assert remote_reads.kept_copy(path) == copy and copy.read_text() == 'x'
+  (call,) = ending._last_calls
+  call()
+  assert not copy.parent.exists()
 
 
 def test_a_file_is_written_and_read(bucket):
