@@ -272,7 +272,7 @@ def _reconstruct_from(
   used = sorted(set(snapshots.values()))
   digest = hashlib.blake2b(digest_size=8)
   for step in used:
-    digest.update(manifest.fingerprint(directory / str(step)).encode())
+    digest.update(str(manifest.fingerprint(directory / str(step))).encode())
   return used[-1], jax.tree.map(np.float32, total), digest.hexdigest()
 
 

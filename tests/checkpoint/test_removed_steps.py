@@ -201,6 +201,9 @@ def test_a_snapshot_that_vanishes_is_left_out(tmp_path, monkeypatch, where):
     1,
     lambda: shutil.rmtree(directory / '3'),
   )
-  step, params = weights._reconstruct(directory, 0.1)
+  step, params, identity = weights._reconstruct(directory, 0.1)
   assert step == expected[0] == 2
   np.testing.assert_array_equal(params['a'], expected[1]['a'])
+  # That of an older snapshot counts, too.
+  shutil.rmtree(directory / '1')
+  assert weights._reconstruct(directory, 0.1)[2] != identity
