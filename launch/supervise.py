@@ -89,8 +89,9 @@ def progress(workdir: str) -> tuple[int, int]:
   found = [(-1, -1)]
   for name in names:
     *_, stage, step, _ = str(name).split('/')
-    if step.isdigit():
-      found.append((int(stage.split('_')[0]), int(step)))
+    index = stage.split('_')[0]
+    if step.isdigit() and index.isdigit():
+      found.append((int(index), int(step)))
   return max(found)
 
 

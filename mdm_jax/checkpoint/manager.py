@@ -77,6 +77,8 @@ class Checkpoints:
         allow_legacy_atomic_rename=True
       ),
       lightweight_initialize=True,
+      # How long a save may take is the watchdog's to say.
+      async_options=ocp.options.AsyncOptions(timeout_secs=86400),
       # Several directories may save the same step at the same time.
       multiprocessing_options=ocp.options.MultiprocessingOptions(
         barrier_sync_key_prefix='_'.join(self._directory.parts[-2:])

@@ -185,17 +185,16 @@ def _rows(
     ) from error
 
 
-def _load_index(path: str) -> dict[str, Any]:
-  """Reads `index.json`.
+def _read_file(path: str) -> bytes:
+  """The bytes of `index.json`.
 
   Raises:
     FileNotFoundError: there is no index.
-    ValueError: it cannot be read, or is damaged.
+    ValueError: it cannot be read.
     OSError: the bucket does not answer.
   """
-  file = epath.Path(path) / _INDEX
   try:
-    data = files.read_bytes(file)
+    return files.read_bytes(epath.Path(path) / _INDEX)
   except files.UnreadableFile as error:
     if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
       raise FileNotFoundError(
@@ -203,6 +202,10 @@ def _load_index(path: str) -> dict[str, Any]:
         f"*.tar' --output={shlex.quote(path)}"
       ) from None
     raise
+
+
+def _parse(path: str, data: bytes) -> dict[str, Any]:
+  """The content of `index.json`. Raises ValueError if it is damaged."""
   try:
     index = json.loads(data)
     index['tars'] = [
@@ -212,19 +215,17 @@ def _load_index(path: str) -> dict[str, Any]:
     dict(index['splits'])
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(
-      f'{file} is damaged: remove {path} and index the tars again.'
+      f'{epath.Path(path) / _INDEX} is damaged: remove {path} and index the '
+      'tars again.'
     ) from error
   return index
 
 
-def read_index(path: str) -> dict[str, Any]:
-  """Reads `index.json` and checks the tars that it lists.
-
-  Raises:
-    FileNotFoundError: there is no index, or a tar is missing.
-    ValueError: a tar has changed, or `index.json` is damaged.
-  """
-  index = _load_index(path)
+# A training run asks a dozen times, and there may be thousands of tars.
+@functools.lru_cache(maxsize=8)
+def _parse_and_check(path: str, data: bytes) -> dict[str, Any]:
+  """The content of `index.json`, see `read_index`."""
+  index = _parse(path, data)
   in_buckets = functools.cache(files.list_bucket)
   for tar, size, *version in index['tars']:
     if files.is_local(tar):
@@ -246,6 +247,16 @@ def read_index(path: str) -> dict[str, Any]:
         f'{tar} has been replaced since {path} was made: index the tars again.'
       )
   return index
+
+
+def read_index(path: str) -> dict[str, Any]:
+  """Reads `index.json` and checks the tars that it lists, once in a process.
+
+  Raises:
+    FileNotFoundError: there is no index, or a tar is missing.
+    ValueError: a tar has changed, or `index.json` is damaged.
+  """
+  return _parse_and_check(path, _read_file(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +287,8 @@ class TarSource:
 
   @functools.cached_property
   def _tars(self) -> list[str]:
-    return [tar for tar, *_ in _load_index(self.path)['tars']]
+    index = _parse(self.path, _read_file(self.path))
+    return [tar for tar, *_ in index['tars']]
 
   def is_whole(self, length: int) -> bool:
     """Whether the table is one, and has `length` rows.

@@ -288,7 +288,8 @@ def _begin(
         f'{partial} was begun with other {", ".join(different)}: remove it, '
         'or give the same values again, and the same files.'
       )
-  files.write_text(begun, json.dumps(settings))
+  # Other machines may begin right now.
+  files.write_text(begun, json.dumps(settings), shared=True)
 
 
 def _records(report: epath.Path, split: str) -> epath.Path:

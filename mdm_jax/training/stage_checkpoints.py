@@ -17,7 +17,7 @@ import jax
 
 from mdm_jax.builders import data
 from mdm_jax.builders.base_stage import BaseStage
-from mdm_jax.checkpoint import identity, restore
+from mdm_jax.checkpoint import restore
 from mdm_jax.checkpoint.manager import Checkpoints
 from mdm_jax.optim import post_hoc_ema
 from mdm_jax.report import evaluations
@@ -40,8 +40,6 @@ class StageCheckpoints:
       CheckpointError: there are checkpoints of a kind, but none is good.
     """
     config = stage.config
-    if jax.process_index() == 0:
-      identity.begin_run(workdir)
     self._metric = data.current_name(config, config.eval.best_metric)
     self._best_value = -math.inf
     self._open = contextlib.ExitStack()
