@@ -19,7 +19,7 @@ from configs import common
 def get_config(mode: str = ''):
   """Returns the recipe; `mode` is '', 'smoke' or 'memorize'."""
   config = common.get_config()
-  config.data.name = 'captioned_images'
+  config.data.update(name='captioned_images', num_workers=4)
   config.dtype = 'bfloat16'
   config.text.update(max_length=128, width=256, num_layers=4, num_heads=8)
   config.model.text.width = 256
@@ -52,6 +52,7 @@ def get_config(mode: str = ''):
 def _memorize(config):
   """Returns 16 px and 64 px levels that a laptop trains in minutes."""
   config.dtype = 'float32'
+  config.data.num_workers = 0
   config.text.update(max_length=64, width=64, num_layers=1, num_heads=4)
   config.model.text.width = 64
   config.model.levels = [

@@ -250,7 +250,10 @@ def make_dataset(
     process_index=process_index,
     process_count=process_count,
     num_workers=data.num_workers if training else 0,
-    num_threads=data.num_threads,
+    # What is measured is read by as many threads instead.
+    num_threads=data.num_threads
+    if training
+    else max(data.num_threads, data.num_workers),
     prefetch=data.prefetch,
   )
 

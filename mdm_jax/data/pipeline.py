@@ -126,20 +126,20 @@ class _Batches:
   batch_size: int  # global
   process_index: int
   process_count: int
-  end: int  # the first batch that nobody asks for
-  stride: int  # from a batch to the next one of the same thread
+  # The first batch whose records are not requested before it begins. Where a
+  # process has several threads, that is each: another may have begun it.
+  end: int
+  stride: int  # from a batch to the next one of this process
   reported: set[str] = dataclasses.field(default_factory=set)
   # The first records of batches that have not begun, by batch.
   requested: dict[int, collections.deque] = dataclasses.field(
     default_factory=dict
   )
-  begun: list[int] = dataclasses.field(default_factory=lambda: [-1])
 
   def __call__(self, batch: int) -> Example:
-    self.begun[0] = max(self.begun[0], batch)
     positions, examples = self._positions(batch), []
     requested = self.requested.pop(batch, collections.deque())
-    # What this thread is likely to be asked for next.
+    # What this process is asked for next.
     following = batch + self.stride
     further = self._positions(following) if following < self.end else ()
     coming = collections.deque()
@@ -153,16 +153,9 @@ class _Batches:
       for other in further[len(coming) :][:room]:
         coming.append(self._request(other))
       examples.append(self._example(position, requested.popleft()))
-    self._keep(following, coming)
+    if coming:
+      self.requested[following] = coming
     return _stack(examples)
-
-  def _keep(self, batch: int, requested: collections.deque) -> None:
-    """Keeps requests for a batch, unless another thread has begun it."""
-    if batch > self.begun[0]:
-      self.requested[batch] = requested
-    # It may have done so right now.
-    if batch <= self.begun[0]:
-      self.requested.pop(batch, None)
 
   def _positions(self, batch: int) -> range:
     """Where this process's part of a batch is in the endless stream."""
@@ -220,13 +213,22 @@ def _request(source: Source, index: int) -> Callable[[], Record]:
   return functools.partial(source.__getitem__, index)
 
 
+def _request_key(source: Source, index: int) -> Callable[[], str]:
+  """Begins to read a record's key; returns a function that waits for it."""
+  if hasattr(source, 'key'):
+    return functools.partial(source.key, index)
+  read = _request(source, index)
+  return lambda: read()['key']
+
+
 def _requests(
   places: Iterable[tuple[Source, int]],
-) -> Iterator[Callable[[], Record]]:
+  request: Callable[[Source, int], Callable[[], Any]] = _request,
+) -> Iterator[Callable[[], Any]]:
   """Yields a function for each record that waits for it, having asked ahead."""
   requested = collections.deque()
   for source, index in places:
-    requested.append(_request(source, index))
+    requested.append(request(source, index))
     if len(requested) == _AHEAD:
       yield requested.popleft()
   yield from requested
@@ -277,7 +279,8 @@ def batch_keys(
 ) -> list[str]:
   """The keys of the records of a global batch.
 
-  Reads the records, but does not decode them. An unusable record is listed
+  Reads the records, but does not decode them; where a source knows its keys, it
+  reads nothing. An unusable record is listed
   itself, and not the record that replaced it.
 
   Args:
@@ -301,9 +304,9 @@ def batch_keys(
     row = stream_position(position, streams)
     places.append((records, record_index(row, len(records), seed, shuffle)))
   keys = []
-  for read in _requests(places):
+  for read in _requests(places, _request_key):
     try:
-      keys.append(read()['key'])
+      keys.append(read())
     except BadRecord as error:
       keys.append(error.key)
   return keys
@@ -404,8 +407,8 @@ def make_dataset(
       batch_size,
       process_index,
       process_count,
-      end=start_batch + num_batches,
-      stride=max(num_workers, 1) * num_threads,
+      end=start_batch + num_batches if num_threads == 1 else 0,
+      stride=max(num_workers, 1),
     )
   )
   return _load_ahead(batches, num_workers, num_threads, prefetch)

@@ -327,6 +327,15 @@ class TarSource:
     """
     return self.request(index)()
 
+  def key(self, index: int) -> str:
+    """The key of a record, for which nothing is read.
+
+    Raises:
+      BadRecord: there is no such tar.
+    """
+    path, spans, _ = self._place(index)
+    return _key(path, spans)
+
   def caption(self, index: int) -> str:
     """The first caption of a record, without its image.
 
@@ -334,7 +343,7 @@ class TarSource:
       BadRecord, DataError: as `__getitem__`.
     """
     path, spans, is_json = self._place(index)
-    key = f'{tars.stem(path)}@{spans[0][0]}'
+    key = _key(path, spans)
     data = _wait(remote_reads.request(path, *spans[1]), key)
     return tars.read_captions(data, 'json' if is_json else 'txt', key)[0]
 
@@ -364,8 +373,11 @@ class TarSource:
     except BadRecord as bad:
       return functools.partial(_refuse, bad)
     read = _request(path, spans)
-    key = f'{tars.stem(path)}@{spans[0][0]}'
-    return functools.partial(_record, read, is_json, key)
+    return functools.partial(_record, read, is_json, _key(path, spans))
+
+
+def _key(path: str, spans: Sequence[tuple[int, int]]) -> str:
+  return f'{tars.stem(path)}@{spans[0][0]}'
 
 
 def _refuse(bad: BadRecord) -> dict[str, Any]:

@@ -195,15 +195,6 @@ def test_requests_go_on_beyond_the_end_of_a_batch():
   assert source.most == 32 and source.total == 200
 
 
-@pytest.mark.parametrize('num_threads', [2, 5])
-def test_threads_that_request_ahead_change_nothing(num_threads):
-  source = Requested(1000)
-  found = batches(
-    source, num_batches=200, shuffle=False, num_threads=num_threads
-  )
-  np.testing.assert_array_equal(column(found), np.arange(1600) % 1000)
-
-
 def test_bad_records_are_replaced_flagged_and_logged_once(caplog):
   options = {'batch_size': 2, 'shuffle': False, 'num_batches': 5}
   with caplog.at_level(python_logging.WARNING):

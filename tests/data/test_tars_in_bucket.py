@@ -153,6 +153,9 @@ def test_records_are_requested_ahead(bucket, image_file):
     keys = pipeline.batch_keys(source, 0, batch_size=40, seed=0, shuffle=False)
     assert time.monotonic() - begin < 8
   assert keys == [record['key'] for record in records]
+  bucket.requests.clear()
+  pipeline.batch_keys(source, 0, batch_size=40, seed=0, shuffle=False)
+  assert not bucket.requests  # The index has them.
   assert keys == [source[i]['key'] for i in range(40)]
 
 
