@@ -6,7 +6,8 @@ When all parts are finished, they become the data set.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -194,13 +195,11 @@ def prepare(
   )
   _begin(partial, parts, options)
   reports = [partial / f'{i:06d}.json' for i in range(len(parts))]
+  own = list(zip(parts, reports))[index::count]
+  finished = _read_all(_is_finished, [report for _, report in own])
   run_all(
     functools.partial(_convert, options),
-    [
-      (part, report)
-      for part, report in list(zip(parts, reports))[index::count]
-      if not _is_finished(report)
-    ],
+    [job for job, is_finished in zip(own, finished) if not is_finished],
     num_workers,
     inputs.unit(parts),
   )
@@ -364,8 +363,7 @@ def _read_reports(
   """
   parts, rejected = [], collections.Counter()
   with files.replacing(rejects) as temporary, temporary.open('w') as lines:
-    for report in reports:
-      found = files.read_json(report)
+    for report, found in zip(reports, _read_all(files.read_json, reports)):
       parts += [
         (split, _records(report, split), np.ones(count, bool))
         for split, count in found['counts'].items()
@@ -377,6 +375,14 @@ def _read_reports(
           json.dumps({'key': key, 'reason': reason, 'detail': detail}) + '\n'
         )
   return parts, rejected
+
+
+def _read_all(
+  read: Callable[[epath.Path], Any], paths: Sequence[epath.Path]
+) -> list[Any]:
+  """`read(path)` of each, of many at a time: a bucket answers slowly."""
+  with futures.ThreadPoolExecutor(32) as pool:
+    return list(pool.map(read, paths))
 
 
 def _is_finished(report: epath.Path) -> bool:

@@ -373,10 +373,10 @@ def test_reports_that_cannot_be_read_are_made_anew(tmp_path, monkeypatch):
 def fail_on(name):
   write = files.write_text
 
-  def write_file(path, text):
+  def write_file(path, text, **options):
     if path.name == name:
       raise KeyboardInterrupt
-    write(path, text)
+    write(path, text, **options)
 
   return write_file
 
