@@ -89,8 +89,18 @@ def remove(directory: epath.PathLike) -> None:
       system.rm([f'{directory}/{name}' for name in part])
 
 
-def abstract_state(directory: epath.PathLike) -> PyTree:
-  """Shapes and dtypes of the state of a step.
+def fields(directory: epath.PathLike) -> list[str]:
+  """Names of the top-level fields of the state of a step, sorted.
+
+  Raises:
+    READ_ERRORS: they cannot be read.
+  """
+  leaves = files.read_json(epath.Path(directory) / _STATE)['tree_metadata']
+  return sorted({leaf['key_metadata'][0]['key'] for leaf in leaves.values()})
+
+
+def abstract_state(directory: epath.PathLike, key: str | None = None) -> PyTree:
+  """Shapes and dtypes of the state of a step, or of one of its fields alone.
 
   Returns:
     Nested dicts of `jax.ShapeDtypeStruct`; a tuple of the state is a dict of
@@ -101,7 +111,7 @@ def abstract_state(directory: epath.PathLike) -> PyTree:
   """
   return jax.tree.map(
     lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype),
-    _open_state(directory),
+    _open_state(directory, key),
   )
 
 

@@ -190,7 +190,7 @@ class Checkpoints:
       if field not in saved:
         wanted = wanted if lacking else abstract_state._asdict()
         lacking[field] = wanted.pop(field)
-    restore.require_same_leaves(path, wanted)
+    restore.require_same_leaves(path, saved, wanted)
     try:
       restored = self._manager.restore(
         step,

@@ -73,12 +73,15 @@ def abstract_item(
 
 
 def _abstract_item(step_directory: epath.Path, key: str) -> PyTree:
-  tree = contents.abstract_state(step_directory)
-  if key not in tree:
+  _require_field(step_directory, key)
+  return contents.abstract_state(step_directory, key)[key]
+
+
+def _require_field(step_directory: epath.Path, key: str) -> None:
+  if key not in (fields := contents.fields(step_directory)):
     raise saved_steps.CheckpointError(
-      f'{step_directory} has no {key!r}, only {", ".join(sorted(tree))}.'
+      f'{step_directory} has no {key!r}, only {", ".join(fields)}.'
     )
-  return tree[key]
 
 
 def restore_item(
@@ -115,7 +118,7 @@ def restore_item(
 def _restore_item(
   step_directory: epath.Path, key: str, shardings: PyTree
 ) -> PyTree:
-  _abstract_item(step_directory, key)  # Raises if there is no such field.
+  _require_field(step_directory, key)
   item = contents.read_field(step_directory, key)
   if shardings is None:
     return item
@@ -144,9 +147,14 @@ def read_extra(
 
 
 def require_same_leaves(
-  step_directory: epath.Path, abstract_state: PyTree
+  step_directory: epath.Path, saved: PyTree, wanted: PyTree
 ) -> None:
   """Checks that a checkpoint has the leaves of a given state.
+
+  Args:
+    step_directory: of the checkpoint.
+    saved: its `contents.abstract_state`.
+    wanted: tree of `jax.ShapeDtypeStruct`.
 
   Raises:
     CheckpointError: a leaf is missing, unexpected, or of another shape or
@@ -162,8 +170,7 @@ def require_same_leaves(
       for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
 
-  saved = describe(contents.abstract_state(step_directory))
-  wanted = describe(abstract_state)
+  saved, wanted = describe(saved), describe(wanted)
   different = [
     f'{path} is {saved.get(path, "absent")}, not {wanted.get(path, "absent")}'
     for path in dict.fromkeys([*wanted, *saved])

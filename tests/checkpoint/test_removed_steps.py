@@ -150,7 +150,7 @@ def test_it_ends_also_if_every_step_is_removed(directory, monkeypatch):
 
 def test_another_reason_is_not_tried_again(directory, monkeypatch):
   reads = []
-  interrupt(monkeypatch, contents, '_open_state', 99, lambda: reads.append(1))
+  interrupt(monkeypatch, contents, 'fields', 99, lambda: reads.append(1))
   with pytest.raises(ValueError, match="has no 'weights', only ema, opt_state"):
     restore.restore_item(directory, None, 'weights')
   assert len(reads) == 1
