@@ -813,23 +813,6 @@ def test_sample_without_a_run_names_the_directory(tmp_path):
   assert 'Traceback' not in result.stderr
 
 
-def test_frozen_t5_is_in_no_checkpoint(t5_directory, tmp_path):
-  config = common.get_config()
-  config.model.levels = [common.level(8)]
-  config.stages = [common.stage('8', 1)]
-  config = toy.shrink(common.smoke(config))
-  config.text.update(encoder='t5', path=str(t5_directory.path))
-  config.stages[0].update(steps=2, batch_size=8)
-  config.eval.update(num_prompts=8, batch_size=8)
-  toy.run(config.lock(), tmp_path)
-  directory = stage_directory(tmp_path, config, 0)
-  for key in ('params', 'ema'):
-    assert set(restore.abstract_item(directory, None, key)) == {'unet'}
-  assert (tmp_path / 'samples' / '8_2.png').exists()
-  values = json.loads((tmp_path / 'eval' / '2.json').read_text())
-  assert np.isfinite(values['held_out_loss_8'])
-
-
 def image_config(path):
   config = toy_config().unlock()
   config.stages = config.stages[:1]
