@@ -14,7 +14,6 @@ from mdm_jax.checkpoint import restore, saved_steps
 from mdm_jax.inference import session
 from mdm_jax.interop import torch_checkpoint
 from mdm_jax.interop.ml_mdm import to_release
-from mdm_jax.runtime import sharding
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
 from mdm_jax.training import loop
 from tests import commands
@@ -94,9 +93,10 @@ def test_training_goes_on(toy, random_params, tmp_path, index):
   import_checkpoint(tmp_path / 'a.pth', toy, workdir)
   first = stage_directory(workdir, toy, 0)
   assert saved_steps.finished_step(first) == (0 if index == 0 else None)
-  _, frozen = loop.setup(toy, workdir)
-  mesh = sharding.make_mesh(toy.mesh, devices=jax.devices()[:8])
-  loop.train(toy, workdir, mesh, frozen)
+  if index == 0:
+    toy_run.run(toy, workdir)
+  else:  # On all devices, of which each has the frozen T5.
+    loop.train(toy, workdir, *loop.setup(toy, workdir))
   last = stage_directory(workdir, toy, 1)
   assert saved_steps.finished_step(last) == 1
   assert saved_steps.latest_step(first) == (0 if index == 0 else None)
