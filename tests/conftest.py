@@ -183,21 +183,15 @@ def _golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.fixture(scope='session')
-def golden_model(golden_state_dict):
-  """(name, lanes=1, dtype=float32, flash=False) -> jitted denoise_fn.
-
-  It takes (x_t, t, text, text_mask, scale=None, repeats=1).
-  """
+def golden_network(golden_state_dict):
+  """name -> a small model of the release, and its parameters."""
   models = json.loads((GOLDEN / 'small_models.json').read_text())
 
   @functools.cache
-  def build(name: str, lanes: int = 1, dtype=jnp.float32, flash: bool = False):
+  def build(name: str) -> tuple[NestedUNet, dict]:
     model = models[name]
     levels, text_spec = _specs(model['config'])
-    levels = tuple(
-      dataclasses.replace(spec, lanes=lanes, flash=flash) for spec in levels
-    )
-    network = NestedUNet(levels, text_spec, dtype)
+    network = NestedUNet(levels, text_spec, jnp.float32)
     size, x_t = 8, []
     for r, spec in enumerate(levels):
       size *= spec.downsampling if r else 1
@@ -208,7 +202,26 @@ def golden_model(golden_state_dict):
     shapes = jax.eval_shape(
       network.init, jax.random.key(0), x_t, np.zeros(1), cond
     )['params']
-    params = from_release(shapes, levels, golden_state_dict(name))
+    return network, from_release(shapes, levels, golden_state_dict(name))
+
+  return build
+
+
+@pytest.fixture(scope='session')
+def golden_model(golden_network):
+  """(name, lanes=1, dtype=float32, flash=False) -> jitted denoise_fn.
+
+  It takes (x_t, t, text, text_mask, scale=None, repeats=1).
+  """
+
+  @functools.cache
+  def build(name: str, lanes: int = 1, dtype=jnp.float32, flash: bool = False):
+    network, params = golden_network(name)
+    levels = tuple(
+      dataclasses.replace(spec, lanes=lanes, flash=flash)
+      for spec in network.levels
+    )
+    network = network.clone(levels=levels, dtype=dtype)
 
     @functools.partial(jax.jit, static_argnames='repeats')
     def denoise_fn(x_t, t, text, text_mask, scale=None, repeats=1):

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from mdm_jax.builders.autoencoder_stage import AutoencoderStage
 from mdm_jax.builders.config import _ADDED, stage_directory, write_config
+from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import load_frozen
 from mdm_jax.checkpoint import restore
 from mdm_jax.checkpoint.manager import Checkpoints
@@ -60,11 +62,22 @@ def get_config():
 """
 
 
-def run(config, workdir) -> None:
-  """What the command does, on one device: a mesh is tested elsewhere."""
+def run(config, workdir, count_work: bool = False) -> None:
+  """What the command does, on one device: a mesh is tested elsewhere.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    count_work: whether to estimate the time of later stages as the command
+      does, which traces the networks of all stages; tested elsewhere.
+  """
   loop.setup(config, str(workdir))
   mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-  loop.train(config, str(workdir), mesh, load_frozen(config, mesh))
+  with pytest.MonkeyPatch.context() as patch:
+    if not count_work:
+      for kind in (Stage, AutoencoderStage):
+        patch.setattr(kind, 'forward_flops', lambda *given: None)
+    loop.train(config, str(workdir), mesh, load_frozen(config, mesh))
 
 
 def digest(workdir, config, index: int) -> str:

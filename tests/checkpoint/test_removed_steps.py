@@ -28,14 +28,19 @@ READS = {
 }
 
 
-@pytest.fixture
-def directory(tmp_path):
-  """With the steps 1, 2 and 3; 4, 5 and so on are hidden."""
-  path = tmp_path / 'checkpoints' / '0_8'
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  path = tmp_path_factory.mktemp('run') / 'checkpoints' / '0_8'
   save(path, *range(1, 9))
   for step in range(4, 9):
     (path / str(step)).rename(path / f'hidden_{step}')
   return path
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+  """With the steps 1, 2 and 3; 4, 5 and so on are hidden."""
+  return shutil.copytree(saved, tmp_path / 'checkpoints' / '0_8')
 
 
 def interrupt(monkeypatch, module, name, times, then):

@@ -19,7 +19,6 @@ def _coarse_to_fine(ratio, levels):
 @pytest.mark.parametrize(
   'name',
   [
-    'nested2',
     'nested2_mixed2to1',
     'nested3_mixed2_1_1',
     'nested3_weights16_4_1_power2',

@@ -58,7 +58,7 @@ def start():
 
 @pytest.fixture
 def train():
-  """(flags, env=None) -> a training, with its output in a pipe."""
+  """(flags, env=None) -> a training on a device, its output in a pipe."""
   started = []
 
   def train(*flags, env=None):
@@ -66,7 +66,7 @@ def train():
       commands.start(
         'mdm_jax.main',
         *flags,
-        env=env,
+        env=commands.on_devices(1) | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
       )
@@ -341,6 +341,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
       f'--workdir={run}',
     ],
     cwd=ROOT,
+    env=os.environ | commands.on_devices(1),
     stdin=slave,
     stdout=slave,
     stderr=slave,

@@ -14,8 +14,6 @@ from mdm_jax.checkpoint import restore, saved_steps
 from mdm_jax.inference import session
 from mdm_jax.interop import torch_checkpoint
 from mdm_jax.interop.ml_mdm import to_release
-from mdm_jax.models.conditioning import Cond
-from mdm_jax.runtime import sharding
 from mdm_jax.tools.import_ml_mdm import import_checkpoint
 from mdm_jax.training import loop
 from tests import commands
@@ -51,9 +49,10 @@ def nested2(t5_directory):
   return config.lock()
 
 
-def test_golden_weights_give_golden_outputs(
-  nested2, golden, golden_state_dict, tmp_path
+def test_golden_weights_are_imported(
+  nested2, golden_network, golden_state_dict, tmp_path
 ):
+  """Into the network that `test_nested_unet` compares with the release."""
   path = tmp_path / 'vis.pth'
   torch_checkpoint.write_state_dict(path, golden_state_dict('nested2'))
   import_checkpoint(path, nested2, tmp_path / 'run')
@@ -62,16 +61,9 @@ def test_golden_weights_give_golden_outputs(
   assert written == json.loads(nested2.to_json())
   directory = stage_directory(tmp_path / 'run', nested2, 0)
   params = restore.restore_item(directory, 0, 'ema')
-  model = make_model(nested2, nested2.stages[0])
-  g = golden('forward_nested2_default')
-  out = jax.jit(model.unet.apply)(
-    {'params': params['unet']},
-    (g['x_t_1'], g['x_t_0']),
-    g['t'],
-    Cond(g['cond'], g['mask'].astype(bool)),
-  )
-  for level, expected in zip(out, (g['out_1'], g['out_0'])):
-    np.testing.assert_allclose(level, expected, rtol=0, atol=2e-5)
+  network, expected = golden_network('nested2')
+  assert make_model(nested2, nested2.stages[0]).unet == network
+  jax.tree.map(np.testing.assert_array_equal, params, {'unet': expected})
 
 
 @pytest.fixture
@@ -101,9 +93,10 @@ def test_training_goes_on(toy, random_params, tmp_path, index):
   import_checkpoint(tmp_path / 'a.pth', toy, workdir)
   first = stage_directory(workdir, toy, 0)
   assert saved_steps.finished_step(first) == (0 if index == 0 else None)
-  _, frozen = loop.setup(toy, workdir)
-  mesh = sharding.make_mesh(toy.mesh, devices=jax.devices()[:8])
-  loop.train(toy, workdir, mesh, frozen)
+  if index == 0:
+    toy_run.run(toy, workdir)
+  else:  # On all devices, of which each has the frozen T5.
+    loop.train(toy, workdir, *loop.setup(toy, workdir))
   last = stage_directory(workdir, toy, 1)
   assert saved_steps.finished_step(last) == 1
   assert saved_steps.latest_step(first) == (0 if index == 0 else None)

@@ -13,16 +13,17 @@ import pytest
 
 from configs import common
 from mdm_jax.builders.check import check
+from mdm_jax.builders.config import stage_directory
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.text import empty_text, make_tokenizer
+from mdm_jax.checkpoint import restore
 from mdm_jax.data import pipeline, precomputed, tar_index
 from mdm_jax.data.images import BadRecord, DataError
 from mdm_jax.data.transforms import Transform
 from mdm_jax.inference.session import open_run
 from mdm_jax.runtime import sharding
 from mdm_jax.tools import precompute_text, prepare_data
-from mdm_jax.training import loop
 from tests import toy
 from tests.tools.test_prepare_data import write_tar
 
@@ -455,10 +456,9 @@ def test_features_that_overflow_are_refused(made):
     )
 
 
-def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
+def test_training_reads_them_as_it_reads_t5(made, tmp_path):
   def run(config, workdir):
-    mesh, frozen = loop.setup(config, workdir)
-    loop.train(config, workdir, mesh, frozen)
+    toy.run(config, workdir)
     return [
       json.loads(line)['loss']
       for line in (workdir / 'metrics.jsonl').read_text().splitlines()
@@ -470,7 +470,13 @@ def test_training_reads_them_as_it_reads_t5(made, t5_directory, tmp_path):
   config.text.encoder = 't5'
   assert len(stored) == 1
   np.testing.assert_allclose(stored, run(config, tmp_path / 't5'), rtol=1e-3)
-  assert (tmp_path / 'stored' / 'samples' / '8_2.png').exists()
+  directory = stage_directory(tmp_path / 't5', config, 0)
+  for key in ('params', 'ema'):  # The frozen T5 is in no checkpoint.
+    assert set(restore.abstract_item(directory, None, key)) == {'unet'}
+  for name in ('stored', 't5'):
+    assert (tmp_path / name / 'samples' / '8_2.png').exists()
+    values = json.loads((tmp_path / name / 'eval' / '2.json').read_text())
+    assert np.isfinite(values['held_out_loss_8'])
 
   # Anything can be drawn with what was trained on them.
   session = open_run(tmp_path / 'stored', any_prompt=True)

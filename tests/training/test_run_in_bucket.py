@@ -126,7 +126,10 @@ def test_a_stopped_run_has_logged_all_of_its_steps(bucket, tmp_path):
   )
   command = ('mdm_jax.main', f'--config={recipe}', f'--workdir={workdir}/')
   run = commands.start(
-    *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    *command,
+    env=commands.on_devices(1),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
   )
   try:
     while ' step ' not in run.stdout.readline():
