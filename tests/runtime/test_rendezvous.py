@@ -47,11 +47,11 @@ def test_all_join(meet, port):
 
 def test_every_process_names_the_missing_ones(meet, caplog):
   with caplog.at_level(logging.WARNING):
-    told = meet(5, [0, 1, 3], 3)
+    told = meet(5, [0, 1, 3], 2)
   assert (
     told
     == [
-      'Of 5 processes, 2, 4 did not arrive within 3 s: see their own logs, or '
+      'Of 5 processes, 2, 4 did not arrive within 2 s: see their own logs, or '
       'give more time with --arrival.'
     ]
     * 3
@@ -94,7 +94,7 @@ def test_a_process_that_disconnects_is_missing(meet, port):
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     visitor = pool.submit(visit)
-    assert 'Of 3 processes, 1 did not' in meet(3, [0, 2], 5)[0]
+    assert 'Of 3 processes, 1 did not' in meet(3, [0, 2], 2)[0]
     visitor.result()
 
 

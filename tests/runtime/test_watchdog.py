@@ -16,8 +16,8 @@ from absl import logging
 from mdm_jax.runtime import watchdog
 
 logging.set_verbosity('info')
-watchdog._GRACE, watchdog._POLL = 1.0, 0.1
-dog = watchdog.Watchdog({'start_up': 60, 'step': 2.0, 'idle': 0})
+watchdog._GRACE, watchdog._POLL = 0.5, 0.1
+dog = watchdog.Watchdog({'start_up': 60, 'step': 1.0, 'idle': 0})
 dog.watch('start_up')
 dog.watch('step')
 time.sleep(2 * watchdog._POLL)
@@ -42,13 +42,13 @@ def hang(how):
 def test_a_hanging_phase_ends_with_all_stacks():
   result = hang('threading.Event().wait()')
   assert result.returncode == watchdog.EXIT_CODE
-  assert 'step has not ended in 2 s, watchdog.step' in result.stderr
+  assert 'step has not ended in 1 s, watchdog.step' in result.stderr
   assert 'in hang_here' in result.stderr
   assert result.stderr.count('hread 0x') >= 2
 
 
 def test_a_limit_of_0_never_ends_a_phase():
-  result = hang("""dog.watch('idle'); time.sleep(4)""")
+  result = hang("""dog.watch('idle'); time.sleep(2)""")
   assert result.returncode == 0, result.stderr
 
 
