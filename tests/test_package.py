@@ -136,6 +136,10 @@ def test_a_wheel_trains_in_any_directory(tmp_path):
     '--config.sampler.num_steps=1',
     '--config.stages[0].steps=3',
     '--config.stages[1].steps=3',
+    # As small as in toy.shrink: XLA's defaults compile slowly.
+    '--config.text.num_layers=0',
+    '--config.eval.loss_every=0',
+    '--config.model.levels[1].num_blocks=(0,0)',
   )
   assert not done.returncode, done.stderr
   assert 'Finished in' in done.stderr

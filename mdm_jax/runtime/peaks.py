@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -74,10 +75,14 @@ def peak_flops(device: jax.Device) -> float | None:
   return chip and chip.flops
 
 
+@functools.cache
 def measure_matmul_flops(
   device: jax.Device, size: int = 1024, seconds: float = 0.2
 ) -> float:
-  """Best FLOP/s of a float32 product of `[size, size]` matrices, timed."""
+  """Best FLOP/s of a float32 product of `[size, size]` matrices, timed.
+
+  A process measures a device once: its peak is the same in every stage.
+  """
   x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
   matmul = jax.jit(jnp.matmul)
   matmul(x, x).block_until_ready()

@@ -165,9 +165,9 @@ def test_the_likelihood_of_codes_changes_their_statistics_alone(
 
   def gradients(weight):
     monkeypatch.setattr(autoencoder, '_FIT_WEIGHT', weight)
-    grads, _ = jax.grad(
-      functools.partial(autoencoder.batch_loss, PLAIN), has_aux=True
-    )(params, images, noise())
+    # A function of its own: the weight is read while it is traced.
+    loss = functools.partial(autoencoder.batch_loss, PLAIN)
+    grads, _ = jax.jit(jax.grad(loss, has_aux=True))(params, images, noise())
     return grads['autoencoder']
 
   without, with_it = gradients(0.0), gradients(1.0)

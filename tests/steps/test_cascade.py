@@ -1,5 +1,7 @@
 """A cascade: levels that are models of their own, sampled in turn."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,9 +174,10 @@ def test_meshes_equal_one_device(config, stage, params, batch):
 @pytest.fixture(scope='module')
 def sampled(config, params):
   """Samples of each stage, by its index."""
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   text = encode_prompts(config, PROMPTS)
 
+  @functools.cache
   def sample(index, **changes):
     placed = sharding.place(
       params(index),
@@ -198,7 +201,7 @@ def test_levels_are_sampled_in_turn(sampled):
   for found, expected in zip(levels, sampled(1)):
     np.testing.assert_array_equal(found, expected)
   # What is given matters: with all noise on it, other images follow.
-  clean, noisy = sampled(1, augmentation=0.0), sampled(1, augmentation=1.0)
+  clean, noisy = sampled(1), sampled(1, augmentation=1.0)
   np.testing.assert_array_equal(clean[0], noisy[0])
   assert np.abs(np.subtract(clean[1], noisy[1], dtype=int)).mean() > 1
 
@@ -250,14 +253,14 @@ def test_sampling_flops_are_those_of_all_levels(config):
     kept = config.copy_and_resolve_references()
     kept.model.levels[0].channels = (channels,)
     keep_stage(kept, index)
-    names = ['8', '16', '32'][: index + 1]
+    names = ['8', '16'][: index + 1]
     assert [each.name for each in kept.stages] == names
     return recipe_costs.sampling_flops(kept)
 
   # What the coarsest level costs more, the finest one's samples cost more.
   more = total(0, 16) - total(0, 8)
   assert more > 0.5 * total(0, 8)
-  np.testing.assert_allclose(total(2, 16) - total(2, 8), more, rtol=1e-3)
+  np.testing.assert_allclose(total(1, 16) - total(1, 8), more, rtol=1e-3)
 
 
 def test_a_lost_stage_is_named(config, tmp_path):

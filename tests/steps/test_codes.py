@@ -94,26 +94,32 @@ def test_loss_is_of_codes_and_pixels(stage, params, batch):
   """Against the losses put together by hand."""
   _, found = jax.jit(lambda: losses_of(stage, params, batch))()
   model, objective = stage.model, stage.objective
-  t, eps = sample_noise(objective, model.level_shapes, batch, jax.random.key(3))
-  image = pyramid.to_float(batch['image'])
-  x0 = model.autoencoder.encode(params, image), image
-  at = [objective.schedule.at(level, t + 1) for level in range(2)]
-  x_t = tuple(map(process.add_noise, x0, eps, at))
-  cond = model.encode(params, batch['text'], batch['scale'])
-  predictions = model.denoise(params, x_t, t, cond)
-  for level, losses in enumerate(found['losses']):
-    expected = level_loss(
-      *(each[level] for each in (predictions, x_t, x0, eps, at)),
-      parameterization='v',
-      loss_space='eps',
-    )
+
+  @jax.jit
+  def by_hand(params, batch):
+    rng = jax.random.key(3)
+    t, eps = sample_noise(objective, model.level_shapes, batch, rng)
+    image = pyramid.to_float(batch['image'])
+    x0 = model.autoencoder.encode(params, image), image
+    at = [objective.schedule.at(level, t + 1) for level in range(2)]
+    x_t = tuple(map(process.add_noise, x0, eps, at))
+    cond = model.encode(params, batch['text'], batch['scale'])
+    predictions = model.denoise(params, x_t, t, cond)
+    return [
+      level_loss(*of_level, parameterization='v', loss_space='eps')
+      for of_level in zip(predictions, x_t, x0, eps, at, strict=True)
+    ]
+
+  for losses, expected in zip(
+    found['losses'], by_hand(params, batch), strict=True
+  ):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_the_autoencoder_is_not_trained(stage, params, batch):
-  grads = jax.grad(lambda params: losses_of(stage, params, batch)[0].mean())(
-    params
-  )
+  grads = jax.jit(
+    jax.grad(lambda params: losses_of(stage, params, batch)[0].mean())
+  )(params)
   assert not any(x.any() for x in jax.tree.leaves(grads['autoencoder']))
   assert any(x.any() for x in jax.tree.leaves(grads['unet']))
   assert 'autoencoder' not in stage.param_shapes()
@@ -153,19 +159,24 @@ def test_samples_are_decoded(config, stage, params, sampler, samples):
   spec = dataclasses.replace(made.spec, guidance=1.0)
   made = dataclasses.replace(made, spec=spec)
   seeds = np.arange(8, dtype=np.uint32)
-  prepared = made.prepare(params, text, text, seeds)
-  codes, images = samplers.sample(
-    lambda x_t, t: stage.model.denoise(params, x_t, t, prepared.cond),
-    made.start(prepared, 0),
-    stage.objective.schedule,
-    jax.random.key(0),
-    num_steps=spec.num_steps,
-    sampler=spec.name,
-    threshold='clip',
-    num_codes=1,
-  )
+
+  @jax.jit
+  def by_hand(params):
+    prepared = made.prepare(params, text, text, seeds)
+    codes, images = samplers.sample(
+      lambda x_t, t: stage.model.denoise(params, x_t, t, prepared.cond),
+      made.start(prepared, 0),
+      stage.objective.schedule,
+      jax.random.key(0),
+      num_steps=spec.num_steps,
+      sampler=spec.name,
+      threshold='clip',
+      num_codes=1,
+    )
+    return codes, images, stage.model.autoencoder.decode(params, codes)
+
+  codes, images, decoded = by_hand(params)
   assert np.abs(codes).max() > 1.5 and np.abs(images).max() <= 1
-  decoded = stage.model.autoencoder.decode(params, codes)
   found = jax.jit(made.sample)(params, text, text, seeds)
   for image, expected in zip(found, (decoded, images), strict=True):
     expected = np.asarray(pyramid.to_uint8(expected))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 from etils import epath
 import pytest
@@ -185,22 +186,17 @@ def test_costs_are_known_by_what_they_depend_on(compared, key, value, is_known):
 
 def test_flops_are_those_of_the_whole_step(make_config):
   config = make_config()
-  config.sampler.guidance = 1.0
   once = recipe_costs.count(config)
   assert list(once['flops']) == ['8', '16']
   assert 0 < once['flops']['8'] < once['flops']['16']
-  config.stages = config.stages[1:]
+  config.stages = config.stages[:1]
   config.stages[0].accumulate = 2
-  config.model.levels[1].remat = 'block'
-  config.sampler.guidance = 2.0
-  config.eval.batch_size = 4
+  config.model.levels[0].remat = 'block'
   found = recipe_costs.count(config)
   # Microbatches are the iterations of a loop, and no recomputation counts.
-  assert found['flops'] == {'16': pytest.approx(once['flops']['16'], rel=0.05)}
-  # Of an image. Guidance calls the network twice, but no encoder at each step.
-  ratio = found['sampling_flops'] / once['sampling_flops']
-  assert ratio == pytest.approx(2, rel=0.05)
-  assert found['parameters'] == once['parameters'] > 1000
+  assert found['flops'] == {'8': pytest.approx(once['flops']['8'], rel=0.05)}
+  # Of the last stage.
+  assert once['parameters'] > found['parameters'] > 1000
 
 
 def test_guidance_counts_only_within_its_interval(make_config):
@@ -213,11 +209,13 @@ def test_guidance_counts_only_within_its_interval(make_config):
 
   config.sampler.update(name='ddim', num_steps=10, guidance=1.0)
   plain, guided = count(), count(guidance=2.0)
-  assert guided > 1.5 * plain
+  # The network is called twice, but no encoder at each step.
+  assert guided == pytest.approx(2 * plain, rel=0.05)
+  config.eval.batch_size = 4  # They are of an image.
   # Of the times 909, 818, ... 90 of 1,000, those are 545, 454, 363 and 272.
   assert config.diffusion.num_steps == 1000
   share = (count(guidance_interval=(0.25, 0.55)) - plain) / (guided - plain)
-  assert share == pytest.approx(0.4)
+  assert share == pytest.approx(0.4, rel=1e-3)
 
 
 class Trainings:
@@ -428,12 +426,17 @@ def test_a_mistake_is_one_line(flags, message, tmp_path):
   assert not result.stdout and not output.exists()
 
 
-def test_steps_are_timed(files):
+def test_steps_are_timed(files, tmp_path, monkeypatch):
   (single,) = compare_models.load_recipes([f'a={files["single"]}'], [])
   found = recipe_costs.measure_seconds('a', single.words({}), single.config, {})
   assert found.keys() == {'8'} and 0 < found['8'] < 10
+  fails = tmp_path / 'fails'
+  fails.write_text('#!/bin/sh\necho "error: Unknown flag" >&2\nexit 1\n')
+  fails.chmod(0o700)
+  python = types.SimpleNamespace(executable=str(fails))
+  monkeypatch.setattr(recipe_costs, 'sys', python)
   with pytest.raises(ValueError, match="--recipe=a, stage '8': Unknown"):
-    recipe_costs.measure_seconds('a', ['--config.a=1'], single.config, {})
+    recipe_costs.measure_seconds('a', [], single.config, {})
 
 
 def test_real_runs_are_compared(tmp_path):

@@ -732,14 +732,15 @@ def test_samplers_are_compared(finished, tmp_path):
   (first,) = json.loads(output.read_text())
   assert first['frechet'] > 0
   assert 0 <= first['accuracy'] <= 1
-  assert 'ddim, 2 steps' not in (result := compare('1,2')).stderr
-  found = json.loads(output.read_text())
-  assert [one['steps'] for one in found] == [2, 1]
-  assert found[0] == first
-  # Nor are results of another model taken for its own.
-  output.write_text(json.dumps([first | {'fingerprint': 'other'}]))
-  assert 'ddim, 2 steps' in compare('2').stderr
-  assert len(json.loads(output.read_text())) == 2
+  # Those of another model are not taken for its own, and stay.
+  other = first | {'fingerprint': 'other', 'steps': 1}
+  output.write_text(json.dumps([first, other]))
+  result = compare('1,2')
+  assert 'ddim, 2 steps' not in result.stderr
+  assert 'ddim, 1 steps' in result.stderr
+  *before, last = json.loads(output.read_text())
+  assert before == [other, first]
+  assert (last['steps'], last['fingerprint']) == (1, first['fingerprint'])
   assert [line.split()[:2] for line in result.stdout.splitlines()[2:]] == [
     ['ddim', '1'],
     ['ddim', '2'],
