@@ -200,12 +200,12 @@ def _check_mp4(stage) -> None:
   """Raises ValueError if --mp4 asks for what cannot be written."""
   if not _MP4.value:
     return
-  if len(stage.model.image_shapes[-1]) == 3 or _FRAMES.value == 1:
+  if len(stage.model.image_shapes[-1]) == 3:
     raise ValueError(
       f'--mp4: {stage.title} has images, not clips: leave it out.'
-      if _FRAMES.value != 1
-      else '--mp4: --frames=1 are images, not clips: leave one of them out.'
     )
+  if _FRAMES.value == 1:
+    raise ValueError('--mp4: --frames=1 is an image, no clip: leave one out.')
   if importlib.util.find_spec('av') is None:
     raise ValueError('--mp4 needs PyAV: pip install av')
 

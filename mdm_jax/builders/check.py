@@ -21,10 +21,7 @@ from mdm_jax.builders.data import (
   held_out_name,
   loss_names,
 )
-from mdm_jax.builders.model import (
-  level_names,
-  trained_levels,
-)
+from mdm_jax.builders.model import level_names, trained_levels
 from mdm_jax.builders.prompts import can_score_prompts, is_moving
 from mdm_jax.builders.text import make_tokenizer, text_fingerprint
 from mdm_jax.data import precomputed, tfds_source

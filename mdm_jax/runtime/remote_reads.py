@@ -207,7 +207,10 @@ def temporary_directory() -> str:
 
   If it is killed, the directory stays.
   """
-  directory = tempfile.TemporaryDirectory(prefix='mdm_jax_')
+  # What cannot be removed must not keep other calls from the end.
+  directory = tempfile.TemporaryDirectory(
+    prefix='mdm_jax_', ignore_cleanup_errors=True
+  )
   # Commands end without the interpreter's clean-up; other programs with it.
   ending.at_the_end(directory.cleanup)
   return directory.name

@@ -141,6 +141,9 @@ def test_clips_become_mp4_files(workdir, tmp_path):
   result = sample('images', '--mp4')
   assert result.returncode == 1 and not list(tmp_path.iterdir())
   assert "error: --mp4: stage 1/2 'images' has images" in result.stderr
+  result = sample('clips', '--mp4', '--frames=1')
+  assert result.returncode == 1 and not list(tmp_path.iterdir())
+  assert 'error: --mp4: --frames=1 is an image, no clip' in result.stderr
   # Also of samples that exist.
   for flags in ((), ('--mp4',)):
     result = sample('clips', *flags)
