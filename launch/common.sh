@@ -54,6 +54,11 @@ BUCKET=${BUCKET%/}
 [[ ! $CACHE_GB || $BUCKET ]] || fail 'CACHE_GB needs BUCKET, which it mounts.'
 # main's --workdir
 WORKDIR=${WORKDIR:-${BUCKET:+$BUCKET/runs/$NAME}}
+WORKDIR=${WORKDIR%/}
+# Compiled programs: another machine need not compile again.
+COMPILED=${BUCKET:+$BUCKET/cache/xla}
+# The virtual environment of GPUs: the active one, if any.
+VENV=${VENV:-${VIRTUAL_ENV:-.venv}}
 
 # Prints gcsfuse's options for a mount of data that does not change, a word
 # each: `name` becomes `prefix`name, and what follows it is separated by `is`.

@@ -10,6 +10,7 @@
 #   run     submits the job
 #   log     follows the log of the first host
 #   delete  deletes the job
+#   delete_pool  deletes the node pool, which costs until then
 #
 # JobSet must be installed in the cluster, and the cluster must be kubectl's
 # current one. WORKDIR is BUCKET/runs/NAME if it is not set; the pods' service
@@ -50,8 +51,6 @@ manifest() {
   local text name
   ARGUMENTS=$(list --distributed --config="$CONFIG" --workdir="$WORKDIR" \
     "${options[@]}")
-  # Not to compile again after a restart. An empty name is ignored.
-  COMPILED=${BUCKET:+$BUCKET/cache/xla}
   MOUNT_BUCKET=false VOLUMES='' MOUNTS=''
   [[ ! $SHARE ]] ||
     add_volume share "persistentVolumeClaim: {claimName: $SHARE}"
@@ -80,7 +79,9 @@ pool() {
 }
 
 build() {
-  call docker build --file=launch/Dockerfile --tag="$IMAGE" .
+  # That of the nodes; the machine that builds may have another one.
+  call docker build --platform=linux/amd64 --file=launch/Dockerfile \
+    --tag="$IMAGE" .
   call docker push "$IMAGE"
 }
 
@@ -95,28 +96,40 @@ run() {
 
 log() {
   # The first host logs progress; the others log warnings only.
-  call kubectl logs --follow --tail=-1 --selector="\
-jobset.sigs.k8s.io/jobset-name=$NAME,\
+  local phase='' first="jobset.sigs.k8s.io/jobset-name=$NAME,\
 batch.kubernetes.io/job-completion-index=0"
+  # `logs` waits neither for a pod nor for its image.
+  until [[ $DRY_RUN || $phase && $phase != *Pending* ]]; do
+    sleep 2
+    phase=$(kubectl get pods --selector="$first" \
+      --output='jsonpath={.items[*].status.phase}')
+  done
+  call kubectl logs --follow --tail=-1 --selector="$first"
 }
 
 delete() {
   call kubectl delete jobset "$NAME"
 }
 
+delete_pool() {
+  need CLUSTER PROJECT ZONE
+  call gcloud container node-pools delete "$NAME" --cluster="$CLUSTER" \
+    --project="$PROJECT" --location="${ZONE%-*}" --quiet
+}
+
 steps=()
 while (($#)) && [[ $1 != -- ]]; do
   case $1 in
-    pool | build | run | log | delete) steps+=("$1") ;;
+    pool | build | run | log | delete | delete_pool) steps+=("$1") ;;
     *)
-      fail "no step $1: there are pool build run log delete, options of main \
-come after --."
+      fail "no step $1: there are pool build run log delete delete_pool, \
+options of main come after --."
       ;;
   esac
   shift
 done
 options=("${@:2}")
-((${#steps[@]})) || fail 'name a step: pool build run log delete.'
+((${#steps[@]})) || fail 'name a step: pool build run log delete delete_pool.'
 
 for step in "${steps[@]}"; do
   "$step"

@@ -19,11 +19,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NODES=${NODES:-1}
 GPUS=${GPUS:-8}  # per node
 CPUS=${CPUS:-8}  # per GPU
-VENV=${VENV:-.venv}
 
 train=(
   srun --cpus-per-task="$CPUS"
-  env 'JAX_PLATFORMS=cuda,cpu' "$VENV/bin/python" -m mdm_jax.main --distributed
+  env 'JAX_PLATFORMS=cuda,cpu'
+  ${COMPILED:+JAX_COMPILATION_CACHE_DIR="$COMPILED"}
+  "$VENV/bin/python" -m mdm_jax.main --distributed
   --config="$CONFIG" --workdir="$WORKDIR" "$@")
 # Exit code 75 of main: it was stopped, and the same command continues it.
 call sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" \

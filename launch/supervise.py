@@ -74,9 +74,10 @@ def progress(workdir: str) -> tuple[int, int]:
   """
   # A manifest is written last.
   pattern = 'checkpoints/*_*/*/manifest.json'
+  workdir = workdir.rstrip('/')  # Names in buckets may have empty parts.
   if '://' in workdir:
     names = []
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
       names = subprocess.run(
         [sys.executable, '-c', LOOK, ROOT, workdir, pattern],
         stdout=subprocess.PIPE,
@@ -84,6 +85,8 @@ def progress(workdir: str) -> tuple[int, int]:
         timeout=LOOK_LIMIT,
         process_group=0,  # Ctrl-C in a terminal does not reach it.
       ).stdout.splitlines()
+    except subprocess.TimeoutExpired:
+      say(f'{workdir} cannot be listed: no answer in {LOOK_LIMIT:g} s')
   else:
     names = pathlib.Path(workdir).glob(pattern)
   found = [(-1, -1)]

@@ -13,7 +13,7 @@
 # `stop` saves a checkpoint and stops it; `fetch` copies the working directory
 # to runs/. DRY_RUN=1 prints the commands instead of running them.
 #
-# The last commit is what runs. WORKDIR is BUCKET/runs/NAME if it is not set.
+# The last commit is what runs, or COMMIT. WORKDIR is BUCKET/runs/NAME if it is not set.
 # CACHE_GB=N makes `install` also mount the bucket, read-only, as `bucket` in
 # the home directory of every host, with N GB of its disk as a cache of files; 0
 # is without a cache. Instead of BUCKET, SHARE=ADDRESS:/NAME is an NFS share
@@ -33,6 +33,8 @@ RUNTIME_VERSION=${RUNTIME_VERSION:-$RUNTIME}
 takes its disk with it."
 ((HOSTS == 1)) || [[ $BUCKET$SHARE ]] || fail "$ACCELERATOR has $HOSTS hosts, \
 and needs BUCKET: all of them write to WORKDIR."
+# A slice that `keep` requests runs what the first one ran.
+export COMMIT=${COMMIT:-$(git rev-parse HEAD)}
 # A relative WORKDIR is in the home directory of each host.
 WORKDIR=${WORKDIR:-${SHARE:+share/}runs/$NAME}
 
@@ -44,19 +46,31 @@ on_workers() {
   tpu tpu-vm ssh "$NAME" --worker=all --command="$1"
 }
 
+# Prints the state of the slice, nothing if there is none of this name. Fails if
+# that cannot be told.
 state() {
-  tpu queued-resources describe "$NAME" --format='value(state.state)'
+  local found
+  if found=$(tpu queued-resources describe "$NAME" \
+    --format='value(state.state)' 2>&1); then
+    echo "${found##*$'\n'}"  # Warnings come before it.
+  elif [[ $found != *NOT_FOUND* ]]; then
+    echo "$found" >&2
+    return 1
+  fi
 }
 
 create() {
-  tpu queued-resources create "$NAME" --node-id="$NAME" \
+  local now
+  now=$(state)
+  # One that an earlier call has requested is waited for.
+  [[ $now ]] || tpu queued-resources create "$NAME" --node-id="$NAME" \
     --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME_VERSION" \
     ${BUCKET:+--scopes=https://www.googleapis.com/auth/cloud-platform} \
     ${SPOT:+--spot}
-  local now=
+  [[ ! $DRY_RUN ]] || return 0
   until [[ $now == ACTIVE ]]; do
-    now=$(state)
-    [[ ! $DRY_RUN ]] || return 0
+    # It may take hours, in which a call may fail.
+    now=$(state) || now=unknown
     echo "$now"
     case $now in
       FAILED | SUSPEND*) return 1 ;;
@@ -67,7 +81,7 @@ create() {
 
 copy() {
   local archive=${TMPDIR:-/tmp}/$NAME.tar.gz
-  call git archive --format=tar.gz --output="$archive" HEAD
+  call git archive --format=tar.gz --output="$archive" "$COMMIT"
   tpu tpu-vm scp "$archive" "$NAME:mdm_jax.tar.gz" --worker=all
   on_workers "rm -rf mdm_jax && mkdir mdm_jax && \
 tar -xzf mdm_jax.tar.gz -C mdm_jax"
@@ -104,12 +118,11 @@ ${BUCKET#gs://} bucket; }"
 }
 
 run() {
-  local there=$WORKDIR main cache=()
+  local there=$WORKDIR main
   [[ $there == /* || $there == *://* ]] || there=../$there
-  # A new VM need not compile again.
-  [[ ! $BUCKET ]] || cache=("JAX_COMPILATION_CACHE_DIR=$BUCKET/cache/xla")
   main=$(quoted ../venv/bin/python launch/supervise.py --workdir="$there" -- \
-    env 'JAX_PLATFORMS=tpu,cpu' "${cache[@]}" \
+    env 'JAX_PLATFORMS=tpu,cpu' \
+    ${COMPILED:+JAX_COMPILATION_CACHE_DIR="$COMPILED"} \
     ../venv/bin/python -m mdm_jax.main --distributed --config="$CONFIG" \
     --workdir="$there" "${options[@]}")
   # Stores the exit code, from which `log` and `keep` know how training ended.
@@ -125,32 +138,46 @@ tail -n +1 -f --pid=\$(cat run.pid) run.log; \
 until [ -f run.status ]; do sleep 1; done; exit \$(cat run.status)"
 }
 
+# Whether training runs, on a host. Another process may have its number after
+# the host has started anew.
+RUNS="grep -qs supervise.py /proc/\$(cat run.pid 2> /dev/null)/cmdline"
+
 keep() {
-  local code
+  local now status begin failures=0
   while true; do
-    case $(state) in
-      FAILED | SUSPENDED)
-        echo "$NAME was preempted: getting a new one."
-        # If the new slice is preempted meanwhile, the loop tries again.
-        launch/tpu_vm.sh delete create copy install run -- "${options[@]}" ||
-          [[ $(state) != ACTIVE ]] || return 1
-        ;;
+    # What cannot be asked now is asked again in a minute.
+    now=$(state) || now=unknown
+    [[ ! $DRY_RUN ]] || return 0
+    begin=()
+    case $now in
+      FAILED | SUSPENDED) begin=(delete create copy install run) ;;
+      '') begin=(create copy install run) ;;
       ACTIVE)
-        # The code is empty while training runs, or while the VM cannot be
-        # reached.
-        code=$(tpu tpu-vm ssh "$NAME" --command='cat run.status || true') ||
-          true
-        [[ ! $code ]] || return "$code"
+        status=$(tpu tpu-vm ssh "$NAME" --command="\
+cat run.status 2> /dev/null || { $RUNS && echo runs; } || echo idle") ||
+          status=unknown
+        case ${status##*$'\n'} in
+          [0-9]*) return "${status##*$'\n'}" ;;
+          idle) begin=(stop copy install run) ;;
+        esac
         ;;
     esac
-    [[ ! $DRY_RUN ]] || return 0
+    if ((${#begin[@]})); then
+      echo "$NAME is ${now:-gone}, and does not train: ${begin[*]}"
+      if launch/tpu_vm.sh "${begin[@]}" -- "${options[@]}"; then
+        failures=0
+      # One that was preempted meanwhile is replaced, however often.
+      elif [[ $(state || true) =~ ^(ACTIVE)?$ ]]; then
+        ((++failures < 5)) || return 1
+      fi
+    fi
     sleep 60
   done
 }
 
 stop() {
-  on_workers "kill \$(cat run.pid); \
-until [ -f run.status ]; do sleep 1; done"
+  on_workers "! $RUNS || { kill \$(cat run.pid); \
+until [ -f run.status ]; do sleep 1; done; }"
 }
 
 fetch() {

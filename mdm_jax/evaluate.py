@@ -15,7 +15,7 @@ All images of a directory have one size, or are cropped and resized to
 
 import sys
 
-from absl import flags, logging
+from absl import logging
 from etils import epath
 
 from mdm_jax.builders import ranges
@@ -129,14 +129,10 @@ def _check_flags() -> None:
   """Raises ValueError if a flag is missing, or would do nothing."""
   if bool(run_flags.workdir()) == bool(_IMAGES.value):
     raise ValueError('give either --workdir, or --images and --reference.')
-  useless, where = (), ''
   if _IMAGES.value:
-    useless, where = _OF_RUNS, '--images'
+    flag_types.refuse(_OF_RUNS, '--images')
   elif _REFERENCE.value:
-    useless, where = ('num_reference', 'reference_split'), '--reference'
-  for name in useless:
-    if flags.FLAGS[name].present:
-      raise ValueError(f'--{name} does nothing with {where}: leave it out.')
+    flag_types.refuse(('num_reference', 'reference_split'), '--reference')
 
 
 def main(_: list[str]) -> None:

@@ -180,6 +180,13 @@ def coarse_resolution(config: ConfigDict, stage: ConfigDict) -> int | None:
   return config.model.levels[stage.num_levels - 2].resolution
 
 
+def require_stage(config: ConfigDict, index: int) -> None:
+  """Raises ValueError, which names --stage, if a config has no such stage."""
+  last = len(config.stages) - 1
+  if not 0 <= index <= last:
+    raise ValueError(f'--stage={index}: the config has stages 0 to {last}.')
+
+
 def keep_stage(config: ConfigDict, index: int) -> None:
   """Leaves a stage in a config, as the last, with the earlier ones it needs.
 

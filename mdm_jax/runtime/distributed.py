@@ -30,6 +30,7 @@ _READY = 'ready'  # it is leaving, and its work is done
 _DONE = 'done'  # its work is done, as all processes agreed to end
 _GONE = 'gone'  # it exits now
 _KEY = 'mdm_jax/status'
+_FAILURES = 'mdm_jax/failures'
 _POLL = 0.2  # seconds between two reads of the others' status
 _ANSWER = 1.0  # seconds after which the coordinator counts as hanging
 # Seconds to wait for other processes that are leaving, with `_FAREWELL` less
@@ -195,6 +196,15 @@ class Peers:
     """Whether any process takes no further step."""
     return not {_LEAVING, _READY}.isdisjoint(self._statuses())
 
+  def report_failure(self) -> None:
+    """Tells all that this process takes no further step, and why."""
+    self._tell('', _FAILURES)
+    self.begin_to_leave()
+
+  def have_failed(self) -> bool:
+    """Whether any process ends with an error."""
+    return bool(self._statuses(_FAILURES))
+
   def leave_together(self, done: bool = False) -> None:
     """Waits some seconds until the work of all processes is done.
 
@@ -223,14 +233,14 @@ class Peers:
         break
       time.sleep(_POLL)
 
-  def _tell(self, status: str) -> None:
-    key = f'{_KEY}/{self._index}'
+  def _tell(self, status: str, key: str = _KEY) -> None:
+    key = f'{key}/{self._index}'
     self._call(
       lambda: self._client.key_value_set(key, status, allow_overwrite=True)
     )
 
-  def _statuses(self) -> list[str]:
-    found = self._call(lambda: self._client.key_value_dir_get(_KEY))
+  def _statuses(self, key: str = _KEY) -> list[str]:
+    found = self._call(lambda: self._client.key_value_dir_get(key))
     return [status for _, status in found or ()]
 
   def _call(self, function: Callable[[], Any]) -> Any:
@@ -251,7 +261,7 @@ def _end_together(code: int) -> None:
   peers = Peers()
   agreed = code in (0, preemption.EXIT_CODE)
   if not agreed:
-    peers.begin_to_leave()
+    peers.report_failure()
   peers.leave_together(done=agreed)
 
 

@@ -37,6 +37,13 @@ class _Parser(flags.ArgumentParser):
     return type(self.kind).__name__.lower()
 
 
+def refuse(names: Sequence[str], beside: str) -> None:
+  """Raises ValueError if a flag is given that does nothing beside another."""
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise ValueError(f'--{name} does nothing with {beside}: leave it out.')
+
+
 def define(
   name: str, default: Any, kind: Any, text: str, *, required: bool = False
 ) -> flags.FlagHolder:

@@ -46,9 +46,12 @@ CHIPS = (
   Chip('TPU v6', 918e12, 31.25, 1640e9, 448e9),
   Chip('NVIDIA A100', 312e12),
   Chip('NVIDIA H100 PCIe', 756e12),
+  Chip('NVIDIA H100 NVL', 835e12),
   Chip('NVIDIA H100', 989e12, 59.36, 3352e9, 450e9),
+  Chip('NVIDIA H200 NVL', 835e12),
   Chip('NVIDIA H200', 989e12, 104.85, 4800e9, 450e9),
   Chip('NVIDIA L40S', 362e12),
+  Chip('NVIDIA L40', 181e12),
   Chip('NVIDIA L4', 121e12),
 )
 

@@ -63,6 +63,9 @@ class Peers(Protocol):
   def are_leaving(self) -> bool:
     """Whether any process takes no further step."""
 
+  def have_failed(self) -> bool:
+    """Whether any process ends with an error."""
+
   def leave_together(self) -> None:
     """Waits, for a limited time, until all processes are ready to exit."""
 
@@ -79,7 +82,9 @@ class StopHandler:
   process at once. That is safe, since a checkpoint is either committed or
   ignored.
 
-  A signal to one of several processes stops all of them.
+  A signal to one of several processes stops all of them, and so does an error.
+  After an error the exit code of all is 1: schedulers that start a stopped run
+  again would otherwise do so without end.
 
   Attributes:
     requested: whether this or another process has received a stop request.
@@ -193,6 +198,9 @@ class StopHandler:
         told = True
       if self._peers.are_leaving():
         self.requested = True
+        if self._peers.have_failed():
+          self._code = 1
+          logging.error('Another process ended with an error: see its log.')
         self._leave()
       if not self.requested and self._peers.are_asked_to_stop():
         os.write(self._writer, _PEER)

@@ -30,7 +30,7 @@ from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check import check
 from mdm_jax.builders.check_levels import parts_of_batches
-from mdm_jax.builders.model import keep_stage
+from mdm_jax.builders.model import keep_stage, require_stage
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import empty_text, load_frozen, make_tokenizer
 from mdm_jax.report import console
@@ -333,7 +333,8 @@ def measure(
     found[name] = compiling | rates(
       seconds, images, flops and flops * loops, peak
     )
-    memory = device.memory_stats()
+    # A peak is that since the process began, so of what is timed first.
+    memory = device.memory_stats() if len(found) == 1 else None
     found[name]['peak_bytes'] = memory and memory.get('peak_bytes_in_use')
     if profile:
       with files.local_directory(epath.Path(profile) / name) as directory:
@@ -341,6 +342,7 @@ def measure(
           for _ in range(_PROFILED):
             call().block_until_ready()
         found[name]['operations'] = operations(directory, compiled.as_text())
+    del call, compiled  # With the state, which the next one has no room for.
   return found
 
 
@@ -502,12 +504,8 @@ def main(_: list[str]) -> None:
   try:
     other = values.compare and _read(values.compare)
     config = without_t5(values.config)
-    indices = range(len(config.stages))
-    if values.stage is not None and values.stage not in indices:
-      raise ValueError(
-        f'--stage={values.stage}: the config has stages 0 to {indices[-1]}.'
-      )
-    index = indices[-1] if values.stage is None else values.stage
+    index = len(config.stages) - 1 if values.stage is None else values.stage
+    require_stage(config, index)
     if values.batch_size:
       config.stages[index].batch_size = values.batch_size
       config.eval.batch_size = values.batch_size

@@ -31,7 +31,7 @@ import numpy as np
 
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check_levels import check_stages
-from mdm_jax.builders.model import keep_stage
+from mdm_jax.builders.model import keep_stage, require_stage
 from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import frozen_shapes, make_text_encoder
 from mdm_jax.data.text import CAPTIONS_MODEL
@@ -207,10 +207,7 @@ def prepare(
     ValueError: there is no such stage, or the mesh does not fit the slice.
   """
   config = copy.deepcopy(config)  # Copies the stages and levels too.
-  if not 0 <= stage < len(config.stages):
-    raise ValueError(
-      f'--stage={stage}: the config has stages 0 to {len(config.stages) - 1}.'
-    )
+  require_stage(config, stage)
   notes = []
   if batch_per_chip is not None:
     config.stages[stage].batch_size = batch_per_chip * num_chips

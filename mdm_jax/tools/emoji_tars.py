@@ -28,6 +28,7 @@ import re
 import sys
 import tarfile
 from typing import Any
+import zlib
 
 from absl import flags, logging
 from etils import epath
@@ -383,11 +384,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _open_package(path: epath.PathLike) -> Iterator[tarfile.TarFile]:
   with files.local_copy(path) as copy:
     try:
-      package = tarfile.open(copy)
-    except tarfile.TarError:
-      raise ValueError(f'{path} is no .tgz of npm.') from None
-    with package:
-      yield package
+      with tarfile.open(copy) as package:
+        yield package
+    except (tarfile.TarError, EOFError, zlib.error):
+      raise ValueError(
+        f'{path} is no whole .tgz of npm: download it again.'
+      ) from None
 
 
 def _member(package: tarfile.TarFile, name: str, path: epath.PathLike) -> bytes:

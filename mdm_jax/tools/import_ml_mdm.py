@@ -89,7 +89,8 @@ def import_checkpoint(
   params = _params(stage, tensors, ignored)
 
   directory = stage.directory(workdir)
-  if directory.exists():
+  # A save that was broken off leaves no step, and is done again.
+  if saved_steps.good_steps(directory):
     raise ValueError(f'{directory} exists: give another --workdir.')
   write_config(workdir, json.loads(config.to_json()))
   checkpoints = Checkpoints(directory, save_interval=1, max_to_keep=1)

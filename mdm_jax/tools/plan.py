@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.config import AUTOENCODER
+from mdm_jax.builders.model import require_stage
 from mdm_jax.models.unet import REMAT
 from mdm_jax.report import console
 from mdm_jax.runtime import (
@@ -287,15 +288,13 @@ def main(_: list[str]) -> None:
   try:
     stages = range(len(config.stages))
     if values.stage is not None:
-      if values.stage not in stages:
-        raise ValueError(
-          f'--stage={values.stage}: the config has stages 0 to {stages[-1]}.'
-        )
+      require_stage(config, values.stage)
       stages = [values.stage]
     elif values.step == 'sample':
       # An autoencoder samples nothing.
       stages = [i for i in stages if config.stages[i].kind != AUTOENCODER]
     if values.search:
+      flag_types.refuse(('step', 'batch_per_chip', 'price'), '--search')
       search(config, values.topology, stages[-1], cache)
     else:
       plan(

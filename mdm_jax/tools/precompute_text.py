@@ -48,11 +48,12 @@ _THREADS = 32
 
 def main(_: list[str]) -> None:
   """Runs `precompute` with the values of the flags."""
-  from mdm_jax.report import (
-    console,  # Slow to import, and not needed for --help.
-  )
+  # Slow to import, and not needed for --help.
+  from mdm_jax.report import console
+  from mdm_jax.runtime import compilation_cache
 
   console.setup_logging()
+  compilation_cache.enable()
   try:
     values = flags.FLAGS
     with directory_lock.holding_part(

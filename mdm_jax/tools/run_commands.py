@@ -153,15 +153,18 @@ class Jobs:
     with self._lock:
       if self._is_stopped:
         return preemption.EXIT_CODE, ''
-      process = subprocess.Popen(
-        words,
-        env=os.environ | group,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors='replace',
-      )
+      try:
+        process = subprocess.Popen(
+          words,
+          env=os.environ | group,
+          stdin=subprocess.DEVNULL,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+          errors='replace',
+        )
+      except OSError as error:  # Too many processes, or too little memory.
+        return os.EX_OSERR, f'error: it cannot be started: {error}'
       self._running.add(process)
     line = self._forward(name, process)
     code = process.wait()

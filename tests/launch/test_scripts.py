@@ -104,6 +104,7 @@ def test_tpu_vm_with_a_share(dry_run):
     SPOT='1',
     SHARE='10.0.0.2:/mdm',
     CONFIG='configs/cc12m_64.py',
+    COMMIT='c0ffee',
     **GOOGLE,
   )
   at = '--project=project --zone=us-east5-b'
@@ -112,13 +113,13 @@ def test_tpu_vm_with_a_share(dry_run):
   commands = [shlex.split(line) for line in lines if line.startswith(ssh)]
   assert [line for line in lines if not line.startswith(ssh)] == [
     '== create',
+    f"{gcloud} queued-resources describe name '--format=value(state.state)' "
+    + at,
     f'{gcloud} queued-resources create name --node-id=name '
     '--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite '
     f'--spot {at}',
-    f"{gcloud} queued-resources describe name '--format=value(state.state)' "
-    + at,
     '== copy',
-    'git archive --format=tar.gz --output=/tmp/name.tar.gz HEAD',
+    'git archive --format=tar.gz --output=/tmp/name.tar.gz c0ffee',
     f'{gcloud} tpu-vm scp /tmp/name.tar.gz name:mdm_jax.tar.gz '
     f'--worker=all {at}',
     '== install',
@@ -158,7 +159,7 @@ def test_tpu_vm_with_a_bucket(dry_run):
     BUCKET='gs://bucket/',
     **GOOGLE,
   )
-  create, _, install, run = [line for line in lines if ' tpus ' in line]
+  _, create, install, run = [line for line in lines if ' tpus ' in line]
   scopes = 'https://www.googleapis.com/auth/cloud-platform'
   assert f' --scopes={scopes} --spot ' in create
   # Nothing is mounted that nothing reads.
@@ -253,16 +254,23 @@ def test_gpu(dry_run, tmp_path):
   )
   assert dry_run('gpu.sh')[0] == [
     f'python3 -m venv {venv}',
+    f'touch {venv}/unfinished',
     f'{venv}/bin/pip install -r requirements.txt',
     f"{venv}/bin/pip install -U 'jax[cuda12]' gcsfs",
+    f'rm {venv}/unfinished',
     train,
   ]
   venv.mkdir()
-  assert dry_run('gpu.sh', '--config.seed=1', WORKDIR='w')[0] == [
+  assert dry_run('gpu.sh', '--config.seed=1', WORKDIR='w/')[0] == [
     f'{train} --workdir=w --config.seed=1'
   ]
-  lines, _ = dry_run('gpu.sh', BUCKET='gs://b', NAME='name')
-  assert lines == [f'{train} --workdir=gs://b/runs/name']
+  ((line,), _) = dry_run('gpu.sh', BUCKET='gs://b', NAME='name')
+  assert ' JAX_COMPILATION_CACHE_DIR=gs://b/cache/xla ' in line
+  assert line.endswith(' --workdir=gs://b/runs/name')
+  # An active environment is taken, unless its installation was broken off.
+  (venv / 'unfinished').touch()
+  lines, _ = dry_run('gpu.sh', VENV='', VIRTUAL_ENV=str(venv))
+  assert lines[0] == f'python3 -m venv {venv}' and len(lines) == 6
 
 
 def test_gpu_slurm(dry_run, tmp_path):
@@ -420,6 +428,7 @@ def test_gke(dry_run):
     'build',
     'log',
     'delete',
+    'delete_pool',
     'run',
     '--',
     '--config.a="b\\ &c"',
@@ -433,17 +442,20 @@ def test_gke(dry_run):
     CONFIG='configs/cc12m_64.py',
     **GOOGLE,
   )
-  assert lines[:6] == [
+  assert lines[:7] == [
     'gcloud container node-pools create name --cluster=cluster '
     '--project=project --location=us-east5 --node-locations=us-east5-b '
     '--machine-type=ct5p-hightpu-4t --num-nodes=8 --tpu-topology=2x4x4 '
     '--spot',
-    'docker build --file=launch/Dockerfile --tag=image .',
+    'docker build --platform=linux/amd64 --file=launch/Dockerfile --tag=image '
+    '.',
     'docker push image',
     'kubectl logs --follow --tail=-1 '
     '--selector=jobset.sigs.k8s.io/jobset-name=name,'
     'batch.kubernetes.io/job-completion-index=0',
     'kubectl delete jobset name',
+    'gcloud container node-pools delete name --cluster=cluster '
+    '--project=project --location=us-east5 --quiet',
     'kubectl apply --filename=-',
   ]
   job = manifest(lines)['spec']['replicatedJobs'][0]['template']['spec']
@@ -484,8 +496,12 @@ STUBS = {
         esac
         case "$3 $4" in
           'queued-resources create') echo ACTIVE > state ;;
-          'queued-resources describe') cat state ;;
-          'queued-resources delete') rm -rf home && mkdir home ;;
+          'queued-resources describe')
+            [[ ! -e offline ]] || { rm offline; echo 'no network' >&2; exit 1; }
+            echo 'WARNING: old' >&2
+            cat state 2> /dev/null || { echo 'NOT_FOUND: it' >&2; exit 1; }
+            ;;
+          'queued-resources delete') rm -rf home state && mkdir home ;;
           'tpu-vm scp')
             if [[ $5 == --recurse ]]; then
               cp -r "home/${6#*:}" "$OLDPWD/$7"
@@ -599,6 +615,7 @@ def test_on_a_vm_from_create_to_delete(tpu_vm):
   ) in done.stdout.splitlines()
   assert (tpu_vm.runs / 'mdm' / 'begun').exists()
   assert tpu_vm.calls() == [
+    'describe',
     'create',
     'describe',
     'scp',
@@ -650,7 +667,10 @@ def test_on_a_vm_training_that_cannot_continue(tpu_vm):
 
 
 def test_on_a_vm_stop(tpu_vm):
-  assert tpu_vm('create copy install run', seconds=60).returncode == 0
+  # The second `create` and the first `stop` find nothing to do.
+  steps = 'create create stop copy install run'
+  assert tpu_vm(steps, seconds=60).returncode == 0
+  assert tpu_vm.calls().count('create') == 1
   for _ in range(10_000):
     if (tpu_vm.home / 'runs' / 'mdm' / 'begun').exists():
       break
@@ -665,9 +685,10 @@ def test_keep_replaces_a_preempted_vm(tpu_vm, state):
   done = tpu_vm('keep')
   assert done.returncode == 0, done.stderr
   calls = tpu_vm.calls()
-  assert calls[:8] == [
+  assert calls[:9] == [
     'describe',
     'delete',
+    'describe',
     'create',
     'describe',
     'scp',
@@ -676,7 +697,7 @@ def test_keep_replaces_a_preempted_vm(tpu_vm, state):
     'ssh',
   ]
   # Then only asked, until training was finished.
-  assert set(calls[8:]) == {'describe', 'ssh'}
+  assert set(calls[9:]) == {'describe', 'ssh'}
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'
 
 
@@ -687,6 +708,28 @@ def test_keep_continues_if_the_new_vm_is_preempted_too(tpu_vm):
   assert done.returncode == 0, done.stderr
   assert tpu_vm.calls().count('create') == 2
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'
+
+
+@pytest.mark.parametrize('begun', ['', 'create', 'create copy install'])
+def test_keep_goes_on_where_an_earlier_one_ended(tpu_vm, begun):
+  if begun:
+    assert tpu_vm(begun).returncode == 0
+    # What a host that has started anew has kept.
+    (tpu_vm.home / 'run.pid').write_text('1\n')
+  (tpu_vm.state.parent / 'offline').touch()
+  done = tpu_vm('keep')
+  assert done.returncode == 0, done.stderr
+  assert tpu_vm.calls().count('create') == 1
+  assert (tpu_vm.home / 'run.status').read_text() == '0\n'
+
+
+def test_keep_does_not_install_without_end(tpu_vm):
+  (tpu_vm.stubs / 'uv').write_text('#!/bin/sh\nexit 3\n')
+  assert tpu_vm('create').returncode == 0
+  done = tpu_vm('keep')
+  assert done.returncode == 1
+  assert tpu_vm.calls().count('scp') == 5
+  assert done.stderr.splitlines()[-1].startswith('keep failed; mdm may still')
 
 
 def test_keep_ends_when_training_gives_up(tpu_vm):

@@ -30,6 +30,16 @@ def test_each_way_is_measured():
   assert all(1 < rate < 10_000 for rate in rates.values())
 
 
+def test_damaged_images_are_not_counted():
+  transform = Transform(Tokenizer(CAPTIONS_MODEL, 8), 8)
+  (good,) = [bench_data.SyntheticImages(1)[0]]
+  damaged = good | {'image': b'junk'}
+  rates = bench_data.measure([damaged, good, damaged], transform, 0.1, [])
+  assert 1 < rates['pillow'] < 1000
+  with pytest.raises(ValueError, match='none of the records .* decoded'):
+    bench_data.measure([damaged], transform, 0.01, [])
+
+
 def test_the_loop_over_jpegs_gives_the_same_pixels():
   data = bench_data.SyntheticImages(1)[0]['image'] * 8
   expected, side = decode_clip(data, 64, 4, 2)

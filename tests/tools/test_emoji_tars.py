@@ -330,7 +330,8 @@ def test_fonts_are_rendered(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   'given, message',
   [
-    ({'emojibase': b'junk'}, 'emojibase is no .tgz of npm'),
+    ({'emojibase': b'junk'}, 'emojibase is no whole .tgz of npm: download'),
+    ({'fluent': fluent()[:-200]}, 'fluent is no whole .tgz of npm: download'),
     ({'emojibase': fluent()}, 'has no package/en/data.json'),
     ({'fluent': emojibase()}, r'has no package/assets/\*.webp'),
     ({'fluent': None}, 'no images: give --fluent, --noto or both'),

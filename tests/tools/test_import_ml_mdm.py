@@ -254,3 +254,6 @@ def test_a_used_workdir_is_left_alone(toy, random_params, tmp_path):
   import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
   with pytest.raises(ValueError, match='0_8 exists: give another --workdir'):
     import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
+  # As a process leaves it that is killed while it saves.
+  (tmp_path / 'run/checkpoints/0_8/0/manifest.json').unlink()
+  import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
