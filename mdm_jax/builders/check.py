@@ -62,6 +62,9 @@ def check(
       'Increase it, or lower eval.num_prompts and eval.batch_size.'
     )
   stages = check_stages(config, mesh, training)
+  if training:  # Whatever an earlier version has trained can be sampled.
+    _check_loss(config)
+    _check_unused(config)
   _check_image_set(config, stages)
   return stages
 
@@ -151,9 +154,7 @@ def _check_objective(config: ConfigDict) -> None:
     )
   predicted = diffusion.parameterization
   divides = predicted == 'x0' != diffusion.loss_space
-  bounded = diffusion.time_weights in ('min_snr', 'sigmoid') or (
-    diffusion.time_weights == 'p2' and diffusion.p2[0] >= 1
-  )
+  bounded = _has_bounded_weights(diffusion)
   if diffusion.noise_floor and not (divides and not bounded):
     raise ValueError(
       f'diffusion.noise_floor={diffusion.noise_floor}: it is for '
@@ -179,6 +180,48 @@ def _check_objective(config: ConfigDict) -> None:
       f'loss_space={diffusion.loss_space!r}: the loss divides by the noise, '
       'which is 0 at t = 0; give diffusion.noise_floor, such as 0.05, '
       "loss_space='x0', or time_weights='min_snr'."
+    )
+
+
+def _has_bounded_weights(diffusion: ConfigDict) -> bool:
+  """Whether no time counts without limit, in whatever space the loss is."""
+  return diffusion.time_weights in ('min_snr', 'sigmoid') or (
+    diffusion.time_weights == 'p2' and diffusion.p2[0] >= 1
+  )
+
+
+def _check_loss(config: ConfigDict) -> None:
+  """Checks that the loss does not divide by a signal that is nearly 0."""
+  diffusion = config.diffusion
+  predicted, space = diffusion.parameterization, diffusion.loss_space
+  if predicted == 'eps' != space and not _has_bounded_weights(diffusion):
+    raise ValueError(
+      f"diffusion.loss_space={space!r} with parameterization='eps': the loss "
+      'divides by the signal, which is nearly 0 at the last noising step; give '
+      "loss_space='eps', parameterization='v', or time_weights='min_snr'."
+    )
+
+
+def _check_unused(config: ConfigDict) -> None:
+  """Refuses keys that would do nothing."""
+  levels = config.model.levels
+  for i, level in enumerate(levels):
+    if level.frames == 1 and any(level.frame_attention):
+      raise ValueError(
+        f'model.levels[{i}].frame_attention={tuple(level.frame_attention)} '
+        'with frames=1: images have no frames to attend to; give ().'
+      )
+  for i, stage in enumerate(config.stages):
+    if stage.frame_shift_power and all(level.frames == 1 for level in levels):
+      raise ValueError(
+        f'stages[{i}].frame_shift_power={stage.frame_shift_power}: no level '
+        'has clips; give 0.0.'
+      )
+  resolution = config.autoencoder.resolution
+  if resolution and all(stage.kind != AUTOENCODER for stage in config.stages):
+    raise ValueError(
+      f'autoencoder.resolution={resolution}: no stage trains it; give 0, or '
+      f"stages[0].kind='{AUTOENCODER}'."
     )
 
 

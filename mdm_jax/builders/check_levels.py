@@ -182,6 +182,7 @@ def _check_resolutions(config: ConfigDict) -> None:
         f'{spec.downsampling}, or fewer entries in channels.'
       )
     if is_nested:
+      _check_sizes(levels, i)
       inner = levels[i - 1].resolution // levels[i - 1].patch_size
       if bottom != inner:
         raise ValueError(
@@ -194,6 +195,23 @@ def _check_resolutions(config: ConfigDict) -> None:
     with naming(f'model.levels[{i}]'):
       shared_layers(spec, coarser)
     coarser = spec
+
+
+def _check_sizes(levels: Sequence[ConfigDict], i: int) -> None:
+  """Checks the size of a level of a nest. Raises ValueError."""
+  coarse, fine = levels[i - 1], levels[i]
+  if is_of_codes(coarse):  # `check_codes` compares the images.
+    return
+  if fine.resolution % coarse.resolution:
+    raise ValueError(
+      f'model.levels[{i}].resolution={fine.resolution}: give a multiple of the '
+      f'{coarse.resolution} px of level {i - 1}, whose images are its averages.'
+    )
+  if (fine.resolution, fine.frames) == (coarse.resolution, coarse.frames):
+    raise ValueError(
+      f'model.levels[{i}] has the resolution and frames of level {i - 1}: give '
+      'it more of either.'
+    )
 
 
 def _check_stage(
@@ -289,6 +307,18 @@ def _check_frames(config: ConfigDict, i: int, stage: ConfigDict) -> None:
       f'stages[{i}].max_frames={stage.max_frames} gives its levels fewer '
       'frames than the stage before: stages can only add frames.'
     )
+  levels = trained_levels(config, stage)
+  for j, coarse in enumerate(levels[:-1]):
+    if (
+      counts[-1] > 1
+      and coarse.frames > 1
+      and (counts[j] * levels[-1].frames != counts[-1] * coarse.frames)
+    ):
+      raise ValueError(
+        f'stages[{i}].max_frames={stage.max_frames}: its levels have '
+        f'{coarse.frames} and {levels[-1].frames} frames, and would have '
+        f'{counts[j]} and {counts[-1]}, other times of the clip; give 1 or 0.'
+      )
 
 
 def _num_repeats(i: int, stage: ConfigDict) -> int:

@@ -430,6 +430,8 @@ def sampler_settings(config: ConfigDict) -> dict[str, Any]:
     del settings['level_offset']
   if not config.model.cascade:
     del settings['augmentation']
+  if settings['name'] != 'ddim':  # No other sampler reads it.
+    del settings['eta']
   return settings
 
 

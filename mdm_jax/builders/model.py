@@ -79,7 +79,7 @@ def _has_flash_attention(config: ConfigDict) -> bool:
 
   They need an NVIDIA GPU from Ampere on, and take no divided images.
   """
-  if config.mesh.spatial > 1 or target.platform() != 'gpu':
+  if config.mesh.spatial != 1 or target.platform() != 'gpu':
     return False
   if jax.default_backend() != 'gpu':  # Planned for one that is not here.
     return True

@@ -167,7 +167,7 @@ KEYS = {
   'autoencoder.num_groups': _WIDTH,
   'autoencoder.patch_size': Number(int, 1, 1024),
   'diffusion.schedule': Choice(('deepfloyd', 'ddpm', 'cosine', 'linear')),
-  'diffusion.num_steps': Number(int, 1, 10**5),
+  'diffusion.num_steps': Number(int, 2, 10**5),
   'diffusion.reference_resolution': Number(int, 0, 10**5),
   'diffusion.parameterization': _SPACES,
   'diffusion.loss_space': _SPACES,

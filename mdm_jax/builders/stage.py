@@ -97,7 +97,10 @@ class Stage(BaseStage):
   @property
   def loss_settings(self) -> dict[str, Any]:
     """What it measures depends on, beside weights and data. JSON."""
-    return {'loss_space': self.objective.loss_space}
+    floor = self.objective.noise_floor
+    # Recorded only where it is set, so that earlier losses can be compared.
+    floors = {'noise_floor': floor} if floor else {}
+    return {'loss_space': self.objective.loss_space} | floors
 
   def param_shapes(self) -> Params:
     """Shapes and dtypes of the trained parameters."""

@@ -35,9 +35,10 @@ def guided_denoise_fn(
     rescale: 0 to 1. Moves the standard deviation of the guided output towards
       that of the conditional output, for each example and level (Lin et al.,
       arXiv 2305.08891, eqs. 15 and 16); 0 leaves it as it is.
-    interval: the first and the last t to guide at. Other t cost one plain
-      forward pass of B (Kynkäänniemi et al., arXiv 2404.07724). With an
-      interval, all examples must have the same t. None guides at every t.
+    interval: the first and the last noising step to guide at; t is one less.
+      Others cost one plain forward pass of B (Kynkäänniemi et al., arXiv
+      2404.07724). With an interval, all examples must have the same t. None
+      guides at every step.
 
   Returns:
     A function (x_t pyramid, t [B]) -> predictions.
@@ -105,8 +106,13 @@ def is_none(w: float | jax.Array) -> bool:
 def is_within(
   t: np.ndarray | jax.Array, interval: tuple[float, float]
 ) -> np.ndarray | jax.Array:
-  """Whether guidance with an interval guides at times t."""
-  return (interval[0] <= t) & (t <= interval[1])
+  """Whether guidance with an interval of noising steps guides.
+
+  Args:
+    t: the times that the network is given, each one less than its noising step.
+    interval: the first and the last noising step.
+  """
+  return (interval[0] <= t + 1) & (t + 1 <= interval[1])
 
 
 def _guided(

@@ -170,18 +170,27 @@ def ddim_step(
 
 
 def heun_step(
-  eps: jax.Array,
-  eps_s: jax.Array,
+  x0: jax.Array,
+  x0_s: jax.Array,
+  x_s: jax.Array,
   x_t: jax.Array,
   at: Coefficients,
   at_s: Coefficients,
+  is_linear: bool,
 ) -> jax.Array:
-  """A step of Heun's method to x_s: along the mean of the slopes at t and s.
+  """A step of Heun's method to s: along the mean of the slopes at t and s.
 
   The differential equation is DDIM's, d(x / signal) = eps d(noise / signal)
   (Song et al., arXiv 2010.02502, eq. 14; Karras et al., arXiv 2206.00364, alg.
-  1). `eps` is predicted at x_t, `eps_s` at the x_s that DDIM steps to.
+  1). On the linear path it is dx = (eps - x0) d(noise), as noise / signal is in
+  the thousands where sampling begins. `x0` is predicted at `x_t`, `x0_s` at the
+  `x_s` that DDIM steps to.
   """
+  eps = process.predict_eps(x0, x_t, at, 'x0')
+  eps_s = process.predict_eps(x0_s, x_s, at_s, 'x0')
+  if is_linear:
+    slope = (eps - x0 + eps_s - x0_s) / 2
+    return x_t + (at_s.noise - at.noise) * slope
   ratio = at_s.signal / at.signal
   slope = (eps + eps_s) / 2
   return ratio * x_t + (at_s.noise - ratio * at.noise) * slope
@@ -380,19 +389,12 @@ def sample_step(
   if sampler == 'heun':
 
     def correct(x_s):
-      there = _slopes(predict(x_s, s), x_s, at_s)
-      return tuple(map(heun_step, _slopes(x0, x_t, at), there, x_t, at, at_s))
+      step = functools.partial(heun_step, is_linear=schedule.is_linear)
+      return tuple(map(step, x0, predict(x_s, s), x_s, x_t, at, at_s))
 
     # The network is not trained on images without noise, as at s = 0.
     x_s = jax.lax.cond(s > 0, correct, lambda x_s: x_s, x_s)
   return x_s, x0
-
-
-def _slopes(x0: Pyramid, x_t: Pyramid, at: Sequence[Coefficients]) -> Pyramid:
-  """The noise of x_t at every level, which is the slope that Heun takes."""
-  return tuple(
-    process.predict_eps(*level, 'x0') for level in zip(x0, x_t, at, strict=True)
-  )
 
 
 def steps(num_steps: int, schedule: Schedule) -> tuple[np.ndarray, ...]:

@@ -182,7 +182,8 @@ def make_schedule(
     A schedule with one row of gammas for each resolution.
 
   Raises:
-    ValueError: if there is no such schedule.
+    ValueError: there is no such schedule, or a noising step would have no
+      noise.
   """
   gammas = make_gammas(name, num_steps)
   reference = reference_resolution or resolutions[0]
@@ -191,15 +192,18 @@ def make_schedule(
   further = level_offset * np.arange(len(frames)) + frame_shift_power * np.log(
     np.divide(frames, frames[0])
   )
-  return Schedule(
-    np.stack(
-      [
-        shift_gammas(gammas, resolution / reference, shift_power, nats)
-        for resolution, nats in zip(resolutions, further, strict=True)
-      ]
-    ),
-    is_linear=name == LINEAR,
+  shifted = np.stack(
+    [
+      shift_gammas(gammas, resolution / reference, shift_power, nats)
+      for resolution, nats in zip(resolutions, further, strict=True)
+    ]
   )
+  if (shifted[:, 1:] == 1).any():  # To the precision of the dtype.
+    raise ValueError(
+      f'diffusion.reference_resolution={reference} leaves no noise at the '
+      f'first noising steps of {min(resolutions)} px: give less.'
+    )
+  return Schedule(shifted, is_linear=name == LINEAR)
 
 
 def offset_levels(schedule: Schedule, level_offset: float) -> Schedule:

@@ -1,8 +1,8 @@
 """Initial parameters, made by NumPy on the host.
 
-The distributions are those that the modules declare for Flax's own `init`.
-Compiling `init` would take long on a CPU, and NumPy's arrays are the same on
-every mesh and backend.
+Means and standard deviations are those that the modules declare for Flax's own
+`init`, which has nothing beyond two standard deviations. Compiling that would
+take long on a CPU, and NumPy's arrays are the same on every mesh and backend.
 """
 
 import math

@@ -82,18 +82,24 @@ class Matryoshka:
     """The same network for clips of another length, for the same parameters.
 
     Args:
-      frames: of the finest level; those of the others change in proportion.
+      frames: of the finest level; those of the others change in proportion,
+        but levels of images stay such.
 
     Raises:
       ValueError: a level would not have a whole number of frames.
     """
     levels = self.unet.levels
-    counts = [divmod(x.frames * frames, levels[-1].frames) for x in levels]
+    counts = [
+      (1, 0) if x.frames == 1 else divmod(x.frames * frames, levels[-1].frames)
+      for x in levels
+    ]
     if any(rest for _, rest in counts):
-      fewest = levels[-1].frames // levels[0].frames
+      coarsest = min(x.frames for x in levels if x.frames > 1)
+      fewest = levels[-1].frames // coarsest
       raise ValueError(
-        f'frames={frames}: levels of {", ".join(str(x.frames) for x in levels)}'
-        f' frames can have fewer by multiples of {fewest}.'
+        f'frames={frames}: of levels of '
+        f'{", ".join(str(x.frames) for x in levels)} frames, the last can have '
+        f'fewer: a multiple of {fewest}.'
       )
     levels = (
       dataclasses.replace(level, frames=count)

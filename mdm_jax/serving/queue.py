@@ -396,7 +396,7 @@ class SampleQueue:
   def _make_sample_steps(self, index: int, sampler: str, threshold: str):
     base, shardings = self._samplers[index]
     return make_sample_steps(
-      base.with_spec(name=sampler, threshold=threshold),
+      base.with_method(sampler, threshold),
       shardings,
       with_inputs=True,
     )

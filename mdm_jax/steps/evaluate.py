@@ -30,7 +30,8 @@ def make_band_step(
 
   Args:
     model: the network.
-    objective: the objective, whose weights play no part.
+    objective: the objective, whose time weights play no part; its `noise_floor`
+      does.
     seed: seed of times and noise.
     num_bands: number of bands.
 

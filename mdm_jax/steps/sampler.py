@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,12 +138,12 @@ class Sampler:
     """Number of coarser levels of a cascade."""
     return 1 + self.coarser._depth if self.coarser else 0
 
-  def with_spec(self, **changes: Any) -> 'Sampler':
-    """The sampler with other options, see `SamplerSpec`, at all levels."""
+  def with_method(self, name: str, threshold: str) -> 'Sampler':
+    """The sampler with another method at all levels, see `SamplerSpec`."""
     return dataclasses.replace(
       self,
-      spec=dataclasses.replace(self.spec, **changes),
-      coarser=self.coarser and self.coarser.with_spec(**changes),
+      spec=dataclasses.replace(self.spec, name=name, threshold=threshold),
+      coarser=self.coarser and self.coarser.with_method(name, threshold),
     )
 
   def coarser_params(self, params):

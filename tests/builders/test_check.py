@@ -25,6 +25,11 @@ RECIPES = sorted(
 
 
 LOGIT_NORMAL = {'diffusion.time_density': 'logit_normal'}
+ONE_SIZE = {  # Level 1 has features of one size.
+  'model.levels[1].channels': (8,),
+  'model.levels[1].num_blocks': (0,),
+  'model.levels[1].attention_layers': (0,),
+}
 LINEAR = {
   'diffusion.schedule': 'linear',
   'diffusion.parameterization': 'velocity',
@@ -231,6 +236,28 @@ BAD = [
     },
     r'stages\[1\].max_frames=1 gives its levels fewer frames than the stage '
     'before',
+  ),
+  (
+    {
+      'model.levels[0].frames': 4,
+      'model.levels[1].frames': 8,
+      'stages[1].max_frames': 4,
+    },
+    r'stages\[1\].max_frames=4: its levels have 4 and 8 frames, and would have '
+    '4 and 4, other times of the clip; give 1 or 0',
+  ),
+  (
+    {
+      **ONE_SIZE,
+      'model.levels[0].patch_size': 2,
+      'model.levels[1].patch_size': 3,
+      'model.levels[1].resolution': 12,
+    },
+    r'model.levels\[1\].resolution=12: give a multiple of the 8 px of level 0',
+  ),
+  (
+    {**ONE_SIZE, 'model.levels[1].resolution': 8},
+    r'model.levels\[1\] has the resolution and frames of level 0: give it more',
   ),
   (
     {'model.levels[1].frame_attention': (1,)},
@@ -451,6 +478,27 @@ BAD = [
   (
     {'sampler.level_offset': 1.0},
     "sampler.level_offset=1.0 with diffusion.level_times='shared': give 0.0",
+  ),
+  (
+    {'diffusion.parameterization': 'eps', 'diffusion.loss_space': 'v'},
+    "loss_space='v' with parameterization='eps': the loss divides by the si",
+  ),
+  ({'diffusion.num_steps': 1}, 'diffusion.num_steps=1: give an integer from 2'),
+  (
+    {'diffusion.reference_resolution': 100_000},
+    'diffusion.reference_resolution=',
+  ),
+  (
+    {'model.levels[0].frame_attention': (1,)},
+    r'levels\[0\].frame_attention=\(1,\) with frames=1: images have no frames',
+  ),
+  (
+    {'stages[1].frame_shift_power': 1.0},
+    r'stages\[1\].frame_shift_power=1.0: no level has clips; give 0.0',
+  ),
+  (
+    {'autoencoder.resolution': 64},
+    'autoencoder.resolution=64: no stage trains it; give 0, or',
   ),
   ({'diffusion.parameterization': 'x'}, "diffusion.parameterization='x'"),
   ({'diffusion.loss_space': 'x'}, "diffusion.loss_space='x'"),

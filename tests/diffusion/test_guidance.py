@@ -94,7 +94,7 @@ def test_guided_only_within_the_interval():
   )
   always = guidance.guided_denoise_fn(_network([]), cond, uncond, 3.0)
   for step in (3, 4, 7, 8):
-    t = np.array([step, step])
+    t = np.array([step, step]) - 1  # What the network is given.
     got = guided(x_t, t)
     is_guided = 4 <= step <= 7
     expected = always(x_t, t) if is_guided else _network(calls)(x_t, t, cond)
@@ -115,6 +115,6 @@ def test_autoguidance_leads_away_from_the_guide():
     np.testing.assert_allclose(level, expected, rtol=1e-5)
   assert guidance.autoguided_denoise_fn(good, bad, 1.0) is good
   within = guidance.autoguided_denoise_fn(good, bad, 2.5, interval=(4, 7))
-  t = np.array([3, 3])
+  t = np.array([3, 3]) - 1
   for level, expected in zip(within(x_t, t), good(x_t, t), strict=True):
     np.testing.assert_allclose(level, expected, rtol=1e-6)

@@ -223,13 +223,13 @@ def test_the_compiled_loop_equals_single_steps(sampler, eta):
     np.testing.assert_allclose(level, np.clip(expected, -1, 1), atol=1e-5)
 
 
-def _knows_the_spread(spread):
+def _knows_the_spread(spread, schedule=SCHEDULE):
   """The best network for images of N(0, spread^2), whose ODE has a solution."""
 
   def denoise(x_t, t):
     predictions = []
     for level, x in enumerate(x_t):
-      signal, noise = SCHEDULE.at(level, t + 1)
+      signal, noise = schedule.at(level, t + 1)
       variance = signal**2 * spread**2 + noise**2
       predictions.append(signal * spread**2 / variance * x)
     return tuple(predictions)
@@ -404,7 +404,6 @@ STEPS = {
     x0, x, *ends, noise, eta=0.4
   ),
   'ddpm': lambda x0, x, noise, *ends: samplers.ddpm_step(x0, x, *ends, noise),
-  'heun': lambda x0, x, noise, *ends: samplers.heun_step(x0, noise, x, *ends),
 }
 
 
@@ -419,6 +418,28 @@ def test_steps_on_the_linear_path_are_the_others_rescaled(step):
     shares = ((1 - t) ** 2 / norm**2, (1 - s) ** 2 / norm_s**2)
     expected = norm_s * STEPS[step](x0, x_t, noise, *map(vp, shares))
     np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize('num_steps, share', [(4, 1.0), (8, 0.75)])
+def test_heuns_method_is_the_better_one_on_the_linear_path(num_steps, share):
+  """Its first step begins where noise / signal is in the thousands."""
+  x_t = samplers.start_noise(jax.random.key(0), SHAPES, 2)
+  errors = {}
+  for sampler in ('ddim', 'heun'):
+    got = samplers.sample(
+      _knows_the_spread(0.3, FLOW),
+      x_t,
+      FLOW,
+      jax.random.key(1),
+      num_steps=num_steps,
+      sampler=sampler,
+      threshold='none',
+      parameterization='x0',
+    )
+    errors[sampler] = max(
+      np.abs(level / x - 0.3).max() for level, x in zip(got, x_t, strict=True)
+    )
+  assert errors['heun'] < share * errors['ddim'], errors
 
 
 OFFSET = offset_levels(SCHEDULE, 3.0)

@@ -239,7 +239,7 @@ def test_other_options_are_of_all_levels(config):
   """As the demo changes them."""
   mesh = sharding.make_mesh(config.mesh)
   sampler = make_stage(config, 2).make_sampler(mesh)
-  changed = sampler.with_spec(name='ddim', threshold='none')
+  changed = sampler.with_method('ddim', 'none')
   for level in (changed, changed.coarser, changed.coarser.coarser):
     assert (level.spec.name, level.spec.threshold) == ('ddim', 'none')
     assert level.spec.num_steps == config.sampler.num_steps
