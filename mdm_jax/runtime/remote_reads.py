@@ -5,10 +5,14 @@ for minutes, and an error of a stream is never taken for the end of the file.
 """
 
 import asyncio
+import atexit
 from collections.abc import Callable, Iterator
 import contextlib
+import fcntl
 import functools
 import os
+import pathlib
+import shutil
 import tempfile
 import time
 from typing import Any, BinaryIO
@@ -178,6 +182,8 @@ class _Stream:
     return getattr(self._file, name)
 
 
+# Names of temporary directories, and of the file in each that is locked.
+_PREFIX, _LOCK = 'mdm_jax_copies_', '.in_use'
 _COPIES: dict[tuple[str, int], epath.Path] = {}
 
 
@@ -205,12 +211,25 @@ def kept_copy(path: epath.PathLike) -> epath.Path:
 def temporary_directory() -> str:
   """A new directory that is removed when this process ends.
 
-  If it is killed, the directory stays.
+  If it is killed, the next process of this machine that needs one removes it.
   """
-  # What cannot be removed must not keep other calls from the end.
-  directory = tempfile.TemporaryDirectory(
-    prefix='mdm_jax_', ignore_cleanup_errors=True
-  )
+  place = pathlib.Path(tempfile.gettempdir())
+  for left in place.glob(f'{_PREFIX}*/{_LOCK}'):
+    with contextlib.suppress(OSError), left.open('rb') as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Its owner is gone.
+      shutil.rmtree(left.parent, ignore_errors=True)
+  # Nobody finds it under its last name before it is locked.
+  made = pathlib.Path(tempfile.mkdtemp(prefix=f'.{_PREFIX}'))
+  lock = (made / _LOCK).open('wb')  # Open until this process ends.
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  directory = made.rename(place / made.name.removeprefix('.'))
+
+  def remove():
+    # What cannot be removed must not keep other calls from the end.
+    shutil.rmtree(directory, ignore_errors=True)
+    lock.close()
+
   # Commands end without the interpreter's clean-up; other programs with it.
-  ending.at_the_end(directory.cleanup)
-  return directory.name
+  ending.at_the_end(remove)
+  atexit.register(remove)
+  return os.fspath(directory)

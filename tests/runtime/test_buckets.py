@@ -1,5 +1,9 @@
 """Paths in buckets: what is there, what is wrong with them, in one line."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 from etils import epath
@@ -37,6 +41,42 @@ def test_copies_are_removed_at_the_end(bucket, monkeypatch):
   (call,) = ending._last_calls
   call()
   assert not copy.parent.exists()
+
+
+def test_copies_of_a_killed_process_are_removed_by_the_next(
+  tmp_path, monkeypatch
+):
+  text = """
+import os, signal, sys
+from mdm_jax.runtime import remote_reads
+print(remote_reads.temporary_directory(), flush=True)
+if sys.argv[1] == 'die':
+  os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
+"""
+  (tmp_path / 'mdm_jax_copies_mine').mkdir()  # Of another program.
+
+  def start(how):
+    process = subprocess.Popen(
+      [sys.executable, '-c', text, how],
+      env=os.environ | {'TMPDIR': str(tmp_path)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    return process, process.stdout.readline().strip()
+
+  process, killed = start('die')
+  process.wait()
+  assert pathlib.Path(killed).parent == tmp_path
+  assert pathlib.Path(killed).exists()
+  first, kept = start('wait')
+  assert not pathlib.Path(killed).exists()
+  second, other = start('wait')
+  assert pathlib.Path(kept).exists() and pathlib.Path(other).exists()
+  first.communicate()
+  second.communicate()
+  assert os.listdir(tmp_path) == ['mdm_jax_copies_mine']
 
 
 def test_a_file_is_written_and_read(bucket):
