@@ -348,6 +348,7 @@ def test_clips_share_attention_between_frames(random_params):
   assert_near(found, expected)
   # Where only the finer level has clips, it has this attention to itself.
   images = model_of(dataclasses.replace(inner, frames=1), outer)
+  assert [x.frames for x in images.with_frames(2).unet.levels] == [1, 2]
   names = flat(images.shapes(5)['unet'])
   assert not any('level_0' in x and 'frame_attention' in x for x in names)
   assert 'level_1/up_1/frame_attention_1_0/qkv/kernel' in names
