@@ -13,14 +13,14 @@
 # `stop` saves a checkpoint and stops it; `fetch` copies the working directory
 # to runs/. DRY_RUN=1 prints the commands instead of running them.
 #
-# The last commit is what runs, or COMMIT. WORKDIR is BUCKET/runs/NAME if it is not set.
-# CACHE_GB=N makes `install` also mount the bucket, read-only, as `bucket` in
-# the home directory of every host, with N GB of its disk as a cache of files; 0
-# is without a cache. Instead of BUCKET, SHARE=ADDRESS:/NAME is an NFS share
-# (Filestore), mounted as `share`. A slice of several hosts needs one of them.
-# So does SPOT=1, which asks for Spot VMs; with it `keep` takes the place of
-# `log`, and requests a new slice after each preemption until training is
-# finished. docs/tpu.md explains it step by step.
+# The last commit is what runs, or COMMIT. WORKDIR is BUCKET/runs/NAME if it is
+# not set. CACHE_GB=N makes `install` also mount the bucket, read-only, as
+# `bucket` in the home directory of every host, with N GB of its disk as a cache
+# of files; 0 is without a cache. Instead of BUCKET, SHARE=ADDRESS:/NAME is an
+# NFS share (Filestore), mounted as `share`. A slice of several hosts needs one
+# of them. So does SPOT=1, which asks for Spot VMs; with it `keep` takes the
+# place of `log`, and requests a new slice after each preemption until training
+# is finished. docs/tpu.md explains it step by step.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

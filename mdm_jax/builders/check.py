@@ -11,6 +11,7 @@ from mdm_jax.builders import ranges
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.check_levels import (
   check_cascade,
+  check_clip_times,
   check_codes,
   check_stages,
 )
@@ -64,6 +65,7 @@ def check(
   stages = check_stages(config, mesh, training)
   if training:  # Whatever an earlier version has trained can be sampled.
     _check_loss(config)
+    check_clip_times(config)
     _check_unused(config)
   _check_image_set(config, stages)
   return stages

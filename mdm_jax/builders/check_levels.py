@@ -307,18 +307,27 @@ def _check_frames(config: ConfigDict, i: int, stage: ConfigDict) -> None:
       f'stages[{i}].max_frames={stage.max_frames} gives its levels fewer '
       'frames than the stage before: stages can only add frames.'
     )
-  levels = trained_levels(config, stage)
-  for j, coarse in enumerate(levels[:-1]):
-    if (
-      counts[-1] > 1
-      and coarse.frames > 1
-      and (counts[j] * levels[-1].frames != counts[-1] * coarse.frames)
-    ):
-      raise ValueError(
-        f'stages[{i}].max_frames={stage.max_frames}: its levels have '
-        f'{coarse.frames} and {levels[-1].frames} frames, and would have '
-        f'{counts[j]} and {counts[-1]}, other times of the clip; give 1 or 0.'
-      )
+
+
+def check_clip_times(config: ConfigDict) -> None:
+  """Checks that each level sees the same times of a clip in all stages.
+
+  Raises:
+    ValueError: `max_frames` changes how many frames of a level stand for one of
+      a coarser level.
+  """
+  for i, stage in enumerate(config.stages):
+    if stage.kind == AUTOENCODER or stage.max_frames == 1:
+      continue
+    *coarser, finest = trained_levels(config, stage)
+    *counts, most = frames(config, stage)
+    for level, count in zip(coarser, counts):
+      if level.frames > 1 and count * finest.frames != most * level.frames:
+        raise ValueError(
+          f'stages[{i}].max_frames={stage.max_frames}: its levels have '
+          f'{level.frames} and {finest.frames} frames, and would have {count} '
+          f'and {most}, other times of the clip; give 1 or 0.'
+        )
 
 
 def _num_repeats(i: int, stage: ConfigDict) -> int:

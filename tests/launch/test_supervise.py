@@ -125,7 +125,7 @@ def test_progress_in_a_bucket(bucket, capfd):
     'checkpoints/1_16/80/params/manifest.ocdbt',  # Only begun.
   ):
     bucket.past_the_proxy.pipe_file(f'{bucket.path}/{name}', b'{}')
-  assert progress(bucket.path) == (1, 12)
+  assert progress(bucket.path) == progress(f'{bucket.path}/') == (1, 12)
   assert not capfd.readouterr().err
   with bucket.failing('/o', status=403):
     assert progress(bucket.path) == (-1, -1)
