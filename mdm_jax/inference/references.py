@@ -172,6 +172,7 @@ def cached(
     (width,) = arrays['mean'].shape
     return (
       arrays['count'].shape == ()
+      and arrays['count'].dtype.kind in 'iu'
       and arrays['scatter'].shape == (width, width)
       and arrays['rows'].shape == (len(arrays['rows']), width)
     )
@@ -234,6 +235,8 @@ def _read(
 ) -> dict[str, np.ndarray]:
   with files.local_copy(path) as copy, np.load(copy) as file:
     arrays = {name: np.asarray(value) for name, value in file.items()}
-  if str(arrays.pop('fingerprint')) != fingerprint or not is_right(arrays):
+  is_same = str(arrays.pop('fingerprint')) == fingerprint
+  are_numbers = all(value.dtype.kind in 'iuf' for value in arrays.values())
+  if not (is_same and are_numbers and is_right(arrays)):
     raise ValueError('it has other arrays')
   return arrays

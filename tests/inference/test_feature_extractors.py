@@ -1,5 +1,6 @@
 """Features of images on a mesh, their cache, and folders of images."""
 
+import io
 import pathlib
 import subprocess
 
@@ -190,7 +191,7 @@ def make_sample():
   return make
 
 
-@pytest.mark.parametrize('case', [*UNREADABLE, 'cut', 'another'])
+@pytest.mark.parametrize('case', [*UNREADABLE, 'cut', 'another', 'text', 'nan'])
 def test_a_damaged_cache_is_made_anew(
   make_sample, tmp_path, monkeypatch, caplog, case
 ):
@@ -201,6 +202,11 @@ def test_a_damaged_cache_is_made_anew(
   monkeypatch.chdir(tmp_path)
   if case == 'cut':
     path.write_bytes(whole[:-100])
+  elif case in ('text', 'nan'):
+    arrays = dict(np.load(io.BytesIO(whole)))
+    np.savez(
+      path, **arrays | {'count': np.array({'text': b''}.get(case, np.nan))}
+    )
   elif case == 'another':
     references.cached(tmp_path, {'seed': 1}, make_sample)
     next(tmp_path.iterdir()).rename(path)
