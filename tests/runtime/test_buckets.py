@@ -43,9 +43,7 @@ def test_copies_are_removed_at_the_end(bucket, monkeypatch):
   assert not copy.parent.exists()
 
 
-def test_copies_of_a_killed_process_are_removed_by_the_next(
-  tmp_path, monkeypatch
-):
+def test_copies_of_a_killed_process_are_removed_by_the_next(tmp_path):
   text = """
 import os, signal, sys
 from mdm_jax.runtime import remote_reads
