@@ -289,7 +289,7 @@ def is_animation(data: bytes) -> bool:
 
 def stream_frames(
   data: bytes, key: str = 'image', max_pixels: int = MAX_PIXELS
-) -> Iterator[tuple[float, Image.Image]]:
+) -> Iterator[tuple[float, Image.Image | None]]:
   """Decodes the frames of an image file one by one.
 
   Args:
@@ -298,7 +298,8 @@ def stream_frames(
     max_pixels: of one frame.
 
   Yields:
-    The time in seconds from which a frame is shown, and the frame in RGB.
+    The time in seconds from which a frame is shown, and the frame in RGB; and
+    then the time of the end, and None.
 
   Raises:
     BadRecord: not an image, too large, truncated or damaged.
@@ -312,6 +313,7 @@ def stream_frames(
       # Pillow decodes the next frame into the same image.
       yield milliseconds / 1000, rgb.copy() if rgb is frame else rgb
       milliseconds += frame.info.get('duration') or 0
+    yield milliseconds / 1000, None
 
 
 def _check_frame(size: tuple[int, int], key: str, max_pixels: int) -> None:

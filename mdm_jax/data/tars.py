@@ -27,6 +27,9 @@ IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 VIDEO_SUFFIXES = ('mp4', 'webm', 'mov', 'mkv', 'avi', 'gif', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
 MAX_IMAGE, MAX_CAPTION = 256 * 2**20, 2**20  # bytes
+# Reasons of a tar that could not be read to its end.
+_DAMAGED, _UNREADABLE = 'damaged tar', 'unreadable tar'
+UNREAD = (_DAMAGED, _UNREADABLE)
 _MAX_MEMBERS = 2_000_000
 _MAX_NAMES = 2**28  # letters of all names
 # Bytes of all files that wait for the other file of their record.
@@ -57,10 +60,13 @@ def find(patterns: Sequence[str]) -> list[str]:
   """The tars that match globs, local or in buckets that fsspec can read.
 
   Raises:
-    ValueError: a glob cannot be read or matches nothing, or two tars have the
-      same name, so that their records would have the same keys.
+    ValueError: a glob cannot be read or matches nothing or a folder, or two
+      tars have the same name, so that their records would have the same keys.
   """
   paths = [path for pattern in patterns for path in match(pattern)]
+  for path in paths:
+    if buckets.scheme(path) is None and epath.Path(path).is_dir():
+      raise ValueError(f"--input={path} is a folder: give '{path}/*.tar'.")
   require_distinct((stem(path), path) for path in paths)
   return paths
 
@@ -387,7 +393,7 @@ def _files(
       rejects.append(BadRecord(key, 'damaged tar member', str(error)))
       yield name, suffix, 0, None
     # The members before the damage are still good.
-    reason = 'damaged tar' if opened else 'unreadable tar'
+    reason = _DAMAGED if opened else _UNREADABLE
     rejects.append(
       BadRecord(tar_members.readable(str(path)), reason, str(error))
     )

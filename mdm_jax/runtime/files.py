@@ -17,6 +17,7 @@ import pathlib
 import re
 import stat
 import tempfile
+import types
 from typing import Any
 import uuid
 
@@ -526,3 +527,37 @@ def write_json(
 ) -> None:
   """Writes indented JSON, see `replacing`."""
   write_text(path, json.dumps(value, indent=2) + '\n', shared=shared)
+
+
+def require_same(
+  path: epath.PathLike,
+  settings: dict[str, Any],
+  renamed: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
+  """Writes the settings with which a directory was begun, for the next time.
+
+  Several processes may begin at the same time.
+
+  Args:
+    path: of the file, in the directory.
+    settings: as JSON.
+    renamed: older names, and what they are now.
+
+  Raises:
+    ValueError: the directory was begun with others. Settings that the file does
+      not have were added since, and can be any.
+  """
+  path = epath.Path(path)
+  if path.exists():
+    try:
+      found = read_json(path)
+    except UnreadableFile as error:
+      raise ValueError(f'{error}: remove {path.parent}.') from None
+    found = {renamed.get(key, key): value for key, value in found.items()}
+    different = [key for key in found if found[key] != settings.get(key)]
+    if different:
+      raise ValueError(
+        f'{path.parent} was begun with other {", ".join(different)}: remove '
+        'it, or give the same values again, and the same files.'
+      )
+  write_text(path, json.dumps(settings), shared=True)

@@ -193,7 +193,14 @@ def prepare(
   parts = inputs.find(
     [given] if isinstance(given, str) else given, options.caption_column
   )
-  _begin(partial, parts, options)
+  files.require_same(
+    partial / 'options.json',
+    {
+      'input': [part.identity() for part in parts],
+      **dataclasses.asdict(options),
+    },
+    {'tars': 'input'},
+  )
   reports = [partial / f'{i:06d}.json' for i in range(len(parts))]
   own = list(zip(parts, reports))[index::count]
   finished = _read_all(_is_finished, [report for _, report in own])
@@ -263,32 +270,6 @@ def _finish(
     directory.rename(target)
   partial.rmtree()
   return summary
-
-
-def _begin(
-  partial: epath.Path, parts: Sequence[inputs.Part], options: Options
-) -> None:
-  begun = partial / 'options.json'
-  settings = {
-    'input': [part.identity() for part in parts],
-    **dataclasses.asdict(options),
-  }
-  if begun.exists():
-    try:
-      found = files.read_json(begun)
-    except files.UnreadableFile as error:
-      raise ValueError(f'{error}: remove {partial}.') from None
-    if 'tars' in found:  # An older name.
-      found['input'] = found.pop('tars')
-    # Options may have been added since.
-    different = [key for key in found if found[key] != settings.get(key)]
-    if different:
-      raise ValueError(
-        f'{partial} was begun with other {", ".join(different)}: remove it, '
-        'or give the same values again, and the same files.'
-      )
-  # Other machines may begin right now.
-  files.write_text(begun, json.dumps(settings), shared=True)
 
 
 def _records(report: epath.Path, split: str) -> epath.Path:

@@ -11,9 +11,9 @@ chosen frames, one JPEG file after the other. `prepare_data` and `index_tars`
 take such tars, and recipes of images train on their first frames.
 
 Videos that cannot be used are skipped, listed in DIR/<tar>.rejects.jsonl and
-counted at the end. A tar that exists in DIR is finished: the same command
-continues after it was killed. Video is decoded as a stream, to the last chosen
-frame, so that long videos cost no memory.
+counted at the end. The same command continues after it was killed; tars that
+were damaged or could not be read are tried again. Video is decoded as a stream,
+to the last chosen frame, so that long videos cost no memory.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import sys
 import tarfile
@@ -43,6 +44,7 @@ from mdm_jax.runtime import (
 from mdm_jax.tools.worker_pool import run_all
 
 _QUALITY = 90  # of JPEG
+_OPTIONS = 'options.json'
 # A frame at least this share of a period after the last one is taken, as times
 # in files are rounded.
 _EARLY = 0.02
@@ -111,7 +113,7 @@ def read_frames(data: bytes, key: str, options: Options) -> list[Image.Image]:
 
 
 def _decode_animation(data: bytes, key: str, options: Options) -> Iterator:
-  """The time and the image of each frame of a GIF or a WebP."""
+  """Those of a GIF or a WebP, see `images.stream_frames`."""
   yield from images.stream_frames(data, key, options.max_pixels)
 
 
@@ -135,6 +137,11 @@ def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
   """The frames at about even times, whatever the rate of the video.
 
   A frame that is shown for longer is chosen several times.
+
+  Args:
+    frames: the time and the frame of each; at the end maybe its time and None.
+    key: of the record, for errors.
+    options: which frames.
   """
   start, last, number = None, None, 0
   for index, (time, frame) in enumerate(frames):
@@ -145,15 +152,19 @@ def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
     if start is None:
       start = time + options.skip_seconds
     if not options.fps:
-      if time >= start:
+      if time >= start and frame is not None:
         yield frame
       continue
     # In periods: the chosen frames are due at 0, 1, 2, ...
-    due = (time - start) * options.fps + _EARLY
-    while last is not None and number + 1 <= due:
+    periods = (time - start) * options.fps
+    is_end = frame is None
+    until = (
+      math.ceil(periods - _EARLY) if is_end else math.floor(periods + _EARLY)
+    )
+    while last is not None and number < until:
       yield last
       number += 1
-    if number <= due:
+    if not is_end and number == until:
       yield frame
       number += 1
     last = frame
@@ -231,6 +242,14 @@ def _rejects(output: epath.Path) -> epath.Path:
   return output.with_suffix('.rejects.jsonl')
 
 
+def _is_finished(output: epath.Path) -> bool:
+  """Whether it has all clips of a tar that was whole and could be read."""
+  return output.exists() and not any(
+    line['reason'] in tars.UNREAD
+    for line in files.read_json_lines(_rejects(output))
+  )
+
+
 def main(_) -> None:
   """Converts all tars, and counts what was skipped."""
   values = flags.FLAGS
@@ -249,10 +268,11 @@ def main(_) -> None:
     options.check()
     paths = tars.find(values.input)
     with directory_lock.holding(output):
+      files.require_same(output / _OPTIONS, dataclasses.asdict(options))
       jobs = [(path, output / f'{tars.stem(path)}.tar') for path in paths]
       run_all(
         functools.partial(convert, options),
-        [job for job in jobs if not job[1].exists()],
+        [job for job in jobs if not _is_finished(job[1])],
         values.num_workers,
         ' tar',
       )
@@ -261,7 +281,7 @@ def main(_) -> None:
       ]
   except ValueError as error:
     sys.exit(f'error: {error}')
-  except OSError as error:
+  except (OSError, RuntimeError) as error:
     sys.exit(f'error: {error}. The same command continues.')
   reasons = sorted({line['reason'] for line in skipped})
   for reason in reasons:
@@ -275,7 +295,7 @@ if __name__ == '__main__':
   flag_types.define_repeated(
     'input',
     None,
-    value_types.Path('input', schemes=('*',)),
+    value_types.Path('glob', schemes=('*',)),
     'Tars of videos, or a glob of them in quotes.',
     required=True,
   )

@@ -91,6 +91,12 @@ def test_a_frame_is_repeated_while_it_is_shown():
   # Five a second.
   frames = read_frames(animation([200] * 6), 'a', OPTIONS)
   assert values_of(frames) == [0, 1, 1, 2, 3, 3, 4, 4]
+  # So is the last one: of 750 ms, one is due each 125 ms before the end.
+  frames = read_frames(animation([125, 125, 500]), 'a', OPTIONS)
+  assert values_of(frames) == [0, 1, 2, 2, 2, 2]
+  every = Options(8, 2, fps=0)
+  frames = read_frames(animation([125, 125, 500]), 'a', every)
+  assert values_of(frames) == [0, 1, 2]
 
 
 def test_sound_and_odd_sizes_do_not_matter():
@@ -238,6 +244,19 @@ def test_images_are_not_split():
     assert images.split_jpegs(data) == [data]
 
 
+def prepare(given, output, *flags):
+  return commands.run(
+    'mdm_jax.tools.prepare_clips',
+    f'--input={given}',
+    f'--output={output}',
+    '--frames=8',
+    '--min_frames=8',
+    '--resolution=32',
+    '--num_workers=1',
+    *flags,
+  )
+
+
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
   """Clips of six videos, one of them a text; and what was printed."""
@@ -245,15 +264,7 @@ def prepared(tmp_path_factory):
   good = {str(i): video(range(i, i + 30)) for i in range(5)}
   write_videos(given / 'a.tar', good | {'bad': b'no video'})
   output = given / 'clips'
-  done = commands.run(
-    'mdm_jax.tools.prepare_clips',
-    f'--input={given}/*.tar',
-    f'--output={output}',
-    '--frames=8',
-    '--min_frames=8',
-    '--resolution=32',
-    '--num_workers=1',
-  )
+  done = prepare(f'{given}/*.tar', output)
   assert not done.returncode, done.stderr
   return given, output, done.stdout
 
@@ -271,26 +282,32 @@ def test_bad_videos_are_counted(prepared):
     assert len(found) == 8
 
 
-def test_a_tar_that_exists_is_finished(prepared):
+def test_only_whole_tars_are_finished(prepared, tmp_path):
   given, output, _ = prepared
   before = (output / 'a.tar').stat().st_mtime_ns
-  arguments = (f'--input={given}/a.tar', f'--output={output}')
-  done = commands.run('mdm_jax.tools.prepare_clips', *arguments)
-  assert not done.returncode
+  whole = (given / 'a.tar').read_bytes()
+  (tmp_path / 'a.tar').write_bytes(whole)
+  (tmp_path / 'b.tar').write_bytes(whole[: len(whole) // 2])  # Half a download.
+  done = prepare(f'{tmp_path}/*.tar', output)
+  assert not done.returncode and 'skipped, damaged tar: 1' in done.stdout
   assert (output / 'a.tar').stat().st_mtime_ns == before
+  (tmp_path / 'b.tar').write_bytes(whole)
+  done = prepare(f'{tmp_path}/*.tar', output)
+  assert not done.returncode and 'damaged tar' not in done.stdout
+  with tarfile.open(output / 'b.tar') as tar:
+    assert len(tar.getnames()) == 10
 
 
-def test_wrong_options_are_one_line(tmp_path):
-  for flags, problem in (
-    (('--frames=8', '--min_frames=9'), '--min_frames=9 is more than'),
-    ((), 'matches no file'),
+def test_wrong_options_are_one_line(prepared, tmp_path):
+  given, finished, _ = prepared
+  (tmp_path / 'folder').mkdir()
+  for tars, output, flags, problem in (
+    ('*.tar', 'out', ('--frames=4',), '--min_frames=8 is more than'),
+    ('*.tar', 'out', (), 'matches no file'),
+    ('folder', 'out', (), f"is a folder: give '{tmp_path}/folder/*.tar'"),
+    (given / 'a.tar', finished, ('--fps=4',), 'was begun with other fps'),
   ):
-    done = commands.run(
-      'mdm_jax.tools.prepare_clips',
-      f'--input={tmp_path}/*.tar',
-      f'--output={tmp_path}/out',
-      *flags,
-    )
+    done = prepare(tmp_path / tars, tmp_path / output, *flags)
     assert done.returncode == 1
     (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
     assert problem in line
