@@ -47,6 +47,9 @@ def make_mesh(
 ) -> Mesh:
   """Arranges devices in a mesh.
 
+  A batch is divided among processes in their order: process p reads the p-th
+  part of it. On slices of several hosts JAX's own order is another.
+
   Args:
     axes: size of each of `AXES`; one may be -1, for the remaining devices.
     devices: the devices to arrange; None for all. A warning is then logged if
@@ -59,8 +62,16 @@ def make_mesh(
   if devices is None:
     environment.check_accelerators()
   sizes = mesh_sizes(axes, len(devices or jax.devices())).values()
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+  axis_types = (AxisType.Auto,) * len(AXES)
+  mesh = jax.make_mesh(
+    tuple(sizes), AXES, axis_types=axis_types, devices=devices
+  )
+  by_process = sorted(
+    mesh.devices.reshape(-1, mesh.devices.shape[-1]),
+    key=lambda row: row[0].process_index,
+  )
+  return Mesh(
+    np.reshape(by_process, mesh.devices.shape), AXES, axis_types=axis_types
   )
 
 

@@ -1,6 +1,7 @@
 """Meshes and the sharding of arrays, on 8 simulated devices."""
 
 import contextlib
+import dataclasses
 import math
 import types
 
@@ -40,6 +41,43 @@ def test_make_mesh_of_some_devices():
   mesh = mesh_of(-1, 2, devices=jax.devices()[2:6])
   assert mesh.devices.shape == (2, 2, 1)
   assert set(mesh.devices.flat) == set(jax.devices()[2:6])
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  id: int
+  process_index: int
+
+
+@pytest.mark.parametrize(
+  'shape, processes, expected',
+  [
+    # JAX's orders of v5e:4x4 and of v5p:2x2x2.
+    (
+      (16, 1, 1),
+      '0011110233332220',
+      [0, 1, 6, 15, 2, 3, 4, 5, 7, 12, 13, 14, 8, 9, 10, 11],
+    ),
+    ((2, 4, 1), '01010101', [0, 2, 4, 6, 1, 3, 5, 7]),
+    # Whatever divides an image stays together.
+    ((2, 2, 2), '11001100', [2, 3, 6, 7, 0, 1, 4, 5]),
+    ((2, 4, 1), '00001111', [*range(8)]),
+  ],
+)
+def test_processes_have_their_parts_of_a_batch_in_order(
+  shape, processes, expected, monkeypatch
+):
+  devices = [Device(i, int(process)) for i, process in enumerate(processes)]
+  monkeypatch.setattr(
+    jax,
+    'make_mesh',
+    lambda sizes, *_, devices, **__: types.SimpleNamespace(
+      devices=np.reshape(devices, sizes)
+    ),
+  )
+  found = mesh_of(*shape, devices=devices).devices
+  assert found.shape == shape
+  assert [device.id for device in found.flat] == expected
 
 
 @pytest.mark.parametrize(
