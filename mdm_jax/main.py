@@ -70,6 +70,15 @@ _HEARTBEAT = flag_types.integer(
 )
 
 
+def _check_is_distributed() -> None:
+  """Raises ValueError if flags of several processes are given to one."""
+  if _DISTRIBUTED.value:
+    return
+  for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _ARRIVAL, _HEARTBEAT):
+    if flags.FLAGS[flag.name].present:
+      raise ValueError(f'--{flag.name} needs --distributed: give both.')
+
+
 def main(_: list[str]) -> None:
   """Trains the run that the flags describe."""
   config = _CONFIG.value
@@ -104,6 +113,7 @@ def main(_: list[str]) -> None:
   with contextlib.ExitStack() as open_run:
     try:
       cpu.use_cores(parts_of_batches(config))
+      _check_is_distributed()
       if _DISTRIBUTED.value:
         distributed.join(
           _COORDINATOR.value,

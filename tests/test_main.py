@@ -56,6 +56,10 @@ def test_nothing_slow_is_imported(module):
       '--config.seed=abc: give an integer from 0 to',
     ),
     ([SMOKE, '--nonsense=1'], "Unknown command line flag 'nonsense'"),
+    (
+      [SMOKE, '--num_processes=2', '--process_id=1'],
+      '--num_processes needs --distributed: give both.',
+    ),
     (['--config=configs/nonsense.py'], 'configs/nonsense.py'),
     (
       ['--config=configs/nonsense.py', '--config.seed=1'],

@@ -45,7 +45,9 @@ def use_cores(parts: Sequence[int]) -> None:
 
   if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
-  count = os.cpu_count() or 1
+  # Those that a scheduler or a container gives to this process.
+  has_affinity = hasattr(os, 'sched_getaffinity')
+  count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
   while any(number % count for number in parts):
     count -= 1
   with contextlib.suppress(RuntimeError):  # JAX is in use, as in a notebook.

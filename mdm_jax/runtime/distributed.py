@@ -276,11 +276,18 @@ def naming_the_dead(heartbeat: float) -> Iterator[None]:
     heartbeat: seconds after which JAX names a process that has died.
 
   Raises:
-    SystemExit: JAX has named none; the error has been printed.
+    SystemExit: JAX has named none; the error has been printed. Or the devices
+      have too little memory.
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError:
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      reason = ' '.join(str(error).split())[:300]
+      sys.exit(
+        f'error: the devices have too little memory ({reason}): raise '
+        'stages[i].accumulate or mesh.fsdp, or set remat of the levels.'
+      )
     if jax.process_count() == 1:
       raise
     traceback.print_exc()

@@ -196,9 +196,11 @@ class StopHandler:
       if self.requested and not told:
         self._peers.ask_to_stop()
         told = True
-      if self._peers.are_leaving():
+      # A failure stays known after the process is gone.
+      failed = self._peers.have_failed()
+      if failed or self._peers.are_leaving():
         self.requested = True
-        if self._peers.have_failed():
+        if failed:
           self._code = 1
           logging.error('Another process ended with an error: see its log.')
         self._leave()

@@ -42,6 +42,7 @@ class Hook:
     replayed: call it again on resume if it was due at the resumed step, since
       the interrupted run may have ended before it.
     delay: call it this many steps after each multiple of `every`.
+    saves: it saves a part of the state.
   """
 
   call: Callable[[int, TrainState], None]
@@ -51,6 +52,7 @@ class Hook:
   with_saves: bool = False
   replayed: bool = False
   delay: int = 0
+  saves: bool = False
 
   def is_due(
     self, step: int, *, last: bool = False, saving: bool = False
@@ -97,6 +99,9 @@ class Hooks:
     self, step: int, state: TrainState, *, last: bool, saving: bool
   ) -> None:
     """Calls the logs and checks that are due, see `Hook.is_due`."""
+    saving = saving or any(
+      hook.saves and hook.is_due(step, last=last) for hook in self.after_save
+    )
     for hook in self.before_save:
       if hook.is_due(step, last=last, saving=saving):
         hook.call(step, state)
@@ -155,6 +160,7 @@ def make_hooks(
       config.averages.snapshot_every if config.averages.widths else 0,
       at_end=True,
       replayed=True,
+      saves=True,
     ),
     Hook(
       _make_sample_grid(run, stage, sample_fn),
@@ -170,6 +176,7 @@ def make_hooks(
         config.eval.loss_every,
         at_end=True,
         replayed=True,
+        saves=bool(config.eval.best_metric),
       )
     )
   # After the reports of the same step, which are not to be traced.

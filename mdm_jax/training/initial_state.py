@@ -10,7 +10,7 @@ from mdm_jax.builders.config import (
   stage_directory,
 )
 from mdm_jax.builders.data import DRAWN
-from mdm_jax.checkpoint import restore
+from mdm_jax.checkpoint import restore, saved_steps
 from mdm_jax.data.pipeline import DataError
 from mdm_jax.report import console
 from mdm_jax.runtime import sharding
@@ -79,7 +79,13 @@ def _trained_params(
     and not stage.config.model.cascade
   ):
     previous = stage_directory(run.workdir, stage.config, before)
-    return restore.restore_item(previous, None, 'ema')
+    try:
+      return restore.restore_item(previous, None, 'ema')
+    except FileNotFoundError as error:
+      raise saved_steps.CheckpointError(
+        f'{previous} has no checkpoint, from which {stage.title} grows: '
+        'restore it from a backup, or remove the directory to train it again.'
+      ) from error
   return None
 
 

@@ -78,6 +78,9 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
     require_same_config(workdir, new, ('dtype',) if imported else ())
   mesh = sharding.make_mesh(config.mesh)
   check(config, mesh)
+  if mesh.size > 1:
+    for stage in make_stages(config):
+      stage.state_shapes(mesh)  # Raises if the mesh does not divide them.
   trackers.check(config.trackers)
   resolution = finest_resolution(config)
   # Raises if the data cannot be opened.

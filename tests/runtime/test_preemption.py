@@ -241,6 +241,23 @@ def test_close_restores_the_signal_handlers(start):
   assert end(process)[0] == -signal.SIGTERM
 
 
+def test_a_failed_process_that_is_gone_ends_the_others(start):
+  process = start(
+    '-c',
+    BUSY
+    + """
+class Peers:
+  def __getattr__(self, name):
+    return lambda: name == 'have_failed'
+preemption.StopHandler(lambda: say('finish'), Peers())
+work()
+""",
+  )
+  output, _ = process.communicate(timeout=SOON)
+  assert process.returncode == 1
+  assert 'Another process ended with an error' in output
+
+
 RECIPE = toy.recipe(
   1, 300, log_every=1, sample_every=1000, checkpoint_every=1000
 )

@@ -180,3 +180,10 @@ def test_slurm_settings_are_detected(monkeypatch):
   )
   distributed.join(None, None, None, arrival=9, heartbeat=1)
   assert seen == [('node007', 1234, 3, 2, 9), ('node007:1234', 3, 2)]
+
+
+def test_too_little_memory_is_one_line():
+  text = 'RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes'
+  with pytest.raises(SystemExit, match='memory allocating 9 .* raise stages'):
+    with distributed.naming_the_dead(100):
+      raise jax.errors.JaxRuntimeError(text)

@@ -55,6 +55,19 @@ def test_pending_work_of_an_interrupted_run_is_done_again():
   assert calls[1:] == [('grid', 6), ('eval', 6)]
 
 
+def test_what_is_saved_is_checked_first():
+  checked = []
+  check = Hook(
+    lambda step, state: checked.append(step), 10, with_saves=True, at_end=True
+  )
+  hooks = Hooks(
+    [check], [Hook(print, 4, saves=True), Hook(print, 3), Hook(print, 0)]
+  )
+  for step in range(1, 12):
+    hooks.check(step, None, last=step == 11, saving=step == 5)
+  assert checked == [4, 5, 8, 10, 11]
+
+
 def test_profiler_traces_some_steps(tmp_path):
   profiler = _Profiler(
     types.SimpleNamespace(workdir=tmp_path, writer=None),

@@ -6,6 +6,7 @@ from absl import logging
 import pytest
 
 from mdm_jax.builders.prompts import Prompts
+from mdm_jax.checkpoint.saved_steps import CheckpointError
 from mdm_jax.report import trackers
 from mdm_jax.training import loop, run
 
@@ -48,6 +49,24 @@ def test_a_tracker_that_cannot_be_used(make_config, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="'tensorboard', 'wandb'.*: no account"):
     loop.setup(config.lock(), str(tmp_path / 'run'))
   assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_a_mesh_does_not_divide(make_config, tmp_path):
+  config = make_config()
+  config.mesh.update(data=1, fsdp=8)
+  config.sharding_rules = ((r'level_1/conv_in/kernel$', ('fsdp', None)),)
+  with pytest.raises(ValueError, match='level_1/conv_in/kernel .* divide 3'):
+    loop.setup(config.lock(), str(tmp_path / 'run'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_without_steps_of_the_one_before(make_config, tmp_path):
+  config = make_config().lock()
+  (directory := tmp_path / 'checkpoints' / '0_8').mkdir(parents=True)
+  (directory / 'finished.json').write_text('{"step": 2}')
+  mesh, frozen = loop.setup(config, str(tmp_path))
+  with pytest.raises(CheckpointError, match='0_8 has no checkpoint, from wh'):
+    loop.train(config, str(tmp_path), mesh, frozen)
 
 
 def test_trackers_continue_the_run(make_config, tmp_path, monkeypatch):
