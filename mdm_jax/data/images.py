@@ -81,6 +81,10 @@ class BadRecord(ValueError):
     return f'{self.key}: {self.reason}{detail}'
 
 
+class ExcludedRecord(BadRecord):
+  """A record without fault that a setting of the run excludes."""
+
+
 def is_system_file(path: str, prefix: str = '.') -> bool:
   """Whether a system left a file among the user's own: `._a.png`, `.DS_Store`.
 

@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 
 from mdm_jax import child_process
-from mdm_jax.data.images import BadRecord, DataError
+from mdm_jax.data.images import BadRecord, DataError, ExcludedRecord
 
 Record = dict[str, Any]
 Example = dict[str, np.ndarray]
@@ -178,6 +178,7 @@ class _Batches:
 
   def _example(self, position: int, read: Callable[[], Record]) -> Example:
     _, transform = self._row(position)
+    bad = False
     for replacement in range(_MAX_REPLACEMENTS):
       rng = np.random.default_rng((self.seed, _EXAMPLE_STREAM, position))
       try:
@@ -185,10 +186,12 @@ class _Batches:
           read = self._request(position, replacement)
         example = transform(read(), rng)
       except BadRecord as error:
-        self._report(error)
+        if not isinstance(error, ExcludedRecord):
+          bad = True
+          self._report(error)
         last_error = error
         continue
-      return {**example, 'bad': np.bool_(replacement > 0)}
+      return {**example, 'bad': np.bool_(bad)}
     raise _too_many(last_error)
 
   def _report(self, error: BadRecord) -> None:
@@ -356,7 +359,8 @@ def make_dataset(
   A record for which the source or the transform raises `BadRecord` is logged
   once with its key, and replaced by the record at the next position. The
   boolean `'bad'` [B] marks the rows where that happened; its sum is the number
-  of unusable records in the batch.
+  of unusable records in the batch. For `ExcludedRecord` there is only the
+  replacement.
 
   Args:
     source: random access records; may be smaller than a batch.
@@ -367,8 +371,8 @@ def make_dataset(
     shuffle: whether each epoch has a new order; otherwise all epochs have the
       order of the source.
     further_rows: sources and transforms of the rows 1, 2, … of a pattern that
-      repeats along the global batch; row 0 has `source` and `transform`. The
-      An array that only some rows have is stacked over those rows.
+      repeats along the global batch; row 0 has `source` and `transform`. An
+      array that only some rows have is stacked over those rows.
     streams: for each row of the pattern a number. Rows of one number share an
       order, in which each record occurs once per epoch; their sources must hold
       the same records, and may differ in their resolution. By default all do.

@@ -27,7 +27,7 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
-from mdm_jax.data.images import BadRecord, DataError
+from mdm_jax.data.images import BadRecord, DataError, ExcludedRecord
 from mdm_jax.data.text import Tokenizer
 from mdm_jax.runtime import files, remote_reads
 
@@ -264,7 +264,7 @@ class PrecomputedText:
     info: of the features.
     tokenizer: that the features were made with; 'text' [L, D] is padded to its
       `max_length`.
-    leave_out: whether a caption that is too long for it is a bad record;
+    leave_out: whether a caption that is too long for it excludes its record;
       otherwise it is truncated.
   """
 
@@ -308,7 +308,8 @@ class PrecomputedText:
 
     Raises:
       BadRecord: the record or its features are damaged or those of another
-        caption, or the caption is too long.
+        caption.
+      ExcludedRecord: the caption is too long (with `leave_out`).
       DataError: a bucket does not answer, or files of features are damaged.
     """
     return self.request(index)()
@@ -360,7 +361,7 @@ class PrecomputedText:
     if self.leave_out and (
       excess := self.tokenizer.excess(record['caption'], num_tokens)
     ):
-      raise BadRecord(key, 'caption too long', excess)
+      raise ExcludedRecord(key, 'caption too long', excess)
     max_length = self.tokenizer.max_length
     # float32 is exact, and NumPy cannot test all of `DTYPES`.
     if (

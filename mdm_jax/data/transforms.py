@@ -7,7 +7,7 @@ import numpy as np
 
 from mdm_jax.data.images import (
   MAX_PIXELS,
-  BadRecord,
+  ExcludedRecord,
   decode_clip,
   decode_image,
 )
@@ -38,8 +38,8 @@ class Transform:
     flip: mirrors half of the images. Off by default, because captions may
       mention left and right.
     random_crop: crops a square at random; otherwise the centre.
-    leave_out: whether a caption that is too long is a bad record; otherwise it
-      is truncated.
+    leave_out: whether a caption that is too long excludes its record; otherwise
+      it is truncated.
     image_name: name of the image in the example.
     max_pixels: of an image file, see `images.load_image`.
   """
@@ -73,8 +73,8 @@ class Transform:
       record's `size` or else the shorter side of the image file in pixels.
 
     Raises:
-      BadRecord: the file cannot be decoded, or the caption is too long (with
-        `leave_out`).
+      BadRecord: the file cannot be decoded.
+      ExcludedRecord: the caption is too long (with `leave_out`).
       ValueError: the image is an array of another shape.
     """
     text = record['text'] if 'text' in record else self._tokens(record, rng)
@@ -120,5 +120,5 @@ class Transform:
     if len(record.get('captions', ())) > 1:
       caption = record['captions'][rng.integers(len(record['captions']))]
     if self.leave_out and (excess := self.tokenizer.excess(caption)):
-      raise BadRecord(record['key'], 'caption too long', excess)
+      raise ExcludedRecord(record['key'], 'caption too long', excess)
     return self.tokenizer.encode(caption)

@@ -97,7 +97,6 @@ def of_split(
     network.name: network.fingerprint,
     'fingerprint': data_fingerprint(config),
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
-    'long_captions': config.text.long_captions,
   }
   if is_drawn and split == 'train':
     settings['two_objects'] = config.data.two_objects
@@ -124,13 +123,17 @@ def images_of_split(
 ) -> Iterator[np.ndarray]:
   """Batches of the first images of the finest level, without bad ones.
 
+  They do not depend on `text.long_captions`.
+
   Yields:
     uint8 [<= B, H, H, 3], or clips [<= B, T, H, H, 3].
   """
-  size = stage.config.eval.batch_size
+  config = stage.config.copy_and_resolve_references()
+  config.text.long_captions = 'cut'
+  size = config.eval.batch_size
   left = count
   for batch in make_dataset(
-    stage.config,
+    config,
     split,
     stage.model.image_shapes[-1:],
     (size,),

@@ -86,7 +86,7 @@ def make_step(
     that the model needs beside the trained ones, {} if none. Metrics: `loss`,
     and those of `gradients`; `grad_norm` before clipping; `update_norm`, of the
     change of the parameters, 0 if the step is skipped; `param_norm` after it;
-    `bad_records`, the number of replaced records; `stop` and `save`, whether
+    `bad_records`, the number of unusable records; `stop` and `save`, whether
     any process has set the flag; `skipped`, the number of skipped steps so far;
     and `skipped_in_a_row`, 0 after an accepted step. Norms are global L2 norms.
   """

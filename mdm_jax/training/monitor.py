@@ -31,7 +31,7 @@ class Monitor:
 
   Attributes:
     latest: metrics of the last step that was read, in host memory.
-    bad_records: replaced records so far, in this session.
+    bad_records: unusable records so far, in this session.
     stopped: whether any process has received a stop request.
     save_requested: last step whose batch asked for a checkpoint by time, or 0.
   """

@@ -1,13 +1,14 @@
 """The order of examples depends on the seed alone."""
 
 import logging as python_logging
+import pickle
 
 from absl import flags, logging
 import numpy as np
 import pytest
 
 from mdm_jax.data import pipeline
-from mdm_jax.data.images import BadRecord
+from mdm_jax.data.images import BadRecord, ExcludedRecord
 from mdm_jax.data.shapes import ShapesSource
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
@@ -206,6 +207,22 @@ def test_bad_records_are_replaced_flagged_and_logged_once(caplog):
   messages = [r.getMessage() for r in caplog.records]
   assert sum('n1: damaged image' in m for m in messages) == 1
   assert sum('n2: damaged image' in m for m in messages) == 1
+
+
+def test_excluded_records_are_replaced_but_not_bad(caplog):
+  def transform(record, rng):
+    if record['number'] == 1:
+      raise ExcludedRecord(record['key'], 'caption too long')
+    return fail_on(3)(record, rng)
+
+  options = {'batch_size': 2, 'shuffle': False, 'num_batches': 5}
+  with caplog.at_level(python_logging.WARNING):
+    found = batches(Numbers(5), transform=transform, **options)
+  assert column(found).tolist() == [0, 2, 2, 4, 4] * 2
+  assert column(found, 'bad').astype(int).tolist() == [0, 0, 0, 1, 0] * 2
+  messages = ' '.join(r.getMessage() for r in caplog.records)
+  assert 'n3: damaged image' in messages and 'n1' not in messages
+  assert pickle.loads(pickle.dumps(ExcludedRecord('a', 'b'))).key == 'a'
 
 
 def test_replacements_are_the_same_for_any_process_count():

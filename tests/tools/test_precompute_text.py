@@ -16,11 +16,13 @@ from mdm_jax.builders.check import check
 from mdm_jax.builders.config import stage_directory
 from mdm_jax.builders.data import make_source
 from mdm_jax.builders.prompts import encode_prompts
+from mdm_jax.builders.stage import make_stage
 from mdm_jax.builders.text import empty_text, make_tokenizer
 from mdm_jax.checkpoint import restore
 from mdm_jax.data import pipeline, precomputed, tar_index
-from mdm_jax.data.images import BadRecord, DataError
+from mdm_jax.data.images import BadRecord, DataError, ExcludedRecord
 from mdm_jax.data.transforms import Transform
+from mdm_jax.inference import references
 from mdm_jax.inference.session import open_run
 from mdm_jax.runtime import sharding
 from mdm_jax.tools import precompute_text, prepare_data
@@ -424,11 +426,22 @@ def test_long_captions_are_left_out(made):
       assert plain(source.source[i], rng)['text'].dtype == np.int32
       continue
     left_out += 1
-    with pytest.raises(BadRecord, match=r'caption too long \(\d\d tokens, the'):
+    message = r'caption too long \(\d\d tokens, the'
+    with pytest.raises(ExcludedRecord, match=message):
       source[i]
-    with pytest.raises(BadRecord, match=r'caption too long \(\d\d tokens, the'):
+    with pytest.raises(ExcludedRecord, match=message):
       plain(source.source[i], rng)
   assert left_out
+  # Which images are a reference does not depend on their captions.
+  for encoder in ('precomputed', 'learned'):
+    config.text.encoder = encoder
+    stage = make_stage(config, 0)
+    (batch,) = stage.make_dataset('train', num_batches=1)
+    assert not batch['bad'].any()
+    assert len(np.unique(batch['image'][:, 0, 0, 0])) < 8
+    images = references.images_of_split(stage, 'train', len(source))
+    colors = np.concatenate([*images])[:, 0, 0, 0]
+    assert len(np.unique(colors)) == len(source)
 
 
 def test_what_cannot_be_precomputed_is_named(made):
