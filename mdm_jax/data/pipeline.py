@@ -258,11 +258,6 @@ def usable_records(source: Source, indices: Sequence[int]) -> Iterator[Record]:
       raise _too_many(last_error)
 
 
-def usable_record(source: Source, index: int) -> Record:
-  """One of `usable_records`."""
-  return next(usable_records(source, [index]))
-
-
 def _too_many(last_error: BadRecord) -> DataError:
   return DataError(
     f'{_MAX_REPLACEMENTS} records in a row are unusable; the last one is '

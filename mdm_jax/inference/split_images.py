@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+from absl import logging
 import numpy as np
 
 from mdm_jax.builders.data import held_out_split, make_source
 from mdm_jax.builders.stage import Stage
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import pipeline
+from mdm_jax.data.images import BadRecord
 from mdm_jax.data.transforms import Transform
 
 
@@ -32,13 +34,15 @@ def read(
 ) -> SplitImages:
   """The first records of a split, at the finest resolution of the stage.
 
+  Images that cannot be decoded are skipped.
+
   Args:
     stage: of the run.
     split: of the data set; None for the held-out one.
     count: most records; None for all.
 
   Raises:
-    ValueError: there is no such split.
+    ValueError: there is no such split, or none of its images can be decoded.
     FileNotFoundError: a file of the data set is missing.
   """
   config, resolution = stage.config, stage.resolutions[-1]
@@ -49,15 +53,20 @@ def read(
   )
   indices = range(len(source) if count is None else min(count, len(source)))
   found = SplitImages([], [], [], [])
-  for index in indices:
-    record = pipeline.usable_record(source, index)
+  for index, record in zip(indices, pipeline.usable_records(source, indices)):
+    try:
+      example = transform(record, np.random.default_rng(index))
+    except BadRecord as error:
+      logging.warning('Skipped an unusable record: %s', error)
+      continue
     if config.text.encoder == 'label':
       found.prompts.append(str(record['label']))
       found.captions.append(tokenizer.name(record['label']))
     else:
       found.prompts.append(record['caption'])
       found.captions.append(record['caption'])
-    example = transform(record, np.random.default_rng(index))
     found.images.append(example[transform.image_name])
     found.keys.append(record['key'])
+  if not found.images:
+    raise ValueError('none of the images that were read can be decoded.')
   return found._replace(images=np.stack(found.images))
