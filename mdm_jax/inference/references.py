@@ -97,13 +97,17 @@ def of_split(
     network.name: network.fingerprint,
     'fingerprint': data_fingerprint(config),
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
+    'max_pixels': config.data.max_pixels,
   }
   if is_drawn and split == 'train':
     settings['two_objects'] = config.data.two_objects
   if config.data.name.startswith('tfds:'):
+    # Images without a text are bad, too.
+    text = 'label' if config.text.encoder == 'label' else 'caption'
     settings |= {
       'slice': config.data[f'{split}_split'],
       'image': config.data.image,
+      text: config.data[text],
     }
   shape = stage.model.image_shapes[-1]
   if len(shape) == 4:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from mdm_jax.builders.stage import make_stage
 from mdm_jax.eval import clip, fid
 from mdm_jax.inference import feature_extractors, references
 from mdm_jax.interop import torch_checkpoint
@@ -175,6 +176,30 @@ def test_cache_makes_each_sample_once(tmp_path):
   )
   references.cached(tmp_path / 'new', {'seed': 2}, make)
   assert len(made) == 2
+
+
+def test_the_cache_is_of_the_images_that_can_be_used(
+  make_config, flowers, tmp_path
+):
+  class Corners(feature_extractors.FeatureNetwork):
+    name, width, fingerprint = 'corners', 3, {}
+
+    def __init__(self):
+      pass
+
+    def encode(self, batch):
+      return batch[:, 0, 0].astype(float)
+
+  config = make_config()
+  config.data.update(name='tfds:flowers', path=str(flowers))
+  config.text.update(encoder='label', num_classes=3)
+  for most, count in ((1000, 7), (27 * 20, 4)):
+    config.data.max_pixels = most
+    sample, settings = references.of_split(
+      make_stage(config, 0), Corners(), 'train', 9, str(tmp_path / 'cache')
+    )
+    assert sample.statistics.count == count
+    assert (settings['label'], 'caption' in settings) == ('label', False)
 
 
 @pytest.fixture
