@@ -44,7 +44,8 @@ def make_source(
   Raises:
     FileNotFoundError: a file of the data set is missing.
     ValueError: there is no such data set, split or feature, or the data set has
-      another number of classes than the config.
+      another number of classes than the config, or of records than its text
+      features.
   """
   data, text = config.data, config.text
   source = _make_records(config, split, resolution, frames)
@@ -63,11 +64,13 @@ def make_source(
       )
     return LabelledSource(source, make_tokenizer(config))
   if text.encoder == 'precomputed':
+    info = precomputed.read_info(data.path)
+    precomputed.require_count(data.path, info, split, len(source))
     return precomputed.PrecomputedText(
       source,
       data.path,
       split,
-      precomputed.read_info(data.path),
+      info,
       make_tokenizer(config, of_captions=True),
       _leave_out(config),
     )

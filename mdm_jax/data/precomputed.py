@@ -150,6 +150,29 @@ def require_same(
     )
 
 
+def require_count(
+  data_path: str, info: TextInfo, split: str, count: int
+) -> None:
+  """Checks that there are features of each record of a split.
+
+  Args:
+    data_path: directory of the data set.
+    info: of the features in it.
+    split: of the data set.
+    count: its number of records.
+
+  Raises:
+    ValueError: there are features of another number of captions.
+  """
+  found = info.splits.get(split, 0)
+  if found != count:
+    raise ValueError(
+      f'{text_directory(data_path)} has features of {found} captions of the '
+      f'split {split!r}, and the data set has {count} records: remove it and '
+      f'run {_COMMAND} again.'
+    )
+
+
 def read_empty(data_path: str) -> np.ndarray:
   """The features of the empty caption, float32 [n, D].
 

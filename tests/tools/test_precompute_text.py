@@ -349,6 +349,23 @@ def test_features_of_another_data_set_are_refused(copied):
     make_source(copied, 'train', 8)[0]
 
 
+def test_features_of_another_number_of_records_are_refused(copied):
+  directory = precomputed.text_directory(copied.data.path)
+  path = directory / 'info.json'
+  info = json.loads(path.read_text())
+  count = info['splits']['train']
+  for splits, found in (({'train': 12}, 12), ({'validation': 3}, 0)):
+    path.write_text(json.dumps(info | {'splits': splits}))
+    for file in directory.glob('train-*-of-00003.array_record'):
+      shutil.copy(file, str(file).replace('-of-00003', '-of-00002'))
+    with pytest.raises(
+      ValueError,
+      match=f"/text has features of {found} captions of the split 'train', and "
+      f'the data set has {count} records: remove it and run python -m',
+    ):
+      make_source(copied, 'train', 8)
+
+
 def test_damaged_features_are_a_bad_record(copied):
   directory = precomputed.text_directory(copied.data.path)
   first = sorted(directory.glob('train*'))[0]
