@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mdm_jax.builders import ranges, recipes
-from mdm_jax.builders.data import make_source
+from mdm_jax.builders.data import DRAWN, make_source
 from mdm_jax.builders.model import image_resolution
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import images, pipeline, transforms
@@ -241,6 +241,10 @@ def main(_: list[str]) -> None:
 
 def _measure_all(values: flags.FlagValues) -> None:
   if config := values.config:
+    if config.data.name in DRAWN:
+      raise ValueError(
+        f'data.name={config.data.name!r} has no image files to decode.'
+      )
     source = make_source(config, 'train', 0)
     tokenizer = make_tokenizer(config, of_captions=True)
     finest = config.model.levels[-1].frames
@@ -248,10 +252,6 @@ def _measure_all(values: flags.FlagValues) -> None:
       (image_resolution(config, level), level.frames, finest // level.frames)
       for level in config.model.levels
     ]
-    if not isinstance(source[0]['image'], bytes):
-      raise ValueError(
-        f'data.name={config.data.name!r} has no image files to decode.'
-      )
   else:
     source = SyntheticImages()
     tokenizer = Tokenizer(CAPTIONS_MODEL, 32)

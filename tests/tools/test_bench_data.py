@@ -1,13 +1,18 @@
 """The bare loop reads what the pipeline reads, or comparing them is no use."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 
+from mdm_jax.data import tar_index
 from mdm_jax.data.images import decode_clip, decode_image
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.data.transforms import Transform
 from mdm_jax.tools import bench_data
 from tests.tools.test_prepare_clips import animation
+from tests.tools.test_prepare_data import good_files, write_tar
 
 
 @pytest.mark.parametrize('resolution', [64, 256, 1024])
@@ -38,6 +43,23 @@ def test_damaged_images_are_not_counted():
   assert 1 < rates['pillow'] < 1000
   with pytest.raises(ValueError, match='none of the records .* decoded'):
     bench_data.measure([damaged], transform, 0.01, [])
+
+
+def test_a_config_is_measured(make_config, tmp_path, capsys):
+  """Also if its first record cannot be read; it needs image files."""
+  config = make_config()
+  values = types.SimpleNamespace(
+    config=config, workers=[], seconds=0.1, batch_size=1, step_rate=None
+  )
+  with pytest.raises(ValueError, match="^data.name='shapes' has no image fil"):
+    bench_data._measure_all(values)
+  write_tar(tmp_path / 's.tar', good_files(3) | {'000.txt': b'caf\xe9'})
+  tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
+  config.data.update(name='tars', path=f'{tmp_path}/index')
+  values.output = str(tmp_path / 'rates.json')
+  bench_data._measure_all(values)
+  assert json.loads((tmp_path / 'rates.json').read_text()).keys() == {'8', '16'}
+  assert '16 px' in capsys.readouterr().out
 
 
 def test_the_loop_over_jpegs_gives_the_same_pixels():
