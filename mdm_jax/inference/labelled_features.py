@@ -5,13 +5,14 @@ class, a text, by each of some attributes.
 """
 
 from collections.abc import Mapping
+import json
 
 from etils import epath
 import numpy as np
 
+from mdm_jax.data import lines
 from mdm_jax.inference.classifier_features import ClassifierFeatures, digest
 from mdm_jax.inference.split_images import SplitImages
-from mdm_jax.runtime import files
 
 _KEY = 'key'
 
@@ -25,26 +26,37 @@ def read_labels(path: epath.PathLike) -> Labels:
     key -> attribute -> class.
 
   Raises:
-    ValueError: a line is not of that form, or lacks an attribute of the others.
+    ValueError: a line is not of that form, or lacks an attribute of the others,
+      or there is none.
     OSError: it cannot be read.
   """
-
-  def is_valid(line):
-    return isinstance(line, dict) and all(
-      isinstance(value, str) for value in line.values()
-    )
-
-  lines = files.read_json_lines(path, is_valid)
-  names = set(lines[0]) if lines else set()
-  if _KEY not in names or len(names) < 2:
-    raise ValueError(
-      f"{path}: each line needs a 'key' and the classes of that record."
-    )
-  if bad := next((line for line in lines if set(line) != names), None):
-    raise ValueError(f'{path}: {bad} has not the attributes of the first line.')
-  return {
-    line[_KEY]: {name: line[name] for name in names - {_KEY}} for line in lines
-  }
+  labels, names = {}, None
+  for number, text in enumerate(lines.read_lines(path), 1):
+    if not text.strip():
+      continue
+    try:
+      line = json.loads(text)
+    except (ValueError, RecursionError):
+      line = None
+    if (
+      not isinstance(line, dict)
+      or _KEY not in line
+      or len(line) < 2
+      or not all(isinstance(value, str) for value in line.values())
+    ):
+      raise ValueError(
+        f"{path}, line {number}: give a 'key' and the classes of that record, "
+        'as texts in a JSON object.'
+      )
+    names = names or set(line)
+    if set(line) != names:
+      raise ValueError(
+        f'{path}, line {number}: it has not the attributes of the first line.'
+      )
+    labels[line.pop(_KEY)] = line
+  if not labels:
+    raise ValueError(f'{path} has no lines.')
+  return labels
 
 
 def train(
@@ -66,6 +78,12 @@ def train(
   """
   keys = [*training.keys, *held_out.keys]
   if missing := [key for key in keys if key not in labels]:
+    if len(missing) == len(keys) and '@' in missing[0]:
+      raise ValueError(
+        'no image has a label: the keys of an index of tars are such as '
+        f'{missing[0]}, of a tar and a byte in it, those of the labels such as '
+        f'{next(iter(labels))}.'
+      )
     raise ValueError(
       f'{len(missing)} of {len(keys)} images have no label, such as '
       f'{missing[0]}: give the labels of this data set.'

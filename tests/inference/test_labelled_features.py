@@ -1,7 +1,5 @@
 """A classifier of labelled images: trained once, and tells them apart."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -36,6 +34,9 @@ def test_features_tell_classes_apart(tmp_path, monkeypatch):
 
   with pytest.raises(ValueError, match='140 of 280 images have no label'):
     train(labels)
+  index = others._replace(keys=[f's@{i}' for i in range(140)])
+  with pytest.raises(ValueError, match='as s@0, of a tar .* such as 0/0.$'):
+    labelled_features.train(index, index, labels, 30)
   labels |= other_labels
   features, accuracy = train(labels)
   assert not features.from_cache and accuracy['the/color'] > 0.95
@@ -71,19 +72,27 @@ def test_features_tell_classes_apart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'lines, message',
+  'text, message',
   [
-    ([], "each line needs a 'key'"),
-    ([{'kind': 'a'}], "each line needs a 'key'"),
-    ([{'key': 'a'}], "each line needs a 'key'"),
-    ([{'key': 'a', 'b': 'c'}, {'key': 'd'}], 'has not the attributes'),
+    ('', ' has no lines'),
+    ('{"kind": "a", "b": "c"}', ", line 1: give a 'key' and the classes"),
+    ('{"key": "a"}', ", line 1: give a 'key' and the classes"),
+    ('{"key": "a", "b": "c"}\n\n{"key": "d"', ", line 3: give a 'key' and"),
+    ('{"key": "a", "b": "c"}\n{"key": "d", "b": 1}', ", line 2: give a 'key'"),
+    ('{"key": "a", "b": "c"}\n["d"]', ", line 2: give a 'key' and the"),
+    (
+      '{"key": "a", "b": "c"}\n{"key": "d", "e": "f"}',
+      ', line 2: it has not the attributes of the first line',
+    ),
   ],
 )
-def test_lines_that_are_no_labels(lines, message, tmp_path):
+def test_lines_that_are_no_labels(text, message, tmp_path):
   path = tmp_path / 'labels.jsonl'
-  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-  with pytest.raises(ValueError, match=message):
+  path.write_text(text)
+  with pytest.raises(ValueError, match=f'labels.jsonl{message}'):
     labelled_features.read_labels(path)
+  with pytest.raises(IsADirectoryError):
+    labelled_features.read_labels(tmp_path)
 
 
 def test_labels_are_read(tmp_path):
