@@ -4,6 +4,7 @@ The settings are what someone else needs to get the same numbers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -34,7 +35,7 @@ from mdm_jax.inference.sample_metrics import Samples
 from mdm_jax.inference.session import Model
 from mdm_jax.report.evaluations import Evaluation
 from mdm_jax.report.sample_directory import SampleDirectory
-from mdm_jax.runtime import buckets, sharding, value_types
+from mdm_jax.runtime import buckets, directory_lock, sharding, value_types
 from mdm_jax.steps.evaluate import make_band_step
 from mdm_jax.steps.sample import SampleFn
 
@@ -208,23 +209,24 @@ def _evaluate_samples(
   settings: dict,
 ) -> tuple[dict, dict]:
   """Metrics of samples, and their settings; writes the first samples."""
-  saved = _first_samples(model, options)
-  found, about = _measure_samples(model, metrics, options, sample_fn, saved)
-  about |= validation.sample_settings(
-    model.stage, _count(model, options), options.seed
-  )
-  chance = validation.chance(model.stage)
-  scalars = {
-    name: f'{value:.4g}'
-    + (f' (chance {chance[name]:.2g})' if name in chance else '')
-    for name, value in found.items()
-    if not isinstance(value, dict)
-  }
-  try:
-    saved.finish({'Metrics': scalars, 'Settings': settings | about})
-  except buckets.errors() as error:
-    # The metrics may have taken hours.
-    logging.warning('The page of the samples cannot be written: %s', error)
+  with _first_samples(model, options) as saved:
+    found, about = _measure_samples(model, metrics, options, sample_fn, saved)
+    about |= validation.sample_settings(
+      model.stage, _count(model, options), options.seed
+    )
+    chance = validation.chance(model.stage)
+    scalars = {
+      name: f'{value:.4g}'
+      + (f' (chance {chance[name]:.2g})' if name in chance else '')
+      for name, value in found.items()
+      if not isinstance(value, dict)
+    }
+    try:
+      if saved:
+        saved.finish({'Metrics': scalars, 'Settings': settings | about})
+    except buckets.errors() as error:
+      # The metrics may have taken hours.
+      logging.warning('The page of the samples cannot be written: %s', error)
   return found, about
 
 
@@ -326,20 +328,37 @@ def _count(model: Model, options: Options) -> int:
   return options.num_samples or model.stage.config.eval.num_prompts
 
 
-def _first_samples(model: Model, options: Options) -> SampleDirectory:
-  """Where the samples that are written to disk go."""
+@contextlib.contextmanager
+def _first_samples(
+  model: Model, options: Options
+) -> Iterator[SampleDirectory | None]:
+  """Where the samples that are written to disk go.
+
+  None while another evaluation writes there: commands that read a run are
+  never refused.
+  """
   config, count = model.stage.config, _count(model, options)
   captions = make_prompts(config, count, range(min(count, _SAVED))).captions
   about = model.description | sampler_settings(config)
-  return SampleDirectory(
+  directory = (
     epath.Path(model.workdir)
     / 'eval'
-    / f'{model.stage.name}_{model.weights.step}',
-    [
-      {'prompt': caption, 'seed': options.seed + i, **about}
-      for i, caption in enumerate(captions)
-    ],
+    / f'{model.stage.name}_{model.weights.step}'
   )
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(directory_lock.holding(directory))
+    except directory_lock.InUse as error:
+      logging.warning('%s This evaluation writes no samples.', error)
+      yield None
+      return
+    yield SampleDirectory(
+      directory,
+      [
+        {'prompt': caption, 'seed': options.seed + i, **about}
+        for i, caption in enumerate(captions)
+      ],
+    )
 
 
 def _losses(model: Model) -> dict[str, Any]:
@@ -378,11 +397,12 @@ def _measure_samples(
   metrics: Sequence[sample_metrics.SampleMetric],
   options: Options,
   sample_fn: SampleFn,
-  saved: SampleDirectory,
+  saved: SampleDirectory | None,
 ) -> tuple[dict, dict]:
   """Samples batch by batch; keeps only features, scores and first images."""
   config, count = model.stage.config, _count(model, options)
-  size, missing = config.eval.batch_size, set(saved.missing)
+  size = config.eval.batch_size
+  missing = set(saved.missing) if saved else ()
 
   def batches() -> Iterator[Samples]:
     for first in range(0, count, _PROMPTS_AT_ONCE):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import types
 
 import jax
@@ -193,6 +195,44 @@ def test_all_metrics_of_samples(
   page = (directory / 'index.html').read_text()
   assert page.count('<img') == 2
   assert f'{found["fid"]:.4g}' in page and 'held_out' in page
+
+
+# Holds the lock of a directory until its input ends.
+HOLDER = """
+import sys
+from mdm_jax.runtime import directory_lock
+with directory_lock.holding(sys.argv[1]):
+  print('held', flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_samples_of_two_evaluations_are_not_mixed(config, run, mesh, caplog):
+  """The second measures all the same."""
+  directory = run / 'eval' / '8_3'
+  options = evaluation.Options(metrics=['prompt_accuracy'], num_samples=3)
+  alone = evaluate(run, config, mesh, options)
+  before = {each.name: each.read_bytes() for each in directory.iterdir()}
+  with subprocess.Popen(
+    [sys.executable, '-c', HOLDER, str(directory)],
+    cwd=commands.ROOT,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as other:
+    assert other.stdout.readline() == 'held\n'
+    options = dataclasses.replace(options, seed=99)
+    found = evaluate(run, config, mesh, options)
+    other.stdin.close()
+  assert f'{directory} is in use: process {other.pid} on' in caplog.text
+  assert caplog.text.count('This evaluation writes no samples.') == 1
+  assert found.metrics.keys() == alone.metrics.keys()
+  assert found.settings['seed'] == 99
+  after = {each.name: each.read_bytes() for each in directory.iterdir()}
+  assert after == before
+  evaluate(run, config, mesh, options)
+  lines = (directory / 'samples.jsonl').read_text().splitlines()
+  assert [json.loads(line)['seed'] for line in lines] == [99, 100, 101]
 
 
 def test_images_of_the_data_score_as_the_data(config):
