@@ -207,7 +207,7 @@ class Pipeline:
     prompts: str | Sequence[str],
     *,
     num_samples: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
@@ -223,7 +223,7 @@ class Pipeline:
     Args:
       prompts: a prompt, or several.
       num_samples: images of each prompt.
-      seed: image i of a prompt has seed + i.
+      seed: image i of a prompt has seed + i; of all prompts, or one for each.
       steps, guidance, sampler, threshold, level_offset: as in `config.sampler`,
         `num_steps` and `name` for two of them; None for those of the config.
       frames: of each clip, at the finest level; None for as many as the model
@@ -237,7 +237,7 @@ class Pipeline:
     Raises:
       ValueError, FileNotFoundError: see `sample`.
     """
-    prompts, num_samples, seed = _check(
+    prompts, num_samples, first_seeds = _check(
       prompts, num_samples, seed, negative_prompt, guide
     )
     model = self.model.changed(
@@ -257,7 +257,7 @@ class Pipeline:
     spec = _with_frames(model, frames)
     params = model.params | ({'guide': guided_by.params} if guided_by else {})
     each = [prompt for prompt in prompts for _ in range(num_samples)]
-    seeds = [seed + i for _ in prompts for i in range(num_samples)]
+    seeds = [seed + i for seed in first_seeds for i in range(num_samples)]
     size = _batch_size(model, len(each))
 
     def sample(rows, path=False):
@@ -406,11 +406,11 @@ def _directory(name: str, path: str | os.PathLike) -> str:
 def _check(
   prompts: str | Sequence[str],
   num_samples: int,
-  seed: int,
+  seed: int | Sequence[int],
   negative_prompt: str,
   guide: str | os.PathLike | None,
-) -> tuple[list[str], int, int]:
-  """Checks arguments of `request`; returns the first three.
+) -> tuple[list[str], int, list[int]]:
+  """Checks arguments of `request`; returns the first three, seeds by prompt.
 
   Raises:
     ValueError: they make no sense.
@@ -422,13 +422,19 @@ def _check(
     raise ValueError('nothing to sample: give a prompt.')
   _checked('negative_prompt', _TEXT, negative_prompt)
   num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
-  seed = _checked('seed', value_types.SEED, seed)
-  value_types.check_seeds('seed', seed, num_samples)
+  seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else [*seed]
+  if len(seeds) != len(prompts):
+    raise ValueError(
+      f'seed has {len(seeds)} values: give one, or one for each of the '
+      f'{len(prompts)} prompts.'
+    )
+  seeds = [_checked('seed', value_types.SEED, each) for each in seeds]
+  value_types.check_seeds('seed', max(seeds), num_samples)
   if guide and negative_prompt:
     raise ValueError(
       'guidance leads away from one thing: give a guide or a negative prompt.'
     )
-  return prompts, num_samples, seed
+  return prompts, num_samples, seeds
 
 
 def _warn(

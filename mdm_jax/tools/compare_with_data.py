@@ -45,10 +45,13 @@ def main(_: list[str]) -> None:
   console.setup_logging()
   compilation_cache.enable()
   try:
+    value_types.check_seeds('--seed', _SEED.value, _NUM_IMAGES.value)
     model = load(run_flags.workdir(), **run_flags.weights())
     data = split_images.read(model.model.stage, _SPLIT.value, _NUM_IMAGES.value)
     samples = model.sample(
-      data.prompts, seed=_SEED.value, **run_flags.sampling()
+      data.prompts,
+      seed=[_SEED.value + i for i in range(len(data.prompts))],
+      **run_flags.sampling(),
     )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')

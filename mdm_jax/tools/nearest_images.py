@@ -66,6 +66,7 @@ def main(_: list[str]) -> None:
   count = max(_NUM_IMAGES.value, _NUM_SAMPLES.value)
   output = epath.Path(_OUTPUT.value)
   try:
+    value_types.check_seeds('--seed', _SEED.value, count)
     labels = _LABELS.value and labelled_features.read_labels(_LABELS.value)
     model = load(run_flags.workdir(), **run_flags.weights())
     training, held_out = read_images(
@@ -80,7 +81,9 @@ def main(_: list[str]) -> None:
       spaces['features'] = features.encode
     found['losses'] = _losses(model.model)
     samples = model.sample(
-      held_out.prompts, seed=_SEED.value, **run_flags.sampling()
+      held_out.prompts,
+      seed=[_SEED.value + i for i in range(len(held_out.prompts))],
+      **run_flags.sampling(),
     )
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')

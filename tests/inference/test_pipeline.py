@@ -211,6 +211,8 @@ def test_the_table_at_the_end_of_training(model, tmp_path, caplog):
     ('a', {'batch_size': 0}, 'eval.batch_size=0: give an integer from 1'),
     ('a', {'num_samples': 0}, 'num_samples=0: give an integer from 1'),
     ('a', {'seed': -1}, 'seed=-1: give an integer from 0'),
+    ('a', {'seed': [1, 2]}, 'seed has 2 values: give one, or one for each of'),
+    ('a', {'seed': [-1]}, 'seed=-1: give an integer from 0'),
     ([1], {}, "prompts=1: give a text (also of a class, such as '207')."),
     (None, {}, 'prompts=None: give a text'),
     (b'a', {}, "prompts=b'a': give a text"),
@@ -268,6 +270,8 @@ def test_numbers_of_numpy(model):
     batch_size=np.int64(8),
   )
   assert request.seeds == [2**32 - 2, 2**32 - 1] * 2
+  seeds = model.request(PROMPTS, num_samples=2, seed=np.array([9, 5])).seeds
+  assert seeds == [9, 10, 5, 6]
   settings = json.loads(json.dumps(request.settings))
   assert (settings['num_steps'], settings['guidance']) == (2, 1.5)
 

@@ -756,6 +756,7 @@ def test_samples_are_shown_beside_the_data(finished, tmp_path):
     f'--output={output}',
     '--num_images=2',
     '--steps=2',
+    '--guidance=0',  # So that the seeds alone differ.
     env=commands.on_devices(1),
   )
   assert result.returncode == 0, result.stderr
@@ -765,6 +766,17 @@ def test_samples_are_shown_beside_the_data(finished, tmp_path):
   # Levels of 8 and 16 pixels and the data, 128 px each, 2 px apart.
   shown = page[16 : 16 + 128 : 8, 16 + 260 : 16 + 388 : 8]
   np.testing.assert_array_equal(shown, source[0]['image'])
+  first, second = samples_of_two_cells(page)
+  assert np.abs(first - second).max() > 30
+
+
+def samples_of_two_cells(page):
+  """The finest samples on a page of two cells, one above the other."""
+  height = (len(page) - 16) // 2
+  return [
+    page[start : start + 128 : 8, 146:274:8].astype(int)
+    for start in (16, 16 + height)
+  ]
 
 
 def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
@@ -774,6 +786,7 @@ def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
     f'--workdir={finished}',
     f'--output={output}',
     *('--num_images=2', '--num_samples=4', '--num_training=8', '--steps=2'),
+    '--guidance=0',  # So that the seeds alone differ.
     env=commands.on_devices(1),
   )
   assert result.returncode == 0, result.stderr
@@ -788,6 +801,8 @@ def test_samples_are_shown_beside_the_nearest_images(finished, tmp_path):
     for start in (146, 276, 406)
   )
   np.testing.assert_array_equal(data, held_out)
+  first, second = samples_of_two_cells(page)
+  assert np.abs(first - second).max() > 30
   distances = [
     np.square(sample.astype(float) - image).mean() for image in training
   ]
