@@ -248,7 +248,8 @@ class Results:
     factor = 100 if evaluations.is_share(name) else 1
     with plots.panels(path, len(panels)) as axes:
       for axis, (key, label) in zip(axes, panels):
-        for title, color, points in lines or self._lines(key):
+        shown = self._lines(key) if lines is None else lines
+        for title, color, points in shown:
           points = [
             (point[key], factor * point[name])
             for point in points
@@ -265,7 +266,7 @@ class Results:
         axis.set(xlabel=label, ylabel=f'{name}, %' if factor > 1 else name)
         axis.grid(alpha=0.3)
       # Curves have the same titles in both panels.
-      for axis in axes[:1] if lines else axes:
+      for axis in axes if lines is None else axes[:1]:
         axis.legend(fontsize='small')
 
   def _is_number(self, key: str) -> bool:

@@ -97,6 +97,8 @@ def test_metric_is_plotted_against_flops_and_seconds(results, axes, tmp_path):
 
 def test_curves_of_other_evaluations_are_not_plotted(results, axes, tmp_path):
   results.evaluated = {'num_samples': '8'}
+  results.write(str(tmp_path / 'plot.svg'))
+  assert [plotted(axis) for axis in axes] == [[], []]
   results.runs['rate=0.2,seed=1'].evaluated = {'num_samples': '8'}
   results.write(str(tmp_path / 'plot.svg'))
   assert [label for label, *_ in plotted(axes[0])] == [
