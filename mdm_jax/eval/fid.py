@@ -114,7 +114,8 @@ class Sample:
   @property
   def rows(self) -> np.ndarray:
     """The random subset of the features, float32 `[<= limit, D]`."""
-    return np.concatenate(self._kept)
+    none = np.zeros((0, len(self.statistics.mean)), np.float32)
+    return np.concatenate([none, *self._kept])
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """Arrays by name, for `from_arrays`."""

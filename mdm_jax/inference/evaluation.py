@@ -17,7 +17,8 @@ import numpy as np
 
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import sampler_settings
-from mdm_jax.builders.data import held_out_split, loss_names
+from mdm_jax.builders.data import held_out_split, loss_names, make_source
+from mdm_jax.builders.model import frames
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   make_prompts,
@@ -97,10 +98,22 @@ def make_options(given: Mapping[str, Any]) -> Options:
   )
 
 
-def check_options(config: ConfigDict, options: Options) -> None:
-  """Raises ValueError if these metrics cannot be computed of a run."""
-  of_clips = config.model.levels[-1].frames > 1
-  _select_for_run(config, options, of_clips)
+def check_options(
+  config: ConfigDict, options: Options, stage: str | None = None
+) -> None:
+  """Checks options before a run is trained, or its weights are read.
+
+  Args:
+    config: of the run.
+    options: what is to be measured.
+    stage: name of the stage; None for the last one.
+
+  Raises:
+    ValueError: these metrics cannot be computed of the stage.
+  """
+  stages = {each.name: each for each in config.stages}
+  measured = stages.get(stage, config.stages[-1])
+  _check_options(config, options, frames(config, measured)[-1])
 
 
 def evaluate_folder(
@@ -117,9 +130,11 @@ def evaluate_folder(
     raise ValueError('--images needs --reference=DIR to compare with.')
   network = feature_extractors.Inception(options.inception, batch_size, mesh)
   folder = feature_extractors.ImageFolder(images, options.resolution)
+  sample_metrics.check_count(names, len(folder), f'--images={images}')
   reference, about = references.of_folder(
     options.reference, network, batch_size, options.cache, options.resolution
   )
+  sample_metrics.check_reference(names, reference)
   batches = feature_extractors.log_progress(
     folder.batches(batch_size), len(folder), f'images of {images}'
   )
@@ -158,22 +173,7 @@ def evaluate_run(
   """
   config = model.stage.config
   shape = model.stage.model.image_shapes[-1]
-  names = _select_for_run(config, options, len(shape) == 4)
-  if options.resolution and not options.reference:
-    raise ValueError(
-      '--resolution is that of images in directories: give --reference too.'
-    )
-  count = options.num_samples or config.eval.num_prompts
-  value_types.check_seeds('--seed', options.seed, count)
-  if count < 2 and {'fid', 'frechet', 'fvd'} & set(names):
-    raise ValueError(
-      f'--num_samples={count}: a Fréchet distance needs 2 samples or more.'
-    )
-  if 'fvd' in names and shape[0] < i3d.MIN_FRAMES:
-    raise ValueError(
-      f'--metrics=fvd needs clips of {i3d.MIN_FRAMES} frames or more, and '
-      f'{model.stage.title} has {shape[0]}.'
-    )
+  names = _check_options(config, options, shape[0] if len(shape) == 4 else 1)
   settings = {
     'workdir': str(model.workdir),
     **model.description,
@@ -228,6 +228,43 @@ def _evaluate_samples(
       # The metrics may have taken hours.
       logging.warning('The page of the samples cannot be written: %s', error)
   return found, about
+
+
+def _check_options(
+  config: ConfigDict, options: Options, num_frames: int
+) -> Sequence[str]:
+  """The metrics to compute for a run.
+
+  Args:
+    config: of the run.
+    options: what to measure.
+    num_frames: of the clips that the model samples; 1 for images.
+
+  Raises:
+    ValueError: an option is wrong, or there are too few images for a metric.
+  """
+  names = _select_for_run(config, options, num_frames > 1)
+  if options.resolution and not options.reference:
+    raise ValueError(
+      '--resolution is that of images in directories: give --reference too.'
+    )
+  count = options.num_samples or config.eval.num_prompts
+  value_types.check_seeds('--seed', options.seed, count)
+  if 'fvd' in names and num_frames < i3d.MIN_FRAMES:
+    raise ValueError(
+      f'--metrics=fvd needs clips of {i3d.MIN_FRAMES} frames or more, and '
+      f'those of the model have {num_frames}.'
+    )
+  for name in names:
+    rows = num_frames if name in SET_METRICS else 1
+    sample_metrics.check_count([name], count * rows, f'--num_samples={count}')
+    # Directories, and the images that `frechet` makes, have their own number.
+    if name != 'frechet' and not options.reference:
+      number = options.num_reference
+      sample_metrics.check_count(
+        [name], number * rows, f'--num_reference={number}'
+      )
+  return names
 
 
 def _select_for_run(
@@ -444,18 +481,23 @@ def _sample_metrics(
     reference = _reference(model, options, network)
     shape = stage.model.image_shapes[-1]
     rows = count * network.num_rows(shape)
-    found.append(sample_metrics.OfSets(names, network, rows, *reference))
+    found.append(
+      sample_metrics.OfSets(len(shape) == 4, names, network, rows, *reference)
+    )
   if 'fvd' in names:
     network = feature_extractors.I3D(options.i3d, size, mesh)
     reference = _reference(model, options, network)
-    found.append(sample_metrics.VideoDistance(network, count, *reference))
+    found.append(
+      sample_metrics.VideoDistance(['fvd'], network, count, *reference)
+    )
   if 'clip' in names:
     network = feature_extractors.Clip(options.clip, size, mesh)
     found.append(sample_metrics.ClipScore(network))
   if 'flicker' in names:
     split = options.reference_split or held_out_split(stage.config)
-    clips = references.images_of_split(stage, split, count)
-    found.append(sample_metrics.Flicker(clips))
+    source = make_source(stage.config, split, stage.resolutions[-1])
+    clips = references.images_of_split(stage, split, min(count, len(source)))
+    found.append(sample_metrics.Flicker(clips, split))
   if set(names) & set(_OF_SHAPES):
     features = None
     if 'frechet' in names:

@@ -29,6 +29,14 @@ from mdm_jax.inference import (
 
 _SUBSETS = {'subset_size': 1000, 'num_subsets': 100, 'seed': 0}
 _NEIGHBOURS = 3
+# Fewest images in a set, without which a metric has no value.
+_LEAST = {
+  'fid': 2,
+  'kid': 2,
+  'fvd': 2,
+  'frechet': 2,
+  'precision_recall': _NEIGHBOURS + 1,
+}
 
 
 class Samples(NamedTuple):
@@ -57,11 +65,31 @@ class SampleMetric(Protocol):
     """The metrics of all samples, and the settings they depend on (JSON)."""
 
 
+def check_count(names: Sequence[str], count: int, what: str) -> None:
+  """Raises ValueError if so few images have no value of one of the metrics.
+
+  Args:
+    names: of the metrics.
+    count: images of a set, or frames of its clips.
+    what: the set, to begin the message with.
+  """
+  for name in names:
+    if count < (least := _LEAST.get(name, 0)):
+      raise ValueError(f'{what}: {name} needs {least} images or more.')
+
+
+def check_reference(names: Sequence[str], reference: fid.Sample) -> None:
+  """Raises ValueError if a reference is too small for one of the metrics."""
+  count = reference.statistics.count
+  check_count(names, count, f'The reference has {count} images')
+
+
 class _OfFeatures:
   """Collects features of samples, to compare them with those of a reference."""
 
   def __init__(
     self,
+    names: Sequence[str],
     network: feature_extractors.FeatureNetwork,
     num_rows: int,
     reference: fid.Sample,
@@ -70,11 +98,17 @@ class _OfFeatures:
     """Collects nothing yet.
 
     Args:
+      names: of the metrics.
       network: that makes the features.
       num_rows: of all samples.
       reference: features to compare with.
       about: what they depend on (JSON).
+
+    Raises:
+      ValueError: the reference is too small.
     """
+    check_reference(names, reference)
+    self._names = names
     self._network, self._about = network, about
     self._reference = reference
     limit = feature_extractors.MAX_ROWS
@@ -88,14 +122,16 @@ class _OfFeatures:
 class OfSets(_OfFeatures):
   """FID, KID, precision and recall of images, or of the frames of clips."""
 
-  def __init__(self, names: Sequence[str], *arguments):
-    """Of these metrics; the arguments are those of `_OfFeatures`."""
+  def __init__(self, of_frames: bool, *arguments):
+    """Of images, or of frames; further arguments are those of `_OfFeatures`."""
     super().__init__(*arguments)
-    self._names = names
+    self._of_frames = of_frames
 
   def result(self) -> tuple[dict, dict]:
     """The metrics of all samples, and their settings."""
-    found, settings = compare(self._names, self._sample, self._reference)
+    found, settings = compare(
+      self._names, self._sample, self._reference, self._of_frames
+    )
     return found, {'reference': self._about, **settings}
 
 
@@ -129,9 +165,9 @@ class ClipScore:
 class Flicker:
   """`flicker.flicker` of clips, and that of the data set's."""
 
-  def __init__(self, clips: Iterable[np.ndarray]):
-    """Measures batches of clips of the data set."""
-    self._found = []
+  def __init__(self, clips: Iterable[np.ndarray], split: str):
+    """Measures batches of clips of a split of the data set."""
+    self._found, self._split = [], split
     self._of_data = np.concatenate([*map(flicker.flicker, clips)])
 
   def add(self, samples: Samples) -> None:
@@ -139,11 +175,12 @@ class Flicker:
     self._found += [*flicker.flicker(samples.images)]
 
   def result(self) -> tuple[dict, dict]:
-    """The metrics of all samples; they have no settings."""
+    """The metrics of all samples, and the clips of the data (JSON)."""
+    about = {'split': self._split, 'count': len(self._of_data)}
     return {
       'flicker': estimate.mean(self._found),
       'flicker_of_data': estimate.mean(self._of_data),
-    }, {}
+    }, {'flicker': about}
 
 
 class OfShapes:
@@ -218,9 +255,20 @@ class OfShapes:
 
 
 def compare(
-  names: Sequence[str], sample: fid.Sample, reference: fid.Sample
+  names: Sequence[str],
+  sample: fid.Sample,
+  reference: fid.Sample,
+  of_frames: bool = False,
 ) -> tuple[dict, dict]:
-  """Metrics of a set of images against a reference, and their settings."""
+  """Metrics of a set of images against a reference, and their settings.
+
+  Args:
+    names: of the metrics.
+    sample: features of the images.
+    reference: features to compare with.
+    of_frames: whether the images are frames of clips. They depend on each
+      other, so that standard errors are not known.
+  """
   counts = sample.statistics.count, reference.statistics.count
   metrics = {}
   settings = {'num_samples': counts[0], 'num_reference': counts[1]}
@@ -234,7 +282,7 @@ def compare(
       sample.rows, reference.rows, **_SUBSETS
     )
     # Subsets that are a whole set say nothing of how exact it is.
-    is_known = min(rows) > _SUBSETS['subset_size']
+    is_known = min(rows) > _SUBSETS['subset_size'] and not of_frames
     metrics['kid'] = Estimate(kid, rows[0], deviation if is_known else None)
     metrics['kid_standard_deviation'] = deviation
     settings['kid'] = _SUBSETS
@@ -242,8 +290,15 @@ def compare(
     precision, recall = fid.precision_recall(
       sample.rows, reference.rows, _NEIGHBOURS
     )
-    metrics['precision'] = estimate.of_share(precision, len(sample.rows))
-    metrics['recall'] = estimate.of_share(recall, len(reference.rows))
+    for name, share, rows in (
+      ('precision', precision, sample.rows),
+      ('recall', recall, reference.rows),
+    ):
+      metrics[name] = (
+        Estimate(share, len(rows))
+        if of_frames
+        else estimate.of_share(share, len(rows))
+      )
     settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
   if {'kid', 'precision_recall'} & set(names):
     settings['rows'] = [len(sample.rows), len(reference.rows)]

@@ -73,7 +73,7 @@ def evaluate(
       directory is of something else, or there is no such metric.
   """
   config = opened.config
-  evaluation.check_options(config, options)
+  evaluation.check_options(config, options, opened.stage)
   for point in points:
     check(sweep_grid.changed(config, _of_sampler(point)), opened.mesh)
   results = sweep_results.read(

@@ -142,3 +142,7 @@ def test_sample_of_fewer_features_than_its_limit():
   sample = fid.Sample(4, 10, 100)
   sample.add(np.ones((7, 4)))
   assert len(sample.rows) == sample.statistics.count == 7
+
+
+def test_sample_of_no_features():
+  assert fid.Sample(4, 10, 100).to_arrays()['rows'].shape == (0, 4)

@@ -90,7 +90,10 @@ def options(tmp_path, metrics, **changes):
 
 def test_clips_are_compared(model, tmp_path):
   found = evaluation.evaluate_run(
-    model, options(tmp_path, ['fid', 'fvd', 'flicker']), sample, model.stage
+    model,
+    options(tmp_path, ['fid', 'fvd', 'flicker', 'precision_recall']),
+    sample,
+    model.stage,
   )
   first = evaluation.Options().seed
   (clips,) = sample(None, None, range(first, first + COUNT))
@@ -110,6 +113,28 @@ def test_clips_are_compared(model, tmp_path):
   assert found.settings['fvd']['i3d'] == {'weights': 'none'}
   assert found.settings['fvd']['frames'] == FRAMES
   assert found.settings['fvd']['count'] == 11
+  assert found.settings['flicker'] == {'split': 'held_out', 'count': COUNT}
+  # Frames of a clip depend on each other.
+  for name, count in (('precision', COUNT * FRAMES), ('recall', 11 * FRAMES)):
+    assert found.metrics[name].count == count
+    assert found.metrics[name].standard_error is None
+
+
+def test_each_clip_of_the_data_flickers_once(model, tmp_path):
+  """Also where more are sampled than there are."""
+  config = model.stage.config.unlock()
+  config.data.size = 5
+  trained = make_stage(config, 1)
+  model = Model(model.workdir, trained, model.weights, {}, model.mesh)
+  flickers = options(tmp_path, ['flicker'], inception=None, i3d=None)
+  found = evaluation.evaluate_run(model, flickers, sample, trained)
+  source = make_source(config, 'held_out', 8, FRAMES)
+  data = flicker(np.stack([source[i]['image'] for i in range(5)]))
+  of_data = found.metrics['flicker_of_data']
+  assert (of_data, of_data.count) == (pytest.approx(data.mean()), 5)
+  assert of_data.standard_error == pytest.approx(data.std(ddof=1) / 5**0.5)
+  assert found.metrics['flicker'].count == COUNT
+  assert found.settings['flicker']['count'] == 5
 
 
 @pytest.mark.parametrize(
@@ -138,7 +163,11 @@ def test_short_clips_have_no_video_distance(model, tmp_path):
   config.model.levels[0].frames = 8
   trained = make_stage(config, 1)
   model = Model(model.workdir, trained, model.weights, {}, model.mesh)
-  message = "fvd needs clips of 9 frames or more, and stage 2/2 'clips' has 8"
+  message = 'fvd needs clips of 9 frames or more, and those of the model have 8'
   fvd = options(tmp_path, ['fvd'], inception=None)
+  with pytest.raises(ValueError, match=message):
+    evaluation.check_options(config, fvd)
+  with pytest.raises(ValueError, match='^--metrics=fvd: here they are some of'):
+    evaluation.check_options(config, fvd, 'images')
   with pytest.raises(ValueError, match=message):
     evaluation.evaluate_run(model, fvd, sample, trained)

@@ -320,11 +320,54 @@ def test_reference_is_read_once(config, run, mesh, tmp_path):
   assert judge(other, reference_split='train')[1] == 9 + 11
 
 
-def test_one_sample_has_no_distance(config, run, mesh, monkeypatch):
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'metrics': ['frechet']}, '--num_samples=1: frechet needs 2 images or'),
+    ({'metrics': ['kid']}, '--num_samples=1: kid needs 2 images or more'),
+    (
+      {'metrics': ['precision_recall'], 'num_samples': 3},
+      '--num_samples=3: precision_recall needs 4 images or more',
+    ),
+    (
+      {'metrics': ['fid'], 'num_samples': 9, 'num_reference': 1},
+      '--num_reference=1: fid needs 2 images or more',
+    ),
+    ({'metrics': ['loss'], 'seed': 2**32}, '--seed=4294967296 with 1 samples'),
+    ({'metrics': ['loss'], 'resolution': 8}, '--resolution is that of images'),
+  ],
+)
+def test_what_is_refused_is_refused_before_training(
+  config, run, mesh, monkeypatch, changes, message
+):
   monkeypatch.delattr(shapes_features, 'Features')  # It is said before.
-  options = evaluation.Options(metrics=['frechet'], num_samples=1)
-  with pytest.raises(ValueError, match='--num_samples=1: a Fréchet'):
+  needs_inception = {*changes['metrics']} & {*evaluation.SET_METRICS}
+  options = evaluation.Options(
+    **{'num_samples': 1, **changes},
+    inception='inception.pth' if needs_inception else None,
+  )
+  with pytest.raises(ValueError, match=message):
+    evaluation.check_options(config, options)
+  with pytest.raises(ValueError, match=message):
     evaluate(run, config, mesh, options)
+
+
+def test_a_small_reference_is_named_before_sampling(
+  config, run, mesh, tmp_path
+):
+  config = config.copy_and_resolve_references()
+  config.data.size = 3
+  options = evaluation.Options(
+    metrics=['precision_recall'],
+    num_samples=5,
+    inception='inception.pth',
+    cache=tmp_path,
+  )
+  evaluation.check_options(config, options)
+  message = 'The reference has 3 images: precision_recall needs 4 images or'
+  with pytest.raises(ValueError, match=message):
+    evaluate(run, config, mesh, options)
+  assert Colors.seen == 3
 
 
 def test_warns_of_singular_covariances(caplog):
