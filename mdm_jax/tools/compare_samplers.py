@@ -38,22 +38,20 @@ def main(_: list[str]) -> None:
   try:
     if values.plot:
       plots.check_installed()
-    cases = [
-      (name, steps)
-      for steps, name in itertools.product(values.steps, values.samplers)
-    ]
+    pairs = itertools.product(values.steps, values.samplers)
+    # Once each, also if a number or a name is given twice.
+    cases = list(dict.fromkeys((name, steps) for steps, name in pairs))
     path = epath.Path(
       values.output or epath.Path(values.workdir) / 'samplers.json'
     )
     value_types.check_outputs(path.parent)
-    known = _read(path)
     opened = session.open_run(values.workdir)
     _check(opened, cases)
-    model = opened.restore()
+    with directory_lock.holding_file(path):
+      known = _read(path)
+      found = _compare(opened.restore(), cases, path, known)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  with directory_lock.holding_file(path):
-    found = _compare(model, cases, path, known)
   found.sort(
     key=lambda one: (
       cases.index((one['sampler'], one['steps']))
@@ -99,10 +97,15 @@ def _check(opened, cases: list[tuple[str, int]]) -> None:
       f'{opened.workdir} was not trained on captions of shapes, whose '
       'images alone can be scored.'
     )
+  if any(level.frames > 1 for level in config.model.levels):
+    raise ValueError(
+      f'{opened.workdir} has clips, and images alone are compared: measure '
+      'clips by mdm_jax.tools.sweep.'
+    )
   for name, steps in cases:
     changed = config.copy_and_resolve_references()
     changed.sampler.update(name=name, num_steps=steps)
-    check(changed, opened.mesh)
+    check(changed, opened.mesh, training=False)
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
@@ -144,32 +147,13 @@ def _compare(
   Returns:
     All results with this model and these settings, old and new.
   """
-  from mdm_jax.builders.config import sampler_settings
   from mdm_jax.builders.prompts import make_prompts
-  from mdm_jax.inference import shapes_features
   from mdm_jax.runtime import files
 
   values, config = flags.FLAGS, model.stage.config
-  sampler = sampler_settings(config)
-  del sampler['name'], sampler['num_steps']
-  classifier = (values.classifier_images, values.classifier_steps)
-  if config.seed != shapes_features.SEED:
-    # Earlier results are of a classifier with the seed of the run.
-    classifier += (shapes_features.SEED,)
-  # To compare with results from disk, where tuples have become lists.
-  settings = json.loads(
-    json.dumps(
-      {
-        **model.description,
-        'images': values.num_images,
-        'classifier': classifier,
-        **sampler,
-      }
-    )
-  )
   found, others = [], []
   for one in known:
-    (found if one | settings == one else others).append(one)
+    (found if _is_of(one, model) else others).append(one)
   done = {(one['sampler'], one['steps']) for one in found}
   prompts = make_prompts(config, values.num_images)
   distance = _make_distance(model.stage.resolutions[-1])
@@ -181,7 +165,7 @@ def _compare(
       {
         'sampler': name,
         'steps': steps,
-        **settings,
+        **_settings(model, name),
         'seconds_per_image': seconds,
         'frechet': distance(images),
         **_accuracy(images, prompts),
@@ -198,6 +182,39 @@ def _compare(
       seconds,
     )
   return found
+
+
+def _settings(model, name: str) -> dict[str, Any]:
+  """What results of a sampler depend on beside its number of steps. JSON."""
+  from mdm_jax.builders.config import sampler_settings
+  from mdm_jax.inference import shapes_features
+
+  values = flags.FLAGS
+  config = model.stage.config.copy_and_resolve_references()
+  config.sampler.name = name
+  sampler = sampler_settings(config)
+  del sampler['name'], sampler['num_steps']
+  classifier = (values.classifier_images, values.classifier_steps)
+  if config.seed != shapes_features.SEED:
+    # Earlier results are of a classifier with the seed of the run.
+    classifier += (shapes_features.SEED,)
+  settings = {
+    **model.description,
+    'images': values.num_images,
+    'classifier': classifier,
+    **sampler,
+  }
+  # To compare with results from disk, where tuples have become lists.
+  return json.loads(json.dumps(settings))
+
+
+def _is_of(one: dict[str, Any], model) -> bool:
+  """Whether a result is of a model and these settings."""
+  settings = _settings(model, one['sampler'])
+  if settings.get('eta') == 0 and 'eta' not in one:
+    # Earlier results lack it where the run's own sampler was another.
+    del settings['eta']
+  return one | settings == one
 
 
 def _sample(model, name: str, steps: int, prompts):
