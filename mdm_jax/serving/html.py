@@ -66,7 +66,7 @@ def progress_line(
   if not progress.step:
     return line(
       'Starting. The first request with another checkpoint, sampler, threshold '
-      'or number of images takes some seconds longer.'
+      'or number of images, or with guidance 1, takes some seconds longer.'
     )
   return (
     line(f'Step {progress.step} of {request.steps}')
