@@ -70,7 +70,9 @@ class SavedWeights(NamedTuple):
     return _ema(self.sigma_rel, self.best)
 
 
-def saved_weights(config: ConfigDict, workdir: str) -> list[SavedWeights]:
+def saved_weights(
+  config: ConfigDict, workdir: str, stage: str | None = None
+) -> list[SavedWeights]:
   """Lists the EMA weights of a run, by the names of its directories.
 
   For each stage of diffusion, newest first: the EMA at the newest checkpoint,
@@ -82,10 +84,14 @@ def saved_weights(config: ConfigDict, workdir: str) -> list[SavedWeights]:
   Args:
     config: of the run.
     workdir: of the run.
+    stage: name of the only stage to look for; None for all.
+
+  Raises:
+    ValueError: there is no such stage.
   """
   widths = config.averages.widths
   found = []
-  for index in reversed(range(len(config.stages))):
+  for index in _indices(config, stage):
     if config.stages[index].kind == AUTOENCODER:
       continue
     for kind, emas in (

@@ -32,8 +32,8 @@ class Result:
     errors: their standard errors, where they are known.
     flops: of its training.
     seconds: of its training, or of sampling an image.
-    curve: values of the metrics of the table during training, each with
-      'stage', 'step', 'flops' and 'seconds'.
+    curve: metrics during training, each with 'stage', 'step', 'flops' and
+      'seconds'.
     settings: that the metrics depend on, of all evaluations of a finished run.
     evaluated: the flags by which mdm_jax.evaluate has measured a training.
   """
@@ -138,8 +138,10 @@ class Results:
   def _is_measured_alike(self, run: Result) -> bool:
     return self.evaluated in (None, run.evaluated)
 
-  def check_metrics(self, names: Iterable[str]) -> None:
-    """Raises ValueError if one that is to be shown is not among these."""
+  def check_metrics(self) -> None:
+    """Raises ValueError if no finished run has one that is to be shown."""
+    done = self.finished(self.runs.values())
+    names = dict.fromkeys(name for run in done for name in run.metrics)
     for name in self.metrics:
       if name not in names:
         raise ValueError(
@@ -333,7 +335,7 @@ def read(
         f'{names[0]}: give a new directory, or that of a sweep.'
       )
   runs = {line['run']: Result(**_with_tuples(line)) for line in lines}
-  return Results(directory, metrics, base, runs)
+  return Results(directory, list(dict.fromkeys(metrics)), base, runs)
 
 
 def markdown(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:

@@ -14,8 +14,14 @@ import numpy as np
 
 from mdm_jax.builders import ranges, sweep_grid
 from mdm_jax.builders.check import check
-from mdm_jax.builders.config import differences, sampler_settings
+from mdm_jax.builders.config import (
+  differences,
+  sampler_settings,
+  stage_directory,
+)
 from mdm_jax.builders.text import empty_text
+from mdm_jax.checkpoint import manifest
+from mdm_jax.diffusion import guidance
 from mdm_jax.inference import evaluation
 from mdm_jax.inference.session import Model, Session
 from mdm_jax.inference.weights import saved_weights
@@ -75,7 +81,8 @@ def evaluate(
   config = opened.config
   evaluation.check_options(config, options, opened.stage)
   for point in points:
-    check(sweep_grid.changed(config, _of_sampler(point)), opened.mesh)
+    changed = sweep_grid.changed(config, _of_sampler(point))
+    check(changed, opened.mesh, training=False)
   results = sweep_results.read(
     output,
     metrics,
@@ -109,7 +116,7 @@ def evaluate(
       name, point, status=sweep_results.FINISHED, settings=settings, **found
     )
     results.write(plot)
-    results.check_metrics(found['metrics'])
+    results.check_metrics()
   results.write(plot)
   return results
 
@@ -121,18 +128,22 @@ def _of_sampler(point: sweep_grid.Changes) -> dict[str, Any]:
 def _steps(
   opened: Session, points: Sequence[sweep_grid.Changes]
 ) -> dict[str, Any]:
-  """The stage and step of the weights that are evaluated.
+  """The stage, step and fingerprint of the weights that are evaluated.
 
   Raises:
-    ValueError: the run lacks some of them.
+    ValueError: the run lacks some of them, or the stage.
   """
   found = [
     saved
-    for saved in saved_weights(opened.config, opened.workdir)
-    if not saved.best and opened.stage in (None, saved.stage)
+    for saved in saved_weights(opened.config, opened.workdir, opened.stage)
+    if not saved.best
   ]
+  names = {each.name: i for i, each in enumerate(opened.config.stages)}
   steps = {}
-  for kind, is_post_hoc in (('EMA', False), ('post-hoc EMA', True)):
+  for kind, is_post_hoc, directory in (
+    ('EMA', False, 'checkpoints'),
+    ('post-hoc EMA', True, 'averages'),
+  ):
     if any(bool(point.get(_SIGMA_REL)) == is_post_hoc for point in points):
       saved = [
         each for each in found if (each.sigma_rel is not None) == is_post_hoc
@@ -143,7 +154,13 @@ def _steps(
           f'{opened.workdir} has no {kind}: '
           f'{remedy if is_post_hoc else "train longer first"}.'
         )
-      steps[kind] = [saved[0].stage, saved[0].step]
+      stage, step, *_ = saved[0]
+      steps[kind] = [stage, step]
+      # Earlier results lack it.
+      steps[f'fingerprint of the {kind}'] = manifest.fingerprint(
+        stage_directory(opened.workdir, opened.config, names[stage], directory)
+        / str(step)
+      )
   return steps
 
 
@@ -212,6 +229,8 @@ def _make_sample_fn(
 ) -> tuple[SampleFn, list[float]]:
   """A sampler that is compiled once for all steps, guidance and weights.
 
+  Guidance 1, which is none, has a program of its own.
+
   Args:
     model: with the options of the sampler.
     programs: those that are compiled already, to which it is added.
@@ -224,7 +243,11 @@ def _make_sample_fn(
   sampler = model.stage.make_sampler(model.mesh)
   size, spec, times = config.eval.batch_size, sampler.spec, []
   # Post-hoc EMAs may be those of an earlier stage.
-  kind = model.stage.name, dataclasses.replace(spec, num_steps=0, guidance=0)
+  kind = (
+    model.stage.name,
+    dataclasses.replace(spec, num_steps=0, guidance=0),
+    guidance.is_none(spec.guidance),
+  )
   negative = np.broadcast_to(
     empty_text(config), (size, *empty_text(config).shape)
   )

@@ -156,11 +156,11 @@ def train_runs(
     groups: environment variables of the runs that train at the same time.
     evaluated: flags of the evaluation: runs with others are evaluated again,
       or, if they are not in `points`, are in no mean.
-    requires_metrics: whether to stop if a finished run lacks a metric to show.
+    requires_metrics: whether to stop if no finished run has a metric to show.
 
   Raises:
-    ValueError: the directory is of something else, or of another config, or a
-      finished run lacks a required metric: then the others are stopped.
+    ValueError: the directory is of something else, or of another config, or no
+      finished run has a required metric: then the others are stopped.
   """
   _keep_begun(results, make_config)
   runs = [
@@ -198,7 +198,7 @@ def train_runs(
       write()
       logging.info('%s: %s. %s', run.run, run.status, run.note)
       if requires_metrics and run.status == sweep_results.FINISHED:
-        results.check_metrics(run.metrics)
+        results.check_metrics()
 
 
 @contextlib.contextmanager
@@ -322,10 +322,7 @@ def _note_end(run: Result, ended: run_commands.Ended, results: Results) -> None:
       'flops': each.flops,
       'seconds': each.seconds,
     }
-    | {
-      name: each.metrics[name]
-      for name in results.metrics
-      if name in each.metrics
-    }
+    # All of them: another invocation may plot another.
+    | dict(each.metrics)
     for each in curve
   ]

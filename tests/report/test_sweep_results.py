@@ -12,7 +12,10 @@ BASE = {'rate': 0.1, 'interval': (0, 1), 'seed': 0}
 def results(tmp_path):
   """Two rates with three seeds each, of which one has failed, and a third."""
   found = sweep_results.read(
-    epath.Path(tmp_path), ['accuracy_all', 'held_out_loss_64'], BASE.get
+    epath.Path(tmp_path),
+    # Given twice, it is shown once.
+    ['accuracy_all', 'held_out_loss_64', 'accuracy_all'],
+    BASE.get,
   )
   for rate, scores in ((0.2, (0.5, 0.6, 0.7)), (0.4, (0.8, 0.9, None))):
     for seed, score in enumerate(scores):

@@ -6,12 +6,18 @@ import subprocess
 import sys
 
 from etils import epath
+import jax
+import numpy as np
 import pytest
 
 from mdm_jax.builders import sweep_grid
 from mdm_jax.builders.config import write_config
-from mdm_jax.runtime import preemption
-from mdm_jax.tools import run_commands, sweep_training
+from mdm_jax.builders.stage import make_stage
+from mdm_jax.checkpoint import manifest
+from mdm_jax.inference import evaluation
+from mdm_jax.inference.session import Model, Session
+from mdm_jax.runtime import preemption, sharding
+from mdm_jax.tools import run_commands, sweep_evaluation, sweep_training
 from tests import commands, toy
 
 # In place of mdm_jax.main: writes what it writes, waits, ends.
@@ -58,13 +64,15 @@ class Trainings:
     self.codes = {}  # exit codes, by learning rate; others end with 0
     self.seconds = 0  # of each run
     self.together = 1  # runs that have to begin before any ends
+    self.more = {}  # metrics of a run beside its loss, by learning rate
     self.fid = None  # that an evaluation finds, added to the learning rate
 
   def commands(self, workdir, changes):
     rate = changes['stages[0].learning_rate']
     lines = (
       {'seconds_per_step': 1.5, 'flops_per_second': 2},
-      {'held_out_loss_16': 10 * rate + changes.get('seed', 0)},
+      {'held_out_loss_16': 10 * rate + changes.get('seed', 0)}
+      | self.more.get(rate, {}),
     )
     changed = sweep_grid.changed(self.config, changes)
     directory = self.output.parent / 'config'
@@ -216,6 +224,29 @@ def test_a_metric_that_no_run_has_ends_the_sweep(trainings):
   # What is trained is kept.
   trainings.sweep('stages[0].learning_rate=0.1,0.2')
   assert trainings.begun() == {rate(0.1): 1, rate(0.2): 1}
+
+
+def test_a_metric_that_one_run_lacks_ends_nothing(trainings):
+  trainings.more = {0.1: {'b': 7}}
+  trainings.sweep('stages[0].learning_rate=0.1,0.2,0.3', metrics=['b'])
+  assert trainings.begun() == {rate(x): 1 for x in (0.1, 0.2, 0.3)}
+  lines = (trainings.output / 'table.md').read_text().splitlines()
+  assert [line.split(' | ')[1:3] for line in lines[2:]] == [
+    ['7', '12'],
+    ['-', '12'],
+    ['-', '12'],
+  ]
+  assert [line.endswith('| no b in 1 of 1 |') for line in lines[2:]] == [
+    False,
+    True,
+    True,
+  ]
+  # What another invocation may plot is kept too.
+  first, *_ = (trainings.output / 'results.jsonl').read_text().splitlines()
+  assert json.loads(first)['curve'] == [
+    {'stage': '16', 'step': 4, 'flops': 12, 'seconds': 6}
+    | {'held_out_loss_16': 1, 'b': 7}
+  ]
 
 
 def test_another_config_is_refused(trainings):
@@ -392,6 +423,63 @@ def test_a_finished_run_is_evaluated(finished):
     other['held_out_loss_8'] != pytest.approx(metrics['held_out_loss_8'], 1e-6)
     for other in others
   )
+  # Results of other weights of the same step are not continued.
+  path = output / 'results.jsonl'
+  settings = json.loads(lines[0])['settings']
+  (step,) = (workdir / 'checkpoints').glob('*/2')
+  assert settings['fingerprint of the EMA'] == manifest.fingerprint(step)
+  path.write_text(
+    path.read_text().replace(settings['fingerprint of the EMA'], 'abc')
+  )
+  *_, line = sweep(*flags, code=1).stderr.splitlines()
+  assert 'of other settings (fingerprint of the EMA' in line
+
+
+@pytest.fixture
+def model(make_config, tmp_path):
+  """Of eight devices, without weights."""
+  config = make_config()
+  config.eval.batch_size = 8
+  mesh = sharding.make_mesh(
+    {'data': -1, 'fsdp': 1, 'spatial': 1}, jax.devices()
+  )
+  return Model(str(tmp_path), make_stage(config, 0), None, {}, mesh)
+
+
+def test_what_is_wrong_with_a_finished_run_is_said(model):
+  config, points = model.stage.config, [{'sampler.guidance': 2.0}]
+  # Devices that cannot share a batch of training can sample.
+  config.stages[0].batch_size = 3
+  for stage, message in (
+    (None, 'has no EMA: train longer first.'),
+    ('typo', "The run has no stage 'typo': give one of '8', '16'."),
+  ):
+    opened = Session(model.workdir, config, model.mesh, stage)
+    with pytest.raises(ValueError, match=message):
+      sweep_evaluation.evaluate(
+        opened,
+        points,
+        evaluation.Options(metrics=['prompt_accuracy']),
+        output=epath.Path(model.workdir) / 'out',
+        metrics=['accuracy_all'],
+      )
+
+
+def test_seconds_of_an_image_are_without_compiling(model, monkeypatch):
+  def make_sample_steps(sampler, shardings):
+    made.append(sampler.spec.guidance)
+    image = np.zeros((8, 8, 8, 3), np.uint8)
+    return lambda *_: [(image,)]
+
+  monkeypatch.setattr(sweep_evaluation, 'make_sample_steps', make_sample_steps)
+  made, programs = [], {}
+  # Those without guidance are another program than all others.
+  for guidance, batches in ((4.0, 1), (1.0, 1), (2.0, 2), (1.0, 2)):
+    changed = model.changed({'guidance': guidance}, {})
+    sample_fn, times = sweep_evaluation._make_sample_fn(changed, programs)
+    (images,) = sample_fn({}, np.zeros((11, 8), int), range(11))
+    assert (len(images), len(times)) == (11, batches)
+  assert made == [4.0, 1.0]
 
 
 @pytest.mark.parametrize(
