@@ -198,6 +198,11 @@ def restore_earlier(
   return stage.earlier_params(params_of)
 
 
+def _add(factor: float, total: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Adds `factor * x` in place."""
+  return np.add(total, np.multiply(factor, x, dtype=np.float64), out=total)
+
+
 def _ema(sigma_rel: float | None, best: bool) -> str:
   if sigma_rel is not None:
     return f'post-hoc EMA, sigma_rel {sigma_rel}'
@@ -264,11 +269,11 @@ def _reconstruct_from(
   )
   total = None
   for step, name, factor in zip(snapshots.values(), names, factors):
-    part = jax.tree.map(
-      functools.partial(np.multiply, factor, dtype=np.float64),
-      restore.restore_item(directory, step, name),
-    )
-    total = jax.tree.map(np.add, total, part) if total else part
+    params = restore.restore_item(directory, step, name)
+    if total is None:
+      total = jax.tree.map(lambda x: np.zeros(x.shape), params)
+    total = jax.tree.map(functools.partial(_add, factor), total, params)
+    del params  # Before the next ones are read.
   logging.info(
     'Post-hoc EMA of sigma_rel %g after %d updates, from %d snapshots.',
     sigma_rel,
