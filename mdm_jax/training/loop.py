@@ -78,7 +78,8 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
     require_same_config(workdir, new, ('dtype',) if imported else ())
   mesh = sharding.make_mesh(config.mesh)
   check(config, mesh)
-  if mesh.size > 1:
+  axes = {axis for _, axes in config.sharding_rules for axis in axes}
+  if any(mesh.shape[axis] > 1 for axis in axes - {None}):
     for stage in make_stages(config):
       stage.state_shapes(mesh)  # Raises if the mesh does not divide them.
   trackers.check(config.trackers)
