@@ -9,6 +9,8 @@ of 64 px, most of the batch at 16 px alone. That batch divides among at most 4
 devices.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 FRAMES = 8
@@ -20,37 +22,7 @@ def get_config(mode: str = ''):
   config.data.name = 'moving_shapes'
   config.data.two_objects = 0.3
   config.text.max_length = 32
-  config.model.levels = [
-    # Of few patches, so that each can see all those of all frames.
-    common.level(
-      16,
-      frames=FRAMES // 2,
-      kind='transformer',
-      channels=(128,),
-      num_blocks=(4,),
-      attention_layers=(0,),
-      frame_attention=(1,),
-      frame_attention_kind='joint',
-      num_heads=4,
-      temporal_dim=128,
-      patch_size=4,
-    ),
-    common.level(
-      64,
-      frames=FRAMES,
-      channels=(64, 64, 64),
-      num_blocks=(0, 0, 0),
-      attention_layers=(0, 0, 0),
-      frame_attention=(0, 0, 1),
-      frame_attention_kind='joint',
-      attention_ffn=False,
-      num_heads=2,
-      num_groups=8,
-      temporal_dim=128,
-      position_waves=2,
-      patch_size=4,
-    ),
-  ]
+  config.model.levels = _levels()
   # Muon takes steps of one size whatever the loss: the weight leaves those of
   # the 64 px level as they are, and keeps its gradients, of few clips, from
   # undoing what the 16 px level has learned.
@@ -103,3 +75,38 @@ def get_config(mode: str = ''):
   config.checkpoint_every = 200
   config.eval.update(loss_batches=2, batch_size=16, loss_every=300)
   return common.in_mode(config, mode)
+
+
+def _levels() -> list[ConfigDict]:
+  """Returns the 16 px transformer and, around it, the 64 px UNet."""
+  return [
+    # Of few patches, so that each can see all those of all frames.
+    common.level(
+      16,
+      frames=FRAMES // 2,
+      kind='transformer',
+      channels=(128,),
+      num_blocks=(4,),
+      attention_layers=(0,),
+      frame_attention=(1,),
+      frame_attention_kind='joint',
+      num_heads=4,
+      temporal_dim=128,
+      patch_size=4,
+    ),
+    common.level(
+      64,
+      frames=FRAMES,
+      channels=(64, 64, 64),
+      num_blocks=(0, 0, 0),
+      attention_layers=(0, 0, 0),
+      frame_attention=(0, 0, 1),
+      frame_attention_kind='joint',
+      attention_ffn=False,
+      num_heads=2,
+      num_groups=8,
+      temporal_dim=128,
+      position_waves=2,
+      patch_size=4,
+    ),
+  ]

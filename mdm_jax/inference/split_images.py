@@ -70,3 +70,30 @@ def read(
   if not found.images:
     raise ValueError('none of the images that were read can be decoded.')
   return found._replace(images=np.stack(found.images))
+
+
+def read_both(
+  stage: Stage, num_training: int, count: int
+) -> tuple[SplitImages, SplitImages]:
+  """The first training images and held-out ones, to look for copies.
+
+  Args:
+    stage: of the run.
+    num_training: most training images.
+    count: most held-out ones.
+
+  Raises:
+    ValueError: the stage has clips, or the data set has no validation split.
+    FileNotFoundError: a file of the data set is missing.
+  """
+  if len(stage.model.image_shapes[-1]) == 4:
+    raise ValueError(
+      f'{stage.title} has clips, not images: name a stage of images by --stage.'
+    )
+  if held_out_split(stage.config) == 'train':
+    raise ValueError(
+      'the data set has no validation split, so nothing tells whether the '
+      'model copies: train with one (prepare_data or index_tars with a larger '
+      '--validation_fraction, or data.validation_split of TFDS).'
+    )
+  return read(stage, 'train', num_training), read(stage, count=count)

@@ -56,7 +56,7 @@ _SEED = flag_types.define('seed', 0, value_types.SEED, 'Sample i has seed + i.')
 def main(_: list[str]) -> None:
   """Samples, finds neighbours, writes the image and the numbers."""
   # Slow to import, and not needed for --help.
-  from mdm_jax.inference import labelled_features
+  from mdm_jax.inference import labelled_features, split_images
   from mdm_jax.inference.pipeline import load
   from mdm_jax.report import console, grid
   from mdm_jax.runtime import compilation_cache
@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
     value_types.check_seeds('--seed', _SEED.value, count)
     labels = _LABELS.value and labelled_features.read_labels(_LABELS.value)
     model = load(run_flags.workdir(), **run_flags.weights())
-    training, held_out = read_images(
+    training, held_out = split_images.read_both(
       model.model.stage, _NUM_TRAINING.value, count
     )
     spaces = {'pixels': lambda images: images}
@@ -106,35 +106,6 @@ def main(_: list[str]) -> None:
   for name, value in found.items():
     logging.info('%s: %s', name, value)
   logging.info('Wrote %s and %s.', output, output.with_suffix('.json').name)
-
-
-def read_images(stage, num_training: int, count: int):
-  """Reads the training images and the held-out ones, as `SplitImages`.
-
-  Args:
-    stage: a `stage.Stage`.
-    num_training: training images at most.
-    count: held-out images at most.
-
-  Raises:
-    ValueError: the stage has clips, or the data set has no validation split.
-    FileNotFoundError: a file of the data set is missing.
-  """
-  from mdm_jax.builders.data import held_out_split
-  from mdm_jax.inference import split_images
-
-  if len(stage.model.image_shapes[-1]) == 4:
-    raise ValueError(
-      f'{stage.title} has clips, not images: name a stage of images by --stage.'
-    )
-  if held_out_split(stage.config) == 'train':
-    raise ValueError(
-      'the data set has no validation split, so nothing tells whether the '
-      'model copies: train with one (prepare_data or index_tars with a larger '
-      '--validation_fraction, or data.validation_split of TFDS).'
-    )
-  training = split_images.read(stage, 'train', num_training)
-  return training, split_images.read(stage, count=count)
 
 
 def _losses(model) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from configs import emoji_64, moving_shapes
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.data import tar_index
 from mdm_jax.inference import split_images
@@ -39,3 +40,19 @@ def test_records_are_requested_ahead(make_config, monkeypatch):
   found = split_images.read(make_stage(make_config(), 0), count=100)
   np.testing.assert_array_equal(found.images[:, 0, 0, 0], range(100))
   assert source.most == 32
+
+
+def test_a_stage_of_clips_is_refused():
+  config = moving_shapes.get_config('').lock()
+  training, held_out = split_images.read_both(make_stage(config, 0), 2, 1)
+  assert (len(training.images), len(held_out.images)) == (2, 1)
+  clips = make_stage(config, len(config.stages) - 1)
+  with pytest.raises(ValueError, match='^stage .* has clips, not images: name'):
+    split_images.read_both(clips, 2, 1)
+
+
+def test_a_data_set_without_validation_split_is_refused():
+  config = emoji_64.get_config('')
+  config.data.update(name='tfds:some', validation_split='')
+  with pytest.raises(ValueError, match='no validation split, so nothing tells'):
+    split_images.read_both(make_stage(config, 0), 2, 1)
