@@ -23,9 +23,9 @@ def get_config(mode: str = ''):
   config.data.two_objects = 0.3
   config.text.max_length = 32
   config.model.levels = _levels()
-  # Muon takes steps of one size whatever the loss: the weight leaves those of
-  # the 64 px level as they are, and keeps its gradients, of few clips, from
-  # undoing what the 16 px level has learned.
+  # Gradients of the 64 px level, of few clips, undo what the 16 px level has
+  # learned, unless its own weigh more. Muon's steps are of one size, so the
+  # 64 px level learns as before.
   both = {'loss_weights': (16.0, 1.0), 'learning_rate': 0.01}
   shared = {'warmup_steps': 50, 'shift_power': 2.0}
   config.stages = [
