@@ -529,7 +529,7 @@ def write_json(
   write_text(path, json.dumps(value, indent=2) + '\n', shared=shared)
 
 
-def require_same(
+def require_same_settings(
   path: epath.PathLike,
   settings: dict[str, Any],
   renamed: Mapping[str, str] = types.MappingProxyType({}),

@@ -193,7 +193,7 @@ def prepare(
   parts = inputs.find(
     [given] if isinstance(given, str) else given, options.caption_column
   )
-  files.require_same(
+  files.require_same_settings(
     partial / 'options.json',
     {
       'input': [part.identity() for part in parts],

@@ -268,7 +268,9 @@ def main(_) -> None:
     options.check()
     paths = tars.find(values.input)
     with directory_lock.holding(output):
-      files.require_same(output / _OPTIONS, dataclasses.asdict(options))
+      files.require_same_settings(
+        output / _OPTIONS, dataclasses.asdict(options)
+      )
       jobs = [(path, output / f'{tars.stem(path)}.tar') for path in paths]
       run_all(
         functools.partial(convert, options),
