@@ -128,7 +128,8 @@ run() {
   # Stores the exit code, from which `log` and `keep` know how training ended.
   main="$main & echo \$! > ../run.pid; wait \$!; echo \$? > ../run.status"
   on_workers "rm -f run.pid run.status; cd mdm_jax || exit; \
-nohup bash -c $(quoted "$main") > ../run.log 2>&1 < /dev/null &"
+{ nohup bash -c $(quoted "$main") > ../run.log 2>&1 < /dev/null & }; \
+until [ -s ../run.pid ]; do sleep 1; done"
 }
 
 log() {
@@ -153,8 +154,10 @@ keep() {
       FAILED | SUSPENDED) begin=(delete create copy install run) ;;
       '') begin=(create copy install run) ;;
       ACTIVE)
+        # The status is written a moment after training has ended.
         status=$(tpu tpu-vm ssh "$NAME" --command="\
-cat run.status 2> /dev/null || { $RUNS && echo runs; } || echo idle") ||
+cat run.status 2> /dev/null || { $RUNS && echo runs; } || \
+{ sleep 1; cat run.status 2> /dev/null; } || echo idle") ||
           status=unknown
         case ${status##*$'\n'} in
           [0-9]*) return "${status##*$'\n'}" ;;
