@@ -100,6 +100,22 @@ def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
   )
 
 
+def rotary_heads(
+  x: jax.Array, num_heads: int, angles: np.ndarray, name: str
+) -> jax.Array:
+  """Normalises queries or keys per head, and turns them, in float32.
+
+  Args:
+    x: [B, N, heads * D].
+    num_heads: of x.
+    angles: [N, D/2] in radians.
+    name: of the RMSNorm, a submodule of the module that calls this.
+  """
+  heads = x.reshape(*x.shape[:2], num_heads, -1)
+  norm = nn.RMSNorm(epsilon=EPSILON, dtype=jnp.float32, name=name)
+  return rotate(norm(heads), angles).reshape(x.shape).astype(x.dtype)
+
+
 def rotary_angles(
   grid: tuple[int, int], head_size: int, others: int = 0
 ) -> np.ndarray:
@@ -229,28 +245,25 @@ class FrameAttention(nn.Module):
       angles = np.tile(places, (self.frames, 1))
       angles = np.concatenate([waves(size // 4), angles], axis=1)
 
-    def norm(name, x, dtype=self.dtype):
-      return nn.RMSNorm(epsilon=EPSILON, dtype=dtype, name=name)(x)
-
     # [B * T, H, W, D] -> [B * H * W, T, D], or [B, T * H * W, D]
     def clips(x):
       x = x.reshape(-1, self.frames, count, x.shape[-1])
       x = x if self.joint else x.swapaxes(1, 2)
       return x.reshape(-1, len(angles), x.shape[-1])
 
-    def placed(name, x):
-      x = norm(name, x.reshape(*x.shape[:2], self.num_heads, size), jnp.float32)
-      return rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
-
     dense = functools.partial(dense_layer, dtype=self.dtype, use_bias=False)
     # Rotations tell how far apart two frames are, but not which is which: what
     # moves left is further left the later it is.
     times = waves(channels // 2)
     times = np.concatenate([np.sin(times), np.cos(times)], axis=-1)
-    h = clips(norm('norm', x)) + times.astype(self.dtype)
+    norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name='norm')
+    h = clips(norm(x)) + times.astype(self.dtype)
     qkv = dense(3 * channels, 'qkv')(h)
     query, key, value = jnp.split(qkv, 3, axis=-1)
-    query, key = placed('q_norm', query), placed('k_norm', key)
+    query, key = (
+      rotary_heads(each, self.num_heads, angles, f'{name}_norm')
+      for name, each in (('q', query), ('k', key))
+    )
     flash = self.joint and self.flash
     h = attend(query, key, value, self.num_heads, flash=flash)
     if not self.joint:

@@ -72,29 +72,24 @@ class Block(nn.Module):
       layers.dense_layer, dtype=self.dtype, use_bias=False
     )
 
-    def heads(x):
-      return x.reshape(*x.shape[:2], self.num_heads, -1)
-
     def keys_and_values():
       key, value = jnp.split(
         dense(2 * width, 'text_kv')(norm(name='norm_text')(text)), 2, axis=-1
       )
-      return norm(name='text_k_norm')(heads(key)).reshape(key.shape), value
+      heads = key.reshape(*key.shape[:2], self.num_heads, -1)
+      return norm(name='text_k_norm')(heads).reshape(key.shape), value
 
     angles = attention.rotary_angles(
       self.grid, width // self.num_heads, count - math.prod(self.grid)
     )
 
-    def placed(name, x):
-      x = norm(name=name, dtype=jnp.float32)(heads(x))
-      return (
-        attention.rotate(x, angles).reshape(*x.shape[:2], -1).astype(self.dtype)
-      )
-
     query, key, value = jnp.split(
       dense(3 * width, 'qkv')(norm(name='norm')(x)), 3, axis=-1
     )
-    query, key = placed('q_norm', query), placed('k_norm', key)
+    query, key = (
+      attention.rotary_heads(each, self.num_heads, angles, f'{name}_norm')
+      for name, each in (('q', query), ('k', key))
+    )
     text_key, text_value = (
       attention.per_frame(each, batch)
       for each in layers.once(self, 'text_kv', keys_and_values)
