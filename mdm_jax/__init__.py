@@ -11,6 +11,9 @@ def load(
   sigma_rel=None,
   spatial=1,
   any_prompt=True,
+  text_path=None,
+  tokenizer=None,
+  data_path=None,
 ):
   """Loads a trained model, to sample from it and to measure it.
 
@@ -31,6 +34,8 @@ def load(
     any_prompt: whether prompts are any texts. With False, a model that was
       trained on precomputed text features needs no T5, and can only be
       evaluated.
+    text_path, tokenizer, data_path: where the T5, the tokenizer and the data
+      set are, if they have moved since training.
 
   Returns:
     An `mdm_jax.inference.pipeline.Pipeline`, with the methods `sample` and
@@ -51,4 +56,7 @@ def load(
     sigma_rel=sigma_rel,
     spatial=spatial,
     any_prompt=any_prompt,
+    text_path=text_path,
+    tokenizer=tokenizer,
+    data_path=data_path,
   )

@@ -170,7 +170,7 @@ def main(_: list[str]) -> None:
         found.append_to(output)
     else:
       value_types.check_outputs(epath.Path(workdir) / 'eval')
-      model = pipeline.load(workdir, any_prompt=False, **run_flags.weights())
+      model = pipeline.load(workdir, any_prompt=False, **run_flags.model())
       output = output or model.evaluations
       found = model.evaluate(
         loss_batches=_LOSS_BATCHES.value,

@@ -113,7 +113,7 @@ def main(_: list[str]) -> None:
     output = _output(run_flags.workdir())
     value_types.check_outputs(output)
     model = load(
-      run_flags.workdir(), spatial=_SPATIAL.value, **run_flags.weights()
+      run_flags.workdir(), spatial=_SPATIAL.value, **run_flags.model()
     )
     _check_mp4(model.model.stage)
     request = model.request(

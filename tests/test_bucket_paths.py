@@ -196,6 +196,33 @@ def try_load(tries, run):
   tries.note('load', 'output')
 
 
+def try_moved(
+  tries, make_config, random_params, bucket, t5_directory, tmp_path
+):
+  # A run on T5, whose files are elsewhere now.
+  config = make_config()
+  config.stages, config.model.levels = (
+    config.stages[:1],
+    config.model.levels[:1],
+  )
+  config.text.update(encoder='t5', path=str(t5_directory.path))
+  (stage,) = config.stages
+  params = random_params(make_model(config, stage), config.text.max_length)
+  config.text.update(path='/gone', tokenizer='/gone.model')
+  toy.save_run(tmp_path / 'run', config, 0, stage.steps, params)
+  tokenizer = pathlib.Path(CAPTIONS_MODEL).read_bytes()
+  moved = tries.upload(tokenizer=tokenizer) | {
+    'text_path': upload(bucket, t5_directory.path, 't5'),
+    'data_path': tries.path,
+  }
+  with pytest.raises(ValueError, match='--text_path=DIR'):
+    mdm_jax.load(tmp_path / 'run')
+  model = mdm_jax.load(tmp_path / 'run', **moved)
+  assert model.sample(PROMPT, steps=1)[0].size == (8, 8)
+  for command, flags in TRIED.items():
+    tries.note(command, *(name for name in flags if name in moved))
+
+
 def try_demo(tries, run):
   given = tries.upload(password_file=b'ann:short\n')
   result = tries('demo', workdir=run, code=1, **given)
@@ -475,6 +502,8 @@ def try_compilation_cache(tries, run):
   assert [name for name in tries.files() if name.startswith('xla/jit_')]
 
 
+# Of all that use a trained model, read by the same lines.
+_MOVED = dict.fromkeys(('text_path', 'tokenizer', 'data_path'), try_moved)
 TRIED = {
   'main': {
     'config': try_training,
@@ -491,6 +520,7 @@ TRIED = {
     'output': try_sample,
     'guide': try_sample,
     'JAX_COMPILATION_CACHE_DIR': try_compilation_cache,
+    **_MOVED,
   },
   'evaluate': {
     'workdir': try_evaluate,
@@ -501,10 +531,16 @@ TRIED = {
     'inception': try_folders,
     'i3d': try_folders,
     'cache': try_folders,
+    **_MOVED,
   },
-  'demo': {'workdir': try_demo, 'password_file': try_demo},
+  'demo': {'workdir': try_demo, 'password_file': try_demo, **_MOVED},
   # mdm_jax.load, and the methods of what it returns.
-  'load': {'workdir': try_load, 'guide': try_load, 'output': try_load},
+  'load': {
+    'workdir': try_load,
+    'guide': try_load,
+    'output': try_load,
+    **_MOVED,
+  },
   'tools.bench': {
     'config': try_bench,
     'output': try_bench,
@@ -524,7 +560,11 @@ TRIED = {
     'output': try_compare,
     'plot': try_compare,
   },
-  'tools.compare_with_data': {'workdir': try_compare, 'output': try_compare},
+  'tools.compare_with_data': {
+    'workdir': try_compare,
+    'output': try_compare,
+    **_MOVED,
+  },
   'tools.emoji_tars': {
     'animated': try_emoji,
     'emojibase': try_emoji,
@@ -543,6 +583,7 @@ TRIED = {
     'workdir': try_compare,
     'output': try_compare,
     'labels': try_compare,
+    **_MOVED,
   },
   'tools.plan': {'config': try_plan, 'cache': try_plan},
   'tools.precompute_text': {'config': try_training},
@@ -564,7 +605,9 @@ TRIED = {
   },
 }
 # What can't be in a bucket, with the reason.
-REFUSED = {}
+REFUSED = {
+  'tools.train_tokenizer': {'data_path': 'ArrayRecord files need a disk'}
+}
 TRIES = sorted(
   {each for flags in TRIED.values() for each in flags.values()},
   key=lambda each: each.__name__,

@@ -115,7 +115,8 @@ def _check_text(config: ConfigDict) -> None:
     wrong = f'={text.path!r} is no directory' if text.path else ' is empty'
     raise ValueError(
       f'text.path{wrong}: name the directory of a T5 encoder, downloaded '
-      'from google/flan-t5-xl for example, --config.text.path=DIR.'
+      'from google/flan-t5-xl for example, --config.text.path=DIR, or of a '
+      'trained run --text_path=DIR.'
     )
   if text.encoder == 'learned' and text.width % 2:
     raise ValueError(f'text.width={text.width}: give an even number.')

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -39,11 +38,14 @@ _COSTLESS = (
   'text.class_names',
   'watchdog.',
 )
+# Keys that say where files are, whose content is compared instead.
+_PLACES = ('data.path:', 'data.image_path:', 'text.path:', 'text.tokenizer:')
 # Keys that may change when a run continues. None of them changes what is
 # learned, but for the guard's: a run that it has stopped could not go on
 # without a change.
 _MAY_CHANGE = (
   *_COSTLESS,
+  *_PLACES,
   'mesh.',
   'sharding_rules',
   'sampler.',
@@ -53,10 +55,8 @@ _MAY_CHANGE = (
   'model.levels.remat',
   'model.levels.lanes',
 )
-# Of those keys, the ones that the metrics of a run depend on, and keys that say
-# where its files are.
+# Of those keys, the ones that the metrics of a run depend on.
 _MEASURED = ('log_every:', 'sampler.', 'eval.', 'guard.')
-_PLACES = ('data.path:', 'data.image_path:', 'text.path:', 'text.tokenizer:')
 
 
 class Renamed(NamedTuple):
@@ -316,9 +316,6 @@ def changes_of_run(
   """
   path = epath.Path(workdir) / _FILE
   old, added = _read(path)
-  # TFDS replaced '~' when this package did not.
-  if isinstance(data := old.get('data'), dict) and 'path' in data:
-    old['data'] = data | {'path': os.path.expanduser(str(data['path']))}
   begun = [key for key in _MAY_BEGIN if key in added]
   free = (*_MAY_CHANGE, *(f'{key}:' for key in (*may_change, *begun)))
   return {
@@ -338,9 +335,7 @@ def has_config_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
   for key, value in _ADDED.items():
     _add(old, key.split('.'), value)
   free = tuple(
-    key
-    for key in (*_MAY_CHANGE, *_PLACES)
-    if not f'{key}:'.startswith(_MEASURED)
+    key for key in _MAY_CHANGE if not f'{key}:'.startswith(_MEASURED)
   )
   return all(
     re.sub(r'\[\d+\]', '', line).startswith(free)

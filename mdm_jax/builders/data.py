@@ -7,7 +7,7 @@ import functools
 from ml_collections import ConfigDict
 
 from mdm_jax import mixed_batch
-from mdm_jax.builders.text import make_tokenizer
+from mdm_jax.builders.text import make_tokenizer, text_fingerprint
 from mdm_jax.data import (
   moving_shapes,
   pipeline,
@@ -309,6 +309,8 @@ def data_fingerprint(config: ConfigDict) -> dict[str, str]:
     'tokenizer': make_tokenizer(config).fingerprint(),
     **pipeline.package_versions(),
   }
+  if config.text.encoder == 't5':
+    found['text_encoder'] = text_fingerprint(config)['encoder']
   if config.data.name not in DRAWN:
     source = make_source(config, 'train', 0)
     found |= {'records': str(len(source)), 'files': source.fingerprint()}

@@ -67,6 +67,18 @@ def encode_prompts(config: ConfigDict, captions: list[str]) -> np.ndarray:
   return np.stack(list(map(tokenizer.encode, captions)))
 
 
+def known_words(config: ConfigDict) -> frozenset[str]:
+  """The words of all captions that the text encoder was trained on.
+
+  Empty where they are not known: of T5, of class labels, and where the shipped
+  tokenizer, which was trained on captions of shapes, reads others.
+  """
+  is_own = config.text.tokenizer or config.data.name in DRAWN
+  if config.text.encoder != 'learned' or not is_own:
+    return frozenset()
+  return make_tokenizer(config).known_words or frozenset()
+
+
 def unknown_words(config: ConfigDict, prompts: Sequence[str]) -> str:
   """Says which words of prompts the tokenizer's training never saw.
 
@@ -79,19 +91,18 @@ def unknown_words(config: ConfigDict, prompts: Sequence[str]) -> str:
 
   Returns:
     A sentence without a full stop, with the words that are known; '' if there
-    is nothing to say: T5 and class labels know no other words than theirs.
+    is nothing to say.
   """
-  if config.text.encoder != 'learned':
+  known = sorted(known_words(config))
+  if not known:
     return ''
-  tokenizer = make_tokenizer(config)
-  found = tokenizer.unknown_words(prompts)
+  found = make_tokenizer(config).unknown_words(prompts)
   if not found:
     return ''
   shown = ', '.join(f'"{word:.30}"' for word in found[:_SHOWN_WORDS])
   more = len(found) - _SHOWN_WORDS
   if more > 0:
     shown += f' and {more:,} more'
-  known = sorted(tokenizer.known_words)
   text = f'words that training never saw: {shown}; '
   if len(known) <= _MANY_WORDS:
     return text + f'it knows {", ".join(known)}'

@@ -52,11 +52,17 @@ def load(
   sigma_rel: float | None = None,
   spatial: int = 1,
   any_prompt: bool = True,
+  text_path: str | os.PathLike | None = None,
+  tokenizer: str | os.PathLike | None = None,
+  data_path: str | os.PathLike | None = None,
 ) -> 'Pipeline':
   """Loads a trained model, see `mdm_jax.load`."""
   session = open_run(
     _directory('workdir', workdir),
     any_prompt=any_prompt,
+    text_path=text_path and os.fspath(text_path),
+    tokenizer=tokenizer and os.fspath(tokenizer),
+    data_path=data_path and os.fspath(data_path),
     spatial=spatial,
     stage=stage,
     best=best,

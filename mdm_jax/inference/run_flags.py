@@ -68,6 +68,24 @@ _SIGMA_REL = flag_types.define(
   'Use a post-hoc EMA of this width, if training has saved snapshots: see '
   "docs/post_hoc_ema.md. Default: the EMA with the optimizer's decay.",
 )
+_TEXT_PATH = flag_types.define(
+  'text_path',
+  None,
+  ranges.KEYS['text.path'],
+  'Directory of the T5, if it has moved since training.',
+)
+_TOKENIZER = flag_types.define(
+  'tokenizer',
+  None,
+  ranges.KEYS['text.tokenizer'],
+  'File of the tokenizer, if it has moved since training.',
+)
+_DATA_PATH = flag_types.define(
+  'data_path',
+  None,
+  ranges.KEYS['data.path'],
+  'Where the data set is, if it has moved since training.',
+)
 _BEST = flags.DEFINE_boolean(
   'best', False, 'Use the EMA that was best by eval.best_metric.'
 )
@@ -83,9 +101,15 @@ def batch_size() -> int | None:
   return _BATCH_SIZE.value
 
 
-def weights() -> dict[str, Any]:
-  """Which weights to load, for `pipeline.load` and `session.open_run`."""
+def model() -> dict[str, Any]:
+  """Which weights to load, and where files are that have moved.
+
+  For `pipeline.load` and `session.open_run`.
+  """
   return {
+    'text_path': _TEXT_PATH.value,
+    'tokenizer': _TOKENIZER.value,
+    'data_path': _DATA_PATH.value,
     'stage': _STAGE.value,
     'sigma_rel': _SIGMA_REL.value,
     'best': _BEST.value,
@@ -115,5 +139,5 @@ def options() -> dict[str, Any]:
       'level_offset': _LEVEL_OFFSET.value,
     },
     'evaluation': {'batch_size': _BATCH_SIZE.value},
-    **weights(),
+    **model(),
   }

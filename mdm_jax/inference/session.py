@@ -86,7 +86,7 @@ class Model:
       ValueError: an option is wrong.
     """
     config = self.stage.config.copy_and_resolve_references()
-    _change(config, sampler, evaluation)
+    _change(config, sampler=sampler, eval=evaluation)
     config.eval.batch_size = sharding.round_up(
       config.eval.batch_size, self.mesh
     )
@@ -206,6 +206,9 @@ def open_run(
   any_prompt: bool = False,
   sampler: Mapping[str, Any] | None = None,
   evaluation: Mapping[str, Any] | None = None,
+  text_path: str | None = None,
+  tokenizer: str | None = None,
+  data_path: str | None = None,
   spatial: int = 1,
   stage: str | None = None,
   sigma_rel: float | None = None,
@@ -223,6 +226,8 @@ def open_run(
       features then loads the T5.
     sampler: keys of `config.sampler` to change; None leaves a value as it is.
     evaluation: keys of `config.eval` to change; None leaves a value as it is.
+    text_path, tokenizer, data_path: where the T5, the tokenizer and the data
+      set are, if they have moved since training.
     spatial: devices that share the rows of each image.
     stage, sigma_rel, best: which weights to restore, see `restore_weights`.
 
@@ -236,7 +241,13 @@ def open_run(
     with naming(f'sigma_rel={sigma_rel!r}'):
       sigma_rel = ranges.SIGMA_REL.check(sigma_rel)
   config = _read(workdir, any_prompt)
-  _change(config, sampler, evaluation)
+  _change(
+    config,
+    sampler=sampler,
+    eval=evaluation,
+    text={'path': text_path, 'tokenizer': tokenizer},
+    data={'path': data_path},
+  )
   config.mesh.update(data=-1, fsdp=1, spatial=spatial)
   cpu.use_cores(parts_of_batches(config))
   mesh = sharding.make_mesh(config.mesh)
@@ -276,17 +287,13 @@ def require_generative(
   )
 
 
-def _change(
-  config: ConfigDict,
-  sampler: Mapping[str, Any] | None,
-  evaluation: Mapping[str, Any] | None,
-) -> None:
-  """Changes keys of two sections; None leaves a value as it is.
+def _change(config: ConfigDict, **sections: Mapping[str, Any] | None) -> None:
+  """Changes keys of sections; None leaves a value as it is.
 
   Raises:
     ValueError: a value is wrong.
   """
-  for section, changes in (('sampler', sampler), ('eval', evaluation)):
+  for section, changes in sections.items():
     for key, value in (changes or {}).items():
       if value is not None:
         with naming(f'{section}.{key}={value!r}'):

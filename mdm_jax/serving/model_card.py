@@ -17,6 +17,7 @@ from mdm_jax.builders.model import resolutions
 from mdm_jax.builders.prompts import (
   chance_accuracy,
   is_moving,
+  known_words,
   make_prompts,
 )
 from mdm_jax.builders.text import make_tokenizer
@@ -126,13 +127,8 @@ def _shapes_words() -> dict[str, tuple[str, ...]]:
 
 
 def _known_words(config: ConfigDict) -> tuple[dict, str]:
-  """The words that the tokenizer was trained on, and a note if they are many.
-
-  T5 knows all words, and lists none.
-  """
-  if config.text.encoder != 'learned':
-    return {}, ''
-  known = sorted(make_tokenizer(config).known_words or ())
+  """The words that the text encoder knows, or a note if they are many."""
+  known = sorted(known_words(config))
   if len(known) > _NUM_NAMES:
     return {}, (
       f'Its captions had {len(known):,} different words. Others mean nothing '

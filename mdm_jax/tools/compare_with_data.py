@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
   compilation_cache.enable()
   try:
     value_types.check_seeds('--seed', _SEED.value, _NUM_IMAGES.value)
-    model = load(run_flags.workdir(), **run_flags.weights())
+    model = load(run_flags.workdir(), **run_flags.model())
     data = split_images.read(model.model.stage, _SPLIT.value, _NUM_IMAGES.value)
     samples = model.sample(
       data.prompts,

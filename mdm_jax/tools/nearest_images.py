@@ -68,7 +68,7 @@ def main(_: list[str]) -> None:
   try:
     value_types.check_seeds('--seed', _SEED.value, count)
     labels = _LABELS.value and labelled_features.read_labels(_LABELS.value)
-    model = load(run_flags.workdir(), **run_flags.weights())
+    model = load(run_flags.workdir(), **run_flags.model())
     training, held_out = split_images.read_both(
       model.model.stage, _NUM_TRAINING.value, count
     )

@@ -4,10 +4,11 @@
 
 `mdm_jax/data/captions.model` was made by this command, and
 `moving_captions.model` with `--data=moving_shapes --vocab_size=560`.
-`--captions=FILE` (one caption per line) trains on other captions. Captions and
-prompts are read without case. Any text can be encoded: words that are not in
-the vocabulary are split into bytes. The file also has the words of the
-captions, so that others can be named in a warning.
+`--data_path=DIR`, a data set that `prepare_data` wrote, trains on the captions
+of its training images, `--captions=FILE` on those of a file, one per line.
+Captions and prompts are read without case. Any text can be encoded: words that
+are not in the vocabulary are split into bytes. The file also has the words of
+the captions, so that others can be named in a warning.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,9 @@ from etils import epath
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from mdm_jax.data import moving_shapes, shapes
+from mdm_jax.data import moving_shapes, shapes, sources
 from mdm_jax.data.lines import read_entries
+from mdm_jax.data.pipeline import usable_records
 from mdm_jax.data.text import with_words, words_of
 from mdm_jax.runtime import (
   command,
@@ -42,13 +44,19 @@ _CAPTIONS = flag_types.define(
   'captions',
   None,
   value_types.Path('text'),
-  'Text file with one caption per line; by default, those of --data.',
+  'Text file with one caption per line, which are used instead of --data.',
+)
+_DATA_PATH = flag_types.define(
+  'data_path',
+  None,
+  value_types.Path('directory', schemes=()),
+  'Data set that prepare_data wrote, whose captions are used instead.',
 )
 _DATA = flag_types.define(
   'data',
   'shapes',
   value_types.Choice(('shapes', 'moving_shapes')),
-  'Procedural data set whose captions are used without --captions.',
+  'Procedural data set whose captions are used.',
 )
 _VOCAB_SIZE = flag_types.integer(
   'vocab_size',
@@ -72,6 +80,21 @@ def shapes_captions(
   if moving:
     source = moving_shapes.MovingShapesSource(0, 'train', count, 64, frames=1)
   return (source.scene(index)[1] for index in range(count))
+
+
+def _captions() -> Iterable[str]:
+  if _CAPTIONS.value and _DATA_PATH.value:
+    raise ValueError('give either --captions or --data_path.')
+  if _CAPTIONS.value:
+    captions = read_entries(_CAPTIONS.value)
+    if not captions:
+      raise ValueError(f'{_CAPTIONS.value} has no captions: give one a line.')
+    return captions
+  if _DATA_PATH.value:
+    source = sources.open_source(_DATA_PATH.value, 'train')
+    records = usable_records(source, range(len(source)))
+    return (text for record in records for text in record['captions'])
+  return shapes_captions(moving=_DATA.value == 'moving_shapes')
 
 
 def train(captions: Iterable[str], vocab_size: int) -> bytes:
@@ -138,12 +161,7 @@ def _case_folding() -> str:
 def main(_: list[str]) -> None:
   """Trains and writes one model."""
   try:
-    captions = shapes_captions(moving=_DATA.value == 'moving_shapes')
-    if _CAPTIONS.value:
-      captions = read_entries(_CAPTIONS.value)
-    if not captions:
-      raise ValueError(f'{_CAPTIONS.value} has no captions: give one a line.')
-    model = train(captions, _VOCAB_SIZE.value)
+    model = train(_captions(), _VOCAB_SIZE.value)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   except RuntimeError as error:

@@ -98,6 +98,8 @@ def _check_data(
     # They are drawn without it, and installing Gradio for the demo replaces it.
     old.pop('Pillow', None)
     new.pop('Pillow', None)
+  if 'text_encoder' not in old:  # A checkpoint of an earlier version.
+    new.pop('text_encoder', None)
   if changes := differences(old, new):
     message = (
       'The data are not those of the last checkpoint ('

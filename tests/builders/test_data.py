@@ -1,11 +1,15 @@
 """Batches and prompts of a configuration."""
 
+import shutil
+
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from mdm_jax.builders.data import (
   batch_keys,
   current_name,
+  data_fingerprint,
   held_out_split,
   loss_names,
   make_dataset,
@@ -33,6 +37,21 @@ def config(make_config, flowers):
 def test_other_splits_of_a_tfds_data_set_are_refused(config):
   with pytest.raises(ValueError, match="splits train and validation.*'test'"):
     make_source(config, 'test', 8)
+
+
+def test_t5_may_move_but_not_change(make_config, t5_directory, tmp_path):
+  config = make_config()
+  config.text.update(encoder='t5', path=str(t5_directory.path))
+  before = data_fingerprint(config)
+  config.text.path = str(shutil.copytree(t5_directory.path, tmp_path / 't5'))
+  assert data_fingerprint(config) == before
+  file = tmp_path / 't5' / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(file)
+  tensors['shared.weight'] = tensors['shared.weight'] + 1
+  safetensors.numpy.save_file(tensors, file)
+  changed = data_fingerprint(config)
+  assert changed.pop('text_encoder') != before.pop('text_encoder')
+  assert changed == before
 
 
 def one_batch(config, resolutions, batch_sizes, split='train'):

@@ -51,6 +51,10 @@ def test_unknown_words_are_named_with_what_is_known(make_config, tmp_path):
   assert known == sorted(known) and {'a', 'purple', 'yellow'} < {*known}
   assert ' and 4 more; ' in unknown_words(config, ['q w e r t y u i o'])
 
+  # The shipped tokenizer says nothing of other captions.
+  config.data.name = 'captioned_images'
+  assert unknown_words(config, ['a purpl']) == ''
+
   # Of many words those that are near.
   words = [f'word{i}' for i in range(300)] + ['purple', 'elephant', 'elephants']
   path = tmp_path / 'many.model'

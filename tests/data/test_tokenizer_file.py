@@ -1,11 +1,15 @@
 """A tokenizer's file may be anything: it is read, or refused in one line."""
 
+import functools
 import pathlib
 
+import numpy as np
+from PIL import Image
 import pytest
 
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
 from mdm_jax.tools import train_tokenizer
+from mdm_jax.tools.conversion import Options, prepare
 from tests import commands, fuzzing
 
 MODEL = pathlib.Path(CAPTIONS_MODEL).read_bytes()
@@ -73,3 +77,33 @@ def test_other_line_separators_stay_in_a_caption(tmp_path):
   )
   model = train_tokenizer.train(['a\u2028b\x85c'] * 9, 280)
   assert (tmp_path / 'x.model').read_bytes() == model
+
+
+def test_captions_of_a_prepared_data_set(tmp_path):
+  (tmp_path / 'images').mkdir()
+  for i in range(9):
+    image = np.full((16, 16, 3), i, np.uint8)
+    Image.fromarray(image).save(tmp_path / f'images/{i}.png')
+    (tmp_path / f'images/{i}.txt').write_text(f'a cat on sofa {i}')
+  data, model = tmp_path / 'data', tmp_path / 'x.model'
+  prepare(str(tmp_path / 'images'), str(data), Options(validation_fraction=0.0))
+  run = functools.partial(
+    commands.run,
+    'mdm_jax.tools.train_tokenizer',
+    f'--output={model}',
+    '--vocab_size=280',
+  )
+  assert run(f'--data_path={data}').returncode == 0
+  assert Tokenizer(str(model), 8).known_words == {
+    *('a', 'cat', 'on', 'sofa'),
+    *map(str, range(9)),
+  }
+  for flags, message in (
+    ([f'--data_path={tmp_path}/images'], 'There is no prepared data set in'),
+    (
+      [f'--data_path={data}', f'--captions={tmp_path}/images/0.txt'],
+      'give either --captions or --data_path.',
+    ),
+  ):
+    (line,) = run(*flags).stderr.splitlines()
+    assert line.startswith('error: ') and message in line

@@ -117,8 +117,8 @@ def test_captions_of_images(make_card, tmp_path):
   (found,) = card.examples.values()
   assert sorted(found) == ['a cat on a mat', 'a dog']
   assert card.facts['Data'] == 'your own images (cats)'
-  # Those that the tokenizer was trained on.
-  assert {'circle', 'navy'} < {*card.words['Words']} and not card.note
+  # The shipped tokenizer was trained on other captions.
+  assert not card.words and not card.note
   path = tmp_path / 'many.model'
   words = ' '.join(f'word{i}' for i in range(300))
   path.write_bytes(train_tokenizer.train([words] * 3, 400))

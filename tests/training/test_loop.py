@@ -522,6 +522,10 @@ def test_every_key_but_those_named_must_stay(tmp_path):
     'data.may_change',
     'data.max_pixels',
     'text.class_names',
+    'data.path',
+    'data.image_path',
+    'text.path',
+    'text.tokenizer',
   }
   assert {name for name in allowed if name.startswith(('model', 'stages'))} == {
     f'{name}[{i}].{key}'
@@ -897,11 +901,17 @@ def test_another_data_set_is_refused(images, tmp_path):
   assert not any('held_out_loss_8' in line for line in lines)
 
 
-def test_shapes_are_the_same_with_another_pillow():
+def test_data_that_differ_from_those_of_the_checkpoint():
   config = common.get_config()
   stage = types.SimpleNamespace(config=config)
   old, new = ({'tokenizer': 'a', 'Pillow': x} for x in ('13.0.0', '12.3.0'))
   initial_state._check_data(stage, old, new)
+  # Earlier versions did not note the text encoder.
+  initial_state._check_data(stage, old, new | {'text_encoder': 'a'})
+  with pytest.raises(DataError, match='text_encoder'):
+    initial_state._check_data(
+      stage, old | {'text_encoder': 'b'}, new | {'text_encoder': 'a'}
+    )
   with pytest.raises(DataError, match='tokenizer'):
     initial_state._check_data(stage, old, new | {'tokenizer': 'b'})
   config.data.name = 'captioned_images'
