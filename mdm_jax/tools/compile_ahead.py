@@ -389,9 +389,9 @@ def measure(
   """
   chip, devices = find_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  # The path of T5's config file does not change the program.
+  # Where a T5 is does not change the program, but its architecture does.
   key = json.loads(config.to_json())
-  key['text']['path'] = ''
+  key['text']['path'] = repr(make_text_encoder(config))
   level = jax.config.jax_optimization_level
   with target.planning('gpu' if chip.kind.startswith('NVIDIA') else 'tpu'):
     *_, stage = check_stages(config, mesh)

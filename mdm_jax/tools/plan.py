@@ -80,30 +80,24 @@ def report(
 
   Returns:
     Rows of two texts, and at most so many images/s; None if the step does not
-    fit into memory.
+    fit into memory, which a GPU's compiler does not refuse.
   """
 
   def gib(size):
     return f'{size / _GIB:.2f} GiB'
 
-  if 'needed' in measured:
-    needed = measured['needed']
-    return [
-      [
-        'fits',
-        f'no: {needed:.2f} of {chip.memory} GiB, '
-        f'{needed - chip.memory:.2f} too much',
-      ]
-    ], None
-  left = chip.memory - measured['memory'] / _GIB
+  used = measured.get('needed') or measured['memory'] / _GIB
+  left = chip.memory - used
+  fits = 'needed' not in measured and left >= 0
   rows = [
     [
       'fits',
-      f'{"yes" if left >= 0 else "no"}: '
-      f'{measured["memory"] / _GIB:.2f} of {chip.memory} GiB, '
-      f'{left:.2f} left',
+      f'{"yes" if fits else "no"}: {used:.2f} of {chip.memory} GiB, '
+      + (f'{left:.2f} left' if fits else f'{-left:.2f} too much'),
     ]
   ]
+  if 'needed' in measured:
+    return rows, None
   rows += [
     [f'memory: {kind}', gib(size)]
     for kind, size in measured['state'].items()
@@ -129,15 +123,17 @@ def report(
   ]
   parts = roofline(measured, chip)
   seconds = max(parts.values())
-  rows += [
+  rows.append(
     [
       'roofline',
       f'{seconds * 1e3:.0f} ms ('
       + ', '.join(f'{name} {part * 1e3:.0f}' for name, part in parts.items())
       + ')',
-    ],
-    ['images/s', f'at most {images / seconds:.1f}'],
-  ]
+    ]
+  )
+  if not fits:
+    return rows, None
+  rows.append(['images/s', f'at most {images / seconds:.1f}'])
   return rows, images / seconds
 
 
@@ -202,7 +198,7 @@ def plan(
       )
     )
     print('\n'.join(notes), flush=True)
-  if len(hours) > 1:
+  if len(hours) == len(stages) > 1:
     print(f'All {len(hours)} stages: {_price(sum(hours), price)}')
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,18 @@ def test_report_of_what_does_not_fit():
   rows, rate = plan.report({'needed': 17.5, 'seconds': 1}, CHIP, 32, 16)
   assert rows == [['fits', 'no: 17.50 of 16.0 GiB, 1.50 too much']]
   assert rate is None
+  # A GPU's compiler measures it all the same.
+  measured = {
+    'state': {},
+    'memory': 20 * 2**30,
+    'activations': 2**30,
+    'flops': 20e12,
+    'bytes': 500e9,
+    'collectives': {},
+  }
+  rows, rate = plan.report(measured, CHIP, 64, 16)
+  assert rows[0] == ['fits', 'no: 20.00 of 16.0 GiB, 4.00 too much']
+  assert rate is None and rows[-1][0] == 'roofline'
 
 
 def test_report():
@@ -233,6 +246,32 @@ def test_plan_compiles_once(
     jax.config.update('jax_optimization_level', 'UNKNOWN')
 
 
+def test_sizes_of_a_t5_are_measured_apart(
+  config, slice_of_cpus, tmp_path, t5_directory, monkeypatch
+):
+  monkeypatch.setattr(
+    compile_ahead,
+    '_measure',
+    lambda stage, *_: (
+      measured.append(stage.model.text_encoder.spec.num_layers)
+      or {'layers': measured[-1]}
+    ),
+  )
+  found, measured = [], []
+  layers = t5_directory.config['num_layers']
+  for name, more in (('a', 0), ('b', 1), ('c', 0)):
+    path = tmp_path / name
+    shutil.copytree(t5_directory.path, path)
+    changed = t5_directory.config | {'num_layers': layers + more}
+    (path / 'config.json').write_text(json.dumps(changed))
+    config.text.update(encoder='t5', path=str(path))
+    found.append(
+      compile_ahead.measure(config, '', 'train', tmp_path / 'cache')['layers']
+    )
+  assert found == [layers, layers + 1, layers]
+  assert measured == [layers, layers + 1]  # Not again where it has moved.
+
+
 def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
   plan.plan(config, 'v5e:2x4', [0], None, 'sample', None, tmp_path)
   out = capsys.readouterr().out
@@ -308,6 +347,29 @@ def test_search_recommends_the_fastest_that_fits(
     'Best: --config.mesh.fsdp=1 remat=block --batch_per_chip=4'
   )
   assert sum('too much' in line for line in out) == 6
+
+
+def test_chip_hours_are_of_what_fits(
+  config, slice_of_cpus, tmp_path, capsys, monkeypatch
+):
+  def measure(config, topology, step, directory):
+    fits = config.stages[0].num_levels == 1
+    return {
+      'state': {},
+      'memory': (10 if fits else 20) * 2**30,
+      'activations': 0,
+      'bytes': 1e9,
+      'collectives': {},
+      'flops': 1e12,
+      'seconds': 1,
+    }
+
+  monkeypatch.setattr(plan, 'measure', measure)
+  plan.plan(config, 'h100:8', [0, 1], None, 'train', 1.5, tmp_path)
+  out = capsys.readouterr().out
+  assert '10.00 of 16.0 GiB, 6.00 left' in out
+  assert 'no: 20.00 of 16.0 GiB, 4.00 too much' in out
+  assert out.count('chip-hours') == 1 and 'All' not in out
 
 
 def test_search_ends_where_memory_is_not_short(
