@@ -387,6 +387,9 @@ def in_mode(
 
 def smoke(config: ConfigDict) -> ConfigDict:
   """Returns the same run, stage by stage, at toy size on procedural shapes."""
+  # It imports JAX, which reading a recipe at full size does not need.
+  from mdm_jax.mixed_batch import least_batch
+
   is_video = any(level.frames > 1 for level in config.model.levels)
   config.data.name = 'moving_shapes' if is_video else 'shapes'
   config.data.path = ''
@@ -436,7 +439,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     # One whole pattern of a mixed batch on each of 8 devices.
     stage.update(
       steps=6,
-      batch_size=8 * int(sum(stage.mixed_ratio)),
+      batch_size=8 * least_batch(stage.mixed_ratio),
       warmup_steps=2,
       learning_rate=1e-3,
     )

@@ -10,6 +10,7 @@ n examples of the batch.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 import math
 from typing import Any
 
@@ -60,6 +61,24 @@ def level_batch_sizes(
         'not divide that way: change the batch size or mixed_ratio.'
       )
   return sizes
+
+
+def least_batch(mixed_ratio: Sequence[float]) -> int:
+  """The least number of examples that divide by a ratio: one period.
+
+  Args:
+    mixed_ratio: as in `batch_fractions`; (0.3, 0.6) divides 3 examples.
+
+  Raises:
+    ValueError: see `batch_fractions`.
+  """
+  return math.lcm(
+    *(
+      # As exactly as `level_batch_sizes` checks it.
+      Fraction(fraction).limit_denominator(10**6).denominator
+      for fraction in batch_fractions(mixed_ratio)
+    )
+  )
 
 
 def num_repeats(sizes: Sequence[int]) -> int:

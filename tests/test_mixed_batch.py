@@ -36,6 +36,29 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize(
+  'ratio, batch',
+  [
+    ((1,), 1),
+    ((1, 2), 3),
+    ((2, 4), 3),
+    ((0, 1, 1), 2),
+    ((9, 1), 10),
+    ((0.5, 0.5), 2),
+    ((0.3, 0.6), 3),
+    ((0.1, 0.2, 0.4), 7),
+    ((1, 4095), 4096),
+  ],
+)
+def test_least_batch(ratio, batch):
+  assert mixed_batch.least_batch(ratio) == batch
+  fractions = mixed_batch.batch_fractions(ratio)
+  assert (
+    mixed_batch.num_repeats(mixed_batch.level_batch_sizes(batch, fractions))
+    == 1
+  )
+
+
+@pytest.mark.parametrize(
   'sizes, repeats, levels',
   [
     ((12, 8), 4, (1, 1, 0)),

@@ -25,6 +25,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
+from mdm_jax import mixed_batch
 from mdm_jax.builders import ranges, recipes
 from mdm_jax.builders.config import AUTOENCODER
 from mdm_jax.builders.model import require_stage
@@ -237,7 +238,7 @@ def search(
   ):
     rate, ended = 0, False
     # The least batch: one pattern of a mixed batch.
-    batch = int(sum(config.stages[index].mixed_ratio))
+    batch = mixed_batch.least_batch(config.stages[index].mixed_ratio)
     while not ended:
       tried = copy.deepcopy(config)
       tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
