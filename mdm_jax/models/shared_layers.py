@@ -60,7 +60,6 @@ def without_shared(params: Any, levels: Sequence[LevelSpec]) -> Any:
     return params
   flat = traverse_util.flatten_dict(params, sep='/')
   for path, owner in reversed(shared.items()):
-    # A level of one frame has no attention between frames.
     for name in _below(flat, owner):
       del flat[path + name]
   return traverse_util.unflatten_dict(flat, sep='/')
@@ -156,8 +155,7 @@ def _layers(
     yield f'block_{j}', ('block', inputs, width, spec.num_groups)
     for k in range(spec.attention_layers[index]):
       yield f'attention_{j}_{k}', (*attention, spec.attention_ffn)
-    # Also for one frame, so that a network for fewer frames shares the same.
-    for k in range(spec.frame_attention[index] if spec.frame_attention else 0):
+    for k in range(spec.frame_layers(index)):
       yield f'frame_attention_{j}_{k}', frames
 
 

@@ -65,8 +65,8 @@ class LevelSpec:
   # those of `frame_attention` see each frame as an image.
   frames: int = 1
   # Layers of attention between the frames of a clip, one entry for each
-  # resolution as in `attention_layers`, which they follow; () for none. With
-  # one frame they are left out.
+  # resolution as in `attention_layers`, which they follow; () for none. They
+  # stay where a trained network is given one frame of a clip.
   frame_attention: tuple[int, ...] = ()
   # What these layers see: each place by itself ('divided'), or all places of
   # all frames ('joint'), for features of few places.
@@ -174,9 +174,7 @@ class LevelSpec:
 
   def frame_layers(self, index: int) -> int:
     """Layers of attention between frames at a resolution inside the level."""
-    if self.frames == 1 or not self.frame_attention:
-      return 0
-    return self.frame_attention[index]
+    return self.frame_attention[index] if self.frame_attention else 0
 
   @property
   def downsampling(self) -> int:

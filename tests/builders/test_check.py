@@ -14,6 +14,7 @@ from mdm_jax.builders.check import check
 from mdm_jax.builders.check_levels import parts_of_batches
 from mdm_jax.builders.config import load_config
 from mdm_jax.builders.data import make_source
+from mdm_jax.builders.model import make_levels
 from mdm_jax.builders.stage import batch_sizes
 from mdm_jax.data import precomputed
 from mdm_jax.runtime import sharding
@@ -782,6 +783,16 @@ def test_recipe(name, mode, mesh, t5_directory):
     assert keys(level) == keys(common.level(8))
   for stage in config.stages:
     assert keys(stage) == keys(common.stage('8', 1))
+
+
+def test_a_stage_of_images_has_no_attention_between_frames():
+  config = recipe('emoji_video', '')
+  levels = [make_levels(config, stage) for stage in config.stages]
+  assert [[x.frame_attention for x in each] for each in levels] == [
+    [()],
+    [(1,)],
+    [(1,), (0, 1)],
+  ]
 
 
 @pytest.mark.parametrize('mode', ['', 'smoke'])

@@ -96,7 +96,7 @@ def test_an_image_model_becomes_one_of_clips_bit_for_bit(
   kind, attention, random_params
 ):
   level = clips(LEVELS[kind], 3, attention)
-  images = model_of(dataclasses.replace(level, frames=1))
+  images = model_of(dataclasses.replace(level, frames=1, frame_attention=()))
   of_clips = model_of(level)
   trained = random_params(images, 5)
   grown = grow(of_clips.init(3, 5), trained)
@@ -166,6 +166,23 @@ def test_only_attention_between_frames_mixes_them(
     (before,), (after,) = (run(model, params, (x,)) for x in (x_t, changed))
     seen = np.abs(before - after).max(axis=(0, 2, 3, 4)) > 0
     assert list(seen) == expected
+
+
+@pytest.mark.parametrize('kind', FRAME_ATTENTION)
+def test_trained_attention_stays_where_one_frame_is_left(kind, random_params):
+  inner = clips(LEVELS['unet'], 2, kind)
+  model = model_of(inner, dataclasses.replace(OUTER, frames=4))
+  half = model.with_frames(2)
+  assert [level.frames for level in half.unet.levels] == [1, 2]
+  # It takes all that was trained.
+  assert half.shapes(5) == model.shapes(5)
+  params, x_t = random_params(model, 5), noise(half)
+  assert x_t[0].shape == (B, 8, 8, 3)
+  before = run(half, params, x_t)
+  layer = params['unet']['level_0']['up_0']['frame_attention_0_0']
+  layer['proj']['kernel'] = np.zeros_like(layer['proj']['kernel'])
+  after = run(half, params, x_t)
+  assert np.abs(before[0] - after[0]).max() > 1e-3
 
 
 def test_a_clip_does_not_depend_on_the_others_of_its_batch(random_params):

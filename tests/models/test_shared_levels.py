@@ -334,8 +334,8 @@ def test_clips_share_attention_between_frames(random_params):
   names = flat(params['unet'])
   assert not any('level_1' in x and 'frame_attention' in x for x in names)
   assert any('level_0/up_0/frame_attention_1_0/qkv' in x for x in names)
-  # With half of the frames the coarser level sees images, and the finer one
-  # clips, between whose frames the same weights attend.
+  # With half of the frames the coarser level sees one, which the same weights
+  # attend to.
   half = model.with_frames(2)
   assert [level.frames for level in half.unet.levels] == [1, 2]
   x_t = noise(half)
@@ -347,14 +347,17 @@ def test_clips_share_attention_between_frames(random_params):
   expected = jax.jit(unshared.denoise)(whole, x_t, TIMES, COND)
   assert_near(found, expected)
   # Where only the finer level has clips, it has this attention to itself.
-  images = model_of(dataclasses.replace(inner, frames=1), outer)
+  of_images = {'frames': 1, 'frame_attention': ()}
+  images = model_of(dataclasses.replace(inner, **of_images), outer)
   assert [x.frames for x in images.with_frames(2).unet.levels] == [1, 2]
   names = flat(images.shapes(5)['unet'])
   assert not any('level_0' in x and 'frame_attention' in x for x in names)
   assert 'level_1/up_1/frame_attention_1_0/qkv/kernel' in names
   assert 'level_1/up_1/block_0/conv_in/kernel' not in names
   # A run that begins with images grows into the clips.
-  begun = model_of(*(dataclasses.replace(x, frames=1) for x in (inner, outer)))
+  begun = model_of(
+    *(dataclasses.replace(x, **of_images) for x in (inner, outer))
+  )
   grown = grow(model.init(0, 5), random_params(begun, 5))
   assert flat(grown['unet']).keys() == flat(params['unet']).keys()
 
