@@ -89,20 +89,9 @@ def release_names(
     levels: the network's levels, coarse to fine.
 
   Raises:
-    ValueError: a level is a transformer, or levels share layers, which ml-mdm
-      does not have.
+    ValueError: a level has what ml-mdm does not have.
   """
-  if any(level.kind != 'unet' for level in levels):
-    raise ValueError(
-      "ml-mdm has no levels of kind='transformer': its names and weights are "
-      'those of UNets.'
-    )
-  for r, level in enumerate(levels):
-    if level.share != 'none':
-      raise ValueError(
-        f'model.levels[{r}].share={level.share!r}: the levels of ml-mdm share '
-        "no layers; its weights need share='none' in each level."
-      )
+  _check(levels)
   for path, leaf in traverse_util.flatten_dict(params).items():
     name = f'{_module_name(path[:-1], levels)}.{_LEAF[path[-1]]}'
     shape = leaf.shape
@@ -116,6 +105,46 @@ def release_names(
       ):
         shape += (1, 1)
     yield path, name, shape
+
+
+def _check(levels: tuple[LevelSpec, ...]) -> None:
+  """Raises ValueError for levels that ml-mdm cannot have.
+
+  Some would have the same parameters, and another output.
+  """
+  if any(level.kind != 'unet' for level in levels):
+    raise ValueError(
+      "ml-mdm has no levels of kind='transformer': its names and weights are "
+      'those of UNets.'
+    )
+  if any(level.given_coarse for level in levels):
+    raise ValueError(
+      'model.cascade=True: ml-mdm has no network that is given the coarser '
+      'images; its weights need model.cascade=False.'
+    )
+  for r, level in enumerate(levels):
+    if level.share != 'none':
+      raise ValueError(
+        f'model.levels[{r}].share={level.share!r}: the levels of ml-mdm share '
+        "no layers; its weights need share='none' in each level."
+      )
+    if any(level.frame_attention):
+      raise ValueError(
+        f'model.levels[{r}].frame_attention={level.frame_attention}: ml-mdm '
+        'has no such layers; its weights need a stage of images, or ().'
+      )
+    for key, only in (('position_waves', 0), ('patch_size', 1)):
+      if getattr(level, key) != only:
+        raise ValueError(
+          f'model.levels[{r}].{key}={getattr(level, key)}: ml-mdm has none; '
+          f'its weights need {key}={only}.'
+        )
+  # Its UNet ignores the setting that its levels around another one have.
+  if levels[0].normalize_input:
+    raise ValueError(
+      'model.levels[0].normalize_input=True: ml-mdm normalizes the input of '
+      'outer levels alone; its weights need False.'
+    )
 
 
 def from_release(

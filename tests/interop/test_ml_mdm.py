@@ -167,6 +167,43 @@ def test_levels_that_share_have_no_names_there():
       convert()
 
 
+@pytest.mark.parametrize(
+  'index, changes, message',
+  [
+    (
+      0,
+      {'frames': 2, 'frame_attention': (1,)},
+      r'levels\[0\].frame_attention=',
+    ),
+    (
+      1,
+      {'frame_attention': (0, 1)},
+      r'levels\[1\].frame_attention=\(0, 1\): ml',
+    ),
+    (0, {'position_waves': 2}, r'levels\[0\].position_waves=2: .* need posit'),
+    (1, {'patch_size': 2}, r'levels\[1\].patch_size=2: .* need patch_size=1'),
+    (0, {'normalize_input': True}, r'levels\[0\].normalize_input=True: ml-mdm'),
+    (0, {'given_coarse': True}, 'model.cascade=True: ml-mdm has no network'),
+  ],
+)
+def test_what_the_release_cannot_have_is_named(index, changes, message):
+  levels = [
+    LevelSpec((8,), (1,), (0,), 16, 8, num_heads=2, num_groups=4),
+    LevelSpec((8, 8), (1, 0), (0, 0), 16, 8, num_heads=2, num_groups=4),
+  ]
+  levels[index] = dataclasses.replace(levels[index], **changes)
+  for convert in (from_release, to_release):
+    with pytest.raises(ValueError, match=message) as error:
+      convert({}, tuple(levels), *([{}] if convert is from_release else []))
+    assert '\n' not in str(error.value)
+
+
+def test_outer_levels_may_normalize_their_input():
+  levels = RELEASED[256][0]
+  levels = levels[0], dataclasses.replace(levels[1], normalize_input=True)
+  assert to_release({}, levels) == {}
+
+
 def test_from_release_names_tensors_that_do_not_fit(small):
   levels, shapes, state_dict = small
   state_dict = dict(state_dict)
