@@ -108,6 +108,10 @@ def flops_per_step(
   On a GPU the compiled program calls libraries, whose work XLA does not count:
   the program before compilation is counted, all but cuDNN's flash attention.
 
+  The count has what rematerialisation computes again, and of packed levels on a
+  TPU the products with zeros: MFU by it is an upper bound there. For a step
+  without them see `tools.recipe_costs.count`.
+
   Args:
     lowered: the program before compilation, of all devices.
     compiled: the compiled program, of one device.
