@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders import ranges
-from mdm_jax.builders.config import sampler_settings
+from mdm_jax.builders.config import AUTOENCODER, sampler_settings
 from mdm_jax.builders.data import held_out_split, loss_names, make_source
 from mdm_jax.builders.model import frames
 from mdm_jax.builders.prompts import (
@@ -113,6 +113,11 @@ def check_options(
   """
   stages = {each.name: each for each in config.stages}
   measured = stages.get(stage, config.stages[-1])
+  if measured.kind == AUTOENCODER:
+    raise ValueError(
+      f'stage {measured.name!r} is an autoencoder, which makes no images of '
+      'prompts: measure a stage of diffusion.'
+    )
   _check_options(config, options, frames(config, measured)[-1])
 
 

@@ -1,5 +1,6 @@
 """Metrics of a small untrained model: right for its samples, repeatable."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -350,6 +351,14 @@ def test_what_is_refused_is_refused_before_training(
     evaluation.check_options(config, options)
   with pytest.raises(ValueError, match=message):
     evaluate(run, config, mesh, options)
+
+
+def test_an_autoencoder_is_not_measured_by_samples(config):
+  config, options = copy.deepcopy(config), evaluation.Options()
+  evaluation.check_options(config, options)
+  config.stages[-1].update(kind='autoencoder', num_levels=0)
+  with pytest.raises(ValueError, match="stage '16' is an autoencoder, which"):
+    evaluation.check_options(config, options)
 
 
 def test_a_small_reference_is_named_before_sampling(

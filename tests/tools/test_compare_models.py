@@ -191,9 +191,10 @@ def test_flops_are_those_of_the_whole_step(make_config):
   assert 0 < once['flops']['8'] < once['flops']['16']
   config.stages = config.stages[:1]
   config.stages[0].accumulate = 2
-  config.model.levels[0].remat = 'block'
+  config.model.levels[0].update(remat='block', lanes=64)
   found = recipe_costs.count(config)
-  # Microbatches are the iterations of a loop, and no recomputation counts.
+  # Microbatches are the iterations of a loop, and neither recomputation nor the
+  # zeros of packed levels count.
   assert found['flops'] == {'8': pytest.approx(once['flops']['8'], rel=0.05)}
   # Of the last stage.
   assert once['parameters'] > found['parameters'] > 1000
@@ -216,6 +217,20 @@ def test_guidance_counts_only_within_its_interval(make_config):
   assert config.diffusion.num_steps == 1000
   share = (count(guidance_interval=(0.25, 0.55)) - plain) / (guided - plain)
   assert share == pytest.approx(0.4, rel=1e-3)
+
+
+def test_the_last_step_of_heun_is_half_a_step(make_config):
+  config = make_config()
+  config.stages = config.stages[:1]
+
+  def count(**changes):
+    config.sampler.update(changes)
+    return recipe_costs.sampling_flops(config)
+
+  euler = count(name='ddim', num_steps=2, guidance=1.0)
+  # The network is called 3 times in 2 steps, and 7 times in 4.
+  assert count(name='heun') == pytest.approx(3 / 2 * euler, rel=0.05)
+  assert count(num_steps=4) == pytest.approx(7 / 4 * euler, rel=0.05)
 
 
 class Trainings:
@@ -414,6 +429,10 @@ MDM, SINGLE = '--recipe=mdm=shapes_64', '--recipe=single=shapes_64:single'
     ),
     ((MDM, SINGLE, '--metrics=flicker'), '--metrics=flicker: more of it is'),
     ((MDM, SINGLE, '--metrics=fid'), '--metrics=fid needs --inception'),
+    (
+      (MDM, '--recipe=codes=shapes_64:autoencoder'),
+      "--recipe=codes: stage 'autoencoder' is an autoencoder, which makes no",
+    ),
     ((MDM, SINGLE, '--equal=time'), 'use one of flops, seconds'),
   ),
 )
