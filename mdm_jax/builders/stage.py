@@ -226,22 +226,25 @@ class Stage(BaseStage):
 
   def forward_flops(self, frozen: Params, text: jax.Array) -> float | None:
     """See `BaseStage.forward_flops`."""
-    params = self.param_shapes() | frozen
+    # Shapes: an earlier stage may not have been trained yet.
+    earlier = self.earlier_params(lambda each: each.param_shapes())
+    params = self.param_shapes() | earlier | frozen
     sizes = self.batch_sizes
-    x_t = tuple(
+    images = tuple(
       jax.ShapeDtypeStruct((size, *shape), jnp.float32)
-      for size, shape in zip(sizes, self.model.level_shapes)
+      for size, shape in zip(sizes, self.model.image_shapes)
     )
     texts = jax.ShapeDtypeStruct((sizes[0], *text.shape[1:]), text.dtype)
     t = jax.ShapeDtypeStruct(sizes[:1], jnp.float32)
 
-    def forward(params, texts, x_t, t):
+    def forward(params, texts, images, t):
+      x_t = self.model.to_codes(params, images)
       cond = self.model.encode(params, texts)
       cond = cond._replace(**self.model.placeholder_coarse(sizes[0]))
       repeats = mixed_batch.num_repeats(sizes)
       return self.model.denoise(params, x_t, t, cond, repeats)
 
-    lowered = jax.jit(forward).lower(params, texts, x_t, t)
+    lowered = jax.jit(forward).lower(params, texts, images, t)
     return (lowered.cost_analysis() or {}).get('flops')
 
 

@@ -1,5 +1,6 @@
 """A coarsest level that denoises codes of an autoencoder instead of images."""
 
+import copy
 import dataclasses
 
 import jax
@@ -69,6 +70,19 @@ def batch(stage):
   (batch,) = stage.make_dataset('train', num_batches=1)
   names = ('image', 'text', 'scale')
   return {name: jnp.asarray(batch[name]) for name in names}
+
+
+def test_work_of_a_batch_includes_its_encoding(config):
+  text = jnp.ones((8, 32), jnp.int32)
+  wide = copy.deepcopy(config)
+  wide.autoencoder.channels = (64,)
+  narrow, wide = (make_stage(x, 1) for x in (config, wide))
+  more = wide.forward_flops({}, text) - narrow.forward_flops({}, text)
+  # The encoder is about half of the autoencoder.
+  both = [
+    make_stage(x.config, 0).forward_flops({}, text) for x in (narrow, wide)
+  ]
+  assert 0.3 < more / (both[1] - both[0]) < 0.7
 
 
 def losses_of(stage, params, batch):
