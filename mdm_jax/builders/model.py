@@ -40,7 +40,7 @@ def make_model(config: ConfigDict, stage: ConfigDict) -> Matryoshka:
     resolutions=image_resolutions(config, stage),
     frozen_text=config.text.encoder not in TRAINED_ENCODERS,
     to_longest=config.text.padding == 'longest',
-    coarse=coarse_resolution(config, stage),
+    coarse_resolution=coarse_resolution(config, stage),
     autoencoder=make_autoencoder(config) if has_codes(config, stage) else None,
   )
 

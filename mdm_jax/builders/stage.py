@@ -71,7 +71,7 @@ class Stage(BaseStage):
   @functools.cached_property
   def coarser(self) -> 'Stage | None':
     """In a cascade, the stage whose samples this one is given."""
-    if self.model.coarse is None:
+    if self.model.coarse_resolution is None:
       return None
     return make_stage(self.config, self.index - 1)
 

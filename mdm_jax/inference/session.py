@@ -154,7 +154,7 @@ class Session:
       ValueError: its resolutions, noise schedule or tokenizer are not those of
         `model`.
     """
-    if model.stage.model.coarse:
+    if model.stage.model.coarse_resolution:
       raise ValueError(
         f'guide={workdir}: a cascade cannot have a guide; leave it out.'
       )
@@ -162,7 +162,7 @@ class Session:
     config.mesh.update(self.config.mesh)
     guide = Session(workdir, config, self.mesh)
     stage, weights = guide._restore_weights()
-    if stage.model.coarse:
+    if stage.model.coarse_resolution:
       raise ValueError(f'{workdir} cannot be the guide: it is a cascade.')
     if found := differences(_compared(model.stage), _compared(stage)):
       raise ValueError(

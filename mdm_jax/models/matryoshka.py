@@ -30,7 +30,7 @@ class Matryoshka:
       its parameters, and the caller of `encode` adds them.
     to_longest: the texts of a batch count as padded to the longest of them, as
       in the release, whatever the length of the arrays.
-    coarse: resolution of the images that a level of a cascade is given, see
+    coarse_resolution: of the images that a level of a cascade is given, see
       `LevelSpec.given_coarse`; None for a nest of levels.
     autoencoder: the coarsest level denoises its codes instead of images; None
       if all levels are of images. `params['autoencoder']` is frozen, and the
@@ -42,7 +42,7 @@ class Matryoshka:
   resolutions: tuple[int, ...]
   frozen_text: bool = False
   to_longest: bool = False
-  coarse: int | None = None
+  coarse_resolution: int | None = None
   autoencoder: Autoencoder | None = None
 
   @property
@@ -171,9 +171,9 @@ class Matryoshka:
 
   def placeholder_coarse(self, batch: int) -> dict[str, jax.Array]:
     """Fields of a `Cond`: coarser images of zeros, if the network takes any."""
-    if self.coarse is None:
+    if self.coarse_resolution is None:
       return {}
-    shape = mixed_batch.example_shape(self.coarse, 1)
+    shape = mixed_batch.example_shape(self.coarse_resolution, 1)
     return {'coarse': jnp.zeros((batch, *shape)), 'coarse_t': jnp.zeros(batch)}
 
   def denoise(

@@ -158,7 +158,9 @@ def with_augmentation(
   if objective.augmentation is None:
     return batch
   t, eps = objective.augmentation.sample(
-    jax.random.fold_in(rng, _AUGMENTATION), len(batch['scale']), model.coarse
+    jax.random.fold_in(rng, _AUGMENTATION),
+    len(batch['scale']),
+    model.coarse_resolution,
   )
   return batch | {'coarse_t': t, 'coarse_eps': eps}
 
@@ -232,7 +234,10 @@ def _with_coarse(
   cond: Cond,
 ) -> Cond:
   """Gives a level of a cascade the coarser images, noised."""
-  shapes = mixed_batch.example_shape(model.coarse), model.image_shapes[-1]
+  shapes = (
+    mixed_batch.example_shape(model.coarse_resolution),
+    model.image_shapes[-1],
+  )
   coarse, _ = pyramid.make_pyramid(images[-1], shapes, (1.0, 1.0))
   coarse = objective.augmentation.apply(
     coarse, batch['coarse_t'], batch['coarse_eps']
