@@ -26,8 +26,13 @@ from mdm_jax.builders.model import level_names, trained_levels
 from mdm_jax.builders.prompts import can_score_prompts, is_moving
 from mdm_jax.builders.text import make_tokenizer, text_fingerprint
 from mdm_jax.data import precomputed, tfds_source
+from mdm_jax.diffusion.schedule import make_gammas
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.steps import autoencoder
+
+# Share of the signal in the variance at the last noising step, at most. Of any
+# number of steps, 'cosine' has .0067.
+_MOST_SIGNAL = 0.02
 
 
 def check(
@@ -65,6 +70,7 @@ def check(
   stages = check_stages(config, mesh, training)
   if training:  # Whatever an earlier version has trained can be sampled.
     _check_loss(config)
+    _check_noise(config)
     check_clip_times(config)
     _check_unused(config)
   _check_image_set(config, stages)
@@ -205,6 +211,18 @@ def _check_loss(config: ConfigDict) -> None:
     )
 
 
+def _check_noise(config: ConfigDict) -> None:
+  """Checks that training sees the noise alone with which sampling begins."""
+  schedule, steps = config.diffusion.schedule, config.diffusion.num_steps
+  left = make_gammas(schedule, steps)[-1]
+  if left > _MOST_SIGNAL:
+    raise ValueError(
+      f'diffusion.num_steps={steps} with schedule={schedule!r}: at the last '
+      f'noising step {left:.0%} of the variance is signal, but sampling begins '
+      "with noise alone; give more, such as 1000, or schedule='deepfloyd'."
+    )
+
+
 def _check_unused(config: ConfigDict) -> None:
   """Refuses keys that would do nothing."""
   levels = config.model.levels
@@ -214,12 +232,19 @@ def _check_unused(config: ConfigDict) -> None:
         f'model.levels[{i}].frame_attention={tuple(level.frame_attention)} '
         'with frames=1: images have no frames to attend to; give ().'
       )
-  for i, stage in enumerate(config.stages):
-    if stage.frame_shift_power and all(level.frames == 1 for level in levels):
+    kind = level.frame_attention_kind
+    if kind != 'divided' and not any(level.frame_attention):
       raise ValueError(
-        f'stages[{i}].frame_shift_power={stage.frame_shift_power}: no level '
-        'has clips; give 0.0.'
+        f'model.levels[{i}].frame_attention_kind={kind!r} with frame_attention='
+        f'{tuple(level.frame_attention)}: there is none to be of that kind; '
+        "give 'divided'."
       )
+  for i, stage in enumerate(config.stages):
+    for key, unused in (('frame_shift_power', 0.0), ('max_frames', 0)):
+      if stage[key] and all(level.frames == 1 for level in levels):
+        raise ValueError(
+          f'stages[{i}].{key}={stage[key]}: no level has clips; give {unused}.'
+        )
   resolution = config.autoencoder.resolution
   if resolution and all(stage.kind != AUTOENCODER for stage in config.stages):
     raise ValueError(

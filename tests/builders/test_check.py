@@ -107,6 +107,9 @@ def test_batches_of_training_matter_to_training_alone(make_config, mesh):
     },
     {'diffusion.level_times': 'coarse_first', 'diffusion.level_offset': 2.0},
     {'diffusion.level_times': 'independent', 'sampler.level_offset': 2.0},
+    {'diffusion.schedule': 'ddpm'},
+    {'diffusion.schedule': 'cosine'},
+    {'diffusion.num_steps': 10},
   ],
 )
 def test_objectives_that_are_good(make_config, mesh, changes):
@@ -485,6 +488,10 @@ BAD = [
     {'diffusion.parameterization': 'eps', 'diffusion.loss_space': 'v'},
     "loss_space='v' with parameterization='eps': the loss divides by the si",
   ),
+  (
+    {'diffusion.schedule': 'ddpm', 'diffusion.num_steps': 100},
+    "diffusion.num_steps=100 with schedule='ddpm': .* 36% of the .* as 1000",
+  ),
   ({'diffusion.num_steps': 1}, 'diffusion.num_steps=1: give an integer from 2'),
   (
     {'diffusion.reference_resolution': 100_000},
@@ -497,6 +504,15 @@ BAD = [
   (
     {'stages[1].frame_shift_power': 1.0},
     r'stages\[1\].frame_shift_power=1.0: no level has clips; give 0.0',
+  ),
+  (
+    {'stages[0].max_frames': 1},
+    r'stages\[0\].max_frames=1: no level has clips; give 0\.',
+  ),
+  (
+    {'model.levels[1].frame_attention_kind': 'joint'},
+    r"levels\[1\].frame_attention_kind='joint' with frame_attention=\(\): .* "
+    "give 'divided'",
   ),
   (
     {'autoencoder.resolution': 64},
