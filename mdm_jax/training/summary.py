@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import time
 
+from absl import logging
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -39,6 +40,25 @@ def log_summary(run: Run, stages: Sequence[BaseStage], first: int) -> None:
     workdir=run.workdir,
     run=f'{time.strftime("%Y-%m-%d")}: {_resumed(run, stages, first)}',
   )
+  for stage in stages[first:]:
+    _warn_of_warm_up(stage)
+
+
+def _warn_of_warm_up(stage: BaseStage) -> None:
+  """Warns of a warm-up after which no steps are left for the decay."""
+  warm_up, steps = stage.settings.warmup_steps, stage.num_steps
+  if stage.config.optimizer.decay == 'cosine' and warm_up >= steps:
+    logging.warning(
+      "%s: warmup_steps=%d of %d steps leave none for optimizer.decay='cosine',"
+      ' and the learning rate ends at %.0f%% of its peak: give fewer, such as '
+      '--config.stages[%d].warmup_steps=%d.',
+      stage.title,
+      warm_up,
+      steps,
+      100 * steps / warm_up,
+      stage.index,
+      steps // 10,
+    )
 
 
 def _data(config: ConfigDict) -> str:

@@ -91,6 +91,34 @@ def test_what_is_resumed(first, step, expected, log, monkeypatch):
   assert log(first)['run'].partition(': ')[2] == expected
 
 
+def test_a_warm_up_without_a_decay_is_named(make_config, tmp_path, caplog):
+  config = make_config()
+  config.optimizer.decay = 'cosine'
+  config.stages[0].update(steps=20, warmup_steps=19)
+  config.stages[1].update(steps=20, warmup_steps=40)
+  run = types.SimpleNamespace(
+    mesh=sharding.make_mesh(config.mesh), frozen={}, workdir=str(tmp_path)
+  )
+
+  def warnings(first):
+    caplog.clear()
+    summary.log_summary(run, make_stages(config), first)
+    return [x.getMessage() for x in caplog.records if x.levelname == 'WARNING']
+
+  assert warnings(0) == [
+    "stage 2/2 '16': warmup_steps=40 of 20 steps leave none for "
+    "optimizer.decay='cosine', and the learning rate ends at 50% of its peak: "
+    'give fewer, such as --config.stages[1].warmup_steps=2.'
+  ]
+  # So it does.
+  assert make_stages(config)[1].learning_rate(19) == pytest.approx(
+    0.5 * config.stages[1].learning_rate
+  )
+  assert not warnings(2)  # It is finished.
+  config.optimizer.decay = 'constant'
+  assert not warnings(0)
+
+
 def test_a_data_set_without_a_validation_split(log, monkeypatch):
   monkeypatch.setattr(summary, 'held_out_split', lambda config: 'train')
   monkeypatch.setattr(summary, 'make_source', lambda *given: range(1234))
