@@ -138,7 +138,9 @@ def _guided(
     if not rescale:
       return output
     axes = tuple(range(1, output.ndim))
-    ratio = towards.std(axes, keepdims=True) / output.std(axes, keepdims=True)
+    own, std = (x.std(axes, keepdims=True) for x in (towards, output))
+    # A constant output has no contrast, and stays as it is.
+    ratio = jnp.where(std == 0, 1, own / std)
     return output * (1 + rescale * (ratio - 1))
 
   def guided(x_t, t):

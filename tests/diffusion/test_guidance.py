@@ -86,6 +86,18 @@ def test_rescaled_to_the_contrast_of_the_conditional(rescale):
       np.testing.assert_allclose(level[i], ratio * expected[i], rtol=1e-4)
 
 
+def test_a_constant_output_is_not_rescaled():
+  """As that of a fresh network, which is zero."""
+  x_t, t, cond, uncond = _inputs()
+
+  def network(x_t, t, cond):
+    return tuple(0 * x + 2.0 for x in x_t)
+
+  denoise = guidance.guided_denoise_fn(network, cond, uncond, 4.0, 0.7)
+  for level in denoise(x_t, t):
+    np.testing.assert_array_equal(level, 2.0)
+
+
 def test_guided_only_within_the_interval():
   x_t, _, cond, uncond = _inputs()
   calls = []
