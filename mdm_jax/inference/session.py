@@ -26,7 +26,7 @@ from mdm_jax.builders.config import (
   reading_prompts,
 )
 from mdm_jax.builders.stage import Stage, make_stage
-from mdm_jax.builders.text import load_frozen, make_tokenizer
+from mdm_jax.builders.text import load_frozen, make_tokenizer, text_fingerprint
 from mdm_jax.inference.weights import (
   SavedWeights,
   Weights,
@@ -168,7 +168,11 @@ class Session:
       raise ValueError(
         f'{workdir} cannot be the guide: ' + '; '.join(found) + '.'
       )
-    guided_by = guide._load_frozen(stage, weights)
+    # What both need is in memory once.
+    shared = {}
+    if _have_one_encoder(self.config, config):
+      shared = {'text_encoder': model.params['text_encoder']}
+    guided_by = guide._load_frozen(stage, weights, shared)
     own, other = (
       jax.tree.leaves(each.params.get(AUTOENCODER, {}))
       for each in (model, guided_by)
@@ -176,6 +180,11 @@ class Session:
     if not all(map(np.array_equal, own, other)):
       raise ValueError(
         f'{workdir} cannot be the guide: its codes are of another autoencoder.'
+      )
+    if own:
+      shared = {AUTOENCODER: model.params[AUTOENCODER]}
+      guided_by = dataclasses.replace(
+        guided_by, params=guided_by.params | shared
       )
     return guided_by
 
@@ -191,10 +200,12 @@ class Session:
     require_generative(self.config, self.workdir, weights)
     return make_stage(self.config, weights.index), weights
 
-  def _load_frozen(self, stage: Stage, weights: Weights) -> Model:
+  def _load_frozen(
+    self, stage: Stage, weights: Weights, frozen: Params | None = None
+  ) -> Model:
     params = (
       weights.params
-      | load_frozen(self.config, self.mesh)
+      | (frozen or load_frozen(self.config, self.mesh))
       | restore_earlier(stage, self.workdir, self.mesh)
     )
     return Model(self.workdir, stage, weights, params, self.mesh)
@@ -305,6 +316,16 @@ def _read(workdir: str, any_prompt: bool = False) -> ConfigDict:
   with naming(f'{workdir}/config.json'):
     ranges.check(config)
   return reading_prompts(config) if any_prompt else config
+
+
+def _have_one_encoder(*configs: ConfigDict) -> bool:
+  """Whether the frozen parameters of two runs are the same T5, in one dtype."""
+  if any(config.text.encoder != 't5' for config in configs):
+    return False
+  own, other = (
+    (config.dtype, text_fingerprint(config)['encoder']) for config in configs
+  )
+  return own == other
 
 
 def _compared(stage: Stage) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every command opens a run in the same way."""
 
 import json
+import operator
 
 import jax
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from mdm_jax.builders import ranges
 from mdm_jax.builders.config import write_config
 from mdm_jax.builders.model import make_model
+from mdm_jax.builders.stage import make_stages
 from mdm_jax.diffusion import samplers
 from mdm_jax.inference import session
 from mdm_jax.runtime import cpu, environment
 from tests import toy
+from tests.steps import test_codes
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +103,51 @@ def test_a_run_of_an_older_version_is_opened_as_it_was(run):
   assert opened.config == expected
   assert opened.config.text.padding == config.text.padding == 'max_length'
   jax.tree.map(np.testing.assert_array_equal, opened.restore().params, params)
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_a_guide_shares_the_frozen_encoder(
+  make_config, random_params, t5_directory, tmp_path, dtype
+):
+  for name, precision in (('own', 'float32'), ('guide', dtype)):
+    config = make_config()
+    config.text.update(encoder='t5', path=str(t5_directory.path))
+    config.dtype = precision
+    params = random_params(make_model(config, config.stages[1]), 8)
+    toy.save_run(tmp_path / name, config, 1, 20, params)
+  opened = session.open_run(str(tmp_path / 'own'))
+  model = opened.restore()
+  guide = opened.restore_guide(model, str(tmp_path / 'guide'))
+  own, other = (
+    jax.tree.leaves(each.params['text_encoder']) for each in (model, guide)
+  )
+  assert {x.dtype.name for x in other} == {dtype}
+  shared = [x is y for x, y in zip(own, other, strict=True)]
+  assert set(shared) == {dtype == 'float32'}
+
+
+@pytest.mark.parametrize('is_same', (True, False))
+def test_a_guide_of_codes_shares_the_autoencoder(tmp_path, is_same):
+  config = test_codes.make_config()
+  config.stages = config.stages[:2]
+  autoencoder, latent = make_stages(config)
+  trained = autoencoder.init()
+  for name in ('own', 'guide'):
+    toy.save_run(tmp_path / name, config, 0, 3, trained)
+    toy.save_run(tmp_path / name, config, 1, 3, latent.init())
+    if not is_same:
+      trained = jax.tree.map(lambda x: x + 1, trained)
+  opened = session.open_run(str(tmp_path / 'own'))
+  model = opened.restore()
+  if not is_same:
+    with pytest.raises(ValueError, match='codes are of another autoencoder'):
+      opened.restore_guide(model, str(tmp_path / 'guide'))
+    return
+  guide = opened.restore_guide(model, str(tmp_path / 'guide'))
+  own, other = (
+    jax.tree.leaves(each.params['autoencoder']) for each in (model, guide)
+  )
+  assert own and all(map(operator.is_, own, other))
 
 
 def test_no_run(tmp_path):
