@@ -1,17 +1,17 @@
-"""The default: captioned procedural shapes, 16 px and then 16+64 px.
+"""The default: captioned procedural shapes, 32 px and then 32+64 px.
 
     python -m mdm_jax.main --config=configs/shapes_64.py
 
 Made for two CPU cores, on which it takes about 12 minutes (docs/results.md says
-what it learns); `:long` is made for two hours. The 16 px stage is cheap and
+what it learns); `:long` is made for two hours. The 32 px stage is cheap and
 learns what the words mean: its transformer sees 64 patches and the caption in
 one softmax, which is where attributes are given to the right one of two
-objects. The 64 px level draws outlines and patterns. Both levels predict x0: a
-patch's noise has more dimensions than the narrow channels of the 64 px level
-can carry.
+objects. At 32 px it also sees patterns, of which 16 px would show none. The 64
+px level makes both sharp. Both levels predict x0: a patch's noise has more
+dimensions than the narrow channels of the 64 px level can carry.
 
 `:single`, one UNet at 64 px, and `:scratch`, both levels at once without the
-16 px stage, are there to be compared with: docs/compare_models.md.
+32 px stage, are there to be compared with: docs/compare_models.md.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def get_config(mode: str = ''):
   config.model.levels = _levels()
   config.stages = [
     common.stage(
-      '16',
+      '32',
       1,
       steps=2600,
       batch_size=64,
@@ -44,7 +44,7 @@ def get_config(mode: str = ''):
       shift_power=2.0,
     ),
     # With a power of 2 the noise hides as much of a 64 px image as of its
-    # 16 px version.
+    # 32 px version.
     common.stage(
       '64',
       2,
@@ -57,9 +57,9 @@ def get_config(mode: str = ''):
   ]
   config.text.max_length = 24
   config.diffusion.update(
-    # A little more noise than the schedule itself has at 16 px: outlines are
-    # learned where the noise hides all else.
-    reference_resolution=14,
+    # At 32 px the schedule itself has too little noise: outlines are learned
+    # where the noise hides all else.
+    reference_resolution=10,
     parameterization='x0',
     # An image of little noise counts for up to 8 of much, so that patterns are
     # learned too.
@@ -95,17 +95,17 @@ def get_config(mode: str = ''):
 
 
 def _levels() -> list[ConfigDict]:
-  """Returns the 16 px transformer and, around it, the 64 px UNet."""
+  """Returns the 32 px transformer and, around it, the 64 px UNet."""
   return [
     common.level(
-      16,
+      32,
       kind='transformer',
       channels=(96,),
       num_blocks=(4,),
       attention_layers=(0,),
       num_heads=3,
       temporal_dim=128,
-      patch_size=2,
+      patch_size=4,
     ),
     common.level(
       64,
@@ -232,7 +232,10 @@ def _on_codes(config: ConfigDict) -> ConfigDict:
   """Both levels, after a stage that trains an autoencoder for the first."""
   coarse, fine = config.stages
   config = _autoencoder(config)
-  config.model.levels[0].downsample = 'encoder'
+  # Codes of 16 x 16 in as many patches as images of 32 px.
+  config.model.levels[0].update(
+    resolution=16, scale_condition=16, patch_size=2, downsample='encoder'
+  )
   coarse.name = 'latent'
   config.stages = [*config.stages, coarse, fine]
   config.eval.update(loss_batches=4, loss_every=180)

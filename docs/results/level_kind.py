@@ -1,7 +1,7 @@
 """A transformer level and a UNet level with equal FLOPs in training.
 
     python -m mdm_jax.tools.sweep --config=docs/results/level_kind.py:unet \
-        --grid=seed=0,1,2 --metric=accuracy_color_2_objects,held_out_loss_16 \
+        --grid=seed=0,1,2 --metric=accuracy_color_2_objects,held_out_loss_32 \
         --output=sweeps/unet
 
 The coarsest level of `shapes_64`, or of `emoji_64` with the modes
@@ -14,7 +14,7 @@ from configs import common, emoji_64, shapes_64
 # A step of the UNet has fewer FLOPs, so it gets more of them.
 STEPS = {
   'transformer': 1200,
-  'unet': 1780,
+  'unet': 1655,
   'emoji_transformer': 2000,
   'emoji_unet': 2530,
 }

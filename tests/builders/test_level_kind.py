@@ -19,7 +19,7 @@ def test_both_kinds_have_equal_flops(data):
     config = RECIPES['get_config'](data + kind)
     (spec,) = config.stages
     stage = make_stage(config, 0)
-    assert stage.resolutions == ((32,) if data else (16,))
+    assert stage.resolutions == (32,)
     text = bench.make_text(config, 1)
     flops[kind] = spec.steps * stage.forward_flops({}, text)
     shared[kind] = config.to_dict() | {'model': config.model.text, 'stages': ()}

@@ -509,7 +509,7 @@ def test_seconds_of_an_image_are_without_compiling(model, monkeypatch):
     ),
     (
       ('--config=shapes_64', '--grid=seed=1'),
-      '--metric=nonsense: there are held_out_loss_16, held_out_loss_64, accu',
+      '--metric=nonsense: there are held_out_loss_32, held_out_loss_64, accu',
     ),
     (
       ('--config=shapes_64', '--grid=seed=1', '--metric=flicker'),
