@@ -8,6 +8,11 @@ fail() {
   exit 1
 }
 
+# macOS has 3.2, to which an empty array is an unset variable.
+((100 * BASH_VERSINFO[0] + BASH_VERSINFO[1] >= 404)) ||
+  fail "bash ${BASH_VERSINFO[0]}.${BASH_VERSINFO[1]} is too old: 4.4 or newer \
+is needed (on macOS: brew install bash)."
+
 # Fails with one line that names all variables that are not set.
 need() {
   local name missing=

@@ -58,7 +58,7 @@ manifest() {
     MOUNT_BUCKET=true
     add_volume bucket "csi: {driver: gcsfuse.csi.storage.gke.io, \
 readOnly: true, volumeAttributes: {bucketName: ${BUCKET#gs://}, \
-mountOptions: '$(gcsfuse_options '' : : | paste -sd,)'}}"
+mountOptions: '$(gcsfuse_options '' : : | paste -sd, -)'}}"
   }
   text=$(<launch/gke_jobset.yaml)
   for name in NAME IMAGE FAMILY TOPOLOGY HOSTS CHIPS ARGUMENTS COMPILED \

@@ -113,7 +113,7 @@ sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null && \
 sudo apt-get -o DPkg::Lock::Timeout=600 update && \
 sudo apt-get -o DPkg::Lock::Timeout=600 install -y gcsfuse && \
 mkdir -p bucket cache && { mountpoint -q bucket || \
-gcsfuse -o ro $cache$(gcsfuse_options -- - = | paste -sd ' ') \
+gcsfuse -o ro $cache$(gcsfuse_options -- - = | paste -sd ' ' -) \
 ${BUCKET#gs://} bucket; }"
 }
 

@@ -19,6 +19,11 @@ SCRIPTS = sorted(LAUNCH.glob('*.sh'))
 GOOGLE = {'PROJECT': 'project', 'ZONE': 'us-east5-b'}
 # In a dry run no real command may be found.
 FORBIDDEN = ('gcloud', 'kubectl', 'docker', 'sbatch', 'python3')
+# That of macOS reads standard input only if it is told so.
+PASTE = """#!/bin/bash
+[[ ${@: -1} == - ]] || { echo 'usage: paste' >&2; exit 1; }
+exec /usr/bin/paste "$@"
+"""
 
 
 @pytest.fixture
@@ -29,6 +34,8 @@ def dry_run(tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text('#!/bin/sh\necho "not dry: $0" >&2; exit 1\n')
     path.chmod(0o755)
+  (tmp_path / 'bin' / 'paste').write_text(PASTE)
+  (tmp_path / 'bin' / 'paste').chmod(0o755)
 
   def dry_run(script, *arguments, **variables):
     done = subprocess.run(
@@ -49,6 +56,28 @@ def dry_run(tmp_path):
     return done.stdout.splitlines(), done.stderr
 
   return dry_run
+
+
+@pytest.mark.parametrize(
+  'version, new_enough',
+  [('3 2', False), ('4 3', False), ('4 4', True), ('5 2', True)],
+)
+def test_an_old_bash_is_refused(version, new_enough, tmp_path):
+  # Bash's own variable cannot be set.
+  text = (LAUNCH / 'common.sh').read_text().replace('BASH_VERSINFO', 'VERSION')
+  (tmp_path / 'common.sh').write_text(text)
+  done = subprocess.run(
+    ['bash', '-euc', f'VERSION=({version}); . ./common.sh; echo sourced'],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env={'PATH': '/usr/bin:/bin'},
+  )
+  if new_enough:
+    assert (done.stdout, done.stderr) == ('sourced\n', '')
+  else:
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count('\n') == 1 and 'brew install bash' in done.stderr
 
 
 def shellcheck(*arguments):
@@ -578,6 +607,8 @@ def tpu_vm(tmp_path):
       .replace('{python}', sys.executable)
     )
     (stubs / name).chmod(0o755)
+  (stubs / 'paste').write_text(PASTE)
+  (stubs / 'paste').chmod(0o755)
   (tmp_path / 'home').mkdir()
 
   def tpu_vm(steps, code=0, seconds=0.2, **variables):
