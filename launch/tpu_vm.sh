@@ -46,6 +46,22 @@ on_workers() {
   tpu tpu-vm ssh "$NAME" --worker=all --command="$1"
 }
 
+# Whether training runs, on a host. Another process may have its number after
+# the host has started anew.
+RUNS="grep -qs supervise.py /proc/\$(cat run.pid 2> /dev/null)/cmdline"
+BUSY=69  # exit code of a host that does not do what is asked, as it trains
+
+# The same, unless training runs there.
+on_idle_workers() {
+  local code=0
+  on_workers "! $RUNS || exit $BUSY; $1" || code=$?
+  ((code != BUSY)) || {
+    trap - EXIT  # Nothing is to be deleted.
+    fail "training runs on $NAME: use log, keep or stop."
+  }
+  return "$code"
+}
+
 # Prints the state of the slice, nothing if there is none of this name. Fails if
 # that cannot be told.
 state() {
@@ -83,13 +99,13 @@ copy() {
   local archive=${TMPDIR:-/tmp}/$NAME.tar.gz
   call git archive --format=tar.gz --output="$archive" "$COMMIT"
   tpu tpu-vm scp "$archive" "$NAME:mdm_jax.tar.gz" --worker=all
-  on_workers "rm -rf mdm_jax && mkdir mdm_jax && \
+  on_idle_workers "rm -rf mdm_jax && mkdir mdm_jax && \
 tar -xzf mdm_jax.tar.gz -C mdm_jax"
 }
 
 install() {
   # The image's own Python may be older than 3.11.
-  on_workers "curl -LsSf https://astral.sh/uv/install.sh | sh && \
+  on_idle_workers "curl -LsSf https://astral.sh/uv/install.sh | sh && \
 rm -rf venv && .local/bin/uv venv --seed --python 3.11 venv && \
 venv/bin/pip install -r mdm_jax/requirements.txt && \
 venv/bin/pip install -U 'jax[tpu]' gcsfs"
@@ -127,7 +143,7 @@ run() {
     --workdir="$there" "${options[@]}")
   # Stores the exit code, from which `log` and `keep` know how training ended.
   main="$main & echo \$! > ../run.pid; wait \$!; echo \$? > ../run.status"
-  on_workers "rm -f run.pid run.status; cd mdm_jax || exit; \
+  on_idle_workers "rm -f run.pid run.status; cd mdm_jax || exit; \
 { nohup bash -c $(quoted "$main") > ../run.log 2>&1 < /dev/null & }; \
 until [ -s ../run.pid ]; do sleep 1; done"
 }
@@ -138,10 +154,6 @@ until [ -f run.pid ]; do sleep 1; done; \
 tail -n +1 -f --pid=\$(cat run.pid) run.log; \
 until [ -f run.status ]; do sleep 1; done; exit \$(cat run.status)"
 }
-
-# Whether training runs, on a host. Another process may have its number after
-# the host has started anew.
-RUNS="grep -qs supervise.py /proc/\$(cat run.pid 2> /dev/null)/cmdline"
 
 keep() {
   local now status begin failures=0

@@ -702,12 +702,38 @@ def test_on_a_vm_stop(tpu_vm):
   steps = 'create create stop copy install run'
   assert tpu_vm(steps, seconds=60).returncode == 0
   assert tpu_vm.calls().count('create') == 1
-  for _ in range(10_000):
-    if (tpu_vm.home / 'runs' / 'mdm' / 'begun').exists():
-      break
-    time.sleep(0.02)
+  wait_for(tpu_vm.home / 'runs' / 'mdm' / 'begun')
   assert tpu_vm('stop').returncode == 0
   assert (tpu_vm.home / 'run.status').read_text() == '75\n'
+
+
+def wait_for(path):
+  end = time.monotonic() + 200.0
+  while not path.exists():
+    assert time.monotonic() < end, f'{path} is missing'
+    time.sleep(0.02)
+
+
+def test_on_a_vm_that_trains_nothing_is_replaced(tpu_vm):
+  assert tpu_vm('create copy install run', seconds=60).returncode == 0
+  wait_for(tpu_vm.home / 'runs' / 'mdm' / 'begun')
+  pid = (tpu_vm.home / 'run.pid').read_text()
+  kept = [tpu_vm.home / name / 'kept' for name in ('mdm_jax', 'venv')]
+  for path in kept:
+    path.touch()
+  # All steps if none is named.
+  for steps in ('copy', 'install', 'run', ''):
+    done = tpu_vm(steps)
+    assert done.returncode == 1
+    assert done.stderr == (
+      'error: training runs on mdm: use log, keep or stop.\n'
+    )
+  assert all(path.exists() for path in kept)
+  assert (tpu_vm.home / 'run.pid').read_text() == pid
+  # Once it has ended, all steps are done again.
+  assert tpu_vm('stop').returncode == 0
+  done = tpu_vm('')
+  assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize('state', ['SUSPENDED', 'FAILED'])
