@@ -156,7 +156,7 @@ until [ -f run.status ]; do sleep 1; done; exit \$(cat run.status)"
 }
 
 keep() {
-  local now status begin failures=0
+  local now hosts code begin failures=0
   while true; do
     # What cannot be asked now is asked again in a minute.
     now=$(state) || now=unknown
@@ -166,15 +166,20 @@ keep() {
       FAILED | SUSPENDED) begin=(delete create copy install run) ;;
       '') begin=(create copy install run) ;;
       ACTIVE)
-        # The status is written a moment after training has ended.
-        status=$(tpu tpu-vm ssh "$NAME" --command="\
+        # A line of each host, in any order, without gcloud's line for each
+        # connection. The status is written a moment after training has ended.
+        hosts=$(on_workers "\
 cat run.status 2> /dev/null || { $RUNS && echo runs; } || \
-{ sleep 1; cat run.status 2> /dev/null; } || echo idle") ||
-          status=unknown
-        case ${status##*$'\n'} in
-          [0-9]*) return "${status##*$'\n'}" ;;
-          idle) begin=(stop copy install run) ;;
-        esac
+{ sleep 1; cat run.status 2> /dev/null; } || echo idle" \
+          2> >(grep -v 'Attempting to' >&2)) || hosts=unknown
+        if grep -qx idle <<< "$hosts"; then
+          # The others wait for it in vain.
+          begin=(stop copy install run)
+        elif ! grep -qvxE '[0-9]+' <<< "$hosts"; then
+          # Ended on all of them: the first error is that of the run.
+          code=$(grep -vxm 1 0 <<< "$hosts") || code=0
+          return "$code"
+        fi
         ;;
     esac
     if ((${#begin[@]})); then

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -512,7 +513,8 @@ def test_the_image_holds_what_main_needs():
   assert lines[-1] == 'ENTRYPOINT ["python", "-m", "mdm_jax.main"]'
 
 
-# What stands in for a TPU VM: its home directory, and the commands it runs.
+# What stands in for a TPU VM, or several: home directories, and the commands
+# that run there.
 STUBS = {
   'gcloud': """
         echo "${*:3:2}" >> calls
@@ -530,19 +532,28 @@ STUBS = {
             echo 'WARNING: old' >&2
             cat state 2> /dev/null || { echo 'NOT_FOUND: it' >&2; exit 1; }
             ;;
-          'queued-resources delete') rm -rf home state && mkdir home ;;
+          'queued-resources delete')
+            for host in home*; do rm -rf "$host" && mkdir "$host"; done
+            rm -f state
+            ;;
           'tpu-vm scp')
             if [[ $5 == --recurse ]]; then
               cp -r "home/${6#*:}" "$OLDPWD/$7"
             else
-              cp "$5" "home/${6#*:}"
+              for host in home*; do cp "$5" "$host/${6#*:}"; done
             fi
             ;;
           'tpu-vm ssh')
-            cd home
             for word; do
-              [[ $word != --command=* ]] || bash -c "${word#--command=}"
+              [[ $word != --command=* ]] || command=${word#--command=}
             done
+            hosts=home
+            [[ " $* " != *' --worker=all '* ]] || hosts='home*'
+            for host in $hosts; do
+              [[ ! -e home2 ]] || echo "SSH: Attempting to connect" >&2
+              (cd "$host" && bash -c "$command") || codes+="$? "
+            done
+            exit ${codes%% *}
             ;;
         esac""",
   # Its script is what `install` runs.
@@ -584,7 +595,8 @@ STUBS = {
 def tpu_vm(tmp_path):
   """(steps, code of training, seconds) -> the finished script.
 
-  Attributes: `home`, the VM's home directory; `runs`, the directory that
+  Attributes: `home`, the VM's home directory, and beside it `home2`, ... of
+  further hosts, if a test makes them; `runs`, the directory that
   `fetch` copies to; `state`, a file with the VM's state; `preempt`, a file in
   which 'now' makes the VM disappear at the next copy; `calls()`, the calls of
   gcloud.
@@ -794,3 +806,50 @@ def test_keep_ends_when_training_gives_up(tpu_vm):
   done = tpu_vm('keep')
   assert done.returncode == 75
   assert tpu_vm.calls().count('create') == 1
+
+
+@pytest.fixture
+def two_hosts(tpu_vm):
+  (tpu_vm.home.parent / 'home2').mkdir()
+  return [tpu_vm.home, tpu_vm.home.parent / 'home2']
+
+
+def test_keep_begins_again_if_any_host_does_not_train(tpu_vm, two_hosts):
+  assert tpu_vm('create copy install run', seconds=60).returncode == 0
+  for home in two_hosts:
+    wait_for(home / 'runs' / 'mdm' / 'begun')
+  pids = [home / 'run.pid' for home in two_hosts]
+  before = [path.read_text() for path in pids]
+  # What a host that has started anew has kept.
+  os.kill(int(before[1]), signal.SIGTERM)
+  wait_for(two_hosts[1] / 'run.status')
+  (two_hosts[1] / 'run.status').unlink()
+  done = tpu_vm('keep')
+  assert done.returncode == 0, done.stderr
+  # How the stand-in connects is what a user of 64 hosts would read each minute.
+  assert done.stderr.count('Attempting') < 10
+  for home, pid in zip(two_hosts, before, strict=True):
+    assert (home / 'run.pid').read_text() != pid
+    assert (home / 'run.status').read_text() == '0\n'
+
+
+@pytest.mark.parametrize(
+  'codes, expected', [('0 0', 0), ('0 1', 1), ('75 0', 75)]
+)
+def test_keep_ends_with_the_first_error_of_any_host(
+  tpu_vm, two_hosts, codes, expected
+):
+  assert tpu_vm('create').returncode == 0
+  for home, code in zip(two_hosts, codes.split(), strict=True):
+    (home / 'run.status').write_text(f'{code}\n')
+  assert tpu_vm('keep').returncode == expected
+
+
+def test_keep_waits_until_all_hosts_have_ended(tpu_vm, two_hosts):
+  assert tpu_vm('create copy install run', seconds=4).returncode == 0
+  wait_for(two_hosts[0] / 'runs' / 'mdm' / 'begun')
+  os.kill(int((two_hosts[0] / 'run.pid').read_text()), signal.SIGTERM)
+  wait_for(two_hosts[0] / 'run.status')
+  assert not (two_hosts[1] / 'run.status').exists()
+  assert tpu_vm('keep').returncode == 75
+  assert (two_hosts[1] / 'run.status').read_text() == '0\n'
