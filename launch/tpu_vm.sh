@@ -75,6 +75,14 @@ state() {
   fi
 }
 
+# Ends the script because somebody has deleted the slice, as with `delete` in
+# another terminal: requesting it again would cost what they meant to save.
+end_deleted() {
+  trap - EXIT  # Nothing is left that costs.
+  echo "$NAME was deleted: to continue, run launch/tpu_vm.sh again." >&2
+  exit 75  # as after `stop`
+}
+
 create() {
   local now
   now=$(state)
@@ -87,6 +95,7 @@ create() {
   until [[ $now == ACTIVE ]]; do
     # It may take hours, in which a call may fail.
     now=$(state) || now=unknown
+    [[ $now && $now != DELETING ]] || end_deleted
     echo "$now"
     case $now in
       FAILED | SUSPEND*) return 1 ;;
@@ -156,11 +165,17 @@ until [ -f run.status ]; do sleep 1; done; exit \$(cat run.status)"
 }
 
 keep() {
-  local now hosts code begin failures=0
+  local now hosts code begin next failures=0
+  local exists=  # Set: if the slice is gone, somebody else has deleted it.
   while true; do
     # What cannot be asked now is asked again in a minute.
     now=$(state) || now=unknown
     [[ ! $DRY_RUN ]] || return 0
+    case $now in
+      unknown) ;;
+      '' | DELETING) [[ ! $exists ]] || end_deleted ;;
+      *) exists=1 ;;
+    esac
     begin=()
     case $now in
       FAILED | SUSPENDED) begin=(delete create copy install run) ;;
@@ -184,8 +199,20 @@ cat run.status 2> /dev/null || { $RUNS && echo runs; } || \
     esac
     if ((${#begin[@]})); then
       echo "$NAME is ${now:-gone}, and does not train: ${begin[*]}"
-      if launch/tpu_vm.sh "${begin[@]}" -- "${options[@]}"; then
+      code=0
+      for next in "${begin[@]}"; do
+        [[ $next != delete ]] || exists=
+        launch/tpu_vm.sh "$next" -- "${options[@]}" || {
+          code=$?
+          break
+        }
+        [[ $next != create ]] || exists=1
+      done
+      if ((!code)); then
         failures=0
+      elif ((code == 75)); then
+        trap - EXIT  # The step has said that the slice was deleted.
+        exit 75
       # One that was preempted meanwhile is replaced, however often.
       elif [[ $(state || true) =~ ^(ACTIVE)?$ ]]; then
         ((++failures < 5)) || return 1

@@ -1,5 +1,6 @@
 """The launch scripts: the commands that they would run, and their effects."""
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -526,7 +527,10 @@ STUBS = {
             ;;
         esac
         case "$3 $4" in
-          'queued-resources create') echo ACTIVE > state ;;
+          'queued-resources create')
+            [[ ! -e quota ]] || { rm quota; echo 'no quota' >&2; exit 1; }
+            cat granted > state 2> /dev/null || echo ACTIVE > state
+            ;;
           'queued-resources describe')
             [[ ! -e offline ]] || { rm offline; echo 'no network' >&2; exit 1; }
             echo 'WARNING: old' >&2
@@ -596,10 +600,11 @@ def tpu_vm(tmp_path):
   """(steps, code of training, seconds) -> the finished script.
 
   Attributes: `home`, the VM's home directory, and beside it `home2`, ... of
-  further hosts, if a test makes them; `runs`, the directory that
-  `fetch` copies to; `state`, a file with the VM's state; `preempt`, a file in
-  which 'now' makes the VM disappear at the next copy; `calls()`, the calls of
-  gcloud.
+  further hosts, if a test makes them; `runs`, the directory that `fetch` copies
+  to; `state`, a file with the VM's state; `granted`, one with the state of a
+  new VM, if that is not ACTIVE; `quota`, one that makes the next request fail;
+  `preempt`, one in which 'now' makes the VM disappear at the next copy;
+  `calls()`, the calls of gcloud.
   """
   repository, stubs = tmp_path / 'repository', tmp_path / 'bin'
   shutil.copytree(LAUNCH, repository / 'launch')
@@ -641,7 +646,8 @@ def tpu_vm(tmp_path):
 
   tpu_vm.home, tpu_vm.runs = tmp_path / 'home', repository / 'runs'
   tpu_vm.stubs = stubs
-  tpu_vm.state, tpu_vm.preempt = tmp_path / 'state', tmp_path / 'preempt'
+  for name in ('state', 'granted', 'quota', 'preempt'):
+    setattr(tpu_vm, name, tmp_path / name)
   tpu_vm.calls = lambda: [
     line.split()[1] for line in (tmp_path / 'calls').read_text().splitlines()
   ]
@@ -720,9 +726,13 @@ def test_on_a_vm_stop(tpu_vm):
 
 
 def wait_for(path):
+  wait_until(path.exists)
+
+
+def wait_until(happened):
   end = time.monotonic() + 200.0
-  while not path.exists():
-    assert time.monotonic() < end, f'{path} is missing'
+  while not happened():
+    assert time.monotonic() < end
     time.sleep(0.02)
 
 
@@ -853,3 +863,68 @@ def test_keep_waits_until_all_hosts_have_ended(tpu_vm, two_hosts):
   assert not (two_hosts[1] / 'run.status').exists()
   assert tpu_vm('keep').returncode == 75
   assert (two_hosts[1] / 'run.status').read_text() == '0\n'
+
+
+@pytest.fixture
+def deleted_while(tpu_vm):
+  """(steps, state before, and after) -> the script, its VM deleted then."""
+
+  def described():
+    calls = tpu_vm.state.with_name('calls')
+    return calls.exists() and tpu_vm.calls().count('describe')
+
+  def deleted_while(steps, before, after):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      running = pool.submit(tpu_vm, steps, seconds=20)
+      wait_until(
+        lambda: tpu_vm.state.exists() and before in tpu_vm.state.read_text()
+      )
+      enough = described() + 2  # It has found it in this state.
+      wait_until(lambda: described() >= enough)
+      if after:
+        tpu_vm.state.write_text(after)
+      else:
+        tpu_vm.state.unlink()
+      return running.result()
+
+  return deleted_while
+
+
+@pytest.mark.parametrize('after', ['', 'DELETING'])
+@pytest.mark.parametrize(
+  'steps, before, granted, requests',
+  [
+    ('keep delete', 'ACTIVE', '', 1),  # while it trains
+    ('keep delete', 'WAITING', 'WAITING', 1),  # while it is requested
+    ('keep delete', 'WAITING', '', 0),  # what another command has requested
+    ('create copy', 'WAITING', 'WAITING', 1),
+  ],
+)
+def test_a_vm_that_was_deleted_is_not_requested_again(
+  tpu_vm, deleted_while, steps, before, granted, requests, after
+):
+  if granted:
+    tpu_vm.granted.write_text(granted)
+  if not requests:
+    tpu_vm.state.write_text(before)
+  if before == 'ACTIVE':
+    assert tpu_vm('create copy install run', seconds=60).returncode == 0
+  done = deleted_while(steps, before, after)
+  assert done.returncode == 75
+  lines = [line for line in done.stderr.splitlines() if 'SSH' not in line]
+  assert lines == ['mdm was deleted: to continue, run launch/tpu_vm.sh again.']
+  calls = tpu_vm.calls()
+  assert (calls.count('create'), calls.count('delete')) == (requests, 0)
+  if before == 'ACTIVE':
+    tpu_vm.state.write_text('ACTIVE')
+    assert tpu_vm('stop').returncode == 0
+
+
+def test_keep_requests_again_what_it_has_deleted_itself(tpu_vm):
+  tpu_vm.state.write_text('SUSPENDED')
+  tpu_vm.quota.touch()
+  done = tpu_vm('keep')
+  assert done.returncode == 0, done.stderr
+  assert 'no quota' in done.stderr
+  assert tpu_vm.calls().count('create') == 2
+  assert (tpu_vm.home / 'run.status').read_text() == '0\n'
