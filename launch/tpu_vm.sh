@@ -33,6 +33,9 @@ RUNTIME_VERSION=${RUNTIME_VERSION:-$RUNTIME}
 takes its disk with it."
 ((HOSTS == 1)) || [[ $BUCKET$SHARE ]] || fail "$ACCELERATOR has $HOSTS hosts, \
 and needs BUCKET: all of them write to WORKDIR."
+changed=
+[[ ${COMMIT:-} ]] || changed=$(git status --porcelain -- mdm_jax configs \
+  launch requirements.txt)
 # A slice that `keep` requests runs what the first one ran.
 export COMMIT=${COMMIT:-$(git rev-parse HEAD)}
 # A relative WORKDIR is in the home directory of each host.
@@ -263,6 +266,16 @@ if ((!${#steps[@]})); then
   # A bucket outlives the slice, and can be read where it is.
   [[ $WORKDIR == gs://* ]] || steps+=(fetch)
   steps+=(delete)
+fi
+
+if [[ " ${steps[*]} " =~ ' create '|' copy ' ]]; then
+  # Other paths, such as ../share/mine.py, are those of the hosts.
+  [[ $CONFIG == /* || $CONFIG == ../* ]] ||
+    git cat-file -e "$COMMIT:${CONFIG%%:*}" 2> /dev/null ||
+    fail "CONFIG=$CONFIG is not in commit $COMMIT, which is what runs: commit \
+it, or correct CONFIG or COMMIT."
+  [[ ! $changed ]] ||
+    echo 'warning: uncommitted changes do not run on TPUs: commit them.' >&2
 fi
 
 for step in "${steps[@]}"; do

@@ -51,6 +51,8 @@ def dry_run(tmp_path):
         'DRY_RUN': '1',
         'VENV': f'{tmp_path}/venv',
         'TMPDIR': '/tmp',
+        # What is not committed is warned of.
+        'COMMIT': 'HEAD',
       }
       | variables,
     )
@@ -135,7 +137,7 @@ def test_tpu_vm_with_a_share(dry_run):
     SPOT='1',
     SHARE='10.0.0.2:/mdm',
     CONFIG='configs/cc12m_64.py',
-    COMMIT='c0ffee',
+    COMMIT='HEAD',
     **GOOGLE,
   )
   at = '--project=project --zone=us-east5-b'
@@ -150,7 +152,7 @@ def test_tpu_vm_with_a_share(dry_run):
     '--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite '
     f'--spot {at}',
     '== copy',
-    'git archive --format=tar.gz --output=/tmp/name.tar.gz c0ffee',
+    'git archive --format=tar.gz --output=/tmp/name.tar.gz HEAD',
     f'{gcloud} tpu-vm scp /tmp/name.tar.gz name:mdm_jax.tar.gz '
     f'--worker=all {at}',
     '== install',
@@ -599,16 +601,18 @@ STUBS = {
 def tpu_vm(tmp_path):
   """(steps, code of training, seconds) -> the finished script.
 
-  Attributes: `home`, the VM's home directory, and beside it `home2`, ... of
-  further hosts, if a test makes them; `runs`, the directory that `fetch` copies
-  to; `state`, a file with the VM's state; `granted`, one with the state of a
-  new VM, if that is not ACTIVE; `quota`, one that makes the next request fail;
-  `preempt`, one in which 'now' makes the VM disappear at the next copy;
-  `calls()`, the calls of gcloud.
+  Attributes: `repository`; `home`, the VM's home directory, and beside it
+  `home2`, ... of further hosts, if a test makes them; `runs`, the directory
+  that `fetch` copies to; `state`, a file with the VM's state; `granted`, one
+  with the state of a new VM, if that is not ACTIVE; `quota`, one that makes the
+  next request fail; `preempt`, one in which 'now' makes the VM disappear at the
+  next copy; `calls()`, the calls of gcloud.
   """
   repository, stubs = tmp_path / 'repository', tmp_path / 'bin'
   shutil.copytree(LAUNCH, repository / 'launch')
   (repository / 'requirements.txt').touch()
+  (repository / 'configs').mkdir()
+  (repository / 'configs' / 'shapes_64.py').touch()
   git = ['git', '-C', repository, '-c', 'user.name=a', '-c', 'user.email=b']
   for words in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'all']):
     subprocess.run([*git, *words], check=True)
@@ -644,7 +648,8 @@ def tpu_vm(tmp_path):
       | variables,
     )
 
-  tpu_vm.home, tpu_vm.runs = tmp_path / 'home', repository / 'runs'
+  tpu_vm.repository, tpu_vm.runs = repository, repository / 'runs'
+  tpu_vm.home = tmp_path / 'home'
   tpu_vm.stubs = stubs
   for name in ('state', 'granted', 'quota', 'preempt'):
     setattr(tpu_vm, name, tmp_path / name)
@@ -928,3 +933,33 @@ def test_keep_requests_again_what_it_has_deleted_itself(tpu_vm):
   assert 'no quota' in done.stderr
   assert tpu_vm.calls().count('create') == 2
   assert (tpu_vm.home / 'run.status').read_text() == '0\n'
+
+
+def test_uncommitted_changes_are_warned_of(tpu_vm):
+  config = tpu_vm.repository / 'configs' / 'shapes_64.py'
+  assert tpu_vm('create copy').stderr == ''
+  config.write_text('# changed')
+  done = tpu_vm('create copy')
+  assert done.returncode == 0
+  assert done.stderr == (
+    'warning: uncommitted changes do not run on TPUs: commit them.\n'
+  )
+  assert (tpu_vm.home / 'mdm_jax' / 'configs' / config.name).read_text() == ''
+  # Nothing is copied, or the commit was named.
+  assert tpu_vm('delete').stderr == ''
+  assert tpu_vm('create copy', COMMIT='HEAD').stderr == ''
+
+
+@pytest.mark.parametrize('step', ['create', 'copy'])
+def test_a_config_that_is_not_committed_is_refused(tpu_vm, step):
+  (tpu_vm.repository / 'configs' / 'mine.py').touch()
+  done = tpu_vm(step, CONFIG='configs/mine.py:smoke')
+  assert done.returncode == 1
+  assert done.stderr.startswith(
+    'error: CONFIG=configs/mine.py:smoke is not in commit '
+  )
+  assert done.stderr.count('\n') == 1
+  assert not (tpu_vm.home.parent / 'calls').exists()
+  assert tpu_vm('stop', CONFIG='configs/mine.py').returncode == 0
+  for config in ('configs/shapes_64.py:smoke', '../share/mine.py'):
+    assert tpu_vm('create copy', CONFIG=config).returncode == 0
