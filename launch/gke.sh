@@ -8,7 +8,7 @@
 #   pool    makes a node pool with that slice in CLUSTER
 #   build   builds and pushes the image
 #   run     submits the job
-#   log     follows the log of the first host
+#   log     follows the log of the first host until the job has ended
 #   delete  deletes the job
 #   delete_pool  deletes the node pool, which costs until then
 #
@@ -85,26 +85,62 @@ build() {
   call docker push "$IMAGE"
 }
 
+# Prints NAME and, once the job has ended, Completed or Failed; nothing if there
+# is no such job. Fails if that cannot be told.
+job() {
+  kubectl get jobset "$NAME" --ignore-not-found \
+    --output='jsonpath={.metadata.name} {.status.terminalState}'
+}
+
 run() {
+  local now
   if [[ $DRY_RUN ]]; then
-    call kubectl apply --filename=-
+    call kubectl create --filename=-
     manifest
-  else
-    manifest | kubectl apply --filename=-
+    return
   fi
+  now=$(job)
+  [[ ! $now ]] || fail "there is a job $NAME, running or ended: follow it with \
+the step log, or delete it first."
+  manifest | kubectl create --filename=-
 }
 
 log() {
   # The first host logs progress; the others log warnings only.
-  local phase='' first="jobset.sigs.k8s.io/jobset-name=$NAME,\
-batch.kubernetes.io/job-completion-index=0"
-  # `logs` waits neither for a pod nor for its image.
-  until [[ $DRY_RUN || $phase && $phase != *Pending* ]]; do
-    sleep 2
+  local now phase line since last='' first="jobset.sigs.k8s.io/jobset-name=\
+$NAME,batch.kubernetes.io/job-completion-index=0"
+  local stamped='^[0-9]{4}-[0-9]{2}-[0-9]{2}T[^ ]+ '
+  local logs=(kubectl logs --follow --timestamps --tail=-1 --selector="$first")
+  if [[ $DRY_RUN ]]; then
+    call "${logs[@]}"
+    return
+  fi
+  now=$(job)
+  # Pods are restarted, and connections break.
+  while true; do
+    [[ $now ]] || fail "there is no job $NAME: the step run submits it."
+    # `logs` waits neither for a pod nor for its image.
     phase=$(kubectl get pods --selector="$first" \
-      --output='jsonpath={.items[*].status.phase}')
+      --output='jsonpath={.items[*].status.phase}') || phase=
+    if [[ $phase && $phase != *Pending* ]]; then
+      # A new connection begins with lines that an earlier one has printed.
+      since=$last
+      while IFS= read -r line; do
+        if [[ ! $line =~ $stamped ]]; then
+          echo "$line"
+        elif [[ ! $since || ${line%% *} > $since ]]; then
+          last=${line%% *}
+          echo "${line#* }"
+        fi
+      done < <("${logs[@]}")
+    fi
+    case $now in
+      *' Completed') return ;;
+      *' Failed') fail "job $NAME has failed." ;;
+    esac
+    sleep 10
+    now=$(job) || now=unknown
   done
-  call kubectl logs --follow --tail=-1 --selector="$first"
 }
 
 delete() {

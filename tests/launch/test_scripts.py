@@ -367,7 +367,7 @@ def test_slurm_requeues_runs_that_can_continue(run_wrapped, tmp_path, code):
 
 def manifest(lines):
   """The manifest that kubectl would apply."""
-  begin = lines.index('kubectl apply --filename=-') + 1
+  begin = lines.index('kubectl create --filename=-') + 1
   return yaml.safe_load('\n'.join(lines[begin:]))
 
 
@@ -483,13 +483,13 @@ def test_gke(dry_run):
     'docker build --platform=linux/amd64 --file=launch/Dockerfile --tag=image '
     '.',
     'docker push image',
-    'kubectl logs --follow --tail=-1 '
+    'kubectl logs --follow --timestamps --tail=-1 '
     '--selector=jobset.sigs.k8s.io/jobset-name=name,'
     'batch.kubernetes.io/job-completion-index=0',
     'kubectl delete jobset name',
     'gcloud container node-pools delete name --cluster=cluster '
     '--project=project --location=us-east5 --quiet',
-    'kubectl apply --filename=-',
+    'kubectl create --filename=-',
   ]
   job = manifest(lines)['spec']['replicatedJobs'][0]['template']['spec']
   (container,) = job['template']['spec']['containers']
@@ -506,6 +506,115 @@ def test_gke(dry_run):
   assert '${' not in '\n'.join(
     line.split('#')[0] for line in lines
   )  # All is filled in.
+
+
+# Stands in for kubectl: at its n-th question about the job, `n.job`, `n.phase`
+# and `n.log` are what it finds. Those without a file cannot be told.
+KUBECTL = """#!/bin/bash
+cd "$(dirname "$0")"
+case "$1 $2" in
+  'get jobset') echo x >> asked; cat "$(grep -c x asked).job" || exit 1 ;;
+  'get pods') cat "$(grep -c x asked).phase" || exit 1 ;;
+  logs*) cat "$(grep -c x asked).log" ;;
+  create*) cat > created ;;
+esac
+"""
+
+
+@pytest.fixture
+def gke(tmp_path):
+  """(step, *found) -> the finished script.
+
+  `found` are (job, phase of pods, lines of the log); None cannot be told.
+  """
+
+  def gke(step, *found):
+    (tmp_path / 'kubectl').write_text(KUBECTL)
+    (tmp_path / 'sleep').write_text('#!/bin/sh\n')
+    for name in ('kubectl', 'sleep'):
+      (tmp_path / name).chmod(0o755)
+    for number, (job, phase, lines) in enumerate(found, 1):
+      for name, text in (('job', job), ('phase', phase), ('log', lines)):
+        if text is not None:
+          (tmp_path / f'{number}.{name}').write_text(text)
+    return subprocess.run(
+      [LAUNCH / 'gke.sh', step],
+      capture_output=True,
+      text=True,
+      timeout=100,
+      env={
+        'PATH': f'{tmp_path}:/usr/bin:/bin',
+        'IMAGE': 'image',
+        'BUCKET': 'gs://bucket',
+      },
+    )
+
+  return gke
+
+
+def stamped(*lines):
+  return ''.join(
+    f'2026-01-01T00:00:{second:012.9f}Z {text}\n' for second, text in lines
+  )
+
+
+def test_gke_log_follows_the_job_until_it_has_ended(gke):
+  first = (1.5, 'one'), (2.25, '  two'), (2.5, 'three')
+  rest = (2.5, 'at the same time'), (2.75, 'four')
+  never = stamped((9.0, 'what pods that wait cannot have said'))
+  done = gke(
+    'log',
+    ('mdm ', '', never),
+    ('mdm ', 'Pending', never),
+    ('mdm ', 'Running', stamped(*first, rest[0])),  # A connection breaks.
+    (None, 'Running', 'no such file\n' + stamped(*first, *rest)),
+    ('mdm ', None, never),
+    ('mdm ', 'Failed Pending', never),  # Pods are restarted.
+    ('mdm ', 'Running', stamped((5.0, 'five'))),
+    ('mdm Completed', 'Succeeded', stamped((5.0, 'five'), (6.0, 'six'))),
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    *('one', '  two', 'three', 'at the same time', 'no such file', 'four'),
+    *('five', 'six'),
+  ]
+
+
+@pytest.mark.parametrize(
+  'found, error',
+  [
+    (
+      [('mdm ', 'Running', ''), ('mdm Failed', 'Failed', stamped((1.0, 'a')))],
+      'error: job mdm has failed.\n',
+    ),
+    (
+      [('mdm ', 'Running', stamped((1.0, 'a'))), ('', '', '')],
+      'error: there is no job mdm: the step run submits it.\n',
+    ),
+    # A cluster that does not answer from the beginning is another one.
+    ([(None, 'Running', '')], ''),
+  ],
+)
+def test_gke_log_of_a_job_that_does_not_complete(gke, found, error):
+  done = gke('log', *found)
+  assert done.returncode == 1
+  assert done.stdout == ('a\n' if error else '')
+  assert not error or done.stderr == error
+
+
+@pytest.mark.parametrize('job', ['', 'mdm ', 'mdm Completed', None])
+def test_gke_run_replaces_no_job(gke, job, tmp_path):
+  done = gke('run', (job, '', ''))
+  assert (tmp_path / 'created').exists() == (job == '')
+  if job == '':
+    assert done.returncode == 0
+    jobset = yaml.safe_load((tmp_path / 'created').read_text())
+    assert jobset['metadata']['name'] == 'mdm'
+  else:
+    assert done.returncode == 1
+  if job:
+    assert done.stderr.startswith('error: there is a job mdm')
+    assert done.stderr.count('\n') == 1
 
 
 def test_the_image_holds_what_main_needs():
