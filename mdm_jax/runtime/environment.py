@@ -1,6 +1,7 @@
 """Which versions and which devices a program runs with, in words."""
 
 import glob
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -11,6 +12,7 @@ import jax
 
 import mdm_jax
 
+_CUDA = 'jax[cuda12]'
 # Of NVIDIA's driver, in containers, and of Windows' Linux.
 _NVIDIA_FILES = ('/dev/nvidia[0-9]*', '/dev/nvidiactl')
 _TPU_FILES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
@@ -64,13 +66,16 @@ def check_accelerators() -> None:
   if platforms := os.environ.get('JAX_PLATFORMS'):
     # Other back ends that are missing are JAX's error.
     if platforms.startswith('cuda,'):
+      found = 'JAX finds none: see what nvidia-smi says'
+      if not _has_cuda_plugin():
+        found = f'JAX for CUDA is not installed: pip install -U "{_CUDA}"'
       raise ValueError(
-        f'JAX_PLATFORMS={platforms} asks for an NVIDIA GPU, and JAX finds '
-        'none: see what nvidia-smi says, or unset JAX_PLATFORMS to use the CPU.'
+        f'JAX_PLATFORMS={platforms} asks for an NVIDIA GPU, and {found}, or '
+        'unset JAX_PLATFORMS to use the CPU.'
       )
     return
   if _exist(_NVIDIA_FILES) or shutil.which('nvidia-smi'):
-    kind, package = 'an NVIDIA GPU', 'jax[cuda12]'
+    kind, package = 'an NVIDIA GPU', _CUDA
   elif _exist(_TPU_FILES) and _has_google_devices():
     kind, package = 'a TPU', 'jax[tpu]'
   else:
@@ -81,6 +86,11 @@ def check_accelerators() -> None:
     kind,
     package,
   )
+
+
+def _has_cuda_plugin() -> bool:
+  plugins = importlib.metadata.entry_points(group='jax_plugins')
+  return any('cuda' in plugin.name for plugin in plugins)
 
 
 def _exist(patterns: tuple[str, ...]) -> bool:

@@ -279,6 +279,23 @@ def test_missing_settings_are_named_in_one_line(
   assert errors.startswith(f'error: {error}') and errors.count('\n') == 1
 
 
+def make_python(venv, path):
+  """The Python of an environment that has installed what is in `path`."""
+  (venv / 'bin').mkdir(parents=True)
+  (venv / 'bin' / 'python').write_text(
+    f'#!/bin/sh\nPYTHONPATH={path} exec {sys.executable} -S "$@"\n'
+  )
+  (venv / 'bin' / 'python').chmod(0o755)
+
+
+def jax_plugin(path, name):
+  """A package with a plugin of JAX."""
+  info = path / f'{name}-1.0.dist-info'
+  info.mkdir(parents=True)
+  (info / 'METADATA').write_text(f'Name: {name}\nVersion: 1.0\n')
+  (info / 'entry_points.txt').write_text(f'[jax_plugins]\n{name} = {name}\n')
+
+
 def test_gpu(dry_run, tmp_path):
   venv = tmp_path / 'venv'
   train = (
@@ -293,7 +310,15 @@ def test_gpu(dry_run, tmp_path):
     f'rm {venv}/unfinished',
     train,
   ]
-  venv.mkdir()
+  plugins = tmp_path / 'plugins'
+  make_python(venv, plugins)
+  jax_plugin(plugins, 'xla_tpu')
+  # As the README makes it.
+  assert dry_run('gpu.sh')[0] == [
+    f"{venv}/bin/pip install -U 'jax[cuda12]' gcsfs",
+    train,
+  ]
+  jax_plugin(plugins, 'xla_cuda13')
   assert dry_run('gpu.sh', '--config.seed=1', WORKDIR='w/')[0] == [
     f'{train} --workdir=w --config.seed=1'
   ]

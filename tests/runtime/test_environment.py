@@ -74,8 +74,22 @@ def test_an_accelerator_that_is_not_used(
   assert not caplog.messages
 
 
-def test_a_gpu_that_is_asked_for_and_missing(monkeypatch):
+@pytest.mark.parametrize(
+  'plugins, remedy',
+  [
+    ([], 'pip install -U "jax[cuda12]", or unset JAX_PLATFORMS'),
+    (['xla_tpu'], 'pip install -U "jax[cuda12]", or unset JAX_PLATFORMS'),
+    (['xla_tpu', 'xla_cuda12'], 'see what nvidia-smi says, or unset JAX_PLAT'),
+  ],
+)
+def test_a_gpu_that_is_asked_for_and_missing(plugins, remedy, monkeypatch):
   """JAX itself goes on with the CPU."""
   monkeypatch.setenv('JAX_PLATFORMS', 'cuda,cpu')
-  with pytest.raises(ValueError, match='JAX_PLATFORMS=cuda,cpu asks for an NV'):
+  monkeypatch.setattr(
+    environment.importlib.metadata,
+    'entry_points',
+    lambda group: [types.SimpleNamespace(name=name) for name in plugins],
+  )
+  with pytest.raises(ValueError, match='=cuda,cpu asks for an NV') as error:
     sharding.make_mesh({'data': -1, 'fsdp': 1, 'spatial': 1})
+  assert remedy in str(error.value)
