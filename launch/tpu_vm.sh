@@ -52,9 +52,9 @@ on_workers() {
 # Whether training runs, on a host. Another process may have its number after
 # the host has started anew.
 RUNS="grep -qs supervise.py /proc/\$(cat run.pid 2> /dev/null)/cmdline"
-BUSY=69  # exit code of a host that does not do what is asked, as it trains
+BUSY=69  # exit code of a host that refuses a command, because it trains
 
-# The same, unless training runs there.
+# Runs a command on all hosts, and fails if training runs on one: not there.
 on_idle_workers() {
   local code=0
   on_workers "! $RUNS || exit $BUSY; $1" || code=$?
@@ -89,6 +89,11 @@ end_deleted() {
 create() {
   local now
   now=$(state)
+  # The name is free once the one before is gone.
+  while [[ $now == DELETING ]]; do
+    sleep 30
+    now=$(state)
+  done
   # One that an earlier call has requested is waited for.
   [[ $now ]] || tpu queued-resources create "$NAME" --node-id="$NAME" \
     --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME_VERSION" \

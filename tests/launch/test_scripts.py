@@ -1059,6 +1059,13 @@ def test_a_vm_that_was_deleted_is_not_requested_again(
     assert tpu_vm('stop').returncode == 0
 
 
+def test_create_waits_until_the_name_is_free(tpu_vm, deleted_while):
+  tpu_vm.state.write_text('DELETING')
+  done = deleted_while('create', before='DELETING', after='')
+  assert done.returncode == 0, done.stderr
+  assert tpu_vm.calls().count('create') == 1
+
+
 def test_keep_requests_again_what_it_has_deleted_itself(tpu_vm):
   tpu_vm.state.write_text('SUSPENDED')
   tpu_vm.quota.touch()
