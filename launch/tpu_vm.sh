@@ -190,10 +190,11 @@ keep() {
       '') begin=(create copy install run) ;;
       ACTIVE)
         # A line of each host, in any order, without gcloud's line for each
-        # connection. The status is written a moment after training has ended.
-        hosts=$(on_workers "\
-cat run.status 2> /dev/null || { $RUNS && echo runs; } || \
-{ sleep 1; cat run.status 2> /dev/null; } || echo idle" \
+        # connection. A host is idle if it is so for seconds: the status is
+        # written a moment after training has ended.
+        hosts=$(on_workers "for second in 1 2 3 4 5; do \
+cat run.status 2> /dev/null && exit; $RUNS && echo runs && exit; \
+sleep 1; done; echo idle" \
           2> >(grep -v 'Attempting to' >&2)) || hosts=unknown
         if grep -qx idle <<< "$hosts"; then
           # The others wait for it in vain.

@@ -717,7 +717,7 @@ STUBS = {
         time.sleep(float(os.environ['SECONDS_TO_TRAIN']))
         sys.exit(int(os.environ['CODE']))""",
   'sleep': """
-        exec /bin/sleep 0.05""",
+        exec /bin/sleep 0.1""",
   # Of a VM on which a bucket is mounted.
   'sudo': '''
         [[ $1 != tee ]] || exec cat > {bin}/"$(basename "$2")"
