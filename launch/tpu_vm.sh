@@ -275,8 +275,10 @@ if ((!${#steps[@]})); then
 fi
 
 if [[ " ${steps[*]} " =~ ' create '|' copy ' ]]; then
-  # Other paths, such as ../share/mine.py, are those of the hosts.
-  [[ $CONFIG == /* || $CONFIG == ../* ]] ||
+  # Names of recipes are not paths, and other paths, such as ../share/mine.py,
+  # are those of the hosts or of a bucket.
+  [[ $CONFIG != *.py* || $CONFIG == /* || $CONFIG == ../* || \
+    $CONFIG == *://* ]] ||
     git cat-file -e "$COMMIT:${CONFIG%%:*}" 2> /dev/null ||
     fail "CONFIG=$CONFIG is not in commit $COMMIT, which is what runs: commit \
 it, or correct CONFIG or COMMIT."

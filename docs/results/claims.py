@@ -56,7 +56,7 @@ def _at_64_px_alone(config) -> None:
 
 
 def _add_level(config) -> None:
-  """16, 32 and 64 px: that of 32 does what that of 64 did at 8 x 8 positions."""
+  """16, 32 and 64 px: 32 does what 64 px did at 8 x 8 positions."""
   coarse, fine = config.model.levels
   coarse.update(resolution=16, scale_condition=16, patch_size=2)
   half_size = {'resolution': 32, 'scale_condition': 32, 'patch_size': 2}

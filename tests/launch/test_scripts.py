@@ -1102,5 +1102,10 @@ def test_a_config_that_is_not_committed_is_refused(tpu_vm, step):
   assert done.stderr.count('\n') == 1
   assert not (tpu_vm.home.parent / 'calls').exists()
   assert tpu_vm('stop', CONFIG='configs/mine.py').returncode == 0
-  for config in ('configs/shapes_64.py:smoke', '../share/mine.py'):
+  for config in (
+    'configs/shapes_64.py:smoke',
+    'shapes_64',
+    '../share/mine.py',
+    'gs://bucket/mine.py',
+  ):
     assert tpu_vm('create copy', CONFIG=config).returncode == 0
