@@ -26,7 +26,7 @@ def load(
 
   Args:
     workdir: working directory of the training run.
-    stage: name of a stage, such as '16'; None for the last one that has been
+    stage: name of a stage, such as '32'; None for the last one that has been
       trained.
     best: use the EMA that was best by `eval.best_metric`.
     sigma_rel: use a post-hoc EMA of this width, see docs/post_hoc_ema.md.

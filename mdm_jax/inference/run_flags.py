@@ -58,7 +58,7 @@ _STAGE = flag_types.define(
   'stage',
   None,
   ranges.KEYS['stages[].name'],
-  "Use the weights of this stage of training, such as '16' in shapes_64. "
+  "Use the weights of this stage of training, such as '32' in shapes_64. "
   'Default: the last stage that has any.',
 )
 _SIGMA_REL = flag_types.define(
