@@ -218,7 +218,8 @@ def try_moved(
   with pytest.raises(ValueError, match='--text_path=DIR'):
     mdm_jax.load(tmp_path / 'run')
   model = mdm_jax.load(tmp_path / 'run', **moved)
-  assert model.sample(PROMPT, steps=1)[0].size == (8, 8)
+  sampled = model.sample(PROMPT, steps=1, guide=tmp_path / 'run', guidance=2.0)
+  assert sampled[0].size == (8, 8)
   for command, flags in TRIED.items():
     tries.note(command, *(name for name in flags if name in moved))
 

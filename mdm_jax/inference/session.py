@@ -105,6 +105,8 @@ class Session:
     config: of the run, with the options of `open_run`.
     mesh: the devices.
     stage, sigma_rel, best: which weights to restore, see `restore_weights`.
+    moved: where files are now, by section and key of the config, also those of
+      a guide.
   """
 
   workdir: str
@@ -113,6 +115,9 @@ class Session:
   stage: str | None = None
   sigma_rel: float | None = None
   best: bool = False
+  moved: Mapping[str, Mapping[str, str | None]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def of(self, saved: SavedWeights) -> 'Session':
     """The same session, for other weights of the run."""
@@ -159,6 +164,7 @@ class Session:
         f'guide={workdir}: a cascade cannot have a guide; leave it out.'
       )
     config = _read(workdir, any_prompt=True)
+    _change(config, **self.moved)
     config.mesh.update(self.config.mesh)
     guide = Session(workdir, config, self.mesh)
     stage, weights = guide._restore_weights()
@@ -252,19 +258,17 @@ def open_run(
     with naming(f'sigma_rel={sigma_rel!r}'):
       sigma_rel = ranges.SIGMA_REL.check(sigma_rel)
   config = _read(workdir, any_prompt)
-  _change(
-    config,
-    sampler=sampler,
-    eval=evaluation,
-    text={'path': text_path, 'tokenizer': tokenizer},
-    data={'path': data_path},
-  )
+  moved = {
+    'text': {'path': text_path, 'tokenizer': tokenizer},
+    'data': {'path': data_path},
+  }
+  _change(config, sampler=sampler, eval=evaluation, **moved)
   config.mesh.update(data=-1, fsdp=1, spatial=spatial)
   cpu.use_cores(parts_of_batches(config))
   mesh = sharding.make_mesh(config.mesh)
   config.eval.batch_size = sharding.round_up(config.eval.batch_size, mesh)
   check(config, mesh, training=False)
-  return Session(workdir, config, mesh, stage, sigma_rel, best)
+  return Session(workdir, config, mesh, stage, sigma_rel, best, moved)
 
 
 def read_weights(workdir: str) -> tuple[ConfigDict, Weights]:
