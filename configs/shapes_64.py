@@ -213,7 +213,7 @@ def _latent(config: ConfigDict) -> ConfigDict:
   config.stages = config.stages[:2]
   config.stages[1].steps = 9000
   # Codes have four times the variance of pixels, and so need as much more
-  # noise to be hidden.
+  # noise to be hidden: half of the 14 that suits images of 16 px.
   config.diffusion.reference_resolution = 7
   return config
 
@@ -221,7 +221,7 @@ def _latent(config: ConfigDict) -> ConfigDict:
 def _latent_nest(config: ConfigDict) -> ConfigDict:
   """Both levels, of which the coarse one denoises codes of 64 px images."""
   config = _on_codes(config)
-  # As much noise of codes as above, and of pixels as without codes.
+  # As much noise of codes as above, and of pixels as around images of 16 px.
   config.diffusion.reference_resolution = 3
   for stage in config.stages[1:]:
     stage.shift_power = 1.0

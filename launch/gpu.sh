@@ -18,16 +18,17 @@ from importlib import metadata
 plugins = metadata.entry_points(group="jax_plugins")
 raise SystemExit(not any("cuda" in plugin.name for plugin in plugins))'
 
+cuda=("$VENV/bin/pip" install -U 'jax[cuda12]' gcsfs)
 # An installation that was broken off is done again.
 if [[ ! -d $VENV || -e $VENV/unfinished ]]; then
   call python3 -m venv "$VENV"
   call touch "$VENV/unfinished"
   call "$VENV/bin/pip" install -r requirements.txt
-  call "$VENV/bin/pip" install -U 'jax[cuda12]' gcsfs
+  call "${cuda[@]}"
   call rm "$VENV/unfinished"
 elif ! "$VENV/bin/python" -c "$FIND_CUDA"; then
   # As one made for CPUs, by the README's commands.
-  call "$VENV/bin/pip" install -U 'jax[cuda12]' gcsfs
+  call "${cuda[@]}"
 fi
 # Without GPUs this is an error; main's default is to go on with the CPU.
 call exec env JAX_PLATFORMS=cuda,cpu \

@@ -59,6 +59,7 @@ def _add_level(config) -> None:
   """16, 32 and 64 px: 32 does what 64 px did at 8 x 8 positions."""
   coarse, fine = config.model.levels
   coarse.update(resolution=16, scale_condition=16, patch_size=2)
+  config.diffusion.reference_resolution = 14  # as suits 16 px
   half_size = {'resolution': 32, 'scale_condition': 32, 'patch_size': 2}
   middle = common.level(**fine.to_dict() | half_size)
   fine.update(channels=(64,), num_blocks=(0,), attention_layers=(0,))

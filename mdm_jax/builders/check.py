@@ -36,7 +36,7 @@ _MOST_SIGNAL = 0.02
 
 
 def check(
-  config: ConfigDict, mesh: Mesh, training: bool = True
+  config: ConfigDict, mesh: Mesh, training: bool = True, begun: bool = False
 ) -> Sequence[BaseStage]:
   """Checks a whole configuration against the devices that it will run on.
 
@@ -44,6 +44,7 @@ def check(
     config: configuration of the run.
     mesh: the devices.
     training: whether the stages are to be trained on these devices.
+    begun: whether a run continues, in which what its version accepted may stay.
 
   Returns:
     The stages of the run.
@@ -70,9 +71,10 @@ def check(
   stages = check_stages(config, mesh, training)
   if training:  # Whatever an earlier version has trained can be sampled.
     _check_loss(config)
-    _check_noise(config)
     check_clip_times(config)
-    _check_unused(config)
+    if not begun:
+      _check_noise(config)
+      _check_unused(config)
   _check_image_set(config, stages)
   return stages
 
@@ -121,8 +123,8 @@ def _check_text(config: ConfigDict) -> None:
     wrong = f'={text.path!r} is no directory' if text.path else ' is empty'
     raise ValueError(
       f'text.path{wrong}: name the directory of a T5 encoder, downloaded '
-      'from google/flan-t5-xl for example, --config.text.path=DIR, or of a '
-      'trained run --text_path=DIR.'
+      'from google/flan-t5-xl for example, --config.text.path=DIR; '
+      'sample, evaluate and demo take --text_path=DIR.'
     )
   if text.encoder == 'learned' and text.width % 2:
     raise ValueError(f'text.width={text.width}: give an even number.')
@@ -236,7 +238,7 @@ def _check_unused(config: ConfigDict) -> None:
     if kind != 'divided' and not any(level.frame_attention):
       raise ValueError(
         f'model.levels[{i}].frame_attention_kind={kind!r} with frame_attention='
-        f'{tuple(level.frame_attention)}: there is none to be of that kind; '
+        f'{tuple(level.frame_attention)}: no layer has it; '
         "give 'divided'."
       )
   for i, stage in enumerate(config.stages):

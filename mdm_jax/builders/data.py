@@ -300,7 +300,7 @@ def _make_rows(
 
 
 def data_fingerprint(config: ConfigDict) -> dict[str, str]:
-  """Everything but the config that the order and pixels of batches depend on.
+  """Everything but the config that batches, and their text features, depend on.
 
   Returns:
     Hashes, versions of packages and the number of records, by name.

@@ -65,7 +65,7 @@ def make_levels(config: ConfigDict, stage: ConfigDict) -> tuple[LevelSpec, ...]:
       level_spec(level),
       flash=flash,
       frames=count,
-      # A stage of images trains none, which only clips need.
+      # Images have no frames to attend to.
       frame_attention=tuple(level.frame_attention) if count > 1 else (),
       given_coarse=is_given,
       image_channels=image_channels(config, level),

@@ -13,6 +13,7 @@ from mdm_jax.builders.data import DRAWN, held_out_split, make_source
 from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import moving_shapes, pipeline, shapes
+from mdm_jax.data.text import words_of
 from mdm_jax.eval import prompt_accuracy
 from mdm_jax.eval.prompt_accuracy import Found, Vocabulary
 
@@ -82,8 +83,8 @@ def known_words(config: ConfigDict) -> frozenset[str]:
 def unknown_words(config: ConfigDict, prompts: Sequence[str]) -> str:
   """Says which words of prompts the tokenizer's training never saw.
 
-  A text encoder that is trained on these captions alone has no meaning for
-  them.
+  They are encoded as pieces of other words or as bytes, which have no meaning
+  for a text encoder that is trained on these captions alone.
 
   Args:
     config: configuration of the run.
@@ -93,16 +94,16 @@ def unknown_words(config: ConfigDict, prompts: Sequence[str]) -> str:
     A sentence without a full stop, with the words that are known; '' if there
     is nothing to say.
   """
-  known = sorted(known_words(config))
-  if not known:
-    return ''
-  found = make_tokenizer(config).unknown_words(prompts)
+  known = known_words(config)
+  words = dict.fromkeys(word for text in prompts for word in words_of(text))
+  found = [word for word in words if known and word not in known]
   if not found:
     return ''
   shown = ', '.join(f'"{word:.30}"' for word in found[:_SHOWN_WORDS])
   more = len(found) - _SHOWN_WORDS
   if more > 0:
     shown += f' and {more:,} more'
+  known = sorted(known)
   text = f'words that training never saw: {shown}; '
   if len(known) <= _MANY_WORDS:
     return text + f'it knows {", ".join(known)}'

@@ -103,17 +103,6 @@ class Tokenizer:
     """
     return read_words(remote_reads.kept_copy(self.path).read_bytes())
 
-  def unknown_words(self, texts: Iterable[str]) -> list[str]:
-    """The words of some texts that the model was never trained on, in order.
-
-    They are encoded as pieces of other words or as bytes, which say nothing to
-    a text encoder that is trained on these captions.
-    """
-    if self.known_words is None:
-      return []
-    words = dict.fromkeys(word for text in texts for word in words_of(text))
-    return [word for word in words if word not in self.known_words]
-
   @property
   def vocab_size(self) -> int:
     """Number of pieces in the model, special pieces and bytes included."""

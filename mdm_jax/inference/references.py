@@ -89,13 +89,15 @@ def of_split(
   source = make_source(config, split, resolution)
   count = min(max_images, len(source))
   is_drawn = config.data.name in DRAWN
+  fingerprint = data_fingerprint(config)
+  fingerprint.pop('text_encoder', None)  # Images do not depend on it.
   settings = {
     'data': config.data.name,
     'split': split,
     'resolution': resolution,
     'count': count,
     network.name: network.fingerprint,
-    'fingerprint': data_fingerprint(config),
+    'fingerprint': fingerprint,
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
     'max_pixels': config.data.max_pixels,
   }

@@ -188,10 +188,7 @@ class Session:
         f'{workdir} cannot be the guide: its codes are of another autoencoder.'
       )
     if own:
-      shared = {AUTOENCODER: model.params[AUTOENCODER]}
-      guided_by = dataclasses.replace(
-        guided_by, params=guided_by.params | shared
-      )
+      guided_by.params[AUTOENCODER] = model.params[AUTOENCODER]
     return guided_by
 
   def _restore_weights(self) -> tuple[Stage, Weights]:

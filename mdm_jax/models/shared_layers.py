@@ -90,8 +90,7 @@ def shared_layers(outer: LevelSpec, inner: LevelSpec | None) -> dict[str, str]:
 
   Returns:
     Path of the coarser level's layer, by that of the level's layer, such as
-    {'down_2/block_1': 'down_0/block_0'}. Attention between frames counts
-    whatever the number of frames.
+    {'down_2/block_1': 'down_0/block_0'}.
 
   Raises:
     ValueError: `share` is not 'none', and there is nothing to share.

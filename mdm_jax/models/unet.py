@@ -65,8 +65,8 @@ class LevelSpec:
   # those of `frame_attention` see each frame as an image.
   frames: int = 1
   # Layers of attention between the frames of a clip, one entry for each
-  # resolution as in `attention_layers`, which they follow; () for none. They
-  # stay where a trained network is given one frame of a clip.
+  # resolution as in `attention_layers`, which they follow; () for none. With
+  # frames=1 they see that frame alone; networks for images have none.
   frame_attention: tuple[int, ...] = ()
   # What these layers see: each place by itself ('divided'), or all places of
   # all frames ('joint'), for features of few places.

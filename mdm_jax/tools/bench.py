@@ -168,8 +168,7 @@ def rates(
     seconds: [N], time of each step.
     images: number of images of a step; for a sampling step the images divided
       by the number of steps.
-    flops: FLOP of a step on each device, None if unknown. See
-      `peaks.flops_per_step` on where MFU by it is an upper bound.
+    flops: FLOP of a step on each device, None if unknown.
     peak: peak FLOP/s of a device, None if unknown.
 
   Returns:

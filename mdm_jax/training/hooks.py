@@ -136,8 +136,7 @@ def make_hooks(
     saved: the checkpoints of the stage.
     monitor: has the metrics of the last step.
     progress: measures the rates.
-    flops: of a step on one device, None if unknown. See `peaks.flops_per_step`
-      on where the MFU that is logged by it is an upper bound.
+    flops: of a step on one device, None if unknown.
     shapes: shapes and shardings of the state.
   """
   config = stage.config

@@ -1,5 +1,7 @@
 """The state that a stage starts from: restored, grown or fresh."""
 
+import contextlib
+
 from absl import logging
 import jax
 
@@ -38,13 +40,19 @@ def make_initial_state(
 
   Raises:
     CheckpointError: no checkpoint is good, or one does not fit.
-    DataError: the data set is not that of the checkpoint.
+    DataError: the data set is not that of the last checkpoint, of this stage or
+      of the one before.
   """
   if saved.last_step:
     state, extra = saved.checkpoints.restore(shapes, added=ADDED_FIELDS)
     _check_data(stage, extra.get('data'), data)
     logging.info('%s: continuing from step %d.', stage.title, int(state.step))
     return state
+  if stage.index:
+    before = stage_directory(run.workdir, stage.config, stage.index - 1)
+    with contextlib.suppress(FileNotFoundError):
+      if old := restore.read_extra(before).get('data'):
+        _check_data(stage, old, data)
   params = stage.init()
   if (trained := _trained_params(run, stage, saved)) is not None:
     params = grow.grow(params, trained)

@@ -72,12 +72,12 @@ def setup(config: ConfigDict, workdir: str) -> tuple[Mesh, Params]:
   """
   value_types.check_outputs(workdir, *_DIRECTORIES)
   new = json.loads(config.to_json())
-  if has_config(workdir):
+  if begun := has_config(workdir):
     # An import sets the dtype of sampling; training has that of its recipe.
     imported = _is_imported(config, workdir)
     require_same_config(workdir, new, ('dtype',) if imported else ())
   mesh = sharding.make_mesh(config.mesh)
-  check(config, mesh)
+  check(config, mesh, begun=begun)
   axes = {axis for _, axes in config.sharding_rules for axis in axes}
   if any(mesh.shape[axis] > 1 for axis in axes - {None}):
     for stage in make_stages(config):

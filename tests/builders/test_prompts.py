@@ -42,6 +42,9 @@ def test_chance_is_what_images_of_other_prompts_score():
 def test_unknown_words_are_named_with_what_is_known(make_config, tmp_path):
   config = make_config()
   assert unknown_words(config, ['A Red ring', 'on navy', '']) == ''
+  assert '"purpl", "hexagon", "over"; it' in unknown_words(
+    config, ['A purpl HEXAGON, left-of a hexagon', 'over_the purpl']
+  )
   text = unknown_words(config, ['a purpl', 'hexagon ' + 'ab' * 400])
   first, known = text.split('; it knows ')
   assert first == (

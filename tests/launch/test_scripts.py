@@ -51,7 +51,7 @@ def dry_run(tmp_path):
         'DRY_RUN': '1',
         'VENV': f'{tmp_path}/venv',
         'TMPDIR': '/tmp',
-        # What is not committed is warned of.
+        # Else uncommitted changes of this checkout would be warned of.
         'COMMIT': 'HEAD',
       }
       | variables,
@@ -137,7 +137,6 @@ def test_tpu_vm_with_a_share(dry_run):
     SPOT='1',
     SHARE='10.0.0.2:/mdm',
     CONFIG='configs/cc12m_64.py',
-    COMMIT='HEAD',
     **GOOGLE,
   )
   at = '--project=project --zone=us-east5-b'

@@ -26,6 +26,7 @@ from mdm_jax.inference import validation, weights
 from mdm_jax.optim import skip_step
 from mdm_jax.report import goodput
 from mdm_jax.runtime import directory_lock, replica_check, sharding
+from mdm_jax.tools import train_tokenizer
 from mdm_jax.training import expected, initial_state, loop, monitor
 from tests import commands, toy
 from tests.data import test_benchmarks
@@ -899,6 +900,16 @@ def test_another_data_set_is_refused(images, tmp_path):
   last = [line for line in lines if 'train_split_loss_8' in line][-1]
   assert last['train_split_loss_8'] == 0.25
   assert not any('held_out_loss_8' in line for line in lines)
+
+
+def test_another_tokenizer_is_refused_in_the_next_stage(finished, tmp_path):
+  config = toy_config()
+  toy.stage_anew(finished, tmp_path / 'run', config, 1)
+  path = tmp_path / 'other.model'
+  path.write_bytes(train_tokenizer.train(['a cat on a mat'] * 3, 280))
+  config.text.tokenizer = str(path)
+  with pytest.raises(DataError, match='last checkpoint .tokenizer: '):
+    toy.run(config, tmp_path / 'run')
 
 
 def test_data_that_differ_from_those_of_the_checkpoint():
