@@ -197,8 +197,12 @@ class _Batches:
   def _report(self, error: BadRecord) -> None:
     if error.key not in self.reported:
       self.reported.add(error.key)
-      # Keys may hold control characters, which `repr` escapes.
-      logging.warning('Replaced an unusable record: %s', repr(str(error))[1:-1])
+      _warn_of(error)
+
+
+def _warn_of(error: BadRecord) -> None:
+  # Keys may hold control characters, which `repr` escapes.
+  logging.warning('Replaced an unusable record: %s', repr(str(error))[1:-1])
 
 
 def _stack(examples: Sequence[Example]) -> Example:
@@ -251,7 +255,8 @@ def usable_records(source: Source, indices: Sequence[int]) -> Iterator[Record]:
         yield read()
         break
       except BadRecord as error:
-        logging.warning('Replaced an unusable record: %s', error)
+        if not isinstance(error, ExcludedRecord):
+          _warn_of(error)
         last_error = error
       read = _request(source, (index + replacement) % len(source))
     else:

@@ -371,6 +371,21 @@ def test_worker_processes_give_the_same_batches(mixed):
       np.testing.assert_array_equal(one[name], other[name])
 
 
+def test_usable_records_take_the_place_of_others(caplog):
+  class Source(Numbers):
+    def __getitem__(self, index):
+      if index == 2:
+        raise ExcludedRecord('n2', 'caption too long')
+      if index == 5:
+        raise BadRecord('n\x1b5', 'damaged image')
+      return super().__getitem__(index)
+
+  found = pipeline.usable_records(Source(8), [1, 2, 5])
+  assert [record['key'] for record in found] == ['n1', 'n3', 'n6']
+  (line,) = caplog.messages
+  assert line == r'Replaced an unusable record: n\x1b5: damaged image'
+
+
 def test_lines_of_worker_processes_are_formatted(monkeypatch, capfd):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
