@@ -71,19 +71,19 @@ _SIGMA_REL = flag_types.define(
 _TEXT_PATH = flag_types.define(
   'text_path',
   None,
-  ranges.KEYS['text.path'],
+  value_types.Path('directory'),
   'Directory of the T5, if it has moved since training.',
 )
 _TOKENIZER = flag_types.define(
   'tokenizer',
   None,
-  ranges.KEYS['text.tokenizer'],
+  value_types.Path('file'),
   'File of the tokenizer, if it has moved since training.',
 )
 _DATA_PATH = flag_types.define(
   'data_path',
   None,
-  ranges.KEYS['data.path'],
+  value_types.Path('directory'),
   'Where the data set is, if it has moved since training.',
 )
 _BEST = flags.DEFINE_boolean(
