@@ -2,7 +2,7 @@
 
     python -m mdm_jax.main --config=configs/shapes_64.py
 
-Made for two CPU cores, on which it takes 12 to 24 minutes (docs/results.md says
+Made for two CPU cores, on which it takes about 20 minutes (docs/results.md says
 what it learns); `:long` is made for two hours. The 32 px stage is cheap and
 learns what the words mean: its transformer sees 64 patches and the caption in
 one softmax, which is where attributes are given to the right one of two
