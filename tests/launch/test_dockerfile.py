@@ -202,3 +202,11 @@ def test_the_image_trains_as_any_user_on_a_read_only_disk(tmp_path):
 def test_a_step_that_this_test_cannot_run_fails(step):
   with pytest.raises(AttributeError, match=step.split()[0].lower()):
     Image(pathlib.Path('/none')).build([tuple(step.split())])
+
+
+def test_the_image_holds_what_main_needs():
+  lines = DOCKERFILE.read_text().splitlines()
+  copied = [line.split()[1] for line in lines if line.startswith('COPY ')]
+  assert set(copied) == {'requirements.txt', 'configs', 'mdm_jax'}
+  assert all((ROOT / name).exists() for name in copied)
+  assert lines[-1] == 'ENTRYPOINT ["python", "-m", "mdm_jax.main"]'
