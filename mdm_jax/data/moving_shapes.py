@@ -1,8 +1,8 @@
 """Captioned clips of shapes that move: an endless procedural data set.
 
 A scene is that of `shapes`, one or two objects on a background, and each object
-moves, turns, grows, shrinks, changes its colour or rests. Its caption says so.
-A clip is a pure function of (seed, split, index), and can be drawn at any
+moves, turns, grows, shrinks, changes its colour or rests. What moves starts at
+a side of the image and moves away from it. The caption says all this. A clip is a pure function of (seed, split, index), and can be drawn at any
 resolution and number of frames: frame k of T shows the time k / T, so that a
 clip of fewer frames has every n-th frame of a longer one.
 """
@@ -16,11 +16,12 @@ from mdm_jax.data import shapes
 from mdm_jax.data.shapes import Object, Scene, between, pick
 
 DIRECTIONS = {'left': (-1, 0), 'right': (1, 0), 'up': (0, -1), 'down': (0, 1)}
+_AWAY_FROM = {'left': 'right', 'right': 'left', 'top': 'down', 'bottom': 'up'}
 # Paths of a whole clip, as fractions of the side.
 SPEEDS = {'slowly': (0.16, 0.2), 'fast': (0.4, 0.46)}
 TURNS = {'clockwise': 1, 'counterclockwise': -1}
 _TURN = math.pi / 2  # radians of a whole clip
-_GROWTH = 0.5  # smallest radius over the largest
+_GROWTH = 0.6  # smallest radius over the largest
 # Those of other shapes cannot be seen.
 _TURNABLE = ('square', 'triangle', 'star', 'cross')
 
@@ -96,18 +97,17 @@ def sample_scene(
   """
   scene = shapes.sample_scene(rng, held_out, two_objects)
   objects, motions = [], []
+  directions = _directions(scene)
   for item in scene.objects:
-    # One of two objects moves across the line between them.
-    directions = {
-      1: tuple(DIRECTIONS),
-      2: ('up', 'down') if scene.layout == 'left of' else ('left', 'right'),
-    }[len(scene.objects)]
-    kinds = ['moving', 'moving', 'growing', 'shrinking', 'changing', 'resting']
+    kinds = ['growing', 'shrinking', 'changing', 'resting']
+    if directions:
+      kinds += ['moving', 'moving']
     if item.shape in _TURNABLE:
       kinds.append('turning')
     match pick(rng, kinds):
       case 'moving':
         item, motion = _start_moving(rng, item, pick(rng, directions))
+        directions = (motion.to,)  # Two that move stay side by side.
       case 'turning':
         motion = Motion('turning', pick(rng, tuple(TURNS)))
       case 'changing':
@@ -121,18 +121,26 @@ def sample_scene(
   return MovingScene(scene, tuple(motions))
 
 
+def _directions(scene: Scene) -> tuple[str, ...]:
+  """Where objects of a scene can move; nowhere from the centre."""
+  # One of two objects moves across the line between them.
+  if len(scene.objects) == 2:
+    return ('up', 'down') if scene.layout == 'left of' else ('left', 'right')
+  return tuple(
+    away for side, away in _AWAY_FROM.items() if side in scene.layout
+  )
+
+
 def _start_moving(
   rng: np.random.Generator, item: Object, direction: str
 ) -> tuple[Object, Motion]:
-  """Places an object so that its whole path is inside."""
+  """Places an object at the side that it moves away from."""
   speed = pick(rng, tuple(SPEEDS))
   if item.size == 'large':
-    speed = 'slowly'  # It has no room for more.
+    speed = 'slowly'  # It has no space for more.
   path = between(rng, *SPEEDS[speed])
-  # From one side to the other, the path is where it has room.
-  room = 1 - 2 * (item.radius + shapes.MARGIN) - path
-  first = item.radius + shapes.MARGIN + room * float(rng.random())
   x, y = DIRECTIONS[direction]
+  first = item.radius + between(rng, shapes.MARGIN, 3 * shapes.MARGIN)
   start = first if x + y > 0 else 1 - first
   item = dataclasses.replace(item, **{'x' if x else 'y': start})
   return item, Motion('moving', direction, speed, path)
@@ -144,8 +152,7 @@ def describe(moving: MovingScene, rng: np.random.Generator) -> tuple[str, dict]:
   Returns:
     The caption, and a dict of what it states, as `shapes.describe`. An object
     also has the `motion`, and if it has them `direction`, `new_color` and
-    `speed`, which may be omitted. The `position` is stated of an object that
-    does not move.
+    `speed`, which may be omitted. The `position` is that of the first frame.
   """
   phrases, objects = zip(
     *(
@@ -166,7 +173,7 @@ def describe(moving: MovingScene, rng: np.random.Generator) -> tuple[str, dict]:
   else:
     ((noun, motion),) = phrases
     place = ''
-    if moving.motions[0].kind != 'moving' and rng.random() < 0.85:
+    if rng.random() < 0.85:
       stated['position'] = scene.layout
       place = f' {shapes.place_phrase(rng, scene.layout)}'
     subject = f'{noun}{place} {motion}'

@@ -34,8 +34,8 @@ def analyze(
     vocabulary: the appearance of each word.
 
   Returns:
-    The background's name, and the objects, the largest first. They look as in
-    the first frame, growing ones as in the last, and are half way between.
+    The background's name, and the objects, the largest first. They are and look
+    as in the first frame, but growing ones look as in the last.
   """
   frames = [prompt_accuracy.analyze(frame, vocabulary) for frame in clip]
   # Small objects may be missed where they begin to grow.
@@ -128,8 +128,7 @@ def _motion(
     if abs(turn) > _TURNED:
       direction = 'clockwise' if turn > 0 else 'counterclockwise'
       found = {'motion': 'turning', 'direction': direction}
-  x, y = (first.x + last.x) / 2, (first.y + last.y) / 2
-  return dataclasses.replace(first, **found, x=x, y=y)
+  return dataclasses.replace(first, **found)
 
 
 def _turn(
