@@ -2,9 +2,10 @@
 
 A scene is that of `shapes`, one or two objects on a background, and each object
 moves, turns, grows, shrinks, changes its colour or rests. What moves starts at
-a side of the image and moves away from it. The caption says all this. A clip is a pure function of (seed, split, index), and can be drawn at any
-resolution and number of frames: frame k of T shows the time k / T, so that a
-clip of fewer frames has every n-th frame of a longer one.
+a side of the image and moves away from it. The caption says all this. A clip is
+a pure function of (seed, split, index), and can be drawn at any resolution and
+number of frames: frame k of T shows the time k / T, so that a clip of fewer
+frames has every n-th frame of a longer one.
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.data import (
+  DRAWN,
   held_out_split,
   make_image_source,
   make_source,
@@ -16,9 +17,12 @@ from mdm_jax.builders.data import (
 from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.text import make_text_encoder, make_tokenizer
 from mdm_jax.checkpoint import saved_steps
+from mdm_jax.data import pipeline
 from mdm_jax.report import console
 from mdm_jax.runtime import environment
 from mdm_jax.training.run import Run
+
+_NUM_CAPTIONS = 64  # to look at
 
 
 def log_summary(run: Run, stages: Sequence[BaseStage], first: int) -> None:
@@ -42,6 +46,8 @@ def log_summary(run: Run, stages: Sequence[BaseStage], first: int) -> None:
   )
   for stage in stages[first:]:
     _warn_of_warm_up(stage)
+  if stages[first:]:
+    _warn_of_long_captions(config)
 
 
 def _warn_of_warm_up(stage: BaseStage) -> None:
@@ -58,6 +64,32 @@ def _warn_of_warm_up(stage: BaseStage) -> None:
       100 * steps / warm_up,
       stage.index,
       steps // 10,
+    )
+
+
+def _warn_of_long_captions(config: ConfigDict) -> None:
+  """Warns if captions of some training records are cut."""
+  text = config.text
+  is_cut = text.long_captions == 'cut' and text.encoder in ('learned', 't5')
+  if config.data.name in DRAWN or not is_cut:
+    return
+  source = make_source(config, 'train', finest_resolution(config))
+  count = min(len(source), _NUM_CAPTIONS)
+  spread = [k * len(source) // count for k in range(count)]
+  tokenizer = make_tokenizer(config, of_captions=True)
+  excesses = [
+    excess
+    for record in pipeline.usable_records(source, spread)
+    for caption in record.get('captions') or [record['caption']]
+    if (excess := tokenizer.excess(caption))
+  ]
+  if excesses:
+    logging.warning(
+      'Of %d training records, %d captions are cut: one has %s. Set '
+      'text.max_length, or text.long_captions=leave_out to skip such records.',
+      count,
+      len(excesses),
+      excesses[0],
     )
 
 

@@ -119,6 +119,38 @@ def test_a_warm_up_without_a_decay_is_named(make_config, tmp_path, caplog):
   assert not warnings(0)
 
 
+def test_captions_that_are_cut_are_counted(make_config, tmp_path, caplog):
+  """Of records of the whole set, each with all of its captions."""
+  config = make_config()
+  config.data.name = 'captioned_images'
+  config.text.update(max_length=8, tokenizer=CAPTIONS_MODEL)
+  records = [{'caption': 'a red square'}] * 200
+  records[50:100] = [{'caption': '', 'captions': ['red ' * 9, 'a']}] * 50
+
+  def warnings(config, first=0):
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(summary, 'make_source', lambda *given: records)
+      patch.setattr(summary, '_data', lambda config: '')
+      run = types.SimpleNamespace(
+        mesh=sharding.make_mesh(config.mesh), frozen={}, workdir=str(tmp_path)
+      )
+      summary.log_summary(run, make_stages(config), first)
+    return [x.getMessage() for x in caplog.records if x.levelname == 'WARNING']
+
+  (warned,) = warnings(config)
+  assert warned == (
+    'Of 64 training records, 16 captions are cut: one has 10 tokens, the limit '
+    'is 8. Set text.max_length, or text.long_captions=leave_out to skip such '
+    'records.'
+  )
+  assert not warnings(config, first=2)  # Nothing is trained any more.
+  config.text.long_captions = 'leave_out'
+  assert not warnings(config)
+  config.text.update(long_captions='cut', max_length=10)
+  assert not warnings(config)
+
+
 def test_a_data_set_without_a_validation_split(log, monkeypatch):
   monkeypatch.setattr(summary, 'held_out_split', lambda config: 'train')
   monkeypatch.setattr(summary, 'make_source', lambda *given: range(1234))
