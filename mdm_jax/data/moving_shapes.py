@@ -34,7 +34,8 @@ class Motion:
   Attributes:
     kind: 'moving', 'turning', 'growing', 'shrinking', 'changing' (its colour)
       or 'resting'.
-    to: the direction of 'moving' and 'turning', the new colour of 'changing'.
+    to: the direction of 'moving', the turn of 'turning', the new colour of
+      'changing'.
     speed: of 'moving', one of SPEEDS.
     path: of 'moving', a fraction of the side.
   """
@@ -47,7 +48,8 @@ class Motion:
   @property
   def stated(self) -> dict[str, str]:
     """What a caption says of it, see `describe`."""
-    to = 'new_color' if self.kind == 'changing' else 'direction'
+    kinds = {'turning': 'turn', 'changing': 'new_color'}
+    to = kinds.get(self.kind, 'direction')
     found = {'motion': self.kind, to: self.to, 'speed': self.speed}
     return {name: value for name, value in found.items() if value}
 
@@ -152,8 +154,9 @@ def describe(moving: MovingScene, rng: np.random.Generator) -> tuple[str, dict]:
 
   Returns:
     The caption, and a dict of what it states, as `shapes.describe`. An object
-    also has the `motion`, and if it has them `direction`, `new_color` and
-    `speed`, which may be omitted. The `position` is that of the first frame.
+    also has the `motion`, and if it has them `direction`, `turn`, `new_color`
+    and `speed`, which may be omitted. The `position` is that of the first
+    frame.
   """
   phrases, objects = zip(
     *(

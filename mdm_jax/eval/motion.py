@@ -123,11 +123,11 @@ def _motion(
   elif first.color != last.color:
     found = {'motion': 'changing', 'new_color': last.color}
   else:
-    turn = _turn(first.shape, track, clip, vocabulary) / share
+    angle = _turn(first.shape, track, clip, vocabulary) / share
     found = {'motion': 'resting'}
-    if abs(turn) > _TURNED:
-      direction = 'clockwise' if turn > 0 else 'counterclockwise'
-      found = {'motion': 'turning', 'direction': direction}
+    if abs(angle) > _TURNED:
+      turn = 'clockwise' if angle > 0 else 'counterclockwise'
+      found = {'motion': 'turning', 'turn': turn}
   return dataclasses.replace(first, **found)
 
 

@@ -31,7 +31,7 @@ _SHIFTS = 8  # phases of a pattern that are tried along each axis
 _CENTRE = 0.115  # largest distance from the middle that counts as central
 OBJECT_ATTRIBUTES = ('color', 'shape', 'pattern', 'size')
 # Of clips alone, see `motion`.
-MOTION_ATTRIBUTES = ('motion', 'direction', 'new_color', 'speed')
+MOTION_ATTRIBUTES = ('motion', 'direction', 'turn', 'new_color', 'speed')
 # Keys that `accuracy` may return.
 NAMES = ('background', 'count', *OBJECT_ATTRIBUTES, 'position', 'all')
 
@@ -82,6 +82,7 @@ class Found:
   radius: float
   motion: str = ''
   direction: str = ''
+  turn: str = ''
   new_color: str = ''
   speed: str = ''
 

@@ -81,6 +81,27 @@ def test_motions_are_those_of_the_caption():
   assert {to for kind, to in seen if kind == 'changing'} == {*shapes.COLORS}
 
 
+def test_what_moves_starts_at_the_side_that_it_leaves():
+  sides = {'left': 'right', 'right': 'left', 'up': 'bottom', 'down': 'top'}
+  positions = set()
+  for index in range(500):
+    moving, _, stated = source().scene(index)
+    for item, motion in zip(moving.scene.objects, moving.motions):
+      if motion.kind != 'moving':
+        continue
+      x, y = DIRECTIONS[motion.to]
+      start = item.x if x else item.y
+      margin = (start if x + y > 0 else 1 - start) - item.radius
+      assert shapes.MARGIN <= margin <= 3 * shapes.MARGIN
+      if 'position' in stated:
+        assert sides[motion.to] in stated['position']
+        positions.add(stated['position'])
+    kinds = [motion.kind for motion in moving.motions]
+    if kinds == ['moving'] * 2:
+      assert len({motion.to for motion in moving.motions}) == 1
+  assert positions == {*shapes.PLACES} - {'centre'}
+
+
 def test_an_object_is_drawn_turned_and_blended():
   item = shapes.Object('square', 'red', 'striped', 'large', 0.5, 0.5, 0.3)
   image = shapes.draw(shapes.Scene((item,), 'white', 'centre'), 64)
