@@ -35,19 +35,19 @@ def get_config(mode: str = ''):
       '16',
       1,
       max_frames=1,
-      steps=1600,
+      steps=1400,
       batch_size=128,
       learning_rate=0.02,
       **shared,
     ),
     common.stage(
-      '64', 2, max_frames=1, steps=900, batch_size=32, **both, **shared
+      '64', 2, max_frames=1, steps=1800, batch_size=32, **both, **shared
     ),
     # How things move is learned at 16 px, where clips are cheap.
     common.stage(
       '8x64',
       2,
-      steps=2200,
+      steps=2000,
       batch_size=40,
       mixed_ratio=(9.0, 1.0),
       **both,
