@@ -7,7 +7,7 @@ it learns). The first stage trains the 16 px level on images, the second both
 levels, and the third trains them on clips: 4 frames of 16 px inside of 8 frames
 of 64 px, most of the batch at 16 px alone. That batch divides among at most 4
 devices. The images are those of shapes, whose captions say nothing of motion:
-outlines are learned from them in half as many steps as from the first frames of
+outlines are learned from them in fewer steps than from the first frames of
 clips.
 """
 

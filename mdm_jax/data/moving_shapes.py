@@ -48,8 +48,8 @@ class Motion:
   @property
   def stated(self) -> dict[str, str]:
     """What a caption says of it, see `describe`."""
-    kinds = {'turning': 'turn', 'changing': 'new_color'}
-    to = kinds.get(self.kind, 'direction')
+    others = {'turning': 'turn', 'changing': 'new_color'}
+    to = others.get(self.kind, 'direction')
     found = {'motion': self.kind, to: self.to, 'speed': self.speed}
     return {name: value for name, value in found.items() if value}
 

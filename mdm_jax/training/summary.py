@@ -69,11 +69,17 @@ def _warn_of_warm_up(stage: BaseStage) -> None:
 
 def _warn_of_long_captions(config: ConfigDict) -> None:
   """Warns if captions of some training records are cut."""
-  text = config.text
-  is_cut = text.long_captions == 'cut' and text.encoder in ('learned', 't5')
-  if config.data.name in DRAWN or not is_cut:
+  data, text = config.data, config.text
+  if text.long_captions != 'cut' or text.encoder not in ('learned', 't5'):
     return
-  source = make_source(config, 'train', finest_resolution(config))
+  resolution = finest_resolution(config)
+  if data.name not in DRAWN:
+    _warn_of_cut(config, make_source(config, 'train', resolution))
+  if data.image_set not in ('', *DRAWN):
+    _warn_of_cut(config, make_image_source(config, resolution))
+
+
+def _warn_of_cut(config: ConfigDict, source: pipeline.Source) -> None:
   count = min(len(source), _NUM_CAPTIONS)
   spread = [k * len(source) // count for k in range(count)]
   tokenizer = make_tokenizer(config, of_captions=True)
@@ -85,7 +91,7 @@ def _warn_of_long_captions(config: ConfigDict) -> None:
   ]
   if excesses:
     logging.warning(
-      'Of %d training records, %d captions are cut: one has %s. Set '
+      'Of %d training records, %d captions are cut: one has %s. Raise '
       'text.max_length, or text.long_captions=leave_out to skip such records.',
       count,
       len(excesses),

@@ -130,7 +130,8 @@ def test_captions_that_are_cut_are_counted(make_config, tmp_path, caplog):
   def warnings(config, first=0):
     caplog.clear()
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(summary, 'make_source', lambda *given: records)
+      for name in ('make_source', 'make_image_source'):
+        patch.setattr(summary, name, lambda *given: records)
       patch.setattr(summary, '_data', lambda config: '')
       run = types.SimpleNamespace(
         mesh=sharding.make_mesh(config.mesh), frozen={}, workdir=str(tmp_path)
@@ -141,10 +142,12 @@ def test_captions_that_are_cut_are_counted(make_config, tmp_path, caplog):
   (warned,) = warnings(config)
   assert warned == (
     'Of 64 training records, 16 captions are cut: one has 10 tokens, the limit '
-    'is 8. Set text.max_length, or text.long_captions=leave_out to skip such '
+    'is 8. Raise text.max_length, or text.long_captions=leave_out to skip such '
     'records.'
   )
   assert not warnings(config, first=2)  # Nothing is trained any more.
+  config.data.image_set = 'tars'
+  assert warnings(config) == [warned] * 2
   config.text.long_captions = 'leave_out'
   assert not warnings(config)
   config.text.update(long_captions='cut', max_length=10)
