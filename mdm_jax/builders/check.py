@@ -54,7 +54,7 @@ def check(
     ValueError: a value is wrong. The message names the key and the remedy.
   """
   ranges.check(config)
-  _check_text(config)
+  _check_text(config, training)
   _check_objective(config)
   _check_level_times(config)
   check_cascade(config)
@@ -110,13 +110,13 @@ def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
   losses = loss_names(config, level_names(config, last))
   if can_score_prompts(config):
     names = prompt_accuracy.NAMES
-    if is_moving(config):
+    if is_moving(config, last):
       names += prompt_accuracy.MOTION_ATTRIBUTES
     scores = [f'accuracy_{name}' for name in names]
   return list(losses), scores
 
 
-def _check_text(config: ConfigDict) -> None:
+def _check_text(config: ConfigDict, training: bool) -> None:
   text = config.text
   needs_t5 = text.encoder not in TRAINED_ENCODERS
   if needs_t5 and not (text.path and epath.Path(text.path).is_dir()):
@@ -133,7 +133,7 @@ def _check_text(config: ConfigDict) -> None:
     data = config.data
     sets = [('name', data.name, data.path)]
     # That a path is missing is named with the image set.
-    if data.image_path or data.image_set in DRAWN:
+    if training and (data.image_path or data.image_set in DRAWN):
       sets.append(('image_set', data.image_set, data.image_path))
     for key, name, path in sets:
       _check_precomputed(config, f'data.{key}={name!r}', name, path)

@@ -21,7 +21,8 @@ from mdm_jax.data.labels import LabelledSource
 from mdm_jax.data.transforms import Transform
 
 # Procedural sets, which are drawn at the resolution of each level.
-DRAWN = ('shapes', 'moving_shapes')
+_VERSIONS = {'shapes': shapes.VERSION, 'moving_shapes': moving_shapes.VERSION}
+DRAWN = tuple(_VERSIONS)
 _DATA_SETS = (*DRAWN, 'captioned_images', 'tars', 'tfds:NAME')
 _TFDS = 'tfds:'
 # Where the frames of a longer clip begin, see `images.decode_clip`.
@@ -125,11 +126,11 @@ def make_image_source(
   Raises:
     FileNotFoundError, ValueError: see `make_source`.
   """
-  images = _image_config(config)
+  images = image_config(config)
   return images and make_source(images, 'train', resolution)
 
 
-def _image_config(config: ConfigDict) -> ConfigDict | None:
+def image_config(config: ConfigDict) -> ConfigDict | None:
   """The config of `data.image_set`, as if it were the data set."""
   if not config.data.image_set:
     return None
@@ -280,7 +281,7 @@ def _make_rows(
   Returns:
     The sources; and 0 for each row of the data set, 1 for each of images.
   """
-  images = _image_config(config) if training else None
+  images = image_config(config) if training else None
 
   @functools.cache
   def open_once(of_images, size):
@@ -299,8 +300,15 @@ def _make_rows(
   return sources, streams
 
 
-def data_fingerprint(config: ConfigDict) -> dict[str, str]:
+def data_fingerprint(
+  config: ConfigDict, training: bool = True
+) -> dict[str, str]:
   """Everything but the config that batches, and their text features, depend on.
+
+  Args:
+    config: configuration of the run.
+    training: whether the batches are trained on: only those have the images of
+      `data.image_set`.
 
   Returns:
     Hashes, versions of packages and the number of records, by name.
@@ -311,10 +319,16 @@ def data_fingerprint(config: ConfigDict) -> dict[str, str]:
   }
   if config.text.encoder == 't5':
     found['text_encoder'] = text_fingerprint(config)['encoder']
-  if config.data.name not in DRAWN:
+  if config.data.name in DRAWN:
+    found['drawing'] = _VERSIONS[config.data.name]
+  else:
     source = make_source(config, 'train', 0)
     found |= {'records': str(len(source)), 'files': source.fingerprint()}
-  if config.data.image_set not in ('', *DRAWN):
+  if not training:
+    return found
+  if config.data.image_set in DRAWN:
+    found['image_drawing'] = _VERSIONS[config.data.image_set]
+  elif config.data.image_set:
     source = make_image_source(config, 0)
     found |= {
       'image_records': str(len(source)),

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders.data import DRAWN, held_out_split, make_source
-from mdm_jax.builders.model import finest_resolution
+from mdm_jax.builders.model import finest_resolution, frames
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import moving_shapes, pipeline, shapes
 from mdm_jax.data.text import words_of
-from mdm_jax.eval import prompt_accuracy
+from mdm_jax.eval import motion, prompt_accuracy
 from mdm_jax.eval.prompt_accuracy import Found, Vocabulary
 
 _SHOWN_WORDS = 5  # unknown words that are named
@@ -171,9 +171,9 @@ def can_score_prompts(config: ConfigDict) -> bool:
   return config.data.name in DRAWN and config.text.encoder != 'label'
 
 
-def is_moving(config: ConfigDict) -> bool:
-  """Whether prompts say what objects do in a clip."""
-  return config.data.name == 'moving_shapes'
+def is_moving(config: ConfigDict, stage: ConfigDict) -> bool:
+  """Whether samples of a stage are clips whose prompts say what objects do."""
+  return config.data.name == 'moving_shapes' and frames(config, stage)[-1] > 1
 
 
 def make_vocabulary() -> Vocabulary:
@@ -192,7 +192,9 @@ def make_vocabulary() -> Vocabulary:
 
 
 @functools.cache
-def chance_accuracy(moving: bool = False) -> dict[str, float]:
+def chance_accuracy(
+  name: str = 'shapes', moving: bool = False
+) -> dict[str, float]:
   """Accuracies of perfect images of other prompts: the level of chance.
 
   A model that draws shapes well but ignores its prompts scores as much. It is
@@ -201,17 +203,20 @@ def chance_accuracy(moving: bool = False) -> dict[str, float]:
   assigned to stated ones such that most marks are right.
 
   Args:
-    moving: of clips of moving shapes.
+    name: of the data set, one of `DRAWN`.
+    moving: of clips of 'moving_shapes', and not of their images.
 
   Returns:
     By the names of `prompt_accuracy.NAMES` and `by_number_of_objects`, and with
     `moving` of `MOTION_ATTRIBUTES`, from 0 to 1.
   """
   source = shapes.ShapesSource(0, 'held_out', _CHANCE, 8)
-  if moving:
+  if name == 'moving_shapes':
     source = moving_shapes.MovingShapesSource(0, 'held_out', _CHANCE, 8, 2)
   scenes = [source.scene(i) for i in range(len(source))]
   statements = [stated for *_, stated in [*scenes[1:], scenes[0]]]
+  if not moving:
+    statements = list(map(motion.without_motion, statements))
   marks = [
     prompt_accuracy.compare(*_contents(scene), stated)
     for (scene, *_), stated in zip(scenes, statements)
@@ -231,8 +236,8 @@ def _contents(
     Found(
       **{name: getattr(item, name) for name in ('shape', 'color', 'pattern')},
       **{name: getattr(item, name) for name in ('size', 'x', 'y', 'radius')},
-      **motion.stated,
+      **moves.stated,
     )
-    for item, motion in zip(scene.scene.objects, scene.motions)
+    for item, moves in zip(scene.scene.objects, scene.motions)
   ]
   return scene.scene.background, objects

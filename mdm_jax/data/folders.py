@@ -79,7 +79,7 @@ class FolderPart:
 
   def _read(self, entry: Entry) -> tuple[str, bytes, list[str]]:
     key, image, caption_file, caption = entry
-    data = self._read_file(image, tars.MAX_IMAGE, key)
+    data = self._read_file(image, tars.MAX_FILE, key)
     if caption_file:
       caption = self._read_file(caption_file, tars.MAX_CAPTION, key)
       suffix = _split_name(caption_file)[1]

@@ -233,7 +233,7 @@ def decode_clip(
     key: of the record, for errors.
     crop: as for `decode_image`.
     start: where those begin, from 0, the first frame, to 1, which ends with the
-      last.
+      last. Of a uniform one each beginning is as likely.
     max_pixels: of one frame.
 
   Returns:
@@ -248,7 +248,8 @@ def decode_clip(
       wanted = frames * every
       if len(found) < wanted:
         raise BadRecord(key, 'too few frames', f'{len(found)}, not {wanted}')
-      first = round(start * (len(found) - wanted))
+      spare = len(found) - wanted
+      first = min(int(start * (spare + 1)), spare)
       return found[first : first + wanted : every]
 
     if len(jpegs := split_jpegs(data)) > 1:

@@ -16,6 +16,8 @@ import numpy as np
 from mdm_jax.data import shapes
 from mdm_jax.data.shapes import Object, Scene, between, pick
 
+# As that of `shapes`, by which objects are drawn.
+VERSION = f'{shapes.VERSION}.1'
 DIRECTIONS = {'left': (-1, 0), 'right': (1, 0), 'up': (0, -1), 'down': (0, 1)}
 _AWAY_FROM = {'left': 'right', 'right': 'left', 'top': 'down', 'bottom': 'up'}
 # Paths of a whole clip, as fractions of the side.

@@ -191,6 +191,6 @@ def _image(value: Any, key: str) -> bytes:
   if not isinstance(value, bytes):
     detail = f'{type(value).__name__} instead of bytes'
     raise BadRecord(key, 'not an image', detail)
-  if len(value) > tars.MAX_IMAGE:
+  if len(value) > tars.MAX_FILE:
     raise BadRecord(key, 'file too large', f'{len(value)} bytes')
   return value

@@ -56,6 +56,9 @@ TEMPLATES = (
   'a drawing of {subject} on a {ground} background',
 )
 SPLITS = ('train', 'validation', 'held_out')
+# Raised with whatever changes a scene, its caption or its image: runs of
+# another version are not continued, nor features of it read from a cache.
+VERSION = '1'
 
 # (shape, color) pairs that never occur on a background in training. Every pair
 # is held out on one background only. Otherwise colours would predict shapes,

@@ -26,7 +26,7 @@ from mdm_jax.runtime import buckets
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 VIDEO_SUFFIXES = ('mp4', 'webm', 'mov', 'mkv', 'avi', 'gif', 'webp')
 CAPTION_SUFFIXES = ('txt', 'json')
-MAX_IMAGE, MAX_CAPTION = 256 * 2**20, 2**20  # bytes
+MAX_FILE, MAX_CAPTION = 256 * 2**20, 2**20  # bytes
 # Reasons of a tar that could not be read to its end.
 _DAMAGED, _UNREADABLE = 'damaged tar', 'unreadable tar'
 UNREAD = (_DAMAGED, _UNREADABLE)
@@ -402,7 +402,7 @@ def _files(
 def _unusable(member: Member, suffix: str, key: str) -> BadRecord | None:
   if member.kind:
     return BadRecord(key, 'not a plain file', f'{suffix}: {member.kind}')
-  limit = MAX_CAPTION if suffix in CAPTION_SUFFIXES else MAX_IMAGE
+  limit = MAX_CAPTION if suffix in CAPTION_SUFFIXES else MAX_FILE
   if member.size > limit:
     return BadRecord(key, 'file too large', f'{suffix} of {member.size} bytes')
   return None

@@ -64,6 +64,11 @@ def score(
   if sample.ndim == 4:
     found = analyze(sample, vocabulary)
     return prompt_accuracy.compare(*found, stated)
+  return prompt_accuracy.score(sample, without_motion(stated), vocabulary)
+
+
+def without_motion(stated: dict) -> dict:
+  """What a prompt states of an image, see `score`."""
   objects = [
     {
       name: value
@@ -72,9 +77,7 @@ def score(
     }
     for each in stated['objects']
   ]
-  return prompt_accuracy.score(
-    sample, {**stated, 'objects': objects}, vocabulary
-  )
+  return {**stated, 'objects': objects}
 
 
 def _follow(

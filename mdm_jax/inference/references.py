@@ -89,7 +89,7 @@ def of_split(
   source = make_source(config, split, resolution)
   count = min(max_images, len(source))
   is_drawn = config.data.name in DRAWN
-  fingerprint = data_fingerprint(config)
+  fingerprint = data_fingerprint(config, training=False)
   fingerprint.pop('text_encoder', None)  # Images do not depend on it.
   settings = {
     'data': config.data.name,

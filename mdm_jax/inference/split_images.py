@@ -5,8 +5,12 @@ from typing import NamedTuple
 from absl import logging
 import numpy as np
 
-from mdm_jax.builders.data import held_out_split, make_source
-from mdm_jax.builders.stage import Stage
+from mdm_jax.builders.data import (
+  held_out_split,
+  image_config,
+  make_source,
+)
+from mdm_jax.builders.stage import Stage, make_stage
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import pipeline
 from mdm_jax.data.images import BadRecord
@@ -45,6 +49,8 @@ def read(
     ValueError: there is no such split, or none of its images can be decoded.
     FileNotFoundError: a file of the data set is missing.
   """
+  if split == 'train':
+    stage = on_training_images(stage)
   config, resolution = stage.config, stage.resolutions[-1]
   source = make_source(config, split or held_out_split(config), resolution)
   tokenizer = make_tokenizer(config)
@@ -70,6 +76,17 @@ def read(
   if not found.images:
     raise ValueError('none of the images that were read can be decoded.')
   return found._replace(images=np.stack(found.images))
+
+
+def on_training_images(stage: Stage) -> Stage:
+  """The stage as if the images that it is trained on were the data set.
+
+  Those are the ones of `data.image_set`, if a stage of images is trained on
+  them beside clips.
+  """
+  has_clips = len(stage.model.image_shapes[-1]) == 4
+  config = None if has_clips else image_config(stage.config)
+  return make_stage(config, stage.index) if config else stage
 
 
 def read_both(

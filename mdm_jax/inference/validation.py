@@ -101,7 +101,9 @@ def chance(stage: BaseStage) -> dict[str, float]:
   """What a model scores that ignores its prompts; {} if nothing is scored."""
   if not _is_scored(stage):
     return {}
-  at_random = chance_accuracy(is_moving(stage.config))
+  config = stage.config
+  moving = is_moving(config, stage.settings)
+  at_random = chance_accuracy(config.data.name, moving)
   return {f'accuracy_{name}': value for name, value in at_random.items()}
 
 

@@ -205,7 +205,9 @@ def _accuracy(model: Model) -> dict[str, str]:
   except files.UnreadableFile as error:
     logging.warning('%s', error)
     return {}
-  chance = chance_accuracy(is_moving(model.stage.config))
+  stage = model.stage
+  moving = is_moving(stage.config, stage.settings)
+  chance = chance_accuracy(stage.config.data.name, moving)
   found = {
     name: f'{values[f"accuracy_{name}"]:.0%} (chance {chance[name]:.0%})'
     for name in ('all', 'shape', 'color', 'pattern', 'position', 'background')

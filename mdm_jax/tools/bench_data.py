@@ -10,7 +10,8 @@ config it reads synthetic JPEGs of 1200 x 900 pixels. For each resolution it
 prints the images/s of: a loop that decodes and resizes with Pillow; the same
 loop with every JPEG decoded at full size; the pipeline in this process; and the
 pipeline with worker processes. The measurements alternate. Of a recipe with
-clips it prints the clips/s of each level.
+clips it prints the clips/s of each level, and the images/s of stages of images,
+of those in `data.image_set` if there are any.
 """
 
 import contextlib
@@ -20,12 +21,17 @@ import sys
 import time
 
 from absl import flags
+from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
 from mdm_jax.builders import ranges, recipes
-from mdm_jax.builders.data import DRAWN, make_source
-from mdm_jax.builders.model import image_resolution
+from mdm_jax.builders.data import DRAWN, make_image_source, make_source
+from mdm_jax.builders.model import (
+  frames,
+  image_resolution,
+  image_resolutions,
+)
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import images, pipeline, transforms
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
@@ -239,7 +245,22 @@ def main(_: list[str]) -> None:
     sys.exit(f'error: {error}')
 
 
+def _sizes(config: ConfigDict) -> list[tuple[int, int, int]]:
+  """Pixels a side, frames and their distance, of what stages are trained on."""
+  levels = config.model.levels
+  finest = levels[-1].frames
+  sides = [image_resolution(config, level) for level in levels]
+  found = [*zip(sides, (level.frames for level in levels))]
+  for stage in config.stages:  # Some take fewer frames.
+    found += zip(image_resolutions(config, stage), frames(config, stage))
+  return [
+    (side, count, finest // count if count > 1 else 1)
+    for side, count in dict.fromkeys(found)
+  ]
+
+
 def _measure_all(values: flags.FlagValues) -> None:
+  images_beside = None
   if config := values.config:
     if config.data.name in DRAWN:
       raise ValueError(
@@ -247,33 +268,31 @@ def _measure_all(values: flags.FlagValues) -> None:
       )
     source = make_source(config, 'train', 0)
     tokenizer = make_tokenizer(config, of_captions=True)
-    finest = config.model.levels[-1].frames
-    sizes = [
-      (image_resolution(config, level), level.frames, finest // level.frames)
-      for level in config.model.levels
-    ]
+    sizes = _sizes(config)
+    if config.data.image_set not in DRAWN:
+      images_beside = make_image_source(config, 0)
   else:
     source = SyntheticImages()
     tokenizer = Tokenizer(CAPTIONS_MODEL, 32)
     sizes = [(64, 1, 1), (256, 1, 1), (1024, 1, 1)]
   counts = sorted(set(values.workers))
   results = {}
-  for resolution, frames, every in sizes:
+  for resolution, count, every in sizes:
     rates = measure(
-      source,
-      transforms.Transform(tokenizer, resolution, frames=frames, every=every),
+      images_beside if images_beside and count == 1 else source,
+      transforms.Transform(tokenizer, resolution, frames=count, every=every),
       values.seconds,
       counts,
       values.batch_size,
       config.data.num_threads if config else 1,
     )
-    name = level_name(example_shape(resolution, frames))
+    name = level_name(example_shape(resolution, count))
     results[name] = rates
     rows = [
       [way, round(rate, 1), round(rate / rates['pillow'], 2)]
       for way, rate in rates.items()
     ]
-    noun = 'images' if frames == 1 else 'clips'
+    noun = 'images' if count == 1 else 'clips'
     header = [f'{name} px', f'{noun}/s', '/ Pillow']
     if values.step_rate:
       header.append('/ step rate')

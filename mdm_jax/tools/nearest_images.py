@@ -118,7 +118,7 @@ def _losses(model) -> dict[str, dict[str, float]]:
   """
   import jax
 
-  from mdm_jax.inference import validation
+  from mdm_jax.inference import split_images, validation
   from mdm_jax.steps.evaluate import make_band_step
 
   stage = model.stage
@@ -126,10 +126,12 @@ def _losses(model) -> dict[str, dict[str, float]]:
     make_band_step(stage.model, stage.objective, validation.LOSS_SEED, 1)
   )
   found = {}
-  for name, split in (('held_out', None), ('training', 'train')):
-    sums = validation.over_held_out(
-      stage, model.mesh, model.params, step, split
-    )
+  of_training = split_images.on_training_images(stage)
+  for name, data, split in (
+    ('held_out', stage, None),
+    ('training', of_training, 'train'),
+  ):
+    sums = validation.over_held_out(data, model.mesh, model.params, step, split)
     losses = validation.mean_losses(sums)
     found[name] = {
       name: float(loss)

@@ -12,8 +12,8 @@ take such tars, and recipes of images train on their first frames.
 
 Videos that cannot be used are skipped, listed in DIR/<tar>.rejects.jsonl and
 counted at the end. The same command continues after it was killed; tars that
-were damaged or could not be read are tried again. Video is decoded as a stream,
-to the last chosen frame, so that long videos cost no memory.
+were damaged or could not be read are tried again. A video's file, of at most
+256 MiB, is read whole, and decoded as a stream to the last chosen frame.
 """
 
 from collections.abc import Iterator
@@ -45,6 +45,9 @@ from mdm_jax.tools.worker_pool import run_all
 
 _QUALITY = 90  # of JPEG
 _OPTIONS = 'options.json'
+# FFmpeg's names of the formats that are read. It knows others, such as play
+# lists, whose files name further files to read.
+_FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif'
 # A frame at least this share of a period after the last one is taken, as times
 # in files are rounded.
 _EARLY = 0.02
@@ -61,6 +64,8 @@ class Options:
     skip_seconds: at the start of a video.
     resolution: larger frames are reduced to this shorter side in pixels.
     max_pixels: of a frame of the video; larger ones are skipped.
+    max_seconds: of a video whose file states how long it is; longer ones are
+      skipped. 0 skips none.
   """
 
   frames: int = 16
@@ -69,6 +74,7 @@ class Options:
   skip_seconds: float = 0.0
   resolution: int = 256
   max_pixels: int = 10_000_000
+  max_seconds: float = 0.0
 
   def check(self) -> None:
     """Raises ValueError for options that exclude each other."""
@@ -118,10 +124,14 @@ def _decode_animation(data: bytes, key: str, options: Options) -> Iterator:
 
 
 def _decode_video(data: bytes, key: str, options: Options) -> Iterator:
-  """The time, None if it has none, and the frame of PyAV, of each frame."""
+  """The time, None if it has none, and the frame of PyAV, of each frame.
+
+  At last the time at which the last one ends, and None, if it is known.
+  """
   import av
 
-  with av.open(io.BytesIO(data)) as container:
+  options_of_format = {'format_whitelist': _FORMATS}
+  with av.open(io.BytesIO(data), options=options_of_format) as container:
     if not container.streams.video:
       raise BadRecord(key, 'no video stream')
     stream = container.streams.video[0]
@@ -129,8 +139,14 @@ def _decode_video(data: bytes, key: str, options: Options) -> Iterator:
     if stream.width * stream.height > options.max_pixels:
       size = f'{stream.width} x {stream.height}'
       raise BadRecord(key, 'too many pixels', size)
+    seconds = (container.duration or 0) / av.time_base
+    if options.max_seconds and seconds > options.max_seconds:
+      raise BadRecord(key, 'too long', f'{seconds:.1f} seconds')
+    frame = None
     for frame in container.decode(stream):
       yield frame.time, frame
+    if frame is not None and frame.time is not None and frame.duration:
+      yield frame.time + float(frame.duration * frame.time_base), None
 
 
 def _choose(frames: Iterator, key: str, options: Options) -> Iterator:
@@ -343,6 +359,12 @@ if __name__ == '__main__':
     1,
     2**32,
     'Skip videos whose frames have more pixels.',
+  )
+  flag_types.define(
+    'max_seconds',
+    Options.max_seconds,
+    value_types.Number(float, 0, 10**6),
+    'Skip videos that last longer; 0: skip none.',
   )
   flag_types.integer(
     'num_workers', os.cpu_count() or 1, 1, 1000, 'Number of worker processes.'

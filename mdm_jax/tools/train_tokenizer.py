@@ -3,7 +3,8 @@
   python -m mdm_jax.tools.train_tokenizer --output=captions.model
 
 `mdm_jax/data/captions.model` was made by this command, and
-`moving_captions.model` with `--data=moving_shapes --vocab_size=560`.
+`moving_captions.model` with `--data=moving_shapes --vocab_size=560`, from the
+captions of shapes too, on whose images a network of clips may be trained.
 `--data_path=DIR`, a data set that `prepare_data` wrote, trains on the captions
 of its training images, `--captions=FILE` on those of a file, one per line.
 Captions and prompts are read without case. Any text can be encoded: words that
@@ -56,7 +57,8 @@ _DATA = flag_types.define(
   'data',
   'shapes',
   value_types.Choice(('shapes', 'moving_shapes')),
-  'Procedural data set whose captions are used.',
+  'Procedural data set whose captions are used; with moving_shapes also those '
+  'of shapes.',
 )
 _VOCAB_SIZE = flag_types.integer(
   'vocab_size',
@@ -75,11 +77,15 @@ _MAX_WORDS = 100_000
 def shapes_captions(
   count: int = _NUM_CAPTIONS, moving: bool = False
 ) -> Iterable[str]:
-  """Captions of the first training scenes of shapes, or of moving shapes."""
-  source = shapes.ShapesSource(0, 'train', count, resolution=64)
+  """Captions of the first training scenes of shapes.
+
+  With `moving` also those of moving shapes, which are trained on beside images
+  of shapes.
+  """
+  found = [shapes.ShapesSource(0, 'train', count, resolution=64)]
   if moving:
-    source = moving_shapes.MovingShapesSource(0, 'train', count, 64, frames=1)
-  return (source.scene(index)[1] for index in range(count))
+    found.append(moving_shapes.MovingShapesSource(0, 'train', count, 64, 1))
+  return (source.scene(i)[1] for source in found for i in range(count))
 
 
 def _captions() -> Iterable[str]:

@@ -106,8 +106,9 @@ def _check_data(
     # They are drawn without it, and installing Gradio for the demo replaces it.
     old.pop('Pillow', None)
     new.pop('Pillow', None)
-  if 'text_encoder' not in old:  # A checkpoint of an earlier version.
-    new.pop('text_encoder', None)
+  for name in ('text_encoder', 'drawing', 'image_drawing'):
+    if name not in old:  # A checkpoint of an earlier version.
+      new.pop(name, None)
   if changes := differences(old, new):
     message = (
       'The data are not those of the last checkpoint ('

@@ -18,6 +18,7 @@ from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.text import make_text_encoder, make_tokenizer
 from mdm_jax.checkpoint import saved_steps
 from mdm_jax.data import pipeline
+from mdm_jax.data.images import BadRecord
 from mdm_jax.report import console
 from mdm_jax.runtime import environment
 from mdm_jax.training.run import Run
@@ -74,26 +75,32 @@ def _warn_of_long_captions(config: ConfigDict) -> None:
     return
   resolution = finest_resolution(config)
   if data.name not in DRAWN:
-    _warn_of_cut(config, make_source(config, 'train', resolution))
+    source = make_source(config, 'train', resolution)
+    _warn_of_cut(config, f'data.name={data.name!r}', source)
   if data.image_set not in ('', *DRAWN):
-    _warn_of_cut(config, make_image_source(config, resolution))
+    source = make_image_source(config, resolution)
+    _warn_of_cut(config, f'data.image_set={data.image_set!r}', source)
 
 
-def _warn_of_cut(config: ConfigDict, source: pipeline.Source) -> None:
+def _warn_of_cut(
+  config: ConfigDict, name: str, source: pipeline.Source
+) -> None:
   count = min(len(source), _NUM_CAPTIONS)
-  spread = [k * len(source) // count for k in range(count)]
   tokenizer = make_tokenizer(config, of_captions=True)
-  excesses = [
-    excess
-    for record in pipeline.usable_records(source, spread)
-    for caption in record.get('captions') or [record['caption']]
-    if (excess := tokenizer.excess(caption))
-  ]
+  excesses = []
+  for k in range(count):
+    try:
+      record = source[k * len(source) // count]
+    except BadRecord:  # Training counts them.
+      continue
+    captions = record.get('captions') or [record['caption']]
+    excesses += filter(None, map(tokenizer.excess, captions))
   if excesses:
     logging.warning(
-      'Of %d training records, %d captions are cut: one has %s. Raise '
+      'Of %d training records of %s, %d captions are cut: one has %s. Raise '
       'text.max_length, or text.long_captions=leave_out to skip such records.',
       count,
+      name,
       len(excesses),
       excesses[0],
     )

@@ -17,7 +17,7 @@ from mdm_jax.builders.data import (
 )
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
-from mdm_jax.data import images, pipeline, shapes, tar_index
+from mdm_jax.data import images, moving_shapes, pipeline, shapes, tar_index
 from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.tools import prepare_data
 from tests.tools.test_prepare_data import good_files, write_tar
@@ -107,6 +107,23 @@ def test_images_are_trained_on_beside_clips(make_config):
   config.data.update(image_set='')
   same = batch_of('held_out', sizes, num_batches=1)
   np.testing.assert_array_equal(measured['image_8'], same['image_8'])
+
+
+def test_only_training_depends_on_the_images_beside_clips(make_config):
+  config = make_config()
+  config.data.update(name='moving_shapes')
+  measured = data_fingerprint(config, training=False)
+  assert data_fingerprint(config) == measured
+  # Missing, and so never opened.
+  config.data.update(image_set='tars', image_path='/missing')
+  assert data_fingerprint(config, training=False) == measured
+  with pytest.raises(FileNotFoundError):
+    data_fingerprint(config)
+  config.data.update(image_set='shapes', image_path='')
+  versions = data_fingerprint(config)
+  assert versions.pop('image_drawing') == shapes.VERSION
+  assert versions == measured
+  assert versions['drawing'] == moving_shapes.VERSION
 
 
 def test_a_record_without_label_is_replaced(config):

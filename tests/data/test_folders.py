@@ -230,7 +230,7 @@ def test_large_files_and_unreadable_ones_are_named(tmp_path, monkeypatch):
   write(folder, {'a.jpg': JPEG, 'a.txt': 'a', 'b.jpg': JPEG, 'b.txt': 'b' * 99})
   monkeypatch.setattr(tars, 'MAX_CAPTION', 98)
   assert read(folder) == ({'f/a': ['a']}, [('f/b', 'file too large')])
-  monkeypatch.setattr(tars, 'MAX_IMAGE', len(JPEG) - 1)
+  monkeypatch.setattr(tars, 'MAX_FILE', len(JPEG) - 1)
   assert read(folder)[1] == [
     ('f/a', 'file too large'),
     ('f/b', 'file too large'),

@@ -133,7 +133,11 @@ def test_held_out_clips_have_held_out_pairs():
 def test_captions_fit_and_have_no_unknown_word():
   config = recipe.get_config()
   tokenizer = make_tokenizer(config)
-  captions = [source().scene(index)[1] for index in range(500)]
+  # Its images may be those of shapes.
+  images = shapes.ShapesSource(0, 'train', 500, 32, 0.3)
+  captions = [
+    each.scene(index)[1] for each in (source(), images) for index in range(500)
+  ]
   words = {word for text in captions for word in words_of(text)}
   assert words <= tokenizer.known_words
   longest = max(map(len, (tokenizer.encode(x).nonzero()[0] for x in captions)))

@@ -33,7 +33,7 @@ def test_hugging_face(tmp_path, monkeypatch):
   images[5] = {'bytes': JPEG + b'\0' * 9, 'path': None}
   texts = [['one', 'two'], ['a'], ['b'], [], None, ['c'], ['last']]
   write(tmp_path / 'a.parquet', {'image': images, 'text': texts})
-  monkeypatch.setattr(tars, 'MAX_IMAGE', len(JPEG))
+  monkeypatch.setattr(tars, 'MAX_FILE', len(JPEG))
   assert read(tmp_path / 'a.parquet') == (
     {'p/0': ['one', 'two'], 'p/6': ['last']},
     [

@@ -1,11 +1,12 @@
 """The procedural data set: scenes, captions and held-out combinations."""
 
 import pickle
+import zlib
 
 import numpy as np
 import pytest
 
-from mdm_jax.data import shapes
+from mdm_jax.data import moving_shapes, shapes
 
 COUNT = 300
 
@@ -56,6 +57,31 @@ def test_train_shows_everything_else():
   singles = [scene for scene in scenes if len(scene.objects) == 1]
   assert {scene.layout for scene in singles} == set(shapes.PLACES)
   assert 1400 < len(singles) < 1600
+
+
+@pytest.mark.parametrize(
+  'source, version, expected',
+  [
+    (
+      shapes.ShapesSource(0, 'train', 100, 32, 0.4),
+      shapes.VERSION,
+      ('1', 262444273, 107.954932),
+    ),
+    (
+      moving_shapes.MovingShapesSource(0, 'train', 100, 32, 4),
+      moving_shapes.VERSION,
+      ('1.1', 3568556893, 108.643929),
+    ),
+  ],
+  ids=['shapes', 'moving_shapes'],
+)
+def test_what_is_drawn_is_that_of_the_version(source, version, expected):
+  """Raise VERSION, which ends cached features, with these numbers."""
+  records = [source[i] for i in range(20)]
+  text = '\n'.join(record['caption'] for record in records)
+  mean = np.mean([record['image'].mean() for record in records])
+  assert (version, zlib.crc32(text.encode())) == expected[:2]
+  assert mean == pytest.approx(expected[2], abs=1e-4)
 
 
 def test_the_share_of_two_objects():

@@ -5,7 +5,7 @@ import pytest
 
 from configs import emoji_64, moving_shapes
 from mdm_jax.builders.stage import make_stage
-from mdm_jax.data import tar_index
+from mdm_jax.data import shapes, tar_index
 from mdm_jax.inference import split_images
 from tests.data.test_pipeline import Requested
 from tests.tools.test_prepare_data import good_files, write_tar
@@ -49,6 +49,23 @@ def test_a_stage_of_clips_is_refused():
   clips = make_stage(config, len(config.stages) - 1)
   with pytest.raises(ValueError, match='^stage .* has clips, not images: name'):
     split_images.read_both(clips, 2, 1)
+
+
+def test_images_beside_clips_are_those_that_were_trained_on():
+  config = moving_shapes.get_config('').lock()
+  stage = make_stage(config, 0)
+  trained = split_images.on_training_images(stage)
+  found = split_images.read(stage, 'train', 2)
+  (batch,) = trained.make_dataset('train', num_batches=1)
+  for i in range(2):
+    expected = shapes.ShapesSource(
+      config.seed, 'train', 10, stage.resolutions[-1], config.data.two_objects
+    )[i]
+    np.testing.assert_array_equal(found.images[i], expected['image'])
+    np.testing.assert_array_equal(batch['image'][i], expected['image'])
+  assert found.captions != split_images.read(stage, count=2).captions
+  clips = make_stage(config, len(config.stages) - 1)
+  assert split_images.on_training_images(clips) is clips
 
 
 def test_a_data_set_without_validation_split_is_refused():

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from configs import webvid_256
 from mdm_jax.data import tar_index
 from mdm_jax.data.images import decode_clip, decode_image
 from mdm_jax.data.text import CAPTIONS_MODEL, Tokenizer
@@ -60,6 +61,11 @@ def test_a_config_is_measured(make_config, tmp_path, capsys):
   bench_data._measure_all(values)
   assert json.loads((tmp_path / 'rates.json').read_text()).keys() == {'8', '16'}
   assert '16 px' in capsys.readouterr().out
+
+
+def test_stages_of_images_are_measured():
+  config = webvid_256.get_config()
+  assert bench_data._sizes(config) == [(64, 16, 1), (256, 16, 1), (64, 1, 1)]
 
 
 def test_the_loop_over_jpegs_gives_the_same_pixels():

@@ -3,6 +3,7 @@
 import fractions
 import io
 import json
+import struct
 import tarfile
 
 import av
@@ -13,7 +14,7 @@ import pytest
 from configs import common
 from mdm_jax.builders.data import make_dataset
 from mdm_jax.builders.stage import make_stage
-from mdm_jax.data import images
+from mdm_jax.data import images, tar_index
 from mdm_jax.data.images import BadRecord
 from mdm_jax.tools.prepare_clips import Options, encode, read_frames
 from tests import commands
@@ -44,7 +45,12 @@ def video(
     container.mux(stream.encode())
     if sound:
       container.mux(sound.encode())
-  return file.getvalue()
+  data = bytearray(file.getvalue())
+  if turn:  # The matrix of the track's header: a quarter turn clockwise.
+    matrix = (0, turn << 16, 0, -turn << 16, 0, 0, 0, 0, 1 << 30)
+    place = data.index(b'tkhd') + 44
+    data[place : place + 36] = struct.pack('>9i', *matrix)
+  return bytes(data)
 
 
 def write_videos(path, videos, suffix='mp4'):
@@ -83,6 +89,37 @@ def test_of_a_variable_rate_the_times_count():
   later = Options(8, 2, 8, skip_seconds=0.25, resolution=32)  # 6 of 24.
   frames = read_frames(video(range(12), times=times), 'a', later)
   assert [times[i] for i in values_of(frames)] == [3, 9, 12, 12, 18, 21, 21, 21]
+
+
+def test_the_last_frame_is_shown_until_the_end():
+  # Two seconds at four a second.
+  assert values_of(
+    read_frames(video(range(8), rate=4), 'a', Options(16, 16, 8))
+  ) == [i // 2 for i in range(16)]
+
+
+@pytest.mark.parametrize('turn', (-1, 1))
+def test_turned_videos_are_made_upright(turn):
+  (first, *_) = read_frames(video([20] * 9 + [30] * 9, turn=turn), 'a', OPTIONS)
+  assert first.size == (32, 43)
+  corners = np.asarray(first)[[8, 8, -8, -8], [8, -8, 8, -8], 0] < 75
+  # Clockwise, what was at the top left is at the top right.
+  assert corners.tolist() == [False, turn == 1, turn == -1, False]
+
+
+def test_long_videos_are_skipped():
+  data = video(range(48))  # Two seconds.
+  read_frames(data, 'a', Options(8, 4, max_seconds=2.1))
+  with pytest.raises(BadRecord, match='too long .2.0 seconds'):
+    read_frames(data, 'a', Options(8, 4, max_seconds=1.9))
+
+
+def test_no_other_file_is_read(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'secret.mp4').write_bytes(video(range(48)))
+  listed = b'ffconcat version 1.0\nfile secret.mp4\n'
+  with pytest.raises(BadRecord, match='damaged video'):
+    read_frames(listed, 'a', OPTIONS)
 
 
 def test_a_frame_is_repeated_while_it_is_shown():
@@ -192,6 +229,12 @@ def test_frames_of_a_clip(make):
     clip, side = images.decode_clip(data, 16, 4, every, start=start)
     assert clip.shape == (4, 16, 16, 3) and side == 32
     assert values_of(clip) == values
+  # Of uniform places each beginning is as likely.
+  begun = [
+    values_of(images.decode_clip(data, 16, 6, start=i / 12)[0])[0]
+    for i in range(12)
+  ]
+  assert begun == [0] * 4 + [3] * 4 + [6] * 4
   # Equal frames, which a WebP stores once.
   frames = [frames[i] for i in (0, 0, 0, 1, 2, 2, 3, 3)]
   clip, _ = images.decode_clip(make(frames), 16, 8)
@@ -311,6 +354,44 @@ def test_wrong_options_are_one_line(prepared, tmp_path):
     assert done.returncode == 1
     (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
     assert problem in line
+
+
+def test_where_clips_begin(prepared, tmp_path):
+  """Four of eight frames are the first, in the middle, or anywhere."""
+  with tarfile.open(tmp_path / 'one.tar', 'w') as tar:
+    with tarfile.open(prepared[1] / 'a.tar') as clips:
+      for name in ('0.jpg', '0.json'):
+        tar.addfile(clips.getmember(name), clips.extractfile(name))
+  index = tmp_path / 'index'
+  tar_index.write_index([f'{tmp_path}/one.tar'], str(index), 0.0)
+  config = common.get_config().unlock()
+  config.data.update(name='tars', path=str(index))
+
+  def batches(start, **options):
+    config.data.clip_start = start
+    found = make_dataset(
+      config,
+      'train',
+      [(4, 16, 16, 3)],
+      (1,),
+      process_index=0,
+      process_count=1,
+      **options,
+    )
+    return [batch['image'][0] for batch, _ in zip(found, range(30))]
+
+  def begun(clips):
+    return {values_of(clip)[0] for clip in clips}
+
+  assert begun(batches('first')) == {0}
+  assert begun(batches('centre')) == {6}
+  drawn = batches('random')
+  assert begun(drawn) == {0, 3, 6, 9, 12}
+  np.testing.assert_array_equal(
+    batches('random', start_batch=7)[:23], drawn[7:]
+  )
+  # What is measured does not change.
+  assert begun(batches('random', num_batches=5)) == {6}
 
 
 def test_clips_are_trained_on(prepared, tmp_path):

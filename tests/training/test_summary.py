@@ -9,6 +9,7 @@ import pytest
 
 from mdm_jax.builders.stage import make_stages
 from mdm_jax.checkpoint import saved_steps
+from mdm_jax.data.images import BadRecord
 from mdm_jax.data.text import CAPTIONS_MODEL
 from mdm_jax.runtime import environment, sharding
 from mdm_jax.training import loop, summary
@@ -124,14 +125,23 @@ def test_captions_that_are_cut_are_counted(make_config, tmp_path, caplog):
   config = make_config()
   config.data.name = 'captioned_images'
   config.text.update(max_length=8, tokenizer=CAPTIONS_MODEL)
-  records = [{'caption': 'a red square'}] * 200
-  records[50:100] = [{'caption': '', 'captions': ['red ' * 9, 'a']}] * 50
+
+  class Records:
+    def __len__(self):
+      return 400
+
+    def __getitem__(self, index):
+      if index < 100:
+        return {'caption': '', 'captions': ['red ' * 9, 'a']}
+      if index < 300:  # Too many in a row to find others.
+        raise BadRecord(str(index), 'no caption')
+      return {'caption': 'a red square'}
 
   def warnings(config, first=0):
     caplog.clear()
     with pytest.MonkeyPatch.context() as patch:
       for name in ('make_source', 'make_image_source'):
-        patch.setattr(summary, name, lambda *given: records)
+        patch.setattr(summary, name, lambda *given: Records())
       patch.setattr(summary, '_data', lambda config: '')
       run = types.SimpleNamespace(
         mesh=sharding.make_mesh(config.mesh), frozen={}, workdir=str(tmp_path)
@@ -141,13 +151,14 @@ def test_captions_that_are_cut_are_counted(make_config, tmp_path, caplog):
 
   (warned,) = warnings(config)
   assert warned == (
-    'Of 64 training records, 16 captions are cut: one has 10 tokens, the limit '
-    'is 8. Raise text.max_length, or text.long_captions=leave_out to skip such '
-    'records.'
+    "Of 64 training records of data.name='captioned_images', 16 captions are "
+    'cut: one has 10 tokens, the limit is 8. Raise text.max_length, or '
+    'text.long_captions=leave_out to skip such records.'
   )
   assert not warnings(config, first=2)  # Nothing is trained any more.
   config.data.image_set = 'tars'
-  assert warnings(config) == [warned] * 2
+  of_images = warned.replace("name='captioned_images'", "image_set='tars'")
+  assert warnings(config) == [warned, of_images]
   config.text.long_captions = 'leave_out'
   assert not warnings(config)
   config.text.update(long_captions='cut', max_length=10)
