@@ -1,4 +1,4 @@
-"""Captioned shapes in three stages: 16, 16+64 and 16+64+256 px.
+"""Captioned shapes in three stages: 32, 32+64 and 32+64+256 px.
 
     python -m mdm_jax.main --config=configs/shapes_256.py
 
