@@ -288,10 +288,11 @@ def level(resolution: int, **changes) -> ConfigDict:
       'num_blocks': (2, 2, 1),  # residual blocks down; one more, up
       'attention_layers': (0, 0, 0),  # after each of those blocks
       'attention_ffn': True,  # feed-forward block after attention
-      # Layers of attention between the frames of a clip, which follow those of
-      # attention_layers; (): none.
+      # Layers of temporal attention, between the frames of a clip, which follow
+      # those of attention_layers; (): none.
       'frame_attention': (),
-      # 'divided': each place sees itself in all frames; 'joint': all places.
+      # 'divided': each position sees itself in all frames; 'joint': all
+      # positions.
       'frame_attention_kind': 'divided',
       'temporal_dim': 1024,  # width of the time embedding
       'scale_condition': resolution,  # cap of the original size, in pixels

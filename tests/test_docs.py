@@ -473,6 +473,7 @@ def test_every_key_has_a_row_with_its_default():
     ('how_it_works', 'CFG; inference; mixed precision; gradient accumulation'),
     ('weights', 'fine-tun; inference; mixed precision; LoRA'),
     ('tpu', 'gradient accumulation; fsdp; Spot'),
+    ('video', 'temporal attention; joint space-time attention'),
     ('tpu_memory', 'gradient checkpointing; inference'),
     ('reference', 'classifier-free guidance; inference'),
     ('benchmarks', 'inference; MFU; CFG'),

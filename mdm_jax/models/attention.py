@@ -122,14 +122,14 @@ def rotary_angles(
   """Angles by which a head's queries and keys are turned at each token.
 
   The first half of the pairs turns with the row, the second with the column.
-  Both are counted from the middle of the image, which is also the place of
+  Both are counted from the middle of the image, which is also the position of
   tokens that have none. The slowest pairs turn by one radian from one side of
   the image to the other: slower ones would tell nothing apart.
 
   Args:
     grid: rows and columns of tokens.
     head_size: dimensions of a head, a multiple of 4.
-    others: tokens without a place, which follow those of the image.
+    others: tokens without a position, which follow those of the image.
 
   Returns:
     [rows * columns + others, head_size / 2] float64, in radians.
@@ -200,21 +200,22 @@ class Attention(nn.Module):
 
 
 class FrameAttention(nn.Module):
-  """Attention between the frames of a clip.
+  """Temporal attention: between the frames of a clip.
 
-  Each place sees itself in all frames, or all places of all frames: divided and
-  joint space-time attention (Bertasius et al., arXiv 2102.05095). The frames
-  have rotary and sinusoidal positions, and queries and keys are normalised per
-  head. The output is zero at first: a clip's frames are then those of a network
-  without this layer. Its parameters do not depend on the number of frames.
+  Each position sees itself in all frames, or all positions of all frames:
+  divided and joint space-time attention (Bertasius et al., arXiv 2102.05095).
+  Other layers attend within a frame (spatial attention). The frames have rotary
+  and sinusoidal positions, and queries and keys are normalised per head. The
+  output is zero at first: a clip's frames are then those of a network without
+  this layer. Its parameters do not depend on the number of frames.
 
   Attributes:
     frames: T, of each clip.
     num_heads: divides the channels into heads of an even size, for joint
       attention of a multiple of 8.
     dtype: of matrix products and the output.
-    joint: see all places.
-    grid: rows and columns of the places, which tokens without a place follow;
+    joint: see all positions.
+    grid: rows and columns of the positions, which tokens without one follow;
       None for all.
     flash: of joint attention, see `attend`.
   """
@@ -239,7 +240,7 @@ class FrameAttention(nn.Module):
 
     angles = waves(size // 2)
     if self.joint:
-      # Half of the pairs of a head turn with the place.
+      # Half of the pairs of a head turn with the position.
       grid = self.grid or tuple(shape[1:])
       places = rotary_angles(grid, size // 2, count - math.prod(grid))
       angles = np.tile(places, (self.frames, 1))

@@ -12,7 +12,7 @@ from mdm_jax.models.packing import Features
 
 # What a level may be: `UNet`, or `transformer.Transformer`.
 KINDS = ('unet', 'transformer')
-# What attention between frames sees.
+# Kinds of temporal attention, see `LevelSpec.frame_attention_kind`.
 FRAME_ATTENTION = ('divided', 'joint')
 # Activations that the backward pass computes again, see `LevelSpec.remat`.
 REMAT = ('none', 'block', 'level')
@@ -64,12 +64,12 @@ class LevelSpec:
   # Of the clips that the level denoises; with 1 they are images. All layers but
   # those of `frame_attention` see each frame as an image.
   frames: int = 1
-  # Layers of attention between the frames of a clip, one entry for each
-  # resolution as in `attention_layers`, which they follow; () for none. With
-  # frames=1 they see that frame alone; networks for images have none.
+  # Layers of temporal attention, between the frames of a clip, one entry for
+  # each resolution as in `attention_layers`, which they follow; () for none.
+  # With frames=1 they see that frame alone; networks for images have none.
   frame_attention: tuple[int, ...] = ()
-  # What these layers see: each place by itself ('divided'), or all places of
-  # all frames ('joint'), for features of few places.
+  # What a position sees in them: itself in all frames ('divided'), or all
+  # positions of all frames ('joint'), for features of few positions.
   frame_attention_kind: str = 'divided'
   # Of what the level denoises: 3 of images, or those of an autoencoder's codes.
   image_channels: int = 3
@@ -173,7 +173,7 @@ class LevelSpec:
       )
 
   def frame_layers(self, index: int) -> int:
-    """Layers of attention between frames at a resolution inside the level."""
+    """Layers of temporal attention at a resolution inside the level."""
     return self.frame_attention[index] if self.frame_attention else 0
 
   @property
@@ -233,7 +233,7 @@ def rematerialised(module, spec: LevelSpec):
 def frame_attention(
   spec: LevelSpec, dtype, name: str, grid: tuple[int, int] | None = None
 ) -> nn.Module:
-  """A layer of attention between the frames of a level."""
+  """A layer of temporal attention, between the frames of a level."""
   return rematerialised(attention.FrameAttention, spec)(
     spec.frames,
     spec.num_heads,
