@@ -45,20 +45,44 @@ def test_norms_keep_their_digits(mean, tolerance, platform):
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'gpu'])
-def test_gradients_of_norms(platform):
+@pytest.mark.parametrize(
+  'channels, patch', [((8,), (1, 1)), ((12, 20), (1, 1)), ((12, 20), (2, 2))]
+)
+def test_gradients_of_norms(platform, channels, patch):
+  """Also of several inputs, whose channels share groups, and packed ones."""
   rng = np.random.default_rng(0)
-  x, weights = rng.standard_normal((2, 1, 6, 4, 8), np.float32)
+  total = sum(channels)
 
-  def plain(x):
-    groups = x.reshape(1, 24, 4, 2)
+  def normal(*shape, mean=0.0):
+    return (mean + rng.standard_normal(shape)).astype(np.float32)
+
+  inputs = [normal(3, 6, 4, x, mean=2.0) for x in channels]
+  params = {'scale': normal(total, mean=1.0), 'bias': normal(total)}
+  weights = normal(3, 6, 4, total)
+
+  def plain(inputs, params):
+    x = jnp.concatenate(inputs, axis=-1)
+    groups = x.reshape(3, 24, 4, -1)
     groups -= groups.mean(axis=(1, 3), keepdims=True)
     groups /= jnp.sqrt((groups**2).mean(axis=(1, 3), keepdims=True) + 1e-5)
-    return groups.reshape(x.shape)
+    return groups.reshape(x.shape) * params['scale'] + params['bias']
+
+  def ours(inputs, params):
+    found = layers.GroupNorm(4, jnp.float32).apply(
+      {'params': params},
+      *(packing.Features(packing.fold(x, patch), patch) for x in inputs),
+    )
+    return jnp.concatenate([x.as_patch((1, 1)).x for x in found], axis=-1)
 
   with target.planning(platform):
-    ours = jax.vjp(_norm, x)[1](weights)[0]
-  expected = jax.vjp(plain, x)[1](weights)[0]
-  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    out, pull = jax.vjp(ours, inputs, params)
+    found = pull(weights)
+  expected, pull = jax.vjp(plain, inputs, params)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+  for each, other in zip(
+    jax.tree.leaves(found), jax.tree.leaves(pull(weights)), strict=True
+  ):
+    np.testing.assert_allclose(each, other, rtol=1e-5, atol=2e-5)
 
 
 def _norm(x):
