@@ -246,6 +246,10 @@ class GroupNorm(nn.Module):
     product = functools.partial(jnp.matmul, precision='highest')
 
     def pixel_means(x):  # [B, H, W, C] -> [B, C]
+      if on_gpu:
+        # XLA turns the product below into a reduction too, in more kernels. One
+        # by many threads is a sum of sums anyway.
+        return x.mean(axis=(1, 2))
       # A sum over all pixels at once loses digits as it grows; a mean of the
       # means of a few blocks of rows loses fewer. Devices that share the
       # rows of an image have whole blocks.
@@ -266,24 +270,24 @@ class GroupNorm(nn.Module):
         pixel_means(x).reshape(len(x), features.pixels, -1).mean(axis=1)
         for features, x in zip(inputs, arrays)
       ]
-      return product(jnp.concatenate(means, axis=-1), groups.T) / size
+      means = jnp.concatenate(means, axis=-1)
+      if on_gpu:
+        return means.reshape(len(means), self.num_groups, size).mean(axis=-1)
+      return product(means, groups.T) / size
 
     def per_channel(x):  # [B, groups] -> [B, channels]
       return jnp.repeat(x, size, axis=-1) if on_gpu else product(x, groups)
 
     # XLA fuses differences and squares into the sums and never stores them.
     arrays = [features.x.astype(jnp.float32) for features in inputs]
-    if on_gpu:
-      mean, variance = _moments(inputs, arrays, self.num_groups)
-    else:
-      mean = group_means(arrays)
-      # E[x^2] - mean^2 would cancel where the mean is large. The variance is at
-      # its minimum over the centre, so that no gradient flows through that.
-      centre = _split(per_channel(jax.lax.stop_gradient(mean)), inputs, -1)
-      variance = group_means(
-        (x - features.per_channel(channels)) ** 2
-        for features, x, channels in zip(inputs, arrays, centre)
-      )
+    mean = group_means(arrays)
+    # E[x^2] - mean^2 would cancel where the mean is large. The variance is at
+    # its minimum over the centre, so that no gradient flows through that.
+    centre = _split(per_channel(jax.lax.stop_gradient(mean)), inputs, -1)
+    variance = group_means(
+      (x - features.per_channel(channels)) ** 2
+      for features, x, channels in zip(inputs, arrays, centre)
+    )
     factor = jax.lax.rsqrt(variance + EPSILON)
     mean, factor = map(per_channel, (mean, factor))
     factor *= scale
@@ -294,43 +298,6 @@ class GroupNorm(nn.Module):
       x = (features.x.astype(jnp.float32) - mean) * factor + bias
       out.append(features.replace(x=x.astype(self.dtype)))
     return out
-
-
-def _moments(
-  inputs: Sequence[Features], arrays: Sequence[jax.Array], num_groups: int
-) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance of each group, as a GPU takes them while it reads once.
-
-  XLA would turn the matrix products of other devices into reductions too, in
-  more kernels.
-
-  Args:
-    inputs: Features.
-    arrays: them in float32.
-    num_groups: of all channels together.
-
-  Returns:
-    [B, groups] each.
-  """
-  means, variances = [], []
-  for features, x in zip(inputs, arrays):
-    # Squares of the distances from one of the pixels cancel little. The results
-    # do not depend on which one it is, so that no gradient flows through it.
-    pixel = jax.lax.stop_gradient(x[:, :1, :1])
-    mean = (x - pixel).mean(axis=(1, 2))
-    variance = ((x - pixel) ** 2).mean(axis=(1, 2)) - mean**2
-    shape = len(x), features.pixels, features.channels
-    means.append((mean + pixel[:, 0, 0]).reshape(shape))
-    variances.append(jnp.maximum(variance, 0).reshape(shape))
-
-  def grouped(x):  # -> [B, pixels of a patch, groups, channels of a group]
-    x = jnp.concatenate(x, axis=-1)
-    return x.reshape(*x.shape[:2], num_groups, -1)
-
-  means, variances = grouped(means), grouped(variances)
-  mean = means.mean(axis=(1, 3), keepdims=True)
-  variance = (variances + (means - mean) ** 2).mean(axis=(1, 3))
-  return mean[:, 0, :, 0], variance
 
 
 @jax.custom_jvp

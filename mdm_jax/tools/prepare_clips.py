@@ -195,7 +195,8 @@ def _reduce(frame, options: Options) -> Image.Image:
   """
   image = frame
   if not isinstance(frame, Image.Image):
-    image = Image.fromarray(frame.to_ndarray(format='rgb24'))
+    # Threads, which take longer to start than a frame takes, are not wanted.
+    image = Image.fromarray(frame.to_ndarray(format='rgb24', threads=1))
     # Degrees by which a player turns it counterclockwise.
     if turns := round(getattr(frame, 'rotation', 0) / 90) % 4:
       image = Image.fromarray(np.rot90(np.asarray(image), turns))
