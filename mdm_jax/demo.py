@@ -82,7 +82,7 @@ def main(_: list[str]) -> None:
   from mdm_jax.serving.page import launch, make_page
   from mdm_jax.serving.queue import SampleQueue
 
-  queue = SampleQueue(model, _MAX_WAITING.value, others)
+  queue = SampleQueue(model, _MAX_WAITING.value, others, run_flags.moved())
   listeners = access.Listeners()
   page = make_page(queue, listeners, make_model_card(model))
   # It never waits for a compilation.

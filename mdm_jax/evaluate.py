@@ -166,10 +166,12 @@ def main(_: list[str]) -> None:
       found = evaluation.evaluate_folder(
         _IMAGES.value, evaluation.make_options(options), batch_size, mesh
       )
+      logging.info('%s', found)
       if output:
         found.append_to(output)
     else:
-      value_types.check_outputs(epath.Path(workdir) / 'eval')
+      if not output:
+        value_types.check_outputs(epath.Path(workdir) / 'eval')
       model = pipeline.load(workdir, any_prompt=False, **run_flags.model())
       output = output or model.evaluations
       found = model.evaluate(
@@ -178,9 +180,9 @@ def main(_: list[str]) -> None:
         **options,
         **run_flags.sampling(),
       )
+      logging.info('%s', found)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  logging.info('%s', found)
   if output:
     logging.info('Added to %s.', output)
 

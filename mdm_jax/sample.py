@@ -94,7 +94,10 @@ _SPATIAL = flag_types.integer(
   'spatial', 1, 1, 10**6, 'Devices that share the rows of each image.'
 )
 _SEED = flag_types.define(
-  'seed', 0, value_types.SEED, 'Sample i of a prompt has seed + i.'
+  'seed',
+  0,
+  value_types.SEED,
+  'Sample i of all has seed + i; with --layout=geneval that of each prompt.',
 )
 
 
@@ -116,10 +119,13 @@ def main(_: list[str]) -> None:
       run_flags.workdir(), spatial=_SPATIAL.value, **run_flags.model()
     )
     _check_mp4(model.model.stage)
+    seed = _SEED.value
+    if _LAYOUT.value == 'geneval':  # As its own program has it.
+      seed = [seed] * len(prompts)
     request = model.request(
       [about['prompt'] for about in prompts],
       num_samples=num_samples,
-      seed=_SEED.value,
+      seed=seed,
       negative_prompt=_NEGATIVE.value,
       guide=_GUIDE.value,
       frames=_FRAMES.value,

@@ -376,8 +376,8 @@ def _first_samples(
 ) -> Iterator[SampleDirectory | None]:
   """Where the samples that are written to disk go.
 
-  None while another evaluation writes there: commands that read a run are
-  never refused.
+  None while another evaluation writes there, or if nothing can be written:
+  commands that read a run are never refused.
   """
   config, count = model.stage.config, _count(model, options)
   captions = make_prompts(config, count, range(min(count, _SAVED))).captions
@@ -390,7 +390,7 @@ def _first_samples(
   with contextlib.ExitStack() as stack:
     try:
       stack.enter_context(directory_lock.holding(directory))
-    except directory_lock.InUse as error:
+    except directory_lock.NotWritable as error:
       logging.warning('%s This evaluation writes no samples.', error)
       yield None
       return

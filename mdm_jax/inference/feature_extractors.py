@@ -25,6 +25,8 @@ from mdm_jax.report import console, sample_directory
 from mdm_jax.runtime import buckets, files, sharding
 
 _LOG_SECONDS = 10.0
+# As that of the networks that published numbers are of.
+_PRECISION = 'float32'
 # Rows that an `fid.Sample` keeps for KID, precision and recall: 80 MB.
 MAX_ROWS = 10_000
 # Of an image of a directory. They are decoded one at a time, in up to 1 GB, so
@@ -37,8 +39,14 @@ def _jit(
   function: Callable, params: Any, batch_size: int, mesh: Mesh
 ) -> Callable[[np.ndarray], np.ndarray]:
   """Jits a network for up to `batch_size` rows, which are filled up."""
+
+  def exactly(*arguments):
+    # By default TPUs and GPUs would round what is multiplied to 8 and 10 bits.
+    with jax.default_matmul_precision(_PRECISION):
+      return function(*arguments)
+
   jitted = jax.jit(
-    function,
+    exactly,
     out_shardings=sharding.replicated(mesh),
     compiler_options=sharding.compiler_options(mesh),
   )
@@ -93,6 +101,7 @@ class FeatureNetwork:
     self.fingerprint = {
       'weights': digest.hexdigest(),
       'resize': definition.RESIZE,
+      'precision': _PRECISION,
     }
     params = jax.device_put(params, sharding.replicated(mesh))
     self._apply = _jit(
@@ -211,6 +220,7 @@ class Clip:
       'weights': hugging_face.fingerprint(tensors, names),
       'image_size': spec.image_size,
       'patch_size': spec.patch_size,
+      'precision': _PRECISION,
     }
     self._images = _jit(
       lambda params, images: model.apply(
@@ -287,7 +297,8 @@ class ImageFolder:
 
   If `mdm_jax.sample` wrote the directory, they are the finest level of each
   sample, in the order of the samples. Otherwise they are all images in it and
-  in its subdirectories, ordered by path, without what systems leave there.
+  in its subdirectories, ordered by path, without what systems leave there; of
+  subdirectories that `mdm_jax.sample` wrote, again the finest level.
   Images are decoded as for training: upright, transparency on white.
   """
 
@@ -410,10 +421,16 @@ def _use(
 
 def _find_images(directory: str | os.PathLike) -> list[epath.Path]:
   folder = epath.Path(directory)
-  return sorted(
+  names = [*folders.walk(folder)]
+  found, of_samples = [], sample_directory.find_sample_directories(names)
+  for name in of_samples:  # Of several machines.
+    found += sample_directory.finest_images(folder / name) or ()
+  inside = tuple(f'{name}/' for name in of_samples)
+  return found + sorted(
     folder / name
-    for name in folders.walk(folder)
+    for name in names
     if (folder / name).suffix.lower() in images.SUFFIXES
+    and not name.startswith(inside)
     # That of epath takes a named pipe for a file.
     and (not files.is_local(folder) or os.path.isfile(folder / name))
   )

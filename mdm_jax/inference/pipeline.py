@@ -229,7 +229,7 @@ class Pipeline:
     Args:
       prompts: a prompt, or several.
       num_samples: images of each prompt.
-      seed: image i of a prompt has seed + i; of all prompts, or one for each.
+      seed: of the first image, the next has seed + 1; or one for each prompt.
       steps, guidance, sampler, threshold, level_offset: as in `config.sampler`,
         `num_steps` and `name` for two of them; None for those of the config.
       frames: of each clip, at the finest level; None for as many as the model
@@ -428,7 +428,11 @@ def _check(
     raise ValueError('nothing to sample: give a prompt.')
   _checked('negative_prompt', _TEXT, negative_prompt)
   num_samples = _checked('num_samples', _NUM_SAMPLES, num_samples)
-  seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else [*seed]
+  if np.ndim(seed) == 0:
+    first = _checked('seed', value_types.SEED, seed)
+    value_types.check_seeds('seed', first, len(prompts) * num_samples)
+    seed = [first + k * num_samples for k in range(len(prompts))]
+  seeds = [*seed]
   if len(seeds) != len(prompts):
     raise ValueError(
       f'seed has {len(seeds)} values: give one, or one for each of the '

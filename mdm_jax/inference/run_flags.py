@@ -107,12 +107,19 @@ def model() -> dict[str, Any]:
   For `pipeline.load` and `session.open_run`.
   """
   return {
-    'text_path': _TEXT_PATH.value,
-    'tokenizer': _TOKENIZER.value,
-    'data_path': _DATA_PATH.value,
     'stage': _STAGE.value,
     'sigma_rel': _SIGMA_REL.value,
     'best': _BEST.value,
+    **moved(),
+  }
+
+
+def moved() -> dict[str, str | None]:
+  """Where files are that have moved since training, by the names of flags."""
+  return {
+    'text_path': _TEXT_PATH.value,
+    'tokenizer': _TOKENIZER.value,
+    'data_path': _DATA_PATH.value,
   }
 
 

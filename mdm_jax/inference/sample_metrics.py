@@ -267,7 +267,7 @@ def compare(
     sample: features of the images.
     reference: features to compare with.
     of_frames: whether the images are frames of clips. They depend on each
-      other, so that standard errors are not known.
+      other, so that the standard error of the precision is not known.
   """
   counts = sample.statistics.count, reference.statistics.count
   metrics = {}
@@ -277,28 +277,25 @@ def compare(
       fid.frechet_distance(sample.statistics, reference.statistics), counts[0]
     )
   if 'kid' in names:
-    rows = len(sample.rows), len(reference.rows)
     kid, deviation = fid.kernel_distance(
       sample.rows, reference.rows, **_SUBSETS
     )
-    # Subsets that are a whole set say nothing of how exact it is.
-    is_known = min(rows) > _SUBSETS['subset_size'] and not of_frames
-    metrics['kid'] = Estimate(kid, rows[0], deviation if is_known else None)
+    # Subsets of one set overlap: their deviation is not the standard error.
+    metrics['kid'] = Estimate(kid, len(sample.rows))
     metrics['kid_standard_deviation'] = deviation
     settings['kid'] = _SUBSETS
   if 'precision_recall' in names:
     precision, recall = fid.precision_recall(
       sample.rows, reference.rows, _NEIGHBOURS
     )
-    for name, share, rows in (
-      ('precision', precision, sample.rows),
-      ('recall', recall, reference.rows),
-    ):
-      metrics[name] = (
-        Estimate(share, len(rows))
-        if of_frames
-        else estimate.of_share(share, len(rows))
-      )
+    count = len(sample.rows)
+    metrics['precision'] = (
+      Estimate(precision, count)
+      if of_frames
+      else estimate.of_share(precision, count)
+    )
+    # It depends on the samples that span the manifold, not on rows alone.
+    metrics['recall'] = Estimate(recall, len(reference.rows))
     settings['precision_recall'] = {'neighbours': _NEIGHBOURS}
   if {'kid', 'precision_recall'} & set(names):
     settings['rows'] = [len(sample.rows), len(reference.rows)]

@@ -32,6 +32,8 @@ from mdm_jax.steps.state import Params
 # Prompts in the sample grids of training.
 GRID_PROMPTS = 16
 LOSS_SEED = 1
+# As `files.json_number` writes them.
+_NOT_FINITE = ('nan', 'inf', '-inf')
 
 
 def validate_last(
@@ -170,7 +172,9 @@ def write_metrics(
   if jax.process_index() == 0:
     if path.is_dir():
       files.set_aside(path)
-    files.write_json(path, values)
+    files.write_json(
+      path, {name: files.json_number(x) for name, x in values.items()}
+    )
 
 
 def _metrics_path(stage: BaseStage, workdir: epath.PathLike) -> epath.Path:
@@ -182,7 +186,7 @@ def _are_metrics(stage: BaseStage, values: Any) -> bool:
   return (
     isinstance(values, dict)
     and all(
-      name.isidentifier() and isinstance(value, float)
+      name.isidentifier() and (isinstance(value, float) or value in _NOT_FINITE)
       for name, value in values.items()
     )
     and _current_names(stage, values).keys() >= {*stage.measured}
@@ -194,7 +198,7 @@ def _current_names(
 ) -> dict[str, float]:
   """Metrics by the names that they have now, see `data.current_name`."""
   return {
-    data.current_name(stage.config, name): value
+    data.current_name(stage.config, name): float(value)
     for name, value in values.items()
   }
 

@@ -24,7 +24,7 @@ _NEAR_DATA = ('flicker',)
 _OF_DATA = ('_of_data', '_of_halves')
 # Accuracies of the prompts with so many objects have a table of their own.
 _BY_OBJECTS = re.compile(r'accuracy_(\w+?)_(\d+_objects?)')
-_OF_KID = 'kid_standard_deviation'  # shown as the standard error of 'kid'
+_OF_KID = 'kid_standard_deviation'  # of subsets; in JSON alone
 # Settings that say where and when, not how.
 _PLACES = ('workdir', 'step', 'fingerprint', 'devices', 'jax')
 
@@ -80,11 +80,18 @@ class Evaluation:
         key: getattr(value, name, None) for key, value in self.values.items()
       }
 
+    def strict(value):
+      if isinstance(value, dict):
+        return {key: strict(each) for key, each in value.items()}
+      if isinstance(value, (list, tuple)):
+        return [*map(strict, value)]
+      return files.json_number(value) if isinstance(value, float) else value
+
     return {
       'date': _now(),
-      'metrics': self.metrics,
+      'metrics': strict(self.metrics),
       'n': each('count'),
-      'standard_errors': each('standard_error'),
+      'standard_errors': strict(each('standard_error')),
       'chance': {
         name: value
         for name, value in self.chance.items()

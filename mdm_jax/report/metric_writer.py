@@ -1,7 +1,6 @@
 """Writes metrics and images of a run to files, and hands them to trackers."""
 
 from collections.abc import Callable, Mapping, Sequence
-import math
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from mdm_jax.report import background
 from mdm_jax.report.trackers import Tracker
+from mdm_jax.runtime import files
 
 # Seconds to wait for pending writes before the process exits.
 _PATIENCE = 1.0
@@ -85,10 +85,7 @@ class MetricWriter:
     }
     self._lines.append(
       {'time': round(now, 3), 'stage': stage, 'step': step}
-      | {
-        name: value if math.isfinite(value) else str(value)
-        for (_, name), value in named.items()
-      }
+      | {name: files.json_number(x) for (_, name), x in named.items()}
     )
     tags = {'/'.join(path): value for path, value in named.items()}
     for tracker, thread in self._trackers:

@@ -13,6 +13,7 @@ import concurrent.futures
 import json
 import math
 import os
+import pathlib
 import re
 import time
 from typing import Any
@@ -34,6 +35,18 @@ _LINES = 'samples.jsonl'
 _THREADS = 16  # that upload samples to a bucket, or read them
 _WAITING = 64  # most samples that wait for their upload
 _FLUSH_EVERY = 3.0  # seconds between two uploads of new lines
+
+
+def find_sample_directories(names: Iterable[str]) -> list[str]:
+  """Where `SampleDirectory` has written, of a directory's files.
+
+  Args:
+    names: their relative paths.
+  """
+  paths = map(pathlib.PurePosixPath, names)
+  return sorted(
+    {str(path.parent) for path in paths if files.is_part(path.name, _LINES)}
+  )
 
 
 def finest_images(directory: str | os.PathLike) -> list[epath.Path] | None:

@@ -276,6 +276,12 @@ def parts(path: epath.PathLike) -> list[epath.Path]:
   return [path.parent / name for name in first + beside]
 
 
+def is_part(name: str, of: str) -> bool:
+  """Whether `parts` of the file `of` would list a file of this name."""
+  stem_and_suffix = _stem_and_suffix(epath.Path(of))
+  return name == of or _part_number(name, *stem_and_suffix) is not None
+
+
 def new_part(path: epath.PathLike) -> epath.Path:
   """The path of a part to come, see `parts`: `a-000003-5f3a9c.jsonl`.
 
@@ -520,6 +526,11 @@ def write_text(
   """Writes UTF-8 text, see `replacing`."""
   with replacing(path, shared=shared) as temporary:
     temporary.write_text(text, encoding='utf-8')
+
+
+def json_number(value: float) -> float | str:
+  """A number, or its name if JSON has none for it: 'nan', 'inf' or '-inf'."""
+  return value if math.isfinite(value) else str(float(value))
 
 
 def write_json(

@@ -126,6 +126,7 @@ class SampleQueue:
     model: Model,
     max_waiting: int = 4,
     others: Mapping[SavedWeights, Callable[[], Model]] | None = None,
+    moved: Mapping[str, str | None] | None = None,
   ):
     """Compiles nothing before `warm_up` or the first request.
 
@@ -136,9 +137,11 @@ class SampleQueue:
       others: functions that load other weights of the same run. They are called
         in the sampling thread, and the weights that were loaded last stay in
         memory.
+      moved: where files of the run are now, by the flags that say so.
     """
     self.ready = threading.Event()
     self._model, self._config = model, model.stage.config
+    self._moved = moved or {}
     self._max_waiting = max_waiting
     own, others = model.weights, others or {}
     own = SavedWeights(model.stage.name, own.step, own.sigma_rel, own.best)
@@ -270,6 +273,7 @@ class SampleQueue:
       'stage': None if is_last else saved.stage,
       'sigma_rel': saved.sigma_rel,
       'best': saved.best or None,
+      **self._moved,
     }
     if not request.negative_prompt:
       del values['negative_prompt']

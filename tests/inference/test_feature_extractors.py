@@ -353,6 +353,27 @@ def test_samples_are_read_at_their_finest_level(tmp_path, caplog, count):
   assert batches[:, 7, 7, 0].tolist() == [i % 256 for i in range(count)]
 
 
+def test_samples_of_several_machines_are_read_at_their_finest_level(tmp_path):
+  for name in ('x/b', 'x/a'):
+    sampled(tmp_path / name, 3)
+  Image.new('RGB', (8, 8)).save(tmp_path / 'x' / 'another.png')
+  folder = feature_extractors.ImageFolder(tmp_path)
+  (images,) = folder.batches(9)
+  assert images[:, 7, 7, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_networks_multiply_exactly(mesh):
+  """On every device, as references of one may be used on another."""
+  found = []
+
+  def network(params, x):
+    found.append(jax.config.jax_default_matmul_precision)
+    return x
+
+  feature_extractors._jit(network, {}, 8, mesh)(np.zeros((3, 2), np.float32))
+  assert found == ['float32']
+
+
 def test_samples_that_are_missing_or_cut_off(tmp_path):
   sampled(tmp_path, 3)
   lines = tmp_path / 'samples.jsonl'

@@ -17,6 +17,7 @@ import mdm_jax
 from mdm_jax.builders.model import make_model
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.inference import pipeline, validation
+from mdm_jax.runtime import directory_lock
 from mdm_jax.steps import sample as steps_sample
 from tests import commands, toy
 
@@ -60,7 +61,7 @@ def test_an_image_is_that_of_the_command(model, workdir, tmp_path):
   for i, line in enumerate((tmp_path / 'samples.jsonl').open()):
     record = json.loads(line)
     assert record['prompt'] == samples.prompts[i] == PROMPTS[i // 2]
-    assert record['seed'] == samples.seeds[i] == 3 + i % 2
+    assert record['seed'] == samples.seeds[i] == 3 + i
     for level, side in zip(samples.levels, (8, 16)):
       with Image.open(tmp_path / record['files'][str(side)]) as image:
         np.testing.assert_array_equal(image, level[i])
@@ -182,6 +183,28 @@ def test_earlier_losses_of_training_images_have_their_name(
   assert earlier.metrics == {'train_split_loss_8': 0.5}
 
 
+def test_a_run_that_can_only_be_read_is_evaluated(model, tmp_path, monkeypatch):
+  def refuse(path):
+    raise directory_lock.NotWritable(f'{path} cannot be written to.')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(directory_lock, 'holding', refuse)
+    found = model.evaluate(
+      'prompt_accuracy', steps=2, output=tmp_path / 'a.jsonl'
+    )
+  (line,) = map(json.loads, (tmp_path / 'a.jsonl').open())
+  assert line['metrics'] == found.metrics
+
+
+def test_the_metrics_of_a_broken_model_are_read_back(model, tmp_path):
+  stage = model.model.stage
+  values = dict.fromkeys(stage.measured, float('nan'))
+  validation.write_metrics(stage, str(tmp_path), values)
+  assert 'NaN' not in (tmp_path / 'eval' / '20.json').read_text()
+  found = validation.read_metrics(stage, str(tmp_path))
+  assert found.keys() == values.keys() and np.isnan([*found.values()]).all()
+
+
 def test_the_table_at_the_end_of_training(model, tmp_path, caplog):
   """That of `evaluate`, here of what has been measured already."""
   values = {
@@ -264,12 +287,12 @@ def test_numbers_of_numpy(model):
   request = model.request(
     np.array(['a', 'b']),
     num_samples=np.int64(2),
-    seed=np.uint32(2**32 - 2),
+    seed=np.uint32(2**32 - 4),
     steps=np.int32(2),
     guidance=np.float32(1.5),
     batch_size=np.int64(8),
   )
-  assert request.seeds == [2**32 - 2, 2**32 - 1] * 2
+  assert request.seeds == [*range(2**32 - 4, 2**32)]
   seeds = model.request(PROMPTS, num_samples=2, seed=np.array([9, 5])).seeds
   assert seeds == [9, 10, 5, 6]
   settings = json.loads(json.dumps(request.settings))

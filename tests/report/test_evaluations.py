@@ -188,6 +188,26 @@ def test_a_line_of_json(tmp_path):
   assert earlier.date == line['date']
 
 
+def test_numbers_that_json_lacks_are_named(tmp_path):
+  nan = Estimate(float('nan'), 7, float('nan'))
+  bands = {'noise': ['0 %', '100 %'], 'loss': [0.5, float('inf')]}
+  found = Evaluation({'fid': nan, 'bands': bands}, SETTINGS)
+  found.append_to(tmp_path / 'a.jsonl')
+
+  def refuse(name):
+    raise AssertionError(name)
+
+  text = (tmp_path / 'a.jsonl').read_text()
+  line = json.loads(text, parse_constant=refuse)
+  assert line['metrics'] == {
+    'fid': 'nan',
+    'bands': {'noise': ['0 %', '100 %'], 'loss': [0.5, 'inf']},
+  }
+  assert line['standard_errors'] == {'fid': 'nan'}
+  (earlier,) = find_earlier(tmp_path, {})
+  assert earlier.metrics == {}
+
+
 def test_evaluations_in_a_bucket(bucket):
   for fid in (15.0, 14.0):
     found = Evaluation({'fid': fid}, SETTINGS | {'step': 250})

@@ -389,6 +389,11 @@ def test_command(real, prompt):
     '--num_samples=1',
   ]
   assert words[3].startswith('--workdir=/') and 'a run' in words[3]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sample_queue, '_moved', {'text_path': '/t5', 'data_path': None}
+    )
+    assert sample_queue.command(given).endswith(' --text_path=/t5')
   away = sample_queue.command(dataclasses.replace(given, negative_prompt='a b'))
   assert "--negative_prompt='a b' " in away
 

@@ -616,6 +616,10 @@ def test_sample_command(finished, tmp_path):
   assert '1 of 2 prompts are cut, such as "a star a star' in result.stderr
 
 
+def seeds_in(directory):
+  return [line['seed'] for line in lines_of(directory / 'samples.jsonl')]
+
+
 def test_sample_for_benchmarks(finished, tmp_path):
   metadata = tmp_path / 'evaluation_metadata.jsonl'
   metadata.write_text(test_benchmarks.GENEVAL)
@@ -639,6 +643,8 @@ def test_sample_for_benchmarks(finished, tmp_path):
     for path in images:
       with Image.open(path) as image:
         assert image.size == (16, 16)
+  # As its own program, with the same noise for each prompt.
+  assert seeds_in(output) == [0, 1, 0, 1]
   images[0].unlink()
   result = run_sample(output=output, **flags)
   assert '3 of 4 samples exist already' in result.stderr
@@ -651,6 +657,8 @@ def test_sample_for_benchmarks(finished, tmp_path):
   assert result.returncode == 0, result.stderr
   names = {path.name for path in (tmp_path / 'coco').glob('*.png')}
   assert names == {'00000.png', '00001.png', '00002.png'}
+  # Of the same noise for each prompt, a distance of sets would tell nothing.
+  assert seeds_in(tmp_path / 'coco') == [0, 1, 2]
   for changes, error in (
     ({'output': output}, f'{output} has samples of another --layout'),
     ({'prompt': 'a ring'}, '--layout=coco takes its prompts from'),
