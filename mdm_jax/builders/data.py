@@ -28,6 +28,9 @@ _TFDS = 'tfds:'
 # Where the frames of a longer clip begin, see `images.decode_clip`.
 _CLIP_STARTS = {'first': 0.0, 'centre': 0.5, 'random': None}
 _HELD_OUT = 'held_out_loss'
+# Of the order in which files are measured. In their own, the first of them may
+# all be of one folder, and so of one kind.
+_MEASURED_SEED = 0
 
 
 def make_source(
@@ -155,6 +158,18 @@ def held_out_split(config: ConfigDict) -> str:
   return 'validation' if 'validation' in splits else 'train'
 
 
+def measured_index(config: ConfigDict, row: int, count: int) -> int:
+  """The index of the record that is measured or prompted for at a row.
+
+  Args:
+    config: configuration of the run.
+    row: from 0; records repeat after `count` rows.
+    count: number of records.
+  """
+  in_order = config.data.name in DRAWN
+  return pipeline.record_index(row, count, _MEASURED_SEED, not in_order)
+
+
 def _size(shape: Sequence[int]) -> tuple[int, int]:
   """Pixels a side, and frames, of an example."""
   return shape[-2], shape[0] if len(shape) == 4 else 1
@@ -204,6 +219,9 @@ def make_dataset(
 ):
   """This process's part of the batches of a split, see `pipeline.make_dataset`.
 
+  Records that are measured, and not trained on, are in the order of
+  `measured_index`, whatever the seed of the run.
+
   An image has the resolution of the finest level that sees it, and a key in the
   batch for that level, see `mixed_batch.image_names`.
 
@@ -220,6 +238,7 @@ def make_dataset(
     num_batches: number of batches; None for endless training batches.
   """
   data, training = config.data, split == 'train' and num_batches is None
+  of_files = not training and data.name not in DRAWN
   levels = mixed_batch.finest_levels(batch_sizes)
   sources, streams = _make_rows(config, split, shapes, levels, training)
   tokenizer = make_tokenizer(config, of_captions=True)
@@ -247,8 +266,8 @@ def make_dataset(
     further_rows=further_rows,
     streams=streams,
     batch_size=batch_sizes[0],
-    seed=config.seed,
-    shuffle=training,
+    seed=_MEASURED_SEED if of_files else config.seed,
+    shuffle=training or of_files,
     start_batch=start_batch,
     num_batches=num_batches,
     process_index=process_index,

@@ -9,7 +9,12 @@ from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
-from mdm_jax.builders.data import DRAWN, held_out_split, make_source
+from mdm_jax.builders.data import (
+  DRAWN,
+  held_out_split,
+  make_source,
+  measured_index,
+)
 from mdm_jax.builders.model import finest_resolution, frames
 from mdm_jax.builders.text import make_tokenizer
 from mdm_jax.data import moving_shapes, pipeline, shapes
@@ -157,6 +162,7 @@ def make_prompts(
   source = make_source(config, split, 0)
   if rows is None:
     rows = range(min(count, len(source)))
+  rows = [measured_index(config, row, len(source)) for row in rows]
   records = list(pipeline.usable_records(source, rows))
   captions = [record['caption'] for record in records]
   if config.text.encoder == 'precomputed':

@@ -430,7 +430,7 @@ def _losses(model: Model) -> dict[str, Any]:
       float(each / n) if n else None for each, n in zip(row, number)
     ]
   bands['examples'] = [int(n) for n in counts[0]]
-  totals = validation.mean_losses(found)
+  totals = validation.mean_losses(found, validation.count_held_out(stage))
   return dict(zip(names, totals)) | {'losses_by_noise': bands}
 
 

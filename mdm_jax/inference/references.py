@@ -81,7 +81,7 @@ def of_split(
     stage: whose finest resolution the images have.
     network: extracts the features.
     split: of the data set; None for the held-out one.
-    max_images: images or clips at most, the first of the split.
+    max_images: images or clips at most, see `builders.data.measured_index`.
     cache: directory of cached features; None for the user's own.
   """
   config, resolution = stage.config, stage.resolutions[-1]
@@ -101,7 +101,9 @@ def of_split(
     'files': f'seed {config.seed}' if is_drawn else source.fingerprint(),
     'max_pixels': config.data.max_pixels,
   }
-  if is_drawn and split == 'train':
+  if not is_drawn:
+    settings['order'] = 'shuffled'  # Once it was that of the files.
+  elif split == 'train':
     settings['two_objects'] = config.data.two_objects
   if config.data.name.startswith('tfds:'):
     # Images without a text are bad, too.
@@ -127,7 +129,7 @@ def of_split(
 def images_of_split(
   stage: Stage, split: str, count: int
 ) -> Iterator[np.ndarray]:
-  """Batches of the first images of the finest level, without bad ones.
+  """Batches of some images of the finest level, without bad ones.
 
   They do not depend on `text.long_captions`.
 

@@ -3,6 +3,7 @@
 They keep features and scores, not the samples.
 """
 
+import collections
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -150,15 +151,21 @@ class ClipScore:
 
   def __init__(self, network: feature_extractors.Clip):
     """Measures nothing yet."""
-    self._network, self._scores = network, []
+    self._network, self._scores, self._captions = network, [], []
 
   def add(self, samples: Samples) -> None:
     """Measures samples."""
-    self._scores.append(self._network.scores(samples.images, samples.captions))
+    self._scores += [*self._network.scores(samples.images, samples.captions)]
+    self._captions += samples.captions
 
   def result(self) -> tuple[dict, dict]:
     """The metric of all samples, and its settings."""
-    score = estimate.mean(np.concatenate(self._scores))
+    # A set of few captions repeats them, and some are harder than others.
+    of_captions = collections.defaultdict(list)
+    for caption, score in zip(self._captions, self._scores):
+      of_captions[caption].append(score)
+    groups = of_captions.values()
+    score = estimate.of_groups([*map(sum, groups)], [*map(len, groups)])
     return {'clip_score': score}, {'clip': self._network.fingerprint}
 
 

@@ -8,11 +8,13 @@ from absl import logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders import data
 from mdm_jax.builders.base_stage import BaseStage
 from mdm_jax.builders.config import sampler_settings
+from mdm_jax.builders.model import finest_resolution
 from mdm_jax.builders.prompts import (
   can_score_prompts,
   chance_accuracy,
@@ -134,8 +136,14 @@ def loss_settings(stage: BaseStage) -> dict[str, Any]:
     'batches': config.eval.loss_batches,
     'batch_size': stage.batch_size,
     'seed': LOSS_SEED,
+    **_order(config),
     **stage.loss_settings,
   }
+
+
+def _order(config: ConfigDict) -> dict[str, str]:
+  """Of the records that are measured, see `builders.data.measured_index`."""
+  return {} if config.data.name in data.DRAWN else {'order': 'shuffled'}
 
 
 def sample_settings(stage: BaseStage, count: int, seed: int) -> dict[str, Any]:
@@ -144,6 +152,7 @@ def sample_settings(stage: BaseStage, count: int, seed: int) -> dict[str, Any]:
     'num_samples': count,
     'seed': seed,
     'prompts': data.held_out_split(stage.config),
+    **_order(stage.config),
     'sampler': sampler_settings(stage.config),
   }
 
@@ -237,7 +246,9 @@ def make_validation(
   )
 
   def validation(params, prompts=True):
-    losses = mean_losses(over_held_out(stage, mesh, params, loss_step))
+    losses = mean_losses(
+      over_held_out(stage, mesh, params, loss_step), count_held_out(stage)
+    )
     values = dict(zip(stage.measured, losses))
     if not prompts or not _is_scored(stage):
       return values
@@ -274,10 +285,27 @@ def accuracies(
   return {f'accuracy_{name}': value for name, value in found.items()}
 
 
-def mean_losses(sums: Iterable[Any]) -> list[Estimate]:
-  """Each mean, from all that `make_validation_step` returns."""
+def mean_losses(sums: Iterable[Any], num_records: int) -> list[Estimate]:
+  """Each mean, from all that `make_validation_step` returns.
+
+  Args:
+    sums: of each batch.
+    num_records: of the split. With fewer than rows there are rows of one
+      record, and no standard errors.
+  """
   totals, counts, squares = np.sum(list(sums), axis=0, dtype=np.float64).sum(-1)
-  return list(map(estimate.from_sums, totals, squares, counts))
+  found = map(estimate.from_sums, totals, squares, counts)
+  return [
+    each if each.count <= num_records else Estimate(each, num_records)
+    for each in found
+  ]
+
+
+def count_held_out(stage: BaseStage, split: str | None = None) -> int:
+  """The number of records of a split, by default of the held-out one."""
+  config = stage.config
+  split = split or data.held_out_split(config)
+  return len(data.make_source(config, split, finest_resolution(config)))
 
 
 def warn_if_not_held_out(stage: BaseStage) -> None:

@@ -132,7 +132,8 @@ def _losses(model) -> dict[str, dict[str, float]]:
     ('training', of_training, 'train'),
   ):
     sums = validation.over_held_out(data, model.mesh, model.params, step, split)
-    losses = validation.mean_losses(sums)
+    count = validation.count_held_out(data, split)
+    losses = validation.mean_losses(sums, count)
     found[name] = {
       name: float(loss)
       for name, loss in zip(stage.level_names, losses, strict=True)

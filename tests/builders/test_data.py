@@ -14,6 +14,7 @@ from mdm_jax.builders.data import (
   loss_names,
   make_dataset,
   make_source,
+  measured_index,
 )
 from mdm_jax.builders.prompts import encode_prompts, make_prompts
 from mdm_jax.builders.text import empty_text
@@ -67,12 +68,27 @@ def one_batch(config, resolutions, batch_sizes, split='train'):
   return batch
 
 
+def test_files_are_not_measured_in_their_order(config, make_config):
+  """The first of them may all be of one folder."""
+  order = [measured_index(config, row, 1000) for row in range(1000)]
+  assert sorted(order) == [*range(1000)]
+  assert 300 < np.mean(order[:50]) < 700
+  config.seed += 1  # Runs of other seeds compare.
+  assert [measured_index(config, row, 1000) for row in range(50)] == order[:50]
+  drawn = make_config()
+  assert [measured_index(drawn, row, 5) for row in range(7)] == [
+    *(0, 1, 2, 3, 4),
+    *(0, 1),
+  ]
+
+
 def test_batches_of_a_tfds_data_set(config):
   values = one_batch(config, (16,), (7,))
   assert values['image'].shape == (7, 16, 16, 3)
   # Record i shows level i, and is of class i % 3.
-  assert values['image'][:, 8, 8, 0].tolist() == list(range(7))
-  assert values['text'].tolist() == [[2 + i % 3] for i in range(7)]
+  order = [measured_index(config, row, 7) for row in range(7)]
+  assert values['image'][:, 8, 8, 0].tolist() == order
+  assert values['text'].tolist() == [[2 + i % 3] for i in order]
   assert values['text'].dtype == np.int32
   assert not values['bad'].any()
 
@@ -130,7 +146,8 @@ def test_a_record_without_label_is_replaced(config):
   split = held_out_split(config)
   values = one_batch(config, (16,), (3,), split)
   assert values['text'].tolist() == [[4], [4], [4]]
-  assert values['bad'].tolist() == [False, False, True]
+  order = [measured_index(config, row, 3) for row in range(3)]
+  assert values['bad'].tolist() == [index == 2 for index in order]
 
 
 @pytest.mark.parametrize('split', ['', 'train'])
@@ -255,11 +272,9 @@ def test_bad_records_are_no_prompts(make_config, tmp_path):
   tar_index.write_index([f'{tmp_path}/s.tar'], f'{tmp_path}/index', 0.0)
   config = make_config()
   config.data.update(name='tars', path=f'{tmp_path}/index')
+  order = [measured_index(config, row, 4) for row in range(4)]
   assert make_prompts(config, 4).captions == [
-    'picture 0',
-    'picture 2',
-    'picture 2',
-    'picture 3',
+    f'picture {2 if index == 1 else index}' for index in order
   ]
   write_tar(tmp_path / 'b.tar', dict.fromkeys(['a.jpg', 'a.txt'], b'\0'))
   tar_index.write_index([f'{tmp_path}/b.tar'], f'{tmp_path}/bad', 0.0)
@@ -274,4 +289,5 @@ def test_the_largest_image_file_is_a_key(config):
   assert default == images.MAX_PIXELS == prepare_data.Options().max_pixels
   config.data.max_pixels = 27 * 20
   bad = one_batch(config, (16,), (7,))['bad'].tolist()
-  assert bad == [False] * 4 + [True] * 3
+  order = [measured_index(config, row, 7) for row in range(7)]
+  assert bad == [index > 3 for index in order]

@@ -585,7 +585,7 @@ def test_sample_command(finished, tmp_path):
     prompts[1],
     prompts[1],
   ]
-  assert [line['seed'] for line in lines] == [5, 6, 5, 6]
+  assert [line['seed'] for line in lines] == [5, 6, 7, 8]
   assert lines[0]['num_steps'] == 2
   # Samples of another model are not taken for its own.
   last = stage_directory(finished, toy_config(), 1) / '6'
