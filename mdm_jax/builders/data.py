@@ -336,7 +336,8 @@ def data_fingerprint(
     'tokenizer': make_tokenizer(config).fingerprint(),
     **pipeline.package_versions(),
   }
-  if config.text.encoder == 't5':
+  # The features of a data set may be those of another encoder than before.
+  if config.text.encoder in ('t5', 'precomputed'):
     found['text_encoder'] = text_fingerprint(config)['encoder']
   if config.data.name in DRAWN:
     found['drawing'] = _VERSIONS[config.data.name]

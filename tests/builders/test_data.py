@@ -40,9 +40,12 @@ def test_other_splits_of_a_tfds_data_set_are_refused(config):
     make_source(config, 'test', 8)
 
 
-def test_t5_may_move_but_not_change(make_config, t5_directory, tmp_path):
+@pytest.mark.parametrize('encoder', ['t5', 'precomputed'])
+def test_t5_may_move_but_not_change(
+  make_config, t5_directory, tmp_path, encoder
+):
   config = make_config()
-  config.text.update(encoder='t5', path=str(t5_directory.path))
+  config.text.update(encoder=encoder, path=str(t5_directory.path))
   before = data_fingerprint(config)
   config.text.path = str(shutil.copytree(t5_directory.path, tmp_path / 't5'))
   assert data_fingerprint(config) == before
