@@ -229,16 +229,21 @@ def search(
     topology: name of the slice.
     index: index of the stage.
     directory: directory of the cached results.
+
+  Raises:
+    ValueError: the config fits the slice with none of them.
   """
   chip, devices = find_devices(topology)
   count = len(devices)
-  best = None
+  stage = config.stages[index]
+  best = refused = None
+  is_measured = False
   for fsdp, remat in itertools.product(
     sorted({1, min(16, count), count}), REMAT
   ):
     rate, ended = 0, False
-    # The least batch: one pattern of a mixed batch.
-    batch = mixed_batch.least_batch(config.stages[index].mixed_ratio)
+    # The least batch: one pattern of a mixed batch in each microbatch.
+    batch = mixed_batch.least_batch(stage.mixed_ratio) * stage.accumulate
     while not ended:
       tried = copy.deepcopy(config)
       tried.mesh.update(data=-1, fsdp=fsdp, spatial=1)
@@ -251,8 +256,9 @@ def search(
           measured = measure(prepared, topology, 'train', directory)
       except ValueError as error:  # For example a parameter is indivisible.
         print(f'{what}: {error}', flush=True)
+        refused = error
         break
-      before = rate
+      before, is_measured = rate, True
       rows, rate = report(measured, chip, batch * count, count)
       print(
         f'{what}: {rows[0][1]}'
@@ -267,6 +273,8 @@ def search(
       batch *= 2
     if ended:
       break
+  if refused and not is_measured:
+    raise refused
   print('Nothing fits.' if best is None else f'Best: {best[1]}')
 
 

@@ -387,18 +387,28 @@ def test_search_ends_where_memory_is_not_short(
     }
 
   monkeypatch.setattr(plan, 'measure', measure)
-  config.stages[1].mixed_ratio = (1.0, 2.0)
+  config.stages[1].update(mixed_ratio=(1.0, 2.0), accumulate=2)
   plan.search(config, 'v5e:2x4', 1, tmp_path)
   out = capsys.readouterr().out.splitlines()
   batches = [
     int(re.search(r'batch_per_chip=(\d+): yes', line)[1]) for line in out[:-1]
   ]
-  assert batches == [3 * 2**i for i in range(len(batches))]
+  assert batches == [6 * 2**i for i in range(len(batches))]
   gains = [2 * (100 + b) / (100 + 2 * b) for b in batches[:-1]]
   assert all(gain >= 1.05 for gain in gains[:-1]) and gains[-1] < 1.05
   assert out[-1] == (
     f'Best: --config.mesh.fsdp=1 remat=none --batch_per_chip={batches[-1]}'
   )
+
+
+def test_search_of_what_no_slice_can_have_names_why(
+  config, slice_of_cpus, tmp_path, capsys
+):
+  for level in config.model.levels:
+    level.num_heads = 7
+  with pytest.raises(ValueError, match='num_heads=7 does not divide'):
+    plan.search(config, 'v5e:2x4', 1, tmp_path)
+  assert 'Nothing fits' not in capsys.readouterr().out
 
 
 def test_precomputed_features_are_read_as_they_are(tmp_path):
