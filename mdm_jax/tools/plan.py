@@ -159,6 +159,7 @@ def plan(
     directory: directory of the cached results.
 
   Raises:
+    FileNotFoundError: a file that the config names is missing.
     ValueError: the config does not fit the slice.
   """
   chip, devices = find_devices(topology)
@@ -231,6 +232,7 @@ def search(
     directory: directory of the cached results.
 
   Raises:
+    FileNotFoundError: a file that the config names is missing.
     ValueError: the config fits the slice with none of them.
   """
   chip, devices = find_devices(topology)
@@ -311,7 +313,7 @@ def main(_: list[str]) -> None:
         values.price,
         cache,
       )
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 

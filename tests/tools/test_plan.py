@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -409,6 +410,29 @@ def test_search_of_what_no_slice_can_have_names_why(
   with pytest.raises(ValueError, match='num_heads=7 does not divide'):
     plan.search(config, 'v5e:2x4', 1, tmp_path)
   assert 'Nothing fits' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('searches', [False, True])
+def test_a_missing_t5_is_named_in_a_line(
+  config, slice_of_cpus, tmp_path, monkeypatch, searches
+):
+  config.text.update(encoder='t5', path=str(tmp_path / 'missing'))
+  values = types.SimpleNamespace(
+    config=config,
+    topology='v5e:2x4',
+    stage=None,
+    batch_per_chip=None,
+    step='train',
+    search=searches,
+    quick=False,
+    price=None,
+    cache=str(tmp_path / 'cache'),
+  )
+  monkeypatch.setattr(plan.flags, 'FLAGS', values)
+  monkeypatch.setattr(plan.console, 'setup_logging', lambda: None)
+  monkeypatch.setattr(plan.flag_types, 'refuse', lambda *_: None)
+  with pytest.raises(SystemExit, match='^error: .*missing/spiece.model'):
+    plan.main([])
 
 
 def test_precomputed_features_are_read_as_they_are(tmp_path):
