@@ -66,8 +66,8 @@ def import_checkpoint(
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: the file is damaged, its tensors do not fit the config, the
-      working directory has checkpoints already, or `ignore` is no regular
-      expression or is found in no such name.
+      working directory is of another config, has this stage or has been
+      trained, or `ignore` is no regular expression or is found in no such name.
   """
   from mdm_jax.builders.config import write_config
   from mdm_jax.builders.stage import make_stage
@@ -92,7 +92,9 @@ def import_checkpoint(
   # A save that was broken off leaves no step, and is done again.
   if saved_steps.good_steps(directory):
     raise ValueError(f'{directory} exists: give another --workdir.')
-  write_config(workdir, json.loads(config.to_json()))
+  new = json.loads(config.to_json())
+  _require_untrained(config, new, workdir)
+  write_config(workdir, new)
   checkpoints = Checkpoints(directory, save_interval=1, max_to_keep=1)
   checkpoints.save(0, {'ema': params}, {'imported': str(path)}, force=True)
   del tensors, params  # Orbax has copied them, and is writing the copies.
@@ -114,6 +116,31 @@ def import_checkpoint(
     workdir,
     command_line('sample', workdir=workdir, prompt='a cat in the snow'),
   )
+
+
+def _require_untrained(config, new: Mapping, workdir: str) -> None:
+  """Raises ValueError if a directory is of another config, or was trained.
+
+  Args:
+    config: of the import.
+    new: the same as JSON.
+    workdir: working directory, which may have other imported stages.
+  """
+  from mdm_jax.builders.config import (
+    has_config,
+    require_same_config,
+    stage_directory,
+  )
+  from mdm_jax.checkpoint import saved_steps
+
+  if not has_config(workdir):
+    return
+  # Until a run is trained, an import decides on the dtype of its samples.
+  require_same_config(workdir, new, ('dtype',))
+  for index in range(len(config.stages)):
+    directory = stage_directory(workdir, config, index)
+    if saved_steps.latest_step(directory):  # An import is step 0.
+      raise ValueError(f'{directory} has been trained: give another --workdir.')
 
 
 def _stage_of(path: str, names: Iterable[str], config) -> int:

@@ -257,3 +257,34 @@ def test_a_used_workdir_is_left_alone(toy, random_params, tmp_path):
   # As a process leaves it that is killed while it saves.
   (tmp_path / 'run/checkpoints/0_8/0/manifest.json').unlink()
   import_checkpoint(tmp_path / 'a.pth', toy, tmp_path / 'run')
+
+
+def test_a_run_is_not_imported_into(toy, random_params, tmp_path):
+  params = write_toy(toy, tmp_path / 'a.pth', 0, random_params)
+  write_toy(toy, tmp_path / 'b.pth', 1, random_params)
+  workdir = tmp_path / 'run'
+  import_checkpoint(tmp_path / 'a.pth', toy, workdir)
+  written = (workdir / 'config.json').read_bytes()
+  toy.stages[0].learning_rate *= 2
+  with pytest.raises(ValueError, match=r'another config .*\.learning_rate'):
+    import_checkpoint(tmp_path / 'b.pth', toy, workdir)
+  toy.stages[0].learning_rate /= 2
+  toy_run.save_run(workdir, toy, 0, 1, params)
+  with pytest.raises(ValueError, match='0_8 has been trained: give another --'):
+    import_checkpoint(tmp_path / 'b.pth', toy, workdir, dtype='bfloat16')
+  assert (workdir / 'config.json').read_bytes() == written
+
+
+def test_another_stage_is_imported_beside_the_first(
+  toy, random_params, tmp_path
+):
+  write_toy(toy, tmp_path / 'a.pth', 0, random_params)
+  write_toy(toy, tmp_path / 'b.pth', 1, random_params)
+  workdir = tmp_path / 'run'
+  import_checkpoint(tmp_path / 'a.pth', toy, workdir)
+  import_checkpoint(tmp_path / 'b.pth', toy, workdir, dtype='bfloat16')
+  assert read_config(workdir)['dtype'] == 'bfloat16'
+  assert [
+    saved_steps.latest_step(stage_directory(workdir, toy, index))
+    for index in range(2)
+  ] == [0, 0]
