@@ -85,15 +85,20 @@ def make_batch(stage: BaseStage) -> dict[str, np.ndarray]:
 
 
 def make_text(config: ConfigDict, count: int) -> np.ndarray:
-  """Makes random inputs of the text encoder of full length, [count, L, ...]."""
+  """Makes random inputs of the text encoder of full length, [count, L, ...].
+
+  L is 1 for labels, but for the only one of `without_t5`, which stands for each
+  token of a text.
+  """
   rng = np.random.default_rng(1)
   empty = empty_text(config)
   if empty.ndim > 1:
     return rng.standard_normal((count, *empty.shape), empty.dtype)
   vocab_size = make_tokenizer(config).vocab_size
-  return rng.integers(
-    1, vocab_size, (count, config.text.max_length), empty.dtype
+  length = (
+    config.text.max_length if config.text.num_classes == 1 else len(empty)
   )
+  return rng.integers(1, vocab_size, (count, length), empty.dtype)
 
 
 def time_calls(call: Callable[[], jax.Array], count: int) -> np.ndarray:
