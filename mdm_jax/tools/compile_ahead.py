@@ -158,12 +158,19 @@ def _find_tpus(topology: str) -> list[jax.Device]:
   return list(description.devices)
 
 
+def _cuda_plugins() -> list[importlib.metadata.EntryPoint]:
+  """What is installed of JAX's compilers for NVIDIA GPUs."""
+  return [
+    plugin
+    for name in ('xla_cuda12', 'xla_cuda13')
+    for plugin in importlib.metadata.entry_points(
+      group='jax_plugins', name=name
+    )
+  ]
+
+
 def _find_gpus(chip: Chip, memory: int, count: str) -> list[jax.Device]:
-  if not importlib.metadata.entry_points(
-    group='jax_plugins', name='xla_cuda12'
-  ) and not importlib.metadata.entry_points(
-    group='jax_plugins', name='xla_cuda13'
-  ):
+  if not _cuda_plugins():
     raise ValueError(
       "JAX's compiler for NVIDIA GPUs is not installed: pip install "
       '"jax[cuda12]". It needs no GPU.'
@@ -392,12 +399,11 @@ def measure(
   # Where a T5 is does not change the program, but its architecture does.
   key = json.loads(config.to_json())
   key['text']['path'] = repr(make_text_encoder(config))
-  level = jax.config.jax_optimization_level
   with target.planning('gpu' if chip.kind.startswith('NVIDIA') else 'tpu'):
     *_, stage = check_stages(config, mesh)
     return cached(
       directory,
-      [key, topology, step, level, _versions(topology)],
+      [key, topology, step, _settings(), _versions(topology)],
       lambda: _measure(stage, mesh, step),
     )
 
@@ -460,16 +466,31 @@ def cached(
   return result
 
 
+def _settings() -> dict[str, Any]:
+  """What changes the compiled program, but is no part of the config."""
+  return {
+    'level': jax.config.jax_optimization_level,
+    'precision': jax.config.jax_default_matmul_precision,
+    # Without what `find_devices` adds for GPUs, in its first call only.
+    'xla': os.environ.get('XLA_FLAGS', '').replace(_UNTRIED, '').split(),
+    'libtpu': os.environ.get('LIBTPU_INIT_ARGS', '').split(),
+  }
+
+
 def _versions(topology: str) -> dict[str, str]:
-  compiler = 'jaxlib' if topology.split(':')[0] in _GPU_MEMORY else 'libtpu'
   root = pathlib.Path(__file__).parents[1]
   source = hashlib.sha256(
     b''.join(path.read_bytes() for path in sorted(root.rglob('*.py')))
   )
+  if topology.split(':')[0] in _GPU_MEMORY:
+    compilers = {each.name: each.dist.version for each in _cuda_plugins()}
+  else:
+    compilers = {'libtpu': importlib.metadata.version('libtpu')}
   return {
     'mdm_jax': source.hexdigest(),
+    **compilers,
     **{
       name: importlib.metadata.version(name)
-      for name in ('jax', 'jaxlib', compiler, 'flax', 'optax')
+      for name in ('jax', 'jaxlib', 'flax', 'optax')
     },
   }

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import types
@@ -271,6 +272,44 @@ def test_sizes_of_a_t5_are_measured_apart(
     )
   assert found == [layers, layers + 1, layers]
   assert measured == [layers, layers + 1]  # Not again where it has moved.
+
+
+def test_other_compilers_and_flags_are_measured_apart(
+  config, slice_of_cpus, tmp_path, monkeypatch
+):
+  measured = []
+  monkeypatch.setattr(
+    compile_ahead,
+    '_measure',
+    lambda *_: measured.append(0) or {'count': len(measured)},
+  )
+
+  def measure():
+    return compile_ahead.measure(config, '', 'train', tmp_path)['count']
+
+  assert (measure(), measure()) == (1, 1)
+  flags = f'{os.environ.get("XLA_FLAGS", "")} {compile_ahead._UNTRIED}'
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  assert measure() == 1  # As a call after the first one finds them.
+  monkeypatch.setenv('XLA_FLAGS', f'--xla_other {flags}')
+  assert measure() == 2
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_other')
+  assert measure() == 3
+  with jax.default_matmul_precision('highest'):
+    assert measure() == 4
+  assert measure() == 3
+
+
+def test_the_compiler_of_a_gpu_is_that_of_its_plugin(monkeypatch):
+  plugin = types.SimpleNamespace(
+    name='xla_cuda12', dist=types.SimpleNamespace(version='0.1')
+  )
+  monkeypatch.setattr(
+    importlib.metadata,
+    'entry_points',
+    lambda group, name: [plugin] if name == plugin.name else [],
+  )
+  assert compile_ahead._versions('h200:8')['xla_cuda12'] == '0.1'
 
 
 def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
