@@ -199,7 +199,12 @@ def keep_stage(config: ConfigDict, index: int) -> None:
     index: of the stage.
   """
   own = config.stages[index]
-  needs_earlier = config.model.cascade or has_codes(config, own)
-  config.stages = config.stages[0 if needs_earlier else index : index + 1]
-  for earlier in config.stages[:-1]:
-    earlier.update(batch_size=own.batch_size, accumulate=own.accumulate)
+  needed = 0
+  if config.model.cascade:
+    needed = index
+  elif has_codes(config, own):
+    needed = min(index, 1)  # The first one trains the autoencoder.
+  earlier = config.stages[:needed]
+  for each in earlier:
+    each.update(batch_size=own.batch_size, accumulate=own.accumulate)
+  config.stages = [*earlier, own]

@@ -10,6 +10,7 @@ import pytest
 
 from configs import common
 from mdm_jax.builders.check import check
+from mdm_jax.builders.model import keep_stage
 from mdm_jax.builders.prompts import encode_prompts
 from mdm_jax.builders.stage import make_stage
 from mdm_jax.diffusion import process, pyramid, samplers
@@ -70,6 +71,15 @@ def batch(stage):
   (batch,) = stage.make_dataset('train', num_batches=1)
   names = ('image', 'text', 'scale')
   return {name: jnp.asarray(batch[name]) for name in names}
+
+
+@pytest.mark.parametrize(
+  ('index', 'names'), [(0, ['ae']), (1, ['ae', 'latent']), (2, ['ae', '16'])]
+)
+def test_a_stage_is_kept_with_the_autoencoder_alone(config, index, names):
+  kept = copy.deepcopy(config)
+  keep_stage(kept, index)
+  assert [each.name for each in kept.stages] == names
 
 
 def test_work_of_a_batch_includes_its_encoding(config):
