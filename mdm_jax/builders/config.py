@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -59,15 +59,9 @@ _MAY_CHANGE = (
 _MEASURED = ('log_every:', 'sampler.', 'eval.', 'guard.')
 
 
-class Renamed(NamedTuple):
-  """In the table of added keys: the key has had another name in its section."""
-
-  name: str
-
-
-# Each key that was added, with the value that the runs before it behaved by, or
-# with its earlier name. [] leads into each section of a list. New entries come
-# last: their number is the version of config.json.
+# Each key that was added, with the value that the runs before it behaved by. []
+# leads into each section of a list. New entries come last: their number is the
+# version of config.json.
 _ADDED = {
   'model.levels[].remat': 'none',
   'model.levels[].lanes': 1,
@@ -180,12 +174,7 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], list[str]]:
     logging.info(
       '%s is of an earlier version. Keys added since: %s',
       path,
-      ', '.join(
-        f'{key} (was {value.name})'
-        if isinstance(value := _ADDED[key], Renamed)
-        else f'{key}={value!r}'
-        for key in added
-      ),
+      ', '.join(f'{key}={_ADDED[key]!r}' for key in added),
     )
   try:
     for _ in ranges.leaves(values, ''):
@@ -216,10 +205,6 @@ def _add(section: dict[str, Any], path: Sequence[str], value: Any) -> bool:
     )
   if name in section:
     return False
-  if isinstance(value, Renamed):
-    if value.name not in section:
-      return False
-    value = section.pop(value.name)
   section[name] = value
   return True
 

@@ -193,32 +193,6 @@ def test_the_number_of_added_keys_is_the_version(make_config, tmp_path):
   assert written == {'version': len(ADDED), **values}
 
 
-def test_a_renamed_key_is_read_by_its_earlier_name(
-  make_config, tmp_path, monkeypatch, caplog
-):
-  monkeypatch.setattr(
-    builders_config,
-    '_ADDED',
-    ADDED
-    | {
-      'stages[].warmup_steps': builders_config.Renamed('warm_up'),
-      'seed': builders_config.Renamed('random_seed'),
-    },
-  )
-  values = json.loads(make_config().to_json())
-  older = toy.without(values, 'stages[].warmup_steps')
-  older['stages'][0]['warm_up'] = 3
-  older['stages'][1]['warm_up'] = 5
-  (tmp_path / 'config.json').write_text(json.dumps(older))
-  with caplog.at_level('INFO', logger='absl'):
-    read = read_config(tmp_path)
-  assert [stage['warmup_steps'] for stage in read['stages']] == [3, 5]
-  assert not any('warm_up' in stage for stage in read['stages'])
-  assert read['seed'] == 0
-  (line,) = caplog.messages
-  assert line.endswith(' since: stages[].warmup_steps (was warm_up)')
-
-
 def later(values: dict) -> str:
   values['version'] = len(ADDED) + 2
   return (
