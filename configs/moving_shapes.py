@@ -2,7 +2,7 @@
 
     python -m mdm_jax.main --config=configs/moving_shapes.py
 
-Made for two CPU cores, which take about half an hour (docs/video.md says what
+Made for two CPU cores, which take over half an hour (docs/video.md says what
 it learns). The first stage trains the 16 px level on images, the second both
 levels, and the third trains them on clips: 4 frames of 16 px inside of 8 frames
 of 64 px, most of the batch at 16 px alone. That batch divides among at most 4

@@ -291,8 +291,9 @@ def measure(
     stage: a stage of the run.
     mesh: the devices.
     count: number of calls to time.
-    sampling_steps: number of sampling steps in each timed call. The time of one
-      step does not depend on their number.
+    sampling_steps: number of sampling steps in each timed call. They share the
+      time of what runs once a call, an autoencoder's decoder or a T5, whose FLOP
+      count in full: with few of them MFU is too high and images/s are too low.
     only: 'train' or 'sample', to time one of them; None for both.
     profile: directory for a trace of a few calls; None for none.
 
