@@ -292,8 +292,8 @@ def measure(
     mesh: the devices.
     count: number of calls to time.
     sampling_steps: number of sampling steps in each timed call. They share the
-      time of what runs once a call, an autoencoder's decoder or a T5, whose FLOP
-      count in full: with few of them MFU is too high and images/s are too low.
+      time of what runs once a call, an autoencoder's decoder or a T5, whose
+      FLOP count in full: with few of them MFU is too high, images/s too low.
     only: 'train' or 'sample', to time one of them; None for both.
     profile: directory for a trace of a few calls; None for none.
 
