@@ -102,15 +102,22 @@ def _check_image_set(config: ConfigDict, stages: Sequence[BaseStage]) -> None:
     )
 
 
-def metric_names(config: ConfigDict) -> tuple[list[str], list[str]]:
-  """The held-out losses and the scores that the last stage is measured by."""
-  last, scores = config.stages[-1], []
-  if last.kind == AUTOENCODER:
+def metric_names(
+  config: ConfigDict, stage: ConfigDict | None = None
+) -> tuple[list[str], list[str]]:
+  """The held-out losses and the scores that a stage is measured by.
+
+  Args:
+    config: of the run.
+    stage: section of the stage; None for the last one.
+  """
+  stage, scores = stage or config.stages[-1], []
+  if stage.kind == AUTOENCODER:
     return [held_out_name(config, name) for name in autoencoder.MEASURED], []
-  losses = loss_names(config, level_names(config, last))
+  losses = loss_names(config, level_names(config, stage))
   if can_score_prompts(config):
     names = prompt_accuracy.NAMES
-    if is_moving(config, last):
+    if is_moving(config, stage):
       names += prompt_accuracy.MOTION_ATTRIBUTES
     scores = [f'accuracy_{name}' for name in names]
   return list(losses), scores

@@ -422,6 +422,11 @@ def mean_marks(marks: Iterable[dict[str, list[bool]]]) -> dict[str, Estimate]:
   }
 
 
+def group_name(count: int) -> str:
+  """How names of accuracies of prompts with so many objects end."""
+  return f'{count}_{"object" if count == 1 else "objects"}'
+
+
 def by_number_of_objects(
   marks: Iterable[dict[str, list[bool]]], statements: Iterable[dict]
 ) -> dict[str, Estimate]:
@@ -438,7 +443,7 @@ def by_number_of_objects(
   for each, stated in zip(marks, statements, strict=True):
     groups.setdefault(len(stated['objects']), []).append(each)
   return {
-    f'{name}_{count}_{"object" if count == 1 else "objects"}': value
+    f'{name}_{group_name(count)}': value
     for count, group in sorted(groups.items())
     for name, value in mean_marks(group).items()
   }

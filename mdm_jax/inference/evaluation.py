@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mdm_jax.builders import ranges
+from mdm_jax.builders.check import metric_names
 from mdm_jax.builders.config import AUTOENCODER, sampler_settings
 from mdm_jax.builders.data import held_out_split, loss_names, make_source
 from mdm_jax.builders.model import frames
@@ -24,7 +25,7 @@ from mdm_jax.builders.prompts import (
   make_prompts,
 )
 from mdm_jax.builders.stage import Stage, make_stages
-from mdm_jax.eval import fid, i3d
+from mdm_jax.eval import fid, i3d, prompt_accuracy
 from mdm_jax.inference import (
   feature_extractors,
   references,
@@ -53,6 +54,15 @@ _NEEDED_BY = {
 # Metrics of images of shapes, whose prompts state all that they show.
 _OF_SHAPES = ('prompt_accuracy', 'edge_width', 'frechet')
 _OF_CLIPS = ('flicker', 'fvd')
+# What metrics yield that have several values, or one of another name.
+_VALUES = {
+  'edge_width': ('edge_width', 'edge_width_of_data'),
+  'frechet': ('frechet', 'frechet_of_data', 'frechet_of_halves'),
+  'kid': ('kid', 'kid_standard_deviation'),
+  'precision_recall': ('precision', 'recall'),
+  'clip': ('clip_score',),
+  'flicker': ('flicker', 'flicker_of_data'),
+}
 _NUM_BANDS = 10
 _PROMPTS_AT_ONCE = 1024
 _SAVED = 64  # sampled images that are written to disk
@@ -111,14 +121,43 @@ def check_options(
   Raises:
     ValueError: these metrics cannot be computed of the stage.
   """
-  stages = {each.name: each for each in config.stages}
-  measured = stages.get(stage, config.stages[-1])
+  measured = _section(config, stage)
   if measured.kind == AUTOENCODER:
     raise ValueError(
       f'stage {measured.name!r} is an autoencoder, which makes no images of '
       'prompts: measure a stage of diffusion.'
     )
   _check_options(config, options, frames(config, measured)[-1])
+
+
+def value_names(
+  config: ConfigDict, options: Options, stage: str | None = None
+) -> list[str]:
+  """Names of the numbers that an evaluation can find; some may have no value.
+
+  Args:
+    config, options, stage: as for `check_options`, which accepts them.
+  """
+  measured = _section(config, stage)
+  losses, scores = metric_names(config, measured)
+  by_objects = [
+    f'{score}_{prompt_accuracy.group_name(count)}'
+    for count in (1, 2)
+    for score in scores
+  ]
+  values = {**_VALUES, 'loss': losses, 'prompt_accuracy': scores + by_objects}
+  of_clips = frames(config, measured)[-1] > 1
+  return [
+    value
+    for name in _select_for_run(config, options, of_clips)
+    for value in values.get(name, (name,))
+  ]
+
+
+def _section(config: ConfigDict, stage: str | None) -> ConfigDict:
+  """The section of the stage of this name; of the last one if there is none."""
+  stages = {each.name: each for each in config.stages}
+  return stages.get(stage, config.stages[-1])
 
 
 def evaluate_folder(

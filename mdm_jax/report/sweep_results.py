@@ -138,16 +138,6 @@ class Results:
   def _is_measured_alike(self, run: Result) -> bool:
     return self.evaluated in (None, run.evaluated)
 
-  def check_metrics(self) -> None:
-    """Raises ValueError if no finished run has one that is to be shown."""
-    done = self.finished(self.runs.values())
-    names = dict.fromkeys(name for run in done for name in run.metrics)
-    for name in self.metrics:
-      if name not in names:
-        raise ValueError(
-          f'--metric={name}: there are {", ".join(names) or "none"}.'
-        )
-
   def write(self, plot: str | None = None) -> None:
     """Writes the results so far.
 
@@ -303,6 +293,15 @@ class Results:
       (title, f'C{i % 10}', sorted(points, key=lambda point: point[key]))
       for i, (title, points) in enumerate(sorted(lines.items()))
     ]
+
+
+def require_metrics(metrics: Sequence[str], names: Sequence[str]) -> None:
+  """Raises ValueError if one of --metric is not in the names that there are."""
+  for metric in metrics:
+    if metric not in names:
+      raise ValueError(
+        f'--metric={metric}: there are {", ".join(dict.fromkeys(names))}.'
+      )
 
 
 def read(

@@ -291,8 +291,6 @@ def train(
     write=lambda: comparison.write(plot),
     groups=groups,
     evaluated=evaluated,
-    # Whether samples have one may depend on how good they are.
-    requires_metrics=False,
   )
 
 

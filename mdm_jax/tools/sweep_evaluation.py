@@ -31,6 +31,8 @@ from mdm_jax.runtime import files
 from mdm_jax.steps.sample import SampleFn, make_sample_steps
 
 _SIGMA_REL = 'sigma_rel'
+# Of weights: whether they are post-hoc, and their directory.
+_KINDS = {'EMA': (False, 'checkpoints'), 'post-hoc EMA': (True, 'averages')}
 
 
 def parse(config: ConfigDict, key: str, text: str) -> tuple[str, Any]:
@@ -90,14 +92,22 @@ def evaluate(
       None if key == _SIGMA_REL else config_path.get_value(key, config)
     ),
   )
+  steps = _steps(opened, points)
   settings = {
     'workdir': str(opened.workdir),
-    **_steps(opened, points),
+    **steps,
     **dataclasses.asdict(options),
     'num_samples': options.num_samples or config.eval.num_prompts,
     'sampler': sampler_settings(config),
   }
   _check_settings(results, settings)
+  names = [
+    name
+    for kind in _KINDS
+    if kind in steps
+    for name in evaluation.value_names(config, options, steps[kind][0])
+  ]
+  sweep_results.require_metrics(metrics, names)
   # The weights of a width are loaded once.
   points = sorted(points, key=lambda point: point.get(_SIGMA_REL) or 0)
   width, model, programs = -1, None, {}
@@ -116,7 +126,6 @@ def evaluate(
       name, point, status=sweep_results.FINISHED, settings=settings, **found
     )
     results.write(plot)
-    results.check_metrics()
   results.write(plot)
   return results
 
@@ -140,10 +149,7 @@ def _steps(
   ]
   names = {each.name: i for i, each in enumerate(opened.config.stages)}
   steps = {}
-  for kind, is_post_hoc, directory in (
-    ('EMA', False, 'checkpoints'),
-    ('post-hoc EMA', True, 'averages'),
-  ):
+  for kind, (is_post_hoc, directory) in _KINDS.items():
     if any(bool(point.get(_SIGMA_REL)) == is_post_hoc for point in points):
       saved = [
         each for each in found if (each.sigma_rel is not None) == is_post_hoc

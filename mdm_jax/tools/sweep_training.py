@@ -49,19 +49,19 @@ def check_points(
     config: that the runs change.
     points: values of keys, of each run.
     metrics: that training is to measure, or an evaluation after it.
-    options: of this evaluation, whose metrics are not checked; None for none.
+    options: of this evaluation; None for none.
 
   Raises:
-    ValueError, FileNotFoundError: a config is wrong, or has no such metric.
+    ValueError, FileNotFoundError: a config is wrong, or none has such a metric.
   """
+  names = []
   for point in points:
-    check_config(sweep_grid.changed(config, point), options)
-  if options:
-    return
-  names = list(itertools.chain(*metric_names(config)))
-  for metric in metrics:
-    if metric not in names:
-      raise ValueError(f'--metric={metric}: there are {", ".join(names)}.')
+    changed = sweep_grid.changed(config, point)
+    check_config(changed, options)
+    names += itertools.chain(*metric_names(changed))
+    if options:
+      names += evaluation.value_names(changed, options)
+  sweep_results.require_metrics(metrics, names)
 
 
 def check_config(
@@ -138,7 +138,6 @@ def train_runs(
   write: Callable[[], None],
   groups: Sequence[Mapping[str, str]] = ({},),
   evaluated: Mapping[str, str] | None = None,
-  requires_metrics: bool = True,
 ) -> None:
   """Trains the runs that are not finished, and notes what they measure.
 
@@ -156,11 +155,9 @@ def train_runs(
     groups: environment variables of the runs that train at the same time.
     evaluated: flags of the evaluation: runs with others are evaluated again,
       or, if they are not in `points`, are in no mean.
-    requires_metrics: whether to stop if no finished run has a metric to show.
 
   Raises:
-    ValueError: the directory is of something else, or of another config, or no
-      finished run has a required metric: then the others are stopped.
+    ValueError: the directory is of something else, or of another config.
   """
   _keep_begun(results, make_config)
   runs = [
@@ -197,8 +194,6 @@ def train_runs(
       _note_end(run, ended, results)
       write()
       logging.info('%s: %s. %s', run.run, run.status, run.note)
-      if requires_metrics and run.status == sweep_results.FINISHED:
-        results.check_metrics()
 
 
 @contextlib.contextmanager

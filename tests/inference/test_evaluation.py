@@ -137,9 +137,10 @@ def test_all_metrics_of_samples(
     clip=clip_directory.path,
     cache=tmp_path,
   )
-  result = evaluate(run, config, mesh, options)
-  found, settings = result.metrics, result.settings
-
+  found = evaluate(run, config, mesh, options)
+  found, settings = found.metrics, found.settings
+  missing = {*evaluation.value_names(config, options)} ^ found.keys()
+  assert missing == {'edge_width', 'edge_width_of_data'}  # Without outlines.
   parts = [make_prompts(config, 18), make_prompts(config, 3)]
   captions = [name for part in parts for name in part.captions]
   (images,) = fake_sample_fn(

@@ -217,17 +217,30 @@ def test_other_evaluations_are_not_averaged(trainings):
   assert lines[2].split(' | ')[1:3] == ['3', '1 of 3']
 
 
-def test_a_metric_that_no_run_has_ends_the_sweep(trainings):
-  with pytest.raises(ValueError, match='--metric=b: there are held_out_loss'):
-    trainings.sweep('stages[0].learning_rate=0.1,0.2', metrics=['b'])
-  assert trainings.begun() == {rate(0.1): 1}
-  # What is trained is kept.
-  trainings.sweep('stages[0].learning_rate=0.1,0.2')
-  assert trainings.begun() == {rate(0.1): 1, rate(0.2): 1}
+def test_metrics_are_checked_before_training(make_config):
+  config = make_config()
+  points = [{'seed': 0}, {'stages[1].name': 'other'}]
+  measures = evaluation.Options(metrics=['frechet', 'prompt_accuracy'])
+
+  def check(*metrics, options=measures):
+    sweep_training.check_points(config, points, metrics, options)
+
+  check('frechet', 'frechet_of_data', 'accuracy_all_2_objects')
+  check('held_out_loss_16', 'accuracy_all')  # As training measures them.
+  check('held_out_loss_16', options=None)
+  for metric, options in (('fid', measures), ('frechet', None)):
+    with pytest.raises(ValueError, match=f'--metric={metric}: there are held'):
+      check('accuracy_all', metric, options=options)
+  # One run that has it is enough.
+  config.text.num_classes = 6
+  points = [{'text.encoder': 'label'}, {'text.encoder': 'learned'}]
+  check('accuracy_all', options=None)
+  with pytest.raises(ValueError, match='accuracy_all: there are held_out_los'):
+    sweep_training.check_points(config, points[:1], ['accuracy_all'])
 
 
 def test_a_metric_that_one_run_lacks_ends_nothing(trainings):
-  trainings.more = {0.1: {'b': 7}}
+  trainings.more = {0.2: {'b': 7}}
   trainings.sweep('stages[0].learning_rate=0.1,0.2,0.3', metrics=['b'])
   assert trainings.begun() == {rate(x): 1 for x in (0.1, 0.2, 0.3)}
   lines = (trainings.output / 'table.md').read_text().splitlines()
@@ -245,7 +258,7 @@ def test_a_metric_that_one_run_lacks_ends_nothing(trainings):
   first, *_ = (trainings.output / 'results.jsonl').read_text().splitlines()
   assert json.loads(first)['curve'] == [
     {'stage': '16', 'step': 4, 'flops': 12, 'seconds': 6}
-    | {'held_out_loss_16': 1, 'b': 7}
+    | {'held_out_loss_16': 2, 'b': 7}
   ]
 
 
@@ -463,6 +476,19 @@ def test_what_is_wrong_with_a_finished_run_is_said(model):
         output=epath.Path(model.workdir) / 'out',
         metrics=['accuracy_all'],
       )
+
+
+def test_metrics_are_checked_before_an_evaluation(model, monkeypatch):
+  steps = {'EMA': ['8', 1], 'fingerprint of the EMA': 'abc'}
+  monkeypatch.setattr(sweep_evaluation, '_steps', lambda *_: steps)
+  with pytest.raises(ValueError, match='16: there are held_out_loss_8.$'):
+    sweep_evaluation.evaluate(
+      Session(model.workdir, model.stage.config, model.mesh, None),
+      [{'sampler.guidance': 2.0}],
+      evaluation.Options(metrics=['loss']),
+      output=epath.Path(model.workdir) / 'out',
+      metrics=['held_out_loss_8', 'held_out_loss_16'],
+    )
 
 
 def test_seconds_of_an_image_are_without_compiling(model, monkeypatch):
