@@ -313,13 +313,15 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
   Args:
     compiled: the program.
     turns: number of iterations of the program's main loop. XLA counts a loop's
-      arithmetic and memory traffic once.
+      arithmetic and memory traffic once, and adds them to those of the rest:
+      for a TPU, what runs once is multiplied too.
 
   Returns:
     Bytes of memory: `arguments`, `activations` (the peak of all temporary
     memory) and their sum `memory`. `flops` and the `bytes` moved to and from
     memory, by the compiler's count; for a GPU, whose compiler counts nothing,
-    without the former. `collectives`: bytes received, by kind.
+    without the former. `turns`, of a TPU, by which both are multiplied.
+    `collectives`: bytes received, by kind.
   """
   memory = compiled.memory_analysis()
   arguments = (
@@ -336,6 +338,7 @@ def weigh(compiled: jax.stages.Compiled, turns: int = 1) -> dict[str, Any]:
     counted = {
       'flops': cost['flops'] * turns,
       'bytes': cost['bytes accessed'] * turns,
+      'turns': turns,
     }
   return {
     'arguments': arguments,

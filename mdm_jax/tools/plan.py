@@ -9,8 +9,10 @@ r"""Plans a run on TPUs or GPUs: does it fit, how fast, and what does it cost?
 A host of GPUs is h100:1, :2, :4, :8 or h200. Needs no TPU and no GPU, but their
 compilers on an x86 machine: `pip install libtpu` or `"jax[cuda12]"`.
 Step times are lower bounds from the roofline model: arithmetic, memory and
-links overlap and run at their peaks. A large step takes many minutes to
-compile, with --quick a third of that; results are cached.
+links overlap and run at their peaks. Of several microbatches or sampling steps
+on a TPU they are not: what runs once, as the optimizer, counts as often.
+A large step takes many minutes to compile, with --quick a third of that;
+results are cached.
 """
 
 from collections.abc import Mapping, Sequence
@@ -138,6 +140,17 @@ def report(
   return rows, images / seconds
 
 
+def _caveats(measured: Mapping[str, Any]) -> list[str]:
+  """Says so if times are no lower bounds, see `compile_ahead.weigh`."""
+  turns = measured.get('turns', 1)
+  if turns == 1:
+    return []
+  return [
+    f'What runs once, as the optimizer or the decoder, counts {turns} times, '
+    'with the loop: the times may be too long, and are no lower bounds.'
+  ]
+
+
 def plan(
   config: ConfigDict,
   topology: str,
@@ -178,6 +191,7 @@ def plan(
         prepared.text.encoder = 'precomputed'
         notes.append('The text encoder, which runs once, is not included.')
       measured = measure(prepared, topology, step, directory)
+    notes += _caveats(measured)
     stage = prepared.stages[-1]
     images = stage.batch_size if step == 'train' else prepared.eval.batch_size
     rows, rate = report(measured, chip, images, len(devices))
@@ -270,14 +284,18 @@ def search(
       if not rate:
         break
       if best is None or rate > best[0]:
-        best = rate, what
+        best = rate, what, measured
       ended = rate < _WORTH * before
       batch *= 2
     if ended:
       break
   if refused and not is_measured:
     raise refused
-  print('Nothing fits.' if best is None else f'Best: {best[1]}')
+  if best is None:
+    print('Nothing fits.')
+    return
+  _, what, measured = best
+  print('\n'.join([*_caveats(measured), f'Best: {what}']))
 
 
 def main(_: list[str]) -> None:

@@ -231,6 +231,7 @@ def test_plan_compiles_once(
     'at 1.5 each',
   ):
     assert words in first, words
+  assert 'no lower bounds' not in first
   monkeypatch.setattr(compile_ahead, 'trace_train', None)
   plan.plan(*ask)
   assert capsys.readouterr().out == first
@@ -316,6 +317,9 @@ def test_sampling_step(config, slice_of_cpus, tmp_path, capsys):
   plan.plan(config, 'v5e:2x4', [0], None, 'sample', None, tmp_path)
   out = capsys.readouterr().out
   assert "stage '8', sample step" in out and '1 images a chip' in out
+  # The encoder of prompts does not run in each step, but counts so.
+  steps = config.sampler.num_steps
+  assert f'counts {steps} times, with the loop: the times may be' in out
 
 
 def test_an_autoencoder_is_trained_alone(
