@@ -20,7 +20,8 @@ from mdm_jax.data import (
 from mdm_jax.data.labels import LabelledSource
 from mdm_jax.data.transforms import Transform
 
-# Procedural sets, which are drawn at the resolution of each level.
+# Procedural sets, which are drawn at the resolution of each level, and the
+# versions of what they draw.
 _VERSIONS = {'shapes': shapes.VERSION, 'moving_shapes': moving_shapes.VERSION}
 DRAWN = tuple(_VERSIONS)
 _DATA_SETS = (*DRAWN, 'captioned_images', 'tars', 'tfds:NAME')

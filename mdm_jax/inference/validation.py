@@ -240,6 +240,7 @@ def make_validation(
   """
   config = stage.config
   warn_if_not_held_out(stage)
+  num_records = count_held_out(stage)
   loss_step = jax.jit(
     stage.make_validation_step(LOSS_SEED),
     out_shardings=sharding.replicated(mesh),
@@ -247,7 +248,7 @@ def make_validation(
 
   def validation(params, prompts=True):
     losses = mean_losses(
-      over_held_out(stage, mesh, params, loss_step), count_held_out(stage)
+      over_held_out(stage, mesh, params, loss_step), num_records
     )
     values = dict(zip(stage.measured, losses))
     if not prompts or not _is_scored(stage):
