@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mdm_jax.eval import classifier
-from mdm_jax.inference import references
+from mdm_jax.inference import feature_extractors, references
 
 BATCH = 128  # images that the classifier sees at once
 Labels = Mapping[str, np.ndarray]  # attribute -> classes, int [N], from 0
@@ -63,12 +63,15 @@ class ClassifierFeatures:
       lambda arrays: arrays['Dense_0/kernel'].shape[1] == self.width,
     )
     self.settings = settings | {
-      'weights': digest(*(arrays[name] for name in sorted(arrays)))
+      'weights': digest(*(arrays[name] for name in sorted(arrays))),
+      'precision': feature_extractors.PRECISION,
     }
     self._arrays, network = arrays, classifier.Classifier({})
     params = traverse_util.unflatten_dict(arrays, sep='/')
     self._apply = jax.jit(
-      lambda images: network.apply({'params': params}, images)[0]
+      feature_extractors.exactly(
+        lambda images: network.apply({'params': params}, images)[0]
+      )
     )
 
   def encode(self, images: np.ndarray) -> np.ndarray:

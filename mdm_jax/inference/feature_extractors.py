@@ -26,7 +26,7 @@ from mdm_jax.runtime import buckets, files, sharding
 
 _LOG_SECONDS = 10.0
 # As that of the networks that published numbers are of.
-_PRECISION = 'float32'
+PRECISION = 'float32'
 # Rows that an `fid.Sample` keeps for KID, precision and recall: 80 MB.
 MAX_ROWS = 10_000
 # Of an image of a directory. They are decoded one at a time, in up to 1 GB, so
@@ -35,18 +35,25 @@ _MAX_PIXELS = 128_000_000
 _REQUESTS = 64  # files of a bucket that are requested at once
 
 
+def exactly(function: Callable) -> Callable:
+  """The function, traced such that devices multiply in float32.
+
+  By default TPUs and GPUs would round what is multiplied to 8 and 10 bits.
+  """
+
+  def traced(*arguments):
+    with jax.default_matmul_precision(PRECISION):
+      return function(*arguments)
+
+  return traced
+
+
 def _jit(
   function: Callable, params: Any, batch_size: int, mesh: Mesh
 ) -> Callable[[np.ndarray], np.ndarray]:
   """Jits a network for up to `batch_size` rows, which are filled up."""
-
-  def exactly(*arguments):
-    # By default TPUs and GPUs would round what is multiplied to 8 and 10 bits.
-    with jax.default_matmul_precision(_PRECISION):
-      return function(*arguments)
-
   jitted = jax.jit(
-    exactly,
+    exactly(function),
     out_shardings=sharding.replicated(mesh),
     compiler_options=sharding.compiler_options(mesh),
   )
@@ -101,7 +108,7 @@ class FeatureNetwork:
     self.fingerprint = {
       'weights': digest.hexdigest(),
       'resize': definition.RESIZE,
-      'precision': _PRECISION,
+      'precision': PRECISION,
     }
     params = jax.device_put(params, sharding.replicated(mesh))
     self._apply = _jit(
@@ -220,7 +227,7 @@ class Clip:
       'weights': hugging_face.fingerprint(tensors, names),
       'image_size': spec.image_size,
       'patch_size': spec.patch_size,
-      'precision': _PRECISION,
+      'precision': PRECISION,
     }
     self._images = _jit(
       lambda params, images: model.apply(
