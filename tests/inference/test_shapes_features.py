@@ -19,6 +19,10 @@ def test_the_classifier_is_trained_once(tmp_path, monkeypatch):
   source = ShapesSource(0, 'held_out', 64, 16)
   images = np.stack([source[i]['image'] for i in range(32)])
   found = fid.Statistics.of(first.encode(images))
+  # On every device, as the reference of one may be used on another.
+  program = first._apply.lower(images).as_text()
+  assert 'precision = [HIGHEST, HIGHEST]' in program
+  assert 'precision = [DEFAULT, DEFAULT]' not in program
   # Half as many held-out images as were trained on.
   distance = fid.frechet_distance(found, reference.statistics)
   assert distance == pytest.approx(0, abs=1e-4)
